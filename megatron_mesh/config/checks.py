@@ -1,0 +1,114 @@
+"""``resolve``: settings that depend on others are filled in, and settings that do not fit are refused."""
+
+from dataclasses import replace
+
+from megatron_mesh.config.check_model import resolve_model
+from megatron_mesh.config.check_training import resolve_optimizer, resolve_training
+from megatron_mesh.config.derived import padded_vocab_size
+from megatron_mesh.config.ranges import at_least, positive
+from megatron_mesh.config.schema import CheckpointConfig, Config, DataConfig, ModelConfig, ParallelConfig
+from megatron_mesh.errors import UserError
+
+
+def resolve(config: Config, *, world_size: int = 1) -> Config:
+    """The configuration that a run of ``world_size`` processes uses: nothing in it is left to guess.
+
+    The layers are one string, the four parts None again; the length is ``train_iters``, the warm-up
+    ``lr_warmup_iters``. Resolving a resolved configuration changes nothing. Data may be missing (a dry
+    run needs none), and ``vocab_size`` may wait for the tokenizer: resolve again once it is known.
+
+    Raises:
+        UserError: a setting is out of range or does not fit another one.
+    """
+    model = resolve_model(config.model)
+    check_data(config.data)
+    check_vocabulary(model, config.data)
+    check_parallel(config.parallel, model, world_size)
+    training = resolve_training(
+        config.training, model, data_parallel=world_size // config.parallel.tensor_model_parallel_size
+    )
+    assert training.train_iters is not None
+    optimizer = resolve_optimizer(config.optimizer, training.train_iters)
+    check_checkpoint(config.checkpoint)
+    at_least(1, config.logging, "log_interval")
+    return replace(config, model=model, training=training, optimizer=optimizer)
+
+
+def check_vocabulary(model: ModelConfig, data: DataConfig) -> None:
+    """The vocabulary has a size, or a tokenizer that will tell it."""
+    if model.vocab_size is None and data.tokenizer_model is None:
+        raise UserError(
+            "the size of the vocabulary is not known; give --tokenizer-model (its size is used) or "
+            "--vocab-size"
+        )
+
+
+def check_parallel(parallel: ParallelConfig, model: ModelConfig, world_size: int) -> None:
+    """Processes divide into tensor-parallel groups, and these divide the model."""
+    at_least(1, parallel, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+    positive(parallel, "distributed_timeout_minutes")
+    size = parallel.tensor_model_parallel_size
+    if parallel.pipeline_model_parallel_size > 1:
+        raise UserError(
+            f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}: pipeline parallelism "
+            "is not supported yet; use --tensor-model-parallel-size to spread a model over ranks"
+        )
+    if world_size % size:
+        raise UserError(
+            f"--tensor-model-parallel-size {size} does not divide the number of processes, {world_size}; "
+            f"start a multiple of {size} processes (torchrun --nproc-per-node) or lower it"
+        )
+    divided = {
+        "--num-attention-heads": model.num_attention_heads,
+        "--ffn-hidden-size": model.ffn_hidden_size or 0,
+        "the padded vocabulary (see --make-vocab-size-divisible-by)": (
+            padded_vocab_size(model) if model.vocab_size else 0
+        ),
+    }
+    if parallel.sequence_parallel:
+        if size == 1:
+            raise UserError(
+                "--sequence-parallel splits the sequence over tensor-parallel ranks and there is only one; "
+                "leave it out or set --tensor-model-parallel-size above 1"
+            )
+        divided["--seq-length (with --sequence-parallel)"] = model.seq_length
+    for what, number in divided.items():
+        if number % size:
+            raise UserError(
+                f"--tensor-model-parallel-size {size} does not divide {what}, {number}; change one of them"
+            )
+
+
+def check_data(data: DataConfig) -> None:
+    """One kind of data path only, and a tokenizer where one is needed."""
+    at_least(0, data, "num_workers")
+    paths = {
+        "--data-path": data.data_path,
+        "--train-data-path": data.train_data_path,
+        "--valid-data-path": data.valid_data_path,
+        "--test-data-path": data.test_data_path,
+    }
+    given = [name for name, path in paths.items() if path is not None]
+    for name in given:
+        if not paths[name]:
+            raise UserError(f"{name} is empty; give the prefix of a .bin/.idx pair, or WEIGHT PREFIX ...")
+    if "--data-path" in given and len(given) > 1:
+        raise UserError(
+            f"--data-path (divided by --split) and {given[1]} are both given; give --data-path alone, or "
+            "--train-data-path, --valid-data-path and --test-data-path"
+        )
+    if given and not {"--data-path", "--train-data-path"} & set(given):
+        raise UserError(f"{given[0]} is given without --train-data-path; give that too, or use --data-path")
+    if data.eod_mask_loss and data.tokenizer_model is None:
+        raise UserError(
+            "--eod-mask-loss needs a tokenizer, which names the end-of-document token; give --tokenizer-model"
+        )
+
+
+def check_checkpoint(checkpoint: CheckpointConfig) -> None:
+    """Saving needs a place to save to; taking only the weights needs something to load."""
+    at_least(1, checkpoint, "save_interval")
+    if checkpoint.save_interval is not None and checkpoint.save is None:
+        raise UserError("--save-interval is given without --save; give the directory for checkpoints too")
+    if checkpoint.finetune and checkpoint.load is None:
+        raise UserError("--finetune starts from a checkpoint's weights; give its directory with --load")

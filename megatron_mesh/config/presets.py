@@ -1,0 +1,120 @@
+"""The paper's models as YAML files, from one table.
+
+``python -m megatron_mesh.config.presets examples/configs`` writes them; a test compares the files with
+the table. Source: MeSH (arXiv 2510.07739) on the Pythia suite (arXiv 2304.01373).
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_mesh.config.check_model import resolve_model
+from megatron_mesh.config.derived import layout, non_embedding_parameters
+from megatron_mesh.config.schema import Config
+from megatron_mesh.config.settings import with_values
+
+
+@dataclass(frozen=True)
+class Size:
+    """A row of the table. The first split is the default; ``sources`` says what the paper does not give."""
+
+    name: str
+    hidden_size: int
+    heads: int
+    vanilla_layers: int
+    splits: tuple[str, ...]
+    lr: float
+    micro_batch_size: int
+    sources: str = "all values from the paper"
+
+
+_PYTHIA_LR = "peak learning rate from Pythia"
+_OWN_SPLIT = f"split chosen here, {_PYTHIA_LR}"
+SIZES = (
+    Size("70m", 512, 8, 6, ("1+2R2+1",), 1e-3, 8, _OWN_SPLIT),
+    Size("160m", 768, 12, 12, ("2+4R2+2",), 6e-4, 8),
+    Size("410m", 1024, 16, 24, ("4+8R2+4", "3+6R3+3"), 3e-4, 8, _PYTHIA_LR),
+    Size("1b", 2048, 8, 16, ("3+5R2+3",), 3e-4, 4, _PYTHIA_LR),
+    Size("1.4b", 2048, 16, 24, ("4+8R2+4",), 2e-4, 2),
+    Size("2.8b", 2560, 32, 32, ("6+10R2+6",), 1.6e-4, 1, _OWN_SPLIT),
+    Size("6.9b", 4096, 32, 32, ("6+10R2+6", "5+11R2+5"), 1.2e-4, 1, _OWN_SPLIT),
+)
+SCHEMES = ("vanilla", "base", "residual", "anchor", "anchor-emb", "mesh")
+
+
+def presets() -> Iterator[tuple[str, str]]:
+    """File name and text of every preset. A plain model has no split, so a second split has no vanilla."""
+    for size in SIZES:
+        for split in size.splits:
+            first = split == size.splits[0]
+            for scheme in SCHEMES if first else SCHEMES[1:]:
+                layers = str(size.vanilla_layers) if scheme == "vanilla" else split
+                name = f"pythia-{size.name}-{scheme}" if first else f"pythia-{size.name}-{split}-{scheme}"
+                yield f"{name}.yaml", _text(size, scheme, layers)
+
+
+def _settings(size: Size, scheme: str, layers: str) -> dict[str, dict[str, Any]]:
+    return {
+        "model": {
+            "recurrence": scheme,
+            "layers": layers,
+            "hidden_size": size.hidden_size,
+            "num_attention_heads": size.heads,
+            "seq_length": 4096,
+            "vocab_size": 50277,
+        },
+        "training: 120,818 steps of 512 x 4,096 tokens": {
+            "micro_batch_size": size.micro_batch_size,
+            "global_batch_size": 512,
+            "train_iters": 120818,
+            "bf16": True,
+        },
+        "optimizer: AdamW; cosine to a tenth of the peak after 1 % warm-up": {
+            "lr": size.lr,
+            "min_lr": float(f"{size.lr / 10:.3g}"),
+            "lr_decay_style": "cosine",
+            "lr_warmup_fraction": 0.01,
+            "weight_decay": 0.01,
+            "adam_beta1": 0.9,
+            "adam_beta2": 0.95,
+            "clip_grad": 1.0,
+        },
+        "data: GPT-NeoX-20B's tokenizer; give its tokenizer.json as tokenizer_model": {
+            "tokenizer_type": "HuggingFaceTokenizer",
+        },
+    }
+
+
+def _text(size: Size, scheme: str, layers: str) -> str:
+    sections = _settings(size, scheme, layers)
+    flat = {name: value for section in sections.values() for name, value in section.items()}
+    model = resolve_model(with_values(Config(), flat).model)
+    header = (
+        f"# Pythia-{size.name.upper()}, {scheme}, layers {layers}: unrolled depth {layout(model).depth}, "
+        f"{layout(model).unique_layers} layers of weights,\n"
+        f"# {non_embedding_parameters(model):,} non-embedding parameters.\n"
+        f"# Source: MeSH (arXiv 2510.07739); {size.sources}.\n"
+    )
+    body = "\n".join(f"# {title}\n{yaml.safe_dump(s, sort_keys=False)}" for title, s in sections.items())
+    return f"{header}\n{body}"
+
+
+def main() -> None:
+    """Write every preset into a directory, over what it holds of these."""
+    parser = argparse.ArgumentParser(
+        description=main.__doc__, epilog="example: python -m megatron_mesh.config.presets examples/configs"
+    )
+    parser.add_argument("directory", type=Path)
+    directory = parser.parse_args().directory
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in presets():
+        (directory / name).write_text(text, encoding="utf-8")
+    print(f"{len(list(presets()))} presets written to {directory}")
+
+
+if __name__ == "__main__":
+    main()
