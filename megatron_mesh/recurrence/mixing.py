@@ -1,0 +1,52 @@
+"""A weighted sum of states with a weight per token: the one heavy operation of the memory."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """``x`` in float32, or in its own type where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _WeightedSum(torch.autograd.Function):
+    """Saves the states and the weights, and no product of them.
+
+    Written out with ``*`` and ``+``, autograd would run one kernel and make one [S, B, H] temporary
+    for each, forward and backward.
+    """
+
+    @staticmethod
+    def forward(ctx, weights_SBJ: Tensor, *states_SBH: Tensor) -> Tensor:
+        ctx.save_for_backward(weights_SBJ, *states_SBH)
+        total = weights_SBJ[..., :1] * at_least_fp32(states_SBH[0])
+        for j, state in enumerate(states_SBH[1:], start=1):
+            total.addcmul_(weights_SBJ[..., j : j + 1], state.to(total.dtype))
+        return total.to(states_SBH[0].dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        weights, *states = ctx.saved_tensors
+        grad = grad.to(weights.dtype)
+        need_weights, *need_state = ctx.needs_input_grad
+        grad_weights = None
+        if need_weights:
+            dots = [(grad * state).sum(-1) for state in states]
+            grad_weights = torch.stack(dots, dim=-1)
+        grad_states = [
+            (weights[..., j : j + 1] * grad).to(state.dtype) if need else None
+            for j, (state, need) in enumerate(zip(states, need_state, strict=True))
+        ]
+        return grad_weights, *grad_states
+
+
+def weighted_sum(weights_SBJ: Tensor, states_SBH: Sequence[Tensor]) -> Tensor:
+    """``sum_j weights[..., j] * states[j]``, accumulated in at least float32.
+
+    Args:
+        weights_SBJ: [S, B, J], float32 or wider.
+        states_SBH: J tensors [S, B, H] of one dtype, which is also the result's.
+    """
+    return _WeightedSum.apply(weights_SBJ, *states_SBH)
