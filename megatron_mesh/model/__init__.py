@@ -1,0 +1,17 @@
+"""The model: Megatron-core's GPT with a block that loops."""
+
+from megatron_mesh.model.block import MeshTransformerBlock
+from megatron_mesh.model.build import build_model, build_on_meta
+from megatron_mesh.model.config import MeshTransformerConfig, transformer_config
+from megatron_mesh.model.flops import flops_per_token
+from megatron_mesh.model.gpt import MeshGPTModel
+
+__all__ = [
+    "MeshGPTModel",
+    "MeshTransformerBlock",
+    "MeshTransformerConfig",
+    "build_model",
+    "build_on_meta",
+    "flops_per_token",
+    "transformer_config",
+]

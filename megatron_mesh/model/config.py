@@ -1,0 +1,99 @@
+"""From our settings to Megatron-core's ``TransformerConfig``, which every module of the model reads."""
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_mesh.config.derived import layout
+from megatron_mesh.config.layers import LayerLayout
+from megatron_mesh.config.schema import Config, ModelConfig
+from megatron_mesh.errors import UserError
+from megatron_mesh.recurrence import RecurrenceOptions
+
+
+@dataclass
+class MeshTransformerConfig(TransformerConfig):
+    """Megatron-core's configuration plus the loop. ``num_layers`` is the unrolled depth."""
+
+    recurrence: str = "base"
+    """Name of the scheme in ``megatron_mesh.recurrence.SCHEMES``."""
+    layout: LayerLayout = field(default_factory=lambda: LayerLayout(0, 1, 1, 0))
+    """Layers of prelude, core and coda, and the number of loops."""
+    recurrence_options: RecurrenceOptions = field(default_factory=RecurrenceOptions)
+    """Settings of the memory."""
+    embedding_scale: float = 1.0
+    """Factor on the token embedding before the first layer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.num_layers == self.layout.depth, (self.num_layers, self.layout)
+        if self.cpu_offloading or self.fine_grained_activation_offloading:
+            raise UserError(
+                "offloading of activations counts on each layer running once per micro-batch, and the "
+                "core runs several times; use --recompute-granularity instead"
+            )
+
+
+def transformer_config(config: Config) -> MeshTransformerConfig:
+    """The configuration of the model of a resolved run.
+
+    The options that are off have a reason: fused bias + GELU is the tanh approximation, and NeoX has
+    the exact one; the other fusions need kernels of apex or compile for seconds on a CPU.
+    """
+    model, training, parallel = config.model, config.training, config.parallel
+    layers = layout(model)
+    dtype = torch.bfloat16 if training.bf16 else torch.float32
+    return MeshTransformerConfig(
+        recurrence=model.recurrence,
+        layout=layers,
+        recurrence_options=recurrence_options(model),
+        embedding_scale=model.hidden_size**0.5 if model.scale_embeddings else 1.0,
+        num_layers=layers.depth,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        ffn_hidden_size=model.ffn_hidden_size,
+        layernorm_epsilon=model.norm_epsilon,
+        init_method_std=model.init_method_std,
+        init_method=_leave_unset,
+        output_layer_init_method=_leave_unset,
+        embedding_init_method=_leave_unset,
+        use_cpu_initialization=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=training.bf16,
+        calculate_per_token_loss=True,
+        recompute_granularity=training.recompute_granularity,
+        recompute_method=training.recompute_method,
+        recompute_num_layers=training.recompute_num_layers,
+        recompute_modules=training.recompute_modules,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        cuda_graph_scope=[],
+    )
+
+
+def recurrence_options(model: ModelConfig) -> RecurrenceOptions:
+    """Settings of the memory; the defaults where the scheme has none."""
+    options = RecurrenceOptions(
+        transition_query=model.mesh_transition_query,
+        memory=model.mesh_memory,
+        router_bias_init=model.router_bias_init,
+        router_init_std=model.init_method_std if model.router_init_std is None else model.router_init_std,
+    )
+    if model.mesh_slots is None:
+        return options
+    return RecurrenceOptions(**{**vars(options), "slots": model.mesh_slots})
+
+
+def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
+    """Megatron's layers call this when they are built; ``init.py`` sets every value afterwards."""
+    return weight

@@ -1,0 +1,57 @@
+"""Megatron-core's GPT model with our decoder."""
+
+from typing import Any
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from megatron_mesh.model.block import MeshTransformerBlock
+from megatron_mesh.model.config import MeshTransformerConfig
+from megatron_mesh.model.layers import LayerNorm
+from megatron_mesh.recurrence import SCHEMES
+
+
+class MeshGPTModel(GPTModel):
+    """``GPTModel`` whose decoder loops; without a loop (vanilla) the decoder is the stock one.
+
+    ``GPTModel`` constructs its ``TransformerBlock`` itself and offers no hook for another class. So a
+    looped model builds it with no layers, which costs nothing, and then puts its own in the place.
+    """
+
+    config: MeshTransformerConfig
+
+    def __init__(
+        self,
+        config: MeshTransformerConfig,
+        transformer_layer_spec: ModuleSpec,
+        vocab_size: int,
+        max_sequence_length: int,
+        pg_collection: ProcessGroupCollection | None = None,
+        **kwargs: Any,
+    ):
+        """See ``GPTModel``; ``vocab_size`` is the padded one."""
+        loops = SCHEMES[config.recurrence].has_loop
+        layers = TransformerBlockSubmodules([transformer_layer_spec] * config.num_layers, LayerNorm)
+        super().__init__(
+            config,
+            transformer_layer_spec=TransformerBlockSubmodules([], None) if loops else layers,
+            vocab_size=vocab_size,
+            max_sequence_length=max_sequence_length,
+            position_embedding_type="rope",
+            pg_collection=pg_collection,
+            **kwargs,
+        )
+        if loops:
+            self.decoder = MeshTransformerBlock(config, layers, pg_collection=self.pg_collection)
+
+    def _preprocess(
+        self, input_ids: Tensor, position_ids: Tensor, decoder_input: Tensor | None = None, **kwargs: Any
+    ) -> tuple:
+        """As in ``GPTModel``, with the token embedding scaled."""
+        if decoder_input is None and self.pre_process:
+            decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
+            decoder_input = decoder_input * self.config.embedding_scale
+        return super()._preprocess(input_ids, position_ids, decoder_input, **kwargs)

@@ -1,0 +1,57 @@
+"""Initial weights. They depend on the seed and on each parameter's name, and on nothing else.
+
+Every tensor is drawn whole, on the CPU, in float32, from a generator of its own, and a tensor-parallel
+rank keeps its part. So neither the order of construction, nor the device, nor the layout matters.
+"""
+
+import hashlib
+
+import torch
+from megatron.core.utils import get_pg_rank, get_pg_size
+from torch import Tensor
+
+from megatron_mesh.model.gpt import MeshGPTModel
+from megatron_mesh.recurrence import SCHEMES
+
+# Projections whose output is added to the residual stream.
+_OUTPUT_PROJECTIONS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+
+
+@torch.no_grad()
+def init_weights(model: MeshGPTModel, seed: int, depth_scaled: bool = True) -> None:
+    """Set every parameter: N(0, std) weights, zero biases, unit norms; the scheme's as it says itself.
+
+    Args:
+        depth_scaled: divide the std of output projections by sqrt(2 x unrolled depth), as the paper does.
+    """
+    std = model.config.init_method_std
+    output_std = std / (2 * model.config.num_layers) ** 0.5 if depth_scaled else std
+    prefix = "decoder.recurrence."
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefix):
+            continue
+        if name.endswith(".bias"):
+            parameter.zero_()
+        elif "layernorm" in name:
+            parameter.fill_(1.0)
+        else:
+            this_std = output_std if name.endswith(_OUTPUT_PROJECTIONS) else std
+            _draw(parameter, f"{seed}/{name}", this_std, model.tp_group)
+    if SCHEMES[model.config.recurrence].has_loop:
+        model.decoder.recurrence.init_parameters(
+            lambda name, weight, std: _draw(weight, f"{seed}/{prefix}{name}", std, model.tp_group)
+        )
+
+
+def _draw(weight: Tensor, key: str, std: float, tp_group: torch.distributed.ProcessGroup) -> None:
+    """Fill ``weight`` with its part of the whole tensor that ``key`` names."""
+    digest = hashlib.sha256(key.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    shape = list(weight.shape)
+    sharded = getattr(weight, "tensor_model_parallel", False)
+    if sharded:
+        shape[weight.partition_dim] *= get_pg_size(tp_group)  # type: ignore[attr-defined]
+    whole = torch.empty(shape).normal_(0.0, std, generator=generator)
+    if sharded:
+        whole = whole.chunk(get_pg_size(tp_group), weight.partition_dim)[get_pg_rank(tp_group)]  # type: ignore[attr-defined]
+    weight.copy_(whole)

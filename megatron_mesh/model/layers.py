@@ -1,0 +1,105 @@
+"""What a GPT-NeoX layer needs beyond Megatron-core's local modules."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """torch's LayerNorm, its parameters marked for sequence parallelism.
+
+    Megatron-core's own wrapper (``transformer/torch_norm.py``) refuses sequence parallelism, though all
+    it takes is the mark by which ``finalize_model_grads`` sums the gradients over the tensor-parallel
+    group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class SDPAttention(MegatronModule):
+    """torch's ``scaled_dot_product_attention`` behind Megatron-core's core-attention interface.
+
+    Stands where the local spec has ``DotProductAttention``, which writes the [S, S] scores out.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        super().__init__(config=config)
+        assert config.context_parallel_size == 1, "context parallelism needs Transformer Engine's attention"
+        assert attn_mask_type == AttnMaskType.causal, attn_mask_type
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Causal attention; [S, B, heads/TP, head size] three times -> [S, B, H/TP].
+
+        Args:
+            attention_mask: None for causal, or Megatron's boolean mask (True: do not look).
+        """
+        assert attention_bias is None and packed_seq_params is None, "not supported by torch's attention"
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        mask = None if attention_mask is None else ~attention_mask
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+class ParallelResidualLayer(TransformerLayer):
+    """GPT-NeoX's layer, ``x + attn(ln1(x)) + mlp(ln2(x))``, from the parts of ``TransformerLayer``."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """[S, B, H] -> ([S, B, H], None); further arguments as in ``TransformerLayer.forward``."""
+        kwargs.pop("dynamic_inference_decode_only", None)
+        attended, context = self._forward_attention(hidden_states, *args, **kwargs)
+        normed = self._forward_pre_mlp_layernorm(hidden_states)
+        if self.recompute_mlp and self.training:
+            mlp_output_with_bias = tensor_parallel.checkpoint(self._mlp_plus_bias, False, normed), None
+        else:
+            mlp_output_with_bias = self.mlp(normed)
+        return self._forward_post_mlp(mlp_output_with_bias, attended), context
+
+    def _mlp_plus_bias(self, normed: Tensor) -> Tensor:
+        # Returned as an output of its own, as the stock layer does, the bias would become a node of the
+        # checkpoint's graph, and backward would recompute without end.
+        output, bias = self.mlp(normed)
+        return output if bias is None else output + bias
+
+
+def neox_layer_spec() -> ModuleSpec:
+    """Megatron-core's local GPT layer with the three parts above in their places."""
+    spec = get_gpt_layer_local_spec(normalization="LayerNorm")
+    spec.module = ParallelResidualLayer
+    spec.submodules.input_layernorm = LayerNorm
+    spec.submodules.pre_mlp_layernorm = LayerNorm
+    spec.submodules.self_attention.submodules.core_attention = SDPAttention
+    return spec

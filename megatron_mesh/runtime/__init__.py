@@ -1,0 +1,1 @@
+"""Where a run meets the machine: devices, processes, output."""

@@ -1,0 +1,168 @@
+"""The only file that says cuda or cpu: one decision per process, and everything that follows from it.
+
+Megatron-core 0.16.1 names CUDA in places that a CPU run reaches. ``prepare`` makes those names mean
+the CPU where there is no GPU, and does nothing where there is one; ``SEAMS`` lists each patched name.
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._device import _device_constructors
+
+logger = logging.getLogger(__name__)
+
+# name -> why Megatron-core 0.16.1 needs it on a CPU. tests/unit/runtime checks that each still exists.
+SEAMS = {
+    "torch.tensor": 'called with device="cuda" (optimizer, distributed data parallel)',
+    "torch.zeros": 'called with device="cuda" (schedules, gradient buffers)',
+    "torch.ones": 'called with device="cuda"',
+    "torch.empty": 'called with device="cuda" (pipeline receive buffers)',
+    "torch.empty_like": 'called with device="cuda"',
+    "torch.cuda.current_device": "handed on as a device by layers, buffers and the optimizer",
+    "torch.cuda.synchronize": "called by schedules and checkpoints",
+    "torch.cuda.empty_cache": "called by checkpoints",
+    "torch.cuda.manual_seed": "called by the RNG tracker: one generator, the CPU's",
+    "torch.cuda.get_rng_state": "called by the RNG tracker",
+    "torch.cuda.set_rng_state": "called by the RNG tracker",
+    "torch.Tensor.cuda": "called on token counts and norms",
+    "torch.Tensor.type": 'the optimizers compare the string with "torch.cuda.FloatTensor"',
+    "megatron.core.tensor_parallel.random._get_cuda_rng_state": "activation recomputation",
+    "megatron.core.tensor_parallel.random._set_cuda_rng_state": "activation recomputation",
+}
+
+# Dense bf16 FLOP/s of the data sheets, by a part of the device's name.
+_PEAK_BF16_FLOPS = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12, "B200": 2250e12}
+
+_prepared = False
+
+
+def has_gpu() -> bool:
+    """Whether this process computes on a GPU."""
+    return torch.cuda.is_available()
+
+
+def prepare(local_rank: int | None = None) -> torch.device:
+    """Choose this process's device, once; call it before the first use of Megatron-core.
+
+    Args:
+        local_rank: index of the process on its node; default: ``LOCAL_RANK`` or ``SLURM_LOCALID``.
+    """
+    global _prepared
+    if has_gpu():
+        if local_rank is None:
+            local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    elif not _prepared:
+        _install_seams()
+    _prepared = True
+    return device()
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
+
+
+def backend() -> str:
+    """The torch.distributed backend that serves the device."""
+    return "nccl" if has_gpu() else "gloo"
+
+
+def describe() -> str:
+    """One line: what computes here, and which optional parts are missing."""
+    optional = {"transformer_engine": "Transformer Engine", "apex": "apex"}
+    missing = [label for name, label in optional.items() if importlib.util.find_spec(name) is None]
+    where = torch.cuda.get_device_name() if has_gpu() else f"CPU, {torch.get_num_threads()} threads"
+    if not missing:
+        return where
+    return f"{where} (not installed: {', '.join(missing)}; torch's own attention, norms and AdamW are used)"
+
+
+def synchronize() -> None:
+    """Wait for the device (nothing to wait for on a CPU)."""
+    if has_gpu():
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """Most memory held so far: allocated on the GPU, or resident in the process."""
+    if has_gpu():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_flops() -> float | None:
+    """Dense bf16 FLOP/s of the data sheet, or None where it is not known (every CPU)."""
+    if not has_gpu():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((flops for part, flops in _PEAK_BF16_FLOPS.items() if part in name), None)
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """States of torch's generators that this process uses."""
+    state = {"cpu": torch.get_rng_state()}
+    if has_gpu():
+        state["device"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    """Put back what ``rng_state`` gave; a state of the other kind of device is left out."""
+    torch.set_rng_state(state["cpu"])
+    if has_gpu() and "device" in state:
+        torch.cuda.set_rng_state(state["device"])
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return call
+
+
+def _install_seams() -> None:
+    """Make the names in ``SEAMS`` mean the CPU. Process-wide, since torch's modes are per thread."""
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    # "with torch.device(...)" recognises factories by identity, from a list made at its first use.
+    # Made now, it holds the real ones, which the wrappers call.
+    _device_constructors()
+    for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+    plain_type = torch.Tensor.type
+
+    def type_as_on_gpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return plain_type(self, *args, **kwargs)
+        return plain_type(self).replace("torch.", "torch.cuda.", 1)
+
+    replacements: list[tuple[Any, str, Callable]] = [
+        (torch.cuda, "current_device", lambda: torch.device("cpu")),
+        (torch.cuda, "synchronize", lambda *a, **k: None),
+        (torch.cuda, "empty_cache", lambda: None),
+        (torch.cuda, "manual_seed", torch.default_generator.manual_seed),
+        (torch.cuda, "get_rng_state", lambda *a, **k: torch.get_rng_state()),
+        (torch.cuda, "set_rng_state", lambda state, *a, **k: torch.set_rng_state(state)),
+        (torch.Tensor, "cuda", lambda self, *a, **k: self),
+        (torch.Tensor, "type", type_as_on_gpu),
+        (megatron_random, "_get_cuda_rng_state", lambda *a, **k: torch.get_rng_state()),
+        (megatron_random, "_set_cuda_rng_state", lambda state, *a, **k: torch.set_rng_state(state)),
+    ]
+    for owner, name, replacement in replacements:
+        setattr(owner, name, replacement)
+    # "CPU RNG state changed within GPU RNG context" is always so where they are one generator.
+    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
+    logger.debug("no GPU: %d names of torch and Megatron-core now mean the CPU", len(SEAMS))

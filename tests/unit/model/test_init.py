@@ -1,0 +1,50 @@
+"""Initial weights: their distribution, and that only the seed decides."""
+
+import torch
+
+from megatron_mesh.model import build_model
+from megatron_mesh.model.init import init_weights
+from tests.helpers import tiny_config
+
+
+def test_every_parameter_is_set_and_only_the_seed_decides() -> None:
+    config = tiny_config("mesh")
+    model = build_model(config)
+    expected = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    torch.manual_seed(99)  # the global generator has no say
+    init_weights(model, config.training.seed)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+    init_weights(model, config.training.seed + 1)
+    assert not torch.equal(model.output_layer.weight, expected["output_layer.weight"])
+
+
+def test_standard_deviations() -> None:
+    config = tiny_config("mesh", "1+2R2+1", hidden_size=256, init_method_std=0.05, router_init_std=0.3)
+    model = build_model(config)
+    layer = model.decoder.core.layers[0]
+    depth = 1 + 2 * 2 + 1
+    for weight, std in (
+        (model.embedding.word_embeddings.weight, 0.05),
+        (model.output_layer.weight, 0.05),
+        (layer.self_attention.linear_qkv.weight, 0.05),
+        (layer.mlp.linear_fc1.weight, 0.05),
+        (layer.self_attention.linear_proj.weight, 0.05 / (2 * depth) ** 0.5),
+        (layer.mlp.linear_fc2.weight, 0.05 / (2 * depth) ** 0.5),
+        (model.decoder.recurrence.write[0].weight, 0.3),
+    ):
+        assert abs(weight.std().item() / std - 1) < 0.06
+        assert abs(weight.mean().item()) < 0.1 * std
+    assert not torch.equal(model.decoder.recurrence.write[0].weight, model.decoder.recurrence.read[0].weight)
+    assert layer.mlp.linear_fc1.bias.abs().max() == 0
+    assert torch.equal(model.decoder.final_layernorm.weight, torch.ones(256))
+
+
+def test_switches() -> None:
+    config = tiny_config("base", hidden_size=256, depth_scaled_init=False, scale_embeddings=False)
+    model = build_model(config)
+    assert abs(model.decoder.coda.layers[0].mlp.linear_fc2.weight.std().item() / 0.02 - 1) < 0.06
+    assert model.config.embedding_scale == 1.0
+    assert build_model(tiny_config("base", hidden_size=256)).config.embedding_scale == 16.0

@@ -1,0 +1,69 @@
+"""The seams through which Megatron-core runs on a CPU."""
+
+import importlib
+
+import pytest
+import torch
+
+from megatron_mesh.runtime import device
+
+
+def resolve(name: str):
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:cut]))
+        except ImportError:
+            continue
+        for part in parts[cut:]:
+            found = getattr(found, part)
+        return found
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("name", device.SEAMS)
+def test_every_patched_name_exists(name: str) -> None:
+    assert callable(resolve(name))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the seams are for machines without a GPU")
+def test_names_mean_the_cpu() -> None:
+    device.prepare()
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.empty(2, device=torch.cuda.current_device()).device.type == "cpu"
+    assert torch.ones(2).cuda().device.type == "cpu"
+    assert torch.ones(2).type() == "torch.cuda.FloatTensor"
+    assert torch.ones(2).type(torch.float64).dtype == torch.float64
+    torch.cuda.manual_seed(5)
+    first = torch.rand(3)
+    torch.cuda.manual_seed(5)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_device_contexts_still_work() -> None:
+    device.prepare()
+    with torch.device("meta"):
+        for make in (torch.empty, torch.zeros, torch.ones):
+            assert make(2).device.type == "meta"
+        assert torch.tensor([1.0]).device.type == "meta"
+
+
+def test_prepare_twice_patches_once() -> None:
+    device.prepare()
+    before = torch.zeros
+    device.prepare()
+    assert torch.zeros is before
+
+
+def test_describe_names_what_is_missing() -> None:
+    line = device.describe()
+    assert "\n" not in line
+    for module, label in (("transformer_engine", "Transformer Engine"), ("apex", "apex")):
+        assert (label in line) == (importlib.util.find_spec(module) is None)
+
+
+def test_rng_state_round_trip() -> None:
+    state = device.rng_state()
+    first = torch.rand(4)
+    device.set_rng_state(state)
+    assert torch.equal(torch.rand(4), first)
