@@ -47,11 +47,11 @@ SCHEMES = ("vanilla", "base", "residual", "anchor", "anchor-emb", "mesh")
 
 
 def presets() -> Iterator[tuple[str, str]]:
-    """File name and text of every preset. A plain model has no split, so a second split has no vanilla."""
+    """File name and text of every preset. The vanilla model of a second split is that of the first."""
     for size in SIZES:
         for split in size.splits:
             first = split == size.splits[0]
-            for scheme in SCHEMES if first else SCHEMES[1:]:
+            for scheme in SCHEMES:
                 layers = str(size.vanilla_layers) if scheme == "vanilla" else split
                 name = f"pythia-{size.name}-{scheme}" if first else f"pythia-{size.name}-{split}-{scheme}"
                 yield f"{name}.yaml", _text(size, scheme, layers)

@@ -23,7 +23,7 @@ def test_the_names() -> None:
     schemes = ["vanilla", "base", "residual", "anchor", "anchor-emb", "mesh"]
     sizes = ["70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b"]
     first = {f"pythia-{size}-{scheme}.yaml" for size in sizes for scheme in schemes}
-    second = {f"pythia-{size}-{s}.yaml" for size in ("410m-3+6R3+3", "6.9b-5+11R2+5") for s in schemes[1:]}
+    second = {f"pythia-{size}-{s}.yaml" for size in ("410m-3+6R3+3", "6.9b-5+11R2+5") for s in schemes}
     assert PRESETS.keys() == first | second
 
 

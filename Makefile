@@ -1,0 +1,47 @@
+# make quickstart   text to a trained MeSH model, with pictures
+# make test         the test suite;  make lint  ruff and mypy;  make bench  step times of the schemes
+#
+# Every target sets up .venv by itself. Override to choose the interpreter, the torch build or the index:
+#   make quickstart PYTHON=python3.12 TORCH='torch==2.13.0+cpu' PIP_ARGS='--index-url ...'
+
+find_python = for p in python3.11 python3.12 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])' 2>/dev/null && echo $$p && break; done
+PYTHON ?= $(shell $(find_python))
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+python := $(VENV)/bin/python
+installed := $(VENV)/.installed
+
+.PHONY: install quickstart test lint bench configs clean
+
+install: $(installed)
+
+$(installed): setup.py .ci/constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed; make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(python) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c .ci/constraints.txt '$(TORCH)'
+	$(python) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c .ci/constraints.txt -e '.[data,dev]'
+	@touch $@
+
+quickstart: $(installed)
+	$(python) examples/quickstart/run.py
+
+test: $(installed)
+	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+lint: $(installed)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(installed)
+	$(python) tools/benchmark.py
+
+configs: $(installed)
+	$(python) -m megatron_mesh.config.presets examples/configs
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

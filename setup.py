@@ -1,0 +1,49 @@
+"""Packaging. Exact versions that are known to work together stand in .ci/constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+version = next(
+    line.split('"')[1]
+    for line in Path(__file__).with_name("megatron_mesh").joinpath("__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="megatron_mesh",
+    version=version,
+    description="Megatron-style pretraining of recursive (looped) transformers with MeSH",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["megatron_mesh", "megatron_mesh.*"]),
+    py_modules=["pretrain_mesh"],
+    install_requires=[
+        "megatron-core==0.16.1",  # its seams are patched and subclassed: this version exactly
+        "torch>=2.9,<2.14",
+        "numpy>=2.0,<3",
+        "psutil>=5.9",  # megatron-core needs it to save a checkpoint and does not declare it
+        "sentencepiece>=0.2",
+        "tokenizers>=0.21",
+        "PyYAML>=6.0",
+        "tyro>=1.0,<2",
+        "rich>=13.7",
+        "tensorboard>=2.18",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        "data": ["gigatoken>=0.10", "zstandard>=0.23", "datatrove[processing]>=0.10"],
+        "wandb": ["wandb>=0.19"],
+        "dev": [
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.120",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "types-PyYAML",
+        ],
+    },
+)
