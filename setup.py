@@ -29,13 +29,14 @@ setup(
         "sentencepiece>=0.2",
         "tokenizers>=0.21",
         "PyYAML>=6.0",
+        "zstandard>=0.23",
         "tyro>=1.0,<2",
         "rich>=13.7",
         "tensorboard>=2.18",
         "matplotlib>=3.9",
     ],
     extras_require={
-        "data": ["gigatoken>=0.10", "zstandard>=0.23", "datatrove[processing]>=0.10"],
+        "data": ["gigatoken>=0.10", "datatrove>=0.10"],
         "wandb": ["wandb>=0.19"],
         "dev": [
             "pytest>=8.3",

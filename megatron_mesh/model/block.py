@@ -96,7 +96,7 @@ class MeshTransformerBlock(TransformerBlock):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Keys ``prelude.``, ``core.`` (or ``cores.N.``), ``coda.``, ``final_layernorm.``, ``recurrence.``."""
+        """Keys ``prelude``, ``core`` (or ``cores.N``), ``coda``, ``final_layernorm`` and ``recurrence``."""
         assert not sharded_offsets, "Unexpected sharded offsets"
         parts = [
             *self._sections(),

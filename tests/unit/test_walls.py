@@ -18,7 +18,9 @@ def test_cuda_is_named_in_one_file() -> None:
 
 
 def test_stage_predicates_only_in_parallel() -> None:
-    pattern = re.compile(r"is_pipeline_(first|last)_stage|is_pp_(first|last)_stage|get_pipeline_model_parallel_rank")
+    pattern = re.compile(
+        r"is_pipeline_(first|last)_stage|is_pp_(first|last)_stage|get_pipeline_model_parallel_rank"
+    )
     for path in SOURCES:
         if pattern.search(path.read_text()):
             assert path.parent == PACKAGE / "parallel", path

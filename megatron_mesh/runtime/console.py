@@ -1,0 +1,118 @@
+"""What a run shows: a live progress bar on a terminal, plain lines elsewhere."""
+
+import logging
+import sys
+from datetime import timedelta
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+from megatron_mesh.runtime.records import Record, Sink
+
+
+def show_messages(speaks: bool) -> None:
+    """Send the package's messages to stderr; a process that does not ``speak`` gives warnings only."""
+    handler = _CurrentStderr()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    package = logging.getLogger("megatron_mesh")
+    package.handlers = [handler]
+    package.setLevel(logging.INFO if speaks else logging.WARNING)
+    package.propagate = False
+
+
+class _CurrentStderr(logging.StreamHandler):
+    """Writes to what ``sys.stderr`` is at the time: rich puts its own there while a bar is live."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+
+class Lines(Sink):
+    """A line of text for each record."""
+
+    def __init__(self, last: int, file: TextIO | None = None):
+        self.last = last
+        self.file = file
+
+    def write(self, record: Record) -> None:
+        print(self.text(record), file=self.file, flush=True)
+
+    def text(self, record: Record) -> str:
+        """The record in words."""
+        if record.kind == "summary":
+            return summary(record)
+        text = f"step {record.step:>{len(str(self.last))}}/{self.last} | {numbers(record)}"
+        if record.kind != "train":
+            return text
+        step_seconds = record.values["step_seconds"]
+        memory = record.values["peak_memory_bytes"] / 2**30
+        eta = timedelta(seconds=round(step_seconds * (self.last - record.step)))
+        return f"{text} | {step_seconds:.3g} s/step | {memory:.1f} GiB | eta {eta}"
+
+
+class Bar(Sink):
+    """A live progress bar with the numbers of the last logged step; validations are lines above it."""
+
+    def __init__(self, console: Console, step: int, last: int):
+        self.console = console
+        self.lines = Lines(last)
+        whole = Column(no_wrap=True)
+        self.progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(table_column=whole),
+            BarColumn(bar_width=20, table_column=whole),
+            TextColumn("{task.description}", table_column=Column()),  # goes on in a second line
+            TextColumn("| eta"),
+            TimeRemainingColumn(elapsed_when_finished=True, table_column=whole),
+            console=console,
+        )
+        self.task = self.progress.add_task("", total=last, completed=step)
+        self.progress.start()
+
+    def tick(self, step: int) -> None:
+        self.progress.update(self.task, completed=step)
+
+    def write(self, record: Record) -> None:
+        if record.kind == "train":
+            self.progress.update(self.task, completed=record.step, description=numbers(record))
+            return
+        if record.kind == "summary":
+            self.progress.stop()
+        self.console.print(self.lines.text(record), markup=False, highlight=False)
+
+    def close(self) -> None:
+        self.progress.stop()
+
+
+def numbers(record: Record) -> str:
+    """The main numbers of a record on one line."""
+    values = record.values
+    if record.kind != "train":
+        name = {"valid": "validation", "test": "test"}[record.kind]
+        return f"{name} loss {values['loss']:.4f} | perplexity {values['perplexity']:.2f}"
+    parts = [
+        f"loss {values['loss']:.4f}",
+        f"lr {values['lr']:.3e}",
+        f"grad norm {values['grad_norm']:.3f}",
+        f"{values['tokens_per_second']:,.0f} tokens/s",
+        f"{values['tflops_per_device']:.3g} TFLOP/s",
+    ]
+    if "share_of_peak" in values:
+        parts.append(f"{values['share_of_peak']:.1%} of peak")
+    return " | ".join(parts)
+
+
+def summary(record: Record) -> str:
+    """A summary, one value a line."""
+    lines = []
+    for name, value in record.values.items():
+        form = {float: ",.4f", int: ","}.get(type(value), "")
+        text = format(value, form)
+        lines.append(f"{name.replace('_', ' '):<18} {text}")
+    return "\n".join(lines)

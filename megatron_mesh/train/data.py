@@ -1,0 +1,86 @@
+"""What the loop reads: the run's vocabulary, its data sets, and micro-batches from a position in them."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_mesh.config.checks import resolve
+from megatron_mesh.config.schema import Config
+from megatron_mesh.data import (
+    Batch,
+    Datasets,
+    SampleStream,
+    Tokenizer,
+    build_datasets,
+    build_loader,
+    build_tokenizer,
+    check_vocab,
+)
+
+
+class IdsOnly(Tokenizer):
+    """Stands for the tokenizer where only the number of ids is known: data that are read need no more."""
+
+    eod = -2  # no id of the text, and not ``pad`` either
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    @property
+    def unique_identifiers(self) -> dict[str, str]:
+        return {"class": type(self).__name__}
+
+    def tokenize(self, text: str) -> list[int]:
+        raise TypeError("no tokenizer was given, only the size of its vocabulary")
+
+    def detokenize(self, ids: list[int]) -> str:
+        raise TypeError("no tokenizer was given, only the size of its vocabulary")
+
+
+def open_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
+    """The tokenizer, and ``config`` with the vocabulary's size, which is the tokenizer's unless it is set.
+
+    Raises:
+        UserError: no such tokenizer, or it has more ids than the model's vocabulary.
+    """
+    if config.data.tokenizer_model is None:
+        assert config.model.vocab_size is not None, "resolve() asks for one of the two"
+        return config, IdsOnly(config.model.vocab_size)
+    tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+    if config.model.vocab_size is not None:
+        check_vocab(tokenizer, config.model.vocab_size)
+        return config, tokenizer
+    model = replace(config.model, vocab_size=tokenizer.vocab_size)
+    return resolve(replace(config, model=model), world_size=dist.get_world_size()), tokenizer
+
+
+def open_datasets(config: Config, tokenizer: Tokenizer, step: int = 0, consumed_samples: int = 0) -> Datasets:
+    """Training data up to the end of a run that stands at ``step``; the others unless it never evaluates."""
+    training = config.training
+    assert training.train_iters is not None and training.global_batch_size is not None
+    eval_iters = training.eval_iters if training.eval_interval else 0
+    return build_datasets(
+        config.data,
+        tokenizer,
+        seq_length=config.model.seq_length,
+        seed=training.seed,
+        train_samples=consumed_samples + max(0, training.train_iters - step) * training.global_batch_size,
+        eval_samples=eval_iters * training.global_batch_size,
+    )
+
+
+def open_batches(config: Config, dataset: SampleStream, consumed_samples: int = 0) -> Iterator[Batch]:
+    """This rank's micro-batches from a position on; the ranks of a tensor-parallel group read the same."""
+    training = config.training
+    assert training.global_batch_size is not None
+    return build_loader(
+        dataset,
+        consumed_samples=consumed_samples,
+        micro_batch_size=training.micro_batch_size,
+        global_batch_size=training.global_batch_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        num_workers=config.data.num_workers,
+    )

@@ -1,0 +1,114 @@
+"""What a run measures of itself: speed, memory, and where the routers write and read."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_mesh.config.schema import Config
+from megatron_mesh.model import MeshGPTModel, flops_per_token
+from megatron_mesh.recurrence import MeSH
+from megatron_mesh.runtime import device
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class SpeedMeter:
+    """Time per step since the last reading (first: since construction), without what runs in ``paused``."""
+
+    def __init__(self, config: Config, step: int):
+        assert config.training.global_batch_size is not None
+        self.tokens_per_step = config.training.global_batch_size * config.model.seq_length
+        self.flops_per_token = flops_per_token(config.model)
+        self._step = step
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count what runs inside."""
+        device.synchronize()
+        stopped = time.perf_counter()
+        yield
+        device.synchronize()
+        self._start += time.perf_counter() - stopped
+
+    def read(self, step: int) -> dict[str, float]:
+        """Speed of the steps up to ``step``, and the most memory that this rank has held.
+
+        Tokens/s count the whole job; TFLOP/s are those of the unrolled network, per device.
+        """
+        device.synchronize()
+        now = time.perf_counter()
+        seconds = (now - self._start) / (step - self._step)
+        self._start, self._step = now, step
+        tokens_per_second = self.tokens_per_step / seconds
+        flops = self.flops_per_token * tokens_per_second / dist.get_world_size()
+        speed = {
+            "step_seconds": seconds,
+            "tokens_per_second": tokens_per_second,
+            "tflops_per_device": flops / 1e12,
+            "peak_memory_bytes": device.peak_memory_bytes(),
+        }
+        peak = device.peak_flops()
+        return {**speed, "share_of_peak": flops / peak} if peak else speed
+
+
+class RouterMeter:
+    """Mean write and read weight per cycle and slot, and the routers' entropy, over all tokens seen.
+
+    Nothing is computed outside ``observing``.
+    """
+
+    def __init__(self, model: MeshGPTModel, enabled: bool = True):
+        scheme = getattr(model.decoder, "recurrence", None)
+        self.scheme = scheme if enabled and isinstance(scheme, MeSH) else None
+        self._sums: dict[int, Tensor] = {}
+
+    @contextmanager
+    def observing(self, wanted: bool = True) -> Iterator[None]:
+        """Collect from the forward passes inside, if ``wanted``."""
+        if self.scheme is None or not wanted:
+            yield
+            return
+        self._sums.clear()
+        self.scheme.observer = self._observe
+        try:
+            yield
+        finally:
+            self.scheme.observer = None
+
+    def _observe(self, cycle: int, write_SBN: Tensor, read_SBN: Tensor) -> None:
+        rows = []
+        for weights in (write_SBN, read_SBN):
+            weights = weights.flatten(0, 1)
+            entropy = torch.special.entr(weights).sum()
+            count = torch.full_like(entropy, len(weights))
+            rows.append(torch.cat([weights.sum(0), torch.stack([entropy, count])]))
+        sums = torch.stack(rows).double()  # [2, N + 2]
+        self._sums[cycle] = self._sums[cycle] + sums if cycle in self._sums else sums
+
+    def read(self) -> dict[str, Any]:
+        """Means over tokens, micro-batches and ranks of the last ``observing``; a collective operation.
+
+        Returns:
+            ``{"router": {"write": [cycle][slot], "read": [cycle][slot], "write_entropy": [cycle] (nats),
+            "read_entropy": [cycle]}}``, or nothing where the model has no routers.
+        """
+        if self.scheme is None:
+            return {}
+        sums = torch.stack([self._sums[cycle] for cycle in sorted(self._sums)])  # [K + 1, 2, N + 2]
+        dist.all_reduce(sums)
+        means = sums[..., :-1] / sums[..., -1:]
+        router = {}
+        for index, kind in enumerate(("write", "read")):
+            router[kind] = means[:, index, :-1].tolist()
+            router[f"{kind}_entropy"] = means[:, index, -1].tolist()
+        return {"router": router}

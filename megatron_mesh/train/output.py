@@ -1,0 +1,96 @@
+"""The directories that a run writes to, and the configuration that it leaves there."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_mesh.config.dump import dump_config
+from megatron_mesh.config.schema import Config
+from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.distributed import is_rank_zero
+from megatron_mesh.runtime.logging import METRICS_FILE, Log, open_log
+from megatron_mesh.train.metrics import perplexity
+from megatron_mesh.train.resume import CONFIG_FILE
+from megatron_mesh.train.state import TrainState
+
+
+def check_writable(config: Config) -> None:
+    """Make the directories that the settings name, and raise UserError where one cannot be written."""
+    directories = {
+        "--save": config.checkpoint.save,
+        "--output-dir": config.logging.output_dir,
+        "--tensorboard-dir": config.logging.tensorboard_dir,
+    }
+    for flag, directory in directories.items():
+        if directory is None:
+            continue
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"{flag} {directory} cannot be written ({error.strerror}); choose another"
+            ) from None
+
+
+def open_output_directory(config: Config) -> Path:
+    """The directory of the run's configuration and metrics: --output-dir, or --save, or runs/<scheme>-<time>.
+
+    Writes ``config.yaml`` there, with which ``--config`` starts the same run again; a different one that is
+    there already goes on as ``config.1.yaml``, ``config.2.yaml`` and so on.
+    """
+    chosen = config.logging.output_dir or config.checkpoint.save
+    name = f"{config.model.recurrence}-{datetime.now():%Y%m%d-%H%M%S}"
+    directory = Path(chosen) if chosen else Path("runs") / name
+    directory.mkdir(parents=True, exist_ok=True)
+    path, text = directory / CONFIG_FILE, dump_config(config)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        keep_aside(path)
+    path.write_text(text, encoding="utf-8")
+    return directory
+
+
+def keep_aside(path: Path) -> None:
+    """Rename ``name.ext`` to the first of ``name.1.ext``, ``name.2.ext``, ... that is free."""
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(aside)
+
+
+@contextmanager
+def open_outputs(config: Config, state: TrainState) -> Iterator[Log]:
+    """The run's log, with its configuration and metrics in the output directory; rank 0 alone writes.
+
+    A run that resumes goes on with ``metrics.jsonl``; a new one keeps another run's as ``metrics.1.jsonl``.
+    """
+    if not is_rank_zero():
+        yield Log()
+        return
+    directory = open_output_directory(config)
+    metrics = directory / METRICS_FILE
+    if state.step == 0 and metrics.exists():
+        keep_aside(metrics)
+    with open_log(config, directory, state.step) as log:
+        yield log
+
+
+def summary(config: Config, state: TrainState, log: Log) -> dict[str, Any]:
+    """What a finished run reports: how far, how long, how good, and where things are."""
+    values: dict[str, Any] = {
+        "steps": state.step,
+        "tokens": state.consumed_samples * config.model.seq_length,
+        "seconds": log.seconds,
+        "train_loss": state.train_loss,
+    }
+    if state.valid_loss is not None:
+        values |= {"valid_loss": state.valid_loss, "valid_perplexity": perplexity(state.valid_loss)}
+    if config.checkpoint.save:
+        values["checkpoints"] = config.checkpoint.save
+    if log.directory:
+        values |= {"metrics": str(log.directory / METRICS_FILE), "config": str(log.directory / CONFIG_FILE)}
+    return values

@@ -1,0 +1,103 @@
+"""A global batch through Megatron-core's schedule: its loss, and its gradients."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_mesh.config.schema import Config, TrainingConfig
+from megatron_mesh.data import Batch, SampleStream
+from megatron_mesh.errors import UserError
+from megatron_mesh.runtime import device
+from megatron_mesh.train.data import open_batches
+
+# What the schedules take from a loss function: the sum to differentiate, the number of tokens to divide
+# the gradients by, and a report that they collect.
+LossReport = tuple[Tensor, Tensor, Tensor]
+
+
+def masked_loss(loss_mask: Tensor, losses: Tensor) -> LossReport:
+    """Sum of those losses [B, S] whose mask [B, S] is 1, their number, and both again as a report [2]."""
+    total = (losses.float() * loss_mask).sum()
+    tokens = loss_mask.sum()
+    # The schedule scales the loss in place; the report has memory of its own.
+    return total, tokens.to(torch.int), torch.stack([total.detach(), tokens])
+
+
+def forward_step(
+    batches: Iterator[Batch], model: DistributedDataParallel
+) -> tuple[Tensor, Callable[[Tensor], LossReport]]:
+    """Losses [B, S] of the next micro-batch, and how to sum them: the schedules' ``forward_step_func``."""
+    batch = next(batches)
+    _check_ids(batch, model.module.vocab_size)
+    tokens, labels, loss_mask, position_ids = (
+        x.to(device.device(), non_blocking=True)
+        for x in (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)
+    )
+    losses = model(tokens, position_ids, attention_mask=None, labels=labels)
+    return losses, partial(masked_loss, loss_mask)
+
+
+def _check_ids(batch: Batch, entries: int) -> None:
+    """An id beyond the embedding would stop the process deep inside, on a GPU without saying why."""
+    largest = max(int(batch.tokens.max()), int(batch.labels.max()))
+    if largest >= entries:
+        raise UserError(
+            f"the data hold token {largest}, and the model's padded vocabulary has {entries} entries; give "
+            "the tokenizer that the data were made with (--tokenizer-model), or the right --vocab-size"
+        )
+
+
+def run_batch(
+    model: DistributedDataParallel,
+    batches: Iterator[Batch],
+    training: TrainingConfig,
+    *,
+    forward_only: bool = False,
+) -> Tensor:
+    """Run this rank's micro-batches of one global batch.
+
+    Unless ``forward_only``, the gradients of the loss per token, over all ranks, are in ``main_grad`` then.
+
+    Returns:
+        [2], float64: the sum of this rank's losses and the number of tokens in it.
+    """
+    assert training.global_batch_size is not None
+    share = training.global_batch_size // parallel_state.get_data_parallel_world_size()
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=batches,
+        model=[model],
+        num_microbatches=share // training.micro_batch_size,
+        seq_length=model.module.max_sequence_length,
+        micro_batch_size=training.micro_batch_size,
+        forward_only=forward_only,
+    )
+    return torch.stack(reports).double().sum(0)
+
+
+def loss_per_token(totals: Tensor) -> float:
+    """Loss per token in nats, from every rank's ``run_batch``; a collective operation."""
+    # All ranks of a tensor-parallel group add the same numbers, which the quotient does not see.
+    dist.all_reduce(totals)
+    total, tokens = totals.tolist()
+    return total / tokens if tokens else math.nan
+
+
+@torch.no_grad()
+def evaluate(model: DistributedDataParallel, config: Config, dataset: SampleStream) -> float:
+    """Loss per token in nats over the first ``eval_iters`` global batches of ``dataset``."""
+    batches = open_batches(config, dataset)
+    model.eval()
+    totals = [
+        run_batch(model, batches, config.training, forward_only=True)
+        for _ in range(config.training.eval_iters)
+    ]
+    model.train()
+    return loss_per_token(torch.stack(totals).sum(0))

@@ -1,0 +1,42 @@
+#!/usr/bin/env python
+"""Pretrain a recursive transformer; ``--help`` lists the settings.
+
+python pretrain_mesh.py --config examples/configs/pythia-160m-mesh.yaml --data-path my_corpus
+torchrun --nproc-per-node 8 pretrain_mesh.py --config examples/configs/pythia-1b-mesh.yaml --data-path D
+"""
+
+import sys
+from collections.abc import Sequence
+
+from megatron_mesh.arguments import parse_args
+from megatron_mesh.config.checks import resolve
+from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.console import show_messages
+from megatron_mesh.runtime.environment import rank_from_environment, world_size_from_environment
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, then plan or train."""
+    arguments = parse_args(argv)
+    world_size = world_size_from_environment()
+    config = resolve(arguments.config, world_size=world_size)
+    # Megatron-core takes seconds to import, and --help and mistakes do not need it.
+    if arguments.dry_run:
+        from megatron_mesh.model.plan import plan_text
+
+        print(plan_text(config, world_size))
+    else:
+        from megatron_mesh.train import pretrain
+
+        pretrain(config)
+
+
+if __name__ == "__main__":  # saving a checkpoint starts processes that import this file
+    speaks = rank_from_environment() == 0
+    show_messages(speaks)
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        if speaks:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,141 @@
+"""The program as a user starts it: plain python and torchrun, its configuration file, its errors."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_mesh.data.indexed import IndexedWriter
+from megatron_mesh.errors import UserError
+from pretrain_mesh import main
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = """\
+recurrence: mesh
+layers: 1+1R2+1
+hidden_size: 32
+num_attention_heads: 2
+seq_length: 16
+vocab_size: 128
+micro_batch_size: 2
+global_batch_size: 8
+train_iters: 6
+lr: 1e-2
+lr_warmup_iters: 1
+split: 80,10,10
+num_workers: 0
+eval_interval: 3
+eval_iters: 2
+log_interval: 1
+"""
+
+
+def launch(*flags: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run the program; with several processes under torchrun."""
+    launcher = [sys.executable]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        launcher += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    command = [*launcher, "pretrain_mesh.py", *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
+    """As in the launched processes: sums come out bitwise the same."""
+    torch.set_num_threads(1)
+
+
+def losses(directory: Path, kind: str = "train") -> list[float]:
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if record["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> Path:
+    """A YAML file of a small run, with a corpus of skewed random ids."""
+    directory = tmp_path_factory.mktemp("settings")
+    random = np.random.default_rng(0)
+    documents = [random.zipf(1.3, size=40) % 128 for _ in range(200)]
+    with IndexedWriter(str(directory / "text"), np.uint16) as writer:
+        writer.add(np.concatenate(documents).astype(np.uint16), np.array([len(d) for d in documents]))
+        writer.commit()
+    path = directory / "run.yaml"
+    path.write_text(f"{SETTINGS}data_path: {directory / 'text'}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def single(settings, tmp_path_factory) -> Path:
+    """The output directory of a run in one process, with checkpoints."""
+    directory = tmp_path_factory.mktemp("single") / "run"
+    result = launch("--config", settings, "--save", directory, "--save-interval", 3)
+    assert result.returncode == 0, result.stderr
+    assert "step 6/6 | loss" in result.stdout
+    assert "validation loss" in result.stdout
+    assert f"saved {directory}/iter_0000006" in result.stderr
+    assert "Warning" not in result.stderr
+    return directory
+
+
+def test_files(single):
+    names = {path.name for path in single.iterdir()}
+    expected = {"config.yaml", "metrics.jsonl", "latest_checkpointed_iteration.txt"}
+    assert names == expected | {"iter_0000003", "iter_0000006"}
+    assert len(losses(single)) == 6
+    assert losses(single)[-1] < losses(single)[0] - 0.3
+    assert len(losses(single, "valid")) == 2
+    assert len(losses(single, "test")) == 1
+
+
+def test_two_data_parallel_processes_train_as_one(settings, single, tmp_path):
+    result = launch("--config", settings, "--output-dir", tmp_path, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path) == pytest.approx(losses(single), abs=1e-5)
+    assert losses(tmp_path, "valid") == pytest.approx(losses(single, "valid"), abs=1e-5)
+
+
+def test_two_tensor_parallel_processes_train_as_one(settings, single, tmp_path):
+    """And one process goes on with what the two saved."""
+    flags = (
+        "--tensor-model-parallel-size",
+        2,
+        "--sequence-parallel",
+        "--save",
+        tmp_path,
+        "--save-interval",
+        3,
+    )
+    result = launch("--config", settings, *flags, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path) == pytest.approx(losses(single), abs=1e-5)
+    assert losses(tmp_path, "valid") == pytest.approx(losses(single, "valid"), abs=1e-5)
+    resumed = ["--load", str(tmp_path / "iter_0000003"), "--output-dir", str(tmp_path / "resumed")]
+    main(["--config", str(settings), *resumed])
+    assert losses(tmp_path / "resumed") == pytest.approx(losses(single)[3:], abs=1e-5)
+
+
+def test_the_written_configuration_starts_the_same_run(single, tmp_path):
+    config = ["--config", str(single / "config.yaml")]
+    with pytest.raises(UserError, match="already holds checkpoints"):
+        main(config)
+    main([*config, "--save", str(tmp_path)])
+    assert losses(tmp_path) == losses(single)
+    assert losses(tmp_path, "test") == losses(single, "test")
+
+
+def test_errors_are_one_line(settings):
+    result = launch("--config", settings, "--hiden-size", 64)
+    assert result.returncode == 2
+    assert result.stderr == "error: unknown setting --hiden-size; did you mean --hidden-size?\n"
+    assert not result.stdout

@@ -1,0 +1,134 @@
+"""What a run refuses, each time before anything is written."""
+
+import importlib.util
+import json
+import re
+import shutil
+
+import pytest
+
+from megatron_mesh.errors import UserError
+from megatron_mesh.train import pretrain
+from tests.unit.train.conftest import run, tree
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory with a checkpoint of step 1 of 6."""
+    made = []
+
+    def get(tiny):
+        if not made:
+            made.append(tmp_path_factory.mktemp("saved") / "run")
+            run(tiny(save=str(made[0]), train_iters=1, lr_decay_iters=6))
+        return made[0]
+
+    return get
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch):
+    """Run ``pretrain``, and see that it raises, and leaves every file below ``watched`` as it was."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(config, message, watched=tmp_path):
+        before = tree(watched)
+        with pytest.raises(UserError, match=message):
+            pretrain(config)
+        assert tree(watched) == before
+        assert not (tmp_path / "runs").exists()
+
+    return check
+
+
+def test_no_checkpoint_to_load(tiny, refused, tmp_path):
+    refused(tiny(load=str(tmp_path / "absent")), "absent: no checkpoint there.*check the directory")
+    refused(tiny(load=str(tmp_path / "a"), save=str(tmp_path / "a"), finetune=True), "no checkpoint there")
+
+
+def test_save_holds_checkpoints_of_another_run(tiny, saved, refused, tmp_path):
+    directory = saved(tiny)
+    message = "already holds checkpoints.*--load"
+    refused(tiny(save=str(directory)), message, directory)
+    refused(tiny(save=str(directory), load=str(directory), finetune=True), message, directory)
+    other = shutil.copytree(directory, tmp_path / "other")
+    refused(tiny(save=str(directory), load=str(other)), message, directory)
+
+
+def test_directories_that_cannot_be_written(tiny, refused, tmp_path):
+    (tmp_path / "file").write_text("here")
+    for name in ("save", "output_dir", "tensorboard_dir"):
+        for directory in (tmp_path / "file", tmp_path / "file" / "below"):
+            option = name.replace("_", "-")
+            refused(tiny(**{name: str(directory)}), f"--{option} .*file.* cannot be written .*choose another")
+
+
+@pytest.mark.parametrize(
+    ("settings", "difference"),
+    [
+        ({"hidden_size": 48}, "--hidden-size is 32 there and 48 here"),
+        (
+            {"layers": "1+1R3+1"},
+            r"--layers is 1\+1R2\+1 there and 1\+1R3\+1 here.*--mesh-slots is 5 there and 6",
+        ),
+        ({"recurrence": "base"}, "--recurrence is mesh there and base here"),
+        ({"vocab_size": 127}, "--vocab-size is 128 there and 127 here"),
+        ({"seq_length": 8}, "--seq-length is 16 there and 8 here"),
+    ],
+)
+def test_checkpoint_of_another_model(tiny, saved, refused, settings, difference):
+    directory = saved(tiny)
+    remedy = re.escape(f"--config {directory}/iter_0000001/config.yaml")
+    refused(tiny(load=str(directory), **settings), f"another model: .*{difference}.*{remedy}")
+
+
+def test_checkpoint_of_another_precision(tiny, saved, refused):
+    message = "precision: --bf16 is False there and True here; add --no-load-optim"
+    refused(tiny(load=str(saved(tiny)), bf16=True), message)
+
+
+@pytest.mark.parametrize(
+    ("settings", "difference"),
+    [
+        ({"lr": 2e-2}, "--lr is 0.01 there and 0.02 here"),
+        ({"train_iters": 9}, "--lr-decay-iters is 6 there and 9 here"),
+        ({"weight_decay": 0.1}, "--weight-decay is 0.01 there and 0.1 here"),
+    ],
+)
+def test_checkpoint_of_another_schedule(tiny, saved, refused, settings, difference):
+    message = f"another learning-rate schedule: .*{difference}.*--override-opt-param-scheduler"
+    refused(tiny(load=str(saved(tiny)), **settings), message)
+
+
+def test_damaged_and_newer_checkpoints(tiny, saved, refused, tmp_path):
+    copy = shutil.copytree(saved(tiny), tmp_path / "copy")
+    config = tiny(load=str(copy))
+    state = copy / "iter_0000001" / "state.json"
+    content = json.loads(state.read_text())
+    state.write_text(json.dumps({**content, "format_version": 2}))
+    refused(config, "checkpoint format 2, .* up to 1; use a newer")
+    state.write_text('{"format_version":')
+    refused(config, "iter_0000001 is not a complete checkpoint")
+    state.unlink()
+    refused(config, "iter_0000001 is not a complete checkpoint")
+    (copy / "latest_checkpointed_iteration.txt").write_text("release")
+    refused(config, "release is not a complete checkpoint")
+
+
+def test_missing_data_and_tokenizer(tiny, refused, tmp_path):
+    refused(tiny(data_path=None), "--data-path")
+    refused(tiny(data_path=[str(tmp_path / "absent")]), "absent.idx does not exist")
+    refused(tiny(tokenizer_model=str(tmp_path / "tokenizer.json")), "tokenizer.json does not exist")
+
+
+def test_trackers_that_are_not_installed(tiny, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refused(tiny(wandb_project="p"), "--wandb-project needs the package wandb; pip install wandb")
+    refused(tiny(tensorboard_dir=str(tmp_path / "t")), "--tensorboard-dir needs the package tensorboard")
+
+
+def test_a_diverged_run_stops_before_it_saves(tiny, tmp_path):
+    config = tiny(lr=1e30, lr_warmup_fraction=None, save=str(tmp_path), save_interval=1)
+    with pytest.raises(UserError, match=r"gradients of step 2 are not finite.*--lr"):
+        run(config)
+    assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000001"]

@@ -1,0 +1,156 @@
+"""Saving and resuming: a resumed run cannot be told from one that never stopped."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_mesh.config.settings import with_values
+from megatron_mesh.runtime.distributed import process_groups
+from megatron_mesh.train.checkpoint import save_checkpoint
+from megatron_mesh.train.loop import build
+from megatron_mesh.train.resume import find_checkpoint
+from tests.unit.train.conftest import run
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Directories with checkpoints of steps 3 and 6, one for each precision, made when first asked for."""
+    made = {}
+
+    def get(tiny, bf16: bool = False):
+        if bf16 not in made:
+            directory = tmp_path_factory.mktemp("saved") / "run"
+            config = tiny(bf16=bf16, save=str(directory), save_interval=3, eval_interval=2)
+            made[bf16] = (directory, run(config))
+        return made[bf16]
+
+    return get
+
+
+def assert_equal_tensors(a, b):
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b, strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_resuming_is_bitwise(tiny, saved, bf16):
+    directory, straight = saved(tiny, bf16)
+    resumed = run(tiny(bf16=bf16, load=str(directory / "iter_0000003"), eval_interval=2))
+    assert [r.step for r in resumed.records if r.kind == "train"] == [4, 5, 6]
+    for name in ("loss", "lr", "grad_norm", "consumed_samples", "router"):
+        assert resumed.values(name) == straight.values(name)[3:], name
+    assert resumed.values("loss", "valid") == straight.values("loss", "valid")[1:]
+    assert list(resumed.weights) == list(straight.weights)
+    assert_equal_tensors(list(resumed.weights.values()), list(straight.weights.values()))
+    assert_equal_tensors(resumed.optimizer, straight.optimizer)
+    assert resumed.groups == straight.groups
+    assert resumed.state == straight.state
+    if bf16:
+        assert {w.dtype for w in straight.weights.values()} == {torch.bfloat16}
+        assert {t.dtype for t in straight.optimizer} == {torch.float32}
+
+
+def test_what_is_on_disk(tiny, saved):
+    directory, straight = saved(tiny)
+    assert (directory / "latest_checkpointed_iteration.txt").read_text() == "6"
+    assert sorted(p.name for p in directory.iterdir() if p.is_dir()) == ["iter_0000003", "iter_0000006"]
+    state = json.loads((directory / "iter_0000006" / "state.json").read_text())
+    assert state["format_version"] == 1
+    assert state["versions"]["megatron_core"] == "0.16.1"
+    assert state["train_state"]["step"] == 6
+    assert state["train_state"]["consumed_samples"] == 48
+    assert state["train_state"]["train_loss"] == straight.values("loss")[-1]
+    config = tiny(save=str(directory), load=str(directory))
+    found = find_checkpoint(config.checkpoint)
+    assert found.path == directory / "iter_0000006"
+    assert found.config.model == config.model
+
+
+def test_an_interrupted_save_is_not_seen(tiny, saved, tmp_path):
+    """What a killed run leaves is neither loaded nor in the way of the next one."""
+    config = tiny(save=str(tmp_path), load=str(tmp_path), save_interval=3, train_iters=3, lr_decay_iters=6)
+    left = tmp_path / "iter_0000003.partial"
+    left.mkdir()
+    (left / "common.pt").write_text("half")
+    assert find_checkpoint(config.checkpoint) is None
+    run(config)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["iter_0000003"]
+    outcome = run(tiny(load=str(tmp_path)))
+    assert outcome.values("loss") == saved(tiny)[1].values("loss")[3:]
+
+
+def test_finetune_takes_the_weights_alone(tiny, saved):
+    directory, straight = saved(tiny)
+    fresh = run(tiny())
+    outcome = run(tiny(load=str(directory), finetune=True, lr=1e-3, seed=7))
+    assert [r.step for r in outcome.records] == [1, 2, 3, 4, 5, 6]
+    assert outcome.values("lr") == pytest.approx([lr / 10 for lr in fresh.values("lr")])
+    assert outcome.values("loss")[0] < fresh.values("loss")[0] - 0.2
+    assert straight.values("loss")[-1] == pytest.approx(outcome.values("loss")[0], abs=0.4)
+
+
+def test_without_the_optimizer(tiny, saved):
+    """As Megatron-LM: step and data go on; optimizer and schedule start anew."""
+    directory, straight = saved(tiny)
+    outcome = run(tiny(load=str(directory / "iter_0000003"), load_optim=False))
+    assert [r.step for r in outcome.records] == [4, 5, 6]
+    assert outcome.values("loss")[0] == straight.values("loss")[3]
+    assert outcome.values("lr") == straight.values("lr")[:3]
+    steps = [moment for moment in outcome.optimizer if moment.ndim == 0]
+    assert {step.item() for step in steps} == {3.0}
+
+
+def test_precision_may_change_without_the_optimizer(tiny, saved):
+    directory, straight = saved(tiny)
+    outcome = run(tiny(load=str(directory / "iter_0000003"), load_optim=False, bf16=True))
+    assert outcome.values("loss")[0] == pytest.approx(straight.values("loss")[3], rel=1e-2)
+
+
+def test_overriding_the_schedule(tiny, saved):
+    directory, straight = saved(tiny)
+    settings = {
+        "override_opt_param_scheduler": True,
+        "lr": 5e-3,
+        "weight_decay": 0.2,
+        "lr_decay_style": "linear",
+    }
+    outcome = run(tiny(load=str(directory / "iter_0000003"), **settings))
+    assert outcome.values("lr") == pytest.approx(run(tiny(**settings)).values("lr")[3:])
+    assert outcome.values("loss")[0] == straight.values("loss")[3]
+    assert max(group["weight_decay"] for group in outcome.groups) == 0.2
+
+
+def test_data_go_on_where_they_were_with_another_batch_size(tiny, saved):
+    directory, _ = saved(tiny)
+    load = str(directory / "iter_0000003")
+    outcome = run(tiny(load=load, global_batch_size=4, lr_decay_iters=6, train_iters=8))
+    assert outcome.values("consumed_samples") == [28, 32, 36, 40, 44]
+
+
+def draws() -> list[float]:
+    return [random.random(), np.random.rand(), torch.rand(()).item()]
+
+
+def test_generators_of_all_kinds(tiny, saved, tmp_path):
+    """The run saves after draws that a new run does not make."""
+    config = tiny(save=str(tmp_path / "run"), train_iters=1, lr_decay_iters=6)
+    with process_groups(config.parallel, config.training.seed):
+        random.seed(5)
+        np.random.seed(5)
+        torch.rand(11)
+        parts = build(config, None)
+        save_checkpoint(tmp_path / "run", config, parts.model, parts.optimizer, parts.state)
+        expected = draws()
+    for load_rng in (True, False):
+        load = {"load": str(tmp_path / "run"), "save": None, "load_optim": False, "load_rng": load_rng}
+        resumed = with_values(config, load)
+        with process_groups(config.parallel, config.training.seed):
+            random.seed(6)
+            np.random.seed(6)
+            build(resumed, find_checkpoint(resumed.checkpoint))
+            assert (draws() == expected) == load_rng

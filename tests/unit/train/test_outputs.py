@@ -1,0 +1,205 @@
+"""What a run leaves behind: configuration, metrics.jsonl, TensorBoard events, console lines."""
+
+import io
+import json
+import math
+import sys
+from dataclasses import asdict
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import pytest
+import torch
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_mesh.config.schema import Config
+from megatron_mesh.config.settings import with_values
+from megatron_mesh.config.sources import read_yaml
+from megatron_mesh.model import flops_per_token
+from megatron_mesh.runtime.console import Bar, Lines
+from megatron_mesh.runtime.records import Record
+from megatron_mesh.train import pretrain
+from megatron_mesh.train.data import open_batches
+from megatron_mesh.train.loop import build
+from megatron_mesh.train.metrics import RouterMeter
+from megatron_mesh.train.step import run_batch
+from tests.helpers import one_process, randomise
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics_and_tensorboard(tiny, tmp_path, capsys):
+    config = tiny(
+        log_interval=2,
+        eval_interval=3,
+        output_dir=str(tmp_path / "out"),
+        tensorboard_dir=str(tmp_path / "events"),
+        train_iters=5,
+    )
+    state = pretrain(config)
+    records = read(tmp_path / "out" / "metrics.jsonl")
+    kinds = [(record["kind"], record["step"]) for record in records]
+    train = [("train", step) for step in (1, 2, 4, 5)]
+    assert kinds == [*train[:2], ("valid", 3), *train[2:], ("valid", 5), ("test", 5), ("summary", 5)]
+    last, summary = records[-4], records[-1]
+    assert last["consumed_samples"] == 40
+    assert last["consumed_tokens"] == 640
+    assert last["tokens_per_second"] == pytest.approx(8 * 16 / last["step_seconds"])
+    flops = flops_per_token(config.model) * last["tokens_per_second"]
+    assert last["tflops_per_device"] == pytest.approx(flops / 1e12)
+    assert last["peak_memory_bytes"] > 2**20
+    assert "share_of_peak" not in last  # a CPU has no data sheet
+    assert summary["train_loss"] == last["loss"] == state.train_loss
+    assert summary["valid_loss"] == records[-3]["loss"] == state.valid_loss
+    assert records[-3]["perplexity"] == pytest.approx(math.exp(state.valid_loss))
+    assert summary["tokens"] == 640
+
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    loss = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert loss == pytest.approx({r["step"]: r["loss"] for r in records if r["kind"] == "train"})
+    slot = events.Scalars("train/router/read/cycle1/slot2")[-1]
+    assert slot.value == pytest.approx(last["router"]["read"][1][2])
+    assert events.Scalars("train/router/write_entropy/cycle0")[-1].step == 5
+
+    out = capsys.readouterr().out
+    assert f"step 5/5 | loss {last['loss']:.4f} | lr " in out
+    assert "step 5/5 | validation loss" in out
+    assert str(tmp_path / "out" / "metrics.jsonl") in out
+
+
+def test_router_metrics(tiny):
+    """Against the softmax of what the routers' linear maps gave, over all micro-batches."""
+    config = tiny()
+    with one_process(config):
+        parts = build(config, None)
+        model = parts.model.module
+        randomise(model)
+        scheme, seen = model.decoder.recurrence, {}
+        for kind in ("write", "read"):
+            for cycle, router in enumerate(getattr(scheme, kind)):
+                logits = seen.setdefault((kind, cycle), [])
+                router.register_forward_hook(lambda module, x, y, logits=logits: logits.append(y.detach()))
+        meter = RouterMeter(model)
+        batches = open_batches(config, parts.data.train)
+        with meter.observing(False):
+            run_batch(parts.model, batches, config.training)
+        for logits in seen.values():
+            logits.clear()
+        with meter.observing():
+            run_batch(parts.model, batches, config.training)
+        router = meter.read()["router"]
+        assert scheme.observer is None
+    for (kind, cycle), logits in seen.items():
+        weights = torch.softmax(torch.cat([y.flatten(0, 1) for y in logits]).double(), dim=-1)
+        assert len(weights) == 8 * 16
+        assert router[kind][cycle] == pytest.approx(weights.mean(0).tolist(), rel=1e-5)
+        entropy = -(weights * weights.log()).sum(-1).mean().item()
+        assert router[f"{kind}_entropy"][cycle] == pytest.approx(entropy, rel=1e-5)
+    assert len(router["read"]) == 3
+    assert len(router["read"][0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("recurrence", "layers", "log"), [("base", "1+1R2+1", True), ("mesh", "1+1R2+1", False)]
+)
+def test_no_router_metrics(tiny, tmp_path, recurrence, layers, log):
+    config = tiny(
+        recurrence, layers, log_routers=log, train_iters=1, lr_warmup_fraction=None, output_dir=str(tmp_path)
+    )
+    pretrain(config)
+    assert "router" not in read(tmp_path / "metrics.jsonl")[0]
+
+
+def test_default_output_directory(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pretrain(tiny("anchor", train_iters=1, lr_warmup_fraction=None))
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert directory.name.startswith("anchor-2")
+    assert sorted(path.name for path in directory.iterdir()) == ["config.yaml", "metrics.jsonl"]
+
+
+def test_earlier_files_are_kept(tiny, tmp_path):
+    """A second run into the same directory; the same configuration is not kept twice."""
+    first = tiny(train_iters=1, lr_warmup_fraction=None, output_dir=str(tmp_path))
+    second = with_values(first, {"seed": 99})
+    pretrain(first)
+    pretrain(first)
+    assert not (tmp_path / "config.1.yaml").exists()
+    pretrain(second)
+    pretrain(first)
+    configs = [read_yaml(tmp_path / name) for name in ("config.1.yaml", "config.2.yaml", "config.yaml")]
+    assert [with_values(Config(), values) for values in configs] == [first, second, first]
+    losses = [read(tmp_path / f"metrics{n}.jsonl")[0]["loss"] for n in (".1", ".2", ".3", "")]
+    assert losses[0] == losses[1] == losses[3] != losses[2]
+
+
+def test_resuming_appends(tiny, tmp_path):
+    pretrain(tiny(save=str(tmp_path), train_iters=2, lr_decay_iters=6))
+    pretrain(tiny(save=str(tmp_path), load=str(tmp_path), train_iters=3, lr_decay_iters=6))
+    assert [r["step"] for r in read(tmp_path / "metrics.jsonl") if r["kind"] == "train"] == [1, 2, 3]
+    assert not (tmp_path / "metrics.1.jsonl").exists()
+
+
+TRAIN = {
+    "loss": 3.25,
+    "lr": 1e-3,
+    "grad_norm": 0.5,
+    "tokens_per_second": 1234.5,
+    "tflops_per_device": 0.25,
+    "step_seconds": 2.0,
+    "peak_memory_bytes": 3 * 2**30,
+}
+
+
+def test_lines():
+    lines = Lines(200)
+    assert lines.text(Record("train", 20, TRAIN)) == (
+        "step  20/200 | loss 3.2500 | lr 1.000e-03 | grad norm 0.500 | 1,234 tokens/s | 0.25 TFLOP/s"
+        " | 2 s/step | 3.0 GiB | eta 0:06:00"
+    )
+    valid = Record("valid", 200, {"loss": 2.0, "perplexity": math.exp(2)})
+    assert lines.text(valid) == "step 200/200 | validation loss 2.0000 | perplexity 7.39"
+
+
+def test_live_bar():
+    file = io.StringIO()
+    bar = Bar(Console(file=file, force_terminal=True, width=160), step=10, last=200)
+    bar.tick(19)
+    bar.write(Record("train", 20, {**TRAIN, "share_of_peak": 0.41}))
+    bar.progress.refresh()
+    bar.write(Record("valid", 20, {"loss": 2.0, "perplexity": math.exp(2)}))
+    bar.write(Record("summary", 20, {"steps": 20, "tokens": 2560, "config": "out/config.yaml"}))
+    bar.close()
+    text = file.getvalue()
+    for part in ("20/200", "loss 3.2500", "41.0% of peak", "validation loss 2.0000", "out/config.yaml"):
+        assert part in text, part
+
+
+def test_weights_and_biases(tiny, tmp_path, monkeypatch):
+    """A run is made with the settings, gets the flat values of each step, and is ended."""
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append(("log", step, values))
+
+        def finish(self):
+            calls.append(("finish",))
+
+    package = ModuleType("wandb")
+    package.__spec__ = ModuleSpec("wandb", None)
+    package.init = lambda **settings: calls.append(("init", settings)) or Run()
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    config = tiny(wandb_project="p", train_iters=1, lr_warmup_fraction=None, output_dir=str(tmp_path))
+    pretrain(config)
+    settings = {"project": "p", "name": None, "config": asdict(config), "dir": tmp_path}
+    assert calls[0] == ("init", settings)
+    assert calls[1][:2] == ("log", 1)
+    record = read(tmp_path / "metrics.jsonl")[0]
+    assert calls[1][2]["train/loss"] == record["loss"]
+    assert calls[1][2]["train/router/write/cycle2/slot4"] == record["router"]["write"][2][4]
+    assert calls[-1] == ("finish",)
