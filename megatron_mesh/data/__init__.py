@@ -1,0 +1,18 @@
+"""Text becomes an indexed data set, and an indexed data set becomes batches."""
+
+from megatron_mesh.data.datasets import Datasets, build_datasets
+from megatron_mesh.data.loader import Batch, build_loader, sample_ids
+from megatron_mesh.data.stream import SampleStream
+from megatron_mesh.data.tokenizer import Tokenizer, build_tokenizer, check_vocab
+
+__all__ = [
+    "Batch",
+    "Datasets",
+    "SampleStream",
+    "Tokenizer",
+    "build_datasets",
+    "build_loader",
+    "build_tokenizer",
+    "check_vocab",
+    "sample_ids",
+]

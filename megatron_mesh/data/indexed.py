@@ -1,0 +1,131 @@
+"""Megatron's indexed data on disk: PREFIX.bin holds the tokens, PREFIX.idx the lengths of the documents.
+
+Format: megatron/core/datasets/indexed_dataset.py.
+"""
+
+import hashlib
+import os
+import struct
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import (
+    _INDEX_HEADER,
+    DType,
+    _IndexWriter,
+    get_bin_path,
+    get_idx_path,
+)
+
+from megatron_mesh.errors import UserError
+
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+
+
+class _NumpyIndexWriter(_IndexWriter):
+    """Megatron's writer of .idx files, with its loop over the documents replaced by one cumulative sum."""
+
+    def _sequence_pointers(self, sequence_lengths: np.ndarray) -> np.ndarray:
+        ends = np.cumsum(sequence_lengths, dtype=np.int64) * DType.size(self.dtype)
+        return np.concatenate(([0], ends[:-1]))
+
+
+class IndexedWriter:
+    """Writes many documents at a time; the files equal Megatron's IndexedDatasetBuilder's to the byte.
+
+    A context manager. Everything goes to ``PREFIX.bin.partial`` and ``PREFIX.idx.partial``; ``commit`` gives
+    the files their names. Leaving the context without it removes them, so an existing pair stays untouched.
+    """
+
+    def __init__(self, prefix: str, dtype: type[np.number[Any]]) -> None:
+        self.prefix = prefix
+        self.dtype = dtype
+        self._lengths: list[np.ndarray] = []
+        self._temporary = {path: f"{path}.partial" for path in (get_bin_path(prefix), get_idx_path(prefix))}
+        try:
+            Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+            self._bin = open(self._temporary[get_bin_path(prefix)], "wb")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"Cannot write {prefix}.bin: {error}; choose another --output-prefix.") from error
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents: their tokens [sum(lengths)], one after the other, and lengths [documents]."""
+        self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
+        self._lengths.append(
+            np.array(lengths, dtype=np.int32)
+        )  # a copy: they may lie in a file that is closed
+
+    def commit(self) -> None:
+        """Write the index and give both files their final names."""
+        self._bin.close()
+        lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths])
+        with _NumpyIndexWriter(self._temporary[get_idx_path(self.prefix)], self.dtype) as writer:
+            writer.write(lengths, None, np.arange(len(lengths) + 1))
+        for path, temporary in self._temporary.items():
+            os.replace(temporary, path)
+
+    def __enter__(self) -> "IndexedWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bin.close()
+        for temporary in self._temporary.values():
+            Path(temporary).unlink(missing_ok=True)
+
+
+class IndexedFacts(NamedTuple):
+    """What a pair of files says of itself: sequences, bytes per token, a fingerprint of the content."""
+
+    sequences: int
+    token_bytes: int
+    fingerprint: str
+
+
+def inspect_prefix(prefix: str) -> IndexedFacts:
+    """Check the pair PREFIX.bin, PREFIX.idx in constant time.
+
+    Raises UserError when one is missing, the index is truncated or of another format, or the data are
+    shorter than the index says. Megatron's reader would stop with an assertion or read past the end.
+    """
+    idx, bin_ = Path(get_idx_path(prefix)), Path(get_bin_path(prefix))
+    for path in (idx, bin_):
+        if not path.is_file():
+            hint = ", without .bin or .idx" if prefix.endswith((".bin", ".idx")) else ""
+            raise UserError(
+                f"Data file {path} does not exist: --data-path takes the prefix of a .bin and .idx pair{hint}"
+                ", as tools/preprocess_data.py prints it."
+            )
+    idx_bytes, bin_bytes = idx.stat().st_size, bin_.stat().st_size
+    with open(idx, "rb") as file:
+        start = file.read(1 << 20)
+    remedy = "write it again with tools/preprocess_data.py."
+    if len(start) < _HEADER.size or not start.startswith(_INDEX_HEADER):
+        raise UserError(f"{idx} is truncated or no Megatron index; {remedy}")
+    _, version, code, sequences, documents = _HEADER.unpack_from(start)
+    if version != 1 or code not in {kind.value for kind in DType}:
+        raise UserError(f"{idx} has version {version} and token type {code}, which are not known; {remedy}")
+    expected = _HEADER.size + 12 * sequences + 8 * documents
+    if idx_bytes not in (expected, expected + sequences):  # the latter with the modes of multimodal data
+        raise UserError(f"{idx} has {idx_bytes:,} bytes instead of {expected:,}: it is truncated; {remedy}")
+    token_bytes = DType.size(code)
+    tokens = _end_of_last_sequence(idx, sequences, token_bytes)
+    if bin_bytes != tokens:
+        raise UserError(f"{bin_} has {bin_bytes:,} bytes, but {idx} describes {tokens:,}; {remedy}")
+    digest = hashlib.sha256(start + struct.pack("<QQ", idx_bytes, bin_bytes)).hexdigest()
+    return IndexedFacts(sequences, token_bytes, digest[:16])
+
+
+def _end_of_last_sequence(idx: Path, sequences: int, token_bytes: int) -> int:
+    """Bytes of the .bin file by the index: where its last sequence starts, plus the length of that one."""
+    if sequences == 0:
+        return 0
+    with open(idx, "rb") as file:
+        file.seek(_HEADER.size + 4 * (sequences - 1))
+        length, *_ = struct.unpack("<i", file.read(4))
+        file.seek(_HEADER.size + 4 * sequences + 8 * (sequences - 1))
+        pointer, *_ = struct.unpack("<q", file.read(8))
+    return pointer + length * token_bytes

@@ -1,0 +1,218 @@
+"""Data sets: what sample j is, blends, splits, the index cache, errors."""
+
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from corpora import NumberTokenizer, write_jsonl
+
+from megatron_mesh.config.schema import DataConfig
+from megatron_mesh.data import build_datasets
+from megatron_mesh.data.blend import parse_blend, parse_split
+from megatron_mesh.data.datasets import Datasets
+from megatron_mesh.data.stream import SampleStream, epoch_order
+from megatron_mesh.errors import UserError
+
+
+def build(
+    *words: str, train: int = 100, valid: int = 4, seed: int = 1, length: int = 16, **settings: Any
+) -> Datasets:
+    config = DataConfig(data_path=list(words) or None, **{"split": "1,0,0", **settings})
+    return build_datasets(
+        config,
+        NumberTokenizer(),  # type: ignore[arg-type]
+        seq_length=length,
+        seed=seed,
+        train_samples=train,
+        eval_samples=valid,
+    )
+
+
+def first_tokens(stream: SampleStream) -> list[int]:
+    return [int(stream[i]["tokens"][0]) for i in range(len(stream))]
+
+
+def test_a_sample_is_consecutive_text(make_data) -> None:
+    sample = build(make_data("a", documents=1, length=500)).train[3]
+    first = int(sample["tokens"][0])
+    assert sample["tokens"].tolist() == list(range(first, first + 16))
+    assert sample["labels"].tolist() == list(range(first + 1, first + 17))
+    assert sample["position_ids"].tolist() == list(range(16))
+    assert sample["loss_mask"].tolist() == [1.0] * 16
+    assert set(sample) == {"tokens", "labels", "position_ids", "loss_mask"}
+
+
+def test_a_longer_run_begins_with_the_shorter(make_data) -> None:
+    a, b = make_data("a"), make_data("b", documents=25, first=5000)
+    for words in ([a], ["0.7", a, "0.3", b]):
+        assert first_tokens(build(*words, train=700).train)[:90] == first_tokens(
+            build(*words, train=90).train
+        )
+
+
+def test_the_seed_orders_the_samples(make_data) -> None:
+    prefix = make_data("a")
+    assert first_tokens(build(prefix).train) != first_tokens(build(prefix, seed=2).train)
+
+
+def test_every_epoch_has_every_sample_in_its_own_order(make_data) -> None:
+    stream = build(make_data("a"), train=4 * 124).train
+    assert len(stream.parts[0].dataset) == 124  # (40 * 50 - 1) // 16
+    tokens = np.array(first_tokens(stream)).reshape(4, 124)
+    assert all(sorted(epoch) == sorted(tokens[0]) for epoch in tokens)
+    assert len({tuple(epoch) for epoch in tokens}) == 4
+
+
+@pytest.mark.parametrize("samples", [1, 2, 6, 97, 1000])
+def test_epoch_order_is_a_permutation(samples: int) -> None:
+    for epoch in range(5):
+        stride, shift = epoch_order(7, epoch, samples)
+        assert sorted((i * stride + shift) % samples for i in range(samples)) == list(range(samples))
+
+
+def test_blend_keeps_its_proportions_everywhere(make_data) -> None:
+    a, b = make_data("a"), make_data("b", first=5000)
+    stream = build("3", a, "1", b, train=1000).train
+    from_a = np.array([token < 5000 for token in first_tokens(stream)])
+    share = np.cumsum(from_a) / np.arange(1, 1001)
+    assert abs(share[50:] - 0.75).max() < 0.02
+    assert Counter(stream.origin(i).prefix for i in range(1000)) == {a: from_a.sum(), b: 1000 - from_a.sum()}
+
+
+def test_reading_order_and_repetition_change_nothing(make_data) -> None:
+    """Megatron caches the loss mask of the first sample and changes it in place."""
+    one, other = (build(make_data("a"), eod_mask_loss=False).train for _ in range(2))
+    backward = [other[i] for i in reversed(range(50))][::-1]
+    for i in range(50):
+        assert all((one[i][name] == backward[i][name]).all() for name in one[i])
+
+
+def test_end_of_document_can_be_left_out_of_the_loss(tmp_path: Path) -> None:
+    from megatron_mesh.data.indexed import IndexedWriter
+
+    with IndexedWriter(str(tmp_path / "eod"), np.uint16) as writer:
+        writer.add(np.tile([5, 6, 7, 0], 50), np.full(50, 4))
+        writer.commit()
+    for masked in (True, False):
+        sample = build(str(tmp_path / "eod"), eod_mask_loss=masked).train[2]
+        expected = (sample["tokens"] != 0).float() if masked else sample["tokens"] * 0 + 1.0
+        assert (sample["loss_mask"] == expected).all()
+
+
+def test_splits_share_no_document(make_data) -> None:
+    datasets = build(make_data("a"), split="80,10,10", train=99, valid=10)
+    seen = []
+    for stream in datasets:
+        assert stream is not None
+        tokens = {int(token) for i in range(len(stream)) for token in stream[i]["tokens"]}
+        seen.append({(token - 1) // 50 for token in tokens})
+    assert [max(documents) for documents in seen] == [31, 35, 39]
+    assert seen[0].isdisjoint(seen[1]) and seen[1].isdisjoint(seen[2])
+
+
+def test_separate_paths(make_data) -> None:
+    a, b = make_data("a"), make_data("b", first=5000)
+    datasets = build(train_data_path=[a], valid_data_path=[b], train=9, valid=5)
+    assert datasets.valid is not None and datasets.test is None
+    assert len(datasets.valid) == 5
+    assert min(first_tokens(datasets.valid)) >= 5000 > max(first_tokens(datasets.train))
+
+
+def test_without_evaluation_no_data_is_needed_for_it(make_data) -> None:
+    assert build(make_data("a"), split="999,1,0", valid=0).valid is None
+
+
+def test_cache_is_used_and_follows_the_content(make_data, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    prefix = make_data("a")
+    before = first_tokens(build(prefix, data_cache_path=str(cache)).train)
+    files = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert files
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for suffix in (".bin", ".idx"):
+        shutil.copy(prefix + suffix, moved)
+    assert first_tokens(build(str(moved / "a"), data_cache_path=str(cache), train=900).train)[:100] == before
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == files
+    make_data("a", documents=30)
+    build(prefix, data_cache_path=str(cache))
+    assert len(list(cache.iterdir())) == 2 * len(files)
+
+
+def test_prebuilt_cache(make_data, tmp_path: Path, hf_model: str, run_tool, capsys) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", ["some text to read"] * 50)
+    assert run_tool("preprocess_data", "--input", corpus, "--output-prefix", str(tmp_path / "d"),
+                    "--tokenizer-model", hf_model, "--workers", "1") == 0  # fmt: skip
+    command = ["--data-path", str(tmp_path / "d_text_document"), "--tokenizer-model", hf_model]
+    command += ["--seq-length", "8", "--split", "90,10,0", "--data-cache-path", str(tmp_path / "cache")]
+    assert run_tool("build_data_index", *command) == 0
+    assert "train: " in capsys.readouterr().out
+    assert len(list((tmp_path / "cache").glob("*-shuffle_index.npy"))) == 2
+    assert run_tool("build_data_index", *command, "--seq-length", "9999") == 2
+    assert capsys.readouterr().err.startswith("error: The train part")
+
+
+def test_unwritable_or_damaged_cache(make_data, tmp_path: Path) -> None:
+    prefix = make_data("a")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--data-cache-path"):
+        build(prefix, data_cache_path=str(tmp_path / "file"))
+    cache = tmp_path / "cache"
+    build(prefix, data_cache_path=str(cache))
+    index = next(cache.glob("*shuffle_index.npy"))
+    os.truncate(index, index.stat().st_size - 8)
+    with pytest.raises(UserError, match="is damaged"):
+        build(prefix, data_cache_path=str(cache))
+
+
+def test_node_without_the_cache(make_data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a rank other than 0 Megatron only loads; nothing is there on a node that shares no disk."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda outcome, src: None)
+    with pytest.raises(UserError, match=r"node of rank 1.*tools/build_data_index\.py"):
+        build(make_data("a"))
+
+
+def test_bad_input_on_rank_0_is_raised_everywhere(make_data, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told_by_rank_0(outcome: list[Any], src: int) -> None:
+        outcome[0] = "what rank 0 found"
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(dist, "broadcast_object_list", told_by_rank_0)
+    with pytest.raises(UserError, match="what rank 0 found"):
+        build(make_data("a"))
+
+
+def test_bad_input(make_data) -> None:
+    a, b = make_data("a"), make_data("b")
+    cases: list[tuple[list[str], dict[str, Any], str]] = [
+        ([], {}, "No training data"),
+        ([a + "x"], {}, "does not exist"),
+        ([a], {"length": 2000}, "train part .* 2,000 tokens in 40 of 40 documents"),
+        ([a], {"split": "99,1,0"}, "valid part .* 0 tokens"),
+        ([a], {"split": "0,1,0"}, "No training data"),
+        ([a], {"train_data_path": [b]}, "--data-path and --train-data-path"),
+        ([a, b], {}, "not a number above 0"),
+        (["0.5", a, b], {}, "do not pair up"),
+        (["0.5", a, "-1", b], {}, "not a number above 0"),
+        ([a], {"split": "9x,1"}, "--split '9x,1'"),
+        ([a], {"split": "0,0,0"}, "not all zero"),
+    ]
+    for words, settings, message in cases:
+        with pytest.raises(UserError, match=message):
+            build(*words, **settings)
+
+
+def test_blend_and_split_text() -> None:
+    assert parse_blend(["p"], "--data-path") == [("p", 1.0)]
+    assert parse_blend(["3", "p", "1", "q"], "--data-path") == [("p", 0.75), ("q", 0.25)]
+    assert parse_split("90, 10") == [(0, 0.9), (0.9, 1.0), None]

@@ -1,0 +1,145 @@
+"""Batches: the same samples whatever the ranks, the loader processes and the length of the run."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from corpora import NumberTokenizer
+
+from megatron_mesh.config.schema import DataConfig
+from megatron_mesh.data import SampleStream, build_datasets, build_loader, sample_ids
+from megatron_mesh.errors import UserError
+
+GLOBAL = 8
+
+
+@pytest.fixture
+def stream(make_data) -> SampleStream:
+    config = DataConfig(
+        data_path=["0.6", make_data("a"), "0.4", make_data("b", documents=30, first=5000)], split="1,0,0"
+    )
+    return build_datasets(
+        config, NumberTokenizer(), seq_length=16, seed=1, train_samples=200, eval_samples=0  # type: ignore[arg-type]
+    ).train  # fmt: skip
+
+
+def global_batches(
+    stream: SampleStream, *, micro: int, ranks: int, workers: int, consumed: int = 0
+) -> list[torch.Tensor]:
+    """Tokens [GLOBAL, S] of each global batch, put together from all ranks."""
+    per_rank = []
+    for rank in range(ranks):
+        loader = build_loader(
+            stream,
+            consumed_samples=consumed,
+            micro_batch_size=micro,
+            global_batch_size=GLOBAL,
+            dp_rank=rank,
+            dp_size=ranks,
+            num_workers=workers,
+        )
+        tokens = torch.cat([batch.tokens for batch in loader])
+        per_rank.append(tokens.view(-1, GLOBAL // ranks, 16))
+    return list(torch.cat(per_rank, dim=1))
+
+
+def test_a_global_batch_depends_on_its_number_alone(stream: SampleStream) -> None:
+    expected = [
+        torch.stack([stream[i]["tokens"] for i in sample_ids(n, GLOBAL)]) for n in range(200 // GLOBAL)
+    ]
+    for micro, ranks, workers in [(1, 1, 0), (4, 2, 0), (2, 1, 2), (1, 2, 2), (2, 4, 1)]:
+        batches = global_batches(stream, micro=micro, ranks=ranks, workers=workers)
+        assert len(batches) == 25
+        assert all(torch.equal(a, b) for a, b in zip(batches, expected, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_goes_on_where_it_was(stream: SampleStream, workers: int) -> None:
+    whole = global_batches(stream, micro=2, ranks=2, workers=0)
+    rest = global_batches(stream, micro=2, ranks=1, workers=workers, consumed=7 * GLOBAL)
+    assert all(torch.equal(a, b) for a, b in zip(rest, whole[7:], strict=True))
+
+
+def test_shapes_and_an_incomplete_last_batch(stream: SampleStream) -> None:
+    loader = build_loader(
+        stream,
+        consumed_samples=190,
+        micro_batch_size=2,
+        global_batch_size=GLOBAL,
+        dp_rank=0,
+        dp_size=2,
+        num_workers=0,
+    )
+    batches = list(loader)
+    assert len(batches) == 2  # of samples 190 to 199, one global batch is complete
+    for tensor in (batches[0].tokens, batches[0].labels, batches[0].position_ids):
+        assert tensor.shape == (2, 16) and tensor.dtype == torch.int64
+    assert batches[0].loss_mask.shape == (2, 16) and batches[0].loss_mask.dtype == torch.float32
+
+
+def test_a_loader_leaves_the_random_state_alone(stream: SampleStream) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    global_batches(stream, micro=8, ranks=1, workers=1)
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize(("micro", "size"), [(3, 8), (2, 9), (0, 8), (4, 2)])
+def test_a_batch_that_does_not_divide(stream: SampleStream, micro: int, size: int) -> None:
+    with pytest.raises(UserError, match="no multiple of"):
+        build_loader(
+            stream,
+            consumed_samples=0,
+            micro_batch_size=micro,
+            global_batch_size=size,
+            dp_rank=0,
+            dp_size=1,
+            num_workers=0,
+        )
+
+
+def test_loader_processes_survive_signals_and_end_quietly(tmp_path: Path) -> None:
+    """SIGTERM to every process of the job: batches go on; a loader left open does not hold up the exit."""
+    script = """
+        import os, signal, torch
+        from megatron_mesh.data.loader import build_loader
+
+        class Numbers(torch.utils.data.Dataset):
+            def __len__(self):
+                return 64
+            def __getitem__(self, i):
+                value = torch.tensor([i])
+                return dict(tokens=value, labels=value, loss_mask=value, position_ids=value)
+
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        loader = build_loader(
+            Numbers(), consumed_samples=0, micro_batch_size=1, global_batch_size=1, dp_rank=0, dp_size=1,
+            num_workers=2,
+        )
+        seen = [int(next(loader).tokens)]
+        os.killpg(0, signal.SIGTERM)
+        seen += [int(next(loader).tokens) for _ in range(20)]
+        assert seen == list(range(21)), seen
+        print("fine")
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    done = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, errors = done.communicate(timeout=100)
+    except subprocess.TimeoutExpired:
+        os.killpg(done.pid, signal.SIGKILL)
+        raise
+    assert (done.returncode, output, errors) == (0, "fine\n", "")

@@ -1,0 +1,52 @@
+#!/usr/bin/env python
+"""Build the index cache of a run's data in advance: on every node where the nodes share no disk.
+
+python tools/build_data_index.py --config examples/configs/pythia-160m-mesh.yaml \\
+    --data-path data/corpus_text_document --data-cache-path /local/cache --tokenizer-model tokenizer.json
+
+Takes the settings of pretrain_mesh.py, of which it uses those of the data, --seq-length and --seed. The cache
+serves any number of steps, ranks and loader processes, and wherever the data lie on the node.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from megatron_mesh.arguments import parse_args
+from megatron_mesh.data import build_datasets, build_tokenizer
+from megatron_mesh.errors import UserError
+
+
+def main(argv: Sequence[str]) -> None:
+    """Build the cache and say how much data there is."""
+    if not argv or {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return
+    config = parse_args(argv).config
+    tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+    seq_length = config.model.seq_length
+    datasets = build_datasets(
+        config.data,
+        tokenizer,
+        seq_length=seq_length,
+        seed=config.training.seed,
+        train_samples=1,
+        eval_samples=1,
+    )
+    for name, stream in datasets._asdict().items():
+        if stream is None:
+            print(f"{name}: none")
+            continue
+        for part in stream.parts:
+            samples = len(part.dataset)
+            tokens = samples * seq_length
+            print(
+                f"{name}: {part.prefix}: {samples:,} sequences, {tokens:,} tokens, weight {part.weight:.4g}"
+            )
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
