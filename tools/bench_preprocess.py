@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -70,6 +69,8 @@ def _ours(corpus: Path, prefix: str, arguments: argparse.Namespace, *, fast: boo
 
 
 def _classic(corpus: Path, prefix: str, model: str, workers: int) -> None:
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
     tokenizer = build_tokenizer(None, model)
     path = f"{prefix}_text_document"
     builder = IndexedDatasetBuilder(f"{path}.bin", DType.optimal_dtype(tokenizer.vocab_size))

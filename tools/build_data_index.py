@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 
 from megatron_mesh.arguments import parse_args
-from megatron_mesh.data import build_datasets, build_tokenizer
+from megatron_mesh.data import Tokenizer, build_datasets, build_tokenizer
 from megatron_mesh.errors import UserError
+from megatron_mesh.train.data import IdsOnly
 
 
 def main(argv: Sequence[str]) -> None:
@@ -22,7 +23,9 @@ def main(argv: Sequence[str]) -> None:
         print(__doc__)
         return
     config = parse_args(argv).config
-    tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+    tokenizer: Tokenizer = IdsOnly(0)  # as a run that gives --vocab-size alone; it is part of the cache's key
+    if config.data.tokenizer_model is not None:
+        tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
     seq_length = config.model.seq_length
     datasets = build_datasets(
         config.data,

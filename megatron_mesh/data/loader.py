@@ -4,6 +4,7 @@ import atexit
 import signal
 import weakref
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -98,7 +99,6 @@ def build_loader(
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # else each new iterator draws from the global one, and a resume differs
     )
     batches = _batches(loader)
@@ -107,24 +107,36 @@ def build_loader(
 
 
 def _batches(loader: DataLoader[dict[str, torch.Tensor]]) -> Generator[Batch, None, None]:
-    for sample in loader:
-        yield Batch(sample["tokens"], sample["labels"], sample["loss_mask"], sample["position_ids"])
+    with _signals_held():
+        samples = iter(loader)
+    try:
+        for sample in samples:
+            yield Batch(sample["tokens"], sample["labels"], sample["loss_mask"], sample["position_ids"])
+    finally:
+        if loader.num_workers:
+            samples._shutdown_workers()  # type: ignore[attr-defined]  # torch's own, but not left to __del__
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Processes started in this context never see the signals that end or interrupt a whole job.
+
+    The main process alone decides on those: a loader killed by SLURM's SIGTERM would fail it in the middle
+    of its last save. A mask is inherited; a handler would leave a gap while the process starts.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _open_loaders: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_loaders() -> None:
-    """End loader processes still open at exit: Python would send them SIGTERM, which they ignore."""
+    """End loader processes still open at exit: Python would send them SIGTERM, and wait for ever."""
     for batches in list(_open_loaders):
         batches.close()
-
-
-def _ignore_signals(worker: int) -> None:
-    """Let the main process alone decide on signals sent to the whole job, and stop its loaders in peace.
-
-    A worker killed by SLURM's SIGTERM would fail the main process in the middle of its last save.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)

@@ -1,6 +1,7 @@
 """From raw text to indexed data: worker processes parse and encode, one writes in the order of the input."""
 
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -183,6 +184,7 @@ def _map_in_order(task: _Task, chunks: Iterable[Chunk], workers: int) -> Iterato
 def _start_worker(task: _Task) -> None:
     global _task
     _task = task
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches them too; the main process ends them
 
 
 def _work(chunk: Chunk) -> tuple[list[Encoded], list[str]]:

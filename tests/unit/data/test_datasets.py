@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.distributed as dist
-from corpora import NumberTokenizer, write_jsonl
+from corpora import NumberTokenizer
 
 from megatron_mesh.config.schema import DataConfig
-from megatron_mesh.data import build_datasets
+from megatron_mesh.data import build_datasets, build_tokenizer
 from megatron_mesh.data.blend import parse_blend, parse_split
 from megatron_mesh.data.datasets import Datasets
 from megatron_mesh.data.stream import SampleStream, epoch_order
@@ -145,14 +145,17 @@ def test_cache_is_used_and_follows_the_content(make_data, tmp_path: Path) -> Non
 
 
 def test_prebuilt_cache(make_data, tmp_path: Path, hf_model: str, run_tool, capsys) -> None:
-    corpus = write_jsonl(tmp_path / "c.jsonl", ["some text to read"] * 50)
-    assert run_tool("preprocess_data", "--input", corpus, "--output-prefix", str(tmp_path / "d"),
-                    "--tokenizer-model", hf_model, "--workers", "1") == 0  # fmt: skip
-    command = ["--data-path", str(tmp_path / "d_text_document"), "--tokenizer-model", hf_model]
-    command += ["--seq-length", "8", "--split", "90,10,0", "--data-cache-path", str(tmp_path / "cache")]
-    assert run_tool("build_data_index", *command) == 0
+    prefix, cache = make_data("a"), tmp_path / "cache"
+    command = ["--data-path", prefix, "--seq-length", "16", "--split", "90,10,0", "--seed", "1"]
+    command += ["--data-cache-path", str(cache)]
+    assert run_tool("build_data_index", *command, "--tokenizer-model", hf_model) == 0
     assert "train: " in capsys.readouterr().out
-    assert len(list((tmp_path / "cache").glob("*-shuffle_index.npy"))) == 2
+    files = set(cache.iterdir())
+    assert len({path.name for path in files if "shuffle" in path.name}) == 2
+    config = DataConfig(data_path=[prefix], split="90,10,0", data_cache_path=str(cache))
+    tokenizer = build_tokenizer(None, hf_model)
+    build_datasets(config, tokenizer, seq_length=16, seed=1, train_samples=300, eval_samples=9)
+    assert set(cache.iterdir()) == files  # a run finds what the tool built
     assert run_tool("build_data_index", *command, "--seq-length", "9999") == 2
     assert capsys.readouterr().err.startswith("error: The train part")
 

@@ -1,5 +1,6 @@
 """Batches: the same samples whatever the ranks, the loader processes and the length of the run."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -102,6 +103,40 @@ def test_a_batch_that_does_not_divide(stream: SampleStream, micro: int, size: in
             dp_size=1,
             num_workers=0,
         )
+
+
+class Failing(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Fails at sample 3."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
+        if sample == 3:
+            raise ValueError("cannot read sample 3")
+        return dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"), torch.tensor([sample]))
+
+
+@pytest.mark.parametrize("stop", ["failure", "close"])
+def test_loader_processes_end_with_the_iterator(stop: str) -> None:
+    before = set(multiprocessing.active_children())
+    loader = build_loader(
+        Failing(),
+        consumed_samples=0,
+        micro_batch_size=1,
+        global_batch_size=1,
+        dp_rank=0,
+        dp_size=1,
+        num_workers=1,
+    )
+    assert [int(next(loader).tokens) for _ in range(3)] == [0, 1, 2]
+    assert len(set(multiprocessing.active_children()) - before) == 1
+    if stop == "failure":
+        with pytest.raises(ValueError, match="cannot read sample 3"):
+            next(loader)
+    else:
+        loader.close()  # type: ignore[attr-defined]
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_loader_processes_survive_signals_and_end_quietly(tmp_path: Path) -> None:

@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""From the text of this Python installation to a trained MeSH model, in a few minutes on two cores.
+
+python examples/quickstart/run.py
+
+Each step is a command of its own, printed before it runs. A step that is done is skipped: after an
+interruption the same command goes on, and the training with it, from its last checkpoint.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from report import report
+from steps import Step, from_here, run_all
+
+from megatron_mesh.errors import UserError
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the steps that are left, then say what came out."""
+    options = _parser().parse_args(argv)
+    steps = plan(options)
+    start = time.monotonic()
+    run_all(steps, notes=options.output_dir / "done.json")
+    print(f"\nDone in {time.monotonic() - start:.0f} s.\n")
+    print(report(options.output_dir, training=steps[-2], figures=steps[-1]))
+
+
+def plan(options: argparse.Namespace) -> list[Step]:
+    """The steps, in order; the last two are the training and the figures."""
+    directory = options.output_dir
+    corpus, data, model = directory / "corpus", directory / "data", directory / "model"
+    tokenizer = directory / "tokenizer/tokenizer.model"
+    return [
+        Step(
+            "Collect the text that this Python installation carries",
+            HERE / "build_corpus.py",
+            {"--output-dir": corpus, "--megabytes": options.corpus_mb},
+            output=corpus / "train.jsonl",
+        ),
+        Step(
+            "Train a SentencePiece tokenizer",
+            HERE / "train_tokenizer.py",
+            {
+                "--input": corpus / "train.jsonl",
+                "--output-prefix": tokenizer.with_suffix(""),
+                "--vocab-size": 4096,
+            },
+            output=tokenizer,
+        ),
+        *(
+            Step(
+                f"Turn the {text} text into token ids",
+                ROOT / "tools/preprocess_data.py",
+                {
+                    "--input": corpus / f"{part}.jsonl",
+                    "--output-prefix": data / part,
+                    "--tokenizer-model": tokenizer,
+                    "--append-eod": None,
+                },
+                output=data / f"{part}_text_document.idx",
+            )
+            for part, text in (("train", "training"), ("valid", "validation"))
+        ),
+        Step(
+            "Pretrain",
+            ROOT / "pretrain_mesh.py",
+            {
+                "--config": from_here(options.config.resolve()),
+                "--train-iters": options.steps,
+                "--train-data-path": data / "train_text_document",
+                "--valid-data-path": data / "valid_text_document",
+                "--tokenizer-model": tokenizer,
+                "--save": model,
+                "--load": model,
+            },
+            output=model / f"iter_{options.steps:07d}",
+        ),
+        Step(
+            "Draw the loss and the routers' weights",
+            ROOT / "tools/plot_run.py",
+            {"--run": model},
+            output=model / "loss.png",
+        ),
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    output, config = Path("runs/quickstart"), HERE / "quickstart.yaml"
+    add("--output-dir", type=Path, default=output, help=f"directory for everything (default: {output})")
+    add("--corpus-mb", type=float, default=16.0, help="text to collect, in MB (default: 16)")
+    add("--config", type=Path, default=config, help="settings of the training (default: quickstart.yaml)")
+    add("--steps", type=int, default=600, help="optimizer steps (default: 600)")
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command goes on from here.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""Looking at runs: figures of what training reported."""

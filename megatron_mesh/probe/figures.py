@@ -1,0 +1,110 @@
+"""Figures of a run, from its metrics.jsonl: the loss, and where the routers write and read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from megatron_mesh.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+LOSS_FILE = "loss.png"
+ROUTERS_FILE = "routers.png"
+
+Row = dict[str, Any]
+"""A line of metrics.jsonl: ``kind``, ``step`` and the values of that kind."""
+
+
+def read_metrics(run: Path) -> dict[str, list[Row]]:
+    """The rows of each kind in ``run/metrics.jsonl``, ordered by step.
+
+    A run that was interrupted repeats the steps after its last checkpoint: the last row of a step counts.
+
+    Raises:
+        UserError: there is no such file, or a line of it is not what training writes.
+    """
+    path = run / METRICS_FILE
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give the directory of a run, where {METRICS_FILE} is")
+    rows: dict[str, dict[int, Row]] = {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    # What follows the last line break is a line that the run is still writing, or was killed at.
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+            rows.setdefault(row["kind"], {})[row["step"]] = row
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path}, line {number} is no row of a run's metrics; is the file damaged?"
+            ) from None
+    return {kind: [steps[step] for step in sorted(steps)] for kind, steps in rows.items()}
+
+
+def loss_figure(rows: dict[str, list[Row]]) -> Figure:
+    """Training and validation loss in nats per token over steps."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    for kind, name, style in (("train", "training", "-"), ("valid", "validation", "o--")):
+        if found := rows.get(kind):
+            last = f"{found[-1]['loss']:.3f}"
+            if kind == "valid":
+                last += f" (perplexity {found[-1]['perplexity']:.1f})"
+            steps, losses = [row["step"] for row in found], [row["loss"] for row in found]
+            axes.plot(steps, losses, style, label=f"{name}: {last} at the end")
+    axes.legend()
+    return figure
+
+
+def router_figure(row: Row) -> Figure:
+    """Mean write and read weight of each slot in each cycle at one step, as two heat maps.
+
+    Args:
+        row: a ``train`` row of a run with routers; ``row["router"]["write"]`` and ``["read"]`` are
+            [K + 1 cycles][N slots], and each cycle's weights add up to 1.
+    """
+    cycles, slots = len(row["router"]["write"]), len(row["router"]["write"][0])
+    figure = Figure(figsize=(3 + 1.4 * slots, 1.8 + 0.7 * cycles), layout="constrained")
+    figure.suptitle(f"Routers at step {row['step']:,}: mean weight per iteration and slot")
+    for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("write", "read"), strict=True):
+        image = _heat_map(axes, row["router"][kind])
+        axes.set(title=kind, xlabel="memory slot (0 starts as the embedding)")
+    figure.axes[0].set_yticks(range(cycles), ["transition", *(f"loop {t + 1}" for t in range(cycles - 1))])
+    figure.colorbar(image, ax=figure.axes, shrink=0.8)
+    return figure
+
+
+def _heat_map(axes: Axes, weights: list[list[float]]) -> Any:
+    image = axes.imshow(weights, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
+    axes.set_xticks(range(len(weights[0])))
+    for cycle, row in enumerate(weights):
+        for slot, weight in enumerate(row):
+            colour = "white" if weight > 0.5 else "black"
+            axes.text(slot, cycle, f"{weight:.2f}", ha="center", va="center", color=colour)
+    return image
+
+
+def draw_run(run: Path, output: Path) -> list[Path]:
+    """Write ``loss.png`` and, for a run with routers, ``routers.png`` (its last logged step) to ``output``.
+
+    Raises:
+        UserError: see ``read_metrics``; or the run has not logged a step yet; or a file cannot be written.
+    """
+    rows = read_metrics(run)
+    if not rows.get("train"):
+        raise UserError(f"{run / METRICS_FILE} has no training step yet; wait for the run's first line")
+    figures = {LOSS_FILE: loss_figure(rows)}
+    if "router" in rows["train"][-1]:
+        figures[ROUTERS_FILE] = router_figure(rows["train"][-1])
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            figure.savefig(output / name, dpi=150)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror}); choose another directory") from None
+    return [output / name for name in figures]

@@ -1,0 +1,183 @@
+"""The benchmark at a toy size: what it builds, what it counts, and the arithmetic of its report."""
+
+import json
+import runpy
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlock
+
+from megatron_mesh.bench import timing
+from megatron_mesh.bench.kept import Kept
+from megatron_mesh.bench.report import PARTS, Result, ratios
+from megatron_mesh.bench.settings import Settings
+from megatron_mesh.bench.timing import Times, measure
+from megatron_mesh.bench.variants import build_plain, build_variant, random_batches, variant_config
+from megatron_mesh.config.derived import non_embedding_parameters
+from megatron_mesh.config.settings import with_values
+from megatron_mesh.errors import UserError
+from megatron_mesh.model import build_model
+from tests.helpers import one_process, tiny_config
+
+S, B, H, LOOPS = 16, 2, 32, 3
+TOY = Settings(
+    layers=f"1+1R{LOOPS}+1",
+    hidden_size=H,
+    num_attention_heads=2,
+    vocab_size=128,
+    seq_length=S,
+    micro_batch_size=B,
+    num_micro_batches=3,
+    steps=4,
+    warmup=1,
+    threads=1,
+)
+MAIN = runpy.run_path(str(Path(__file__).resolve().parents[3] / "tools" / "benchmark.py"))["main"]
+
+
+def command_line(settings: Settings) -> list[str]:
+    """The flags that say ``settings``."""
+    words = []
+    for name, value in vars(settings).items():
+        if isinstance(value, bool) or value is None:
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return words
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What the command writes."""
+    output = tmp_path_factory.mktemp("bench") / "report.json"
+    MAIN(command_line(replace(TOY, output=output)))
+    return json.loads(output.read_text())
+
+
+def test_report_has_every_time_and_what_follows_from_it(report: dict) -> None:
+    assert list(report["variants"]) == ["plain", "base", "mesh"]
+    assert report["tokens_per_step"] == 3 * S * B
+    assert report["threads"] == 1 and report["versions"]["torch"] == torch.__version__
+    assert report["settings"]["layers"] == TOY.layers
+    for variant in report["variants"].values():
+        seconds = {part: np.array(times) for part, times in variant["seconds"].items()}
+        seconds["step"] = seconds["forward_backward"] + seconds["optimizer"]
+        for part in PARTS:
+            assert seconds[part].shape == (TOY.steps,) and (seconds[part] > 0).all()
+            assert list(variant[part].values()) == pytest.approx(np.percentile(seconds[part], [50, 25, 75]))
+        assert variant["tokens_per_second"] == pytest.approx(96 / np.median(seconds["step"]))
+
+
+def test_quotients_are_of_times_of_the_same_round(report: dict) -> None:
+    assert list(report["ratios"]) == ["base / plain", "mesh / plain", "mesh / base"]
+    for pair, parts in report["ratios"].items():
+        above, below = (
+            np.array(report["variants"][name]["seconds"]["optimizer"]) for name in pair.split(" / ")
+        )
+        assert list(parts["optimizer"].values()) == pytest.approx(np.percentile(above / below, [50, 25, 75]))
+
+    # A disturbance of whole rounds moves both medians and must not move the quotient.
+    disturbance = np.array([1.0, 9.0, 2.0, 5.0])
+    results = {
+        name: Result(0, Kept(0, 0, 0), Times(list(factor * disturbance), list(disturbance)))
+        for name, factor in (("base", 2.0), ("mesh", 3.0))
+    }
+    spread = ratios(results)["mesh / base"]
+    assert [spread[part].median for part in PARTS] == pytest.approx([1.5, 1.0, 4 / 3])
+    assert spread["step"].lower == spread["step"].upper == pytest.approx(4 / 3)
+
+
+def test_parameters_and_states_kept(report: dict) -> None:
+    variants = report["variants"]
+    embeddings = 2 * 128 * H
+    for name, scheme in (("plain", "vanilla"), ("base", "base"), ("mesh", "mesh")):
+        model = variant_config(TOY, scheme).model
+        assert variants[name]["parameters"] == non_embedding_parameters(model) + embeddings
+    kept = {name: variant["kept_for_backward"] for name, variant in variants.items()}
+    assert kept["plain"] == kept["base"]
+    assert kept["mesh"]["states"] - kept["base"]["states"] == LOOPS + 1
+    assert kept["mesh"]["state_bytes"] - kept["base"]["state_bytes"] == (LOOPS + 1) * S * B * H * 4
+
+
+def test_parts_of_a_step_and_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that only the parts move: clearing 1 s, forward-backward 5 s, the optimizer's step 2 s."""
+    now = 0.0
+
+    class Part:
+        """Model, optimizer and variant in one; whatever is called takes its time."""
+
+        def __init__(self, name: str):
+            self.name, self.model, self.optimizer, self.config = name, self, self, tiny_config()
+
+        def zero_grad(self) -> None:
+            assert self.cleared
+            self.cleared = False
+
+        def zero_grad_buffer(self) -> None:
+            self.cleared = True
+            advance(1)
+
+        def step(self) -> None:
+            advance(2)
+
+    def advance(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(timing, "run_batch", lambda *arguments: advance(5))
+    turns: list[str] = []
+    variants = [Part("a"), Part("b"), Part("c")]
+    times = measure(variants, [], steps=8, warmup=2, on_step=turns.append)
+    for name in "abc":
+        assert times[name] == Times([5.0] * 8, [3.0] * 8)
+        assert times[name].step == [8.0] * 8
+    rounds = [tuple(turns[i : i + 3]) for i in range(0, 30, 3)]
+    assert len(turns) == 30 and all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len(Counter(rounds)) > 2, "the order within a round must change"
+
+
+def test_a_measured_step_is_a_training_step() -> None:
+    config = variant_config(TOY, "mesh")
+    with one_process(config):
+        variant = build_variant("mesh", config)
+        before = {name: p.detach().clone() for name, p in variant.model.module.named_parameters()}
+        measure([variant], random_batches(TOY), steps=2, warmup=1)
+        moments = variant.optimizer.optimizer.state
+        assert all(not torch.equal(p, before[name]) for name, p in variant.model.module.named_parameters())
+        assert {int(state["step"]) for state in moments.values()} == {3}
+
+
+def test_plain_is_megatron_core_itself_and_computes_what_vanilla_does() -> None:
+    config = with_values(variant_config(TOY, "plain"), {"scale_embeddings": False})
+    (batch,) = random_batches(replace(TOY, num_micro_batches=1))
+    with one_process(config):
+        plain, vanilla = build_plain(config), build_model(config)
+        assert type(plain) is GPTModel and type(plain.decoder) is TransformerBlock
+        assert len(plain.decoder.layers) == LOOPS + 2
+        logits = [m(batch.tokens, batch.position_ids, None) for m in (plain, vanilla)]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"variants": ("base", "mash")}, "--variants mash: no such variant"),
+        ({"variants": ("base", "base")}, "each name once"),
+        ({"layers": "12"}, "--layers 12 is a plain depth"),
+        ({"steps": 0}, "--steps 0 is out of range"),
+        ({"num_attention_heads": 5}, "not divisible by --num-attention-heads"),
+        ({"output": Path("absent/report.json")}, "report.json cannot be written"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_built(
+    changes: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_mesh.bench.run.build_variant", lambda *_: pytest.fail("built"))
+    with pytest.raises(UserError, match=message):
+        MAIN(command_line(replace(TOY, **changes)))
