@@ -1,6 +1,7 @@
 """A step of the quickstart: a command that is shown as one would type it, then run."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -65,7 +66,9 @@ def run_all(steps: list[Step], notes: Path) -> None:
 def _run(step: Step) -> None:
     print(shell(step.command), flush=True)
     start = time.monotonic()
-    code = subprocess.run(step.command, check=False).returncode
+    # Threads that wait give up their core: where other programs run, spinning ones slow a step down tenfold.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    code = subprocess.run(step.command, check=False, env=environment).returncode
     if code:
         print(
             f"\nThis step ended with code {code}. What is done is kept: once the cause is removed, the same "

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from megatron_mesh.bench.kept import kept_for_backward
 from megatron_mesh.bench.report import Result
 from megatron_mesh.bench.settings import PLAIN, Settings
-from megatron_mesh.bench.timing import measure
+from megatron_mesh.bench.timing import Times, measure
 from megatron_mesh.bench.variants import build_variant, random_batches, variant_config
 from megatron_mesh.config.ranges import at_least
 from megatron_mesh.errors import UserError
@@ -68,16 +68,17 @@ def _check_writable(output: Path) -> None:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
+def _progress(total: int) -> Iterator[Callable[[str, Times], None]]:
     """Call the result after each step: a bar on a terminal, a line each elsewhere."""
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
 
-        def on_step(name: str) -> None:
-            bar.update(task, advance=1, description=name)
+        def on_step(name: str, times: Times) -> None:
+            text = f"{name} {times.forward_backward[-1]:.3f} + {times.optimizer[-1]:.3f} s"
+            bar.update(task, advance=1, description=text)
             if not console.is_terminal:
                 done = bar.tasks[task].completed
-                print(f"step {done:.0f}/{total}: {name}", file=sys.stderr, flush=True)
+                print(f"step {done:.0f}/{total}: {text}", file=sys.stderr, flush=True)
 
         yield on_step

@@ -34,7 +34,7 @@ def measure(
     steps: int,
     warmup: int,
     seed: int = 0,
-    on_step: Callable[[str], None] = lambda name: None,
+    on_step: Callable[[str, Times], None] = lambda name, times: None,
 ) -> dict[str, Times]:
     """Train every variant for ``warmup + steps`` steps, a step of each per round.
 
@@ -43,7 +43,8 @@ def measure(
 
     Args:
         batches: the micro-batches of a step, the same ones for every step and variant.
-        on_step: called with a variant's name after each of its steps.
+        on_step: called after each step with the variant's name and a ``Times`` whose last entries are the
+            step's.
     """
     times = {variant.name: Times() for variant in variants}
     order = random.Random(seed)
@@ -51,7 +52,7 @@ def measure(
         for variant in order.sample(variants, len(variants)):
             measured = times[variant.name] if round_index >= warmup else Times()
             train_step(variant, batches, measured)
-            on_step(variant.name)
+            on_step(variant.name, measured)
     return times
 
 

@@ -133,7 +133,7 @@ def test_parts_of_a_step_and_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "run_batch", lambda *arguments: advance(5))
     turns: list[str] = []
     variants = [Part("a"), Part("b"), Part("c")]
-    times = measure(variants, [], steps=8, warmup=2, on_step=turns.append)
+    times = measure(variants, [], steps=8, warmup=2, on_step=lambda name, _: turns.append(name))
     for name in "abc":
         assert times[name] == Times([5.0] * 8, [3.0] * 8)
         assert times[name].step == [8.0] * 8
