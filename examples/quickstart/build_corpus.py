@@ -3,9 +3,9 @@
 
 python examples/quickstart/build_corpus.py --output-dir runs/quickstart/corpus --megabytes 16
 
-writes train.jsonl and, with 4 % of the text, valid.jsonl: a JSON object {"path": ..., "text": ...} per line. The
-documentation and the standard library are taken whole, then sources of the installed packages until the size
-is reached. The same installation gives the same corpus.
+writes train.jsonl and, with 4 % of the text, valid.jsonl: a JSON object {"path": ..., "text": ...} per line.
+The documentation and the standard library are taken whole, then sources of the installed packages until the
+size is reached. The same installation gives the same corpus.
 """
 
 import argparse
