@@ -1,5 +1,5 @@
 # make quickstart   text to a trained MeSH model, with pictures
-# make test         the test suite;  make lint  ruff and mypy;  make bench  step times of the schemes
+# make test         the test suite (make test-all: every pair of parallel settings);  make lint  ruff and mypy;  make bench  step times of the schemes
 #
 # Every target sets up .venv by itself. Override to choose the interpreter, the torch build or the index:
 #   make quickstart PYTHON=python3.12 TORCH='torch==2.13.0+cpu' PIP_ARGS='--index-url ...'
@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 python := $(VENV)/bin/python
 installed := $(VENV)/.installed
 
-.PHONY: install quickstart test lint bench configs clean
+.PHONY: install quickstart test test-all lint bench configs clean
 
 install: $(installed)
 
@@ -31,6 +31,9 @@ quickstart: $(installed)
 
 test: $(installed)
 	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+test-all: $(installed)
+	MESH_TEST_ALL=1 OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(installed)
 	$(VENV)/bin/ruff check .

@@ -37,6 +37,6 @@ if __name__ == "__main__":  # saving a checkpoint starts processes that import t
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if speaks:
+        if speaks if error.to_be_told is None else error.to_be_told:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -8,9 +8,10 @@ import torch
 from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.runtime.distributed import process_groups
+from megatron_mesh.runtime.health import Health
 
 
-def tiny_config(recurrence: str = "mesh", layers: str = "1+2R2+1", **settings) -> Config:
+def tiny_config(recurrence: str = "mesh", layers: str = "1+2R2+1", world_size: int = 1, **settings) -> Config:
     """A resolved configuration of a model that runs in milliseconds; any field can be set by name."""
     config = Config()
     values = {
@@ -30,15 +31,15 @@ def tiny_config(recurrence: str = "mesh", layers: str = "1+2R2+1", **settings) -
     for name, value in values.items():
         group = next(g for g in vars(config).values() if hasattr(g, name))
         setattr(group, name, value)
-    return resolve(config)
+    return resolve(config, world_size=world_size)
 
 
 @contextmanager
-def one_process(config: Config) -> Iterator[None]:
+def one_process(config: Config) -> Iterator[Health]:
     """Megatron's process groups with this process as the only member."""
     torch.set_num_threads(1)
-    with process_groups(config.parallel, config.training.seed):
-        yield
+    with process_groups(config) as health:
+        yield health
 
 
 @torch.no_grad()

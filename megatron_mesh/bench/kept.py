@@ -24,7 +24,7 @@ class Kept:
 
 def kept_for_backward(variant: Variant, batch: Batch) -> Kept:
     """Count what a forward pass over ``batch`` keeps; a tensor saved twice counts once."""
-    model = variant.model.module
+    model = variant.stage.modules[0]
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shape = (batch.tokens.shape[1], batch.tokens.shape[0], model.config.hidden_size)
     kept: dict[int, Tensor] = {}  # by the address of the memory

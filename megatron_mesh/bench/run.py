@@ -31,9 +31,9 @@ def run(settings: Settings) -> dict[str, Result]:
     configs = {name: variant_config(settings, name) for name in settings.variants}
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    with process_groups(configs[settings.variants[0]].parallel, settings.seed):
+    with process_groups(configs[settings.variants[0]]):
         variants = [build_variant(name, config) for name, config in configs.items()]
-        parameters = {v.name: sum(p.numel() for p in v.model.parameters()) for v in variants}
+        parameters = {v.name: sum(p.numel() for p in v.stage.modules[0].parameters()) for v in variants}
         batches = random_batches(settings)
         kept = {variant.name: kept_for_backward(variant, batches[0]) for variant in variants}
         with _progress(len(variants) * (settings.warmup + settings.steps)) as on_step:

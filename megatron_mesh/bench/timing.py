@@ -58,8 +58,8 @@ def measure(
 
 def train_step(variant: Variant, batches: Sequence[Batch], times: Times) -> None:
     """One step as the training loop does it; appends its two parts to ``times``."""
-    clearing = _seconds(variant.model.zero_grad_buffer) + _seconds(variant.optimizer.zero_grad)
-    work = partial(run_batch, variant.model, iter(batches), variant.config.training)
+    clearing = _seconds(variant.stage.zero_grad_buffer) + _seconds(variant.optimizer.zero_grad)
+    work = partial(run_batch, variant.stage, iter(batches), variant.config.training)
     times.forward_backward.append(_seconds(work))
     times.optimizer.append(clearing + _seconds(variant.optimizer.step))
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -17,8 +16,9 @@ from megatron_mesh.data import Batch
 from megatron_mesh.model import build_model, transformer_config
 from megatron_mesh.model.init import init_weights
 from megatron_mesh.model.layers import LayerNorm, neox_layer_spec
+from megatron_mesh.parallel import Stage, plain_stage
 from megatron_mesh.runtime import device
-from megatron_mesh.train.optimizer import build_optimizer, wrap_model
+from megatron_mesh.train.optimizer import build_optimizer
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Variant:
 
     name: str
     config: Config
-    model: DistributedDataParallel
+    stage: Stage
     optimizer: MegatronOptimizer
 
 
@@ -55,8 +55,8 @@ def variant_config(settings: Settings, name: str) -> Config:
 
 def build_variant(name: str, config: Config) -> Variant:
     """Model, gradient buffers and optimizer. Megatron's process groups must exist."""
-    model = wrap_model(build_plain(config) if name == PLAIN else build_model(config))
-    return Variant(name, config, model, build_optimizer(config.optimizer, model))
+    stage = plain_stage([build_plain(config) if name == PLAIN else build_model(config)], config)
+    return Variant(name, config, stage, build_optimizer(config, stage))
 
 
 def build_plain(config: Config) -> GPTModel:

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from megatron_mesh.config.check_model import resolve_model
+from megatron_mesh.config.check_parallel import check_pipeline, check_ranks, check_tensor_parallel
 from megatron_mesh.config.check_training import resolve_optimizer, resolve_training
-from megatron_mesh.config.derived import padded_vocab_size
-from megatron_mesh.config.ranges import at_least, positive
-from megatron_mesh.config.schema import CheckpointConfig, Config, DataConfig, ModelConfig, ParallelConfig
+from megatron_mesh.config.ranges import at_least
+from megatron_mesh.config.schema import CheckpointConfig, Config, DataConfig, ModelConfig
 from megatron_mesh.errors import UserError
 
 
@@ -23,10 +23,10 @@ def resolve(config: Config, *, world_size: int = 1) -> Config:
     model = resolve_model(config.model)
     check_data(config.data)
     check_vocabulary(model, config.data)
-    check_parallel(config.parallel, model, world_size)
-    training = resolve_training(
-        config.training, model, data_parallel=world_size // config.parallel.tensor_model_parallel_size
-    )
+    data_parallel = check_ranks(config.parallel, world_size)
+    check_tensor_parallel(config.parallel, model)
+    training = resolve_training(config.training, model, data_parallel)
+    check_pipeline(config.parallel, model, training, data_parallel)
     assert training.train_iters is not None
     optimizer = resolve_optimizer(config.optimizer, training.train_iters)
     check_checkpoint(config.checkpoint)
@@ -41,42 +41,6 @@ def check_vocabulary(model: ModelConfig, data: DataConfig) -> None:
             "the size of the vocabulary is not known; give --tokenizer-model (its size is used) or "
             "--vocab-size"
         )
-
-
-def check_parallel(parallel: ParallelConfig, model: ModelConfig, world_size: int) -> None:
-    """Processes divide into tensor-parallel groups, and these divide the model."""
-    at_least(1, parallel, "tensor_model_parallel_size", "pipeline_model_parallel_size")
-    positive(parallel, "distributed_timeout_minutes")
-    size = parallel.tensor_model_parallel_size
-    if parallel.pipeline_model_parallel_size > 1:
-        raise UserError(
-            f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}: pipeline parallelism "
-            "is not supported yet; use --tensor-model-parallel-size to spread a model over ranks"
-        )
-    if world_size % size:
-        raise UserError(
-            f"--tensor-model-parallel-size {size} does not divide the number of processes, {world_size}; "
-            f"start a multiple of {size} processes (torchrun --nproc-per-node) or lower it"
-        )
-    divided = {
-        "--num-attention-heads": model.num_attention_heads,
-        "--ffn-hidden-size": model.ffn_hidden_size or 0,
-        "the padded vocabulary (see --make-vocab-size-divisible-by)": (
-            padded_vocab_size(model) if model.vocab_size else 0
-        ),
-    }
-    if parallel.sequence_parallel:
-        if size == 1:
-            raise UserError(
-                "--sequence-parallel splits the sequence over tensor-parallel ranks and there is only one; "
-                "leave it out or set --tensor-model-parallel-size above 1"
-            )
-        divided["--seq-length (with --sequence-parallel)"] = model.seq_length
-    for what, number in divided.items():
-        if number % size:
-            raise UserError(
-                f"--tensor-model-parallel-size {size} does not divide {what}, {number}; change one of them"
-            )
 
 
 def check_data(data: DataConfig) -> None:

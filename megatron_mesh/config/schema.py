@@ -87,6 +87,8 @@ class TrainingConfig:
     """Layers per recomputed group (uniform) or recomputed layers per section (block); 1 if unset."""
     recompute_modules: list[Literal["core_attn", "mlp"]] | None = None
     """With selective recompute: which parts; core_attn if unset."""
+    deterministic_mode: bool = False
+    """Use only operations that give the same bits every time, also on GPUs."""
     eval_interval: int = 1000
     """Steps between validations; 0 turns them off."""
     eval_iters: int = 100
@@ -175,16 +177,40 @@ class CheckpointConfig:
 
 @dataclass
 class ParallelConfig:
-    """Parallelism."""
+    """Parallelism: how the model and the batch are spread over ranks."""
 
     tensor_model_parallel_size: int = 1
     """Ranks that share every weight matrix."""
     sequence_parallel: bool = False
     """Shard the activations between tensor-parallel regions along the sequence."""
+    context_parallel_size: int = 1
+    """Ranks that share a sequence in attention; needs Transformer Engine's."""
     pipeline_model_parallel_size: int = 1
-    """Ranks of the pipeline."""
+    """Ranks of the pipeline; a looped model circulates on them as on a ring."""
+    pipeline_model_parallel_layout: str | None = None
+    """Layers of prelude/core/coda on each pipeline rank, e.g. 2,2/4,4/3,1; as even as possible if unset."""
+    account_for_embedding_in_pipeline_split: bool = False
+    """Count the embedding as one layer of the prelude when layers are spread over pipeline ranks."""
+    account_for_loss_in_pipeline_split: bool = False
+    """Count output projection and loss as the layers of the coda that have their FLOPs."""
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    """Model chunks of a pipeline rank, for vanilla (a looped model has its K+2 passes)."""
+    microbatch_group_size_per_virtual_stage: int | None = None
+    """Micro-batches that pass one chunk before the next chunk's turn; the pipeline size where it fits."""
+    overlap_p2p_communication: bool = True
+    """Send and receive between pipeline ranks while computing (interleaved schedules)."""
+    use_distributed_optimizer: bool = False
+    """Shard the optimizer's state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over the data-parallel ranks while the backward pass runs."""
+    overlap_param_gather: bool = False
+    """Gather the distributed optimizer's parameters while the next forward pass runs."""
+    ddp_bucket_size: int | None = None
+    """Parameters of a bucket of the overlapped reduction; Megatron-core's choice if unset."""
     distributed_timeout_minutes: float = 10.0
     """Longest wait of a collective operation."""
+    watchdog_timeout_minutes: float = 30.0
+    """End the job, with the stack of every rank, when no micro-batch is done for so long; 0 turns it off."""
 
 
 @dataclass

@@ -30,10 +30,13 @@ NEGATED: dict[str, str] = {f"no_{name}": name for name, s in SETTINGS.items() if
 REFUSED: dict[str, str] = {
     "cpu_offloading": "offloading of activations counts on every layer running once, and the core runs K "
     "times; to save memory use --recompute-granularity",
-    "context_parallel_size": "context parallelism needs Transformer Engine's attention",
     "fp16": "half precision needs loss scaling, which is not built in; use --bf16",
-    "num_layers_per_virtual_pipeline_stage": "interleaved pipelines are not supported",
-    "virtual_pipeline_model_parallel_size": "interleaved pipelines are not supported",
+    "num_layers_per_virtual_pipeline_stage": "a looped model has its K+2 passes as virtual stages; for "
+    "vanilla use --num-virtual-stages-per-pipeline-rank",
+    "virtual_pipeline_model_parallel_size": "a looped model has its K+2 passes as virtual stages; for "
+    "vanilla use --num-virtual-stages-per-pipeline-rank",
+    "decoder_first_pipeline_num_layers": "use --pipeline-model-parallel-layout",
+    "decoder_last_pipeline_num_layers": "use --pipeline-model-parallel-layout",
     "num_layers": "use --layers: one number for a plain model, 4+8R2+4 for a core that runs twice",
     "hidden_dropout": "the model has no dropout",
     "attention_dropout": "the model has no dropout",

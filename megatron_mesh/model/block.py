@@ -1,68 +1,100 @@
 """The MeSH transformer block: prelude, a core that runs K times around a recurrence, coda."""
 
-import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.transformer.spec_utils import build_module
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import sharded_state_dict_default
+from megatron.core.utils import get_pg_size
 from torch import Tensor
 
+from megatron_mesh.config.placement import Part
 from megatron_mesh.model.config import MeshTransformerConfig
-from megatron_mesh.recurrence import LoopState, build_scheme
+from megatron_mesh.model.layers import LayerNorm
+from megatron_mesh.model.section import Section
+from megatron_mesh.recurrence import LoopState, Scheme, build_scheme
 
 
 class MeshTransformerBlock(TransformerBlock):
     """A ``TransformerBlock`` whose middle layers are applied K times.
 
-    Built like the stock block, from one layer spec per layer of the unrolled depth; the sections are
-    stock blocks themselves, so recomputation, sharded checkpoints and FP8 contexts are Megatron's.
     A forward is K + 2 *passes* (prelude, K times the core, coda), and before each of them the
     recurrence makes its input from the output of the one before.
+
+    Args:
+        layer_spec: the spec of every layer.
+        pg_collection: Megatron's process groups.
+        part: the layers to hold, if not all; then the passes are run one by one (``parallel/ring.py``).
     """
 
     config: MeshTransformerConfig
 
-    def _build_layers(self) -> None:
-        layout = self.config.layout
-        specs = self.submodules.layer_specs
-        core_end = layout.prelude + layout.core
-        self.prelude = self._section(specs[: layout.prelude])
-        if layout.shared:
-            self.core = self._section(specs[layout.prelude : core_end])
-        else:
-            starts = range(layout.prelude, layout.depth - layout.coda, layout.core)
-            self.cores = torch.nn.ModuleList(self._section(specs[s : s + layout.core]) for s in starts)
-        self.coda = self._section(specs[layout.depth - layout.coda :])
-        self.final_layernorm = build_module(
-            self.submodules.layer_norm,
-            config=self.config,
-            hidden_size=self.config.hidden_size,
-            eps=self.config.layernorm_epsilon,
+    def __init__(
+        self,
+        config: MeshTransformerConfig,
+        layer_spec: ModuleSpec,
+        pg_collection: ProcessGroupCollection,
+        part: Part | None = None,
+    ):
+        self.part = Part.whole(config.layout) if part is None else part
+        super().__init__(
+            config,
+            TransformerBlockSubmodules([layer_spec], LayerNorm),
+            pre_process=self.part.first,
+            post_process=self.part.last,
+            pg_collection=pg_collection,
         )
-        self.recurrence = build_scheme(
-            self.config.recurrence, self.config.hidden_size, layout.loops, self.config.recurrence_options
-        ).to(self.config.params_dtype)
-        for parameter in self.recurrence.parameters():
-            # The routers see sequence shards then, so their gradients are summed over the TP group.
-            parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
 
-    def _section(self, layer_specs: list) -> TransformerBlock:
-        config = copy.copy(self.config)
-        config.num_layers = len(layer_specs)
-        return TransformerBlock(
-            config=config,
-            spec=TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=None),
-            post_layer_norm=False,
-            pg_collection=self.pg_collection,
+    def _build_layers(self) -> None:
+        """Called by ``TransformerBlock.__init__``."""
+        layers, part = self.config.layout, self.part
+        self.prelude = self._section(part.prelude, layers.prelude)
+        if layers.shared:
+            self.core = self._section(part.core, layers.core)
+        else:
+            self.cores = torch.nn.ModuleList(
+                self._section(part.core, layers.core) for _ in range(layers.loops)
+            )
+        self.coda = self._section(part.coda, layers.coda)
+        self.recurrence = self._build_recurrence() if part.first else None
+        self.final_layernorm = None
+        if part.last:
+            self.final_layernorm = build_module(
+                self.submodules.layer_norm,
+                config=self.config,
+                hidden_size=self.config.hidden_size,
+                eps=self.config.layernorm_epsilon,
+            )
+
+    def _section(self, held: range, total: int) -> Section:
+        return Section(self.config, self.submodules.layer_specs[0], held, total, self.pg_collection)
+
+    def _build_recurrence(self) -> Scheme:
+        config = self.config
+        scheme = build_scheme(
+            config.recurrence, config.hidden_size, config.layout.loops, config.recurrence_options
+        ).to(config.params_dtype)
+        # Its states are sequence shards under tensor parallelism; where the layers' are not, it makes them.
+        self.shards_states = (
+            get_pg_size(self.tp_group) > 1
+            and not config.sequence_parallel
+            and scheme.kept_states(config.layout.loops) > 0
         )
+        for parameter in scheme.parameters():
+            # Each rank has the gradient of its shard. Megatron sums those with the first mark, and only
+            # under sequence parallelism; parallel/gradients.py those with the second.
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            parameter.sum_over_tensor_parallel = self.shards_states  # type: ignore[attr-defined]
+        return scheme
 
     @property
-    def passes(self) -> list[TransformerBlock]:
+    def passes(self) -> list[Section]:
         """The sections in the order in which they run: K + 2 entries, a shared core K times."""
         cores = [self.core] * self.config.layout.loops if self.config.layout.shared else [*self.cores]
         return [self.prelude, *cores, self.coda]
@@ -70,15 +102,32 @@ class MeshTransformerBlock(TransformerBlock):
     @property
     def layers(self) -> list[TransformerLayer]:
         """Every layer once (Megatron's schedules write the micro-batch's number on each)."""
-        return [layer for _, section in self._sections() for layer in section.layers]
+        return [layer for _, section in self.sections() for layer in section.layers]
 
-    def _sections(self) -> Iterator[tuple[str, TransformerBlock]]:
+    def sections(self) -> Iterator[tuple[str, Section]]:
+        """Every section once, by its name."""
         yield "prelude", self.prelude
         if self.config.layout.shared:
             yield "core", self.core
         else:
-            yield from ((f"cores.{i}", core) for i, core in enumerate(self.cores))
+            for i, core in enumerate(self.cores):
+                yield f"cores.{i}", cast(Section, core)
         yield "coda", self.coda
+
+    def enter(self, index: int, x: Tensor, state: LoopState) -> Tensor:
+        """The input of pass ``index`` from the output ``x`` [S, B, H] of the one before (embedding for 0).
+
+        Under tensor parallelism without sequence parallelism, ``x`` and the result are whole on every
+        rank, and the memory is sharded along the sequence all the same.
+        """
+        assert self.recurrence is not None, "the recurrence is on the first pipeline rank"
+        if not self.shards_states:
+            return self.recurrence.enter(index, x, state)
+        x = tensor_parallel.scatter_to_sequence_parallel_region(x, group=self.tp_group)
+        x = self.recurrence.enter(index, x, state)
+        return tensor_parallel.gather_from_sequence_parallel_region(
+            x, tensor_parallel_output_grad=False, group=self.tp_group
+        )
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
         """[S, B, H] (sequence shards under sequence parallelism) -> the same, normed.
@@ -87,9 +136,10 @@ class MeshTransformerBlock(TransformerBlock):
             hidden_states: the scaled token embedding.
             attention_mask, kwargs: handed to every section; see ``TransformerBlock.forward``.
         """
+        assert self.final_layernorm is not None, "a part of the model is run pass by pass"
         state = LoopState()
         for index, section in enumerate(self.passes):
-            hidden_states = self.recurrence.enter(index, hidden_states, state)
+            hidden_states = self.enter(index, hidden_states, state)
             hidden_states = section(hidden_states, attention_mask, **kwargs)
         return self.final_layernorm(hidden_states)
 
@@ -98,16 +148,12 @@ class MeshTransformerBlock(TransformerBlock):
     ) -> ShardedStateDict:
         """Keys ``prelude``, ``core`` (or ``cores.N``), ``coda``, ``final_layernorm`` and ``recurrence``."""
         assert not sharded_offsets, "Unexpected sharded offsets"
-        parts = [
-            *self._sections(),
-            ("final_layernorm", self.final_layernorm),
-            ("recurrence", self.recurrence),
-        ]
+        ends = {"final_layernorm": self.final_layernorm, "recurrence": self.recurrence}
         state: ShardedStateDict = {}
-        for name, module in parts:
-            state.update(
-                sharded_state_dict_default(
+        for name, module in [*self.sections(), *ends.items()]:
+            if module is not None:
+                part = sharded_state_dict_default(
                     module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
                 )
-            )
+                state.update(part)
         return state

@@ -1,9 +1,12 @@
 """From a resolved configuration to a model, on the run's device or on none."""
 
+from typing import Any
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mesh.config.derived import padded_vocab_size
+from megatron_mesh.config.placement import Part
 from megatron_mesh.config.schema import Config
 from megatron_mesh.model.config import transformer_config
 from megatron_mesh.model.gpt import MeshGPTModel
@@ -12,23 +15,31 @@ from megatron_mesh.model.layers import neox_layer_spec
 from megatron_mesh.runtime import device
 
 
-def build_model(config: Config) -> MeshGPTModel:
-    """The model of this rank, initialised from the seed. Megatron's process groups must exist."""
+def build_model(config: Config, part: Part | None = None, **stage: Any) -> MeshGPTModel:
+    """The model of this rank, initialised from the seed. Megatron's process groups must exist.
+
+    Args:
+        part: what a pipeline rank holds of a looped model.
+        stage: for a chunk of a plain one, ``pre_process``, ``post_process`` and ``vp_stage``.
+    """
     with device.device():
-        model = _construct(config, ProcessGroupCollection.use_mpu_process_groups())
+        model = _construct(config, ProcessGroupCollection.use_mpu_process_groups(), part, **stage)
     init_weights(model, config.training.seed, config.model.depth_scaled_init)
     return model
 
 
-def build_on_meta(config: Config, tp_rank: int = 0) -> MeshGPTModel:
+def build_on_meta(
+    config: Config, tp_rank: int = 0, pp_rank: int = 0, part: Part | None = None, **stage: Any
+) -> MeshGPTModel:
     """The same modules with shapes but no memory, and without process groups: for counting."""
     groups = ProcessGroupCollection()
     groups.tp = _GroupShape(config.parallel.tensor_model_parallel_size, tp_rank)
-    for name in ("pp", "cp", "dp", "dp_cp"):
+    groups.pp = _GroupShape(config.parallel.pipeline_model_parallel_size, pp_rank)
+    for name in ("cp", "dp", "dp_cp"):
         setattr(groups, name, _GroupShape(1, 0))
     groups.embd = None
     with torch.device("meta"):
-        return _construct(config, groups)
+        return _construct(config, groups, part, **stage)
 
 
 class _GroupShape:
@@ -44,7 +55,9 @@ class _GroupShape:
         return self._rank
 
 
-def _construct(config: Config, groups: ProcessGroupCollection) -> MeshGPTModel:
+def _construct(
+    config: Config, groups: ProcessGroupCollection, part: Part | None, **stage: Any
+) -> MeshGPTModel:
     model = config.model
     return MeshGPTModel(
         transformer_config(config),
@@ -55,4 +68,6 @@ def _construct(config: Config, groups: ProcessGroupCollection) -> MeshGPTModel:
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
         pg_collection=groups,
+        part=part,
+        **stage,
     )

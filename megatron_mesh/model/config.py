@@ -7,9 +7,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mesh.config.derived import layout
 from megatron_mesh.config.layers import LayerLayout
+from megatron_mesh.config.placement import virtual_stages
 from megatron_mesh.config.schema import Config, ModelConfig
 from megatron_mesh.errors import UserError
-from megatron_mesh.recurrence import RecurrenceOptions
+from megatron_mesh.recurrence import SCHEMES, RecurrenceOptions
 
 
 @dataclass
@@ -44,7 +45,9 @@ def transformer_config(config: Config) -> MeshTransformerConfig:
     model, training, parallel = config.model, config.training, config.parallel
     layers = layout(model)
     dtype = torch.bfloat16 if training.bf16 else torch.float32
-    return MeshTransformerConfig(
+    virtual = virtual_stages(model, parallel)
+    looped = SCHEMES[model.recurrence].has_loop
+    built = MeshTransformerConfig(
         recurrence=model.recurrence,
         layout=layers,
         recurrence_options=recurrence_options(model),
@@ -71,7 +74,13 @@ def transformer_config(config: Config) -> MeshTransformerConfig:
         recompute_modules=training.recompute_modules,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        # For a looped model below: Megatron's checks would have the unrolled depth in equal parts.
+        pipeline_model_parallel_size=1 if looped else parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=None if looped else virtual,
+        # Sends and receives that are batched pair up crosswise where the next rank is the previous one too.
+        batch_p2p_comm=False,
+        overlap_p2p_comm=parallel.overlap_p2p_communication and virtual is not None,
+        deterministic_mode=training.deterministic_mode,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -79,6 +88,9 @@ def transformer_config(config: Config) -> MeshTransformerConfig:
         persist_layer_norm=False,
         cuda_graph_scope=[],
     )
+    built.pipeline_model_parallel_size = parallel.pipeline_model_parallel_size
+    built.virtual_pipeline_model_parallel_size = virtual
+    return built
 
 
 def recurrence_options(model: ModelConfig) -> RecurrenceOptions:

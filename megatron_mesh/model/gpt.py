@@ -5,9 +5,13 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from torch import Tensor
 
+from megatron_mesh.config.placement import Part
 from megatron_mesh.model.block import MeshTransformerBlock
 from megatron_mesh.model.config import MeshTransformerConfig
 from megatron_mesh.model.layers import LayerNorm
@@ -29,23 +33,28 @@ class MeshGPTModel(GPTModel):
         transformer_layer_spec: ModuleSpec,
         vocab_size: int,
         max_sequence_length: int,
-        pg_collection: ProcessGroupCollection | None = None,
+        pg_collection: ProcessGroupCollection,
+        part: Part | None = None,
         **kwargs: Any,
     ):
-        """See ``GPTModel``; ``vocab_size`` is the padded one."""
-        loops = SCHEMES[config.recurrence].has_loop
-        layers = TransformerBlockSubmodules([transformer_layer_spec] * config.num_layers, LayerNorm)
+        """See ``GPTModel``; ``vocab_size`` is the padded one, ``part`` what to hold of a looped model."""
+        looped = SCHEMES[config.recurrence].has_loop
+        if part is not None:
+            kwargs.update(pre_process=part.first, post_process=part.last)
+        layers = 0
+        if not looped:
+            layers = get_num_layers_to_build(config, kwargs.get("vp_stage"), pg_collection.pp.rank())
         super().__init__(
             config,
-            transformer_layer_spec=TransformerBlockSubmodules([], None) if loops else layers,
+            transformer_layer_spec=TransformerBlockSubmodules([transformer_layer_spec] * layers, LayerNorm),
             vocab_size=vocab_size,
             max_sequence_length=max_sequence_length,
             position_embedding_type="rope",
             pg_collection=pg_collection,
             **kwargs,
         )
-        if loops:
-            self.decoder = MeshTransformerBlock(config, layers, pg_collection=self.pg_collection)
+        if looped:
+            self.decoder = MeshTransformerBlock(config, transformer_layer_spec, pg_collection, part)
 
     def _preprocess(
         self, input_ids: Tensor, position_ids: Tensor, decoder_input: Tensor | None = None, **kwargs: Any

@@ -11,7 +11,7 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
 from megatron_mesh.model.gpt import MeshGPTModel
-from megatron_mesh.recurrence import SCHEMES
+from megatron_mesh.model.naming import whole_model_parameters
 
 # Projections whose output is added to the residual stream.
 _OUTPUT_PROJECTIONS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
@@ -27,7 +27,7 @@ def init_weights(model: MeshGPTModel, seed: int, depth_scaled: bool = True) -> N
     std = model.config.init_method_std
     output_std = std / (2 * model.config.num_layers) ** 0.5 if depth_scaled else std
     prefix = "decoder.recurrence."
-    for name, parameter in model.named_parameters():
+    for name, parameter in whole_model_parameters(model):
         if name.startswith(prefix):
             continue
         if name.endswith(".bias"):
@@ -37,8 +37,9 @@ def init_weights(model: MeshGPTModel, seed: int, depth_scaled: bool = True) -> N
         else:
             this_std = output_std if name.endswith(_OUTPUT_PROJECTIONS) else std
             _draw(parameter, f"{seed}/{name}", this_std, model.tp_group)
-    if SCHEMES[model.config.recurrence].has_loop:
-        model.decoder.recurrence.init_parameters(
+    scheme = getattr(model.decoder, "recurrence", None)
+    if scheme is not None:
+        scheme.init_parameters(
             lambda name, weight, std: _draw(weight, f"{seed}/{prefix}{name}", std, model.tp_group)
         )
 

@@ -26,12 +26,12 @@ def factored_cycle(o: Tensor, w: Tensor, r: Tensor, state: LoopState, mix: Mix) 
 
     Keeps ``o`` and ``w`` in ``state``; expects ``state.kept["h_emb"]``.
     """
-    w_here, w_later = state.share(w)
-    writes = [*state.writes, w_here]
+    w, w_later = state.share(w)
+    o, o_later = state.share(o)
+    gains = [r[..., 0], *((r * w_j).sum(-1) for w_j in (*state.writes, w))]
     outputs = [*state.outputs, o]
-    gains = [r[..., 0], *((r * w_j).sum(-1) for w_j in writes)]
     state.writes.append(w_later)
-    state.outputs.append(o)
+    state.outputs.append(o_later)
     return mix(torch.stack(gains, dim=-1), [state.kept["h_emb"], *outputs])
 
 

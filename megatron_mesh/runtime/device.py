@@ -65,6 +65,19 @@ def prepare(local_rank: int | None = None) -> torch.device:
     return device()
 
 
+def be_deterministic() -> None:
+    """Allow only operations that give the same bits every time; call it before the first of them.
+
+    The variables are read by cuBLAS, NCCL and Transformer Engine when they start; one that is set already
+    is left as it is.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
 def device() -> torch.device:
     """The device of this process."""
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")

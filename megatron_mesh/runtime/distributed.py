@@ -7,39 +7,59 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed.rendezvous import rendezvous
 
-from megatron_mesh.config.schema import ParallelConfig
+from megatron_mesh.config.placement import virtual_stages
+from megatron_mesh.config.schema import Config
 from megatron_mesh.runtime import device
 from megatron_mesh.runtime.environment import rank_from_environment, world_size_from_environment
+from megatron_mesh.runtime.health import Health, failures_reported, watched
 
 
 @contextmanager
-def process_groups(parallel: ParallelConfig, seed: int) -> Iterator[None]:
+def process_groups(config: Config) -> Iterator[Health]:
     """Start torch.distributed and Megatron's groups, seed the generators; leave none behind.
 
-    Plain python is a world of one process, which needs no address of anybody.
+    Plain python is a world of one process, which needs no address of anybody. Inside, a rank that fails
+    or hangs ends the job (``health.py``).
     """
     device.prepare()
-    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    if config.training.deterministic_mode:
+        device.be_deterministic()
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     world, rank = world_size_from_environment(), rank_from_environment()
-    if world == 1:
-        dist.init_process_group(
-            device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
-    else:
-        dist.init_process_group(device.backend(), rank=rank, world_size=world, timeout=timeout)
+    store: dist.Store = dist.HashStore()
+    if world > 1:
+        store, rank, world = next(rendezvous("env://", rank, world, timeout=timeout))
+    dist.init_process_group(device.backend(), store=store, rank=rank, world_size=world, timeout=timeout)
+    health = Health(rank, world, store)
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            distributed_timeout_minutes=int(max(1, parallel.distributed_timeout_minutes)),
-        )
+        with (
+            watched(health, config.parallel.watchdog_timeout_minutes),
+            failures_reported(health),
+            model_parallel_groups(config),
+        ):
+            yield health
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def model_parallel_groups(config: Config) -> Iterator[None]:
+    """Megatron's groups, for the layout of ``config``, on the processes that run already."""
+    parallel, seed = config.parallel, config.training.seed
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_stages(config.model, parallel),
+        distributed_timeout_minutes=int(max(1, parallel.distributed_timeout_minutes)),
+    )
+    try:
         torch.manual_seed(seed)
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield
     finally:
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
 
 
 def is_rank_zero() -> bool:

@@ -21,12 +21,13 @@ import torch.distributed as dist
 from megatron.core import __version__ as megatron_core_version
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_mesh import __version__
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import Config
+from megatron_mesh.parallel import Stage
+from megatron_mesh.train.distributed_adam import CHECKPOINT_METADATA, prepare_loading
 from megatron_mesh.train.resume import CONFIG_FILE, FORMAT_VERSION, STATE_FILE, TRACKER_FILE, Checkpoint
 from megatron_mesh.train.state import TrainState, rng_state, set_rng_state
 
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 def save_checkpoint(
     directory: Path,
     config: Config,
-    model: DistributedDataParallel,
+    stage: Stage,
     optimizer: MegatronOptimizer,
     state: TrainState,
 ) -> Path:
@@ -47,8 +48,9 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
         partial.mkdir(parents=True)
     dist.barrier()
-    with _without_notes():
-        dist_checkpointing.save(_sharded_state(model, optimizer, with_rng=True), str(partial))
+    with _without_notes(), stage.parameters_gathered():
+        sharded = _sharded_state(stage, optimizer, with_rng=True)
+        dist_checkpointing.save(sharded, str(partial))
     if dist.get_rank() == 0:
         (partial / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
         (partial / STATE_FILE).write_text(json.dumps(_description(state), indent=2), encoding="utf-8")
@@ -92,17 +94,21 @@ def _description(state: TrainState) -> dict[str, Any]:
 
 
 def _sharded_state(
-    model: DistributedDataParallel,
+    stage: Stage,
     optimizer: MegatronOptimizer | None,
     *,
     with_rng: bool,
     loading: bool = False,
 ) -> dict[str, Any]:
     """What this rank contributes to a checkpoint, or takes from one."""
-    weights = model.module.sharded_state_dict()
+    weights = stage.sharded_state_dict()
     sharded: dict[str, Any] = {"model": weights}
     if optimizer is not None:
-        sharded["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=loading)
+        if loading:
+            prepare_loading(optimizer)
+        sharded["optimizer"] = optimizer.sharded_state_dict(
+            weights, is_loading=loading, metadata=CHECKPOINT_METADATA
+        )
     if with_rng:
         sharded["rng"] = ShardedObject("rng", rng_state(), (dist.get_world_size(),), (dist.get_rank(),))
     return sharded
@@ -111,7 +117,7 @@ def _sharded_state(
 def load_checkpoint(
     checkpoint: Checkpoint,
     config: Config,
-    model: DistributedDataParallel,
+    stage: Stage,
     optimizer: MegatronOptimizer,
     state: TrainState,
 ) -> None:
@@ -127,10 +133,10 @@ def load_checkpoint(
     if with_rng and not checkpoint.same_layout(config, dist.get_world_size()):
         logger.info("the random number generators start anew: the checkpoint is of another layout of ranks")
         with_rng = False
-    sharded = _sharded_state(model, optimizer if with_optimizer else None, with_rng=with_rng, loading=True)
+    sharded = _sharded_state(stage, optimizer if with_optimizer else None, with_rng=with_rng, loading=True)
     with _without_notes():
         loaded = dist_checkpointing.load(sharded, str(checkpoint.path))
-    model.module.load_state_dict(loaded["model"])
+    stage.load_state_dict(loaded["model"])
     if with_optimizer:
         _load_optimizer(optimizer, loaded["optimizer"], config)
     else:

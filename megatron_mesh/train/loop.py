@@ -4,20 +4,20 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data import Datasets
 from megatron_mesh.errors import UserError
-from megatron_mesh.model import build_model
+from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.runtime.distributed import process_groups
+from megatron_mesh.runtime.health import Health
 from megatron_mesh.runtime.logging import Log, check_trackers
 from megatron_mesh.train.checkpoint import load_checkpoint, save_checkpoint
 from megatron_mesh.train.data import open_batches, open_datasets, open_vocabulary
 from megatron_mesh.train.metrics import RouterMeter, SpeedMeter, perplexity
-from megatron_mesh.train.optimizer import build_optimizer, build_schedule, wrap_model
+from megatron_mesh.train.optimizer import build_optimizer, build_schedule
 from megatron_mesh.train.output import check_writable, open_outputs, summary
 from megatron_mesh.train.resume import Checkpoint, check_same_run, find_checkpoint
 from megatron_mesh.train.state import TrainState
@@ -30,7 +30,7 @@ class Run:
 
     config: Config
     data: Datasets
-    model: DistributedDataParallel
+    stage: Stage
     optimizer: MegatronOptimizer
     state: TrainState
 
@@ -44,10 +44,10 @@ def pretrain(config: Config) -> TrainState:
     check_trackers(config.logging)
     checkpoint = find_checkpoint(config.checkpoint)
     check_writable(config)
-    with process_groups(config.parallel, config.training.seed):
+    with process_groups(config) as health:
         run = build(config, checkpoint)
         with open_outputs(run.config, run.state) as log:
-            train(run, log)
+            train(run, log, health)
             log.record("summary", run.state.step, **summary(run.config, run.state, log))
     return run.state
 
@@ -60,31 +60,32 @@ def build(config: Config, checkpoint: Checkpoint | None) -> Run:
         check_same_run(checkpoint, config)
         step, consumed_samples = checkpoint.position(config)
     data = open_datasets(config, tokenizer, step, consumed_samples)
-    model = wrap_model(build_model(config))
-    optimizer = build_optimizer(config.optimizer, model)
+    stage = build_stage(config)
+    optimizer = build_optimizer(config, stage)
     override = config.checkpoint.override_opt_param_scheduler
     state = TrainState(build_schedule(config.optimizer, optimizer, override=override))
     if checkpoint is not None:
-        load_checkpoint(checkpoint, config, model, optimizer, state)
-    return Run(config, data, model, optimizer, state)
+        load_checkpoint(checkpoint, config, stage, optimizer, state)
+    return Run(config, data, stage, optimizer, state)
 
 
-def train(run: Run, log: Log) -> None:
+def train(run: Run, log: Log, health: Health) -> None:
     """The loop."""
-    config, model, optimizer, state = run.config, run.model, run.optimizer, run.state
+    config, stage, optimizer, state = run.config, run.stage, run.optimizer, run.state
     last, batch_size = config.training.train_iters, config.training.global_batch_size
     assert last is not None and batch_size is not None
     speed = SpeedMeter(config, state.step)
-    routers = RouterMeter(model.module, enabled=config.logging.log_routers)
+    routers = RouterMeter(stage.recurrence, enabled=config.logging.log_routers)
     batches = open_batches(config, run.data.train, state.consumed_samples)
 
     while state.step < last:
         step = state.step + 1
+        health.beat(f"step {step}")
         logged = step == 1 or due(step, config.logging.log_interval, last)
-        model.zero_grad_buffer()
+        stage.zero_grad_buffer()
         optimizer.zero_grad()
         with routers.observing(logged):
-            totals = run_batch(model, batches, config.training)
+            totals = run_batch(stage, batches, config.training)
         lr = get_canonical_lr_for_logging(optimizer.param_groups)
         _, grad_norm, _ = optimizer.step()  # clips the gradients first
         check_finite(grad_norm, step)
@@ -101,14 +102,14 @@ def train(run: Run, log: Log) -> None:
             log.record("train", step, **numbers, **speed.read(step), **position, **routers.read())
         if run.data.valid is not None and due(step, config.training.eval_interval, last):
             with speed.paused():
-                state.valid_loss = evaluate(model, config, run.data.valid)
+                state.valid_loss = evaluate(stage, config, run.data.valid, health)
             log.record("valid", step, loss=state.valid_loss, perplexity=perplexity(state.valid_loss))
         if config.checkpoint.save and due(step, config.checkpoint.save_interval, last):
             with speed.paused():
-                save_checkpoint(Path(config.checkpoint.save), config, model, optimizer, state)
+                save_checkpoint(Path(config.checkpoint.save), config, stage, optimizer, state)
 
     if run.data.test is not None:
-        loss = evaluate(model, config, run.data.test)
+        loss = evaluate(stage, config, run.data.test, health)
         log.record("test", state.step, loss=loss, perplexity=perplexity(loss))
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_mesh.config.schema import Config
-from megatron_mesh.model import MeshGPTModel, flops_per_token
-from megatron_mesh.recurrence import MeSH
+from megatron_mesh.model import flops_per_token
+from megatron_mesh.recurrence import MeSH, Scheme
 from megatron_mesh.runtime import device
 
 
@@ -67,8 +68,8 @@ class RouterMeter:
     Nothing is computed outside ``observing``.
     """
 
-    def __init__(self, model: MeshGPTModel, enabled: bool = True):
-        scheme = getattr(model.decoder, "recurrence", None)
+    def __init__(self, scheme: Scheme | None, enabled: bool = True):
+        """``scheme``: the recurrence, on the ranks that hold it (those of the first pipeline stage)."""
         self.scheme = scheme if enabled and isinstance(scheme, MeSH) else None
         self._sums: dict[int, Tensor] = {}
 
@@ -105,7 +106,9 @@ class RouterMeter:
         if self.scheme is None:
             return {}
         sums = torch.stack([self._sums[cycle] for cycle in sorted(self._sums)])  # [K + 1, 2, N + 2]
-        dist.all_reduce(sums)
+        # Only the ranks of the first pipeline stage have routers.
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(sums, group=parallel_state.get_tensor_model_parallel_group())
         means = sums[..., :-1] / sums[..., -1:]
         router = {}
         for index, kind in enumerate(("write", "read")):

@@ -1,29 +1,18 @@
 """Gradients, optimizer and learning-rate schedule: Megatron-core's, from our settings."""
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_mesh.config.schema import OptimizerConfig
-from megatron_mesh.model import MeshGPTModel
+from megatron_mesh.config.schema import Config, OptimizerConfig
+from megatron_mesh.parallel import Stage
 
 
-def wrap_model(model: MeshGPTModel) -> DistributedDataParallel:
-    """The model with its gradients in float32 buffers, reduced over the data-parallel ranks."""
-    model.config.finalize_model_grads_func = finalize_model_grads
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-    return DistributedDataParallel(model.config, ddp, model)
-
-
-def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel) -> MegatronOptimizer:
+def build_optimizer(settings: Config, stage: Stage) -> MegatronOptimizer:
     """AdamW; for a bfloat16 model it holds main parameters in float32. Clips to ``clip_grad`` in its step."""
-    dtype = model.config.params_dtype
+    config, parallel = settings.optimizer, settings.parallel
+    dtype = stage.config.params_dtype
     return get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -36,8 +25,10 @@ def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel) -> 
             clip_grad=config.clip_grad,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_param_gather=parallel.overlap_param_gather,
         ),
-        [model],
+        stage.groups,
     )
 
 

@@ -7,14 +7,16 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_mesh.config.schema import Config, TrainingConfig
 from megatron_mesh.data import Batch, SampleStream
 from megatron_mesh.errors import UserError
+from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime import device
+from megatron_mesh.runtime.health import Health
 from megatron_mesh.train.data import open_batches
 
 # What the schedules take from a loss function: the sum to differentiate, the number of tokens to divide
@@ -31,16 +33,22 @@ def masked_loss(loss_mask: Tensor, losses: Tensor) -> LossReport:
 
 
 def forward_step(
-    batches: Iterator[Batch], model: DistributedDataParallel
-) -> tuple[Tensor, Callable[[Tensor], LossReport]]:
-    """Losses [B, S] of the next micro-batch, and how to sum them: the schedules' ``forward_step_func``."""
+    batches: Iterator[Batch | None], chunk: torch.nn.Module
+) -> tuple[Tensor, Callable[[Tensor], LossReport] | None]:
+    """The schedules' ``forward_step_func``: run the next micro-batch through a chunk of the model.
+
+    Returns:
+        Losses [B, S] and how to sum them; from a chunk that does not end the model, what it hands on.
+    """
     batch = next(batches)
-    _check_ids(batch, model.module.vocab_size)
+    if batch is None:
+        return chunk(None, None, attention_mask=None), None
+    _check_ids(batch, unwrap_model(chunk).vocab_size)
     tokens, labels, loss_mask, position_ids = (
         x.to(device.device(), non_blocking=True)
         for x in (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)
     )
-    losses = model(tokens, position_ids, attention_mask=None, labels=labels)
+    losses = chunk(tokens, position_ids, attention_mask=None, labels=labels)
     return losses, partial(masked_loss, loss_mask)
 
 
@@ -55,7 +63,7 @@ def _check_ids(batch: Batch, entries: int) -> None:
 
 
 def run_batch(
-    model: DistributedDataParallel,
+    stage: Stage,
     batches: Iterator[Batch],
     training: TrainingConfig,
     *,
@@ -66,19 +74,21 @@ def run_batch(
     Unless ``forward_only``, the gradients of the loss per token, over all ranks, are in ``main_grad`` then.
 
     Returns:
-        [2], float64: the sum of this rank's losses and the number of tokens in it.
+        [2], float64: the sum of the losses and the number of tokens in it, where the model ends; else 0.
     """
     assert training.global_batch_size is not None
     share = training.global_batch_size // parallel_state.get_data_parallel_world_size()
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=batches,
-        model=[model],
+        data_iterator=stage.data_for_chunks(batches),
+        model=stage.chunks,
         num_microbatches=share // training.micro_batch_size,
-        seq_length=model.module.max_sequence_length,
+        seq_length=stage.modules[0].max_sequence_length,
         micro_batch_size=training.micro_batch_size,
         forward_only=forward_only,
     )
+    if not reports:
+        return torch.zeros(2, dtype=torch.float64, device=device.device())
     return torch.stack(reports).double().sum(0)
 
 
@@ -91,13 +101,14 @@ def loss_per_token(totals: Tensor) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: DistributedDataParallel, config: Config, dataset: SampleStream) -> float:
+def evaluate(stage: Stage, config: Config, dataset: SampleStream, health: Health) -> float:
     """Loss per token in nats over the first ``eval_iters`` global batches of ``dataset``."""
     batches = open_batches(config, dataset)
-    model.eval()
-    totals = [
-        run_batch(model, batches, config.training, forward_only=True)
-        for _ in range(config.training.eval_iters)
-    ]
-    model.train()
+    totals = []
+    stage.train(False)
+    with stage.parameters_gathered():
+        for index in range(config.training.eval_iters):
+            health.beat(f"batch {index + 1} of an evaluation")
+            totals.append(run_batch(stage, batches, config.training, forward_only=True))
+    stage.train()
     return loss_per_token(torch.stack(totals).sum(0))

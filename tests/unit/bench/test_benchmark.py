@@ -112,7 +112,7 @@ def test_parts_of_a_step_and_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         """Model, optimizer and variant in one; whatever is called takes its time."""
 
         def __init__(self, name: str):
-            self.name, self.model, self.optimizer, self.config = name, self, self, tiny_config()
+            self.name, self.stage, self.optimizer, self.config = name, self, self, tiny_config()
 
         def zero_grad(self) -> None:
             assert self.cleared
@@ -146,10 +146,12 @@ def test_a_measured_step_is_a_training_step() -> None:
     config = variant_config(TOY, "mesh")
     with one_process(config):
         variant = build_variant("mesh", config)
-        before = {name: p.detach().clone() for name, p in variant.model.module.named_parameters()}
+        before = {name: p.detach().clone() for name, p in variant.stage.modules[0].named_parameters()}
         measure([variant], random_batches(TOY), steps=2, warmup=1)
         moments = variant.optimizer.optimizer.state
-        assert all(not torch.equal(p, before[name]) for name, p in variant.model.module.named_parameters())
+        assert all(
+            not torch.equal(p, before[name]) for name, p in variant.stage.modules[0].named_parameters()
+        )
         assert {int(state["step"]) for state in moments.values()} == {3}
 
 

@@ -178,7 +178,6 @@ ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"save_interval": 0, "save": "d"}, ["--save-interval 0", "at least 1"]),
     ({"finetune": True}, ["--finetune", "--load"]),
     ({"log_interval": 0}, ["--log-interval 0", "at least 1"]),
-    ({"pipeline_model_parallel_size": 2}, ["pipeline parallelism is not supported yet"]),
     ({"tensor_model_parallel_size": 0}, ["--tensor-model-parallel-size 0", "at least 1"]),
     ({"tensor_model_parallel_size": 2}, ["--tensor-model-parallel-size 2", "number of processes, 1"]),
     ({"sequence_parallel": True}, ["--sequence-parallel", "only one"]),

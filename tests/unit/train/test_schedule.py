@@ -5,8 +5,8 @@ import math
 import pytest
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
-from megatron_mesh.model import build_model
-from megatron_mesh.train.optimizer import build_optimizer, build_schedule, wrap_model
+from megatron_mesh.parallel import build_stage
+from megatron_mesh.train.optimizer import build_optimizer, build_schedule
 from tests.helpers import one_process
 
 LR, MIN_LR, WARMUP, DECAY, LAST = 1e-2, 1e-3, 4, 20, 24
@@ -59,7 +59,7 @@ def test_learning_rates(tiny, style, wsd_style):
         train_iters=LAST,
     )
     with one_process(config):
-        optimizer = build_optimizer(config.optimizer, wrap_model(build_model(config)))
+        optimizer = build_optimizer(config, build_stage(config))
         schedule = build_schedule(config.optimizer, optimizer)
         rates = []
         for _ in range(LAST):
@@ -71,10 +71,10 @@ def test_learning_rates(tiny, style, wsd_style):
 def test_biases_and_norms_do_not_decay(tiny):
     config = tiny(weight_decay=0.3)
     with one_process(config):
-        model = wrap_model(build_model(config))
-        optimizer = build_optimizer(config.optimizer, model)
+        stage = build_stage(config)
+        optimizer = build_optimizer(config, stage)
         build_schedule(config.optimizer, optimizer)
         decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-        for name, parameter in model.module.named_parameters():
+        for name, parameter in stage.modules[0].named_parameters():
             vector = name.endswith(".bias") or "layernorm" in name
             assert decay[id(parameter)] == (0.0 if vector else 0.3), name

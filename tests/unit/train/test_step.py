@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from megatron_mesh.data import Batch
 from megatron_mesh.errors import UserError
 from megatron_mesh.model import build_model
+from megatron_mesh.parallel import plain_stage
 from megatron_mesh.train.data import open_batches
 from megatron_mesh.train.loop import build
-from megatron_mesh.train.optimizer import wrap_model
 from megatron_mesh.train.step import evaluate, loss_per_token, run_batch
 from tests.helpers import one_process, randomise, relative_error
 from tests.unit.train.conftest import run
@@ -41,8 +41,7 @@ def test_loss_and_gradients_per_token(tiny):
         model, plain = build_model(config), build_model(config)
         for each in (model, plain):
             randomise(each)
-        wrapped = wrap_model(model)
-        loss = loss_per_token(run_batch(wrapped, iter(batches), config.training))
+        loss = loss_per_token(run_batch(plain_stage([model], config), iter(batches), config.training))
         expected = direct_loss(plain, batches)
         expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-6)
@@ -71,16 +70,16 @@ def test_clipping_limits_the_step_and_not_the_report(tiny):
 
 def test_evaluation_is_the_mean_over_the_fixed_samples(tiny):
     config = tiny(eval_interval=1, eval_iters=2)
-    with one_process(config):
+    with one_process(config) as health:
         parts = build(config, None)
-        model = parts.model.module
+        model = parts.stage.modules[0]
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        loss = evaluate(parts.model, config, parts.data.valid)
+        loss = evaluate(parts.stage, config, parts.data.valid, health)
         with torch.no_grad():
             expected = direct_loss(model, list(open_batches(config, parts.data.valid)))
         assert len(parts.data.valid) == 16
         assert loss == pytest.approx(expected.item(), rel=1e-6)
-        assert evaluate(parts.model, config, parts.data.valid) == loss
+        assert evaluate(parts.stage, config, parts.data.valid, health) == loss
         assert model.training
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 

@@ -1,0 +1,145 @@
+"""Layouts of ranks that cannot work are refused here, before any process group exists."""
+
+from megatron_mesh.config.derived import layout, padded_vocab_size
+from megatron_mesh.config.placement import microbatch_group_size, placement
+from megatron_mesh.config.ranges import at_least, positive
+from megatron_mesh.config.schema import ModelConfig, ParallelConfig, TrainingConfig
+from megatron_mesh.config.settings import flag
+from megatron_mesh.errors import UserError
+from megatron_mesh.recurrence import SCHEMES
+
+
+def check_ranks(parallel: ParallelConfig, world_size: int) -> int:
+    """The data-parallel size; processes divide into groups that hold a model."""
+    at_least(1, parallel, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+    at_least(1, parallel, "context_parallel_size", "num_virtual_stages_per_pipeline_rank")
+    at_least(1, parallel, "microbatch_group_size_per_virtual_stage", "ddp_bucket_size")
+    at_least(0, parallel, "watchdog_timeout_minutes")
+    positive(parallel, "distributed_timeout_minutes")
+    if parallel.context_parallel_size > 1:
+        raise UserError(
+            f"--context-parallel-size {parallel.context_parallel_size} needs Transformer Engine's attention, "
+            "and the layers are built from local modules; use --tensor-model-parallel-size with "
+            "--sequence-parallel for long sequences"
+        )
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    size = tensor * pipeline
+    if world_size % size:
+        below = world_size // size * size
+        near = [str(n) for n in (below, below + size) if n]
+        raise UserError(
+            f"--tensor-model-parallel-size {tensor} x --pipeline-model-parallel-size {pipeline} = {size} "
+            f"does not divide the number of processes, {world_size}; the nearest numbers that work: "
+            f"{' or '.join(near)}"
+        )
+    _check_data_parallel(parallel)
+    return world_size // size
+
+
+def _check_data_parallel(parallel: ParallelConfig) -> None:
+    if parallel.overlap_param_gather:
+        for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
+            if not getattr(parallel, name):
+                raise UserError(f"--overlap-param-gather needs {flag(name)}; add that or leave it out")
+    if parallel.ddp_bucket_size is not None and not parallel.overlap_grad_reduce:
+        raise UserError("--ddp-bucket-size needs --overlap-grad-reduce; add that or leave it out")
+
+
+def check_tensor_parallel(parallel: ParallelConfig, model: ModelConfig) -> None:
+    """The ranks of a tensor-parallel group divide the model's dimensions."""
+    size = parallel.tensor_model_parallel_size
+    divided = {
+        "--num-attention-heads": model.num_attention_heads,
+        "--ffn-hidden-size": model.ffn_hidden_size or 0,
+        "the padded vocabulary (see --make-vocab-size-divisible-by)": (
+            padded_vocab_size(model) if model.vocab_size else 0
+        ),
+    }
+    if parallel.sequence_parallel:
+        if size == 1:
+            raise UserError(
+                "--sequence-parallel splits the sequence over tensor-parallel ranks and there is only one; "
+                "leave it out or set --tensor-model-parallel-size above 1"
+            )
+        divided["--seq-length (with --sequence-parallel)"] = model.seq_length
+    elif keeps_states(model):
+        divided["--seq-length (the recurrence's memory is sharded along it)"] = model.seq_length
+    for what, number in divided.items():
+        if number % size:
+            near = max(n for n in range(1, size) if number % n == 0)
+            raise UserError(
+                f"--tensor-model-parallel-size {size} does not divide {what}, {number}; change one of them, "
+                f"for example to --tensor-model-parallel-size {near}"
+            )
+
+
+def keeps_states(model: ModelConfig) -> bool:
+    """Whether the scheme has states and weights of its own, which tensor-parallel ranks share out."""
+    return SCHEMES[model.recurrence].kept_states(layout(model).loops) > 0
+
+
+def check_pipeline(
+    parallel: ParallelConfig, model: ModelConfig, training: TrainingConfig, data_parallel: int
+) -> None:
+    """Layers divide over the pipeline's ranks and micro-batches over its schedule."""
+    ranks = parallel.pipeline_model_parallel_size
+    looped = SCHEMES[model.recurrence].has_loop
+    _check_idle_settings(parallel, looped)
+    if ranks == 1:
+        return
+    if looped:
+        placement(model, parallel)
+    else:
+        _check_plain_layers(parallel, layout(model).depth)
+    if not looped and parallel.num_virtual_stages_per_pipeline_rank in (None, 1):
+        return
+    assert training.global_batch_size is not None
+    unit = training.micro_batch_size * data_parallel
+    micro_batches = training.global_batch_size // unit
+    if micro_batches < ranks:
+        raise UserError(
+            f"{micro_batches} micro-batches per step and data-parallel rank are too few for "
+            f"--pipeline-model-parallel-size {ranks}, which needs as many; "
+            f"use --global-batch-size {ranks * unit} or more, or a smaller --micro-batch-size"
+        )
+    microbatch_group_size(parallel, micro_batches)
+
+
+def _check_idle_settings(parallel: ParallelConfig, looped: bool) -> None:
+    """Settings of a pipeline, or of the other kind of pipeline, would silently do nothing."""
+    pipeline_only = [
+        "pipeline_model_parallel_layout",
+        "account_for_embedding_in_pipeline_split",
+        "account_for_loss_in_pipeline_split",
+    ]
+    if parallel.pipeline_model_parallel_size == 1:
+        pipeline_only += ["num_virtual_stages_per_pipeline_rank", "microbatch_group_size_per_virtual_stage"]
+        for name in pipeline_only:
+            if getattr(parallel, name):
+                raise UserError(
+                    f"{flag(name)} needs --pipeline-model-parallel-size above 1; add that or leave it out"
+                )
+    elif looped and parallel.num_virtual_stages_per_pipeline_rank:
+        raise UserError(
+            "--num-virtual-stages-per-pipeline-rank is for vanilla; a looped model always has its K+2 "
+            "passes as virtual stages: leave it out"
+        )
+    elif not looped:
+        for name in pipeline_only:
+            if getattr(parallel, name):
+                raise UserError(f"{flag(name)} is for looped models; leave it out for vanilla")
+
+
+def _check_plain_layers(parallel: ParallelConfig, depth: int) -> None:
+    ranks, virtual = (
+        parallel.pipeline_model_parallel_size,
+        parallel.num_virtual_stages_per_pipeline_rank or 1,
+    )
+    if depth % (ranks * virtual):
+        below = depth // (ranks * virtual) * ranks * virtual
+        near = [str(n) for n in (below, below + ranks * virtual) if n]
+        raise UserError(
+            f"--layers {depth} do not divide over --pipeline-model-parallel-size {ranks} x "
+            f"--num-virtual-stages-per-pipeline-rank {virtual} = {ranks * virtual} chunks; "
+            f"the nearest that do: {' or '.join(near)}"
+        )

@@ -1,0 +1,160 @@
+"""The ring against the other two ways of putting a looped model on a pipeline.
+
+- one stage: the stages are prelude, loop and coda, and the loop with its whole core is on a single rank;
+  plain 1F1B, in the best of the splits.
+- copies: the unrolled layers are dealt out as those of a plain model, so every iteration has a copy of the
+  core of its own, and after the backward the gradients of the copies are summed; interleaved 1F1B.
+
+Both are flattered: what the recurrence keeps would have to travel with the state to the stage that reads it
+(the embedding; with copies every output of the core too), and is not counted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megatron_mesh.config.derived import layout
+from megatron_mesh.config.layers import LayerLayout
+from megatron_mesh.config.placement import microbatch_group_size
+from megatron_mesh.config.schema import Config
+from megatron_mesh.planner.balance import balanced_placement
+from megatron_mesh.planner.parameters import layer_parameters
+from megatron_mesh.planner.report import Plan, data_parallel_size, make_plan, plan_for
+from megatron_mesh.planner.stages import Chunk, Pipeline, plain_pipeline
+
+_GRADIENT = 4  # bytes: gradients are summed in float32
+
+
+def ring(config: Config, world_size: int) -> Plan:
+    """The ring, in a placement that was searched for unless the settings name one."""
+    if config.parallel.pipeline_model_parallel_layout is None:
+        parts = balanced_placement(config.model, config.parallel.pipeline_model_parallel_size)
+        parallel = replace(config.parallel, pipeline_model_parallel_layout=str(parts))
+        config = replace(config, parallel=parallel)
+    return make_plan(config, world_size)
+
+
+def one_stage(config: Config, world_size: int) -> Plan:
+    """The loop on one rank, the prelude on those before it and the coda on those behind."""
+    ranks, layers = config.parallel.pipeline_model_parallel_size, layout(config.model)
+    micro_batches = _micro_batches(config, world_size)
+    plans = [
+        plan_for(config, _loop_on(rank, ranks, layers, micro_batches), world_size) for rank in range(ranks)
+    ]
+    return min(plans, key=lambda plan: plan.timeline.step_time)
+
+
+def _loop_on(loop: int, ranks: int, layers: LayerLayout, micro_batches: int) -> Pipeline:
+    prelude = [*_even(layers.prelude, loop), 0] if loop else [layers.prelude]
+    coda = [0, *_even(layers.coda, ranks - 1 - loop)] if loop < ranks - 1 else [layers.coda]
+    loops, enters = (layers.core,) * layers.loops, tuple(range(layers.loops + 2))
+    chunks = [
+        *(Chunk("prelude", (n,)) for n in prelude[:-1]),
+        Chunk("loop", (prelude[-1], *loops, coda[0]), enters),
+        *(Chunk("coda", (n,)) for n in coda[1:]),
+    ]
+    chunks[0] = replace(chunks[0], embedding=True)
+    chunks[-1] = replace(chunks[-1], head=True)
+    unique = [chunk.layers for chunk in chunks]
+    unique[loop] -= (layers.loops - 1) * layers.core
+    return Pipeline(tuple((chunk,) for chunk in chunks), tuple(unique), micro_batches)
+
+
+def _even(layers: int, ranks: int) -> list[int]:
+    return [layers // ranks + (rank < layers % ranks) for rank in range(ranks)]
+
+
+def copies(config: Config, world_size: int) -> Plan:
+    """A copy of the core for every iteration, spread like a plain model of the same depth."""
+    ranks, layers = config.parallel.pipeline_model_parallel_size, layout(config.model)
+    fitting = [v for v in range(1, layers.loops + 3) if layers.depth % (ranks * v) == 0]
+    assert fitting, f"{layers.depth} unrolled layers do not divide over {ranks} ranks"
+    virtual, micro_batches = fitting[-1], _micro_batches(config, world_size)
+    group = microbatch_group_size(config.parallel, micro_batches) if virtual > 1 else None
+    plain = plain_pipeline(layers.depth, ranks, virtual, micro_batches, group)
+    homes = _homes(layers, ranks, layers.depth // (ranks * virtual))
+    held = tuple(sum(rank in ranks_of for ranks_of in homes) for rank in range(ranks))
+    plan = plan_for(config, _with_enters(replace(plain, layers=held), layers), world_size)
+    size = layer_parameters(config.model, config.parallel.tensor_model_parallel_size) * _GRADIENT
+    reports = []
+    for rank, report in enumerate(plan.ranks):
+        summed = sum(2 * size * (len(h) - 1) / len(h) for h in homes if rank in h)
+        reports.append(replace(report, traffic=replace(report.traffic, ties=round(summed))))
+    return replace(plan, ranks=tuple(reports))
+
+
+def _homes(layers: LayerLayout, ranks: int, per_chunk: int) -> list[set[int]]:
+    """For every layer with weights of its own the ranks that hold a copy of it."""
+    homes: dict[int, set[int]] = {}
+    loop_end = layers.prelude + layers.core * layers.loops
+    for unrolled in range(layers.depth):
+        layer = unrolled
+        if layers.prelude <= unrolled < loop_end:
+            layer = layers.prelude + (unrolled - layers.prelude) % layers.core
+        homes.setdefault(layer, set()).add(unrolled // per_chunk % ranks)
+    return list(homes.values())
+
+
+def _with_enters(stages: Pipeline, layers: LayerLayout) -> Pipeline:
+    """Let the chunk with the first layer of a pass make its input."""
+    ranks, per_chunk = stages.ranks, stages.chunks[0][0].layers
+    chunks = [list(of_rank) for of_rank in stages.chunks]
+    starts = [0, *(layers.prelude + t * layers.core for t in range(layers.loops + 1))]
+    for index, start in enumerate(starts):
+        number = min(start, layers.depth - 1) // per_chunk
+        chunk = chunks[number % ranks][number // ranks]
+        chunks[number % ranks][number // ranks] = replace(chunk, enters=(*chunk.enters, index))
+    return replace(stages, chunks=tuple(map(tuple, chunks)))
+
+
+def _micro_batches(config: Config, world_size: int) -> int:
+    training = config.training
+    assert training.global_batch_size is not None, "resolve() fills in global_batch_size"
+    return training.global_batch_size // (training.micro_batch_size * data_parallel_size(config, world_size))
+
+
+_COLUMNS = (
+    "GPUs",
+    "micro-batches",
+    "pipeline",
+    "parameters, M",
+    "their memory, GiB",
+    "activations, GiB",
+    "waiting",
+    "P2P, GiB",
+    "copies, GiB",
+    "data parallel, GiB",
+)
+
+
+def comparison_table(configs: Sequence[tuple[int, Config]]) -> str:
+    """Markdown, three lines for each (number of GPUs, resolved configuration).
+
+    Memory and bytes are those of the rank that has most of each; bytes are sent in a step.
+    """
+    ways = {"ring": ring, "loop on one stage": one_stage, "copies of the core": copies}
+    lines = [" | ".join(["", *_COLUMNS, ""]).strip(), "|---" * len(_COLUMNS) + "|"]
+    for gpus, config in configs:
+        for name, way in ways.items():
+            plan = way(config, gpus)
+            cells = [str(gpus), str(plan.pipeline.micro_batches), name, *_cells(plan)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cells(plan: Plan) -> list[str]:
+    ranks, gib = plan.ranks, 2**30
+    parameters = max(rank.parameters for rank in ranks) / 1e6
+    kept = max(rank.memory.total - rank.memory.activations for rank in ranks) / gib
+    activations = max(rank.memory.activations for rank in ranks) / gib
+    p2p = max(rank.traffic.p2p_forward + rank.traffic.p2p_backward for rank in ranks) / gib
+    copied = max(rank.traffic.ties for rank in ranks) / gib
+    data = max(rank.traffic.gradients + rank.traffic.parameters for rank in ranks) / gib
+    return [
+        f"{parameters:,.0f}",
+        f"{kept:.1f}",
+        f"{activations:.1f}",
+        f"{plan.timeline.bubble_share:.1%}",
+        f"{p2p:.2f}",
+        f"{copied:.2f}",
+        f"{data:.2f}",
+    ]

@@ -1,0 +1,117 @@
+"""Memory of a rank: parameters and what follows from them, and activations in the schedule's real order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron_mesh.config.derived import layout, padded_vocab_size
+from megatron_mesh.config.schema import Config
+from megatron_mesh.model.memory import MemoryEstimate, _layer_bytes, estimate_memory
+from megatron_mesh.planner.costs import enter_flops, redone_layers
+from megatron_mesh.planner.order import Step
+from megatron_mesh.planner.parameters import rank_parameters
+from megatron_mesh.planner.stages import Chunk, Pipeline
+from megatron_mesh.planner.traffic import own_exchange
+from megatron_mesh.recurrence import SCHEMES
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """The most that a rank holds between forwards and their backwards, over a step."""
+
+    activations: int
+    """Bytes, with what full recomputation makes again at that moment."""
+    micro_batches: int
+    """Different micro-batches of which something is held."""
+    passes: int
+    """Chunks whose activations are held, over all micro-batches."""
+
+
+def rank_memory(
+    config: Config, pipeline: Pipeline, rank: int, order: Sequence[Step], data_parallel: int
+) -> tuple[MemoryEstimate, InFlight]:
+    """Bytes of pipeline rank ``rank`` (of each of its tensor-parallel ranks).
+
+    Args:
+        order: the rank's steps in a training step.
+        data_parallel: replicas, over which the distributed optimizer shards its state.
+    """
+    memory = estimate_memory(config, rank_parameters(config, pipeline, rank))
+    shards = data_parallel if config.parallel.use_distributed_optimizer else 1
+    held = in_flight(config, pipeline, rank, order)
+    return replace(memory, optimizer=-(-memory.optimizer // shards), activations=held.activations), held
+
+
+def in_flight(config: Config, pipeline: Pipeline, rank: int, order: Sequence[Step]) -> InFlight:
+    """Follow the order: a forward adds what its chunk keeps, a backward removes it when it is done."""
+    chunks = pipeline.chunks[rank]
+    kept = [kept_bytes(config, chunk, pipelined=pipeline.ranks > 1) for chunk in chunks]
+    redone = [_redone_bytes(config, chunk) for chunk in chunks]
+    held = most = passes = most_passes = most_micro_batches = 0
+    open_chunks: dict[int, int] = {}  # by micro-batch
+    for backward, chunk, micro_batch in order:
+        if backward:
+            most = max(most, held + redone[chunk])
+            held -= kept[chunk]
+            passes -= 1
+            open_chunks[micro_batch] -= 1
+            if not open_chunks[micro_batch]:
+                del open_chunks[micro_batch]
+        else:
+            held += kept[chunk]
+            passes += 1
+            open_chunks[micro_batch] = open_chunks.get(micro_batch, 0) + 1
+            most, most_passes = max(most, held), max(most_passes, passes)
+            most_micro_batches = max(most_micro_batches, len(open_chunks))
+    return InFlight(most, most_micro_batches, most_passes)
+
+
+def kept_bytes(config: Config, chunk: Chunk, *, pipelined: bool) -> int:
+    """What a chunk keeps of one micro-batch from its forward to its backward, on one tensor-parallel rank.
+
+    Outputs that were sent on are not counted: on GPUs the schedule frees them
+    (``deallocate_pipeline_outputs``).
+    """
+    model, training = config.model, config.training
+    state = _state_bytes(config)
+    redone = redone_layers(training, chunk)
+    kept = (chunk.layers - redone) * _layer_bytes(config)
+    if training.recompute_method == "block":
+        kept += redone * state
+    elif redone:
+        group = training.recompute_num_layers or 1
+        kept += sum(-(-section // group) for section in chunk.sections) * state
+    if pipelined and not chunk.layers:
+        kept += state  # the input, which a layer would hold otherwise
+    if pipelined:
+        # The schedule holds the state that arrived, beside what the recurrence made of it.
+        kept += sum(enter_flops(model, v) > 0 for v in chunk.enters) * state
+    elif chunk.enters:
+        kept += SCHEMES[model.recurrence].kept_states(layout(model).loops) * state
+    if 0 in chunk.enters and own_exchange(config):
+        kept += state  # the embedding, of which the memory has a shard and the first layer a gathered copy
+    return kept + (_head_bytes(config) if chunk.head else 0)
+
+
+def _redone_bytes(config: Config, chunk: Chunk) -> int:
+    """What full recomputation makes again, a group of layers at a time, in a chunk's backward."""
+    if not redone_layers(config.training, chunk):
+        return 0
+    group = config.training.recompute_num_layers or 1
+    if config.training.recompute_method == "block":
+        group = 1  # recomputed layers are groups of their own then
+    return min(group, max(chunk.sections)) * _layer_bytes(config)
+
+
+def _state_bytes(config: Config) -> int:
+    """One hidden state [S, B, H], or the shard of it that sequence parallelism leaves."""
+    parallel, training = config.parallel, config.training
+    tokens = training.micro_batch_size * config.model.seq_length
+    shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return tokens * config.model.hidden_size * (2 if training.bf16 else 4) // shards
+
+
+def _head_bytes(config: Config) -> int:
+    """The final norm's input and output, and the softmax over the vocabulary in float32."""
+    tokens = config.training.micro_batch_size * config.model.seq_length
+    tp = config.parallel.tensor_model_parallel_size
+    return 2 * _state_bytes(config) + tokens * padded_vocab_size(config.model) // tp * 4

@@ -1,0 +1,127 @@
+"""What each pipeline rank runs and keeps: the plan from which order, costs, memory and traffic follow."""
+
+from dataclasses import dataclass
+
+from megatron_mesh.config.derived import layout
+from megatron_mesh.config.placement import microbatch_group_size, placement
+from megatron_mesh.config.schema import Config
+from megatron_mesh.recurrence import SCHEMES
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a rank computes of one micro-batch before it hands the state on: one step of the schedule."""
+
+    name: str
+    """prelude, core 1, ..., coda; or chunk 1, ... of a plain model."""
+    sections: tuple[int, ...]
+    """Layers of each ``TransformerBlock`` that runs (recomputation groups the layers of a section)."""
+    enters: tuple[int, ...] = ()
+    """Passes, from 0, whose input the recurrence makes here (``Scheme.enter``)."""
+    embedding: bool = False
+    """Whether it starts with the embedding."""
+    head: bool = False
+    """Whether it ends with the final norm, the output projection and the loss."""
+
+    @property
+    def layers(self) -> int:
+        """Layers that it runs."""
+        return sum(self.sections)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Chunks of every rank, and the micro-batches that pass them in a step."""
+
+    chunks: tuple[tuple[Chunk, ...], ...]
+    """[rank][pass]."""
+    layers: tuple[int, ...]
+    """Layers with weights of their own on each rank: a shared core counts once."""
+    micro_batches: int
+    group: int | None = None
+    """Micro-batches that pass one chunk before the next chunk's turn; None where a rank has one chunk."""
+
+    @property
+    def ranks(self) -> int:
+        """Size of the pipeline, P."""
+        return len(self.chunks)
+
+    @property
+    def passes(self) -> int:
+        """Chunks of a rank, V."""
+        return len(self.chunks[0])
+
+
+def pipeline(config: Config, data_parallel: int) -> Pipeline:
+    """The pipeline of a resolved run with ``data_parallel`` replicas."""
+    training, parallel = config.training, config.parallel
+    assert training.global_batch_size is not None, "resolve() fills in global_batch_size"
+    micro_batches = training.global_batch_size // (training.micro_batch_size * data_parallel)
+    ranks = parallel.pipeline_model_parallel_size
+    if ranks == 1:
+        return _one_rank(config, micro_batches)
+    if not SCHEMES[config.model.recurrence].has_loop:
+        return _plain(config, micro_batches)
+    return _ring(config, micro_batches)
+
+
+def _one_rank(config: Config, micro_batches: int) -> Pipeline:
+    layers, scheme = layout(config.model), SCHEMES[config.model.recurrence]
+    sections: tuple[int, ...] = (layers.depth,)
+    enters: tuple[int, ...] = ()
+    if scheme.has_loop:
+        sections = (layers.prelude, *[layers.core] * layers.loops, layers.coda)
+        enters = tuple(range(layers.loops + 2))
+    chunk = Chunk("all layers", sections, enters, embedding=True, head=True)
+    return Pipeline(((chunk,),), (layers.unique_layers,), micro_batches)
+
+
+def _plain(config: Config, micro_batches: int) -> Pipeline:
+    """Megatron-core's own stages: equal numbers of layers, dealt out in turn."""
+    parallel, depth = config.parallel, layout(config.model).depth
+    ranks = parallel.pipeline_model_parallel_size
+    virtual = parallel.num_virtual_stages_per_pipeline_rank or 1
+    group = microbatch_group_size(parallel, micro_batches) if virtual > 1 else None
+    return plain_pipeline(depth, ranks, virtual, micro_batches, group)
+
+
+def plain_pipeline(depth: int, ranks: int, virtual: int, micro_batches: int, group: int | None) -> Pipeline:
+    """``depth`` distinct layers on ``ranks`` with ``virtual`` chunks each, which must divide them."""
+    assert depth % (ranks * virtual) == 0, (depth, ranks, virtual)
+    chunks = tuple(
+        tuple(
+            Chunk(
+                f"chunk {v + 1}",
+                (depth // (ranks * virtual),),
+                embedding=v == 0 and rank == 0,
+                head=v == virtual - 1 and rank == ranks - 1,
+            )
+            for v in range(virtual)
+        )
+        for rank in range(ranks)
+    )
+    return Pipeline(chunks, (depth // ranks,) * ranks, micro_batches, group)
+
+
+def _ring(config: Config, micro_batches: int) -> Pipeline:
+    parts, layers = placement(config.model, config.parallel), layout(config.model)
+    ranks, last_pass = parts.ranks, layers.loops + 1
+
+    def chunk(rank: int, v: int) -> Chunk:
+        name = "prelude" if v == 0 else "coda" if v == last_pass else f"core {v}"
+        section = getattr(parts, name.split()[0])
+        return Chunk(
+            name,
+            (section[rank],),
+            enters=(v,) if rank == 0 else (),
+            embedding=v == 0 and rank == 0,
+            head=v == last_pass and rank == ranks - 1,
+        )
+
+    copies = 1 if layers.shared else layers.loops
+    return Pipeline(
+        chunks=tuple(tuple(chunk(rank, v) for v in range(last_pass + 1)) for rank in range(ranks)),
+        layers=tuple(parts.prelude[r] + copies * parts.core[r] + parts.coda[r] for r in range(ranks)),
+        micro_batches=micro_batches,
+        group=microbatch_group_size(config.parallel, micro_batches),
+    )

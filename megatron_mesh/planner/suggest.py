@@ -1,0 +1,198 @@
+"""Layouts that fit a GPU's memory, the fastest first by the model of ``speed``."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from megatron_mesh.config.check_model import resolve_model
+from megatron_mesh.config.checks import resolve
+from megatron_mesh.config.derived import layout
+from megatron_mesh.config.schema import Config
+from megatron_mesh.config.settings import with_values
+from megatron_mesh.errors import UserError
+from megatron_mesh.planner.balance import balanced_placement
+from megatron_mesh.planner.memory import rank_memory
+from megatron_mesh.planner.order import schedule_order
+from megatron_mesh.planner.report import data_parallel_size
+from megatron_mesh.planner.speed import Hardware, data_parallel_time, pipeline_time, seconds
+from megatron_mesh.planner.stages import Pipeline, pipeline
+from megatron_mesh.recurrence import SCHEMES
+
+_MICRO_BATCHES = (1, 2, 4, 8)
+_MOST_BALANCED = 8  # pipeline ranks up to which a better placement is searched: it takes seconds beyond
+_RECOMPUTE: tuple[dict[str, Any], ...] = (
+    {"recompute_granularity": None, "recompute_modules": None},
+    {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    {"recompute_granularity": "full", "recompute_modules": None},
+)
+_UNSET = {
+    "pipeline_model_parallel_layout": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+    "num_virtual_stages_per_pipeline_rank": None,
+    "microbatch_group_size_per_virtual_stage": None,
+    "recompute_method": None,
+    "recompute_num_layers": None,
+}
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A layout that fits."""
+
+    config: Config
+    settings: dict[str, Any]
+    """What was chosen, by the names of the settings."""
+    seconds: float
+    """A step, by the model."""
+    bubble: float
+    """Share of that time in which pipeline ranks wait."""
+    memory: int
+    """Bytes of the fullest rank."""
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    config: Config
+    settings: dict[str, Any]
+    stages: Pipeline
+    memory: int
+
+
+def suggest(
+    config: Config,
+    hardware: Hardware,
+    memory_bytes: int,
+    keep: int = 10,
+) -> list[Suggestion]:
+    """The ``keep`` fastest layouts, at most one for each (tensor, pipeline, micro-batch size).
+
+    Args:
+        config: a run as the command line says it (not resolved); its layout of ranks is not used.
+        memory_bytes: what a rank may need at most.
+
+    Raises:
+        UserError: nothing fits, or the global batch is not known.
+    """
+    if config.training.global_batch_size is None:
+        raise UserError("--suggest compares layouts at one global batch; give --global-batch-size")
+    config = replace(config, model=resolve_model(config.model))
+    fitting, least = _fitting(config, hardware, memory_bytes)
+    if not fitting:
+        if least == math.inf:  # no layout can be made at all: the plainest one says why
+            resolve(with_values(config, _UNSET), world_size=hardware.gpus)
+        raise UserError(
+            f"nothing fits into {memory_bytes / 2**30:.1f} GiB: the least that any layout on {hardware.gpus} "
+            f"GPUs needs is {least / 2**30:.1f} GiB a GPU; take more nodes, or a smaller model"
+        )
+    return _fastest(fitting, hardware, keep)
+
+
+def candidates(config: Config, hardware: Hardware) -> Iterator[dict[str, Any]]:
+    """Settings of every layout; what does not divide is left to ``resolve`` to refuse."""
+    for tensor, pipelined in product(_divisors(hardware.gpus_per_node), _divisors(hardware.gpus)):
+        if hardware.gpus % (tensor * pipelined):
+            continue
+        replicas = hardware.gpus // (tensor * pipelined)
+        for placed, sharded, optimizer, micro_batch in product(
+            _placements(config, pipelined),
+            (False, True) if tensor > 1 else (False,),
+            (False, True) if replicas > 1 else (False,),
+            _MICRO_BATCHES,
+        ):
+            yield {
+                "tensor_model_parallel_size": tensor,
+                "pipeline_model_parallel_size": pipelined,
+                **placed,
+                "sequence_parallel": sharded,
+                "use_distributed_optimizer": optimizer,
+                "overlap_grad_reduce": replicas > 1,
+                "overlap_param_gather": optimizer,
+                "micro_batch_size": micro_batch,
+            }
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _placements(config: Config, ranks: int) -> list[dict[str, Any]]:
+    """Settings that place the layers: even, with the loss weighed in, searched; or virtual stages."""
+    if ranks == 1:
+        return [{}]
+    if not SCHEMES[config.model.recurrence].has_loop:
+        return [{"num_virtual_stages_per_pipeline_rank": n} for n in (1, 2, 4)]
+    if ranks > layout(config.model).core:
+        return []
+    placed: list[dict[str, Any]] = [{}, {"account_for_loss_in_pipeline_split": True}]
+    if ranks <= _MOST_BALANCED:
+        placed.append({"pipeline_model_parallel_layout": str(balanced_placement(config.model, ranks))})
+    return placed
+
+
+def _fitting(config: Config, hardware: Hardware, memory_bytes: int) -> tuple[list[_Fitting], float]:
+    """Every layout that fits, with the least recomputation, and the least memory that any of them needs."""
+    found, least = [], math.inf
+    for settings in candidates(config, hardware):
+        for recompute in _RECOMPUTE:
+            chosen = {**settings, **recompute}
+            try:
+                resolved = resolve(with_values(config, {**_UNSET, **chosen}), world_size=hardware.gpus)
+            except UserError:
+                break  # this layout is not possible with this model and batch
+            replicas = data_parallel_size(resolved, hardware.gpus)
+            stages = pipeline(resolved, replicas)
+            needed = _fullest_rank(resolved, stages, replicas)
+            least = min(least, needed)
+            if needed <= memory_bytes:
+                found.append(_Fitting(resolved, chosen, stages, needed))
+                break
+    return found, least
+
+
+def _fullest_rank(config: Config, stages: Pipeline, replicas: int) -> int:
+    orders = enumerate(schedule_order(stages))
+    return max(rank_memory(config, stages, rank, order, replicas)[0].total for rank, order in orders)
+
+
+def _fastest(fitting: Sequence[_Fitting], hardware: Hardware, keep: int) -> list[Suggestion]:
+    """Simulate in the order of what a step takes at least, until nothing left can be among the first."""
+    bounds = [(_least_seconds(layout, hardware), i) for i, layout in enumerate(fitting)]
+    best: dict[tuple[int, int, int], Suggestion] = {}
+    for bound, i in sorted(bounds):
+        ranking = sorted(best.values(), key=lambda s: s.seconds)
+        if len(ranking) >= keep and bound >= ranking[keep - 1].seconds:
+            break
+        candidate = _simulated(fitting[i], hardware)
+        parallel = candidate.config.parallel
+        kind = (
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            candidate.config.training.micro_batch_size,
+        )
+        if kind not in best or candidate.seconds < best[kind].seconds:
+            best[kind] = candidate
+    return sorted(best.values(), key=lambda s: s.seconds)[:keep]
+
+
+def _least_seconds(layout: _Fitting, hardware: Hardware) -> float:
+    """The busiest rank never waits."""
+    costs = seconds(layout.config, layout.stages, hardware)
+    return layout.stages.micro_batches * max(sum(map(sum, rank)) for rank in costs)
+
+
+def _simulated(layout: _Fitting, hardware: Hardware) -> Suggestion:
+    config, stages = layout.config, layout.stages
+    costs = seconds(config, stages, hardware)
+    times = pipeline_time(config, stages, hardware, costs)
+    replicas = data_parallel_size(config, hardware.gpus)
+    waiting = data_parallel_time(config, stages, hardware, costs, replicas)
+    return Suggestion(
+        config=config,
+        settings=layout.settings,
+        seconds=times.step_time + waiting,
+        bubble=times.bubble_share,
+        memory=layout.memory,
+    )

@@ -1,0 +1,83 @@
+"""Layouts of ranks under test, and how near to one process they must come."""
+
+from typing import Any
+
+import numpy as np
+
+from tests.parallel.training import Outcome
+
+# name -> (processes, settings)
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2": (2, {"tensor_model_parallel_size": 2}),
+    "tp2-sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "pp4": (4, {"pipeline_model_parallel_size": 4}),
+    "tp2-pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "tp2-sp-pp2": (
+        4,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2},
+    ),
+    "dp2": (2, {"micro_batch_size": 1}),
+    "dp2-distopt": (2, {"micro_batch_size": 1, "use_distributed_optimizer": True}),
+    "dp2-overlap": (2, {"micro_batch_size": 1, "overlap_grad_reduce": True, "ddp_bucket_size": 3000}),
+    "pp2-dp2-overlap": (
+        4,
+        {
+            "micro_batch_size": 1,
+            "pipeline_model_parallel_size": 2,
+            "use_distributed_optimizer": True,
+            "overlap_grad_reduce": True,
+            "overlap_param_gather": True,
+            "ddp_bucket_size": 3000,
+        },
+    ),
+}
+
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    "full": {"recompute_granularity": "full"},
+}
+
+TOLERANCE = 1e-5
+
+
+def model_of(scheme: str, loops: int, tied: bool) -> dict[str, Any]:
+    """Settings of the model: parts that no pipeline divides evenly, where there are parts."""
+    if scheme == "vanilla":
+        layers = "8"
+    elif scheme == "vanilla+mesh":
+        layers = "+".join(["2", *["3"] * loops, "2"])
+    else:
+        layers = f"2+3R{loops}+2"
+    return {"recurrence": scheme, "layers": layers, "untie_embeddings_and_output_weights": not tied}
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    """||a - b|| / ||b||."""
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def merged(outcomes: list[Outcome]) -> dict[str, np.ndarray]:
+    """The gradients of all ranks, by name."""
+    return {name: grad for outcome in outcomes for name, grad in outcome.gradients.items()}
+
+
+def gradient_errors(outcomes: list[Outcome], one: Outcome) -> dict[str, float]:
+    """Relative error of every gradient on every rank that has it: the worst by name."""
+    assert set(merged(outcomes)) == set(one.gradients)
+    errors = dict.fromkeys(one.gradients, 0.0)
+    for outcome in outcomes:
+        for name, grad in outcome.gradients.items():
+            errors[name] = max(errors[name], relative(grad, one.gradients[name]))
+    return errors
+
+
+def assert_equal(outcomes: list[Outcome], one: Outcome) -> None:
+    """Losses, gradient norms and every gradient are those of one process."""
+    errors = gradient_errors(outcomes, one)
+    wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
+    assert not wrong, f"gradients differ: {wrong}"
+    for outcome in outcomes:
+        np.testing.assert_allclose(outcome.losses, one.losses, rtol=TOLERANCE)
+        np.testing.assert_allclose(outcome.grad_norms, one.grad_norms, rtol=TOLERANCE)

@@ -1,0 +1,123 @@
+"""Worker processes that stay: importing torch and Megatron costs seconds, a case less."""
+
+import gc
+import itertools
+import multiprocessing
+import os
+import signal
+import socket
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+_pools: dict[int, "Pool"] = {}
+
+
+class WorkerError(Exception):
+    """A case failed in a worker; the text is that worker's traceback."""
+
+
+class Pool:
+    """``size`` gloo processes; each calls the same function with the same arguments."""
+
+    def __init__(self, size: int):
+        context = multiprocessing.get_context("spawn")
+        port = _free_port()
+        self.connections: list[Connection] = []
+        self.processes = []
+        for rank in range(size):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(rank, size, port, there))
+            process.start()
+            there.close()
+            self.connections.append(here)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
+        """What ``function(*args)`` returned on each rank (WorkerError if one of them raised)."""
+        for connection in self.connections:
+            connection.send((function, args))
+        results: dict[int, Any] = {}
+        while len(results) < len(self.connections):
+            waiting = [c for rank, c in enumerate(self.connections) if rank not in results]
+            ready = wait(waiting, timeout)
+            if not ready:
+                self.close()
+                raise TimeoutError(f"{function.__name__} took longer than {timeout} s")
+            for connection in ready:
+                rank = self.connections.index(connection)  # type: ignore[arg-type]
+                fine, results[rank] = self._receive(connection)  # type: ignore[arg-type]
+                if not fine:
+                    self.close()  # the others wait for a collective that will not come
+                    raise WorkerError(f"rank {rank} of {len(self.connections)}:\n{results[rank]}")
+        return [results[rank] for rank in range(len(results))]
+
+    def _receive(self, connection: Connection) -> tuple[bool, Any]:
+        try:
+            return connection.recv()
+        except EOFError:
+            return False, "the process died"
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self.processes:
+            # With what it has started: saving leaves a helper process that would outlive it.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+        for key in [key for key, pool in _pools.items() if pool is self]:
+            del _pools[key]
+
+
+def pool(size: int) -> Pool:
+    """The one pool of that size, started at its first use."""
+    if size not in _pools:
+        _pools[size] = Pool(size)
+    return _pools[size]
+
+
+def close_all() -> None:
+    """End all pools."""
+    for each in list(_pools.values()):
+        each.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _work(rank: int, size: int, port: int, connection: Connection) -> None:
+    """A worker's life: run what it is sent until the pipe closes."""
+    os.setsid()
+    os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    import datetime
+
+    import torch
+    import torch.distributed as dist
+
+    from megatron_mesh.runtime import device
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    device.prepare()
+    timeout = datetime.timedelta(seconds=120)
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0, timeout=timeout)
+    for number in itertools.count():
+        try:
+            function, args = connection.recv()
+        except EOFError:
+            return
+        # A world for each case: the groups of a layout have threads, which end with the world only.
+        case = dist.PrefixStore(str(number), store)
+        dist.init_process_group(device.backend(), store=case, rank=rank, world_size=size, timeout=timeout)
+        try:
+            connection.send((True, function(*args)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+        gc.collect()  # models refer to their groups in circles
+        dist.destroy_process_group()

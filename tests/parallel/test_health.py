@@ -1,0 +1,88 @@
+"""A job of which a rank fails, is killed or hangs: it ends, and says which rank and where."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SCRIPT = """
+import os, signal, sys, time
+import torch.distributed as dist
+from megatron_mesh.config.schema import Config, ParallelConfig
+from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.distributed import process_groups
+from megatron_mesh.runtime.environment import rank_from_environment
+
+config = Config(parallel=ParallelConfig(watchdog_timeout_minutes=float(sys.argv[2])))
+try:
+    with process_groups(config) as health:
+        health.beat("step 17")
+        dist.barrier()
+        if rank_from_environment() == 1:
+            {action}
+        dist.barrier()
+except UserError as error:
+    if error.to_be_told:
+        print("error:", error, file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+def job(tmp_path: Path, action: str, watchdog_minutes: float = 0.0) -> tuple[list[int], list[str], float]:
+    """Run two ranks, started by hand so that no launcher ends the survivor: codes, errors, seconds."""
+    script = tmp_path / "job.py"
+    script.write_text(SCRIPT.replace("{action}", action))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    started = time.monotonic()
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        command = [sys.executable, str(script), str(rank), str(watchdog_minutes)]
+        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    return [process.returncode for process in processes], errors, time.monotonic() - started
+
+
+def test_a_failure_is_told_where_it_happened(tmp_path) -> None:
+    codes, errors, _ = job(tmp_path, "raise RuntimeError('out of cheese')")
+    assert codes == [1, 1]
+    assert "error: rank 1 of 2 in step 17 failed:\nTraceback" in errors[1]
+    assert "out of cheese" in errors[1]
+    assert "error: rank 0 of 2 in step 17 ends, because rank 1 of 2 in step 17 failed" in errors[0]
+    assert "Traceback" not in errors[0]
+
+
+def test_a_mistake_is_told_once(tmp_path) -> None:
+    codes, errors, _ = job(tmp_path, "raise UserError('no such file')")
+    assert codes[1] == 2
+    assert "error: no such file" in errors[1] and "Traceback" not in errors[1]
+
+
+def test_a_killed_rank_does_not_leave_the_other_waiting(tmp_path) -> None:
+    codes, errors, seconds = job(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    assert codes == [1, -9]
+    assert "error: rank 0 of 2 in step 17 failed (a lost connection: look for a rank" in errors[0]
+    assert seconds < 100
+
+
+def test_the_watchdog_ends_a_job_that_hangs(tmp_path) -> None:
+    codes, errors, _ = job(tmp_path, "time.sleep(1000)", watchdog_minutes=0.05)
+    assert codes == [3, 3]
+    for rank, text in enumerate(errors):
+        assert f"error: rank {rank} of 2 in step 17 has not gone on for" in text
+        assert "--watchdog-timeout-minutes" in text and "Current thread" in text
+    assert "barrier" in errors[0]

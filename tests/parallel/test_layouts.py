@@ -1,0 +1,48 @@
+"""Every layout of ranks trains as one process does."""
+
+import os
+
+import pytest
+
+from megatron_mesh.recurrence import SCHEMES
+from tests.parallel.layouts import LAYOUTS, RECOMPUTE, assert_equal, model_of
+from tests.parallel.pool import pool
+from tests.parallel.training import train
+
+# (scheme, loops, tied embedding, recompute, layout)
+Case = tuple[str, int, bool, str, str]
+
+CHOSEN: list[Case] = [
+    *(("mesh", 2, False, "none", layout) for layout in LAYOUTS),
+    *((scheme, 2, False, "none", "pp2") for scheme in SCHEMES if scheme != "mesh"),
+    ("mesh", 1, False, "none", "pp4"),
+    ("mesh", 3, False, "full", "pp2-dp2-overlap"),
+    ("mesh", 3, False, "full", "dp2-overlap"),
+    ("mesh", 3, True, "selective", "tp2-sp-pp2"),
+    ("mesh", 1, True, "full", "tp2"),
+    ("base", 3, True, "none", "pp2-dp2-overlap"),
+    ("static", 2, False, "none", "tp2"),
+    ("dynamic", 2, False, "selective", "tp2-pp2"),
+    ("vanilla+mesh", 2, True, "none", "pp2-dp2-overlap"),
+    ("vanilla", 2, True, "full", "tp2-pp2"),
+]
+
+
+def pairwise() -> list[Case]:
+    """Every pair of values of two factors occurs in some case."""
+    from allpairspy import AllPairs
+
+    factors = [list(SCHEMES), [1, 2, 3], [False, True], list(RECOMPUTE), list(LAYOUTS)]
+    return [tuple(case) for case in AllPairs(factors)]
+
+
+CASES = pairwise() if os.environ.get("MESH_TEST_ALL") else CHOSEN
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_trains_as_one_process(case: Case, reference) -> None:
+    scheme, loops, tied, recompute, layout = case
+    directory, one = reference(**model_of(scheme, loops, tied))
+    processes, settings = LAYOUTS[layout]
+    settings = {**model_of(scheme, loops, tied), **RECOMPUTE[recompute], **settings}
+    assert_equal(pool(processes).run(train, directory, settings), one)

@@ -1,0 +1,61 @@
+"""What the ring promises besides equal results: one home per weight, one hidden state per crossing."""
+
+import numpy as np
+import pytest
+
+from megatron_mesh.recurrence import SCHEMES
+from tests.parallel.layouts import LAYOUTS, model_of
+from tests.parallel.observe import elements_sent, initial_weights
+from tests.parallel.pool import pool
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp4", "tp2-pp2"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_seed_gives_the_same_model_on_every_layout(layout: str, tied: bool) -> None:
+    model = model_of("mesh", 2, tied)
+    one = {name: weight for name, (weight, *_) in pool(1).run(initial_weights, model)[0].items()}
+    processes, settings = LAYOUTS[layout]
+    ranks = pool(processes).run(initial_weights, {**model, **settings})
+    assert set().union(*ranks) == set(one)
+    size = settings.get("tensor_model_parallel_size", 1)
+    for rank in ranks:
+        for name, (weight, dimension, index) in rank.items():
+            whole = one[name]
+            mine = whole if dimension is None else np.split(whole, size, dimension)[index]
+            np.testing.assert_array_equal(weight, mine, err_msg=name)
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "vanilla"])
+def test_one_hidden_state_crosses_for_every_scheme(scheme: str) -> None:
+    _check_traffic(model_of(scheme, 2, tied=False), "pp2", ranks=2, passes=4)
+
+
+@pytest.mark.parametrize(
+    ("layout", "loops", "ranks"), [("pp4", 3, 4), ("tp2-sp-pp2", 2, 2), ("tp2-pp2", 1, 2)]
+)
+def test_one_hidden_state_crosses_on_every_layout(layout: str, loops: int, ranks: int) -> None:
+    _check_traffic(model_of("mesh", loops, tied=False), layout, ranks, passes=loops + 2)
+
+
+def _check_traffic(model: dict, layout: str, ranks: int, passes: int) -> None:
+    """S * B * H elements (of each sequence shard) per boundary, pass and micro-batch, in each direction."""
+    processes, settings = LAYOUTS[layout]
+    sequence, hidden, batch = 16, 32, 8  # all micro-batches together
+    shards = settings.get("tensor_model_parallel_size", 1) if settings.get("sequence_parallel") else 1
+    state = sequence * hidden * batch // shards
+    for rank in pool(processes).run(elements_sent, {**model, **settings}):
+        last, first = rank["rank"] == ranks - 1, rank["rank"] == 0
+        assert rank["forward"] == state * (passes - last)
+        assert rank["backward"] == state * (passes - first)
+
+
+def test_every_weight_has_one_home() -> None:
+    model = model_of("mesh", 2, tied=False)
+    whole = pool(1).run(elements_sent_alone, model)[0]
+    parts = pool(4).run(elements_sent, {**model, **LAYOUTS["pp4"][1]})
+    assert sum(rank["parameters"] for rank in parts) == whole
+
+
+def elements_sent_alone(case: dict) -> int:
+    """Parameters of the whole model."""
+    return sum(weight.size for weight, *_ in initial_weights(case).values())

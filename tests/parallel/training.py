@@ -1,0 +1,133 @@
+"""A short training on any layout of ranks, and what it leaves to compare."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed.param_and_grad_buffer import shard_buffer
+
+from megatron_mesh.data import Batch
+from megatron_mesh.model.naming import whole_model_parameters
+from megatron_mesh.parallel import Stage, build_stage
+from megatron_mesh.runtime.distributed import model_parallel_groups
+from megatron_mesh.train.optimizer import build_optimizer
+from megatron_mesh.train.step import loss_per_token, run_batch
+from tests.helpers import randomise, tiny_config
+
+STEPS = 10
+
+
+@dataclass
+class Outcome:
+    """What one rank saw."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    gradients: dict[str, np.ndarray] = field(default_factory=dict)
+    """After the first step's backward, by name in the whole model; whole tensors."""
+
+
+def settings_of(case: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a tiny run with those of ``case``."""
+    return {
+        "recurrence": "mesh",
+        "layers": "2+3R2+2",
+        "seq_length": 16,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "lr": 1e-3,
+        "train_iters": STEPS,
+        "lr_warmup_fraction": None,
+        **case,
+    }
+
+
+def save_initial(directory: Path, case: dict[str, Any]) -> None:
+    """Write the weights of a model with nothing at zero; in one process."""
+    config = tiny_config(**settings_of(case))
+    with model_parallel_groups(config):
+        stage = build_stage(config)
+        randomise(stage.modules[0])
+        directory.mkdir(parents=True)
+        dist_checkpointing.save(stage.sharded_state_dict(), str(directory))
+
+
+def train(directory: Path, case: dict[str, Any], steps: int = STEPS, fault: Any = None) -> Outcome:
+    """Train on all processes of the world, from the weights in ``directory``.
+
+    Args:
+        fault: a context manager on the stage, entered before the training: something done wrong.
+    """
+    config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
+    outcome = Outcome()
+    with model_parallel_groups(config):
+        stage = build_stage(config)
+        optimizer = build_optimizer(config, stage)
+        load(stage, optimizer, directory)
+        with fault(stage) if fault is not None else nullcontext():
+            for step in range(steps):
+                stage.zero_grad_buffer()
+                optimizer.zero_grad()
+                totals = run_batch(stage, _batches(config, step), config.training)
+                if step == 0:
+                    outcome.gradients = whole_gradients(stage, config.parallel.use_distributed_optimizer)
+                _, grad_norm, _ = optimizer.step()
+                outcome.losses.append(loss_per_token(totals))
+                outcome.grad_norms.append(float(grad_norm))
+    return outcome
+
+
+def load(stage: Stage, optimizer: Any, directory: Path) -> None:
+    """Take the weights in ``directory``."""
+    stage.load_state_dict(dist_checkpointing.load(stage.sharded_state_dict(), str(directory)))
+    optimizer.reload_model_params()
+
+
+def _batches(config: Any, step: int) -> Iterator[Batch]:
+    """This rank's micro-batches of a global batch that is the same on every layout."""
+    model, training = config.model, config.training
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, 96, (training.global_batch_size, model.seq_length + 1), generator=generator)
+    mask = (torch.rand(ids[:, 1:].shape, generator=generator) < 0.7).float()
+    ranks = parallel_state.get_data_parallel_world_size()
+    rank = parallel_state.get_data_parallel_rank()
+    size = training.micro_batch_size
+    for start in range(rank * size, training.global_batch_size, ranks * size):
+        rows = slice(start, start + size)
+        positions = torch.arange(model.seq_length).expand(size, -1)
+        yield Batch(ids[rows, :-1], ids[rows, 1:], mask[rows], positions)
+
+
+def whole_gradients(stage: Stage, sharded: bool) -> dict[str, np.ndarray]:
+    """The gradients of this rank's weights as one process would have them; a collective operation."""
+    if sharded:
+        _unshard(stage)
+    group = parallel_state.get_tensor_model_parallel_group()
+    gradients = {}
+    for module in stage.modules:
+        for name, parameter in whole_model_parameters(module):
+            grad = parameter.main_grad
+            if getattr(parameter, "tensor_model_parallel", False):
+                parts = [torch.empty_like(grad) for _ in range(group.size())]
+                dist.all_gather(parts, grad.contiguous(), group=group)
+                grad = torch.cat(parts, parameter.partition_dim)
+            gradients[name] = grad.double().numpy().copy()
+    return gradients
+
+
+def _unshard(stage: Stage) -> None:
+    """The distributed optimizer leaves each rank the reduced gradients of its shard: put them together."""
+    group = parallel_state.get_data_parallel_group()
+    for owner in stage.groups:
+        for bucket_group in owner.bucket_groups:
+            for bucket in bucket_group.buckets:
+                mine = shard_buffer(bucket.grad_data, group.size())[group.rank()].clone()
+                bucket.grad_data.zero_()
+                shard_buffer(bucket.grad_data, group.size())[group.rank()].copy_(mine)
+                dist.all_reduce(bucket.grad_data, group=group)

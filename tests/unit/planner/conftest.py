@@ -1,0 +1,13 @@
+"""One world of one process, where real models are built."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.helpers import one_process, tiny_config
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[None]:
+    with one_process(tiny_config()):
+        yield

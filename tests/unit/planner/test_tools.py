@@ -1,0 +1,101 @@
+"""The two commands: what they print, suggest, draw and refuse."""
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from megatron_mesh.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
+CONFIG = ["--config", str(ROOT / "examples" / "configs" / "pythia-6.9b-5+11R2+5-mesh.yaml")]
+RING = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeline-model-parallel-size", "4"]
+SHARDED = "--use-distributed-optimizer"
+
+
+def tool(name: str) -> Callable[[list[str]], None]:
+    return runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["main"]
+
+
+inspect_config, compare_pipelines = tool("inspect_config"), tool("compare_pipelines")
+
+
+def test_plan_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    figure = tmp_path / "schedule.png"
+    inspect_config([*CONFIG, *RING, SHARDED, "--nodes", "4", "--figure", str(figure)])
+    text = capsys.readouterr().out
+    assert "32: tensor 2 x pipeline 4 x data 4" in text
+    assert "128 of 1 per step" in text
+    assert "606,656,542" in text  # an eighth of the model on rank 0, and the routers
+    height, width, _ = imread(figure).shape
+    assert width > 1000 and height > 200
+    assert max(map(len, text.splitlines())) < 140
+
+
+@pytest.mark.parametrize("gibibytes,layouts", [(76, 10), (4.5, 1)])
+def test_suggestions_fit_and_are_sorted(
+    gibibytes: float, layouts: int, capsys: pytest.CaptureFixture
+) -> None:
+    inspect_config([*CONFIG, "--nodes", "4", "--suggest", "--gpu-memory-gib", str(gibibytes)])
+    table = capsys.readouterr().out.split("\n\n")[1].splitlines()[1:]
+    assert len(table) >= layouts
+    seconds = [float(line.split(" s ")[0].split()[-1]) for line in table]
+    memory = [float(line.split()[-2]) for line in table]
+    assert seconds == sorted(seconds)
+    assert max(memory) <= gibibytes
+
+
+def test_the_first_suggestion_is_a_plan(capsys: pytest.CaptureFixture) -> None:
+    """Its flags, given back, make the layout with the memory that was said."""
+    inspect_config([*CONFIG, "--suggest", "--gpu-memory-gib", "20"])
+    parts = capsys.readouterr().out.split("\n\n")
+    flags = parts[2].splitlines()[0].removeprefix("1: ").split()
+    memory = parts[1].splitlines()[1].split()[-2]
+    inspect_config([*CONFIG, *flags])
+    plan = capsys.readouterr().out
+    assert "--pipeline-model-parallel-layout" in flags and f"{memory} GiB" in plan
+
+
+def test_comparison(capsys: pytest.CaptureFixture) -> None:
+    compare_pipelines([*CONFIG, *RING, SHARDED, "--gpus", "8", "32"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [dict(zip(_cells(lines[0]), _cells(line), strict=True)) for line in lines[2:]]
+    assert [row["GPUs"] for row in rows] == ["8"] * 3 + ["32"] * 3
+    for ring, stage, copies in (rows[:3], rows[3:]):
+        parameters, waiting, sent = (
+            [float(row[name].strip("%").replace(",", "")) for row in (ring, stage, copies)]
+            for name in ("parameters, M", "waiting", "P2P, GiB")
+        )
+        assert parameters[0] < parameters[2] < parameters[1]
+        assert waiting[1] > 5 * waiting[0]
+        assert sent[0] == sent[2] == 4 * sent[1]  # passes, which the loop on one stage has not
+        assert float(copies["copies, GiB"]) > 0 == float(ring["copies, GiB"])
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--nodes", "0"], "--nodes 0 must be above 0"),
+        (["--nodes", "3", "--pipeline-model-parallel-size", "5"], "does not divide the number of processes"),
+        (["--suggest", "--gpu-memory-gib", "1"], "the least that any layout on 8 GPUs needs is"),
+        (["--suggest", "--global-batch-size", "3", "--gpus-per-node", "7"], "--global-batch-size 3"),
+        (["--figure", "/nowhere/schedule.png"], "cannot be written"),
+        (["--modes", "4"], "unknown setting --modes"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        inspect_config([*CONFIG, *arguments])
+
+
+def test_nothing_to_compare() -> None:
+    with pytest.raises(UserError, match="without a shared core and a pipeline"):
+        compare_pipelines(CONFIG)
+    with pytest.raises(UserError, match="does not divide the 32 unrolled layers"):
+        compare_pipelines([*CONFIG, "--pipeline-model-parallel-size", "5", "--gpus", "40"])
