@@ -22,9 +22,9 @@ def main(argv: Sequence[str]) -> None:
     config = resolve(arguments.config, world_size=world_size)
     # Megatron-core takes seconds to import, and --help and mistakes do not need it.
     if arguments.dry_run:
-        from megatron_mesh.model.plan import plan_text
+        from megatron_mesh.planner.dry_run import dry_run_text
 
-        print(plan_text(config, world_size))
+        print(dry_run_text(config, world_size))
     else:
         from megatron_mesh.train import pretrain
 

@@ -41,6 +41,7 @@ setup(
         "dev": [
             "pytest>=8.3",
             "pytest-xdist>=3.6",
+            "allpairspy>=2.5",
             "hypothesis>=6.120",
             "ruff==0.17.6",
             "mypy==2.4.1",

@@ -65,13 +65,13 @@ def _parser() -> argparse.ArgumentParser:
 def _print_plan(config: Config, options: argparse.Namespace) -> None:
     world_size = options.nodes * options.gpus_per_node
     config = resolve(config, world_size=world_size)
-    from megatron_mesh.model.plan import _with_vocabulary
+    from megatron_mesh.planner.dry_run import with_vocabulary
     from megatron_mesh.planner.figure import save_schedule
     from megatron_mesh.planner.report import make_plan
     from megatron_mesh.planner.text import plan_text
 
     # A vocabulary that the tokenizer names must fit the layout as well.
-    plan = make_plan(resolve(_with_vocabulary(config), world_size=world_size), world_size)
+    plan = make_plan(resolve(with_vocabulary(config), world_size=world_size), world_size)
     print(plan_text(plan))
     if options.figure is not None:
         save_schedule(plan, options.figure)
@@ -81,7 +81,7 @@ def _print_plan(config: Config, options: argparse.Namespace) -> None:
 def _print_suggestions(config: Config, options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from megatron_mesh.model.plan import _with_vocabulary
+    from megatron_mesh.planner.dry_run import with_vocabulary
     from megatron_mesh.planner.speed import Hardware
     from megatron_mesh.planner.suggest import suggest
     from megatron_mesh.planner.text import suggestions_text
@@ -91,7 +91,7 @@ def _print_suggestions(config: Config, options: argparse.Namespace) -> None:
     )
     console = Console(stderr=True)
     with console.status("looking at layouts"):
-        found = suggest(_with_vocabulary(config), hardware, round(options.gpu_memory_gib * 2**30))
+        found = suggest(with_vocabulary(config), hardware, round(options.gpu_memory_gib * 2**30))
     print(suggestions_text(found, hardware, options.gpu_memory_gib))
 
 

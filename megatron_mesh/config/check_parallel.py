@@ -1,7 +1,7 @@
 """Layouts of ranks that cannot work are refused here, before any process group exists."""
 
 from megatron_mesh.config.derived import layout, padded_vocab_size
-from megatron_mesh.config.placement import microbatch_group_size, placement
+from megatron_mesh.config.placement import Placement, microbatch_group_size, placement
 from megatron_mesh.config.ranges import at_least, positive
 from megatron_mesh.config.schema import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_mesh.config.settings import flag
@@ -88,7 +88,7 @@ def check_pipeline(
     if ranks == 1:
         return
     if looped:
-        placement(model, parallel)
+        _check_recomputed_groups(training, placement(model, parallel))
     else:
         _check_plain_layers(parallel, layout(model).depth)
     if not looped and parallel.num_virtual_stages_per_pipeline_rank in (None, 1):
@@ -103,6 +103,15 @@ def check_pipeline(
             f"use --global-batch-size {ranks * unit} or more, or a smaller --micro-batch-size"
         )
     microbatch_group_size(parallel, micro_batches)
+
+
+def _check_recomputed_groups(training: TrainingConfig, parts: Placement) -> None:
+    group = training.recompute_num_layers or 1
+    if training.recompute_method == "uniform" and any(n % group for _, s in parts.sections() for n in s):
+        raise UserError(
+            f"--recompute-num-layers {group} must divide every rank's part of every section ({parts}), since "
+            "--recompute-method uniform recomputes groups of so many layers; 1 always does"
+        )
 
 
 def _check_idle_settings(parallel: ParallelConfig, looped: bool) -> None:

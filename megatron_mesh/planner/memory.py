@@ -1,12 +1,12 @@
 """Memory of a rank: parameters and what follows from them, and activations in the schedule's real order."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_mesh.config.derived import layout, padded_vocab_size
 from megatron_mesh.config.schema import Config
-from megatron_mesh.model.memory import MemoryEstimate, _layer_bytes, estimate_memory
 from megatron_mesh.planner.costs import enter_flops, redone_layers
+from megatron_mesh.planner.layer_memory import MemoryEstimate, layer_bytes
 from megatron_mesh.planner.order import Step
 from megatron_mesh.planner.parameters import rank_parameters
 from megatron_mesh.planner.stages import Chunk, Pipeline
@@ -31,14 +31,23 @@ def rank_memory(
 ) -> tuple[MemoryEstimate, InFlight]:
     """Bytes of pipeline rank ``rank`` (of each of its tensor-parallel ranks).
 
+    Gradients are summed in float32. Adam keeps two float32 moments, and for bfloat16 weights a float32 copy
+    of each.
+
     Args:
         order: the rank's steps in a training step.
         data_parallel: replicas, over which the distributed optimizer shards its state.
     """
-    memory = estimate_memory(config, rank_parameters(config, pipeline, rank))
+    parameters, bf16 = rank_parameters(config, pipeline, rank), config.training.bf16
     shards = data_parallel if config.parallel.use_distributed_optimizer else 1
     held = in_flight(config, pipeline, rank, order)
-    return replace(memory, optimizer=-(-memory.optimizer // shards), activations=held.activations), held
+    memory = MemoryEstimate(
+        weights=parameters * (2 if bf16 else 4),
+        gradients=parameters * 4,
+        optimizer=-(-parameters * (12 if bf16 else 8) // shards),
+        activations=held.activations,
+    )
+    return memory, held
 
 
 def in_flight(config: Config, pipeline: Pipeline, rank: int, order: Sequence[Step]) -> InFlight:
@@ -74,7 +83,7 @@ def kept_bytes(config: Config, chunk: Chunk, *, pipelined: bool) -> int:
     model, training = config.model, config.training
     state = _state_bytes(config)
     redone = redone_layers(training, chunk)
-    kept = (chunk.layers - redone) * _layer_bytes(config)
+    kept = (chunk.layers - redone) * layer_bytes(config)
     if training.recompute_method == "block":
         kept += redone * state
     elif redone:
@@ -99,7 +108,7 @@ def _redone_bytes(config: Config, chunk: Chunk) -> int:
     group = config.training.recompute_num_layers or 1
     if config.training.recompute_method == "block":
         group = 1  # recomputed layers are groups of their own then
-    return min(group, max(chunk.sections)) * _layer_bytes(config)
+    return min(group, max(chunk.sections)) * layer_bytes(config)
 
 
 def _state_bytes(config: Config) -> int:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from megatron_mesh.config.schema import Config
-from megatron_mesh.model.memory import MemoryEstimate
 from megatron_mesh.planner.costs import chunk_costs
+from megatron_mesh.planner.layer_memory import MemoryEstimate
 from megatron_mesh.planner.memory import InFlight, rank_memory
 from megatron_mesh.planner.order import schedule_order
 from megatron_mesh.planner.parameters import rank_parameters

@@ -27,7 +27,7 @@ from megatron_mesh import __version__
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import Config
 from megatron_mesh.parallel import Stage
-from megatron_mesh.train.distributed_adam import CHECKPOINT_METADATA, prepare_loading
+from megatron_mesh.train.distributed_optimizer import CHECKPOINT_METADATA, prepare_loading
 from megatron_mesh.train.resume import CONFIG_FILE, FORMAT_VERSION, STATE_FILE, TRACKER_FILE, Checkpoint
 from megatron_mesh.train.state import TrainState, rng_state, set_rng_state
 

@@ -7,13 +7,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_mesh.config.schema import Config, OptimizerConfig
 from megatron_mesh.parallel import Stage
+from megatron_mesh.train.distributed_optimizer import repair
 
 
 def build_optimizer(settings: Config, stage: Stage) -> MegatronOptimizer:
     """AdamW; for a bfloat16 model it holds main parameters in float32. Clips to ``clip_grad`` in its step."""
     config, parallel = settings.optimizer, settings.parallel
     dtype = stage.config.params_dtype
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.lr,
@@ -30,6 +31,8 @@ def build_optimizer(settings: Config, stage: Stage) -> MegatronOptimizer:
         ),
         stage.groups,
     )
+    repair(optimizer)
+    return optimizer
 
 
 def build_schedule(

@@ -125,10 +125,8 @@ def test_two_tensor_parallel_processes_train_as_one(settings, single, tmp_path):
     assert losses(tmp_path / "resumed") == pytest.approx(losses(single)[3:], abs=1e-5)
 
 
-EVERYTHING = """
---pipeline-model-parallel-size 2 --micro-batch-size 1 --use-distributed-optimizer --overlap-grad-reduce
---overlap-param-gather --ddp-bucket-size 3000
-""".split()
+EVERYTHING = ["--pipeline-model-parallel-size", 2, "--micro-batch-size", 1, "--use-distributed-optimizer"]
+EVERYTHING += ["--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", 3000]
 
 
 def test_ring_and_distributed_optimizer_train_as_one_process(settings, single, tmp_path):

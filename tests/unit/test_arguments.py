@@ -94,11 +94,10 @@ def test_another_way_to_give_the_length(tmp_path: Path) -> None:
         ("--zzzz", ["unknown setting --zzzz", "--help"]),
         ("--cpu-offloading", ["--cpu-offloading is not supported", "layer running once"]),
         ("--cpu-offloading-num-layers 2", ["--cpu-offloading-num-layers is not", "layer running once"]),
-        ("--context-parallel-size 2", ["Transformer Engine's attention"]),
         ("--fp16", ["use --bf16"]),
         ("--num-layers 24", ["use --layers"]),
-        ("--num-layers-per-virtual-pipeline-stage 2", ["interleaved pipelines"]),
-        ("--virtual-pipeline-model-parallel-size 2", ["interleaved pipelines"]),
+        ("--num-layers-per-virtual-pipeline-stage 2", ["--num-virtual-stages-per-pipeline-rank"]),
+        ("--virtual-pipeline-model-parallel-size 2", ["--num-virtual-stages-per-pipeline-rank"]),
         ("--config absent.yaml", ["--config absent.yaml cannot be read", "No such file"]),
     ],
 )

@@ -11,9 +11,10 @@ from megatron_mesh.arguments import parse_args
 from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.derived import layout, non_embedding_parameters
 from megatron_mesh.model import build_model, build_on_meta
+from megatron_mesh.model.count import count_parameters
 from megatron_mesh.model.flops import forward_flops_per_token
-from megatron_mesh.model.memory import activation_bytes
-from megatron_mesh.model.plan import count_parameters, plan_text
+from megatron_mesh.planner.dry_run import dry_run_text
+from megatron_mesh.planner.report import make_plan
 from megatron_mesh.recurrence import SCHEMES
 from tests.helpers import tiny_config
 
@@ -102,7 +103,7 @@ def test_activation_estimate(scheme: str, modules: list[str] | None, bf16: bool)
         loss = model(tokens, None, None, labels=tokens)
         real = sum(storage.nbytes() for address, storage in kept.items() if address not in parameters)
     assert loss.shape == tokens.shape
-    assert abs(activation_bytes(config) / real - 1) < 0.05
+    assert abs(make_plan(config, 1).ranks[0].memory.activations / real - 1) < 0.05
 
 
 def test_plan_of_a_preset() -> None:
@@ -110,12 +111,12 @@ def test_plan_of_a_preset() -> None:
     config = resolve(
         parse_args(["--config", str(preset), "--tensor-model-parallel-size", "2"]).config, world_size=8
     )
-    plan = plan_text(config, world_size=8)
+    plan = dry_run_text(config, world_size=8)
     for part in (
         "805,797,918",
         "61,470",
         "4+8R2+4 (unrolled: 24 layers, 16",
-        "tensor 2 x data 4",
+        "tensor 2 x pipeline 1 x data 4",
         "2,097,152",
     ):
         assert part in plan, plan

@@ -3,53 +3,35 @@
 from collections import Counter
 from dataclasses import replace
 
+from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.derived import layout, padded_vocab_size
-from megatron_mesh.config.schema import Config
+from megatron_mesh.config.schema import Config, ParallelConfig
 from megatron_mesh.errors import UserError
-from megatron_mesh.model.build import build_on_meta
-from megatron_mesh.model.flops import flops_per_token
-from megatron_mesh.model.gpt import MeshGPTModel
-from megatron_mesh.model.memory import estimate_memory
+from megatron_mesh.model import build_on_meta, flops_per_token
+from megatron_mesh.model.count import count_parameters
+from megatron_mesh.planner.report import Plan, make_plan
 from megatron_mesh.recurrence import SCHEMES
 
-_PARTS = {
-    "embedding": "embedding",
-    "decoder.prelude": "prelude",
-    "decoder.core": "core",
-    "decoder.coda": "coda",
-    "decoder.layers": "layers",
-    "decoder.recurrence": "recurrence",
-    "decoder.final_layernorm": "final norm",
-    "output_layer": "output projection",
-}
 _EMBEDDINGS = ("embedding", "output projection")
 
 
-def count_parameters(model: MeshGPTModel) -> Counter[str]:
-    """Parameters by part, counted on real modules (shared ones once)."""
-    counts: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        part = next(label for prefix, label in _PARTS.items() if name.startswith(prefix))
-        counts[part] += parameter.numel()
-    return counts
-
-
-def plan_text(config: Config, world_size: int = 1) -> str:
+def dry_run_text(config: Config, world_size: int = 1) -> str:
     """The plan of a resolved run on ``world_size`` ranks.
 
     Raises:
         UserError: the size of the vocabulary is known only to a tokenizer that cannot be read.
     """
-    config = _with_vocabulary(config)
-    one_rank = replace(config, parallel=replace(config.parallel, tensor_model_parallel_size=1))
+    config = resolve(with_vocabulary(config), world_size=world_size)
+    one_rank = replace(config, parallel=ParallelConfig())
     counts = count_parameters(build_on_meta(one_rank))
-    rows = [*_model_rows(config), *_parameter_rows(counts), *_run_rows(config, world_size)]
-    rows += _memory_rows(config, count_parameters(build_on_meta(config)).total())
+    plan = make_plan(config, world_size)
+    rows = [*_model_rows(config), *_parameter_rows(counts), *_run_rows(plan), *_memory_rows(plan)]
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
 
 
-def _with_vocabulary(config: Config) -> Config:
+def with_vocabulary(config: Config) -> Config:
+    """``config`` with the size of the vocabulary, which its tokenizer tells if nothing else does."""
     if config.model.vocab_size is not None:
         return config
     from megatron_mesh.data import build_tokenizer
@@ -88,17 +70,17 @@ def _parameter_rows(counts: Counter[str]) -> list[tuple[str, str]]:
     return rows
 
 
-def _run_rows(config: Config, world_size: int) -> list[tuple[str, str]]:
-    training, model, parallel = config.training, config.model, config.parallel
+def _run_rows(plan: Plan) -> list[tuple[str, str]]:
+    training, model, parallel = plan.config.training, plan.config.model, plan.config.parallel
     assert training.global_batch_size is not None and training.train_iters is not None
-    data_parallel = world_size // parallel.tensor_model_parallel_size
-    micro_batches = training.global_batch_size // (training.micro_batch_size * data_parallel)
+    tensor, pipeline = parallel.tensor_model_parallel_size, plan.pipeline.ranks
+    micro_batches = f"{plan.pipeline.micro_batches} of {training.micro_batch_size} sequences"
     per_step = training.global_batch_size * model.seq_length
     tokens = per_step * training.train_iters
     flops = flops_per_token(model)
     return [
-        ("ranks", f"{world_size}: tensor {parallel.tensor_model_parallel_size} x data {data_parallel}"),
-        ("micro-batches", f"{micro_batches} of {training.micro_batch_size} sequences per step and rank"),
+        ("ranks", f"{plan.world_size}: tensor {tensor} x pipeline {pipeline} x data {plan.data_parallel}"),
+        ("micro-batches", f"{micro_batches} per step and rank"),
         ("tokens per step", f"{per_step:,} ({training.global_batch_size:,} x {model.seq_length:,})"),
         ("steps", f"{training.train_iters:,} ({tokens:,} tokens)"),
         ("FLOPs per token", f"{flops:,.0f} (forward and backward, unrolled)"),
@@ -106,16 +88,16 @@ def _run_rows(config: Config, world_size: int) -> list[tuple[str, str]]:
     ]
 
 
-def _memory_rows(config: Config, parameters: int) -> list[tuple[str, str]]:
-    memory = estimate_memory(config, parameters)
+def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
+    memory = max((rank.memory for rank in plan.ranks), key=lambda memory: memory.total)
 
     def gib(count: int) -> str:
         return f"{count / 2**30:,.2f} GiB"
 
     return [
-        ("memory per rank", f"{gib(memory.total)} (estimate)"),
+        ("memory of the fullest rank", f"{gib(memory.total)} (estimate)"),
         ("  weights", gib(memory.weights)),
         ("  gradients", gib(memory.gradients)),
         ("  optimizer", gib(memory.optimizer)),
-        ("  activations", f"{gib(memory.activations)} (one micro-batch)"),
+        ("  activations", gib(memory.activations)),
     ]

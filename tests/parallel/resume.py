@@ -1,0 +1,68 @@
+"""Save, load into new objects, go on: in workers."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_mesh.config.schema import Config
+from megatron_mesh.parallel import Stage, build_stage
+from megatron_mesh.runtime.distributed import model_parallel_groups
+from megatron_mesh.train import distributed_optimizer
+from megatron_mesh.train.checkpoint import load_checkpoint, save_checkpoint
+from megatron_mesh.train.optimizer import build_optimizer, build_schedule
+from megatron_mesh.train.resume import find_checkpoint
+from megatron_mesh.train.state import TrainState
+from megatron_mesh.train.step import loss_per_token, run_batch
+from tests.helpers import tiny_config
+from tests.parallel.training import _batches, settings_of
+
+
+def _build(config: Config) -> tuple[Stage, Any, TrainState]:
+    stage = build_stage(config)
+    optimizer = build_optimizer(config, stage)
+    return stage, optimizer, TrainState(build_schedule(config.optimizer, optimizer))
+
+
+def _train(config: Config, stage: Stage, optimizer: Any, state: TrainState, last: int) -> list[float]:
+    losses = []
+    while state.step < last:
+        stage.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses.append(loss_per_token(run_batch(stage, _batches(config, state.step), config.training)))
+        optimizer.step()
+        state.advance(8)
+    return losses
+
+
+def save_and_go_on(directory: Path, case: dict[str, Any]) -> list[float]:
+    """Train three steps, save, and train three more: the losses of those."""
+    config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
+    with model_parallel_groups(config):
+        parts = _build(config)
+        _train(config, *parts, last=3)
+        save_checkpoint(directory, config, *parts)
+        return _train(config, *parts, last=6)
+
+
+def load_and_go_on(directory: Path, case: dict[str, Any]) -> list[float]:
+    """Load what ``save_and_go_on`` saved, and train three steps: their losses."""
+    config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
+    config = replace(config, checkpoint=replace(config.checkpoint, load=str(directory)))
+    checkpoint = find_checkpoint(config.checkpoint)
+    assert checkpoint is not None
+    with model_parallel_groups(config):
+        parts = _build(config)
+        load_checkpoint(checkpoint, config, *parts)
+        return _train(config, *parts, last=6)
+
+
+def without_repair(directory: Path, case: dict[str, Any]) -> list[float]:
+    """``save_and_go_on`` with the faults of Megatron-core's distributed optimizer in saving."""
+    original = distributed_optimizer._Unpadded.__call__
+    distributed_optimizer._Unpadded.__call__ = lambda self, *a, **k: self.original(*a, **k)  # type: ignore
+    try:
+        return save_and_go_on(directory, case)
+    finally:
+        distributed_optimizer._Unpadded.__call__ = original  # type: ignore[method-assign]

@@ -1,0 +1,39 @@
+"""A run that was saved and loaded goes on as if it had not been, on its layout and on others."""
+
+import numpy as np
+import pytest
+
+from tests.parallel import resume
+from tests.parallel.layouts import LAYOUTS, model_of
+from tests.parallel.pool import pool
+
+MODEL = model_of("mesh", 2, tied=False)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["tp2", "pp4", "dp2-distopt", "pp2-dp2-overlap"])
+def test_the_same_layout_goes_on_bitwise(layout: str, bf16: bool, tmp_path) -> None:
+    processes, settings = LAYOUTS[layout]
+    case = {**MODEL, **settings, "bf16": bf16}
+    expected = pool(processes).run(resume.save_and_go_on, tmp_path, case)
+    assert pool(processes).run(resume.load_and_go_on, tmp_path, case) == expected
+
+
+@pytest.mark.parametrize("other", ["dp2-distopt", "tp2-sp-pp2"])
+def test_another_layout_goes_on_alike(other: str, tmp_path) -> None:
+    """From the distributed optimizer over several buckets to another number of ranks."""
+    processes, settings = LAYOUTS["pp2-dp2-overlap"]
+    expected = pool(processes).run(resume.save_and_go_on, tmp_path, {**MODEL, **settings})[0]
+    processes, settings = LAYOUTS[other]
+    if "use_distributed_optimizer" not in settings:
+        settings = {**settings, "use_distributed_optimizer": True}
+    found = pool(processes).run(resume.load_and_go_on, tmp_path, {**MODEL, **settings})[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_repair_is_needed(tmp_path) -> None:
+    """If this fails, Megatron-core saves several buckets rightly, and the repair can go."""
+    processes, settings = LAYOUTS["pp2-dp2-overlap"]
+    case = {**MODEL, **settings}
+    expected = pool(processes).run(resume.without_repair, tmp_path, case)[0]
+    assert pool(processes).run(resume.load_and_go_on, tmp_path, case)[0] != expected
