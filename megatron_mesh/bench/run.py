@@ -14,7 +14,7 @@ from megatron_mesh.bench.kept import kept_for_backward
 from megatron_mesh.bench.report import Result
 from megatron_mesh.bench.settings import PLAIN, Settings
 from megatron_mesh.bench.timing import Times, measure
-from megatron_mesh.bench.variants import build_variant, random_batches, variant_config
+from megatron_mesh.bench.variants import batches_of, build_variant, variant_config
 from megatron_mesh.config.ranges import at_least
 from megatron_mesh.errors import UserError
 from megatron_mesh.recurrence import SCHEMES
@@ -34,7 +34,7 @@ def run(settings: Settings) -> dict[str, Result]:
     with process_groups(configs[settings.variants[0]]):
         variants = [build_variant(name, config) for name, config in configs.items()]
         parameters = {v.name: sum(p.numel() for p in v.stage.modules[0].parameters()) for v in variants}
-        batches = random_batches(settings)
+        batches = batches_of(settings)
         kept = {variant.name: kept_for_backward(variant, batches[0]) for variant in variants}
         with _progress(len(variants) * (settings.warmup + settings.steps)) as on_step:
             times = measure(

@@ -77,12 +77,23 @@ def build_plain(config: Config) -> GPTModel:
     return model
 
 
-def random_batches(settings: Settings) -> list[Batch]:
-    """The micro-batches of a step: uniform random ids, all of them counted in the loss."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    b, s = settings.micro_batch_size, settings.seq_length
+def random_batches(count: int, sequences: int, seq_length: int, vocab_size: int, seed: int) -> list[Batch]:
+    """``count`` micro-batches of uniform random ids, all of them counted in the loss."""
+    generator = torch.Generator().manual_seed(seed)
     batches = []
-    for _ in range(settings.num_micro_batches):
-        ids = torch.randint(settings.vocab_size, (b, s + 1), generator=generator)
-        batches.append(Batch(ids[:, :-1], ids[:, 1:], torch.ones(b, s), torch.arange(s).expand(b, s)))
+    for _ in range(count):
+        ids = torch.randint(vocab_size, (sequences, seq_length + 1), generator=generator)
+        ones, positions = torch.ones(sequences, seq_length), torch.arange(seq_length).expand(sequences, -1)
+        batches.append(Batch(ids[:, :-1], ids[:, 1:], ones, positions))
     return batches
+
+
+def batches_of(settings: Settings) -> list[Batch]:
+    """The micro-batches of a step."""
+    return random_batches(
+        settings.num_micro_batches,
+        settings.micro_batch_size,
+        settings.seq_length,
+        settings.vocab_size,
+        settings.seed,
+    )

@@ -17,7 +17,7 @@ from megatron_mesh.bench.kept import Kept
 from megatron_mesh.bench.report import PARTS, Result, ratios
 from megatron_mesh.bench.settings import Settings
 from megatron_mesh.bench.timing import Times, measure
-from megatron_mesh.bench.variants import build_plain, build_variant, random_batches, variant_config
+from megatron_mesh.bench.variants import batches_of, build_plain, build_variant, variant_config
 from megatron_mesh.config.derived import non_embedding_parameters
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.errors import UserError
@@ -147,7 +147,7 @@ def test_a_measured_step_is_a_training_step() -> None:
     with one_process(config):
         variant = build_variant("mesh", config)
         before = {name: p.detach().clone() for name, p in variant.stage.modules[0].named_parameters()}
-        measure([variant], random_batches(TOY), steps=2, warmup=1)
+        measure([variant], batches_of(TOY), steps=2, warmup=1)
         moments = variant.optimizer.optimizer.state
         assert all(
             not torch.equal(p, before[name]) for name, p in variant.stage.modules[0].named_parameters()
@@ -157,7 +157,7 @@ def test_a_measured_step_is_a_training_step() -> None:
 
 def test_plain_is_megatron_core_itself_and_computes_what_vanilla_does() -> None:
     config = with_values(variant_config(TOY, "plain"), {"scale_embeddings": False})
-    (batch,) = random_batches(replace(TOY, num_micro_batches=1))
+    (batch,) = batches_of(replace(TOY, num_micro_batches=1))
     with one_process(config):
         plain, vanilla = build_plain(config), build_model(config)
         assert type(plain) is GPTModel and type(plain.decoder) is TransformerBlock
