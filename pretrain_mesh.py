@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from megatron_mesh.arguments import parse_args
 from megatron_mesh.config.checks import resolve
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.console import show_messages
 from megatron_mesh.runtime.environment import rank_from_environment, world_size_from_environment
 
 
-def main(argv: Sequence[str]) -> None:
-    """Parse, then plan or train."""
+def main(argv: Sequence[str]) -> int:
+    """Parse, then plan or train; returns the exit status (``megatron_mesh/runtime/exits.py``)."""
     arguments = parse_args(argv)
     world_size = world_size_from_environment()
     config = resolve(arguments.config, world_size=world_size)
@@ -25,18 +26,18 @@ def main(argv: Sequence[str]) -> None:
         from megatron_mesh.planner.dry_run import dry_run_text
 
         print(dry_run_text(config, world_size))
-    else:
-        from megatron_mesh.train import pretrain
+        return exits.DONE
+    from megatron_mesh.train import pretrain
 
-        pretrain(config)
+    return pretrain(config)
 
 
 if __name__ == "__main__":  # saving a checkpoint starts processes that import this file
     speaks = rank_from_environment() == 0
     show_messages(speaks)
     try:
-        main(sys.argv[1:])
+        sys.exit(main(sys.argv[1:]))
     except UserError as error:
-        if speaks if error.to_be_told is None else error.to_be_told:
+        if speaks:
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(exits.BAD_INPUT)

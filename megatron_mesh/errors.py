@@ -7,6 +7,3 @@ class UserError(ValueError):
     Entry points print it as ``error: <message>`` and exit with code 2, without a traceback;
     every other exception is a bug and keeps its traceback.
     """
-
-    to_be_told: bool | None = None
-    """Of several ranks that fail, whether this one prints it; None before the ranks know of each other."""

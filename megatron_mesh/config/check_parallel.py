@@ -16,6 +16,12 @@ def check_ranks(parallel: ParallelConfig, world_size: int) -> int:
     at_least(1, parallel, "microbatch_group_size_per_virtual_stage", "ddp_bucket_size")
     at_least(0, parallel, "watchdog_timeout_minutes")
     positive(parallel, "distributed_timeout_minutes")
+    if parallel.watchdog_timeout_minutes >= parallel.distributed_timeout_minutes:
+        raise UserError(
+            f"--watchdog-timeout-minutes {parallel.watchdog_timeout_minutes:g} must be below "
+            f"--distributed-timeout-minutes {parallel.distributed_timeout_minutes:g}: else a rank that only "
+            "waits for a hung one fails first"
+        )
     if parallel.context_parallel_size > 1:
         raise UserError(
             f"--context-parallel-size {parallel.context_parallel_size} needs Transformer Engine's attention, "
@@ -88,7 +94,9 @@ def check_pipeline(
     if ranks == 1:
         return
     if looped:
-        _check_recomputed_groups(training, placement(model, parallel))
+        parts = placement(model, parallel)
+        _check_parts(parts)
+        _check_recomputed_groups(training, parts)
     else:
         _check_plain_layers(parallel, layout(model).depth)
     if not looped and parallel.num_virtual_stages_per_pipeline_rank in (None, 1):
@@ -103,6 +111,15 @@ def check_pipeline(
             f"use --global-batch-size {ranks * unit} or more, or a smaller --micro-batch-size"
         )
     microbatch_group_size(parallel, micro_batches)
+
+
+def _check_parts(parts: Placement) -> None:
+    empty = [r for r in range(parts.ranks) if not any(s[r] for _, s in parts.sections())]
+    if empty:
+        raise UserError(
+            f"pipeline rank {empty[0]} would hold no layer of prelude, core or coda ({parts}); use "
+            "fewer --pipeline-model-parallel-size, or --pipeline-model-parallel-layout"
+        )
 
 
 def _check_recomputed_groups(training: TrainingConfig, parts: Placement) -> None:

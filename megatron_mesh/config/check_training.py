@@ -13,6 +13,7 @@ from megatron_mesh.recurrence import SCHEMES
 def resolve_training(training: TrainingConfig, model: ModelConfig, data_parallel: int) -> TrainingConfig:
     """See ``checks.resolve``; ``model`` is resolved."""
     at_least(1, training, "micro_batch_size", "global_batch_size", "train_iters", "train_samples")
+    at_least(1, training, "max_skipped_steps")
     at_least(0, training, "seed", "eval_interval", "eval_iters")
     if training.seed >= 2**32:
         raise UserError(f"--seed {training.seed} is out of range; it must be below 2^32")

@@ -5,8 +5,9 @@ from dataclasses import replace
 from megatron_mesh.config.check_model import resolve_model
 from megatron_mesh.config.check_parallel import check_pipeline, check_ranks, check_tensor_parallel
 from megatron_mesh.config.check_training import resolve_optimizer, resolve_training
-from megatron_mesh.config.ranges import at_least
+from megatron_mesh.config.ranges import at_least, positive
 from megatron_mesh.config.schema import CheckpointConfig, Config, DataConfig, ModelConfig
+from megatron_mesh.config.settings import flag
 from megatron_mesh.errors import UserError
 
 
@@ -71,7 +72,14 @@ def check_data(data: DataConfig) -> None:
 
 def check_checkpoint(checkpoint: CheckpointConfig) -> None:
     """Saving needs a place to save to; taking only the weights needs something to load."""
-    at_least(1, checkpoint, "save_interval")
+    at_least(1, checkpoint, "save_interval", "keep_last", "keep_every", "exit_interval")
+    for name in ("exit_duration_in_mins", "exit_grace_seconds"):
+        positive(checkpoint, name)
+    for name in ("async_save", "keep_last", "exit_grace_seconds"):
+        if getattr(checkpoint, name) and checkpoint.save is None:
+            raise UserError(f"{flag(name)} is given without --save; give the directory for checkpoints too")
+    if checkpoint.keep_every is not None and checkpoint.keep_last is None:
+        raise UserError("--keep-every says what to keep beside the last ones; give --keep-last too")
     if checkpoint.save_interval is not None and checkpoint.save is None:
         raise UserError("--save-interval is given without --save; give the directory for checkpoints too")
     if checkpoint.finetune and checkpoint.load is None:

@@ -87,6 +87,8 @@ class TrainingConfig:
     """Layers per recomputed group (uniform) or recomputed layers per section (block); 1 if unset."""
     recompute_modules: list[Literal["core_attn", "mlp"]] | None = None
     """With selective recompute: which parts; core_attn if unset."""
+    max_skipped_steps: int = 10
+    """Stop when so many steps in a row were skipped because loss or gradients were not finite."""
     deterministic_mode: bool = False
     """Use only operations that give the same bits every time, also on GPUs."""
     eval_interval: int = 1000
@@ -173,6 +175,20 @@ class CheckpointConfig:
     """Load the state of the random number generators."""
     override_opt_param_scheduler: bool = False
     """Take learning rate, weight decay and schedule from this run's settings, not from the checkpoint."""
+    load_fallback: bool = True
+    """Take the newest earlier checkpoint where the newest one is damaged."""
+    async_save: bool = False
+    """Write checkpoints from a process of their own while training goes on."""
+    keep_last: int | None = None
+    """Keep so many of the newest checkpoints; all if unset."""
+    keep_every: int | None = None
+    """With --keep-last: keep those of steps divisible by this as well."""
+    exit_interval: int | None = None
+    """Stop, with a checkpoint, after a step divisible by this."""
+    exit_duration_in_mins: float | None = None
+    """Stop, with a checkpoint, after so many minutes."""
+    exit_grace_seconds: float | None = None
+    """Time that the scheduler leaves a job after its signal; a save that takes longer gives a warning."""
 
 
 @dataclass
@@ -207,10 +223,11 @@ class ParallelConfig:
     """Gather the distributed optimizer's parameters while the next forward pass runs."""
     ddp_bucket_size: int | None = None
     """Parameters of a bucket of the overlapped reduction; Megatron-core's choice if unset."""
-    distributed_timeout_minutes: float = 10.0
+    distributed_timeout_minutes: float = 30.0
     """Longest wait of a collective operation."""
-    watchdog_timeout_minutes: float = 30.0
-    """End the job, with the stack of every rank, when no micro-batch is done for so long; 0 turns it off."""
+    watchdog_timeout_minutes: float = 20.0
+    """End the job, with the stack of every rank, when a rank runs no forward pass for so long (saving and
+    preparing the data aside); 0 turns it off."""
 
 
 @dataclass

@@ -122,9 +122,9 @@ class MeshTransformerBlock(TransformerBlock):
         """
         assert self.recurrence is not None, "the recurrence is on the first pipeline rank"
         if not self.shards_states:
-            return self.recurrence.enter(index, x, state)
+            return self.recurrence(index, x, state)
         x = tensor_parallel.scatter_to_sequence_parallel_region(x, group=self.tp_group)
-        x = self.recurrence.enter(index, x, state)
+        x = self.recurrence(index, x, state)
         return tensor_parallel.gather_from_sequence_parallel_region(
             x, tensor_parallel_output_grad=False, group=self.tp_group
         )

@@ -97,7 +97,7 @@ def no_sync(groups: Sequence[DistributedDataParallel]) -> Iterator[None]:
 
 def finalize(
     groups: Sequence[DistributedDataParallel],
-    chunks: Sequence[torch.nn.Module],
+    _chunks: Sequence[torch.nn.Module],
     num_tokens: Tensor | None = None,
     **kwargs: Any,
 ) -> None:
@@ -105,7 +105,7 @@ def finalize(
 
     Args:
         groups: own the weights.
-        chunks: what the schedule ran (several chunks may be views of one group).
+        _chunks: what the schedule ran, which it hands on; several of them may be views of one group.
         num_tokens: tokens of this rank's micro-batches, by whose sum the gradients are divided.
     """
     finalize_model_grads(groups, num_tokens, **kwargs)
@@ -115,7 +115,9 @@ def finalize(
 def _sum_over_tensor_parallel(groups: Sequence[DistributedDataParallel]) -> None:
     """Sum gradients of weights that see sequence shards without sequence parallelism (see block.py).
 
-    All that was done to the gradients so far is linear, so it may come last; clipping comes later.
+    All that was done to the gradients so far is linear, so it may come last; clipping comes later. With the
+    distributed optimizer each rank has reduced gradients of its shard only, and the ranks of a
+    tensor-parallel group have the same shard.
     """
     grads = [
         parameter.main_grad

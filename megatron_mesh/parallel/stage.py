@@ -18,7 +18,6 @@ from megatron_mesh.model.config import MeshTransformerConfig
 from megatron_mesh.parallel.gradients import finalize, no_sync, ring_groups, ring_sync_order, wrap
 from megatron_mesh.parallel.ring import ring_chunks
 from megatron_mesh.recurrence import SCHEMES, Scheme
-from megatron_mesh.runtime import device
 
 
 @dataclass
@@ -49,7 +48,7 @@ class Stage:
 
     def train(self, mode: bool = True) -> None:
         """Training or, with False, evaluation."""
-        for module in self.modules:
+        for module in [*self.modules, *self.chunks]:
             module.train(mode)
 
     @contextmanager
@@ -61,9 +60,11 @@ class Stage:
         hooked = [group for group in self.groups if group.use_forward_hook]
         for group in hooked:
             group.disable_forward_pre_hook()
-        yield
-        for group in hooked:
-            group.enable_forward_pre_hook()
+        try:
+            yield
+        finally:
+            for group in hooked:
+                group.enable_forward_pre_hook()
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """The weights as a checkpoint has them: its keys do not depend on the layout of the ranks."""
@@ -73,11 +74,6 @@ class Stage:
         """Take over what was loaded into ``sharded_state_dict``."""
         for i, module in enumerate(self.modules):
             module.load_state_dict(state[str(i)])
-
-    @property
-    def reads_data(self) -> bool:
-        """Whether a chunk of this rank takes tokens or labels."""
-        return any(module.pre_process or module.post_process for module in self.modules)
 
     def data_for_chunks(self, batches: Iterator[Batch]) -> list[Iterator[Batch | None]]:
         """Micro-batches for the chunk that takes them, None over and over for the others."""
@@ -135,10 +131,11 @@ def _plain_chunks(config: Config) -> list[MeshGPTModel]:
 def _with_schedule(stage: Stage, config: Config) -> Stage:
     """Tell the schedule how gradients are synchronised, by Megatron's hooks in its configuration."""
     parallel, training = config.parallel, config.training
-    # All modules get their settings from this one object, and chunks of a plain model from their own.
+    # A looped model has one such object (its sections have copies, made before), chunks of a plain one each
+    # their own. Outputs that were sent are not freed early (``deallocate_pipeline_outputs``): Megatron frees
+    # some before it has waited for the send, which breaks gloo and was not tried on NCCL.
     for settings in {id(m.config): m.config for m in stage.modules}.values():
         settings.finalize_model_grads_func = partial(finalize, stage.groups)
-        settings.deallocate_pipeline_outputs = device.backend() == "nccl"
         if parallel.overlap_grad_reduce:
             settings.no_sync_func = partial(no_sync, stage.groups)
         stages = virtual_stages(config.model, parallel)

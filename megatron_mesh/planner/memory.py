@@ -75,11 +75,7 @@ def in_flight(config: Config, pipeline: Pipeline, rank: int, order: Sequence[Ste
 
 
 def kept_bytes(config: Config, chunk: Chunk, *, pipelined: bool) -> int:
-    """What a chunk keeps of one micro-batch from its forward to its backward, on one tensor-parallel rank.
-
-    Outputs that were sent on are not counted: on GPUs the schedule frees them
-    (``deallocate_pipeline_outputs``).
-    """
+    """What a chunk keeps of one micro-batch from its forward to its backward, on one tensor-parallel rank."""
     model, training = config.model, config.training
     state = _state_bytes(config)
     redone = redone_layers(training, chunk)
@@ -91,6 +87,8 @@ def kept_bytes(config: Config, chunk: Chunk, *, pipelined: bool) -> int:
         kept += sum(-(-section // group) for section in chunk.sections) * state
     if pipelined and not chunk.layers:
         kept += state  # the input, which a layer would hold otherwise
+    if pipelined and not chunk.head:
+        kept += state  # the output, which the schedule holds until its gradient has come
     if pipelined:
         # The schedule holds the state that arrived, beside what the recurrence made of it.
         kept += sum(enter_flops(model, v) > 0 for v in chunk.enters) * state

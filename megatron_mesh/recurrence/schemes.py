@@ -99,6 +99,10 @@ class Scheme(nn.Module):
     def init_parameters(self, draw: Draw) -> None:
         """Set the initial value of every parameter; random ones through ``draw``."""
 
+    def forward(self, index: int, x: Tensor, state: LoopState) -> Tensor:
+        """``enter``. Callers call the module, since what gathers sharded parameters hooks into calls."""
+        return self.enter(index, x, state)
+
     def enter(self, index: int, x: Tensor, state: LoopState) -> Tensor:
         """The input [S, B, H] of pass ``index``, from the output ``x`` [S, B, H] of the pass before."""
         if index == 0:

@@ -93,6 +93,12 @@ class Bar(Sink):
 def numbers(record: Record) -> str:
     """The main numbers of a record on one line."""
     values = record.values
+    if record.kind == "save":
+        return f"saved {values['path']} in {values['seconds']:.1f} s"
+    if record.kind == "skipped":
+        loss, norm = values["loss"], values["grad_norm"]
+        samples = f"{values['first_sample']} to {values['last_sample']}"
+        return f"not finite: loss {loss}, grad norm {norm}; step skipped (samples {samples})"
     if record.kind != "train":
         name = {"valid": "validation", "test": "test"}[record.kind]
         return f"{name} loss {values['loss']:.4f} | perplexity {values['perplexity']:.2f}"

@@ -12,7 +12,11 @@ from torch.distributed.rendezvous import rendezvous
 from megatron_mesh.config.placement import virtual_stages
 from megatron_mesh.config.schema import Config
 from megatron_mesh.runtime import device
-from megatron_mesh.runtime.environment import rank_from_environment, world_size_from_environment
+from megatron_mesh.runtime.environment import (
+    find_rendezvous,
+    rank_from_environment,
+    world_size_from_environment,
+)
 from megatron_mesh.runtime.health import Health, failures_reported, watched
 
 
@@ -30,6 +34,7 @@ def process_groups(config: Config) -> Iterator[Health]:
     world, rank = world_size_from_environment(), rank_from_environment()
     store: dist.Store = dist.HashStore()
     if world > 1:
+        find_rendezvous()
         store, rank, world = next(rendezvous("env://", rank, world, timeout=timeout))
     dist.init_process_group(device.backend(), store=store, rank=rank, world_size=world, timeout=timeout)
     health = Health(rank, world, store)

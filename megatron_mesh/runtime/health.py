@@ -12,9 +12,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from megatron_mesh.errors import UserError
-
-EXIT_HUNG = 3
-"""Exit status of a rank that the watchdog ended."""
+from megatron_mesh.runtime import exits
 
 _LOST_RANK = " (a lost connection: look for a rank that was killed; it could not say so itself)"
 _KEY = "megatron_mesh/first_failure"
@@ -31,15 +29,27 @@ class Health:
     def __init__(self, rank: int, world_size: int, store: dist.Store | None):
         self.rank, self.world_size, self._store = rank, world_size, store
         self._where, self._last = "the start", time.monotonic()
+        self._watched = True
 
-    def beat(self, where: str) -> None:
-        """This rank goes on, with ``where`` (for example "step 17") as its next work."""
-        self._where, self._last = where, time.monotonic()
+    def beat(self, where: str | None = None) -> None:
+        """This rank goes on, with ``where`` (for example "step 17") as its next work, if that is new."""
+        self._where, self._last = where or self._where, time.monotonic()
+
+    @contextmanager
+    def busy(self, where: str) -> Iterator[None]:
+        """Work of which nobody knows how long it takes; the watchdog looks away."""
+        self.beat(where)
+        self._watched = False
+        try:
+            yield
+        finally:
+            self._watched = True
+            self.beat(where)
 
     @property
     def seconds_waiting(self) -> float:
-        """Time since the last ``beat``."""
-        return time.monotonic() - self._last
+        """Time since the last ``beat``; 0 while this rank is ``busy``."""
+        return time.monotonic() - self._last if self._watched else 0.0
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world_size} in {self._where}"
@@ -58,8 +68,7 @@ class Health:
 def failures_reported(health: Health) -> Iterator[None]:
     """A rank's failure is told once, first where it happened, and no rank waits for the others.
 
-    What a user got wrong is raised again, marked with whether this rank is to tell it. Any other
-    exception ends the process here, since taking down the process groups would wait for the lost rank.
+    The process ends here, since taking down the process groups would wait for ranks that still work.
     """
     if health.world_size == 1:
         yield
@@ -67,8 +76,9 @@ def failures_reported(health: Health) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        error.to_be_told = health.first_failure() == str(health)
-        raise
+        if health.first_failure() == str(health):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(exits.BAD_INPUT)
     except Exception as error:
         first = health.first_failure()
         if first == str(health):
@@ -76,7 +86,7 @@ def failures_reported(health: Health) -> Iterator[None]:
             print(f"error: {health} failed{hint}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         else:
             print(f"error: {health} ends, because {first} failed", file=sys.stderr, flush=True)
-        os._exit(1)
+        os._exit(exits.CRASHED)
 
 
 @contextmanager
@@ -106,4 +116,4 @@ def _watch(health: Health, seconds: float, done: threading.Event) -> None:
                 flush=True,
             )
             faulthandler.dump_traceback(all_threads=True)
-            os._exit(EXIT_HUNG)
+            os._exit(exits.HUNG)

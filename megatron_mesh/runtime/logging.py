@@ -86,7 +86,10 @@ class JsonLines(Sink):
     """One JSON object a line: ``kind``, ``step`` and the values. Appends."""
 
     def __init__(self, path: Path):
+        cut_off = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
         self.file = path.open("a", encoding="utf-8", buffering=1)
+        if cut_off:  # by a kill in the middle of a line
+            self.file.write("\n")
 
     def write(self, record: Record) -> None:
         self.file.write(json.dumps({"kind": record.kind, "step": record.step, **record.values}) + "\n")

@@ -18,6 +18,7 @@ from megatron_mesh.data import (
     build_tokenizer,
     check_vocab,
 )
+from megatron_mesh.runtime import device
 
 
 class IdsOnly(Tokenizer):
@@ -83,4 +84,5 @@ def open_batches(config: Config, dataset: SampleStream, consumed_samples: int = 
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         num_workers=config.data.num_workers,
+        pin_memory=device.has_gpu(),
     )

@@ -1,27 +1,35 @@
 """Pretraining, from resolved settings to the last checkpoint."""
 
-import math
+import logging
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
+from megatron_mesh.checkpoint.compatible import check_same_run
+from megatron_mesh.checkpoint.directory import candidates, remove_unfinished, saved_steps
+from megatron_mesh.checkpoint.load import first_whole, load_checkpoint
+from megatron_mesh.checkpoint.save import Saved, Saver
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data import Datasets
-from megatron_mesh.errors import UserError
 from megatron_mesh.parallel import Stage, build_stage
-from megatron_mesh.runtime.distributed import process_groups
+from megatron_mesh.runtime import exits
+from megatron_mesh.runtime.distributed import is_rank_zero, process_groups
 from megatron_mesh.runtime.health import Health
 from megatron_mesh.runtime.logging import Log, check_trackers
-from megatron_mesh.train.checkpoint import load_checkpoint, save_checkpoint
+from megatron_mesh.runtime.stopping import StopRequests, write_status
 from megatron_mesh.train.data import open_batches, open_datasets, open_vocabulary
+from megatron_mesh.train.guard import guarded_step, record_skipped
 from megatron_mesh.train.metrics import RouterMeter, SpeedMeter, perplexity
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule
-from megatron_mesh.train.output import check_writable, open_outputs, summary
-from megatron_mesh.train.resume import Checkpoint, check_same_run, find_checkpoint
+from megatron_mesh.train.output import check_writable, open_outputs, position, summary
 from megatron_mesh.train.state import TrainState
 from megatron_mesh.train.step import evaluate, loss_per_token, run_batch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,25 +43,37 @@ class Run:
     state: TrainState
 
 
-def pretrain(config: Config) -> TrainState:
-    """Train as ``config`` (resolved) says; returns where the run ended.
+def pretrain(config: Config) -> int:
+    """Train as ``config`` (resolved) says; returns how the run ended (``runtime/exits.py``).
 
     Raises:
         UserError: bad input, before anything is written.
     """
-    check_trackers(config.logging)
-    checkpoint = find_checkpoint(config.checkpoint)
-    check_writable(config)
+    started = time.monotonic()
     with process_groups(config) as health:
-        run = build(config, checkpoint)
-        with open_outputs(run.config, run.state) as log:
-            train(run, log, health)
+        with health.busy("the preparations"):
+            check_trackers(config.logging)
+            paths = candidates(config.checkpoint)
+            check_writable(config)
+            run = build(config, paths)
+        stop = StopRequests(config.checkpoint, started)
+        with open_outputs(run.config, run.state) as log, stop.listening():
+            write_status(config.checkpoint.save, "running")
+            ending = train(run, log, health, stop)
             log.record("summary", run.state.step, **summary(run.config, run.state, log))
-    return run.state
+        write_status(config.checkpoint.save, STATUS[ending])
+    return ending
 
 
-def build(config: Config, checkpoint: Checkpoint | None) -> Run:
-    """Open the data, build model, optimizer and schedule, and take over ``checkpoint``."""
+STATUS = {exits.DONE: "done", exits.STOPPED: "stopped", exits.NOT_SAVED: "failed", exits.DIVERGED: "failed"}
+"""What ``run_status.txt`` says of each ending."""
+
+
+def build(config: Config, paths: Sequence[Path] = ()) -> Run:
+    """Open the data, build model, optimizer and schedule; take over the first of ``paths`` that is whole."""
+    checkpoint = first_whole(paths, fallback=config.checkpoint.load_fallback)
+    if config.checkpoint.save is not None and is_rank_zero():
+        remove_unfinished(Path(config.checkpoint.save))
     config, tokenizer = open_vocabulary(config)
     step, consumed_samples = 0, 0
     if checkpoint is not None:
@@ -69,57 +89,100 @@ def build(config: Config, checkpoint: Checkpoint | None) -> Run:
     return Run(config, data, stage, optimizer, state)
 
 
-def train(run: Run, log: Log, health: Health) -> None:
-    """The loop."""
+def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
+    """The loop; returns how the run ended (``runtime/exits.py``)."""
     config, stage, optimizer, state = run.config, run.stage, run.optimizer, run.state
     last, batch_size = config.training.train_iters, config.training.global_batch_size
     assert last is not None and batch_size is not None
     speed = SpeedMeter(config, state.step)
     routers = RouterMeter(stage.recurrence, enabled=config.logging.log_routers)
     batches = open_batches(config, run.data.train, state.consumed_samples)
+    saver = open_saver(config, log)
+    reason = ""
 
-    while state.step < last:
+    while state.step < last and not reason:
         step = state.step + 1
         health.beat(f"step {step}")
         logged = step == 1 or due(step, config.logging.log_interval, last)
         stage.zero_grad_buffer()
         optimizer.zero_grad()
         with routers.observing(logged):
-            totals = run_batch(stage, batches, config.training)
+            totals = run_batch(stage, batches, config.training, beat=health.beat)
         lr = get_canonical_lr_for_logging(optimizer.param_groups)
-        _, grad_norm, _ = optimizer.step()  # clips the gradients first
-        check_finite(grad_norm, step)
+        grad_norm, taken, reason = guarded_step(optimizer, totals, stop, step)
+        if taken:
+            state.skipped = 0
+        else:
+            record_skipped(log, state, totals, grad_norm, batch_size)
         state.advance(batch_size)
         log.tick(step)
 
-        if logged:
+        if logged and taken:
             state.train_loss = loss_per_token(totals)
-            numbers = {"loss": state.train_loss, "lr": lr, "grad_norm": grad_norm}
-            position = {
-                "consumed_samples": state.consumed_samples,
-                "consumed_tokens": state.consumed_samples * config.model.seq_length,
-            }
-            log.record("train", step, **numbers, **speed.read(step), **position, **routers.read())
+            numbers = {"loss": state.train_loss, "lr": lr, "grad_norm": grad_norm, **speed.read(step)}
+            log.record("train", step, **numbers, **position(config, state), **routers.read())
+        if state.skipped >= config.training.max_skipped_steps:
+            return diverged(config, state)
         if run.data.valid is not None and due(step, config.training.eval_interval, last):
             with speed.paused():
                 state.valid_loss = evaluate(stage, config, run.data.valid, health)
             log.record("valid", step, loss=state.valid_loss, perplexity=perplexity(state.valid_loss))
-        if config.checkpoint.save and due(step, config.checkpoint.save_interval, last):
-            with speed.paused():
-                save_checkpoint(Path(config.checkpoint.save), config, stage, optimizer, state)
+        if saver is not None:
+            with speed.paused(), health.busy(f"the save after step {step}"):
+                saver.poll()
+                if reason or due(step, config.checkpoint.save_interval, last):
+                    saver.save(stage, optimizer, state)
+    return finish(run, log, health, stop, saver, reason)
 
-    if run.data.test is not None:
-        loss = evaluate(stage, config, run.data.test, health)
+
+def finish(run: Run, log: Log, health: Health, stop: StopRequests, saver: Saver | None, reason: str) -> int:
+    """What comes after the last step: the test, unless the run was stopped, and the checkpoint on its way."""
+    state = run.state
+    if saver is not None:
+        with health.busy("the last save"):
+            saver.finish()
+    if reason:
+        logger.info("stopped after step %d: %s", state.step, reason)
+        stop.honoured()
+    elif run.data.test is not None:
+        loss = evaluate(run.stage, run.config, run.data.test, health)
         log.record("test", state.step, loss=loss, perplexity=perplexity(loss))
+    if saver is not None and saver.failed:
+        return exits.NOT_SAVED
+    return exits.STOPPED if reason else exits.DONE
 
 
-def check_finite(grad_norm: float, step: int) -> None:
-    """Raise UserError, on all ranks alike, for a step that spoilt the weights: it must not be saved."""
-    if not math.isfinite(grad_norm):
-        raise UserError(
-            f"the gradients of step {step} are not finite: the run diverged; lower --lr, lengthen the "
-            "warm-up or set --clip-grad, and start anew or from an earlier checkpoint"
-        )
+def open_saver(config: Config, log: Log) -> Saver | None:
+    """What saves the run's checkpoints, if it has any; each is logged."""
+    if config.checkpoint.save is None:
+        return None
+    grace = config.checkpoint.exit_grace_seconds
+
+    def on_saved(saved: Saved) -> None:
+        seconds = {"seconds": saved.seconds, "stall_seconds": saved.stall_seconds}
+        log.record("save", saved.step, path=str(saved.path), **seconds)
+        if grace is not None and saved.seconds > grace:
+            logger.warning(
+                "saving took %.0f s and --exit-grace-seconds leaves %.0f: a job that is told to stop may be "
+                "killed before its checkpoint is complete",
+                saved.seconds,
+                grace,
+            )
+
+    return Saver(config, on_saved)
+
+
+def diverged(config: Config, state: TrainState) -> int:
+    """Tell where to go on from, after too many steps that were not finite."""
+    steps = saved_steps(Path(config.checkpoint.save)) if config.checkpoint.save else {}
+    good = [path for step, path in steps.items() if step <= state.step - state.skipped]
+    logger.error(
+        "%d steps in a row had a loss or gradients that are not finite (--max-skipped-steps); the last good "
+        "checkpoint: %s; go on from it with a lower --lr, or without the samples logged above",
+        state.skipped,
+        good[-1] if good else "none",
+    )
+    return exits.DIVERGED
 
 
 def due(step: int, interval: int | None, last: int) -> bool:

@@ -42,7 +42,7 @@ class SpeedMeter:
         self._start += time.perf_counter() - stopped
 
     def read(self, step: int) -> dict[str, float]:
-        """Speed of the steps up to ``step``, and the most memory that this rank has held.
+        """Speed of the steps up to ``step``, and the most memory that any rank has held; collective.
 
         Tokens/s count the whole job; TFLOP/s are those of the unrolled network, per device.
         """
@@ -52,11 +52,13 @@ class SpeedMeter:
         self._start, self._step = now, step
         tokens_per_second = self.tokens_per_step / seconds
         flops = self.flops_per_token * tokens_per_second / dist.get_world_size()
+        memory = torch.tensor(float(device.peak_memory_bytes()), dtype=torch.float64, device=device.device())
+        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
         speed = {
             "step_seconds": seconds,
             "tokens_per_second": tokens_per_second,
             "tflops_per_device": flops / 1e12,
-            "peak_memory_bytes": device.peak_memory_bytes(),
+            "peak_memory_bytes": int(memory),
         }
         peak = device.peak_flops()
         return {**speed, "share_of_peak": flops / peak} if peak else speed

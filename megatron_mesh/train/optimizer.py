@@ -5,9 +5,9 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_mesh.checkpoint.distributed_optimizer import repair
 from megatron_mesh.config.schema import Config, OptimizerConfig
 from megatron_mesh.parallel import Stage
-from megatron_mesh.train.distributed_optimizer import repair
 
 
 def build_optimizer(settings: Config, stage: Stage) -> MegatronOptimizer:

@@ -7,13 +7,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_mesh.checkpoint.directory import CONFIG_FILE
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.distributed import is_rank_zero
 from megatron_mesh.runtime.logging import METRICS_FILE, Log, open_log
 from megatron_mesh.train.metrics import perplexity
-from megatron_mesh.train.resume import CONFIG_FILE
 from megatron_mesh.train.state import TrainState
 
 
@@ -77,6 +77,14 @@ def open_outputs(config: Config, state: TrainState) -> Iterator[Log]:
         keep_aside(metrics)
     with open_log(config, directory, state.step) as log:
         yield log
+
+
+def position(config: Config, state: TrainState) -> dict[str, int]:
+    """How far the training data were read."""
+    return {
+        "consumed_samples": state.consumed_samples,
+        "consumed_tokens": state.consumed_samples * config.model.seq_length,
+    }
 
 
 def summary(config: Config, state: TrainState, log: Log) -> dict[str, Any]:

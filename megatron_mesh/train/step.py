@@ -33,13 +33,17 @@ def masked_loss(loss_mask: Tensor, losses: Tensor) -> LossReport:
 
 
 def forward_step(
-    batches: Iterator[Batch | None], chunk: torch.nn.Module
+    beat: Callable[[], None], batches: Iterator[Batch | None], chunk: torch.nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], LossReport] | None]:
     """The schedules' ``forward_step_func``: run the next micro-batch through a chunk of the model.
+
+    Args:
+        beat: called to say that the rank goes on.
 
     Returns:
         Losses [B, S] and how to sum them; from a chunk that does not end the model, what it hands on.
     """
+    beat()
     batch = next(batches)
     if batch is None:
         return chunk(None, None, attention_mask=None), None
@@ -68,6 +72,7 @@ def run_batch(
     training: TrainingConfig,
     *,
     forward_only: bool = False,
+    beat: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Run this rank's micro-batches of one global batch.
 
@@ -79,7 +84,7 @@ def run_batch(
     assert training.global_batch_size is not None
     share = training.global_batch_size // parallel_state.get_data_parallel_world_size()
     reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=partial(forward_step, beat),
         data_iterator=stage.data_for_chunks(batches),
         model=stage.chunks,
         num_microbatches=share // training.micro_batch_size,
@@ -109,6 +114,6 @@ def evaluate(stage: Stage, config: Config, dataset: SampleStream, health: Health
     with stage.parameters_gathered():
         for index in range(config.training.eval_iters):
             health.beat(f"batch {index + 1} of an evaluation")
-            totals.append(run_batch(stage, batches, config.training, forward_only=True))
+            totals.append(run_batch(stage, batches, config.training, forward_only=True, beat=health.beat))
     stage.train()
     return loss_per_token(torch.stack(totals).sum(0))

@@ -127,6 +127,7 @@ def test_two_tensor_parallel_processes_train_as_one(settings, single, tmp_path):
 
 EVERYTHING = ["--pipeline-model-parallel-size", 2, "--micro-batch-size", 1, "--use-distributed-optimizer"]
 EVERYTHING += ["--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", 3000]
+EVERYTHING += ["--deterministic-mode"]
 
 
 def test_ring_and_distributed_optimizer_train_as_one_process(settings, single, tmp_path):

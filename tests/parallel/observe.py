@@ -12,7 +12,7 @@ from megatron_mesh.parallel import build_stage
 from megatron_mesh.runtime.distributed import model_parallel_groups
 from megatron_mesh.train.step import run_batch
 from tests.helpers import tiny_config
-from tests.parallel.training import _batches, settings_of
+from tests.parallel.training import batches_of, settings_of
 
 
 def initial_weights(case: dict[str, Any]) -> dict[str, tuple[np.ndarray, int | None, int]]:
@@ -33,7 +33,7 @@ def initial_weights(case: dict[str, Any]) -> dict[str, tuple[np.ndarray, int | N
 
 
 def elements_sent(case: dict[str, Any]) -> dict[str, Any]:
-    """Elements given to ``isend`` in one step, by direction; and what was expected of this rank."""
+    """Elements given to ``isend`` and ``irecv`` in one step, by direction, and the rank in its pipeline."""
     config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
     sent: Counter[str] = Counter()
     with model_parallel_groups(config):
@@ -44,31 +44,35 @@ def elements_sent(case: dict[str, Any]) -> dict[str, Any]:
         original = p2p_communication._p2p_ops
 
         def counting(**kwargs: Any) -> Any:
-            before = Counter(isends)
+            before = Counter(wire)
             handles = original(**kwargs)
             handed = [kwargs[f"tensor_send_{to}"] for to in ("next", "prev")]
             for direction, tensor in zip(("forward", "backward"), handed, strict=True):
                 sent[direction] += 0 if tensor is None else tensor.numel()
-            on_the_wire = isends["elements"] - before["elements"]
-            assert on_the_wire == sum(t.numel() for t in handed if t is not None)
+            taken = [kwargs[f"tensor_recv_{of}"] for of in ("prev", "next")]
+            for direction, tensor in zip(("forward", "backward"), taken, strict=True):
+                sent[f"received {direction}"] += 0 if tensor is None else tensor.numel()
+            for kind, tensors in (("sent", handed), ("received", taken)):
+                on_the_wire = wire[kind] - before[kind]
+                assert on_the_wire == sum(t.numel() for t in tensors if t is not None)
             return handles
 
-        isends: Counter[str] = Counter()
-        plain_isend = dist.isend
+        wire: Counter[str] = Counter()
+        plain = {"isend": dist.isend, "irecv": dist.irecv}
 
         def isend(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-            isends["elements"] += tensor.numel()
-            return plain_isend(tensor, *args, **kwargs)
+            wire["sent"] += tensor.numel()
+            return plain["isend"](tensor, *args, **kwargs)
+
+        def irecv(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            wire["received"] += tensor.numel()
+            return plain["irecv"](tensor, *args, **kwargs)
 
         p2p_communication._p2p_ops = counting
-        dist.isend = isend  # type: ignore[assignment]
+        dist.isend, dist.irecv = isend, irecv  # type: ignore[assignment]
         try:
-            run_batch(stage, _batches(config, 0), config.training)
+            run_batch(stage, batches_of(config, 0), config.training)
         finally:
             p2p_communication._p2p_ops = original
-            dist.isend = plain_isend  # type: ignore[assignment]
-        return {
-            **sent,
-            "rank": group.rank(),
-            "parameters": sum(p.numel() for m in stage.modules for p in m.parameters()),
-        }
+            dist.isend, dist.irecv = plain["isend"], plain["irecv"]  # type: ignore[assignment]
+        return {**sent, "rank": group.rank()}

@@ -6,17 +6,18 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_mesh.checkpoint import distributed_optimizer
+from megatron_mesh.checkpoint.directory import candidates
+from megatron_mesh.checkpoint.load import first_whole, load_checkpoint
+from megatron_mesh.checkpoint.save import Saver
 from megatron_mesh.config.schema import Config
 from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.runtime.distributed import model_parallel_groups
-from megatron_mesh.train import distributed_optimizer
-from megatron_mesh.train.checkpoint import load_checkpoint, save_checkpoint
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule
-from megatron_mesh.train.resume import find_checkpoint
 from megatron_mesh.train.state import TrainState
 from megatron_mesh.train.step import loss_per_token, run_batch
 from tests.helpers import tiny_config
-from tests.parallel.training import _batches, settings_of
+from tests.parallel.training import batches_of, settings_of
 
 
 def _build(config: Config) -> tuple[Stage, Any, TrainState]:
@@ -30,7 +31,7 @@ def _train(config: Config, stage: Stage, optimizer: Any, state: TrainState, last
     while state.step < last:
         stage.zero_grad_buffer()
         optimizer.zero_grad()
-        losses.append(loss_per_token(run_batch(stage, _batches(config, state.step), config.training)))
+        losses.append(loss_per_token(run_batch(stage, batches_of(config, state.step), config.training)))
         optimizer.step()
         state.advance(8)
     return losses
@@ -42,7 +43,7 @@ def save_and_go_on(directory: Path, case: dict[str, Any]) -> list[float]:
     with model_parallel_groups(config):
         parts = _build(config)
         _train(config, *parts, last=3)
-        save_checkpoint(directory, config, *parts)
+        Saver(replace(config, checkpoint=replace(config.checkpoint, save=str(directory)))).save(*parts)
         return _train(config, *parts, last=6)
 
 
@@ -50,10 +51,10 @@ def load_and_go_on(directory: Path, case: dict[str, Any]) -> list[float]:
     """Load what ``save_and_go_on`` saved, and train three steps: their losses."""
     config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
     config = replace(config, checkpoint=replace(config.checkpoint, load=str(directory)))
-    checkpoint = find_checkpoint(config.checkpoint)
-    assert checkpoint is not None
     with model_parallel_groups(config):
         parts = _build(config)
+        checkpoint = first_whole(candidates(config.checkpoint), fallback=False)
+        assert checkpoint is not None
         load_checkpoint(checkpoint, config, *parts)
         return _train(config, *parts, last=6)
 

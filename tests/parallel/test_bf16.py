@@ -1,30 +1,36 @@
 """In bfloat16 a layout differs from one process by rounding: as much as a plain Megatron-core GPT does."""
 
-from statistics import median
-
 import pytest
 
 from tests.parallel.layouts import LAYOUTS, gradient_errors, model_of
 from tests.parallel.pool import pool
 from tests.parallel.training import train
 
+PARTS = ("embedding", "prelude", "core", "recurrence", "coda", "final_layernorm", "output_layer")
 
-def _errors(scheme: str, layout: str, reference) -> tuple[float, float]:
-    """Median relative error of the gradients after a step, and worst of the losses over ten."""
+
+def _errors(scheme: str, layout: str, reference) -> tuple[dict[str, float], float]:
+    """Worst relative error of the gradients after a step in each part, and of the losses over ten."""
     model = {**model_of(scheme, 2, tied=False), "bf16": True}
     directory, one = reference(**model)
     processes, settings = LAYOUTS[layout]
     outcomes = pool(processes).run(train, directory, {**model, **settings})
     losses = [abs(a - b) / b for o in outcomes for a, b in zip(o.losses, one.losses, strict=True)]
-    return median(gradient_errors(outcomes, one).values()), max(losses)
+    errors = gradient_errors(outcomes, one)
+    by_part = {part: max((e for n, e in errors.items() if part in n), default=0.0) for part in PARTS}
+    by_part["layers"] = max(e for name, e in errors.items() if ".layers." in name)
+    return by_part, max(losses)
 
 
 @pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "tp2-pp2", "pp2-dp2-overlap"])
-def test_bfloat16_agrees_as_well_as_a_plain_gpt(layout: str, reference, record_property) -> None:
-    plain, mesh = (_errors(scheme, layout, reference) for scheme in ("vanilla", "mesh"))
-    record_property("plain", plain)
-    record_property("mesh", mesh)
-    print(f"{layout}: median gradient error, worst loss error: plain {plain}, mesh {mesh}")
-    # Rounding to 8 bits is 4e-3; where both are exact, one is not to be worse than that.
-    assert mesh[0] <= 3 * plain[0] + 4e-3
-    assert mesh[1] <= 3 * plain[1] + 1e-3
+def test_bfloat16_agrees_as_well_as_a_plain_gpt(layout: str, reference) -> None:
+    (plain, plain_loss), (mesh, mesh_loss) = (
+        _errors(scheme, layout, reference) for scheme in ("vanilla", "mesh")
+    )
+    print(f"{layout}: plain {plain} {plain_loss}, mesh {mesh} {mesh_loss}")
+    # A number in bfloat16 is off by up to 2^-9, a gradient is a sum of such; where a layout changes no
+    # sum of the plain model, as without tensor parallelism, that is the yardstick.
+    yardstick = 3 * max(plain["layers"], 2**-6)
+    for part, error in mesh.items():
+        assert error <= yardstick, part
+    assert mesh_loss <= 3 * plain_loss + 1e-4

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from megatron_mesh.recurrence import SCHEMES
-from tests.parallel.layouts import LAYOUTS, RECOMPUTE, assert_equal, model_of
+from tests.parallel.layouts import LAYOUTS, RECOMPUTE, assert_equal, model_of, supports
 from tests.parallel.pool import pool
 from tests.parallel.training import train
 
@@ -25,6 +25,8 @@ CHOSEN: list[Case] = [
     ("dynamic", 2, False, "selective", "tp2-pp2"),
     ("vanilla+mesh", 2, True, "none", "pp2-dp2-overlap"),
     ("vanilla", 2, True, "full", "tp2-pp2"),
+    ("static", 2, False, "none", "dp2-gather"),
+    ("static", 2, False, "none", "pp2-dp2-overlap"),
 ]
 
 
@@ -33,7 +35,7 @@ def pairwise() -> list[Case]:
     from allpairspy import AllPairs
 
     factors = [list(SCHEMES), [1, 2, 3], [False, True], list(RECOMPUTE), list(LAYOUTS)]
-    return [tuple(case) for case in AllPairs(factors)]
+    return [case for case in map(tuple, AllPairs(factors)) if supports(case[0], case[4])]
 
 
 CASES = pairwise() if os.environ.get("MESH_TEST_ALL") else CHOSEN
@@ -46,3 +48,30 @@ def test_trains_as_one_process(case: Case, reference) -> None:
     processes, settings = LAYOUTS[layout]
     settings = {**model_of(scheme, loops, tied), **RECOMPUTE[recompute], **settings}
     assert_equal(pool(processes).run(train, directory, settings), one)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "processes", "settings"),
+    [
+        (
+            "vanilla",
+            4,
+            {
+                "micro_batch_size": 1,
+                "pipeline_model_parallel_size": 2,
+                "num_virtual_stages_per_pipeline_rank": 2,
+                "overlap_grad_reduce": True,
+            },
+        ),
+        (
+            "mesh",
+            2,
+            {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "0,2/3,0/1,1"},
+        ),
+    ],
+    ids=["vanilla-with-virtual-stages", "placed-by-hand"],
+)
+def test_settings_of_one_kind_of_pipeline(scheme: str, processes: int, settings: dict, reference) -> None:
+    model = model_of(scheme, 2, tied=False)
+    directory, one = reference(**model)
+    assert_equal(pool(processes).run(train, directory, {**model, **settings}), one)

@@ -1,6 +1,6 @@
 """A short training on any layout of ranks, and what it leaves to compare."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,8 @@ class Outcome:
     grad_norms: list[float] = field(default_factory=list)
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
     """After the first step's backward, by name in the whole model; whole tensors."""
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    """After the last step, the same."""
 
 
 def settings_of(case: dict[str, Any]) -> dict[str, Any]:
@@ -74,12 +76,14 @@ def train(directory: Path, case: dict[str, Any], steps: int = STEPS, fault: Any 
             for step in range(steps):
                 stage.zero_grad_buffer()
                 optimizer.zero_grad()
-                totals = run_batch(stage, _batches(config, step), config.training)
+                totals = run_batch(stage, batches_of(config, step), config.training)
                 if step == 0:
                     outcome.gradients = whole_gradients(stage, config.parallel.use_distributed_optimizer)
                 _, grad_norm, _ = optimizer.step()
                 outcome.losses.append(loss_per_token(totals))
                 outcome.grad_norms.append(float(grad_norm))
+        with stage.parameters_gathered():
+            outcome.weights = whole(stage, lambda parameter: parameter.data)
     return outcome
 
 
@@ -89,7 +93,7 @@ def load(stage: Stage, optimizer: Any, directory: Path) -> None:
     optimizer.reload_model_params()
 
 
-def _batches(config: Any, step: int) -> Iterator[Batch]:
+def batches_of(config: Any, step: int) -> Iterator[Batch]:
     """This rank's micro-batches of a global batch that is the same on every layout."""
     model, training = config.model, config.training
     generator = torch.Generator().manual_seed(step)
@@ -108,17 +112,22 @@ def whole_gradients(stage: Stage, sharded: bool) -> dict[str, np.ndarray]:
     """The gradients of this rank's weights as one process would have them; a collective operation."""
     if sharded:
         _unshard(stage)
+    return whole(stage, lambda parameter: parameter.main_grad)
+
+
+def whole(stage: Stage, of: Callable[[Any], torch.Tensor]) -> dict[str, np.ndarray]:
+    """A tensor of each parameter, put together over the tensor-parallel ranks, by name in the whole model."""
     group = parallel_state.get_tensor_model_parallel_group()
-    gradients = {}
+    found = {}
     for module in stage.modules:
         for name, parameter in whole_model_parameters(module):
-            grad = parameter.main_grad
+            tensor = of(parameter)
             if getattr(parameter, "tensor_model_parallel", False):
-                parts = [torch.empty_like(grad) for _ in range(group.size())]
-                dist.all_gather(parts, grad.contiguous(), group=group)
-                grad = torch.cat(parts, parameter.partition_dim)
-            gradients[name] = grad.double().numpy().copy()
-    return gradients
+                parts = [torch.empty_like(tensor) for _ in range(group.size())]
+                dist.all_gather(parts, tensor.contiguous(), group=group)
+                tensor = torch.cat(parts, parameter.partition_dim)
+            found[name] = tensor.double().numpy().copy()
+    return found
 
 
 def _unshard(stage: Stage) -> None:

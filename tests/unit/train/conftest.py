@@ -1,5 +1,6 @@
 """A small corpus, and runs of the whole loop inside this process."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_mesh.checkpoint.directory import candidates
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data.indexed import IndexedWriter
 from megatron_mesh.runtime.distributed import process_groups
 from megatron_mesh.runtime.logging import Log
+from megatron_mesh.runtime.random import pack_generators
 from megatron_mesh.runtime.records import Record, Sink
+from megatron_mesh.runtime.stopping import StopRequests
 from megatron_mesh.train.loop import build, train
-from megatron_mesh.train.resume import find_checkpoint
-from megatron_mesh.train.state import rng_state
 from tests.helpers import tiny_config
 
 
@@ -64,7 +66,8 @@ class Outcome(Sink):
     optimizer: list[torch.Tensor] = field(default_factory=list)
     groups: list[dict[str, Any]] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
-    rng: dict[str, Any] = field(default_factory=dict)
+    rng: torch.Tensor = field(default_factory=torch.Tensor)
+    ending: int = -1
 
     def write(self, record: Record) -> None:
         self.records.append(record)
@@ -78,8 +81,9 @@ def run(config: Config) -> Outcome:
     """Train as ``config`` says, without output directory."""
     outcome = Outcome()
     with process_groups(config) as health:
-        parts = build(config, find_checkpoint(config.checkpoint))
-        train(parts, Log([outcome]), health)
+        parts = build(config, candidates(config.checkpoint))
+        stop = StopRequests(config.checkpoint, time.monotonic())
+        outcome.ending = train(parts, Log([outcome]), health, stop)
         inner = parts.optimizer.optimizer
         outcome.weights = {name: p.detach().clone() for name, p in parts.stage.modules[0].named_parameters()}
         for group in inner.param_groups:
@@ -91,7 +95,7 @@ def run(config: Config) -> Outcome:
                     *(moments[name] for name in sorted(moments)),
                 ]
         outcome.state = parts.state.state_dict()
-        outcome.rng = rng_state()
+        outcome.rng = pack_generators()
     return outcome
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_mesh.checkpoint.directory import candidates, read_checkpoint
+from megatron_mesh.checkpoint.save import Saver
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.runtime.distributed import process_groups
-from megatron_mesh.train.checkpoint import save_checkpoint
 from megatron_mesh.train.loop import build
-from megatron_mesh.train.resume import find_checkpoint
 from tests.unit.train.conftest import run
 
 
@@ -60,15 +60,15 @@ def test_what_is_on_disk(tiny, saved):
     assert (directory / "latest_checkpointed_iteration.txt").read_text() == "6"
     assert sorted(p.name for p in directory.iterdir() if p.is_dir()) == ["iter_0000003", "iter_0000006"]
     state = json.loads((directory / "iter_0000006" / "state.json").read_text())
-    assert state["format_version"] == 1
+    assert state["format_version"] == 2
     assert state["versions"]["megatron_core"] == "0.16.1"
     assert state["train_state"]["step"] == 6
     assert state["train_state"]["consumed_samples"] == 48
     assert state["train_state"]["train_loss"] == straight.values("loss")[-1]
     config = tiny(save=str(directory), load=str(directory))
-    found = find_checkpoint(config.checkpoint)
-    assert found.path == directory / "iter_0000006"
-    assert found.config.model == config.model
+    newest, earlier = candidates(config.checkpoint)
+    assert (newest.name, earlier.name) == ("iter_0000006", "iter_0000003")
+    assert read_checkpoint(newest).config.model == config.model
 
 
 def test_an_interrupted_save_is_not_seen(tiny, saved, tmp_path):
@@ -77,7 +77,7 @@ def test_an_interrupted_save_is_not_seen(tiny, saved, tmp_path):
     left = tmp_path / "iter_0000003.partial"
     left.mkdir()
     (left / "common.pt").write_text("half")
-    assert find_checkpoint(config.checkpoint) is None
+    assert candidates(config.checkpoint) == []
     run(config)
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["iter_0000003"]
     outcome = run(tiny(load=str(tmp_path)))
@@ -143,8 +143,8 @@ def test_generators_of_all_kinds(tiny, saved, tmp_path):
         random.seed(5)
         np.random.seed(5)
         torch.rand(11)
-        parts = build(config, None)
-        save_checkpoint(tmp_path / "run", config, parts.stage, parts.optimizer, parts.state)
+        parts = build(config)
+        Saver(config).save(parts.stage, parts.optimizer, parts.state)
         expected = draws()
     for load_rng in (True, False):
         load = {"load": str(tmp_path / "run"), "save": None, "load_optim": False, "load_rng": load_rng}
@@ -152,5 +152,5 @@ def test_generators_of_all_kinds(tiny, saved, tmp_path):
         with process_groups(config):
             random.seed(6)
             np.random.seed(6)
-            build(resumed, find_checkpoint(resumed.checkpoint))
+            build(resumed, candidates(resumed.checkpoint))
             assert (draws() == expected) == load_rng

@@ -71,7 +71,7 @@ def test_clipping_limits_the_step_and_not_the_report(tiny):
 def test_evaluation_is_the_mean_over_the_fixed_samples(tiny):
     config = tiny(eval_interval=1, eval_iters=2)
     with one_process(config) as health:
-        parts = build(config, None)
+        parts = build(config)
         model = parts.stage.modules[0]
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         loss = evaluate(parts.stage, config, parts.data.valid, health)

@@ -1,0 +1,27 @@
+# What differs from cluster to cluster. Copy this file, fill it in, and keep it: every job of yours sources it.
+# It is read by bash on the login node (tools/submit_slurm.py), in the batch script and nowhere else.
+
+# Options of sbatch for every job: partition, account, quality of service, constraints.
+SBATCH_OPTIONS=(--partition=gpu)
+
+GPUS_PER_NODE=8
+CPUS_PER_TASK=8            # of each GPU's process: its own thread, data-loader workers, the checkpoint writer
+TIME_LIMIT=24:00:00
+
+# Longest time that saving a checkpoint takes, in seconds. "submit_slurm.py --status" shows the measured one.
+# The job is told to stop this early before its time limit: twice this, and a minute.
+SAVE_SECONDS=60
+
+# Where python comes from: venv, pyxis (containers by SLURM's plugin) or apptainer.
+ENVIRONMENT=venv
+PYTHON=$HOME/megatron_mesh/.venv/bin/python     # venv: by path. Containers: python, or a path inside.
+CONTAINER=                                      # pyxis: image or .sqsh file. apptainer: .sif file.
+CONTAINER_MOUNTS=()                             # directories that the container sees beside the run and $PWD
+
+# What a job exports or loads before it starts. MASTER_ADDR may be set here where the first node's name does
+# not resolve, or where another name of it is on the fast network.
+prepare() {
+    export OMP_NUM_THREADS=1
+    # module load cuda/12.8
+    # export NCCL_SOCKET_IFNAME=ib0
+}

@@ -1,0 +1,41 @@
+"""What each rank contributes to a checkpoint: tensors and plain numbers, and nothing that is code."""
+
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_mesh.checkpoint.distributed_optimizer import CHECKPOINT_METADATA, prepare_loading
+from megatron_mesh.parallel import Stage
+from megatron_mesh.runtime.random import pack_generators
+
+
+def sharded_state(
+    stage: Stage, optimizer: MegatronOptimizer | None, *, with_generators: bool, loading: bool = False
+) -> ShardedStateDict:
+    """This rank's part of a checkpoint, to be written or to be filled.
+
+    Args:
+        optimizer: None to leave its state out.
+        with_generators: include the state of this rank's random number generators.
+        loading: the result is to be filled.
+    """
+    weights = stage.sharded_state_dict()
+    sharded: ShardedStateDict = {"model": {key: _tensors(part) for key, part in weights.items()}}
+    if optimizer is not None:
+        if loading:
+            prepare_loading(optimizer)
+        sharded["optimizer"] = optimizer.sharded_state_dict(
+            sharded["model"], is_loading=loading, metadata=CHECKPOINT_METADATA
+        )
+    if with_generators:
+        place = (0, dist.get_rank(), dist.get_world_size())
+        sharded["rng"] = ShardedTensor.from_rank_offsets("rng", pack_generators(), place)
+    return sharded
+
+
+def _tensors(part: dict[str, Any]) -> dict[str, Any]:
+    """Without the modules' extra states: pickles, and empty for the layers that we build."""
+    return {name: value for name, value in part.items() if not isinstance(value, ShardedObject)}

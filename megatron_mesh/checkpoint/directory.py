@@ -1,0 +1,160 @@
+"""The checkpoints in a directory: their names, which are whole, which a run starts from, which are deleted.
+
+``SAVE/iter_0000020/`` gets its name when it is complete, and only then is it named in
+``SAVE/latest_checkpointed_iteration.txt`` (Megatron-LM's file). Names with a suffix are on their way in or
+out, and belong to no run.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_mesh.config.schema import CheckpointConfig, Config
+from megatron_mesh.config.settings import with_values
+from megatron_mesh.config.sources import read_yaml
+from megatron_mesh.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+CONFIG_FILE = "config.yaml"
+STATE_FILE = "state.json"
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+
+_NAME = re.compile(r"iter_(\d{7,})")
+_UNFINISHED = (".partial", ".replaced", ".deleting")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint, without its tensors."""
+
+    path: Path
+    config: Config
+    world_size: int
+    train_state: dict[str, Any]
+    """See ``TrainState.state_dict``."""
+
+    def same_layout(self, config: Config, world_size: int) -> bool:
+        """Whether each rank of a run of ``config`` stands where the same rank of the saved one stood."""
+        saved, ours = self.config.parallel, config.parallel
+        return (self.world_size, saved.tensor_model_parallel_size, saved.pipeline_model_parallel_size) == (
+            world_size,
+            ours.tensor_model_parallel_size,
+            ours.pipeline_model_parallel_size,
+        )
+
+    def position(self, config: Config) -> tuple[int, int]:
+        """Step and consumed samples at which a run of ``config`` starts."""
+        if config.checkpoint.finetune:
+            return 0, 0
+        step, samples = self.train_state["step"], self.train_state["consumed_samples"]
+        if step >= (config.training.train_iters or 0):
+            logger.info("%s is at step %d: raise --train-iters to train on", self.path, step)
+        return step, samples
+
+
+def step_directory(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return directory / f"iter_{step:07d}"
+
+
+def saved_steps(directory: Path) -> dict[int, Path]:
+    """Complete checkpoints by step, ascending."""
+    if not directory.is_dir():
+        return {}
+    found = {int(m[1]): path for path in directory.iterdir() if (m := _NAME.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+def candidates(settings: CheckpointConfig) -> list[Path]:
+    """The checkpoints that a run may start from, best first; none for a new run.
+
+    That is ``load`` itself, or else the newest in it and, with ``load_fallback``, those before.
+
+    Raises:
+        UserError: ``load`` holds no checkpoint and is not ``save``; or going on would write among the
+            checkpoints of another run in ``save``.
+    """
+    save = Path(settings.save).resolve() if settings.save else None
+    load = Path(settings.load).resolve() if settings.load else None
+    if save and saved_steps(save) and (load != save or settings.finetune):
+        raise UserError(
+            f"--save {settings.save} already holds checkpoints, of a run that this one does not go on with; "
+            f"choose another directory, or go on with that run by --load {settings.save}"
+        )
+    if load is None:
+        return []
+    if (load / STATE_FILE).is_file():
+        return [load]
+    found = list(reversed(saved_steps(load).values()))
+    if not found and (load != save or settings.finetune):
+        raise UserError(f"--load {settings.load}: no checkpoint there (no iter_...); check the directory")
+    return found if settings.load_fallback else found[:1]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read what a checkpoint says of itself.
+
+    Raises:
+        UserError: it is incomplete or of another format.
+    """
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        version = state["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a complete checkpoint ({error}); --load another one") from None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has checkpoint format {version}, and this version reads format {FORMAT_VERSION}; "
+            "use the version of megatron_mesh that wrote it"
+        )
+    config = with_values(Config(), read_yaml(path / CONFIG_FILE))
+    return Checkpoint(path, config, state["world_size"], state["train_state"])
+
+
+def publish(partial: Path, final: Path, step: int) -> None:
+    """Give a complete checkpoint its name, then name it in the tracker file; each at one stroke."""
+    replaced = final.with_name(f"{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():  # a step that this run does again, after it went on from an earlier one
+        final.rename(replaced)
+    partial.rename(final)
+    _sync(final.parent)
+    tracker = final.parent / TRACKER_FILE
+    temporary = tracker.with_suffix(".partial")
+    temporary.write_text(str(step), encoding="utf-8")
+    os.replace(temporary, tracker)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def prune(directory: Path, keep_last: int | None, keep_every: int | None) -> None:
+    """Delete all but the newest ``keep_last`` checkpoints, and those of steps divisible by ``keep_every``."""
+    if keep_last is None:
+        return
+    for step, path in list(saved_steps(directory).items())[:-keep_last]:
+        if keep_every is None or step % keep_every:
+            leaving = path.with_name(f"{path.name}.deleting")  # never half a checkpoint under a good name
+            path.rename(leaving)
+            shutil.rmtree(leaving, ignore_errors=True)
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove what a killed run left on its way in or out of ``directory``."""
+    for path in directory.glob("iter_*"):
+        if path.suffix in _UNFINISHED:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    """Make names in a directory last through a power failure."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

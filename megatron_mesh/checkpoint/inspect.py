@@ -1,0 +1,118 @@
+"""Checkpoints seen from outside a run: lists, descriptions, checks, and copies of other form."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from rich.console import Console
+from rich.progress import track
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_mesh.checkpoint import directory as names
+from megatron_mesh.checkpoint import integrity
+from megatron_mesh.checkpoint.safe import SafeLoadStrategy, read_metadata
+from megatron_mesh.checkpoint.save import complete, write_now
+from megatron_mesh.checkpoint.writer import plan
+from megatron_mesh.errors import UserError
+from megatron_mesh.runtime import device
+
+_NOT_WEIGHTS = ("optimizer.", "rng")
+
+
+def table(directory: Path) -> str:
+    """A line for each complete checkpoint in ``directory``: step, size, training and validation loss."""
+    rows = [("step", "GiB", "ranks", "train loss", "valid loss", "path")]
+    for step, path in names.saved_steps(directory).items():
+        saved = names.read_checkpoint(path)
+        losses = [saved.train_state[name] for name in ("train_loss", "valid_loss")]
+        size = sum(file.stat().st_size for file in integrity.files(path)) / 2**30
+        texts = ["" if loss is None else f"{loss:.4f}" for loss in losses]
+        rows.append((f"{step:,}", f"{size:,.2f}", str(saved.world_size), texts[0], texts[1], str(path)))
+    if len(rows) == 1:
+        raise UserError(f"{directory} holds no complete checkpoint (no iter_...); check the directory")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row[:-1], widths, strict=False)) for row in rows]
+    return "\n".join(f"{line}  {row[-1]}" for line, row in zip(lines, rows, strict=True))
+
+
+def description(path: Path) -> str:
+    """What a checkpoint holds: its state, the number of its tensors, its configuration."""
+    names.read_checkpoint(path)
+    state = json.loads((path / names.STATE_FILE).read_text(encoding="utf-8"))
+    tensors = {
+        key: entry.size.numel()
+        for key, entry in read_metadata(path).state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    weights = sum(count for key, count in tensors.items() if not key.startswith(_NOT_WEIGHTS))
+    rest = sum(tensors.values()) - weights
+    head = f"{weights:,} weights, {rest:,} other numbers, in {len(tensors):,} tensors"
+    config = (path / names.CONFIG_FILE).read_text(encoding="utf-8")
+    return f"{json.dumps(state, indent=2)}\n\n{head}\n\n{config}"
+
+
+def verify(path: Path) -> int:
+    """Compare every file with its checksum and print what is wrong; returns 1 if something is."""
+    if not path.is_dir():
+        raise UserError(f"{path} is no directory; give an iter_... directory")
+    listed = integrity.files(path)
+    found: list[str] = []
+    for share in track(range(len(listed)), "reading", console=Console(stderr=True)):
+        found += integrity.damage(path, share, len(listed))
+    for sentence in dict.fromkeys(found):
+        print(f"damaged: {sentence}")
+    if not found:
+        print(f"{path} is whole: {len(listed)} files")
+    return 1 if found else 0
+
+
+def reshard(path: Path, save: Path, *, weights_only: bool) -> None:
+    """Write the checkpoint ``path`` anew from one process to ``save``, which must not exist.
+
+    Needs as much host memory as it writes.
+    """
+    saved = names.read_checkpoint(path)
+    if found := integrity.damage(path):
+        raise UserError(f"{path} is damaged: {'; '.join(found)}; take another checkpoint")
+    if save.exists():
+        raise UserError(f"{save} exists already; choose another --save")
+    device.prepare()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's to Megatron-core's authors
+            _copy(path, save, saved, weights_only)
+    finally:
+        dist.destroy_process_group()
+    print(f"wrote {save}")
+
+
+def _copy(path: Path, save: Path, saved: names.Checkpoint, weights_only: bool) -> None:
+    strategy = SafeLoadStrategy()
+    wanted = strategy.load_tensors_metadata(path)
+    if weights_only:
+        wanted = {key: tensor for key, tensor in wanted.items() if not key.startswith(_NOT_WEIGHTS)}
+    state: dict[str, Any] = dist_checkpointing.load(
+        dict(wanted), str(path), sharded_strategy=strategy, validate_access_integrity=False
+    )
+    plain = {key: value for key, value in state.items() if key not in wanted}
+    if weights_only:
+        plain.pop("optimizer", None)
+    tensors = {
+        key: dist_checkpointing.ShardedTensor.from_rank_offsets(key, state[key].contiguous())
+        for key in wanted
+        if isinstance(state[key], torch.Tensor)
+    }
+    partial = save.with_name(f"{save.name}.partial")
+    partial.mkdir(parents=True)
+    request, common = plan({**plain, **tensors}, partial)
+    write_now(request)
+    request.finalize_fns[0]()
+    text = (path / names.STATE_FILE).read_text(encoding="utf-8")
+    config = (path / names.CONFIG_FILE).read_text(encoding="utf-8")
+    complete(partial, common, config, json.loads(text))
+    partial.rename(save)

@@ -1,0 +1,99 @@
+"""Requests to stop, between two steps, with a checkpoint: signals, a file, a time, a step.
+
+A signal may reach one rank only, and the others must end the same step. So all ranks vote once a step.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from megatron_mesh.config.schema import CheckpointConfig
+from megatron_mesh.runtime import device
+from megatron_mesh.runtime.distributed import is_rank_zero
+
+STOP_FILE = "stop"
+STATUS_FILE = "run_status.txt"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+# What ranks vote with; the highest wins.
+_REASONS = ("", "--exit-interval", "--exit-duration-in-mins", "the stop file", "SIGTERM", "SIGUSR1")
+
+
+class StopRequests:
+    """Reasons to stop that this rank knows of.
+
+    Args:
+        directory: where the stop file may appear (``--save``), or None.
+        started: ``time.monotonic()`` at which the job began.
+    """
+
+    def __init__(self, settings: CheckpointConfig, started: float):
+        self._settings = settings
+        self._started = started
+        self._file = Path(settings.save) / STOP_FILE if settings.save else None
+        self._signalled = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals; a second one of any kind ends the process at once, as it would have without."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._signalled = _REASONS.index(signal.Signals(number).name)
+            for each in SIGNALS:
+                signal.signal(each, signal.SIG_DFL)
+
+        before = {number: signal.signal(number, note) for number in SIGNALS}
+        if self._file is not None and is_rank_zero():
+            self._file.unlink(missing_ok=True)  # it was meant for an earlier run
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def agreed(self, step: int, *, faulty: bool) -> tuple[str, bool]:
+        """Why all ranks stop after ``step`` ("" if they do not), and whether any rank's step is ``faulty``.
+
+        A collective operation, once a step.
+        """
+        vote = torch.tensor([self._vote(step), int(faulty)], device=device.device())
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+        reason, any_faulty = vote.tolist()
+        return _REASONS[reason], bool(any_faulty)
+
+    def honoured(self) -> None:
+        """The run has stopped: the next one need not."""
+        if self._file is not None and is_rank_zero():
+            self._file.unlink(missing_ok=True)
+
+    def _vote(self, step: int) -> int:
+        if self._signalled:
+            return self._signalled
+        if self._file is not None and is_rank_zero() and self._file.exists():
+            return _REASONS.index("the stop file")
+        minutes, interval = self._settings.exit_duration_in_mins, self._settings.exit_interval
+        if minutes is not None and time.monotonic() - self._started > minutes * 60:
+            return _REASONS.index("--exit-duration-in-mins")
+        if interval is not None and step % interval == 0:
+            return _REASONS.index("--exit-interval")
+        return 0
+
+
+def write_status(directory: str | None, status: str) -> None:
+    """Say in ``directory/run_status.txt``, in one word, how the run stands: for scripts that start it again.
+
+    ``running``, ``stopped`` (on request, with a checkpoint), ``done`` or ``failed``. Rank 0 writes.
+    """
+    if directory is None or not is_rank_zero():
+        return
+    path = Path(directory) / STATUS_FILE
+    partial = path.with_suffix(".partial")
+    partial.write_text(f"{status}\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,103 @@
+"""A site file (``examples/slurm/site.sh``), read by bash as the jobs will read it."""
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_mesh.errors import UserError
+
+ENVIRONMENTS = ("venv", "pyxis", "apptainer")
+LONGEST_WARNING = 65535
+"""Seconds; the most that ``sbatch --signal`` takes."""
+
+_NAMES = (
+    "GPUS_PER_NODE",
+    "CPUS_PER_TASK",
+    "TIME_LIMIT",
+    "SAVE_SECONDS",
+    "ENVIRONMENT",
+    "PYTHON",
+    "CONTAINER",
+)
+_PRINT_ALL = '. "$1" >&2 && printf "%s\\0" {} "${{SBATCH_OPTIONS[@]}}"'
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a site file says."""
+
+    path: Path
+    gpus_per_node: int
+    cpus_per_task: int
+    time_limit: str
+    save_seconds: int
+    """Longest time that a save takes."""
+    sbatch_options: tuple[str, ...]
+
+    @property
+    def warning_seconds(self) -> int:
+        """How long before its time limit a job is told to stop."""
+        return 2 * self.save_seconds + 60
+
+
+def read_site(path: Path) -> Site:
+    """Read a site file.
+
+    Raises:
+        UserError: it cannot be read, a value is missing, or one is not what it should be.
+    """
+    if not path.is_file():
+        raise UserError(f"--site {path} is no file; copy examples/slurm/site.sh and fill it in")
+    wanted = " ".join(f'"${{{name}-}}"' for name in _NAMES)
+    command = ["bash", "-c", _PRINT_ALL.format(wanted), "bash", str(path.resolve())]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if ended.returncode:
+        raise UserError(f"--site {path}: bash cannot read it: {ended.stderr.strip() or 'it fails'}")
+    values = ended.stdout.split("\0")[:-1]
+    found, options = dict(zip(_NAMES, values, strict=False)), tuple(filter(None, values[len(_NAMES) :]))
+    for name in _NAMES:
+        if not found[name] and not (name == "CONTAINER" and found["ENVIRONMENT"] == "venv"):
+            raise UserError(f"--site {path}: {name} is not set; examples/slurm/site.sh says what it is")
+    _check_python(path, found["ENVIRONMENT"], found["PYTHON"])
+    site = Site(
+        path=path,
+        gpus_per_node=_number(path, "GPUS_PER_NODE", found),
+        cpus_per_task=_number(path, "CPUS_PER_TASK", found),
+        time_limit=found["TIME_LIMIT"],
+        save_seconds=_number(path, "SAVE_SECONDS", found),
+        sbatch_options=options,
+    )
+    if site.warning_seconds > LONGEST_WARNING:
+        raise UserError(f"--site {path}: SAVE_SECONDS={site.save_seconds} is more than SLURM can warn ahead")
+    return site
+
+
+def seconds_of(time_limit: str) -> int:
+    """Seconds of a time as sbatch writes it: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time_limit)
+    if match is None:
+        raise UserError(f"the time limit {time_limit} is no time of SLURM's; write D-HH:MM:SS or HH:MM:SS")
+    days, *parts = (int(part) if part else None for part in match.groups())
+    given = [part for part in parts if part is not None]
+    units = [3600, 60, 1] if days is not None or len(given) == 3 else [60, 1]
+    whole = sum(count * unit for count, unit in zip(given, units, strict=False))
+    return (days or 0) * 86400 + whole
+
+
+def _number(path: Path, name: str, found: dict[str, str]) -> int:
+    if not found[name].isdecimal() or int(found[name]) < 1:
+        raise UserError(f"--site {path}: {name}={found[name]} must be a whole number above 0")
+    return int(found[name])
+
+
+def _check_python(path: Path, environment: str, python: str) -> None:
+    if environment not in ENVIRONMENTS:
+        raise UserError(f"--site {path}: ENVIRONMENT={environment} must be one of {', '.join(ENVIRONMENTS)}")
+    if environment == "venv" and shutil.which(python) is None:
+        raise UserError(f"--site {path}: PYTHON={python} cannot be run; give the path of the venv's python")

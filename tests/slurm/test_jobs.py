@@ -1,0 +1,212 @@
+"""Pretraining jobs on a real SLURM, and all that can happen to them.
+
+A run resumes by itself where it should and only there, and ends with the losses and weights of the run that
+nothing disturbed, bit for bit. Two of the tests are quick; MESH_TEST_SLURM=1 runs all (``make test-slurm``).
+"""
+
+import os
+import time
+
+import pytest
+import torch
+
+from tests.slurm.cluster import wait_until
+from tests.slurm.runs import STEPS, Job, tool
+
+every_event = pytest.mark.skipif(
+    os.environ.get("MESH_TEST_SLURM") != "1", reason="minutes; make test-slurm, or MESH_TEST_SLURM=1"
+)
+
+
+def assert_same(job: Job, undisturbed: Job, repeated: int | None = 0) -> None:
+    """Trained to the end with the same numbers; ``repeated`` steps were done twice (None: some number)."""
+    assert job.status() == "done", job.log
+    losses = job.losses()
+    assert sorted(set(losses)) == undisturbed.losses()  # a repeated step had the same loss
+    if repeated is not None:
+        assert len(losses) == STEPS + repeated
+    ours, theirs = job.weights(), undisturbed.weights()
+    assert ours.keys() == theirs.keys() and len(ours) > 10
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def stays(job: Job, state: str, seconds: float = 12) -> bool:
+    """The job is in this state and comes back neither at once nor after the credentials' time."""
+    time.sleep(seconds)
+    return job.fields["JobState"] == state and job.fields["Restarts"] == "0"
+
+
+def make_way(job: Job) -> None:
+    """Submit a job that needs all nodes, in the partition that comes first."""
+    job.cluster.call(
+        "sbatch", "-p", "high", "-N", "2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"
+    )
+
+
+def test_early_warning(start, undisturbed) -> None:
+    """SLURM's signal to the batch script: saved, requeued by itself, and no step is done twice."""
+    job = start()
+    job.wait_for_step(25)
+    job.cluster.call("scancel", "--batch", "--signal=USR1", str(job.number))
+    assert job.wait_for_end() == "COMPLETED"
+    assert job.fields["Restarts"] == "1"
+    assert_same(job, undisturbed)
+
+
+def test_scancel(start, undisturbed, cluster) -> None:
+    """Saved, and gone for good until somebody asks."""
+    job = start()
+    job.wait_for_step(25)
+    cluster.call("scancel", str(job.number))
+    assert job.wait_for_end() == "CANCELLED"
+    assert job.status() == "stopped"
+    assert stays(job, "CANCELLED")
+    status = tool(cluster, "--status", job.run)
+    assert f"{job.losses()[-1][0]} of {STEPS}, loss {job.losses()[-1][1]:.4f}" in status
+    assert "CANCELLED" in status and "stopped" in status
+    text = tool(cluster, "--requeue", job.run)
+    again = Job(cluster, job.run, int(text.removeprefix("submitted job ")))
+    assert again.wait_for_end() == "COMPLETED"
+    assert_same(again, undisturbed)
+    assert "is trained to the end" in tool(cluster, "--requeue", job.run, code=2)
+
+
+@every_event
+def test_time_limit_with_early_warning(start, undisturbed) -> None:
+    """The real signal, 70 s before the limit; the ranks stand still until then."""
+    job = start("--time", "2")
+    job.wait_for_step(10)
+    for rank in job.ranks():
+        rank.suspend()
+    wait_until(lambda: "asked to stop" in job.log, 90, "the early warning")
+    for rank in job.ranks():
+        rank.resume()
+    assert job.wait_for_end() == "COMPLETED"
+    assert job.fields["Restarts"] == "1" and "stopped early; requeued" in job.log
+    assert_same(job, undisturbed)
+
+
+@every_event
+def test_time_limit_without_warning(start, undisturbed) -> None:
+    """Where only the SIGTERM at the time limit comes. (SIGURG does nothing.)"""
+    job = start("--time", "2", site="SBATCH_OPTIONS+=(--signal=B:URG@1 --time=1)\n")
+    job.wait_for_step(10)
+    ranks = job.ranks()
+    for rank in ranks:
+        rank.suspend()  # SLURM sends a SIGCONT before the SIGTERM
+    job.wait_for_restart()
+    assert job.wait_for_end() == "COMPLETED"
+    assert "time is up; requeued" in job.log
+    assert_same(job, undisturbed)
+
+
+@every_event
+@pytest.mark.parametrize("partition", ["low", "nograce"])
+def test_preemption(start, undisturbed, partition) -> None:
+    job = start(site=f"SBATCH_OPTIONS=(--partition={partition})\n")
+    job.wait_for_step(25)
+    make_way(job)
+    job.wait_for_restart()
+    assert job.wait_for_end() == "COMPLETED"
+    assert_same(job, undisturbed)
+
+
+@every_event
+def test_requeue_by_the_administrator(start, undisturbed) -> None:
+    job = start()
+    job.wait_for_step(25)
+    job.cluster.call("scontrol", "requeue", str(job.number))
+    job.wait_for_restart()
+    assert job.wait_for_end() == "COMPLETED"
+    assert_same(job, undisturbed)
+
+
+@every_event
+def test_requeue_by_the_tool_saves_first(start, undisturbed, cluster) -> None:
+    job = start()
+    job.wait_for_step(25)
+    assert "is told to save" in tool(cluster, "--requeue", job.run)
+    assert job.wait_for_end() == "COMPLETED"
+    assert job.fields["Restarts"] == "1"
+    assert_same(job, undisturbed)
+
+
+@every_event
+def test_a_lost_node_writes_no_more(start, undisturbed, cluster) -> None:
+    """Its slurmd is gone and its ranks live: when the job starts on the other node, they end at once."""
+    steps = 4000  # more than the old ranks can do before SLURM notices
+    job = start("--gpus-per-node", 2, "--train-iters", steps, "--lr-decay-iters", STEPS, nodes=1)
+    job.wait_for_step(25)
+    before = job.ranks()
+    node = job.fields["NodeList"]
+    cluster.kill_node(node)
+    job.wait_for_restart()
+    assert len(before) == 2 and all(rank.is_running() for rank in before)
+    wait_until(lambda: job.log.count("start on node") == 2, 60, "the second start")
+    assert not any(rank.is_running() for rank in before)
+    written = len(job.losses())
+    wait_until(lambda: len(job.losses()) > written + 5, 60, "new steps")
+    assert job.fields["NodeList"] != node
+    cluster.call("scancel", str(job.number))
+    assert job.wait_for_end() == "CANCELLED"
+    losses = job.losses()
+    assert len(dict(losses)) == len(set(losses))  # repeated steps had the same losses
+    common = [(step, loss) for step, loss in sorted(set(losses)) if step <= STEPS]
+    assert common == undisturbed.losses()
+
+
+@every_event
+def test_a_killed_rank(start, undisturbed) -> None:
+    job = start()
+    job.wait_for_step(25)
+    job.ranks()[1].kill()
+    assert job.wait_for_end() == "COMPLETED"
+    assert job.fields["Restarts"] == "1" and "failed with exit status 137; requeued" in job.log
+    assert_same(job, undisturbed, repeated=None)
+
+
+@every_event
+def test_a_run_that_fails_again_and_again_ends(start) -> None:
+    job = start("--save-interval", 1000)
+    for restarts in range(2):
+        wait_until(lambda n=restarts: job.log.count("start on node") == n + 1, 60, "a start")
+        wait_until(lambda: len(job.ranks()) == 2, 60, "both ranks")
+        job.wait_for_step(5)
+        job.ranks()[0].kill()
+        if restarts == 0:
+            job.wait_for_restart()
+            (job.run / "metrics.jsonl").unlink()  # for wait_for_step
+    assert job.wait_for_end() == "FAILED"
+    assert job.fields["Restarts"] == "1"
+    assert "the restart brought no new step" in job.log
+
+
+@every_event
+def test_bad_settings_are_not_tried_again(start) -> None:
+    job = start("--data-path", "no_such_text")
+    assert job.wait_for_end() == "FAILED"
+    assert job.fields["ExitCode"] == "2:0" and stays(job, "FAILED")
+
+
+@every_event
+def test_a_stop_file_ends_the_run(start) -> None:
+    job = start()
+    job.wait_for_step(10)
+    (job.run / "stop").touch()
+    assert job.wait_for_end() == "COMPLETED"
+    assert job.status() == "stopped" and stays(job, "COMPLETED")
+    assert not (job.run / "stop").exists()
+
+
+@every_event
+def test_a_chain(start, undisturbed, cluster) -> None:
+    """The second job goes on where the first was stopped, and the third has nothing to do."""
+    job = start("--chain", 3)
+    job.wait_for_step(25)
+    cluster.call("scancel", "--batch", "--signal=USR1", str(job.number))
+    last = Job(cluster, job.run, job.number + 2)
+    assert last.wait_for_end() == "COMPLETED"
+    assert [cluster.job(job.number + n)["Restarts"] for n in range(3)] == ["0", "0", "0"]
+    assert "was trained to the end before" in last.log
+    assert_same(last, undisturbed)

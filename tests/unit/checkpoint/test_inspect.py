@@ -1,0 +1,53 @@
+"""tools/checkpoint.py: lists, verifies, shows and rewrites."""
+
+import pytest
+
+from megatron_mesh.checkpoint.integrity import damage
+from megatron_mesh.errors import UserError
+from tests.unit.train.conftest import run
+from tools.checkpoint import main
+
+
+def test_list_and_show(checkpoints, capsys):
+    assert main(["list", str(checkpoints)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["step", "2", "4", "6"]
+    assert main(["show", str(checkpoints / "iter_0000004")]) == 0
+    text = capsys.readouterr().out
+    assert '"step": 4' in text and "layers: 1+1R2+1" in text and "weights" in text
+
+
+def test_verify(checkpoints, capsys):
+    newest = checkpoints / "iter_0000006"
+    assert main(["verify", str(newest)]) == 0
+    assert "is whole: 7 files" in capsys.readouterr().out
+    (newest / "common.pt").write_bytes(b"x")
+    (newest / "__0_0.distcp").unlink()
+    assert main(["verify", str(newest)]) == 1
+    out = capsys.readouterr().out
+    assert "common.pt has 1 bytes" in out and "__0_0.distcp is missing" in out and out.count("damaged") == 2
+
+
+def test_a_rewritten_checkpoint_goes_on_bitwise(tiny, checkpoints, tmp_path):
+    expected = run(tiny(load=str(checkpoints / "iter_0000004"))).values("loss")
+    assert main(["reshard", str(checkpoints / "iter_0000004"), "--save", str(tmp_path / "new")]) == 0
+    assert damage(tmp_path / "new") == []
+    assert run(tiny(load=str(tmp_path / "new"))).values("loss") == expected
+
+
+def test_weights_alone(tiny, checkpoints, tmp_path):
+    target = tmp_path / "weights"
+    main(["reshard", str(checkpoints / "iter_0000006"), "--save", str(target), "--weights-only"])
+    expected = run(tiny(load=str(checkpoints), finetune=True, train_iters=2)).values("loss")
+    assert run(tiny(load=str(target), finetune=True, train_iters=2)).values("loss") == expected
+    sizes = [sum(f.stat().st_size for f in d.iterdir()) for d in (target, checkpoints / "iter_0000006")]
+    assert sizes[0] < sizes[1] / 2
+
+
+def test_bad_input(checkpoints, tmp_path):
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        main(["list", str(tmp_path / "nothing")])
+    with pytest.raises(UserError, match="exists already"):
+        main(["reshard", str(checkpoints / "iter_0000002"), "--save", str(tmp_path)])
+    with pytest.raises(UserError, match="not a complete checkpoint"):
+        main(["show", str(tmp_path)])

@@ -1,0 +1,212 @@
+"""What job.sh does after each ending of a run, with commands of our own in place of SLURM's."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples/slurm"
+
+# The job as "scontrol show job" has it is in JOB; "scontrol requeue" ends the batch script as SLURM does.
+COMMANDS = {
+    "scontrol": """\
+case $1 in
+    show) echo node1 ;;
+    -o) echo "JobId=7 JobName=x $JOB" ;;
+    requeue) echo "$2" >>"$LAB/requeued"; kill -TERM $PPID ;;
+esac""",
+    "squeue": 'echo "$QUEUE"',
+    "sleep": "exec /bin/sleep 0.01",
+    "srun": """\
+printf '%s\\n' "$@" >"$LAB/srun"
+printf '%s\\n' "$MASTER_ADDR" "$MASTER_PORT" >"$LAB/rendezvous"
+. "$LAB/trainer"
+""",
+}
+RUNNING = "JobState=RUNNING Reason=None PreemptTime=None"
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs job.sh once. ``trainer``: what the ranks do, in bash, with $RUN; the rest are variables."""
+    (tmp_path / "bin").mkdir()
+    for name, text in COMMANDS.items():
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        path.chmod(0o755)
+    site = "ENVIRONMENT=${KIND:-venv}; PYTHON=python; CONTAINER=image; CONTAINER_MOUNTS=(/data)\nprepare() { :; }\n"
+    (tmp_path / "site.sh").write_text(site)
+    script = tmp_path / "job.sbatch"
+    script.write_text(
+        f"RUN={tmp_path}/run; CODE={tmp_path}/code; SITE={tmp_path}/site.sh; SETTINGS=(--config c.yaml)\n"
+        f". {EXAMPLES}/job.sh\n"
+    )
+
+    def start(trainer: str, state: str = RUNNING, **variables: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "trainer").write_text(f"RUN={tmp_path}/run\n{trainer}\n")
+        (tmp_path / "requeued").unlink(missing_ok=True)
+        environment = {
+            **os.environ,
+            "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+            "LAB": str(tmp_path),
+            "JOB": state,
+            "QUEUE": "",
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "node1",
+            **variables,
+        }
+        return subprocess.run(
+            ["bash", str(script)], env=environment, capture_output=True, text=True, timeout=30, cwd=tmp_path
+        )
+
+    return start
+
+
+def ending(status: str, code: int, saved: int | None = None) -> str:
+    """A trainer that leaves this status and exit code, and perhaps a checkpoint."""
+    checkpoint = "" if saved is None else f"mkdir -p $RUN/iter_{saved:07d}\n"
+    return f"{checkpoint}echo {status} >$RUN/run_status.txt\nexit {code}"
+
+
+TIME_IS_UP = "JobState=COMPLETING Reason=TimeLimit PreemptTime=None"
+CANCELLED = "JobState=COMPLETING Reason=None PreemptTime=None"
+PREEMPTED = "JobState=RUNNING Reason=None PreemptTime=2026-01-01T00:00:00"
+
+
+@pytest.mark.parametrize(
+    "trainer,state,code,requeued,said",
+    [
+        (ending("done", 0, 20), RUNNING, 0, False, "trained to the end"),
+        (ending("stopped", 42, 20), TIME_IS_UP, 1, True, "time is up; requeued, to go on from step 20"),
+        (ending("running", 137), TIME_IS_UP, 1, True, "from step 0"),
+        (ending("stopped", 42, 20), PREEMPTED, 1, True, "preempted; requeued"),
+        (ending("stopped", 42, 20), CANCELLED, 42, False, "ended by SLURM (COMPLETING/None) at step 20"),
+        (ending("stopped", 42, 20), RUNNING, 0, False, "stopped on request at step 20"),
+        (ending("running", 137, 20), RUNNING, 1, True, "failed with exit status 137; requeued"),
+        (ending("running", 137, 20), CANCELLED, 137, False, "ended by SLURM"),
+        ("exit 2", RUNNING, 2, False, "the settings were refused; not requeued"),
+        (ending("failed", 4), RUNNING, 4, False, "could not be saved; not requeued"),
+        (ending("failed", 5, 20), RUNNING, 5, False, "the loss diverged; not requeued"),
+    ],
+)
+def test_endings(job, tmp_path, trainer, state, code, requeued, said) -> None:
+    ended = job(trainer, state)
+    assert said in ended.stdout
+    assert ended.returncode == code
+    assert (tmp_path / "requeued").exists() == requeued
+
+
+def test_the_early_warning_stops_the_run_and_requeues(job, tmp_path) -> None:
+    """The stop file comes again when a run that is just starting removes an old one."""
+    trainer = """\
+kill -USR1 $PPID
+until [ -e $RUN/stop ]; do /bin/sleep 0.05; done
+rm $RUN/stop
+until [ -e $RUN/stop ]; do /bin/sleep 0.05; done
+mkdir $RUN/iter_0000008
+echo stopped >$RUN/run_status.txt
+exit 42"""
+    ended = job(trainer)
+    assert "asked to stop: saving" in ended.stdout and "stopped early; requeued" in ended.stdout
+    assert (tmp_path / "requeued").read_text() == "7\n"
+
+
+def test_it_stops_when_a_restart_brings_no_new_step(job, tmp_path) -> None:
+    crash = "echo running >$RUN/run_status.txt; exit 1"
+    assert "requeued, to go on from step 0" in job(crash).stdout
+    # Before the restart's first save: it brought nothing.
+    ended = job(crash, SLURM_RESTART_COUNT="1")
+    assert ended.returncode == 1 and "the restart brought no new step" in ended.stdout
+    assert not (tmp_path / "requeued").exists()
+    # SLURM itself might start it again.
+    ended = job(ending("done", 0), SLURM_RESTART_COUNT="2")
+    assert ended.returncode == 1 and "given up: the last starts, all from step 0" in ended.stdout
+
+
+def test_new_steps_are_worth_another_start(job) -> None:
+    for restart in range(5):
+        ended = job(ending("running", 1, 10 * (restart + 1)), SLURM_RESTART_COUNT=str(restart))
+        assert f"requeued, to go on from step {10 * (restart + 1)}" in ended.stdout
+
+
+def test_every_start_has_its_own_port_and_goes_on(job, tmp_path) -> None:
+    job(ending("stopped", 42))
+    first = (tmp_path / "srun").read_text().split()
+    assert first[-2:] == ["--load", str(tmp_path / "run")] and f"{tmp_path}/code/pretrain_mesh.py" in first
+    ports = [(tmp_path / "rendezvous").read_text().split()]
+    job(ending("stopped", 42, 10), SLURM_RESTART_COUNT="1", LOAD="/other")
+    ports.append((tmp_path / "rendezvous").read_text().split())
+    assert [name for name, _ in ports] == ["node1", "node1"] and ports[0][1] != ports[1][1]
+    job(ending("stopped", 42), SLURM_RESTART_COUNT="2", LOAD="/other")
+    assert (tmp_path / "srun").read_text().split()[-3:] == ["--load", str(tmp_path / "run"), "--no-finetune"]
+
+
+def test_a_first_start_takes_the_given_checkpoint(job, tmp_path) -> None:
+    job(ending("stopped", 42), LOAD="/other")
+    assert (tmp_path / "srun").read_text().split()[-2:] == ["--load", "/other"]
+
+
+def test_a_chain_goes_on_by_its_next_job(job, tmp_path) -> None:
+    ended = job(ending("stopped", 42, 10), TIME_IS_UP, REQUEUE="no")
+    assert ended.returncode == 0 and "the next job of the chain goes on from step 10" in ended.stdout
+    assert not (tmp_path / "requeued").exists()
+    job(ending("done", 0), SLURM_JOB_ID="8")
+    (tmp_path / "srun").unlink()
+    ended = job(ending("done", 0), SLURM_JOB_ID="9")
+    assert ended.returncode == 0 and "was trained to the end before" in ended.stdout
+    assert not (tmp_path / "srun").exists()
+
+
+def test_a_running_job_keeps_its_run(job, tmp_path) -> None:
+    job(ending("running", 137, 10), CANCELLED)  # killed, so its token stays
+    ended = job(ending("done", 0), SLURM_JOB_ID="8", QUEUE="7")
+    assert ended.returncode == 2 and "error: job 7 runs in" in ended.stdout
+    assert (tmp_path / "run/slurm/owner").read_text() == "7.0\n"
+
+
+def test_another_start_takes_over_the_decision(job, tmp_path) -> None:
+    ended = job(f"echo 7.1 >$RUN/slurm/owner\n{ending('running', 1, 10)}")
+    assert "another start has taken over" in ended.stdout
+    assert not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.parametrize("kind", ["pyxis", "apptainer"])
+def test_containers(job, tmp_path, kind) -> None:
+    job(ending("done", 0), KIND=kind)
+    words = (tmp_path / "srun").read_text().split("\n")
+    run = tmp_path / "run"
+    if kind == "pyxis":
+        assert "--container-image=image" in words
+        (mounts,) = [word for word in words if word.startswith("--container-mounts=")]
+        assert words.index(mounts) < words.index("bash")
+    else:
+        place = words.index("apptainer")
+        assert words.index("bash") < place < words.index("python")
+        mounts = words[words.index("--bind") + 1]
+    assert f"{run}:{run}" in mounts and "/data:/data" in mounts
+
+
+def test_the_fence_ends_a_task_with_all_that_it_started(tmp_path) -> None:
+    owner = tmp_path / "owner"
+    owner.write_text("7.0\n")
+    # In a session of its own, as SLURM starts tasks in a process group of their own.
+    command = ["bash", str(EXAMPLES / "task.sh"), str(owner), "7.0", "bash", "-c", "sleep 60 & echo $!; wait"]
+    task = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert task.stdout is not None
+    child = int(task.stdout.readline())
+    owner.write_text("7.1\n")
+    assert task.wait(15) == -signal.SIGKILL
+    with pytest.raises(ProcessLookupError):
+        for _ in range(50):  # until it is reaped
+            os.kill(child, 0)
+            time.sleep(0.1)
+
+
+def test_the_fence_goes_with_its_task(tmp_path) -> None:
+    (tmp_path / "owner").write_text("7.0\n")
+    command = ["bash", str(EXAMPLES / "task.sh"), str(tmp_path / "owner"), "7.0", "bash", "-c", "exit 42"]
+    assert subprocess.run(command, timeout=5, start_new_session=True).returncode == 42
