@@ -105,15 +105,7 @@ def _submit(options: argparse.Namespace, settings: Sequence[str], prog: str) -> 
     if options.dry_run:
         print(script, end="")
         return
-    partition = next(
-        (
-            option.split("=", 1)[1]
-            for option in site.sbatch_options
-            if option.startswith(("--partition=", "-p="))
-        ),
-        None,
-    )
-    note = save_note(site, seconds_to_leave(partition))
+    note = save_note(site, seconds_to_leave(site.partition))
     jobs = write_and_submit(config, run, site, script, options.chain)
     if note:
         print(f"note: {note}", file=sys.stderr)

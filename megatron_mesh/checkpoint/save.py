@@ -78,7 +78,7 @@ class Saver:
         self.finish()
         started = time.monotonic()
         partial = names.step_directory(self.directory, state.step).with_suffix(".partial")
-        if not self._agreed(lambda: _make_empty(partial)):
+        if not self._agreed(lambda: _make_empty(partial), partial):
             return
         with _without_notes(), stage.parameters_gathered():
             request, common = plan(sharded_state(stage, optimizer, with_generators=True), partial)
@@ -112,9 +112,9 @@ class Saver:
         except CheckpointException as error:
             # Raised by all ranks alike; the one that coordinates has the reasons.
             reasons = [str(inner[0]) for inner in error.failures.values()]
-            self._give_up(final, "; ".join(reasons) or "another rank could not write")
+            self._give_up(final.with_suffix(".partial"), "; ".join(reasons) or "another rank could not write")
             return
-        if not self._agreed(lambda: self._publish(final, pending)):
+        if not self._agreed(lambda: self._publish(final, pending), final.with_suffix(".partial")):
             return
         self.failed = False
         now = time.monotonic()
@@ -127,7 +127,7 @@ class Saver:
         names.publish(partial, final, pending.step)
         names.prune(self.directory, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
 
-    def _agreed(self, work: Callable[[], None]) -> bool:
+    def _agreed(self, work: Callable[[], None], partial: Path) -> bool:
         """Let rank 0 do ``work`` on the disk; False, on all ranks, if the disk would not have it."""
         reason = None
         if dist.get_rank() == 0:
@@ -138,18 +138,18 @@ class Saver:
         box = [reason]
         dist.broadcast_object_list(box, src=0)
         if box[0] is not None:
-            self._give_up(None, box[0])
+            self._give_up(partial, box[0])
         return box[0] is None
 
-    def _give_up(self, final: Path | None, reason: str) -> None:
+    def _give_up(self, partial: Path, reason: str) -> None:
         self.failed = True
         logger.error(
             "no checkpoint was written to %s: %s; earlier ones are kept, and the next save tries again",
             self.directory,
             reason,
         )
-        if final is not None and dist.get_rank() == 0:
-            shutil.rmtree(final.with_suffix(".partial"), ignore_errors=True)
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def complete(directory: Path, common: CommonState, config: str, description: dict[str, Any]) -> None:

@@ -78,19 +78,19 @@ class CommonState(SaveCommonStrategy):
 
     def __init__(self) -> None:
         super().__init__("torch", 1)
-        self.state: StateDict = {}
+        self.state = b""
 
     def can_handle_sharded_objects(self) -> bool:
         return True
 
     def save_common(self, common_state_dict: StateDict, checkpoint_dir: Any) -> None:
-        self.state = common_state_dict
+        buffer = io.BytesIO()
+        torch.save(common_state_dict, buffer)  # now: training goes on and changes what it refers to
+        self.state = buffer.getvalue()
 
     def write(self, directory: Path) -> None:
         """Write ``common.pt`` and the name of the format (``metadata.json``)."""
-        buffer = io.BytesIO()
-        torch.save(self.state, buffer)
-        (directory / COMMON_STATE_FNAME).write_bytes(buffer.getvalue())
+        (directory / COMMON_STATE_FNAME).write_bytes(self.state)
         save_config(CheckpointingConfig("torch_dist", 1), str(directory))
 
 

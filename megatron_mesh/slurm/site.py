@@ -41,6 +41,12 @@ class Site:
         """How long before its time limit a job is told to stop."""
         return 2 * self.save_seconds + 60
 
+    @property
+    def partition(self) -> str | None:
+        """The partition that the options name; None is the cluster's default."""
+        named = [o.removeprefix("--partition=") for o in self.sbatch_options if o.startswith("--partition=")]
+        return named[-1] if named else None
+
 
 def read_site(path: Path) -> Site:
     """Read a site file.
@@ -57,10 +63,15 @@ def read_site(path: Path) -> Site:
         raise UserError(f"--site {path}: bash cannot read it: {ended.stderr.strip() or 'it fails'}")
     values = ended.stdout.split("\0")[:-1]
     found, options = dict(zip(_NAMES, values, strict=False)), tuple(filter(None, values[len(_NAMES) :]))
+    if found["ENVIRONMENT"] not in ENVIRONMENTS:
+        raise UserError(
+            f"--site {path}: ENVIRONMENT={found['ENVIRONMENT']} must be one of {', '.join(ENVIRONMENTS)}"
+        )
     for name in _NAMES:
         if not found[name] and not (name == "CONTAINER" and found["ENVIRONMENT"] == "venv"):
             raise UserError(f"--site {path}: {name} is not set; examples/slurm/site.sh says what it is")
-    _check_python(path, found["ENVIRONMENT"], found["PYTHON"])
+    if found["ENVIRONMENT"] == "venv" and shutil.which(found["PYTHON"]) is None:
+        raise UserError(f"--site {path}: PYTHON={found['PYTHON']} cannot be run; give the venv's python")
     site = Site(
         path=path,
         gpus_per_node=_number(path, "GPUS_PER_NODE", found),
@@ -94,10 +105,3 @@ def _number(path: Path, name: str, found: dict[str, str]) -> int:
     if not found[name].isdecimal() or int(found[name]) < 1:
         raise UserError(f"--site {path}: {name}={found[name]} must be a whole number above 0")
     return int(found[name])
-
-
-def _check_python(path: Path, environment: str, python: str) -> None:
-    if environment not in ENVIRONMENTS:
-        raise UserError(f"--site {path}: ENVIRONMENT={environment} must be one of {', '.join(ENVIRONMENTS)}")
-    if environment == "venv" and shutil.which(python) is None:
-        raise UserError(f"--site {path}: PYTHON={python} cannot be run; give the path of the venv's python")

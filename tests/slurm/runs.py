@@ -108,7 +108,7 @@ class Job:
         return [found[rank] for rank in sorted(found)]
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """All tensors of the last checkpoint, model and optimizer; generators, which no seed sets, are left out."""
+        """Model and optimizer in the last checkpoint (some of the generators have no seed)."""
         found = tensors(self.run / f"iter_{STEPS:07d}")
         return {name: tensor for name, tensor in found.items() if not name.startswith("rng")}
 

@@ -27,6 +27,13 @@ printf '%s\\n' "$MASTER_ADDR" "$MASTER_PORT" >"$LAB/rendezvous"
 . "$LAB/trainer"
 """,
 }
+SITE = """\
+ENVIRONMENT=${KIND:-venv}
+PYTHON=python
+CONTAINER=image
+CONTAINER_MOUNTS=(/data)
+prepare() { :; }
+"""
 RUNNING = "JobState=RUNNING Reason=None PreemptTime=None"
 
 
@@ -38,8 +45,7 @@ def job(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         path = tmp_path / "bin" / name
         path.write_text(f"#!/usr/bin/env bash\n{text}\n")
         path.chmod(0o755)
-    site = "ENVIRONMENT=${KIND:-venv}; PYTHON=python; CONTAINER=image; CONTAINER_MOUNTS=(/data)\nprepare() { :; }\n"
-    (tmp_path / "site.sh").write_text(site)
+    (tmp_path / "site.sh").write_text(SITE)
     script = tmp_path / "job.sbatch"
     script.write_text(
         f"RUN={tmp_path}/run; CODE={tmp_path}/code; SITE={tmp_path}/site.sh; SETTINGS=(--config c.yaml)\n"

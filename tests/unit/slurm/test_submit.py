@@ -1,7 +1,8 @@
-"""tools/submit_slurm.py: what it writes, submits, reports and refuses, with SLURM's commands played by scripts."""
+"""tools/submit_slurm.py: what it writes, submits, reports and refuses; scripts play SLURM's commands."""
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mesh.arguments import parse_args
+from megatron_mesh.config.checks import resolve
 from megatron_mesh.errors import UserError
 from megatron_mesh.slurm.site import seconds_of
 
@@ -63,18 +66,11 @@ def test_what_is_submitted_starts_from_the_snapshot(lab, capsys) -> None:
         assert f"#SBATCH --{option}\n" in script
     assert "#SBATCH --requeue\n" in script and "#SBATCH --open-mode=append\n" in script
     assert subprocess.run(["bash", "-n", str(files / "job.sbatch")]).returncode == 0
-    # The program runs from there, with these settings, and the package comes from there too.
-    plan = [
-        sys.executable,
-        str(files / "code/pretrain_mesh.py"),
-        "--config",
-        str(files / "config.yaml"),
-        "--dry-run",
-    ]
-    environment = {**os.environ, "WORLD_SIZE": "16", "PYTHONVERBOSE": "1"}
-    ended = subprocess.run(plan, env=environment, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    assert "16: tensor 1 x pipeline 1 x data 16" in ended.stdout
+    config = resolve(parse_args(["--config", str(files / "config.yaml")]).config, world_size=16)
+    assert config.checkpoint.save == str(lab / "run") and config.training.global_batch_size == 16
+    # The program there finds the package there.
+    command = [sys.executable, "-v", str(files / "code/pretrain_mesh.py"), "--hiden-size"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert f"{files}/code/megatron_mesh/arguments.py" in ended.stderr
     assert f"{ROOT}/megatron_mesh/arguments.py" not in ended.stderr
 
@@ -203,6 +199,25 @@ def test_errors_are_one_line(lab) -> None:
     command = [sys.executable, str(ROOT / "tools/submit_slurm.py"), "--status", str(lab)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2 and ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name,nodes", [("one_node", 1), ("many_nodes", 4)])
+def test_the_examples_are_what_the_tool_writes(lab, capsys, name, nodes) -> None:
+    """The same options, and settings that it takes."""
+    text = (ROOT / f"examples/slurm/{name}.sbatch").read_text()
+    settings = (
+        text.split("SETTINGS=(")[1].split("\n)")[0].replace('"', "").replace("$CODE", str(ROOT)).split()
+    )
+    settings += ["--save", str(lab / "run"), "--vocab-size", "50304"]
+    site = ["--site", str(lab / "site.sh"), "--nodes", str(nodes), "--gpu-memory-gib", "76"]
+    main([*site, *settings, "--dry-run"])
+    script = capsys.readouterr().out
+
+    def options(script: str) -> set[str]:
+        lines = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+        return {line for line in lines if not re.search("--(job-name|output|chdir)=", line)}
+
+    assert options(text) == options(script)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,201 @@
+"""Saving in the background, on a full disk, with few checkpoints kept; and stopping on request."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_mesh.checkpoint import save as save_module
+from megatron_mesh.checkpoint import writer
+from megatron_mesh.checkpoint.directory import prune, publish, remove_unfinished, saved_steps
+from megatron_mesh.checkpoint.integrity import damage
+from megatron_mesh.runtime import exits
+from tests.unit.train.conftest import run
+
+
+def steps(directory: Path) -> list[int]:
+    return list(saved_steps(directory))
+
+
+def test_background_saves_are_the_foreground_ones(tiny, tmp_path):
+    """The state is that of the step, whatever training does while it is written."""
+    straight = run(tiny())
+    run(tiny(save=str(tmp_path), save_interval=1, async_save=True))
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+    for step in (1, 3, 5):
+        assert damage(tmp_path / f"iter_{step:07d}") == []
+        outcome = run(tiny(load=str(tmp_path / f"iter_{step:07d}")))
+        assert outcome.values("loss") == straight.values("loss")[step:]
+        assert outcome.values("lr") == straight.values("lr")[step:]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_saves_are_logged_with_their_time(tiny, tmp_path, background):
+    outcome = run(tiny(save=str(tmp_path), save_interval=3, async_save=background))
+    saves = [r for r in outcome.records if r.kind == "save"]
+    assert [r.step for r in saves] == [3, 6]
+    for record in saves:
+        assert 0 < record.values["stall_seconds"] <= record.values["seconds"]
+        assert Path(record.values["path"]).name == f"iter_{record.step:07d}"
+
+
+def test_a_slow_save_is_warned_of(tiny, tmp_path, caplog):
+    run(tiny(save=str(tmp_path), exit_grace_seconds=1e-6))
+    assert "--exit-grace-seconds leaves" in caplog.text
+
+
+def test_no_writer_outlives_the_run(tiny, tmp_path):
+    run(tiny(save=str(tmp_path), save_interval=2, async_save=True))
+    assert [p for p in psutil.Process().children() if p.name() == writer.WRITER_NAME] == []
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("where", ["tensors", "small files"])
+def test_a_full_disk_costs_one_checkpoint(tiny, tmp_path, monkeypatch, caplog, where, background):
+    """The save of step 4 fails; training goes on, the one of step 2 stays, that of step 6 is tried."""
+    straight = run(tiny())
+    count = 0
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def once(original):
+        def call(*arguments, **more):
+            nonlocal count
+            count += 1
+            if count == 2:
+                raise full
+            return original(*arguments, **more)
+
+        return call
+
+    if where == "tensors":
+        # In the process that writes, so counted where it is planned.
+        plan = save_module.plan
+
+        def plan_with_fault(*arguments):
+            nonlocal count
+            count += 1
+            request, common = plan(*arguments)
+            if count == 2:
+                request = request._replace(async_fn_args=[*request.async_fn_args[:2], _Full(request)])
+            return request, common
+
+        monkeypatch.setattr(save_module, "plan", plan_with_fault)
+    else:
+        monkeypatch.setattr(save_module, "complete", once(save_module.complete))
+    outcome = run(tiny(save=str(tmp_path), save_interval=2, async_save=background))
+    assert outcome.values("loss") == straight.values("loss")
+    assert outcome.ending == exits.DONE
+    assert steps(tmp_path) == [2, 6]
+    assert "No space left on device; earlier ones are kept" in caplog.text
+    assert not list(tmp_path.glob("*.partial"))
+
+
+class _Full:
+    """Takes the place of the list of what was written: the disk was full."""
+
+    def __init__(self, request):
+        self.results = request.async_fn_args[2]
+
+    def put(self, item):
+        self.results.put(OSError(errno.ENOSPC, "No space left on device"))
+
+
+def test_a_run_whose_last_save_failed_says_so(tiny, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(save_module, "complete", full)
+    assert run(tiny(save=str(tmp_path))).ending == exits.NOT_SAVED
+
+
+def test_few_are_kept(tiny, tmp_path):
+    run(tiny(save=str(tmp_path), save_interval=1, keep_last=2, keep_every=3))
+    assert steps(tmp_path) == [3, 5, 6]
+
+
+def test_deletion_and_publication_leave_no_half_checkpoint(tmp_path):
+    for step in (1, 2, 3):
+        (tmp_path / f"iter_{step:07d}").mkdir()
+    partial = tmp_path / "iter_0000003.partial"
+    partial.mkdir()
+    (partial / "new").touch()
+    publish(partial, tmp_path / "iter_0000003", 3)
+    assert (tmp_path / "iter_0000003" / "new").exists()
+    prune(tmp_path, 2, None)
+    assert steps(tmp_path) == [2, 3]
+    for suffix in ("partial", "replaced", "deleting"):
+        (tmp_path / f"iter_0000009.{suffix}").mkdir()
+    remove_unfinished(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["iter_0000002", "iter_0000003", "latest_checkpointed_iteration.txt"]
+
+
+def test_intervals_and_stop_file(tiny, tmp_path):
+    """Each start does some steps and stops; together they are the run that was never stopped."""
+    straight = run(tiny())
+    settings = {"save": str(tmp_path), "load": str(tmp_path)}
+    first = run(tiny(**settings, exit_interval=2))
+    assert first.ending == exits.STOPPED and steps(tmp_path) == [2]
+    second = run(tiny(**settings, exit_duration_in_mins=1e-9))
+    assert second.ending == exits.STOPPED and steps(tmp_path) == [2, 3]
+    third = run(tiny(**settings))
+    assert third.ending == exits.DONE
+    found = first.values("loss") + second.values("loss") + third.values("loss")
+    assert found == straight.values("loss")
+
+
+PROGRAM = """
+import os, signal, sys
+from megatron_mesh.train import loop
+original, when, numbers = loop.run_batch, int(sys.argv[1]), sys.argv[2].split(",")
+count = 0
+def run_batch(*arguments, **more):
+    global count
+    count += 1
+    if count == when:
+        for number in numbers:
+            if number == "file":
+                open(sys.argv[4], "w").close()
+            else:
+                os.kill(os.getpid(), getattr(signal, number))
+    return original(*arguments, **more)
+loop.run_batch = run_batch
+from pretrain_mesh import main
+sys.exit(main(sys.argv[5:]))
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "file", "SIGTERM,SIGTERM"])
+def test_requests_to_stop(tiny, tmp_path, how):
+    from megatron_mesh.config.dump import dump_config
+
+    save = tmp_path / "run"
+    (tmp_path / "config.yaml").write_text(dump_config(tiny(save=str(save), load=str(save))))
+    command = [sys.executable, "-c", PROGRAM, "3", how, "-", str(save / "stop")]
+    root = Path(__file__).resolve().parents[3]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = time.monotonic()
+    done = subprocess.run(
+        [*command, "--config", str(tmp_path / "config.yaml")],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    if how == "SIGTERM,SIGTERM":
+        assert done.returncode == -signal.SIGTERM and steps(save) == []
+        assert (save / "run_status.txt").read_text() == "running\n"
+        return
+    assert done.returncode == exits.STOPPED, done.stderr
+    assert steps(save) == [3] and not (save / "stop").exists()
+    assert (save / "run_status.txt").read_text() == "stopped\n"
+    assert time.monotonic() - started < 90
+    outcome = run(tiny(load=str(save)))
+    assert outcome.values("loss") == run(tiny()).values("loss")[3:]
