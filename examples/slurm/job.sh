@@ -68,6 +68,16 @@ on_warning() {
 on_end() {
     interrupted=yes
     [ -n "$srun_pid" ] || exit 143
+    [ "$(job_field Reason)" != TimeLimit ] || requeue_before_the_kill &
+}
+
+# A save that is slower than SLURM's patience ends with a SIGKILL for this script too: shortly before that, the
+# job is requeued, to go on from an earlier checkpoint.
+requeue_before_the_kill() {
+    local patience
+    patience=$(scontrol show config | grep -oP '^KillWait\s*=\s*\K\d+')
+    sleep $((patience > 10 ? patience - 5 : patience / 2))
+    ! owned || [ "${REQUEUE:-yes}" = no ] || scontrol requeue "$SLURM_JOB_ID"
 }
 
 # Starts one task per GPU, and returns srun's status: the highest of the ranks.

@@ -1,0 +1,121 @@
+"""How long checkpoints hold training up, and how fast they are written and read, beside a plain copy."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+from megatron_mesh.bench.variants import random_batches
+from megatron_mesh.checkpoint import integrity
+from megatron_mesh.checkpoint.directory import read_checkpoint
+from megatron_mesh.checkpoint.load import first_whole, load_checkpoint
+from megatron_mesh.checkpoint.save import Saved, Saver
+from megatron_mesh.config.schema import Config
+from megatron_mesh.parallel import Stage, build_stage
+from megatron_mesh.train.optimizer import build_optimizer, build_schedule
+from megatron_mesh.train.state import TrainState
+from megatron_mesh.train.step import run_batch
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Medians over the rounds; of one process."""
+
+    gigabytes: float
+    step_seconds: float
+    sync_seconds: float
+    async_seconds: float
+    """From the start of a background save to its publication."""
+    async_stall_seconds: float
+    """The part of it in which training waits."""
+    load_seconds: float
+    """Checksums of all files, and taking the state over."""
+    copy_seconds: float
+    """A copy of the same files in the same directory, with fsync."""
+
+
+def measure(config: Config, directory: Path, rounds: int) -> Figures:
+    """Save in the foreground, in the background, copy and load in turn. Megatron's groups must exist."""
+    stage = build_stage(config)
+    optimizer = build_optimizer(config, stage)
+    state = TrainState(build_schedule(config.optimizer, optimizer))
+    batches = random_batches(
+        config.training.global_batch_size or 1,
+        config.training.micro_batch_size,
+        config.model.seq_length,
+        config.model.vocab_size or 1,
+        config.training.seed,
+    )
+    times: dict[str, list[float]] = {name: [] for name in ("step", "sync", "async", "stall", "load", "copy")}
+
+    def step() -> None:
+        stage.zero_grad_buffer()
+        optimizer.zero_grad()
+        run_batch(stage, iter(batches), config.training)
+        optimizer.step()
+        state.advance(config.training.global_batch_size or 1)
+
+    step()
+    size = 0
+    for _ in range(rounds):
+        times["step"].append(_seconds(step))
+        sync = _save(config, directory, (stage, optimizer, state), step)
+        times["sync"].append(sync.seconds)
+        background = _save(config, directory, (stage, optimizer, state), step, background=True)
+        times["async"].append(background.seconds)
+        times["stall"].append(background.stall_seconds)
+        path = background.path
+        size = sum(file.stat().st_size for file in path.iterdir())
+        times["copy"].append(_seconds(lambda path=path: _copy(path, directory / "copy")))  # type: ignore
+        times["load"].append(
+            _seconds(lambda path=path: _load(config, path, stage, optimizer, state))  # type: ignore
+        )
+        for leftover in (sync.path, path, directory / "copy"):
+            shutil.rmtree(leftover)
+    middle = {name: median(values) for name, values in times.items()}
+    return Figures(
+        size / 1e9,
+        middle["step"],
+        middle["sync"],
+        middle["async"],
+        middle["stall"],
+        middle["load"],
+        middle["copy"],
+    )
+
+
+def _save(
+    config: Config, directory: Path, parts: tuple, step: Callable[[], None], *, background: bool = False
+) -> Saved:
+    saved: list[Saved] = []
+    settings = replace(config.checkpoint, save=str(directory), async_save=background)
+    saver = Saver(replace(config, checkpoint=settings), saved.append)
+    step()
+    saver.save(*parts)
+    while not saved:  # training goes on while it is written
+        step()
+        saver.poll()
+    return saved[0]
+
+
+def _load(config: Config, path: Path, stage: Stage, optimizer: object, state: TrainState) -> None:
+    checkpoint = first_whole([path], fallback=False)
+    assert checkpoint is not None and read_checkpoint(path).path == path
+    load_checkpoint(checkpoint, config, stage, optimizer, state)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.mkdir()
+    for file in (*integrity.files(source), source / integrity.CHECKSUMS_FILE):
+        copy = shutil.copyfile(file, target / file.name)
+        with open(copy, "rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
