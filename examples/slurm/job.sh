@@ -77,7 +77,9 @@ requeue_before_the_kill() {
     local patience
     patience=$(scontrol show config | grep -oP '^KillWait\s*=\s*\K\d+')
     sleep $((patience > 10 ? patience - 5 : patience / 2))
-    ! owned || [ "${REQUEUE:-yes}" = no ] || scontrol requeue "$SLURM_JOB_ID"
+    owned && [ "${REQUEUE:-yes}" = yes ] || return
+    say "time is up, and the ranks do not end; requeued, to go on from step $(saved_step)"
+    scontrol requeue "$SLURM_JOB_ID"
 }
 
 # Starts one task per GPU, and returns srun's status: the highest of the ranks.

@@ -5,8 +5,12 @@ nothing disturbed, bit for bit. Two of the tests are quick; MESH_TEST_SLURM=1 ru
 """
 
 import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
+import psutil
 import pytest
 import torch
 
@@ -35,6 +39,26 @@ def stays(job: Job, state: str, seconds: float = 12) -> bool:
     """The job is in this state and comes back neither at once nor after the credentials' time."""
     time.sleep(seconds)
     return job.fields["JobState"] == state and job.fields["Restarts"] == "0"
+
+
+@contextmanager
+def standing_still(ranks: list[psutil.Process]) -> Iterator[None]:
+    """Stopped again whenever SLURM lets them go on."""
+    over = threading.Event()
+
+    def hold() -> None:
+        while not over.wait(0.02):
+            for rank in ranks:
+                with suppress(psutil.NoSuchProcess):
+                    rank.suspend()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def make_way(job: Job) -> None:
@@ -98,7 +122,21 @@ def test_time_limit_without_warning(start, undisturbed) -> None:
     job.wait_for_restart()
     assert job.wait_for_end() == "COMPLETED"
     assert "time is up; requeued" in job.log
+    assert "go on from step 0" not in job.log
     assert_same(job, undisturbed)
+
+
+@every_event
+def test_time_limit_and_ranks_that_do_not_end(start, undisturbed) -> None:
+    """The save hangs, and SLURM kills all: the run goes on from the checkpoint before."""
+    job = start("--time", "2", site="SBATCH_OPTIONS+=(--signal=B:URG@1 --time=1)\n")
+    job.wait_for_step(25)
+    ranks = job.ranks()
+    with standing_still(ranks):
+        job.wait_for_restart()
+    assert job.wait_for_end() == "COMPLETED"
+    assert "the ranks do not end; requeued, to go on from step 20" in job.log
+    assert_same(job, undisturbed, repeated=None)
 
 
 @every_event
