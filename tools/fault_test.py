@@ -182,11 +182,12 @@ def disturb(save: Path, config: Path, arguments: argparse.Namespace) -> Faults:
     """Start, kill and start again; the last start is left alone."""
     flags = ["--config", str(config), "--save", str(save), "--load", str(save)]
     kills: dict[str, int] = {}
-    most_repeated = 0
+    most_repeated, rewound = 0, False
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("kills", total=arguments.kills)
         while sum(kills.values()) < arguments.kills:
-            before = last_step(save)
+            before = 0 if rewound else last_step(save)
+            rewound = False
             job = Job(arguments.ranks, flags, save.with_suffix(".log"))
             victim = kill_once(job)
             job.wait(_PATIENCE if victim else None)
@@ -198,6 +199,7 @@ def disturb(save: Path, config: Path, arguments: argparse.Namespace) -> Faults:
                 continue
             assert last_step(save) == arguments.steps, f"the run ended by itself; see {job.log.name}"
             forget_the_end(save, arguments.steps // 2)  # it was done before its time came: once more
+            rewound = True
         job = Job(arguments.ranks, flags, save.with_suffix(".log"))
         job.wait(None)
         job.close()

@@ -11,7 +11,7 @@
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 token=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
-asked=no interrupted=no srun_pid=
+asked=no interrupted=no srun_pid= last_resort=
 
 say() { echo "[$(date '+%F %T') $token] $*"; }
 
@@ -68,7 +68,9 @@ on_warning() {
 on_end() {
     interrupted=yes
     [ -n "$srun_pid" ] || exit 143
-    [ "$(job_field Reason)" != TimeLimit ] || requeue_before_the_kill &
+    [ "$(job_field Reason)" = TimeLimit ] && [ -z "$last_resort" ] || return
+    requeue_before_the_kill &
+    last_resort=$!
 }
 
 # A save that is slower than SLURM's patience ends with a SIGKILL for this script too: shortly before that, the
@@ -101,6 +103,7 @@ train() {
     srun "${options[@]}" bash "$here/task.sh" "$RUN/slurm/owner" "$token" \
         "${inside[@]}" "$PYTHON" -u "$CODE/pretrain_mesh.py" "${SETTINGS[@]}" --save "$RUN" "${load[@]}" &
     srun_pid=$!
+    [ $asked = no ] || on_warning # it came a moment ago
     # wait returns at every signal that has a trap.
     while wait "$srun_pid"; status=$?; [ $interrupted = yes ]; do interrupted=no; done
     return $status
@@ -119,10 +122,11 @@ again() {
         exit 0
     fi
     say "$1; requeued, to go on from step $(saved_step)"
-    trap 'exit 1' TERM # SLURM ends this script
+    [ -z "$last_resort" ] || kill "$last_resort"
+    trap 'exit 1' TERM
     trap '' USR1
     scontrol requeue "$SLURM_JOB_ID" || { say "error: SLURM did not requeue the job"; exit 1; }
-    sleep 600 &
+    [ "$(job_field JobState)" != RUNNING ] || sleep 60 & # SLURM ends this script, if it is not at that already
     wait $!
     exit 1
 }

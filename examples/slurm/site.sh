@@ -12,6 +12,9 @@ TIME_LIMIT=24:00:00
 # The job is told to stop this early before its time limit: twice this, and a minute.
 SAVE_SECONDS=60
 
+# Times that a run may start from the same step before it is given up. More for queues that preempt often.
+STARTS_PER_STEP=2
+
 # Where python comes from: venv, pyxis (containers by SLURM's plugin) or apptainer.
 ENVIRONMENT=venv
 PYTHON=$HOME/megatron_mesh/.venv/bin/python     # venv: by path. Containers: python, or a path inside.

@@ -13,10 +13,10 @@ from megatron_mesh.checkpoint import integrity
 from megatron_mesh.checkpoint.directory import read_checkpoint
 from megatron_mesh.checkpoint.load import first_whole, load_checkpoint
 from megatron_mesh.checkpoint.save import Saved, Saver
+from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import Config
 from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule
-from megatron_mesh.train.state import TrainState
 from megatron_mesh.train.step import run_batch
 
 

@@ -7,7 +7,7 @@ from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_mesh.checkpoint.distributed_optimizer import CHECKPOINT_METADATA, prepare_loading
+from megatron_mesh.checkpoint.optimizer_state import sharded_optimizer_state
 from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime.random import pack_generators
 
@@ -25,10 +25,9 @@ def sharded_state(
     weights = stage.sharded_state_dict()
     sharded: ShardedStateDict = {"model": {key: _tensors(part) for key, part in weights.items()}}
     if optimizer is not None:
-        if loading:
-            prepare_loading(optimizer)
-        sharded["optimizer"] = optimizer.sharded_state_dict(
-            sharded["model"], is_loading=loading, metadata=CHECKPOINT_METADATA
+        bf16 = stage.config.bf16
+        sharded["optimizer"] = sharded_optimizer_state(
+            optimizer, sharded["model"], bf16=bf16, loading=loading
         )
     if with_generators:
         place = (0, dist.get_rank(), dist.get_world_size())

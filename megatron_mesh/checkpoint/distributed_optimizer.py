@@ -83,8 +83,10 @@ class _StepsApart:
     def __call__(self, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
         group, order = self.optimizer.model_param_group_index_map[model_param]
         inner = self.optimizer.optimizer
-        state = inner.state[inner.param_groups[group]["params"][order]]
+        main = inner.param_groups[group]["params"][order]
+        state = inner.state[main]
+        tensors = {"param": main, **tensors}  # a float32 weight, which was loaded with the model
         if "step" in state:
             state["step"] = state["step"].clone()
-            tensors = {**tensors, "step": state["step"]}
+            tensors["step"] = state["step"]
         self.original(model_param, tensors)

@@ -13,12 +13,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_mesh.checkpoint import integrity
 from megatron_mesh.checkpoint.content import sharded_state
 from megatron_mesh.checkpoint.directory import Checkpoint, read_checkpoint
+from megatron_mesh.checkpoint.optimizer_state import load_optimizer_state
 from megatron_mesh.checkpoint.safe import SafeLoadStrategy
+from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import UserError
 from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime.random import unpack_generators
-from megatron_mesh.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def read_tensors(path: Path, sharded: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any], config: Config) -> None:
-    optimizer.load_state_dict(saved)
+    load_optimizer_state(optimizer, saved)
     # The groups come with the checkpoint's settings, which the schedule would prefer to its own.
     for group in optimizer.param_groups:
         group["max_lr"], group["min_lr"] = config.optimizer.lr, config.optimizer.min_lr

@@ -23,11 +23,11 @@ from megatron_mesh import __version__
 from megatron_mesh.checkpoint import directory as names
 from megatron_mesh.checkpoint import integrity, safe
 from megatron_mesh.checkpoint.content import sharded_state
+from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.checkpoint.writer import CommonState, digests_file, plan
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import Config
 from megatron_mesh.parallel import Stage
-from megatron_mesh.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 

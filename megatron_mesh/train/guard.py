@@ -6,9 +6,9 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.runtime.logging import Log
 from megatron_mesh.runtime.stopping import StopRequests
-from megatron_mesh.train.state import TrainState
 from megatron_mesh.train.step import loss_per_token
 
 

@@ -13,6 +13,7 @@ from megatron_mesh.checkpoint.compatible import check_same_run
 from megatron_mesh.checkpoint.directory import candidates, remove_unfinished, saved_steps
 from megatron_mesh.checkpoint.load import first_whole, load_checkpoint
 from megatron_mesh.checkpoint.save import Saved, Saver
+from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data import Datasets
 from megatron_mesh.parallel import Stage, build_stage
@@ -26,7 +27,6 @@ from megatron_mesh.train.guard import guarded_step, record_skipped
 from megatron_mesh.train.metrics import RouterMeter, SpeedMeter, perplexity
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule
 from megatron_mesh.train.output import check_writable, open_outputs, position, summary
-from megatron_mesh.train.state import TrainState
 from megatron_mesh.train.step import evaluate, loss_per_token, run_batch
 
 logger = logging.getLogger(__name__)

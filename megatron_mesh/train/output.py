@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mesh.checkpoint.directory import CONFIG_FILE
+from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.distributed import is_rank_zero
 from megatron_mesh.runtime.logging import METRICS_FILE, Log, open_log
 from megatron_mesh.train.metrics import perplexity
-from megatron_mesh.train.state import TrainState
 
 
 def check_writable(config: Config) -> None:

@@ -83,14 +83,14 @@ def single(settings, tmp_path_factory) -> Path:
     assert result.returncode == 0, result.stderr
     assert "step 6/6 | loss" in result.stdout
     assert "validation loss" in result.stdout
-    assert f"saved {directory}/iter_0000006" in result.stderr
+    assert f"saved {directory}/iter_0000006 in " in result.stdout
     assert "Warning" not in result.stderr
     return directory
 
 
 def test_files(single):
     names = {path.name for path in single.iterdir()}
-    expected = {"config.yaml", "metrics.jsonl", "latest_checkpointed_iteration.txt"}
+    expected = {"config.yaml", "metrics.jsonl", "run_status.txt", "latest_checkpointed_iteration.txt"}
     assert names == expected | {"iter_0000003", "iter_0000006"}
     assert len(losses(single)) == 6
     assert losses(single)[-1] < losses(single)[0] - 0.3

@@ -10,11 +10,11 @@ from megatron_mesh.checkpoint import distributed_optimizer
 from megatron_mesh.checkpoint.directory import candidates
 from megatron_mesh.checkpoint.load import first_whole, load_checkpoint
 from megatron_mesh.checkpoint.save import Saver
+from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import Config
 from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.runtime.distributed import model_parallel_groups
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule
-from megatron_mesh.train.state import TrainState
 from megatron_mesh.train.step import loss_per_token, run_batch
 from tests.helpers import tiny_config
 from tests.parallel.training import batches_of, settings_of

@@ -31,10 +31,21 @@ def test_another_layout_goes_on_alike(other: str, tmp_path) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("first", "second"), [("pp2-dp2-overlap", "tp2"), ("tp2-pp2", "dp2-distopt")])
+def test_another_kind_of_optimizer_goes_on_alike(first: str, second: str, bf16: bool, tmp_path) -> None:
+    """Between the distributed optimizer and the plain one, and between layouts."""
+    (ranks, settings), (other_ranks, other_settings) = LAYOUTS[first], LAYOUTS[second]
+    model = {**MODEL, "bf16": bf16}
+    expected = pool(ranks).run(resume.save_and_go_on, tmp_path, {**model, **settings})[0]
+    found = pool(other_ranks).run(resume.load_and_go_on, tmp_path, {**model, **other_settings})[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-3 if bf16 else 1e-5)
+
+
 def test_the_repair_is_needed(tmp_path) -> None:
     """If this fails, Megatron-core saves several buckets rightly, and the repair can go."""
     processes, settings = LAYOUTS["pp2-dp2-overlap"]
     case = {**MODEL, **settings}
     expected = pool(processes).run(resume.without_repair, tmp_path, case)[0]
     found = pool(processes).run(resume.load_and_go_on, tmp_path, case)[0]
-    assert not np.allclose(found, expected, rtol=1e-4)
+    assert not np.allclose(found, expected, rtol=1e-5)

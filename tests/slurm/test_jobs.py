@@ -113,8 +113,8 @@ def test_time_limit_with_early_warning(start, undisturbed) -> None:
 
 @every_event
 def test_time_limit_without_warning(start, undisturbed) -> None:
-    """Where only the SIGTERM at the time limit comes. (SIGURG does nothing.)"""
-    job = start("--time", "2", site="SBATCH_OPTIONS+=(--signal=B:URG@1 --time=1)\n")
+    """Where only the SIGTERM at the time limit comes (SIGURG does nothing)."""
+    job = start("--time", "2", site="SBATCH_OPTIONS+=(--signal=B:URG@1)\n")
     job.wait_for_step(10)
     ranks = job.ranks()
     for rank in ranks:
@@ -129,7 +129,7 @@ def test_time_limit_without_warning(start, undisturbed) -> None:
 @every_event
 def test_time_limit_and_ranks_that_do_not_end(start, undisturbed) -> None:
     """The save hangs, and SLURM kills all: the run goes on from the checkpoint before."""
-    job = start("--time", "2", site="SBATCH_OPTIONS+=(--signal=B:URG@1 --time=1)\n")
+    job = start("--time", "2", site="SBATCH_OPTIONS+=(--signal=B:URG@1)\n")
     job.wait_for_step(25)
     ranks = job.ranks()
     with standing_still(ranks):
