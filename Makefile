@@ -1,5 +1,7 @@
 # make quickstart   text to a trained MeSH model, with pictures
-# make test         the test suite (make test-all: every pair of parallel settings);  make lint  ruff and mypy;  make bench  step times of the schemes
+# make test         the test suite (make test-all: every pair of parallel settings as well)
+# make lint         ruff and mypy;  make bench  step times of the schemes
+# make test-slurm   jobs on a real SLURM that the tests start (as root; make slurm-env installs Debian's packages)
 #
 # Every target sets up .venv by itself. Override to choose the interpreter, the torch build or the index:
 #   make quickstart PYTHON=python3.12 TORCH='torch==2.13.0+cpu' PIP_ARGS='--index-url ...'
@@ -15,7 +17,7 @@ PYTEST_ARGS ?=
 python := $(VENV)/bin/python
 installed := $(VENV)/.installed
 
-.PHONY: install quickstart test test-all lint bench configs clean
+.PHONY: install quickstart test test-all slurm-env test-slurm lint bench configs clean
 
 install: $(installed)
 
@@ -34,6 +36,12 @@ test: $(installed)
 
 test-all: $(installed)
 	MESH_TEST_ALL=1 OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+slurm-env:
+	apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge
+
+test-slurm: $(installed)
+	MESH_TEST_SLURM=1 OMP_NUM_THREADS=1 $(python) -m pytest tests/slurm $(PYTEST_ARGS)
 
 lint: $(installed)
 	$(VENV)/bin/ruff check .
