@@ -32,10 +32,10 @@ quickstart: $(installed)
 	$(python) examples/quickstart/run.py
 
 test: $(installed)
-	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 test-all: $(installed)
-	MESH_TEST_ALL=1 OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	MESH_TEST_ALL=1 OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 slurm-env:
 	apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge
