@@ -38,7 +38,7 @@ test-all: $(installed)
 	MESH_TEST_ALL=1 OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 slurm-env:
-	apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge
+	PATH="$$PATH:/usr/sbin"; command -v slurmctld slurmd munged >/dev/null || { apt-get update -q && apt-get install -qy --no-install-recommends slurmctld slurmd slurm-client munge; }
 
 test-slurm: $(installed)
 	MESH_TEST_SLURM=1 OMP_NUM_THREADS=1 $(python) -m pytest tests/slurm $(PYTEST_ARGS)

@@ -15,11 +15,7 @@ def shared_dir() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For ``--dist loadgroup``: a file stays in one worker, and jobs of several processes take turns.
-
-    Two jobs at once on the two cores of a small machine wait for each other in every collective.
-    """
-    jobs = ("parallel", "slurm", "end_to_end")
+    """For ``--dist loadgroup``: a file stays in one worker, as does a folder whose tests start many processes."""
     for item in items:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        item.add_marker(pytest.mark.xdist_group("jobs" if folder in jobs else str(item.path)))
+        item.add_marker(pytest.mark.xdist_group(str(item.path) if folder == "unit" else folder))

@@ -186,13 +186,13 @@ def disturb(save: Path, config: Path, arguments: argparse.Namespace) -> Faults:
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("kills", total=arguments.kills)
         while sum(kills.values()) < arguments.kills:
-            before = 0 if rewound else last_step(save)
+            before, logged = 0 if rewound else last_step(save), len(records(save))
             rewound = False
             job = Job(arguments.ranks, flags, save.with_suffix(".log"))
             victim = kill_once(job)
             job.wait(_PATIENCE if victim else None)
             job.close()
-            most_repeated = max(most_repeated, repeated(save, before))
+            most_repeated = max(most_repeated, repeated(save, before, logged))
             if victim:
                 kills[victim] = kills.get(victim, 0) + 1
                 progress.advance(task)
@@ -248,11 +248,10 @@ def last_step(save: Path) -> int:
     return max((record["step"] for record in records(save)), default=0)
 
 
-def repeated(save: Path, before: int) -> int:
-    """Steps up to ``before`` that the last start did again."""
-    steps = [record["step"] for record in records(save)]
-    starts = [n for n in range(1, len(steps)) if steps[n] <= steps[n - 1]]
-    return before - steps[starts[-1]] + 1 if starts and before else 0
+def repeated(save: Path, before: int, logged: int) -> int:
+    """Steps up to ``before`` that a start did again, whose records are those after the first ``logged``."""
+    steps = [record["step"] for record in records(save)[logged:]]
+    return max(0, before - steps[0] + 1) if steps else 0
 
 
 def losses(save: Path) -> dict[int, set[float]]:

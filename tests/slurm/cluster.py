@@ -46,6 +46,7 @@ GresTypes=gpu
 ReturnToService=2
 SlurmdTimeout=10
 MinJobAge=600
+FirstJobId={first_job}
 KillWait={kill_wait}
 JobRequeue=1
 SchedulerType=sched/backfill
@@ -99,7 +100,9 @@ class Cluster:
         gpus = f"NodeName=node[1-2] Name=gpu File={self.base}/dev/nvidia[0-7]"
         (self.base / "etc/gres.conf").write_text(f"AutoDetect=off\n{gpus}\n")
         ports = dict(zip(("controller", *NODES), _free_ports(3), strict=True))
-        text = _SLURM_CONF.format(base=self.base, kill_wait=kill_wait, **ports)
+        # Jobs take their ports from their numbers, and there may be another cluster on this host.
+        first_job = secrets.randbelow(100000) + 1
+        text = _SLURM_CONF.format(base=self.base, kill_wait=kill_wait, first_job=first_job, **ports)
         (self.base / "etc/slurm.conf").write_text(text)
 
     def start(self) -> None:

@@ -92,7 +92,7 @@ class Job:
 
     def wait_for_restart(self, count: int = 1) -> None:
         """Wait until the job has been put back in the queue."""
-        self._wait(lambda: self.fields.get("Restarts") == str(count), 100, "a restart")
+        self._wait(lambda: self.fields.get("Restarts") == str(count), 300, "a restart")
 
     def ranks(self) -> list[psutil.Process]:
         """The training processes that are there now, by rank."""
