@@ -14,6 +14,7 @@ def shared_dir() -> Path:
     return path
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For ``--dist loadgroup``: a file stays in one worker, as does a folder whose tests start many processes."""
     for item in items:
