@@ -37,6 +37,13 @@ setup(
     ],
     extras_require={
         "data": ["gigatoken>=0.10", "datatrove>=0.10"],
+        "hf": ["transformers>=4.57,<6", "safetensors>=0.5", "huggingface_hub>=0.34", "protobuf>=5"],
+        "eval": [
+            "lm_eval>=0.4.13,<0.5",
+            "accelerate>=1.2",  # lm-eval's Hugging Face backend imports both
+            "peft>=0.15",
+            "datasets>=4",
+        ],
         "wandb": ["wandb>=0.19"],
         "dev": [
             "pytest>=8.3,<9.2",  # pytest-xdist 3.8 loses its groups with 9.2

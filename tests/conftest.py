@@ -16,7 +16,7 @@ def shared_dir() -> Path:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For ``--dist loadgroup``: a file stays in one worker, as does a folder whose tests start many processes."""
+    """For ``--dist loadgroup``: a file stays in one worker, as does a folder of tests with many processes."""
     for item in items:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
         item.add_marker(pytest.mark.xdist_group(str(item.path) if folder == "unit" else folder))

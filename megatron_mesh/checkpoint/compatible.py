@@ -37,6 +37,11 @@ def check_same_run(checkpoint: Checkpoint, config: Config) -> None:
         )
     if settings.finetune or not settings.load_optim:
         return
+    if checkpoint.weights_only:
+        raise UserError(
+            f"{where} holds weights alone; add --finetune to start a run from them, or --no-load-optim "
+            "--no-load-rng to go on at its step with a new optimizer"
+        )
     if different := _differences(saved.training, config.training, ["bf16"]):
         raise UserError(f"{where} has an optimizer of another precision: {different}; add --no-load-optim")
     different = _differences(saved.optimizer, config.optimizer, _SCHEDULE)

@@ -39,6 +39,8 @@ class Checkpoint:
     world_size: int
     train_state: dict[str, Any]
     """See ``TrainState.state_dict``."""
+    weights_only: bool = False
+    """Whether it lacks the optimizer's state."""
 
     def same_layout(self, config: Config, world_size: int) -> bool:
         """Whether each rank of a run of ``config`` stands where the same rank of the saved one stood."""
@@ -115,7 +117,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             "use the version of megatron_mesh that wrote it"
         )
     config = with_values(Config(), read_yaml(path / CONFIG_FILE))
-    return Checkpoint(path, config, state["world_size"], state["train_state"])
+    weights_only = state.get("weights_only", False)
+    return Checkpoint(path, config, state["world_size"], state["train_state"], weights_only)
 
 
 def publish(partial: Path, final: Path, step: int) -> None:

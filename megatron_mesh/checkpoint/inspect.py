@@ -1,24 +1,19 @@
 """Checkpoints seen from outside a run: lists, descriptions, checks, and copies of other form."""
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
 from rich.console import Console
 from rich.progress import track
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_mesh.checkpoint import directory as names
-from megatron_mesh.checkpoint import integrity
+from megatron_mesh.checkpoint import integrity, offline
 from megatron_mesh.checkpoint.safe import SafeLoadStrategy, read_metadata
-from megatron_mesh.checkpoint.save import complete, write_now
-from megatron_mesh.checkpoint.writer import plan
 from megatron_mesh.errors import UserError
-from megatron_mesh.runtime import device
 
 _NOT_WEIGHTS = ("optimizer.", "rng")
 
@@ -75,44 +70,28 @@ def reshard(path: Path, save: Path, *, weights_only: bool) -> None:
 
     Needs as much host memory as it writes.
     """
-    saved = names.read_checkpoint(path)
-    if found := integrity.damage(path):
-        raise UserError(f"{path} is damaged: {'; '.join(found)}; take another checkpoint")
+    path = offline.whole_checkpoint(path).path
     if save.exists():
         raise UserError(f"{save} exists already; choose another --save")
-    device.prepare()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's to Megatron-core's authors
-            _copy(path, save, saved, weights_only)
-    finally:
-        dist.destroy_process_group()
+    with offline.alone():
+        _copy(path, save, weights_only)
     print(f"wrote {save}")
 
 
-def _copy(path: Path, save: Path, saved: names.Checkpoint, weights_only: bool) -> None:
-    strategy = SafeLoadStrategy()
-    wanted = strategy.load_tensors_metadata(path)
+def _copy(path: Path, save: Path, weights_only: bool) -> None:
+    wanted = SafeLoadStrategy().load_tensors_metadata(path)
     if weights_only:
         wanted = {key: tensor for key, tensor in wanted.items() if not key.startswith(_NOT_WEIGHTS)}
-    state: dict[str, Any] = dist_checkpointing.load(
-        dict(wanted), str(path), sharded_strategy=strategy, validate_access_integrity=False
-    )
+    state: dict[str, Any] = offline.read(path, wanted)
     plain = {key: value for key, value in state.items() if key not in wanted}
+    description = json.loads((path / names.STATE_FILE).read_text(encoding="utf-8"))
     if weights_only:
         plain.pop("optimizer", None)
+        description["weights_only"] = True
     tensors = {
-        key: dist_checkpointing.ShardedTensor.from_rank_offsets(key, state[key].contiguous())
+        key: ShardedTensor.from_rank_offsets(key, state[key].contiguous())
         for key in wanted
         if isinstance(state[key], torch.Tensor)
     }
-    partial = save.with_name(f"{save.name}.partial")
-    partial.mkdir(parents=True)
-    request, common = plan({**plain, **tensors}, partial)
-    write_now(request)
-    request.finalize_fns[0]()
-    text = (path / names.STATE_FILE).read_text(encoding="utf-8")
     config = (path / names.CONFIG_FILE).read_text(encoding="utf-8")
-    complete(partial, common, config, json.loads(text))
-    partial.rename(save)
+    offline.write(save, {**plain, **tensors}, config, description)

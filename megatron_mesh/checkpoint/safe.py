@@ -89,7 +89,7 @@ def check_files(directory: Path) -> None:
             raise OSError(f"{directory / place.relative_path} is shorter than what was written: {index.fqn}")
 
 
-class _SafeReader(FileSystemReader):
+class SafeReader(FileSystemReader):
     """torch's reader with ``read_metadata`` above; the metadata are read once."""
 
     _metadata: Metadata | None = None
@@ -130,7 +130,7 @@ class SafeLoadStrategy(megatron_strategy.TorchDistLoadShardedStrategy):
 def _safe_parts() -> Iterator[None]:
     """Megatron's strategy takes reader and planner from its module and has no parameter for them."""
     replaced = {
-        "_get_filesystem_reader": lambda directory, cache_metadata=False: _SafeReader(directory),
+        "_get_filesystem_reader": lambda directory, cache_metadata=False: SafeReader(directory),
         "MCoreLoadPlanner": _SafePlanner,
     }
     originals = {name: getattr(megatron_strategy, name) for name in replaced}

@@ -82,7 +82,7 @@ class Saver:
             return
         with _without_notes(), stage.parameters_gathered():
             request, common = plan(sharded_state(stage, optimizer, with_generators=True), partial)
-        self._pending = _Pending(state.step, request, common, _description(state), started, 0.0)
+        self._pending = _Pending(state.step, request, common, description(state.state_dict()), started, 0.0)
         if self.config.checkpoint.async_save:
             self._caller.schedule_async_call(request)
             self._pending.stalled = time.monotonic() - started
@@ -193,7 +193,8 @@ def _without_notes() -> Iterator[None]:
         yield
 
 
-def _description(state: TrainState) -> dict[str, Any]:
+def description(train_state: dict[str, Any]) -> dict[str, Any]:
+    """Contents of the state file: format, versions, and ``TrainState.state_dict``."""
     return {
         "format_version": names.FORMAT_VERSION,
         "world_size": dist.get_world_size(),
@@ -203,5 +204,5 @@ def _description(state: TrainState) -> dict[str, Any]:
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "train_state": state.state_dict(),
+        "train_state": train_state,
     }

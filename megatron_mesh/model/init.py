@@ -5,6 +5,7 @@ rank keeps its part. So neither the order of construction, nor the device, nor t
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from megatron.core.utils import get_pg_rank, get_pg_size
@@ -44,15 +45,20 @@ def init_weights(model: MeshGPTModel, seed: int, depth_scaled: bool = True) -> N
         )
 
 
-def _draw(weight: Tensor, key: str, std: float, tp_group: torch.distributed.ProcessGroup) -> None:
-    """Fill ``weight`` with its part of the whole tensor that ``key`` names."""
+def drawn(shape: Sequence[int], key: str, std: float) -> Tensor:
+    """The whole tensor that ``key`` names, from N(0, std)."""
     digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator)
+
+
+def _draw(weight: Tensor, key: str, std: float, tp_group: torch.distributed.ProcessGroup) -> None:
+    """Fill ``weight`` with its part of the whole tensor that ``key`` names."""
     shape = list(weight.shape)
     sharded = getattr(weight, "tensor_model_parallel", False)
     if sharded:
         shape[weight.partition_dim] *= get_pg_size(tp_group)  # type: ignore[attr-defined]
-    whole = torch.empty(shape).normal_(0.0, std, generator=generator)
+    whole = drawn(shape, key, std)
     if sharded:
         whole = whole.chunk(get_pg_size(tp_group), weight.partition_dim)[get_pg_rank(tp_group)]  # type: ignore[attr-defined]
     weight.copy_(whole)

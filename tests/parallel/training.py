@@ -39,7 +39,7 @@ def settings_of(case: dict[str, Any]) -> dict[str, Any]:
     """Settings of a tiny run with those of ``case``."""
     return {
         "recurrence": "mesh",
-        "layers": "2+3R2+2",
+        "layers": "1+3R2+1",
         "seq_length": 16,
         "global_batch_size": 8,
         "micro_batch_size": 2,

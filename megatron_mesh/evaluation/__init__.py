@@ -1,0 +1,1 @@
+"""Trained models measured as the paper measures them, through lm-evaluation-harness (lm-eval)."""

@@ -1,0 +1,181 @@
+"""The model that is evaluated: a Hugging Face directory, or a training checkpoint that becomes one."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mesh.checkpoint.directory import STATE_FILE, candidates, read_checkpoint, saved_steps
+from megatron_mesh.checkpoint.integrity import digest, read_checksums
+from megatron_mesh.config.schema import CheckpointConfig
+from megatron_mesh.data.tokenizer import build_tokenizer
+from megatron_mesh.errors import UserError
+from megatron_mesh.runtime import device
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_PART_OF_MODEL = {".json", ".safetensors", ".bin", ".py", ".model", ".txt"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is, and what it is made of."""
+
+    path: Path
+    """A Hugging Face directory, or an iter_... directory."""
+    is_checkpoint: bool
+    trust_remote_code: bool
+    sha256: str
+    """Over the files that the model is read from."""
+    tokenizer_model: str | None = None
+    """For a checkpoint: in place of the one that its settings name."""
+
+
+def huggingface_source(path: Path, *, trust_remote_code: bool) -> Source:
+    """A directory as ``save_pretrained`` writes it.
+
+    Raises:
+        UserError: something is missing, or it brings code and the user has not said to trust it.
+    """
+    _check_model_files(path)
+    _check_tokenizer(path)
+    if not trust_remote_code:
+        _check_no_code(path)
+    parts = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in _PART_OF_MODEL)
+    listed = {part.name: digest(part) for part in parts}
+    return Source(path, False, trust_remote_code, _sha256(listed))
+
+
+def checkpoint_source(load: Path, tokenizer_model: str | None) -> Source:
+    """The newest checkpoint of a run directory, or an iter_... directory; the code is our own, so trusted.
+
+    Raises:
+        UserError: there is no checkpoint, it is not complete, or has no tokenizer.
+    """
+    if (load / "config.json").is_file():
+        raise UserError(f"--load {load} is a Hugging Face directory: give it as --model")
+    path = candidates(CheckpointConfig(load=str(load)))[0]
+    if read_checkpoint(path).config.data.tokenizer_model is None and tokenizer_model is None:
+        raise UserError(
+            f"{path} was trained without a tokenizer; name the one of its data: --tokenizer-model"
+        )
+    try:
+        listed = read_checksums(path)
+    except ValueError as error:
+        raise UserError(f"the checkpoint {path} is damaged: {error}; --load another one") from None
+    if tokenizer_model is not None:
+        listed["tokenizer"] = digest(build_tokenizer(None, tokenizer_model).path)
+    return Source(path, True, True, _sha256(listed), tokenizer_model)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or the one that this process would train on.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name is None:
+        return device.device()
+    accelerator = torch.accelerator.current_accelerator()
+    known = f"cpu or {accelerator.type}" if accelerator else "cpu (there is no GPU)"
+    try:
+        wanted = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is not known to torch; here it can be {known}") from None
+    there = accelerator is not None and wanted.type == accelerator.type
+    if wanted.type != "cpu" and not (there and (wanted.index or 0) < torch.accelerator.device_count()):
+        raise UserError(f"--device {name}: no such device on this machine; here it can be {known}")
+    return wanted
+
+
+@contextmanager
+def opened(
+    source: Source, *, where: torch.device, dtype: str, batch_size: int | str, scratch: Path
+) -> Iterator[Any]:
+    """The model in memory, as lm-eval's HFLM; a checkpoint is converted below ``scratch`` for as long."""
+    if not source.is_checkpoint:
+        yield _read(source.path, source, where, dtype, batch_size)
+        return
+    from megatron_mesh.hf.export import export_checkpoint
+
+    with tempfile.TemporaryDirectory(prefix="model-", dir=scratch) as temporary:
+        directory = Path(temporary) / source.path.name
+        export_checkpoint(source.path, directory, tokenizer_model=source.tokenizer_model)
+        yield _read(directory, source, where, dtype, batch_size)
+
+
+def _read(directory: Path, source: Source, where: torch.device, dtype: str, batch_size: int | str) -> Any:
+    from lm_eval.models.huggingface import HFLM
+    from safetensors import SafetensorError
+
+    try:
+        return HFLM(
+            pretrained=str(directory.resolve()),  # a relative path could be taken for a name on the hub
+            device=str(where),
+            dtype=dtype,
+            batch_size=batch_size,
+            trust_remote_code=source.trust_remote_code,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"the model in {source.path} cannot be read: {error}") from error
+
+
+def _check_model_files(path: Path) -> None:
+    if not path.is_dir():
+        raise UserError(
+            f"--model {path}: no such directory; give one that tools/convert_to_hf.py wrote or that "
+            "'hf download NAME --local-dir DIR' filled, or a training checkpoint as --load"
+        )
+    if not (path / "config.json").is_file():
+        if saved_steps(path) or (path / STATE_FILE).is_file():
+            raise UserError(f"--model {path} is a training checkpoint: give it as --load")
+        raise UserError(f"--model {path} has no config.json, so it is not a Hugging Face model directory")
+    _read_json(path / "config.json")
+    if not any(file for pattern in _WEIGHTS for file in path.glob(pattern)):
+        raise UserError(
+            f"--model {path} has no weights ({', '.join(_WEIGHTS)}); convert or download it again"
+        )
+    for index in path.glob("*.index.json"):
+        missing = sorted({n for n in _read_json(index)["weight_map"].values() if not (path / n).is_file()})
+        if missing:
+            raise UserError(
+                f"--model {path} is not complete: {', '.join(missing)} of {index.name} is missing; "
+                "convert or download it again"
+            )
+
+
+def _check_tokenizer(path: Path) -> None:
+    if not any((path / name).is_file() for name in _TOKENIZERS):
+        raise UserError(
+            f"--model {path} has no tokenizer (none of {', '.join(_TOKENIZERS)}); put the tokenizer.json and "
+            "tokenizer_config.json that the model was trained with there"
+        )
+
+
+def _check_no_code(path: Path) -> None:
+    for name in ("config.json", "tokenizer_config.json"):
+        if (path / name).is_file() and (code := _read_json(path / name).get("auto_map")):
+            raise UserError(
+                f"{path / name} has an auto_map ({', '.join(sorted(map(str, code)))}): the model brings "
+                "Python code, which would run on this machine. If you trust it, add --trust-remote-code."
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}; convert or download the model again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object; convert or download the model again")
+    return content
+
+
+def _sha256(listed: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,171 @@
+"""Results in words: tables for the console, and a Markdown file beside the published numbers."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_mesh.evaluation.published import paper, pythia
+from megatron_mesh.evaluation.results import Result, Results
+from megatron_mesh.evaluation.tables import Sheet
+from megatron_mesh.evaluation.tasks import AVERAGED, SHOTS, TASKS
+
+REPORT_FILE = "results.md"
+
+_THIS = "this model"
+_DIVIDED = (
+    "Accuracies in percent, ± standard error of the paper's measure. Log-likelihoods of the choices are "
+    "divided by nothing (acc), by characters (acc_norm), by UTF-8 bytes (acc_bytes)."
+)
+
+
+def write_markdown(results: Results) -> Path:
+    """Write ``results.md`` beside ``results.json``."""
+    run = results.run
+    lines = [
+        f"# Evaluation of {run['path']}",
+        "",
+        f"lm-eval {run['lm_eval']}, precision {run['dtype']}, model sha256 {run['model'][:12]}.",
+        "",
+    ]
+    if run["limit"]:
+        lines += [f"**Only the first {run['limit']} documents of each task: not comparable.**", ""]
+    sheets = [*own_sheets(results), beside_paper(results), *(beside_pythia(results, n) for n in SHOTS)]
+    lines += [sheet.markdown() for sheet in sheets]
+    path = results.path.with_name(REPORT_FILE)
+    partial = path.with_suffix(".partial")
+    partial.write_text("\n".join(lines), encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def own_sheets(results: Results) -> list[Sheet]:
+    """What was measured, and what was not and why; tables without rows are left out."""
+    sheets = [_tasks(results), _averages(results), _perplexities(results), _not_run(results)]
+    return [sheet for sheet in sheets if sheet.rows]
+
+
+def beside_paper(results: Results) -> Sheet:
+    """This model above the paper's."""
+    source, rows = paper()
+    averages = results.averages()
+    texts = [r for r in results.finished.values() if r.shots is None]
+    ours = [
+        _number(texts[-1].metrics, "token_perplexity") if texts else "",
+        *(_of(results, task, 0, metric) for task, metric in _PERPLEXITIES.items()),
+        *(
+            f"{100 * averages[n].value:.2f}" if n in averages and not averages[n].missing else ""
+            for n in SHOTS
+        ),
+    ]
+    notes = [f"Source: {source}."]
+    if texts:
+        notes.append(f'Pile, {_THIS}: perplexity per token on "{texts[-1].name}".')
+    if any(average.missing for average in averages.values()):
+        notes.append("An average of fewer than the nine tasks is no average of the paper's, and not shown.")
+    header = ["model", "Pile", "WikiText", "LAMBADA OpenAI", "LAMBADA standard", "0-shot", "5-shot"]
+    cells = [
+        [
+            f"{row.size} {row.layers} {row.recurrence}",
+            *(f"{value:.2f}" for value in (row.pile, row.wikitext, row.lambada_openai, row.lambada_standard)),
+            *(f"{value:.2f}" for value in (row.average_0, row.average_5)),
+        ]
+        for row in rows
+    ]
+    return Sheet(
+        "Beside the paper: perplexities, and averages of nine tasks",
+        header,
+        [[_THIS, *ours], *cells],
+        1,
+        notes,
+    )
+
+
+def beside_pythia(results: Results, shots: int) -> Sheet:
+    """This model above the Pythia suite at one number of shots."""
+    source, models = pythia()
+    first = next(iter(models.values()))[str(shots)]
+    columns = [(task, metric) for task, metrics in first.items() for metric in metrics]
+    ours = [_THIS, *(_of(results, task, shots, metric) for task, metric in columns)]
+    cells = [
+        [name, *(_cell(metric, published[str(shots)][task][metric]) for task, metric in columns)]
+        for name, published in models.items()
+    ]
+    header = ["model", *(f"{TASKS[task].label} {metric}" for task, metric in columns)]
+    return Sheet(f"Beside Pythia, {shots}-shot", header, [ours, *cells], 1, [f"Source: {source}."])
+
+
+_PERPLEXITIES = {
+    "wikitext": "word_perplexity",
+    "lambada_openai": "perplexity",
+    "lambada_standard": "perplexity",
+}
+
+
+def _tasks(results: Results) -> Sheet:
+    rows = []
+    for result in _in_order(results):
+        metric = TASKS[result.name].metric
+        error = f" ± {100 * result.stderr[metric]:.2f}" if metric in result.stderr else ""
+        rows.append(
+            [
+                TASKS[result.name].label,
+                str(result.shots),
+                f"{result.documents:,}",
+                *(_number(result.metrics, name) for name in ("acc", "acc_norm", "acc_bytes")),
+                metric,
+                f"{_number(result.metrics, metric)}{error}",
+            ]
+        )
+    header = ["task", "shots", "documents", "acc", "acc_norm", "acc_bytes", "paper's measure", "value"]
+    return Sheet("Tasks", header, rows, 1, [_DIVIDED])
+
+
+def _averages(results: Results) -> Sheet:
+    rows = []
+    for shots, average in results.averages().items():
+        count = len(AVERAGED) - len(average.missing)
+        name = f"average of the {count}"
+        if average.missing:
+            name = f"mean of {count} of {len(AVERAGED)}, without {', '.join(average.missing)}"
+        rows.append([str(shots), name, f"{100 * average.value:.2f}"])
+    return Sheet("Averages of the paper's measure", ["shots", "tasks", "percent"], rows, 2)
+
+
+def _perplexities(results: Results) -> Sheet:
+    rows = []
+    for result in results.finished.values():
+        wanted = result.shots is None or (result.shots == 0 and result.name in _PERPLEXITIES)
+        if not wanted:
+            continue
+        label = result.name if result.shots is None else TASKS[result.name].label
+        metrics = result.metrics
+        names = ("token_perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")
+        rows.append([label, f"{result.documents:,}", *(_number(metrics, name) for name in names)])
+    header = ["text", "documents", "per token", "per word", "per byte", "bits per byte", "of the last word"]
+    return Sheet("Perplexity", header, rows)
+
+
+def _not_run(results: Results) -> Sheet:
+    rows: list[list[str]] = [[s.name, str(s.shots), s.reason] for s in results.skipped]
+    return Sheet("Not run", ["task", "shots", "why"], list(rows), 3)
+
+
+def _in_order(results: Results) -> list[Result]:
+    order = list(TASKS)
+    accuracies = [r for r in results.finished.values() if r.shots is not None and r.name in AVERAGED]
+    return sorted(accuracies, key=lambda r: (r.shots or 0, order.index(r.name)))
+
+
+def _of(results: Results, task: str, shots: int, metric: str) -> str:
+    result = results.finished.get(f"{task}, {shots}-shot")
+    return _number(result.metrics, metric) if result else ""
+
+
+def _number(metrics: Mapping[str, float], name: str) -> str:
+    return _cell(name, metrics[name]) if name in metrics else ""
+
+
+def _cell(metric: str, value: float) -> str:
+    if metric.startswith("acc"):
+        return f"{100 * value:.2f}"
+    return f"{value:.4f}" if metric == "bits_per_byte" else f"{value:,.2f}"

@@ -1,0 +1,198 @@
+"""An evaluation from settings to results."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from megatron_mesh.errors import UserError
+from megatron_mesh.evaluation import harness, model
+from megatron_mesh.evaluation.local_data import LocalTask, read_local_tasks
+from megatron_mesh.evaluation.results import Result, Results, Skipped, open_results
+from megatron_mesh.evaluation.tasks import SHOTS, TASKS, Task
+from megatron_mesh.evaluation.text import Text, measure, open_text
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to evaluate; the fields are the flags of tools/evaluate.py."""
+
+    output_dir: Path
+    model: Path | None = None
+    load: Path | None = None
+    tokenizer_model: str | None = None
+    trust_remote_code: bool = False
+    tasks: list[Task] = field(default_factory=lambda: list(TASKS.values()))
+    num_fewshot: tuple[int, ...] = SHOTS
+    text: tuple[str, ...] = ()
+    json_keys: str = "text"
+    local_data: Path | None = None
+    limit: int | None = None
+    batch_size: int | str = 8
+    device: str | None = None
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One result to be had."""
+
+    label: str
+    data: str
+    measure: Callable[[Any], Result]
+    """Takes lm-eval's HFLM."""
+
+
+def evaluate(settings: Settings) -> Results:
+    """Measure what ``settings`` ask for and the output directory does not hold yet.
+
+    Every result is written as soon as it is there, so the same call goes on after an interruption; where
+    nothing is left, the model is not even read.
+
+    Raises:
+        UserError: settings that do not fit, a model or data that cannot be read.
+    """
+    check(settings)
+    harness.check_installed()
+    where = model.choose_device(settings.device)
+    jobs, skipped = plan(settings)
+    with Console(stderr=True).status("reading the model's files"):
+        source = _source(settings)
+    results = open_results(settings.output_dir, _identity(settings, source))
+    results.skipped = skipped
+    left = [job for job in jobs if not results.holds(job.label, job.data)]
+    if len(left) < len(jobs):
+        logger.info("finished before: %d of %d", len(jobs) - len(left), len(jobs))
+    if left:
+        harness.quiet()
+        with model.opened(
+            source,
+            where=where,
+            dtype=settings.dtype,
+            batch_size=settings.batch_size,
+            scratch=settings.output_dir,
+        ) as lm:
+            for number, job in enumerate(left, start=1):
+                logger.info("[%d/%d] %s", number, len(left), job.label)
+                results.add(job.measure(lm))
+    results.save()
+    return results
+
+
+def check(settings: Settings) -> None:
+    """Refuse what cannot be, before anything is read."""
+    if (settings.model is None) == (settings.load is None):
+        raise UserError("give either --model (a Hugging Face directory) or --load (a training checkpoint)")
+    if settings.tokenizer_model is not None and settings.load is None:
+        raise UserError("--tokenizer-model is for --load; a --model directory holds its tokenizer")
+    if not settings.tasks and not settings.text:
+        raise UserError("nothing to evaluate: name --tasks, or a --text")
+    if settings.limit is not None and settings.limit < 1:
+        raise UserError(f"--limit {settings.limit} must be above 0")
+    if any(shots < 0 for shots in settings.num_fewshot):
+        raise UserError(f"--num-fewshot {min(settings.num_fewshot)} must not be below 0")
+    if isinstance(settings.batch_size, int) and settings.batch_size < 1:
+        raise UserError(f"--batch-size {settings.batch_size} must be above 0")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("the evaluation is one process: start it without torchrun (--device names its GPU)")
+
+
+def plan(settings: Settings) -> tuple[list[Job], list[Skipped]]:
+    """The results to be had, and those that cannot be, with the reason.
+
+    Raises:
+        UserError: the data cannot be read, or nothing at all can be run.
+    """
+    local = None if settings.local_data is None else read_local_tasks(settings.local_data)
+    jobs, skipped = [], []
+    for shots in dict.fromkeys(settings.num_fewshot):
+        for task in settings.tasks:
+            if shots and not task.averaged:
+                continue
+            reason = _unavailable(task, shots, local, settings.local_data)
+            if reason:
+                skipped.append(Skipped(task.name, shots, reason))
+            else:
+                jobs.append(_task_job(task, shots, settings.limit, local[task.name] if local else None))
+    if settings.text:
+        jobs.append(_text_job(open_text(settings.text, settings.json_keys), settings))
+    if not jobs:
+        raise UserError(f"nothing can be run: {'; '.join(f'{s.name}: {s.reason}' for s in skipped)}")
+    return jobs, skipped
+
+
+def _unavailable(task: Task, shots: int, local: dict[str, LocalTask] | None, at: Path | None) -> str | None:
+    if local is None:
+        return None
+    if task.name not in local:
+        return f"no task file for it in {at}"
+    if shots and not local[task.name].has_examples:
+        return f"{local[task.name].file.name} names no split to draw examples from (training_split)"
+    return None
+
+
+def _task_job(task: Task, shots: int, limit: int | None, local: LocalTask | None) -> Job:
+    def run(lm: Any) -> Result:
+        result = harness.run_task(lm, task, shots, limit=limit, local=local)
+        logger.info(
+            "%s: %s %.4f (%.0f s)", result.label, task.metric, result.metrics[task.metric], result.seconds
+        )
+        return result
+
+    return Job(f"{task.name}, {shots}-shot", local.data if local else harness.HUB, run)
+
+
+def _text_job(text: Text, settings: Settings) -> Job:
+    # What fits with "auto" is found by lm-eval for its own requests; a packed window is long already.
+    batch_size = settings.batch_size if isinstance(settings.batch_size, int) else 1
+
+    def run(lm: Any) -> Result:
+        with _progress(text.label) as on_batch:
+            return measure(text, lm, batch_size=batch_size, limit=settings.limit, on_batch=on_batch)
+
+    return Job(text.label, text.data, run)
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Call the result with tokens done and their total."""
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        tenths = 0
+
+        def on_batch(done: int, total: int) -> None:
+            nonlocal tenths
+            bar.update(task, completed=done, total=total)
+            if not console.is_terminal and 10 * done // total > tenths:
+                tenths = 10 * done // total
+                print(f"{label}: {done:,}/{total:,} tokens", file=sys.stderr, flush=True)
+
+        yield on_batch
+
+
+def _source(settings: Settings) -> model.Source:
+    if settings.load is not None:
+        return model.checkpoint_source(settings.load, settings.tokenizer_model)
+    assert settings.model is not None
+    return model.huggingface_source(settings.model, trust_remote_code=settings.trust_remote_code)
+
+
+def _identity(settings: Settings, source: model.Source) -> dict[str, Any]:
+    """What results in one file have in common."""
+    return {
+        "path": str(source.path),
+        "model": source.sha256,
+        "dtype": settings.dtype,
+        "limit": settings.limit,
+        "lm_eval": harness.version(),
+    }

@@ -1,0 +1,54 @@
+"""Configuration of a MeSH model for Hugging Face transformers (4.57 and 5.x)."""
+
+from typing import Any
+
+from transformers import GPTNeoXConfig
+
+
+class MeshConfig(GPTNeoXConfig):
+    """``GPTNeoXConfig`` plus the loop.
+
+    ``num_hidden_layers`` follows from the rest: it is the unrolled depth, so that a cache has an entry for
+    every layer of every iteration.
+
+    Args:
+        recurrence: scheme, e.g. "mesh" or "base" (``schemes.py``).
+        prelude_layers, core_layers, coda_layers: layers before the loop, of the core, and after the loop.
+        num_loops: how often the core runs.
+        trained_loops: how often it ran in training.
+        mesh_slots: slots N of the memory.
+        mesh_transition_query: what the first cycle's routers look at, "prelude-output" or "embedding".
+        embedding_scale: factor on the token embedding.
+        kwargs: as in ``GPTNeoXConfig``.
+    """
+
+    model_type = "megatron_mesh"
+
+    def __init__(
+        self,
+        recurrence: str = "mesh",
+        prelude_layers: int = 1,
+        core_layers: int = 1,
+        num_loops: int = 2,
+        coda_layers: int = 1,
+        trained_loops: int | None = None,
+        mesh_slots: int = 5,
+        mesh_transition_query: str = "prelude-output",
+        embedding_scale: float = 1.0,
+        **kwargs: Any,
+    ):
+        self.recurrence = recurrence
+        self.prelude_layers = prelude_layers
+        self.core_layers = core_layers
+        self.num_loops = num_loops
+        self.coda_layers = coda_layers
+        self.trained_loops = num_loops if trained_loops is None else trained_loops
+        self.mesh_slots = mesh_slots
+        self.mesh_transition_query = mesh_transition_query
+        self.embedding_scale = embedding_scale
+        super().__init__(**{**kwargs, "num_hidden_layers": self.depth})
+
+    @property
+    def depth(self) -> int:
+        """Layers that a token passes."""
+        return self.prelude_layers + self.core_layers * self.num_loops + self.coda_layers

@@ -1,0 +1,160 @@
+"""What an export says of itself: config.json, generation_config.json, the model card."""
+
+from dataclasses import asdict
+from typing import Any
+
+import megatron_mesh
+from megatron_mesh.checkpoint.directory import Checkpoint
+from megatron_mesh.config.derived import layout, non_embedding_parameters, padded_vocab_size
+from megatron_mesh.config.dump import dump_config
+from megatron_mesh.config.schema import ModelConfig
+from megatron_mesh.hf.ship import AUTO_MAP
+from megatron_mesh.model.config import recurrence_options
+from megatron_mesh.recurrence import SCHEMES
+
+SETTINGS_KEY = "megatron_mesh_settings"
+"""Our own settings of the model in config.json, for the way back."""
+
+
+def config_json(model: ModelConfig, dtype: str, end_of_text: int | None) -> dict[str, Any]:
+    """Contents of config.json, in the spelling of transformers 4.57 and of 5.x.
+
+    Args:
+        dtype: e.g. "bfloat16".
+        end_of_text: id of the token that ends a document.
+    """
+    looped = SCHEMES[model.recurrence].has_loop
+    rotary = {"rotary_pct": model.rotary_percent, "rotary_emb_base": model.rotary_base}  # 4.57
+    rope = {  # 5.x
+        "rope_type": "default",
+        "rope_theta": float(model.rotary_base),
+        "partial_rotary_factor": model.rotary_percent,
+    }
+    return {
+        "architectures": ["MeshForCausalLM" if looped else "GPTNeoXForCausalLM"],
+        "model_type": "megatron_mesh" if looped else "gpt_neox",
+        **(_loop(model) if looped else {}),
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": layout(model).depth,
+        "num_attention_heads": model.num_attention_heads,
+        "intermediate_size": model.ffn_hidden_size,
+        "hidden_act": "gelu",
+        "vocab_size": padded_vocab_size(model),
+        "max_position_embeddings": model.seq_length,
+        "layer_norm_eps": model.norm_epsilon,
+        "use_parallel_residual": True,
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "initializer_range": model.init_method_std,
+        "tie_word_embeddings": tied(model),
+        **rotary,
+        "rope_parameters": rope,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "pad_token_id": end_of_text,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        SETTINGS_KEY: asdict(model),
+    }
+
+
+def tied(model: ModelConfig) -> bool:
+    """Whether embedding and output projection are one tensor in the export too (see ``entries``)."""
+    folded = model.scale_embeddings and not SCHEMES[model.recurrence].has_loop
+    return not model.untie_embeddings_and_output_weights and not folded
+
+
+def _loop(model: ModelConfig) -> dict[str, Any]:
+    layers, options = layout(model), recurrence_options(model)
+    return {
+        "auto_map": AUTO_MAP,
+        "recurrence": model.recurrence,
+        "prelude_layers": layers.prelude,
+        "core_layers": layers.core,
+        "num_loops": layers.loops,
+        "trained_loops": layers.loops,
+        "coda_layers": layers.coda,
+        "mesh_slots": options.slots,
+        "mesh_transition_query": options.transition_query,
+        "embedding_scale": model.hidden_size**0.5 if model.scale_embeddings else 1.0,
+    }
+
+
+def generation_json(end_of_text: int | None) -> dict[str, Any]:
+    """Contents of generation_config.json."""
+    ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
+    return {"_from_model_config": False, **{name: value for name, value in ids.items() if value is not None}}
+
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [megatron_mesh, recursive-transformer]
+---
+
+# {title}
+
+A GPT-NeoX of {layers} layers ({scheme}), pretrained with megatron_mesh {version}.
+{explanation}
+| | |
+|---|---|
+| non-embedding parameters | {parameters:,} |
+| layers that a token passes | {depth} |
+| hidden size, heads | {model.hidden_size}, {model.num_attention_heads} |
+| sequence length | {model.seq_length:,} |
+| vocabulary, with padding | {vocabulary:,} |
+{metrics}
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("DIRECTORY"{trust})
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
+prompt = tokenizer("It was a dark and stormy night", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
+```
+
+## Training configuration
+
+```yaml
+{config}```
+"""
+_LOOPED = """
+Its core, one set of weights, is applied {loops} times (MeSH: arXiv 2510.07739). The code in this directory
+needs torch and transformers (4.57 or 5.x) alone; transformers runs it only with `trust_remote_code=True`.
+"""
+
+
+def model_card(checkpoint: Checkpoint) -> str:
+    """Contents of README.md: sizes, final metrics, use, and the settings of the training."""
+    model, state = checkpoint.config.model, checkpoint.train_state
+    layers = layout(model)
+    looped = SCHEMES[model.recurrence].has_loop
+    metrics = {
+        "steps": f"{state['step']:,}",
+        "sequences": f"{state['consumed_samples']:,}",
+        "training loss, nats per token": _number(state["train_loss"]),
+        "validation loss, nats per token": _number(state["valid_loss"]),
+    }
+    return _CARD.format(
+        title=f"{model.recurrence} {model.layers}",
+        layers=model.layers,
+        scheme=model.recurrence,
+        version=megatron_mesh.__version__,
+        explanation=_LOOPED.format(loops=layers.loops) if looped and layers.shared else "",
+        parameters=non_embedding_parameters(model),
+        depth=layers.depth,
+        model=model,
+        vocabulary=padded_vocab_size(model),
+        metrics="".join(f"| {name} | {value} |\n" for name, value in metrics.items()),
+        trust=", trust_remote_code=True" if looped else "",
+        config=dump_config(checkpoint.config),
+    )
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"

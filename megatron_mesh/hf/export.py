@@ -1,0 +1,140 @@
+"""From a Megatron checkpoint to a directory for Hugging Face, shard by shard."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub.serialization import StateDictSplit
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_mesh.checkpoint import offline
+from megatron_mesh.checkpoint.directory import Checkpoint
+from megatron_mesh.checkpoint.safe import read_metadata
+from megatron_mesh.checkpoint.slices import read_slices
+from megatron_mesh.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_mesh.errors import UserError
+from megatron_mesh.hf import describe, ship
+from megatron_mesh.hf.names import EMBEDDING, entries
+from megatron_mesh.hf.tokenizer import write_tokenizer
+from megatron_mesh.recurrence import SCHEMES
+
+SHARD_BYTES = 2 * 2**30
+"""Size of a file of weights; about as much host memory is needed."""
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    directory: Path,
+    *,
+    tokenizer_model: str | None = None,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a checkpoint's weights as a directory that ``from_pretrained`` loads.
+
+    The directory gets its name when it is complete.
+
+    Args:
+        checkpoint: an iter_... directory, or a run's, of which the newest checkpoint is taken.
+        directory: must not exist, or be empty, without ``force``.
+        tokenizer_model: as the setting; default: the one of the training.
+        dtype: of the weights; default: the checkpoint's.
+        force: replace ``directory``.
+
+    Raises:
+        UserError: the checkpoint is not whole, the tokenizer is missing, or ``directory`` is taken.
+    """
+    check_target(directory, force)
+    saved = offline.whole_checkpoint(checkpoint)
+    tokenizer = _tokenizer(saved, tokenizer_model)
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted conversion left
+    partial.mkdir(parents=True)
+    dtype = _write_weights(saved, partial, dtype, shard_bytes)
+    _write_texts(saved, partial, str(dtype).removeprefix("torch."), tokenizer)
+    put_in_place(partial, directory)
+
+
+def check_target(directory: Path, force: bool) -> None:
+    """Raise UserError if ``directory`` is taken."""
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir()) and not force):
+        raise UserError(f"{directory} exists already; choose another --save, or replace it with --force")
+
+
+def put_in_place(partial: Path, directory: Path) -> None:
+    """Give a complete directory its name; what had the name before is removed after that."""
+    replaced = directory.with_name(f"{directory.name}.replaced")
+    if directory.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        directory.rename(replaced)
+    partial.rename(directory)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _tokenizer(saved: Checkpoint, given: str | None) -> Tokenizer | None:
+    """The run's tokenizer; None for a run on ids alone, which named none."""
+    data = saved.config.data
+    if given is None and data.tokenizer_model is None:
+        return None
+    try:
+        return build_tokenizer(None if given else data.tokenizer_type, given or data.tokenizer_model)
+    except UserError as error:
+        raise UserError(
+            f"the tokenizer is missing ({error}) Say where it is now with --tokenizer-model."
+        ) from error
+
+
+def _write_weights(
+    saved: Checkpoint, directory: Path, dtype: torch.dtype | None, shard_bytes: int
+) -> torch.dtype:
+    model = saved.config.model
+    stored = read_metadata(saved.path).state_dict_metadata
+    found = stored[EMBEDDING]
+    assert isinstance(found, TensorStorageMetadata)
+    target = found.properties.dtype if dtype is None else dtype
+    wanted = {entry.name: entry for entry in entries(model)}
+    if absent := sorted({entry.key for entry in wanted.values()} - stored.keys()):
+        raise UserError(f"{saved.path} lacks {absent[0]}: it is not a checkpoint of this model")
+    plan = split_state_dict_into_shards_factory(
+        wanted,
+        get_storage_size=lambda entry: torch.Size(entry.shape).numel() * target.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    shards = track(plan.filename_to_tensors.items(), "shards", console=Console(stderr=True))
+    for file_name, names in shards:
+        loaded = read_slices(saved.path, {name: (wanted[name].key, wanted[name].layer) for name in names})
+        scaled = {name: loaded[name] * wanted[name].factor for name in names}
+        converted = {name: tensor.to(target).contiguous() for name, tensor in scaled.items()}
+        save_file(converted, directory / file_name, metadata={"format": "pt"})
+    _write_index(plan, directory)
+    return target
+
+
+def _write_index(plan: StateDictSplit, directory: Path) -> None:
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        _write_json(directory / "model.safetensors.index.json", index)
+
+
+def _write_texts(saved: Checkpoint, directory: Path, dtype: str, tokenizer: Tokenizer | None) -> None:
+    model = saved.config.model
+    end = None if tokenizer is None else tokenizer.eod
+    _write_json(directory / "config.json", describe.config_json(model, dtype, end))
+    _write_json(directory / "generation_config.json", describe.generation_json(end))
+    (directory / "README.md").write_text(describe.model_card(saved), encoding="utf-8")
+    if tokenizer is not None:
+        write_tokenizer(tokenizer, directory, model.seq_length)
+    if SCHEMES[model.recurrence].has_loop:
+        for name, text in ship.sources().items():
+            (directory / name).write_text(text, encoding="utf-8")
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

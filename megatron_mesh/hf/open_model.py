@@ -1,0 +1,70 @@
+"""A model in memory: from a Hugging Face directory, or from a checkpoint, which becomes one for as long."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from megatron_mesh.errors import UserError
+from megatron_mesh.hf.configuration_mesh import MeshConfig
+from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.modeling_mesh import MeshForCausalLM, MeshModel
+
+_OLDEST = (4, 57)
+
+
+def register() -> None:
+    """Have transformers take our own code for our models, so that none needs to come from a directory."""
+    AutoConfig.register(MeshConfig.model_type, MeshConfig, exist_ok=True)
+    AutoModel.register(MeshConfig, MeshModel, exist_ok=True)
+    AutoModelForCausalLM.register(MeshConfig, MeshForCausalLM, exist_ok=True)
+
+
+def check_version() -> None:
+    """Raise UserError if transformers is too old."""
+    found = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if found < _OLDEST:
+        raise UserError(
+            f"transformers {transformers.__version__} is too old; install 4.57 or newer: "
+            "pip install 'transformers>=4.57'"
+        )
+
+
+@contextmanager
+def directory_of(load: Path, tokenizer_model: str | None = None) -> Iterator[Path]:
+    """A checkpoint as a Hugging Face directory, until the end of the block."""
+    with tempfile.TemporaryDirectory(prefix="model-") as scratch:
+        directory = Path(scratch) / "model"
+        export_checkpoint(load, directory, tokenizer_model=tokenizer_model)
+        yield directory
+
+
+def open_model(directory: Path, **options: Any) -> tuple[Any, Any]:
+    """The model and its tokenizer; ``options`` as in ``from_pretrained``.
+
+    Raises:
+        UserError: the directory holds no model, a damaged one, one that brings code of others, or no
+            tokenizer.
+    """
+    check_version()
+    register()
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory} has no config.json; give a directory that tools/convert_to_hf.py wrote")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(directory), trust_remote_code=False, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"the model in {directory} cannot be opened: {error}") from error
+    if not (directory / "tokenizer.json").is_file():
+        raise UserError(f"{directory} has no tokenizer.json; convert with --tokenizer-model, or put it there")
+    return model.eval(), AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+
+
+def dtype_named(name: str | None) -> torch.dtype | str:
+    """A dtype of torch's; "auto", the weights' own, for None."""
+    return "auto" if name is None else getattr(torch, name)

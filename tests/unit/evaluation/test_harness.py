@@ -1,0 +1,224 @@
+"""Numbers are lm-eval's own, and the byte-normalised ones what its samples say."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra: eval)")
+
+import datasets
+import lm_eval
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_mesh.errors import UserError
+from megatron_mesh.evaluation import harness
+from megatron_mesh.evaluation.results import Results
+from megatron_mesh.evaluation.run import Settings, evaluate
+from megatron_mesh.evaluation.tasks import TASKS, choose
+from tests.unit.evaluation.samples import sentence, write_jsonl
+
+
+@pytest.fixture(autouse=True)
+def cached_data_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def by_hand(model_dir: Path, local_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """lm-eval on the task files as they are, where their relative paths hold."""
+    there = tmp_path / "hand"
+    there.mkdir()
+    (there / "elsewhere").symlink_to(local_data)
+    for file in local_data.glob("*.gz"):
+        (there / file.name).symlink_to(file)
+
+    def run(tasks: Sequence[str], shots: int) -> dict[str, Any]:
+        with monkeypatch.context() as patch:
+            patch.chdir(there)
+            output = lm_eval.simple_evaluate(
+                model="hf",
+                model_args={"pretrained": str(model_dir), "dtype": "float32"},
+                tasks=list(tasks),
+                num_fewshot=shots,
+                batch_size=4,
+                device="cpu",
+                task_manager=TaskManager(include_path=local_data / "tasks", include_defaults=False),
+            )
+        assert output is not None
+        return dict(output)
+
+    return run
+
+
+def measured(model_dir: Path, local_data: Path, output: Path, **settings: Any) -> Results:
+    return evaluate(
+        Settings(
+            output_dir=output,
+            model=model_dir,
+            local_data=local_data,
+            batch_size=4,
+            device="cpu",
+            dtype="float32",
+            **settings,
+        )
+    )
+
+
+def right(samples: list[dict[str, Any]], lengths: Any) -> float:
+    """Share of samples whose best choice is the right one, log-likelihoods divided by ``lengths``."""
+    hits = []
+    for sample in samples:
+        scores = [response[0] for response in sample["filtered_resps"]]
+        texts = [arguments[1].removeprefix(" ") for arguments in sample["arguments"]]
+        hits.append(int(np.argmax([s / lengths(t) for s, t in zip(scores, texts, strict=True)])))
+    return float(np.mean([hit == int(s["target"]) for hit, s in zip(hits, samples, strict=True)]))
+
+
+def test_the_numbers_are_lm_evals(by_hand: Any, model_dir: Path, local_data: Path, tmp_path: Path) -> None:
+    results = measured(model_dir, local_data, tmp_path / "out")
+    zero = by_hand(["arc_easy_local", "piqa", "lambada_openai_local"], 0)
+    five = by_hand(["piqa"], 5)
+    for label, output, name in (
+        ("arc_easy, 0-shot", zero, "arc_easy_local"),
+        ("piqa, 0-shot", zero, "piqa"),
+        ("lambada_openai, 0-shot", zero, "lambada_openai_local"),
+        ("piqa, 5-shot", five, "piqa"),
+    ):
+        ours = results.finished[label]
+        theirs = output["results"][name]
+        assert ours.documents == len(output["samples"][name])
+        for metric in ("acc", "acc_norm", "perplexity"):
+            assert (metric in ours.metrics) == (f"{metric},none" in theirs)
+            if metric in ours.metrics:
+                assert ours.metrics[metric] == pytest.approx(theirs[f"{metric},none"], rel=1e-6)
+        assert ours.stderr["acc"] == pytest.approx(theirs["acc_stderr,none"], rel=1e-6)
+    assert set(results.finished) == {
+        "arc_easy, 0-shot", "piqa, 0-shot", "lambada_openai, 0-shot", "piqa, 5-shot"
+    }  # fmt: skip
+    by_bytes = {}
+    for label, samples in (
+        ("arc_easy, 0-shot", zero["samples"]["arc_easy_local"]),
+        ("piqa, 0-shot", zero["samples"]["piqa"]),
+        ("piqa, 5-shot", five["samples"]["piqa"]),
+    ):
+        metrics = results.finished[label].metrics
+        by_bytes[label] = right(samples, lambda text: len(text.encode()))
+        assert metrics["acc"] == pytest.approx(right(samples, lambda text: 1))
+        assert metrics["acc_norm"] == pytest.approx(right(samples, len))
+        assert metrics["acc_bytes"] == pytest.approx(by_bytes[label])
+    norms = {label: results.finished[label].metrics["acc_norm"] for label in by_bytes}
+    assert norms != by_bytes, "the data should tell characters from bytes"
+
+
+def test_what_local_data_lack_is_said(model_dir: Path, local_data: Path, tmp_path: Path) -> None:
+    results = measured(
+        model_dir,
+        local_data,
+        tmp_path / "out",
+        tasks=choose(["lambada_openai", "sciq", "wikitext"]),
+        limit=2,
+    )
+    assert set(results.finished) == {"lambada_openai, 0-shot"}
+    assert results.finished["lambada_openai, 0-shot"].documents == 2
+    reasons = {(s.name, s.shots): s.reason for s in results.skipped}
+    assert set(reasons) == {("sciq", 0), ("wikitext", 0), ("sciq", 5), ("lambada_openai", 5)}
+    assert "no task file" in reasons["sciq", 0]
+    assert "training_split" in reasons["lambada_openai", 5]
+
+
+def test_tasks_of_the_hub(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's own PIQA file, byte-normalised as well, with examples from the training split."""
+    asked = []
+
+    def load_dataset(path: str, **kwargs: Any) -> datasets.DatasetDict:
+        asked.append(path)
+        rows = [{"goal": sentence(i, 4), "sol1": "über", "sol2": "a mat", "label": i % 2} for i in range(9)]
+        split = datasets.Dataset.from_list(rows)
+        return datasets.DatasetDict(train=split, validation=split.select(range(4)))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    settings = Settings(tmp_path, model=model_dir, tasks=choose(["piqa"]), num_fewshot=(1,), device="cpu")
+    result = evaluate(settings).finished["piqa, 1-shot"]
+    assert asked == ["baber/piqa"]
+    assert {"acc", "acc_norm", "acc_bytes"} <= result.metrics.keys()
+    assert (result.data, result.documents) == ("hub", 4)
+
+
+def test_lm_eval_knows_every_task() -> None:
+    """And reports no measure that asking for acc_bytes would drop."""
+    manager = harness._manager()
+    for task in TASKS.values():
+        assert task.name in manager.all_tasks
+        if task.normalised:
+            config = manager.task_index[task.name].cfg
+            assert config is not None
+            assert [m["metric"] for m in config["metric_list"]] == ["acc", "acc_norm"]
+
+
+def test_hub_out_of_reach(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(path: str, **kwargs: Any) -> None:
+        raise ConnectionError(f"Couldn't reach {path!r} on the Hub\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    settings = Settings(tmp_path, model=model_dir, tasks=choose(["sciq"]), device="cpu")
+    with pytest.raises(UserError, match=r"sciq cannot be had .*Couldn't reach 'allenai/sciq'.*--local-data"):
+        evaluate(settings)
+
+
+def test_packed_text_is_what_a_plain_loop_gives(model_dir: Path, tmp_path: Path) -> None:
+    """Also compressed, over several windows and a batch that is not full."""
+    documents = [sentence(i, 7 + 11 * i) for i in range(5)]
+    file = tmp_path / "valid.jsonl.gz"
+    write_jsonl(file, [{"body": text} for text in [*documents, ""]])
+    settings = Settings(
+        tmp_path / "out",
+        model=model_dir,
+        tasks=[],
+        text=(str(file),),
+        json_keys="body",
+        batch_size=2,
+        device="cpu",
+        dtype="float32",
+    )
+    result = evaluate(settings).finished["text valid.jsonl.gz"]
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).double()
+    ids = [0]
+    for text in documents:
+        ids += [*tokenizer.encode(text), 0]
+    nats = 0.0
+    for begin in range(0, len(ids) - 1, 48):
+        window = torch.tensor(ids[begin : begin + 49])
+        with torch.no_grad():
+            logits = model(window[None, :-1]).logits[0]
+        nats -= F.log_softmax(logits, -1).gather(1, window[1:, None]).sum().item()
+    assert (len(ids) - 1) % 48 and (len(ids) - 1) // 48 % 2, "the last window and batch should be short"
+    words = sum(len(text.split()) for text in documents)
+    size = sum(len(text.encode()) for text in documents)
+    assert (result.documents, result.metrics["tokens"]) == (5, len(ids) - 1)
+    for metric, parts in (
+        ("token_perplexity", len(ids) - 1),
+        ("word_perplexity", words),
+        ("byte_perplexity", size),
+    ):
+        assert result.metrics[metric] == pytest.approx(np.exp(nats / parts), rel=1e-4)
+    assert result.metrics["bits_per_byte"] == pytest.approx(nats / size / np.log(2), rel=1e-5)
+
+
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None if name == "lm_eval" else name)
+    with pytest.raises(UserError, match=r"lm_eval is not installed: pip install 'megatron_mesh\[eval\]'"):
+        harness.check_installed()
+
+
+def test_lm_evals_warnings_are_left_out() -> None:
+    harness.quiet()
+    assert logging.getLogger("lm_eval").getEffectiveLevel() == logging.ERROR

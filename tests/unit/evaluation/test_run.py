@@ -1,0 +1,254 @@
+"""What is asked for, what goes on after an interruption, and what is refused."""
+
+import json
+import runpy
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_mesh.errors import UserError
+from megatron_mesh.evaluation import harness, model, run
+from megatron_mesh.evaluation.local_data import LocalTask
+from megatron_mesh.evaluation.results import Result
+from megatron_mesh.evaluation.run import Settings, evaluate
+from megatron_mesh.evaluation.tasks import Task, choose
+
+ROOT = Path(__file__).resolve().parents[3]
+main = runpy.run_path(str(ROOT / "tools/evaluate.py"))["main"]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every model opened and task run, in place of doing so."""
+    log: list[str] = []
+
+    @contextmanager
+    def opened(source: model.Source, **how: Any) -> Iterator[None]:
+        log.append(f"open {source.path.name}")
+        yield None
+
+    def run_task(lm: Any, task: Task, shots: int, *, limit: int | None, local: LocalTask | None) -> Result:
+        log.append(f"{task.name} {shots}")
+        if log.count("stop") and len(log) > 3:
+            raise KeyboardInterrupt
+        return Result(task.name, shots, local.data if local else "hub", {task.metric: 0.5}, {}, 10, 1.0)
+
+    monkeypatch.setattr(harness, "check_installed", lambda: None)
+    monkeypatch.setattr(harness, "version", lambda: "0")
+    monkeypatch.setattr(model, "opened", opened)
+    monkeypatch.setattr(harness, "run_task", run_task)
+    return log
+
+
+@pytest.fixture
+def settings(model_dir: Path, tmp_path: Path) -> Settings:
+    return Settings(tmp_path / "out", model=model_dir, tasks=choose(["piqa", "sciq"]), device="cpu")
+
+
+def test_goes_on_after_an_interruption(asked: list[str], settings: Settings) -> None:
+    asked.append("stop")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(settings)
+    assert asked == ["stop", "open " + settings.model.name, "piqa 0", "sciq 0"]
+    asked.clear()
+    results = evaluate(settings)
+    assert asked == ["open " + settings.model.name, "sciq 0", "piqa 5", "sciq 5"]
+    asked.clear()
+    assert evaluate(settings).finished == results.finished
+    assert asked == [], "with nothing left, the model is not read"
+    evaluate(replace(settings, tasks=choose(["piqa", "winogrande"]), num_fewshot=(0,)))
+    assert asked[1:] == ["winogrande 0"]
+
+
+@pytest.mark.parametrize("change", [{"limit": 5}, {"dtype": "float32"}, {"model": "other"}])
+def test_results_of_another_run_are_kept(
+    asked: list[str], settings: Settings, change: dict[str, Any]
+) -> None:
+    if change.get("model"):
+        change = {"model": settings.output_dir.parent / "other"}
+        shutil.copytree(settings.model, change["model"])
+        (change["model"] / "generation_config.json").write_text("{}")
+    evaluate(settings)
+    before = (settings.output_dir / "results.json").read_text()
+    with pytest.raises(
+        UserError, match=rf"another run \({next(iter(change))}: .*choose another --output-dir"
+    ):
+        evaluate(replace(settings, **change))
+    assert (settings.output_dir / "results.json").read_text() == before
+
+
+def test_a_moved_model_is_the_same(asked: list[str], settings: Settings) -> None:
+    evaluate(settings)
+    moved = settings.output_dir.parent / "moved"
+    shutil.copytree(settings.model, moved)
+    (moved / "README.md").write_text("a card")
+    asked.clear()
+    evaluate(replace(settings, model=moved))
+    assert asked == []
+
+
+def test_other_data_are_refused(asked: list[str], settings: Settings, local_data: Path) -> None:
+    evaluate(settings)
+    with pytest.raises(UserError, match="piqa, 0-shot from other data than these"):
+        evaluate(replace(settings, local_data=local_data))
+
+
+def test_broken_results_are_not_overwritten(asked: list[str], settings: Settings) -> None:
+    settings.output_dir.mkdir()
+    (settings.output_dir / "results.json").write_text("{")
+    with pytest.raises(UserError, match=r"results\.json is not a file of results"):
+        evaluate(settings)
+    assert (settings.output_dir / "results.json").read_text() == "{"
+
+
+def test_checkpoint_is_converted_and_removed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The converter is handed the iteration; what it writes is read, then deleted."""
+    exported: list[tuple[Path, Path]] = []
+
+    def export_checkpoint(checkpoint: Path, directory: Path, *, tokenizer_model: str | None) -> None:
+        assert tokenizer_model == "t.json"
+        exported.append((checkpoint, directory))
+        shutil.copytree(settings.model, directory)
+
+    read: list[bool] = []
+
+    def read_model(directory: Path, *how: Any) -> str:
+        read.append((directory / "config.json").is_file())
+        return "lm"
+
+    export = pytest.importorskip("megatron_mesh.hf.export", reason="the converter is not there")
+    monkeypatch.setattr(export, "export_checkpoint", export_checkpoint)
+    monkeypatch.setattr(model, "_read", read_model)
+    source = model.Source(tmp_path / "iter_0000010", True, True, "0" * 64, "t.json")
+    with model.opened(
+        source, where=model.choose_device("cpu"), dtype="auto", batch_size=1, scratch=tmp_path
+    ) as lm:
+        assert lm == "lm" and read == [True]
+    assert exported[0][0] == source.path
+    assert exported[0][1].name == "iter_0000010" and not exported[0][1].parent.exists()
+
+
+BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
+    ({"load": Path("x")}, "either --model"),
+    ({"model": None}, "either --model"),
+    ({"tokenizer_model": "t.json"}, "--tokenizer-model is for --load"),
+    ({"tasks": []}, "nothing to evaluate"),
+    ({"limit": 0}, "--limit 0 must be above 0"),
+    ({"num_fewshot": (0, -1)}, "--num-fewshot -1"),
+    ({"batch_size": 0}, "--batch-size 0"),
+    ({"device": "gpu"}, "--device gpu is not known"),
+    ({"device": "meta"}, "--device meta: no such device"),
+    ({"text": ("nothing.jsonl",)}, "--text nothing.jsonl: no such file"),
+    ({"local_data": Path("nowhere")}, "--local-data nowhere: no such directory"),
+    ({"model": Path("nowhere")}, "no such directory; give one that tools/convert_to_hf.py wrote"),
+    ({"model": None, "load": Path("nowhere")}, "--load nowhere: no checkpoint there"),
+]
+
+
+@pytest.mark.parametrize("change,message", BAD_SETTINGS, ids=[m for _, m in BAD_SETTINGS])
+def test_bad_settings(asked: list[str], settings: Settings, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        evaluate(replace(settings, **change))
+    assert asked == [] and not settings.output_dir.exists()
+
+
+def _edit(name: str, **values: Any) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        path = directory / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
+
+
+def _delete(*names: str) -> Callable[[Path], None]:
+    return lambda directory: [(directory / name).unlink() for name in names] and None
+
+
+def _checkpoint(directory: Path) -> None:
+    _delete("config.json")(directory)
+    (directory / "iter_0000010").mkdir()
+
+
+def _shards(directory: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+BAD_MODELS: list[tuple[Callable[[Path], Any], str]] = [
+    (_delete("config.json"), "has no config.json"),
+    (_checkpoint, "is a training checkpoint: give it as --load"),
+    (_delete("model.safetensors"), "has no weights"),
+    (_shards, "not complete: model-00001-of-00002.safetensors"),
+    (_delete("tokenizer.json"), "has no tokenizer"),
+    (lambda d: (d / "config.json").write_text("["), "config.json cannot be read"),
+    (_edit("config.json", auto_map={"AutoConfig": "evil.Config"}), "auto_map .*--trust-remote-code"),
+    (_edit("tokenizer_config.json", auto_map={"AutoTokenizer": "evil.T"}), "auto_map .*--trust-remote-code"),
+]
+
+
+@pytest.mark.parametrize("damage,message", BAD_MODELS, ids=[m for _, m in BAD_MODELS])
+def test_bad_models(
+    asked: list[str], settings: Settings, tmp_path: Path, damage: Callable[[Path], Any], message: str
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(settings.model, broken)
+    damage(broken)
+    with pytest.raises(UserError, match=message):
+        evaluate(replace(settings, model=broken))
+    assert asked == []
+
+
+def test_trusted_code_and_the_two_directories(settings: Settings, tmp_path: Path) -> None:
+    directory = tmp_path / "remote"
+    shutil.copytree(settings.model, directory)
+    _edit("config.json", auto_map={"AutoConfig": "mine.Config"})(directory)
+    assert model.huggingface_source(directory, trust_remote_code=True).trust_remote_code
+    with pytest.raises(UserError, match="is a Hugging Face directory: give it as --model"):
+        model.checkpoint_source(directory, None)
+
+
+BAD_DATA: list[tuple[Callable[[Path], Any], str]] = [
+    (lambda d: shutil.rmtree(d / "tasks"), "no task file there"),
+    (lambda d: (d / "arc_easy.jsonl.gz").unlink(), "elsewhere/arc_easy.jsonl.gz, which is not in"),
+    (
+        lambda d: (d / "tasks/a.yaml").write_text("task: piqa\nprocess_docs: !function x.y"),
+        "without !function",
+    ),
+    (lambda d: (d / "tasks/a.yaml").write_text("task: sciq\n"), "names no data_files"),
+    (lambda d: shutil.copy(d / "tasks/piqa.yaml", d / "again.yaml"), "both of the task piqa"),
+]
+
+
+@pytest.mark.parametrize("damage,message", BAD_DATA, ids=[m for _, m in BAD_DATA])
+def test_bad_local_data(
+    settings: Settings, local_data: Path, damage: Callable[[Path], Any], message: str
+) -> None:
+    damage(local_data)
+    with pytest.raises(UserError, match=message):
+        run.plan(replace(settings, local_data=local_data))
+
+
+def test_nothing_can_be_run(settings: Settings, local_data: Path) -> None:
+    with pytest.raises(UserError, match="nothing can be run: sciq: no task file"):
+        run.plan(replace(settings, local_data=local_data, tasks=choose(["sciq"])))
+
+
+def test_command_line(asked: list[str], settings: Settings, capsys: pytest.CaptureFixture) -> None:
+    common = ["--model", str(settings.model), "--output-dir", str(settings.output_dir)]
+    with pytest.raises(UserError, match=r"--tasks arc_esy: no such task; did you mean arc_easy\?"):
+        main([*common, "--tasks", "arc_esy"])
+    main([*common, "--tasks", "winogrande", "piqa", "--num-fewshot", "0"])
+    assert asked[1:] == ["piqa 0", "winogrande 0"]
+    out = capsys.readouterr().out
+    assert "PIQA" in out and "50.00" in out and "mean of 2 of 9" in out
+    assert (settings.output_dir / "results.md").is_file()
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0 and "python tools/evaluate.py --load" in capsys.readouterr().out

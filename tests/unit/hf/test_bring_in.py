@@ -1,0 +1,225 @@
+"""Stock GPT-NeoX models in, and recursive models from them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from megatron_mesh.checkpoint.offline import whole_checkpoint
+from megatron_mesh.config.layers import parse_layers
+from megatron_mesh.config.presets import PRESETS
+from megatron_mesh.errors import UserError
+from megatron_mesh.hf.bring_in import Recursive, bring_in
+from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.recursive import core_sources
+from tests.exports import TOKENS
+from tests.helpers import relative_error
+from tests.unit.hf.test_logits import load
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def stock(directory: Path, **settings) -> GPTNeoXForCausalLM:
+    """A random stock model, no parameter at zero or one, saved as its authors would."""
+    values = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "max_position_embeddings": 16,
+        **settings,
+    }
+    torch.manual_seed(0)
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**values)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.2)
+    model.save_pretrained(directory)
+    return model
+
+
+def same(a: GPTNeoXForCausalLM, b: GPTNeoXForCausalLM) -> bool:
+    one, other = a.state_dict(), b.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# Layers and heads of the Pythia suite; the rest is scaled down.
+PYTHIA = [(6, 8), (12, 12), (24, 16), (16, 8), (24, 16), (32, 32), (32, 32), (36, 40)]
+
+
+@pytest.mark.parametrize(("layers", "heads"), PYTHIA)
+def test_stock_models_come_back_bitwise(tmp_path, layers, heads) -> None:
+    model = stock(
+        tmp_path / "stock", num_hidden_layers=layers, num_attention_heads=heads, hidden_size=8 * heads
+    )
+    settings = bring_in(tmp_path / "stock", tmp_path / "megatron")
+    assert (settings.recurrence, settings.layers, settings.scale_embeddings) == (
+        "vanilla",
+        str(layers),
+        False,
+    )
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    back = GPTNeoXForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32).eval()
+    assert same(model, back)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, back(TOKENS).logits)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tie_word_embeddings": True},
+        {"rotary_pct": 0.5, "rotary_emb_base": 500, "layer_norm_eps": 1e-3},
+        {"vocab_size": 77, "intermediate_size": 72},
+    ],
+)
+def test_variants_come_back(tmp_path, settings) -> None:
+    model = stock(tmp_path / "stock", **settings)
+    found = bring_in(tmp_path / "stock", tmp_path / "megatron")
+    assert found.untie_embeddings_and_output_weights != settings.get("tie_word_embeddings", False)
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    back = GPTNeoXForCausalLM.from_pretrained(tmp_path / "back").eval()
+    assert same(model, back)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS % 77).logits, back(TOKENS % 77).logits)
+
+
+def test_torch_files_are_read_without_running_them(tmp_path) -> None:
+    model = stock(tmp_path / "stock")
+    weights = load_file(tmp_path / "stock/model.safetensors")
+    (tmp_path / "stock/model.safetensors").unlink()
+    torch.save(
+        {**weights, "gpt_neox.layers.0.attention.bias": torch.ones(1)}, tmp_path / "stock/pytorch_model.bin"
+    )
+    bring_in(tmp_path / "stock", tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    assert same(model, GPTNeoXForCausalLM.from_pretrained(tmp_path / "back"))
+
+
+def test_megatron_computes_the_same(tmp_path) -> None:
+    """The logits of Megatron's model with the weights of a stock one."""
+    from megatron_mesh.checkpoint.load import read_tensors
+    from megatron_mesh.parallel import build_stage
+    from tests.exports import export_config
+    from tests.helpers import one_process
+
+    model = stock(tmp_path / "stock", num_hidden_layers=3)
+    bring_in(tmp_path / "stock", tmp_path / "megatron")
+    config = whole_checkpoint(tmp_path / "megatron").config
+    names = ("recurrence", "layers", "hidden_size", "num_attention_heads", "scale_embeddings", "vocab_size")
+    ours = export_config(tmp_path, **{name: getattr(config.model, name) for name in names})
+    with one_process(ours), torch.no_grad():
+        with torch.enable_grad():
+            stage = build_stage(ours)
+        stage.load_state_dict(
+            read_tensors(tmp_path / "megatron", {"model": stage.sharded_state_dict()})["model"]
+        )
+        positions = torch.arange(16).expand_as(TOKENS)
+        logits = stage.modules[0](TOKENS, positions, None)
+    with torch.no_grad():
+        assert relative_error(logits, model(TOKENS).logits) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ("average", [[1, 4, 7], [2, 5, 8], [3, 6, 9]]),
+        ("first", [[1], [2], [3]]),
+        ("stepwise", [[1], [5], [9]]),
+    ],
+)
+def test_a_recursive_model_from_a_plain_one(tmp_path, choice, expected) -> None:
+    """1+3R3+2 from 12 layers: every tensor is the mean of the right ones."""
+    assert core_sources(parse_layers("1+3R3+2"), choice) == expected
+    model = stock(tmp_path / "stock", num_hidden_layers=12)
+    settings = bring_in(tmp_path / "stock", tmp_path / "megatron", Recursive("1+3R3+2", core=choice))
+    assert (settings.recurrence, settings.layers, settings.mesh_slots) == ("mesh", "1+3R3+2", 6)
+    export_checkpoint(tmp_path / "megatron", tmp_path / "recursive")
+    plain, recursive = model.state_dict(), load_file(tmp_path / "recursive/model.safetensors")
+    parts = {"prelude": [[0]], "core": expected, "coda": [[10], [11]]}
+    for part, layers in parts.items():
+        for index, sources in enumerate(layers):
+            prefix = f"model.{part}.{index}."
+            for name in [name for name in recursive if name.startswith(prefix)]:
+                rest = name.removeprefix(prefix)
+                mean = torch.stack([plain[f"gpt_neox.layers.{n}.{rest}"] for n in sources]).mean(0)
+                assert torch.equal(recursive[name], mean), name
+    assert torch.equal(recursive["model.embed_in.weight"], plain["gpt_neox.embed_in.weight"])
+    routers = recursive["model.recurrence.write.0.weight"]
+    assert float(routers.std()) == pytest.approx(0.02, rel=0.3)
+    with torch.no_grad():
+        assert torch.isfinite(load(tmp_path / "recursive")(TOKENS).logits).all()
+
+
+def test_a_loop_of_one_is_the_plain_model(tmp_path) -> None:
+    model = stock(tmp_path / "stock")
+    bring_in(tmp_path / "stock", tmp_path / "megatron", Recursive("1+2R1+1", recurrence="base"))
+    export_checkpoint(tmp_path / "megatron", tmp_path / "recursive")
+    with torch.no_grad():
+        ours, theirs = load(tmp_path / "recursive")(TOKENS).logits, model(TOKENS).logits
+    assert torch.equal(ours, theirs)
+
+
+def test_mistakes(tmp_path) -> None:
+    stock(tmp_path / "stock")
+    path = tmp_path / "stock/config.json"
+    good = json.loads(path.read_text())
+
+    def refused(
+        message: str, directory: Path = tmp_path / "stock", recursive: Recursive | None = None
+    ) -> None:
+        with pytest.raises(UserError, match=message):
+            bring_in(directory, tmp_path / "out", recursive)
+        assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+    refused("config.json cannot be read", tmp_path)
+    refused("has no loop; write", recursive=Recursive("1+1+1+1"))
+    refused("is 6 layers deep, the model 4", recursive=Recursive("1+2R2+1"))
+    for change, message in {
+        ("model_type", "llama"): "is of a llama model",
+        ("use_parallel_residual", False): "use_parallel_residual is False",
+        ("hidden_act", "gelu_new"): "hidden_act is gelu_new",
+        ("num_hidden_layers", 5): "lacks the tensor gpt_neox.layers.4",
+        ("intermediate_size", 64): r"is \[128, 32\], and by config.json should be \[64, 32\]",
+    }.items():
+        path.write_text(json.dumps({**good, change[0]: change[1]}))
+        refused(message)
+    path.write_text(json.dumps(good))
+    weights = tmp_path / "stock/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused("cannot be read")
+    weights.unlink()
+    refused("holds no weights")
+    save_file({"x": torch.ones(1)}, weights)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        bring_in(tmp_path / "stock", tmp_path / "out")
+
+
+def test_a_run_goes_on_from_it(tmp_path) -> None:
+    """The tool, then a training from what it wrote; without --finetune it is refused."""
+    stock(tmp_path / "stock")
+    call = [sys.executable, str(ROOT / "tools/convert_from_hf.py"), "--load", str(tmp_path / "stock")]
+    done = subprocess.run(
+        [*call, "--save", str(tmp_path / "megatron"), "--to-recursive", "1+1R2+1"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"--load {tmp_path / 'megatron'} --finetune" in done.stdout
+
+
+def test_every_preset_can_be_made_of_its_plain_model() -> None:
+    """Recursive splits of the paper's sizes, of the plain model's depth."""
+    assert PRESETS
+    for layers in ("2+4R2+2", "4+8R2+4", "3+6R3+3", "3+5R2+3", "5+11R2+5"):
+        target = parse_layers(layers)
+        for choice in ("average", "first", "stepwise"):
+            used = core_sources(target, choice)
+            assert len(used) == target.core
+            assert all(target.prelude <= n < target.depth - target.coda for layer in used for n in layer)

@@ -1,0 +1,108 @@
+"""Exports compute what Megatron computes, for every scheme; and come back bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
+
+from megatron_mesh.checkpoint.safe import read_metadata
+from megatron_mesh.checkpoint.slices import read_slices
+from megatron_mesh.hf.bring_in import bring_in
+from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.recurrence import SCHEMES
+from tests.exports import TOKENS
+from tests.helpers import relative_error
+
+LOOPED = [name for name, scheme in SCHEMES.items() if scheme.shared_core]
+CASES = [
+    *(
+        {"recurrence": s, "layers": f"1+2R{k}+1"}
+        for s in SCHEMES
+        if SCHEMES[s].shared_core
+        for k in (1, 2, 3)
+    ),
+    *({"recurrence": "vanilla+mesh", "layers": layers} for layers in ("1+2+1", "1+2+2+1", "1+1+1+1+2")),
+    {"recurrence": "vanilla", "layers": "4"},
+    {"recurrence": "vanilla", "layers": "3", "untie_embeddings_and_output_weights": False},
+    {"recurrence": "mesh", "layers": "1+1R2+1", "untie_embeddings_and_output_weights": False},
+    {"recurrence": "mesh", "layers": "0+2R2+0", "mesh_slots": 4, "mesh_transition_query": "embedding"},
+    {"recurrence": "mesh", "layers": "1+1R2+1", "scale_embeddings": False, "rotary_percent": 0.5},
+    {
+        "recurrence": "mesh",
+        "layers": "1+1R2+1",
+        "ffn_hidden_size": 72,
+        "rotary_base": 500,
+        "norm_epsilon": 1e-2,
+    },
+    {"recurrence": "anchor", "layers": "1+1R2+1", "hidden_size": 48, "num_attention_heads": 6},
+]
+
+
+def load(directory: Path, **options):
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, trust_remote_code=True, output_loading_info=True, **options
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the model, whole."""
+    stored = read_metadata(checkpoint).state_dict_metadata
+    keys = [key for key in stored if not key.startswith(("optimizer.", "rng"))]
+    return read_slices(checkpoint, {key: (key, None) for key in keys})
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['recurrence']}-{c['layers']}-{len(c)}")
+def test_logits_and_way_back(exported, tmp_path, case) -> None:
+    checkpoint, directory, logits = exported(**case)
+    with torch.no_grad():
+        ours = load(directory, dtype=torch.float32)(TOKENS).logits
+    assert ours.shape == logits.shape == (3, 16, 112)
+    assert relative_error(ours, logits) < 1e-5
+    if case["recurrence"] == "vanilla":
+        return  # its embedding comes back with its scale; test_plain_models
+    bring_in(directory, tmp_path / "back")
+    before, after = weights_of(checkpoint), weights_of(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_bfloat16_comes_back_bitwise(exported, tmp_path) -> None:
+    checkpoint, directory, _ = exported(bf16=True)
+    assert load(directory, dtype="auto").dtype == torch.bfloat16
+    bring_in(directory, tmp_path / "back")
+    before, after = weights_of(checkpoint), weights_of(tmp_path / "back")
+    assert all(before[key].dtype == torch.bfloat16 and torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("hidden_size", [32, 64])
+def test_plain_models(exported, tmp_path, hidden_size) -> None:
+    """Stock GPT-NeoX without code of ours; the embedding's scale comes out again where that is exact."""
+    case = {"recurrence": "vanilla", "layers": "3", "hidden_size": hidden_size}
+    checkpoint, directory, _ = exported(**case)
+    assert not list(directory.glob("*.py"))
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert type(model) is GPTNeoXForCausalLM
+    settings = bring_in(directory, tmp_path / "back")
+    before, after = weights_of(checkpoint), weights_of(tmp_path / "back")
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert settings.scale_embeddings == (hidden_size == 64)
+    assert changed == (set() if hidden_size == 64 else {"embedding.word_embeddings.weight"})
+    export_checkpoint(tmp_path / "back", tmp_path / "again")
+    again = GPTNeoXForCausalLM.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_shards(exported, tmp_path) -> None:
+    """Many small files give the same model."""
+    checkpoint, directory, _ = exported()
+    export_checkpoint(checkpoint, tmp_path / "sharded", shard_bytes=30_000)
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 3
+    one, many = load(directory).state_dict(), load(tmp_path / "sharded").state_dict()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    bring_in(tmp_path / "sharded", tmp_path / "back")
+    before, after = weights_of(checkpoint), weights_of(tmp_path / "back")
+    assert all(torch.equal(before[key], after[key]) for key in before)
