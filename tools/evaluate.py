@@ -51,65 +51,48 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--output-dir", type=Path, required=True, help="directory for the results, one for each model")
-
-    group = parser.add_argument_group("the model: one of")
-    group.add_argument("--model", type=Path, help="a Hugging Face model directory, ours or another")
-    group.add_argument(
-        "--load", type=Path, help="a training checkpoint: a run's directory or an iter_... in it"
+    parser.add_argument(
+        "--output-dir", type=Path, required=True, help="directory for the results, one for each model"
     )
-    group.add_argument(
-        "--tokenizer-model",
-        help="for --load: tokenizer.json or SentencePiece model (default: the training's)",
-    )
-    group.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run the Python code that --model brings (our exports of recursive models bring some)",
-    )
-
-    group = parser.add_argument_group("what to measure")
-    group.add_argument(
-        "--tasks", nargs="*", metavar="TASK", help=f"some of: {', '.join(TASKS)} (default: all; may be empty)"
-    )
-    group.add_argument(
-        "--num-fewshot",
-        nargs="+",
-        type=int,
-        default=SHOTS,
-        metavar="N",
-        help="examples in the prompt (default: 0 5)",
-    )
-    group.add_argument(
-        "--text",
-        nargs="+",
-        default=(),
-        metavar="FILE",
-        help="perplexity on text: .jsonl or .txt, also compressed; documents are packed as in training",
-    )
-    group.add_argument("--json-keys", default="text", metavar="KEY", help="the text's key in JSON lines")
-    group.add_argument("--local-data", type=Path, metavar="DIR", help="data and lm-eval task files (.yaml)")
-    group.add_argument("--limit", type=int, metavar="N", help="only the first N documents, for a quick look")
-
-    group = parser.add_argument_group("how")
-    group.add_argument(
-        "--batch-size",
-        type=_batch_size,
-        default=8,
-        help='sequences at a time, or "auto" (default: %(default)s; --text takes one at a time with "auto")',
-    )
-    group.add_argument("--device", help="cpu, or a GPU by torch's name (default: the GPU if there is one)")
-    group.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="precision (default: auto, the one the model is stored in)",
-    )
+    _add_model(parser.add_argument_group("the model: --model or --load"))
+    _add_measures(parser.add_argument_group("what to measure"))
+    _add_ways(parser.add_argument_group("how"))
     return parser
 
 
-def _batch_size(text: str) -> int | str:
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--model", type=Path, help="a Hugging Face model directory, ours or another")
+    add("--load", type=Path, help="a training checkpoint: a run's directory or an iter_... in it")
+    add("--tokenizer-model", help="for --load: where the tokenizer is now (default: where it was)")
+    text = "run the Python code that --model brings (our exports of looped models bring some)"
+    add("--trust-remote-code", action="store_true", help=text)
+
+
+def _add_measures(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    text = f"some of: {', '.join(TASKS)} (default: all; none with an empty list)"
+    add("--tasks", nargs="*", metavar="TASK", help=text)
+    text = "examples in the prompt (default: 0 5)"
+    add("--num-fewshot", nargs="+", type=int, default=SHOTS, metavar="N", help=text)
+    text = "perplexity on text: .jsonl or .txt, also compressed; documents are packed as in training"
+    add("--text", nargs="+", default=(), metavar="FILE", help=text)
+    add("--json-keys", default="text", metavar="KEY", help="key of the text in .jsonl (default: text)")
+    text = "take data and lm-eval task files (.yaml) from here, not from the hub"
+    add("--local-data", type=Path, metavar="DIR", help=text)
+    add("--limit", type=int, metavar="N", help="only the first N documents, for a quick look")
+
+
+def _add_ways(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    text = 'sequences at a time, or "auto" (default: %(default)s; with "auto", --text takes one at a time)'
+    add("--batch-size", type=number_or_auto, default=8, help=text)
+    add("--device", help="cpu, or a GPU by torch's name (default: the GPU if there is one)")
+    text = "precision (default: auto, the one the model is stored in)"
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=text)
+
+
+def number_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 

@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -33,7 +34,7 @@ class Shape:
 def build_models(shape: Shape, schemes: Sequence[str]) -> dict[str, PreTrainedModel]:
     """Random models by name: the stock one of the unrolled depth, and each scheme's."""
     layers = shape.layers
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": shape.hidden_size,
         "num_attention_heads": shape.num_attention_heads,
         "intermediate_size": 4 * shape.hidden_size,
@@ -55,7 +56,8 @@ def build_models(shape: Shape, schemes: Sequence[str]) -> dict[str, PreTrainedMo
             **sizes,
         )
         models[scheme] = MeshForCausalLM(config)
-    return {name: model.to(device.device()).eval() for name, model in models.items()}
+    where: Any = device.device()
+    return {name: model.to(where).eval() for name, model in models.items()}
 
 
 def measure_generation(

@@ -12,10 +12,8 @@ from typing import Any
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation.local_data import LocalTask
-from megatron_mesh.evaluation.results import Result
+from megatron_mesh.evaluation.results import HUB, Result
 from megatron_mesh.evaluation.tasks import Task
-
-HUB = "hub"
 
 _FOLDERS = ("arc", "hellaswag", "lambada", "mmlu/continuation", "piqa", "sciq", "wikitext", "winogrande")
 _FEWSHOT_SEED = 1234  # as in lm_eval's command line; the same examples are drawn

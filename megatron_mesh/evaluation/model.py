@@ -115,7 +115,7 @@ def _read(directory: Path, source: Source, where: torch.device, dtype: str, batc
     from safetensors import SafetensorError
 
     try:
-        return HFLM(
+        lm = HFLM(
             pretrained=str(directory.resolve()),  # a relative path could be taken for a name on the hub
             device=str(where),
             dtype=dtype,
@@ -124,6 +124,12 @@ def _read(directory: Path, source: Source, where: torch.device, dtype: str, batc
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"the model in {source.path} cannot be read: {error}") from error
+    if len(lm.tokenizer) > lm.config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {source.path} has {len(lm.tokenizer):,} entries, the model's vocabulary only "
+            f"{lm.config.vocab_size:,}: it is another model's tokenizer; put the right one there"
+        )
+    return lm
 
 
 def _check_model_files(path: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_mesh.evaluation.published import paper, pythia
-from megatron_mesh.evaluation.results import Result, Results
+from megatron_mesh.evaluation.results import HUB, Result, Results
 from megatron_mesh.evaluation.tables import Sheet
 from megatron_mesh.evaluation.tasks import AVERAGED, SHOTS, TASKS
 
@@ -13,8 +13,8 @@ REPORT_FILE = "results.md"
 
 _THIS = "this model"
 _DIVIDED = (
-    "Accuracies in percent, ± standard error of the paper's measure. Log-likelihoods of the choices are "
-    "divided by nothing (acc), by characters (acc_norm), by UTF-8 bytes (acc_bytes)."
+    "Percent. Log-likelihoods of the choices are divided by nothing (acc), by characters (acc_norm), by "
+    "UTF-8 bytes (acc_bytes). * the paper's measure, ± its standard error."
 )
 
 
@@ -29,7 +29,8 @@ def write_markdown(results: Results) -> Path:
     ]
     if run["limit"]:
         lines += [f"**Only the first {run['limit']} documents of each task: not comparable.**", ""]
-    sheets = [*own_sheets(results), beside_paper(results), *(beside_pythia(results, n) for n in SHOTS)]
+    measured = [shots for shots in SHOTS if any(r.shots == shots for r in results.finished.values())]
+    sheets = [*own_sheets(results), beside_paper(results), *(beside_pythia(results, n) for n in measured)]
     lines += [sheet.markdown() for sheet in sheets]
     path = results.path.with_name(REPORT_FILE)
     partial = path.with_suffix(".partial")
@@ -71,13 +72,8 @@ def beside_paper(results: Results) -> Sheet:
         ]
         for row in rows
     ]
-    return Sheet(
-        "Beside the paper: perplexities, and averages of nine tasks",
-        header,
-        [[_THIS, *ours], *cells],
-        1,
-        notes,
-    )
+    title = "Beside the paper: perplexities, and averages of nine tasks"
+    return Sheet(title, header, [[_THIS, *ours], *cells], notes=notes)
 
 
 def beside_pythia(results: Results, shots: int) -> Sheet:
@@ -91,7 +87,7 @@ def beside_pythia(results: Results, shots: int) -> Sheet:
         for name, published in models.items()
     ]
     header = ["model", *(f"{TASKS[task].label} {metric}" for task, metric in columns)]
-    return Sheet(f"Beside Pythia, {shots}-shot", header, [ours, *cells], 1, [f"Source: {source}."])
+    return Sheet(f"Beside Pythia, {shots}-shot", header, [ours, *cells], notes=[f"Source: {source}."])
 
 
 _PERPLEXITIES = {
@@ -104,20 +100,26 @@ _PERPLEXITIES = {
 def _tasks(results: Results) -> Sheet:
     rows = []
     for result in _in_order(results):
-        metric = TASKS[result.name].metric
-        error = f" ± {100 * result.stderr[metric]:.2f}" if metric in result.stderr else ""
+        measure = TASKS[result.name].metric
+        accuracies = [
+            _number(result.metrics, name) + "*" * (name == measure)
+            for name in ("acc", "acc_norm", "acc_bytes")
+        ]
         rows.append(
             [
                 TASKS[result.name].label,
                 str(result.shots),
                 f"{result.documents:,}",
-                *(_number(result.metrics, name) for name in ("acc", "acc_norm", "acc_bytes")),
-                metric,
-                f"{_number(result.metrics, metric)}{error}",
+                *accuracies,
+                _number(result.stderr, measure),
             ]
         )
-    header = ["task", "shots", "documents", "acc", "acc_norm", "acc_bytes", "paper's measure", "value"]
-    return Sheet("Tasks", header, rows, 1, [_DIVIDED])
+    notes = [_DIVIDED]
+    local = dict.fromkeys(TASKS[r.name].label for r in _in_order(results) if r.data != HUB)
+    if local:
+        notes.append(f"From local files, which can differ from the official ones: {', '.join(local)}.")
+    header = ["task", "shots", "documents", "acc", "acc_norm", "acc_bytes", "±"]
+    return Sheet("Tasks", header, rows, notes=notes)
 
 
 def _averages(results: Results) -> Sheet:
@@ -132,22 +134,22 @@ def _averages(results: Results) -> Sheet:
 
 
 def _perplexities(results: Results) -> Sheet:
+    names = ("token_perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")
     rows = []
     for result in results.finished.values():
-        wanted = result.shots is None or (result.shots == 0 and result.name in _PERPLEXITIES)
-        if not wanted:
-            continue
-        label = result.name if result.shots is None else TASKS[result.name].label
-        metrics = result.metrics
-        names = ("token_perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")
-        rows.append([label, f"{result.documents:,}", *(_number(metrics, name) for name in names)])
-    header = ["text", "documents", "per token", "per word", "per byte", "bits per byte", "of the last word"]
+        if result.shots is None or (result.shots == 0 and result.name in _PERPLEXITIES):
+            label = result.name if result.shots is None else TASKS[result.name].label
+            rows.append([label, *(_number(result.metrics, name) for name in names)])
+    header = ["text", "per token", "per word", "per byte", "bits per byte", "of last word"]
     return Sheet("Perplexity", header, rows)
 
 
 def _not_run(results: Results) -> Sheet:
-    rows: list[list[str]] = [[s.name, str(s.shots), s.reason] for s in results.skipped]
-    return Sheet("Not run", ["task", "shots", "why"], list(rows), 3)
+    by_reason: dict[tuple[int, str], list[str]] = {}
+    for skipped in results.skipped:
+        by_reason.setdefault((skipped.shots, skipped.reason), []).append(skipped.name)
+    rows = [[str(shots), ", ".join(names), reason] for (shots, reason), names in by_reason.items()]
+    return Sheet("Not run", ["shots", "tasks", "why"], rows, 3)
 
 
 def _in_order(results: Results) -> list[Result]:

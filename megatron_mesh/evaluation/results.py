@@ -12,6 +12,7 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation.tasks import AVERAGED, TASKS
 
 RESULTS_FILE = "results.json"
+HUB = "hub"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Skipped:
     name: str
     shots: int
     reason: str
+
+    @property
+    def label(self) -> str:
+        """As that of a result."""
+        return f"{self.name}, {self.shots}-shot"
 
 
 @dataclass(frozen=True)

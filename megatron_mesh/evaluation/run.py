@@ -15,7 +15,7 @@ from rich.progress import Progress
 from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation import harness, model
 from megatron_mesh.evaluation.local_data import LocalTask, read_local_tasks
-from megatron_mesh.evaluation.results import Result, Results, Skipped, open_results
+from megatron_mesh.evaluation.results import HUB, Result, Results, Skipped, open_results
 from megatron_mesh.evaluation.tasks import SHOTS, TASKS, Task
 from megatron_mesh.evaluation.text import Text, measure, open_text
 
@@ -68,7 +68,7 @@ def evaluate(settings: Settings) -> Results:
     with Console(stderr=True).status("reading the model's files"):
         source = _source(settings)
     results = open_results(settings.output_dir, _identity(settings, source))
-    results.skipped = skipped
+    results.skipped = [task for task in skipped if task.label not in results.finished]
     left = [job for job in jobs if not results.holds(job.label, job.data)]
     if len(left) < len(jobs):
         logger.info("finished before: %d of %d", len(jobs) - len(left), len(jobs))
@@ -118,7 +118,7 @@ def plan(settings: Settings) -> tuple[list[Job], list[Skipped]]:
         for task in settings.tasks:
             if shots and not task.averaged:
                 continue
-            reason = _unavailable(task, shots, local, settings.local_data)
+            reason = _unavailable(task, shots, local)
             if reason:
                 skipped.append(Skipped(task.name, shots, reason))
             else:
@@ -130,13 +130,13 @@ def plan(settings: Settings) -> tuple[list[Job], list[Skipped]]:
     return jobs, skipped
 
 
-def _unavailable(task: Task, shots: int, local: dict[str, LocalTask] | None, at: Path | None) -> str | None:
+def _unavailable(task: Task, shots: int, local: dict[str, LocalTask] | None) -> str | None:
     if local is None:
         return None
     if task.name not in local:
-        return f"no task file for it in {at}"
+        return "no task file in the local data"
     if shots and not local[task.name].has_examples:
-        return f"{local[task.name].file.name} names no split to draw examples from (training_split)"
+        return "no split to draw examples from in the local data (training_split in the task file)"
     return None
 
 
@@ -148,7 +148,7 @@ def _task_job(task: Task, shots: int, limit: int | None, local: LocalTask | None
         )
         return result
 
-    return Job(f"{task.name}, {shots}-shot", local.data if local else harness.HUB, run)
+    return Job(f"{task.name}, {shots}-shot", local.data if local else HUB, run)
 
 
 def _text_job(text: Text, settings: Settings) -> Job:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -13,13 +14,15 @@ class Sheet:
 
     title: str
     header: Sequence[str]
-    rows: list[Sequence[str]]
+    rows: Sequence[Sequence[str]]
     names: int = 1
     notes: list[str] = field(default_factory=list)
 
     def rich(self) -> Table:
         """For the console."""
-        table = Table(title=Text(self.title), title_justify="left", caption_justify="left")
+        table = Table(
+            title=Text(self.title), title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD
+        )
         if self.notes:
             table.caption = Text("\n".join(self.notes))
         for index, name in enumerate(self.header):

@@ -4,7 +4,7 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,16 +36,14 @@ class Text:
         """For people, and the key among the results."""
         return f"text {' '.join(path.name for path in self.paths)}"
 
-    def documents(self) -> list[str]:
+    def documents(self) -> Iterator[str]:
         """All documents that are not empty. Raises UserError at a broken one."""
-        found: list[str] = []
         for path in self.paths:
             for chunk in read_chunks(path, _CHUNK_BYTES):
                 parsed = parse_chunk(chunk, [self.json_key], skip_broken=True)
                 if parsed.broken:
                     raise UserError(f"{parsed.broken[0]}. Correct it.")
-                found += filter(None, parsed.texts[0])
-        return found
+                yield from filter(None, parsed.texts[0])
 
 
 def open_text(patterns: Sequence[str], json_key: str) -> Text:
@@ -79,11 +77,18 @@ def measure(
     end-of-text token after each document; ``word_perplexity`` and ``byte_perplexity`` divide the same nats
     by words (between white space, as lm-eval counts them) and UTF-8 bytes, ``bits_per_byte`` is the latter's
     logarithm. Every token is predicted once; the first sees an end-of-text token before it.
+
+    Raises:
+        UserError: there is no text, or the tokenizer has no end-of-text token.
     """
     start = time.monotonic()
     documents = list(islice(text.documents(), limit))
     if not documents:
         raise UserError(f"--text {' '.join(map(str, text.paths))}: no document with text in it")
+    if lm.eot_token_id is None:
+        raise UserError(
+            "the tokenizer names no end-of-text token; add eos_token to its tokenizer_config.json"
+        )
     ids = _pack(documents, lm.tokenizer, lm.eot_token_id)
     nats = _negative_log_likelihood(lm, ids, batch_size, on_batch)
     words = sum(len(re.split(r"\s+", document)) for document in documents)
@@ -126,7 +131,7 @@ def _negative_log_likelihood(
     nats, done = 0.0, 0
     for batch in batches:
         tokens = torch.stack(batch).to(lm.device, torch.long)
-        logits = lm.model(tokens[:, :-1]).logits
+        logits = lm.model(tokens[:, :-1], use_cache=False).logits
         for row, labels in zip(logits, tokens[:, 1:], strict=True):  # one at a time: fp32 logits are large
             nats += F.cross_entropy(row.float(), labels, reduction="sum").item()
         done += tokens[:, 1:].numel()

@@ -14,6 +14,7 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.gpt_neox.modeling_gpt_neox import (
+    GPTNeoXAttention,
     GPTNeoXLayer,
     GPTNeoXPreTrainedModel,
     GPTNeoXRotaryEmbedding,
@@ -26,10 +27,13 @@ except ImportError:  # transformers 4
     from transformers.utils.generic import check_model_inputs as capture_outputs  # type: ignore[assignment]
 
 from megatron_mesh.hf.configuration_mesh import MeshConfig
+from megatron_mesh.recurrence.memory import CYCLES
 from megatron_mesh.recurrence.mesh import MeSH
+from megatron_mesh.recurrence.mixing import weighted_sum
 from megatron_mesh.recurrence.schemes import SCHEMES, LoopState, RecurrenceOptions, build_scheme
 
-assert "mesh" in SCHEMES, MeSH  # importing it registers it
+# Importing MeSH registers it; and transformers 4 copies just those files that this one names.
+_NEEDED = (CYCLES, MeSH, weighted_sum)
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 
 
@@ -39,6 +43,7 @@ class MeshPreTrainedModel(GPTNeoXPreTrainedModel):
     config: MeshConfig
     config_class = MeshConfig
     base_model_prefix = "model"
+    _can_record_outputs = {"hidden_states": GPTNeoXLayer, "attentions": GPTNeoXAttention}  # noqa: RUF012
 
 
 class MeshModel(MeshPreTrainedModel):

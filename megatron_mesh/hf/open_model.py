@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.configuration_mesh import MeshConfig
@@ -62,7 +62,7 @@ def open_model(directory: Path, **options: Any) -> tuple[Any, Any]:
         raise UserError(f"the model in {directory} cannot be opened: {error}") from error
     if not (directory / "tokenizer.json").is_file():
         raise UserError(f"{directory} has no tokenizer.json; convert with --tokenizer-model, or put it there")
-    return model.eval(), AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    return model.eval(), PreTrainedTokenizerFast.from_pretrained(str(directory))
 
 
 def dtype_named(name: str | None) -> torch.dtype | str:

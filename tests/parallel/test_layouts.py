@@ -66,7 +66,7 @@ def test_trains_as_one_process(case: Case, reference) -> None:
         (
             "mesh",
             2,
-            {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "0,2/3,0/1,1"},
+            {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "0,1/3,0/1,0"},
         ),
     ],
     ids=["vanilla-with-virtual-stages", "placed-by-hand"],

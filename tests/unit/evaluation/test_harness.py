@@ -1,7 +1,9 @@
 """Numbers are lm-eval's own, and the byte-normalised ones what its samples say."""
 
 import logging
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation import harness
 from megatron_mesh.evaluation.results import Results
 from megatron_mesh.evaluation.run import Settings, evaluate
-from megatron_mesh.evaluation.tasks import TASKS, choose
-from tests.unit.evaluation.samples import sentence, write_jsonl
+from megatron_mesh.evaluation.tasks import AVERAGED, TASKS, choose
+from tests.unit.evaluation.samples import choices, sentence, write_jsonl
 
 
 @pytest.fixture(autouse=True)
@@ -133,22 +135,50 @@ def test_what_local_data_lack_is_said(model_dir: Path, local_data: Path, tmp_pat
     assert "training_split" in reasons["lambada_openai", 5]
 
 
+def official_row(dataset: str, i: int) -> dict[str, Any]:
+    """A row with the columns of a data set of the hub."""
+    text, options = sentence(i, 8), choices(i)
+    return {
+        "baber/piqa": {"goal": text, "sol1": options[0], "sol2": options[1], "label": i % 2},
+        "Rowan/hellaswag": {
+            "ctx_a": text, "ctx_b": "he", "activity_label": "Cat", "endings": options, "label": str(i % 4)
+        },
+        "allenai/ai2_arc": {
+            "question": text, "choices": {"text": options, "label": list("ABCD")}, "answerKey": "ABCD"[i % 4]
+        },
+        "allenai/sciq": {
+            "support": text, "question": text, "correct_answer": options[0], "distractor1": options[1],
+            "distractor2": options[2], "distractor3": options[3],
+        },
+        "EleutherAI/lambada_openai": {"text": text},
+        "cimec/lambada": {"text": text},
+        "allenai/winogrande": {
+            "sentence": f"{text} _ fell", "option1": "cat", "option2": "mat", "answer": str(1 + i % 2)
+        },
+        "cais/mmlu": {"question": text, "choices": options, "answer": i % 4},
+        "EleutherAI/wikitext_document_level": {"page": text},
+    }[dataset]  # fmt: skip
+
+
 def test_tasks_of_the_hub(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm-eval's own PIQA file, byte-normalised as well, with examples from the training split."""
-    asked = []
+    """lm-eval's own task files, on made-up rows of their data sets: each gives the paper's measure."""
 
     def load_dataset(path: str, **kwargs: Any) -> datasets.DatasetDict:
-        asked.append(path)
-        rows = [{"goal": sentence(i, 4), "sol1": "über", "sol2": "a mat", "label": i % 2} for i in range(9)]
-        split = datasets.Dataset.from_list(rows)
-        return datasets.DatasetDict(train=split, validation=split.select(range(4)))
+        rows = datasets.Dataset.from_list([official_row(path, i) for i in range(6)])
+        return datasets.DatasetDict(dict.fromkeys(("train", "dev", "validation", "test"), rows))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    settings = Settings(tmp_path, model=model_dir, tasks=choose(["piqa"]), num_fewshot=(1,), device="cpu")
-    result = evaluate(settings).finished["piqa, 1-shot"]
-    assert asked == ["baber/piqa"]
-    assert {"acc", "acc_norm", "acc_bytes"} <= result.metrics.keys()
-    assert (result.data, result.documents) == ("hub", 4)
+    settings = Settings(tmp_path, model=model_dir, num_fewshot=(0, 2), device="cpu", limit=2)
+    results = evaluate(settings)
+    assert results.finished.keys() == {
+        *(f"{name}, {shots}-shot" for name in AVERAGED for shots in (0, 2)), "wikitext, 0-shot"
+    }  # fmt: skip
+    for result in results.finished.values():
+        task = TASKS[result.name]
+        assert task.metric in result.metrics and result.data == "hub"
+        assert ({"acc_norm", "acc_bytes"} <= result.metrics.keys()) == task.normalised
+        assert result.documents == (2 * 57 if task.name == "mmlu_continuation" else 2)
+    assert {shots: average.missing for shots, average in results.averages().items()} == {0: [], 2: []}
 
 
 def test_lm_eval_knows_every_task() -> None:
@@ -211,6 +241,31 @@ def test_packed_text_is_what_a_plain_loop_gives(model_dir: Path, tmp_path: Path)
     ):
         assert result.metrics[metric] == pytest.approx(np.exp(nats / parts), rel=1e-4)
     assert result.metrics["bits_per_byte"] == pytest.approx(nats / size / np.log(2), rel=1e-5)
+
+
+def test_text_that_cannot_be_measured(model_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "valid.jsonl"
+    settings = Settings(tmp_path / "out", model=model_dir, tasks=[], text=(str(file),), device="cpu")
+    for content, message in (
+        ('{"text": ""}', r"valid\.jsonl: no document with text"),
+        ('{"text": "a"}\n{"txt": "a"}', r"valid\.jsonl, line 2: no text under the key 'text'"),
+    ):
+        file.write_text(content)
+        with pytest.raises(UserError, match=message):
+            evaluate(settings)
+
+
+def test_tokenizer_of_another_model(model_dir: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(model_dir, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens([f"new{i}" for i in range(50)])
+    tokenizer.save_pretrained(other)
+    settings = Settings(tmp_path / "out", model=other, tasks=[], text=(__file__,), device="cpu")
+    with pytest.raises(UserError, match=r"\.py: the name does not tell the format"):
+        evaluate(settings)
+    text = shutil.copy(__file__, tmp_path / "text.txt")
+    with pytest.raises(UserError, match=r"has 354 entries, the model's vocabulary only 352"):
+        evaluate(replace(settings, text=(str(text),)))
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Averages, tables and the published numbers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,9 +52,17 @@ def test_a_part_is_never_called_the_average(results: Results) -> None:
 def test_all_three_accuracies_are_named(results: Results) -> None:
     sheet = own_sheets(results)[0]
     assert list(sheet.header[3:6]) == ["acc", "acc_norm", "acc_bytes"]
-    assert list(sheet.rows[0]) == ["PIQA", "0", "100", "99.00", "98.00", "10.00", "acc_bytes", "10.00 ± 1.00"]
+    assert list(sheet.rows[0]) == ["PIQA", "0", "100", "99.00", "98.00", "10.00*", "1.00"]
     winogrande = next(row for row in sheet.rows if row[0] == "WinoGrande")
-    assert winogrande[6] == "acc" and winogrande[5] == ""
+    assert list(winogrande[3:]) == ["80.00*", "98.00", "", ""]
+    assert len(sheet.notes) == 1
+    results.add(replace(of("piqa", 0, acc_bytes=0.1), data="0" * 64))
+    assert own_sheets(results)[0].notes[1].endswith("official ones: PIQA.")
+
+
+def test_what_was_not_run_is_grouped(results: Results) -> None:
+    results.skipped = [Skipped("sciq", 5, "x"), Skipped("piqa", 5, "x"), Skipped("sciq", 0, "x")]
+    assert own_sheets(results)[-1].rows == [["5", "sciq, piqa", "x"], ["0", "sciq", "x"]]
 
 
 def test_beside_pythia(results: Results) -> None:
