@@ -85,6 +85,8 @@ def _add_measures(group: argparse._ArgumentGroup) -> None:
 
 def _add_ways(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
+    text = "tokens of a sequence (default: the model's); more than it was trained with gives worse results"
+    add("--max-length", type=int, metavar="N", help=text)
     text = 'sequences at a time, or "auto" (default: %(default)s; with "auto", --text takes one at a time)'
     add("--batch-size", type=number_or_auto, default=8, help=text)
     add("--device", help="cpu, or a GPU by torch's name (default: the GPU if there is one)")
@@ -99,6 +101,7 @@ def number_or_auto(text: str) -> int | str:
 if __name__ == "__main__":
     show_messages(True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave no converted model behind
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
         model.to(device.device())
         transformers.set_seed(arguments.seed)
         for prompt in prompts or _dialogue():
-            print(f"{prompt}{_continued(model, tokenizer, prompt, arguments)}\n", flush=True)
+            _show(f"{prompt}{_continued(model, tokenizer, prompt, arguments)}\n", arguments.output)
 
 
 def _continued(model: Any, tokenizer: Any, prompt: str, arguments: argparse.Namespace) -> str:
@@ -61,6 +61,13 @@ def _continued(model: Any, tokenizer: Any, prompt: str, arguments: argparse.Name
         **inputs, **how, max_new_tokens=arguments.max_new_tokens, pad_token_id=tokenizer.pad_token_id
     )
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _show(text: str, output: Path | None) -> None:
+    print(text, flush=True)
+    if output is not None:
+        with output.open("a", encoding="utf-8") as file:
+            print(text, file=file)
 
 
 def _given(arguments: argparse.Namespace) -> Iterator[str]:
@@ -90,6 +97,8 @@ def _check(arguments: argparse.Namespace) -> None:
     for name, least in {"max_new_tokens": 1, "num_beams": 1, "top_k": 0, "temperature": 0}.items():
         if getattr(arguments, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least {least}")
+    if arguments.output is not None and arguments.output.exists():
+        raise UserError(f"--output {arguments.output} exists already; choose another")
     if not 0 < arguments.top_p <= 1:
         raise UserError(f"--top-p {arguments.top_p} must be above 0 and at most 1")
 
@@ -112,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-loops", type=int, help="run the core so often, where the scheme has no parameters per loop")
     add("--dtype", choices=DTYPES, help="of the computation (default: the weights')")
     add("--attn-implementation", help="sdpa, eager or flash_attention_2 (default: sdpa)")
+    add("--output", type=Path, help="a new file for the text, which is printed as well")
     add("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
     return parser
 

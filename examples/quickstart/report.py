@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,15 @@ from steps import Step, from_here, shell
 
 from megatron_mesh.probe.figures import LOSS_FILE, ROUTERS_FILE, read_metrics
 
+SAMPLE_FILE = "sample.txt"
 _TOKEN_BYTES = 2  # in the .bin files: ids of 4,096 pieces are 16 bits wide
 
 
 def report(output: Path, training: Step, figures: Step) -> str:
     """The final message, from the files below ``output``."""
-    return "\n\n".join([_results(output), _places(output), _next_commands(output, training, figures)])
+    return "\n\n".join(
+        [_results(output), _sample(output), _places(output), _next_commands(output, training, figures)]
+    )
 
 
 def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
@@ -37,6 +41,11 @@ def _results(output: Path) -> str:
     )
 
 
+def _sample(output: Path) -> str:
+    text = (output / SAMPLE_FILE).read_text(encoding="utf-8").strip()
+    return "It writes:\n" + textwrap.indent(text, "  ")
+
+
 def _places(output: Path) -> str:
     model = output / "model"
     places = {
@@ -48,6 +57,7 @@ def _places(output: Path) -> str:
         model / "metrics.jsonl": "the numbers of every logged step",
         model / LOSS_FILE: "training and validation loss",
         model / ROUTERS_FILE: "where the routers write and read, per iteration",
+        output / "hf": "the model for Hugging Face transformers",
     }
     width = max(len(str(path)) for path in places)
     return "\n".join(

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from report import report
+from report import SAMPLE_FILE, report
 from steps import Step, from_here, run_all
 
 from megatron_mesh.errors import UserError
@@ -29,13 +29,13 @@ def main(argv: Sequence[str]) -> None:
     start = time.monotonic()
     run_all(steps, notes=options.output_dir / "done.json")
     print(f"\nDone in {time.monotonic() - start:.0f} s.\n")
-    print(report(options.output_dir, training=steps[-2], figures=steps[-1]))
+    print(report(options.output_dir, training=steps[-4], figures=steps[-3]))
 
 
 def plan(options: argparse.Namespace) -> list[Step]:
-    """The steps, in order; the last two are the training and the figures."""
+    """The steps, in order; the last four are the training, the figures, the conversion and the sample."""
     directory = options.output_dir
-    corpus, data, model = directory / "corpus", directory / "data", directory / "model"
+    corpus, data, model, hf = (directory / name for name in ("corpus", "data", "model", "hf"))
     tokenizer = directory / "tokenizer/tokenizer.model"
     return [
         Step(
@@ -87,6 +87,23 @@ def plan(options: argparse.Namespace) -> list[Step]:
             ROOT / "tools/plot_run.py",
             {"--run": model},
             output=model / "loss.png",
+        ),
+        Step(
+            "Convert it for Hugging Face",
+            ROOT / "tools/convert_to_hf.py",
+            {"--load": model, "--save": hf},
+            output=hf,
+        ),
+        Step(
+            "Let it write",
+            ROOT / "tools/generate.py",
+            {
+                "--model": hf,
+                "--prompt": "The first argument",
+                "--max-new-tokens": 60,
+                "--output": directory / SAMPLE_FILE,
+            },
+            output=directory / SAMPLE_FILE,
         ),
     ]
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,32 +95,35 @@ def choose_device(name: str | None) -> torch.device:
 
 
 @contextmanager
-def opened(
-    source: Source, *, where: torch.device, dtype: str, batch_size: int | str, scratch: Path
-) -> Iterator[Any]:
-    """The model in memory, as lm-eval's HFLM; a checkpoint is converted below ``scratch`` for as long."""
+def opened(source: Source, scratch: Path, how: Mapping[str, Any]) -> Iterator[Any]:
+    """The model in memory, as lm-eval's HFLM.
+
+    Args:
+        source: which model.
+        scratch: directory below which a checkpoint is converted, for as long as the model is used.
+        how: arguments of HFLM: device, dtype, batch_size, max_length.
+    """
     if not source.is_checkpoint:
-        yield _read(source.path, source, where, dtype, batch_size)
+        yield _read(source.path, source, how)
         return
     from megatron_mesh.hf.export import export_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="model-", dir=scratch) as temporary:
         directory = Path(temporary) / source.path.name
         export_checkpoint(source.path, directory, tokenizer_model=source.tokenizer_model)
-        yield _read(directory, source, where, dtype, batch_size)
+        yield _read(directory, source, how)
 
 
-def _read(directory: Path, source: Source, where: torch.device, dtype: str, batch_size: int | str) -> Any:
-    from lm_eval.models.huggingface import HFLM
+def _read(directory: Path, source: Source, how: Mapping[str, Any]) -> Any:
     from safetensors import SafetensorError
 
+    from megatron_mesh.evaluation.lm import CheckedHFLM
+
     try:
-        lm = HFLM(
+        lm = CheckedHFLM(
             pretrained=str(directory.resolve()),  # a relative path could be taken for a name on the hub
-            device=str(where),
-            dtype=dtype,
-            batch_size=batch_size,
             trust_remote_code=source.trust_remote_code,
+            **how,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"the model in {source.path} cannot be read: {error}") from error

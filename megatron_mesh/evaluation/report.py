@@ -27,6 +27,8 @@ def write_markdown(results: Results) -> Path:
         f"lm-eval {run['lm_eval']}, precision {run['dtype']}, model sha256 {run['model'][:12]}.",
         "",
     ]
+    if run["max_length"]:
+        lines += [f"Sequences of {run['max_length']} tokens, whatever the model was trained with.", ""]
     if run["limit"]:
         lines += [f"**Only the first {run['limit']} documents of each task: not comparable.**", ""]
     measured = [shots for shots in SHOTS if any(r.shots == shots for r in results.finished.values())]
@@ -145,7 +147,7 @@ def _perplexities(results: Results) -> Sheet:
 
 
 def _not_run(results: Results) -> Sheet:
-    by_reason: dict[tuple[int, str], list[str]] = {}
+    by_reason: dict[tuple[int | None, str], list[str]] = {}
     for skipped in results.skipped:
         by_reason.setdefault((skipped.shots, skipped.reason), []).append(skipped.name)
     rows = [[str(shots), ", ".join(names), reason] for (shots, reason), names in by_reason.items()]
@@ -170,4 +172,6 @@ def _number(metrics: Mapping[str, float], name: str) -> str:
 def _cell(metric: str, value: float) -> str:
     if metric.startswith("acc"):
         return f"{100 * value:.2f}"
-    return f"{value:.4f}" if metric == "bits_per_byte" else f"{value:,.2f}"
+    if metric == "bits_per_byte":
+        return f"{value:.4f}"
+    return f"{value:,.2f}" if value < 1e5 else f"{value:.2e}"

@@ -15,6 +15,11 @@ RESULTS_FILE = "results.json"
 HUB = "hub"
 
 
+def label(name: str, shots: int | None) -> str:
+    """What a result is called."""
+    return name if shots is None else f"{name}, {shots}-shot"
+
+
 @dataclass(frozen=True)
 class Result:
     """One task at one number of shots, or the perplexity of one text (``shots`` is None)."""
@@ -31,7 +36,7 @@ class Result:
     @property
     def label(self) -> str:
         """For people, and the key in the file."""
-        return self.name if self.shots is None else f"{self.name}, {self.shots}-shot"
+        return label(self.name, self.shots)
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,20 @@ class Skipped:
     """A task that was asked for and cannot be run."""
 
     name: str
-    shots: int
+    shots: int | None
     reason: str
 
     @property
     def label(self) -> str:
         """As that of a result."""
-        return f"{self.name}, {self.shots}-shot"
+        return label(self.name, self.shots)
+
+
+class TooLong(Exception):
+    """An answer has more tokens than the model takes: the task cannot be run on this model."""
+
+    def __init__(self, tokens: int, limit: int):
+        super().__init__(f"an answer has {tokens} tokens, the model takes {limit}; --max-length allows more")
 
 
 @dataclass(frozen=True)

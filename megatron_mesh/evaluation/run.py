@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation import harness, model
 from megatron_mesh.evaluation.local_data import LocalTask, read_local_tasks
-from megatron_mesh.evaluation.results import HUB, Result, Results, Skipped, open_results
+from megatron_mesh.evaluation.results import HUB, Result, Results, Skipped, TooLong, label, open_results
 from megatron_mesh.evaluation.tasks import SHOTS, TASKS, Task
 from megatron_mesh.evaluation.text import Text, measure, open_text
 
@@ -37,6 +38,7 @@ class Settings:
     json_keys: str = "text"
     local_data: Path | None = None
     limit: int | None = None
+    max_length: int | None = None
     batch_size: int | str = 8
     device: str | None = None
     dtype: str = "auto"
@@ -44,12 +46,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One result to be had."""
+    """One result to be had; the fields are those of ``Result``."""
 
-    label: str
+    name: str
+    shots: int | None
     data: str
     measure: Callable[[Any], Result]
     """Takes lm-eval's HFLM."""
+
+    @property
+    def label(self) -> str:
+        """As that of the result."""
+        return label(self.name, self.shots)
 
 
 def evaluate(settings: Settings) -> Results:
@@ -73,19 +81,29 @@ def evaluate(settings: Settings) -> Results:
     if len(left) < len(jobs):
         logger.info("finished before: %d of %d", len(jobs) - len(left), len(jobs))
     if left:
-        harness.quiet()
-        with model.opened(
-            source,
-            where=where,
-            dtype=settings.dtype,
-            batch_size=settings.batch_size,
-            scratch=settings.output_dir,
-        ) as lm:
-            for number, job in enumerate(left, start=1):
-                logger.info("[%d/%d] %s", number, len(left), job.label)
-                results.add(job.measure(lm))
+        _run(left, results, source, settings, where)
     results.save()
     return results
+
+
+def _run(
+    jobs: list[Job], results: Results, source: model.Source, settings: Settings, where: torch.device
+) -> None:
+    harness.quiet()
+    how = {
+        "device": str(where),
+        "dtype": settings.dtype,
+        "batch_size": settings.batch_size,
+        "max_length": settings.max_length,
+    }
+    with model.opened(source, settings.output_dir, how) as lm:
+        for number, job in enumerate(jobs, start=1):
+            logger.info("[%d/%d] %s", number, len(jobs), job.label)
+            try:
+                results.add(job.measure(lm))
+            except TooLong as error:
+                logger.warning("%s is not run: %s", job.label, error)
+                results.skipped.append(Skipped(job.name, job.shots, str(error)))
 
 
 def check(settings: Settings) -> None:
@@ -96,12 +114,15 @@ def check(settings: Settings) -> None:
         raise UserError("--tokenizer-model is for --load; a --model directory holds its tokenizer")
     if not settings.tasks and not settings.text:
         raise UserError("nothing to evaluate: name --tasks, or a --text")
-    if settings.limit is not None and settings.limit < 1:
-        raise UserError(f"--limit {settings.limit} must be above 0")
+    for name, value in {
+        "limit": settings.limit,
+        "max-length": settings.max_length,
+        "batch-size": settings.batch_size,
+    }.items():
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"--{name} {value} must be above 0")
     if any(shots < 0 for shots in settings.num_fewshot):
         raise UserError(f"--num-fewshot {min(settings.num_fewshot)} must not be below 0")
-    if isinstance(settings.batch_size, int) and settings.batch_size < 1:
-        raise UserError(f"--batch-size {settings.batch_size} must be above 0")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("the evaluation is one process: start it without torchrun (--device names its GPU)")
 
@@ -148,7 +169,7 @@ def _task_job(task: Task, shots: int, limit: int | None, local: LocalTask | None
         )
         return result
 
-    return Job(f"{task.name}, {shots}-shot", local.data if local else HUB, run)
+    return Job(task.name, shots, local.data if local else HUB, run)
 
 
 def _text_job(text: Text, settings: Settings) -> Job:
@@ -159,7 +180,7 @@ def _text_job(text: Text, settings: Settings) -> Job:
         with _progress(text.label) as on_batch:
             return measure(text, lm, batch_size=batch_size, limit=settings.limit, on_batch=on_batch)
 
-    return Job(text.label, text.data, run)
+    return Job(text.label, None, text.data, run)
 
 
 @contextmanager
@@ -194,5 +215,6 @@ def _identity(settings: Settings, source: model.Source) -> dict[str, Any]:
         "model": source.sha256,
         "dtype": settings.dtype,
         "limit": settings.limit,
+        "max_length": settings.max_length,
         "lm_eval": harness.version(),
     }

@@ -98,6 +98,31 @@ def describe() -> str:
     return f"{where} (not installed: {', '.join(missing)}; torch's own attention, norms and AdamW are used)"
 
 
+def gpus() -> list[tuple[str, str]]:
+    """Name, and memory with compute capability, of each GPU that this process sees."""
+    if not has_gpu():
+        return []
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [
+        (each.name, f"{each.total_memory / 2**30:.0f} GiB, sm_{each.major}{each.minor}") for each in found
+    ]
+
+
+def why_no_gpu() -> str:
+    """What keeps this process from a GPU."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA: training runs on the CPU, with gloo"
+    return "torch finds no device (driver, or CUDA_VISIBLE_DEVICES): training runs on the CPU, with gloo"
+
+
+def libraries() -> dict[str, str]:
+    """Versions of the libraries that torch brings for GPUs; nothing on a CPU."""
+    if not has_gpu():
+        return {}
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version()), "NCCL": nccl}
+
+
 def synchronize() -> None:
     """Wait for the device (nothing to wait for on a CPU)."""
     if has_gpu():

@@ -160,6 +160,19 @@ def official_row(dataset: str, i: int) -> dict[str, Any]:
     }[dataset]  # fmt: skip
 
 
+def test_answers_longer_than_the_model_takes(model_dir: Path, local_data: Path, tmp_path: Path) -> None:
+    """That task is left out and said, the others go on; more tokens can be allowed."""
+    long = [{"goal": "a", "sol1": sentence(0, 60), "sol2": "the", "label": 0}]
+    write_jsonl(local_data / "piqa.jsonl.gz", long)
+    asked: dict[str, Any] = {"tasks": choose(["piqa", "lambada_openai"]), "num_fewshot": (0,)}
+    results = measured(model_dir, local_data, tmp_path / "out", **asked)
+    assert results.finished.keys() == {"lambada_openai, 0-shot"}
+    assert [(s.name, s.shots) for s in results.skipped] == [("piqa", 0)]
+    assert "tokens, the model takes 48; --max-length allows more" in results.skipped[0].reason
+    longer = measured(model_dir, local_data, tmp_path / "longer", max_length=200, **asked)
+    assert longer.finished["piqa, 0-shot"].documents == 1 and longer.skipped == []
+
+
 def test_tasks_of_the_hub(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval's own task files, on made-up rows of their data sets: each gives the paper's measure."""
 

@@ -20,7 +20,14 @@ def of(name: str, shots: int | None, **metrics: float) -> Result:
 @pytest.fixture
 def results(tmp_path: Path) -> Results:
     """Nine tasks at 0 shots, their paper's measure 0.1, 0.2, ... 0.9; two of them at 5; perplexities."""
-    run = {"path": "here", "model": "f" * 64, "dtype": "auto", "limit": None, "lm_eval": "0.4.13"}
+    run = {
+        "path": "here",
+        "model": "f" * 64,
+        "dtype": "auto",
+        "limit": None,
+        "max_length": None,
+        "lm_eval": "0.4.13",
+    }
     found = Results(tmp_path / "results.json", run)
     for number, name in enumerate(AVERAGED, start=1):
         other = {"acc": 0.99, "acc_norm": 0.98, "perplexity": 12.5}

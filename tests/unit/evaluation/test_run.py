@@ -3,7 +3,7 @@
 import json
 import runpy
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     log: list[str] = []
 
     @contextmanager
-    def opened(source: model.Source, **how: Any) -> Iterator[None]:
+    def opened(source: model.Source, scratch: Path, how: Mapping[str, Any]) -> Iterator[None]:
         log.append(f"open {source.path.name}")
         yield None
 
@@ -65,7 +65,9 @@ def test_goes_on_after_an_interruption(asked: list[str], settings: Settings) -> 
     assert asked[1:] == ["winogrande 0"]
 
 
-@pytest.mark.parametrize("change", [{"limit": 5}, {"dtype": "float32"}, {"model": "other"}])
+@pytest.mark.parametrize(
+    "change", [{"limit": 5}, {"max_length": 9}, {"dtype": "float32"}, {"model": "other"}]
+)
 def test_results_of_another_run_are_kept(
     asked: list[str], settings: Settings, change: dict[str, Any]
 ) -> None:
@@ -127,9 +129,7 @@ def test_checkpoint_is_converted_and_removed(
     monkeypatch.setattr(export, "export_checkpoint", export_checkpoint)
     monkeypatch.setattr(model, "_read", read_model)
     source = model.Source(tmp_path / "iter_0000010", True, True, "0" * 64, "t.json")
-    with model.opened(
-        source, where=model.choose_device("cpu"), dtype="auto", batch_size=1, scratch=tmp_path
-    ) as lm:
+    with model.opened(source, tmp_path, {}) as lm:
         assert lm == "lm" and read == [True]
     assert exported[0][0] == source.path
     assert exported[0][1].name == "iter_0000010" and not exported[0][1].parent.exists()
@@ -141,6 +141,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"tokenizer_model": "t.json"}, "--tokenizer-model is for --load"),
     ({"tasks": []}, "nothing to evaluate"),
     ({"limit": 0}, "--limit 0 must be above 0"),
+    ({"max_length": -1}, "--max-length -1 must be above 0"),
     ({"num_fewshot": (0, -1)}, "--num-fewshot -1"),
     ({"batch_size": 0}, "--batch-size 0"),
     ({"device": "gpu"}, "--device gpu is not known"),

@@ -17,15 +17,16 @@ from tests.unit.train.conftest import run
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Directories with checkpoints of steps 3 and 6, one for each precision, made when first asked for."""
+    """Directories with checkpoints of steps 3 and 6, one for each kind of run, made when first asked for."""
     made = {}
 
-    def get(tiny, bf16: bool = False):
-        if bf16 not in made:
+    def get(tiny, bf16: bool = False, **settings):
+        key = (bf16, *settings.items())
+        if key not in made:
             directory = tmp_path_factory.mktemp("saved") / "run"
-            config = tiny(bf16=bf16, save=str(directory), save_interval=3, eval_interval=2)
-            made[bf16] = (directory, run(config))
-        return made[bf16]
+            config = tiny(bf16=bf16, save=str(directory), save_interval=3, eval_interval=2, **settings)
+            made[key] = (directory, run(config))
+        return made[key]
 
     return get
 
@@ -37,10 +38,21 @@ def assert_equal_tensors(a, b):
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_resuming_is_bitwise(tiny, saved, bf16):
-    directory, straight = saved(tiny, bf16)
-    resumed = run(tiny(bf16=bf16, load=str(directory / "iter_0000003"), eval_interval=2))
+KINDS = {
+    "fp32": {},
+    "bf16": {"bf16": True},
+    "loader processes": {"num_workers": 2},
+    "no accumulation": {"micro_batch_size": 8},
+    "several epochs": {"split": "4,48,48"},  # some 30 samples, of which a step takes 8
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resuming_is_bitwise(tiny, saved, kind):
+    settings = KINDS[kind]
+    bf16 = settings.get("bf16", False)
+    directory, straight = saved(tiny, **settings)
+    resumed = run(tiny(load=str(directory / "iter_0000003"), eval_interval=2, **settings))
     assert [r.step for r in resumed.records if r.kind == "train"] == [4, 5, 6]
     for name in ("loss", "lr", "grad_norm", "consumed_samples", "router"):
         assert resumed.values(name) == straight.values(name)[3:], name

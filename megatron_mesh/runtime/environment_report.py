@@ -1,0 +1,90 @@
+"""What is installed and what it computes on, and what the lack of an optional part costs."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from megatron_mesh.runtime import device
+
+# Distribution -> what is different without it.
+OPTIONAL = {
+    "transformer-engine": "no FP8, no context parallelism; torch's attention, norms and AdamW",
+    "apex": "no fused weight-gradient accumulation; torch's AdamW without Transformer Engine too",
+    "flash-attn": "flash attention comes from torch's scaled_dot_product_attention",
+    "triton": "the memory is read by torch's operations, in several passes",
+    "gigatoken": "preprocessing uses Hugging Face's tokenizers, about a tenth as fast",
+    "datatrove": "no preprocessing over a cluster",
+    "transformers": "no conversion to Hugging Face, no generation",
+    "lm-eval": "no tools/evaluate.py",
+    "deepspeed": "no DeepSpeed engine",
+    "wandb": "no logging to Weights & Biases",
+}
+REQUIRED = ("megatron-core", "torch", "numpy", "sentencepiece", "tokenizers")
+_VARIABLES = ("NCCL_", "SLURM_JOB_ID", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS", "MASTER_ADDR")
+_SLURM = ("sbatch", "srun", "scontrol")
+_INFINIBAND = Path("/sys/class/infiniband")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report."""
+
+    what: str
+    found: str
+    note: str = ""
+
+
+def report() -> list[Row]:
+    """The machine, the packages that are needed, and those that are missed or not."""
+    return [*_machine(), *_required(), *_optional(), *_surroundings()]
+
+
+def _machine() -> list[Row]:
+    memory = psutil.virtual_memory().total / 2**30
+    rows = [
+        Row("host", platform.node(), platform.platform()),
+        Row("python", platform.python_version()),
+        Row("CPU", f"{len(os.sched_getaffinity(0))} cores", f"{memory:.0f} GiB of memory"),
+    ]
+    gpus = device.gpus()
+    if not gpus:
+        rows.append(Row("GPU", "none", device.why_no_gpu()))
+    return rows + [Row(f"GPU {index}", name, note) for index, (name, note) in enumerate(gpus)]
+
+
+def _required() -> list[Row]:
+    rows = [Row(name, _version(name) or "MISSING", "" if _version(name) else "needed") for name in REQUIRED]
+    return [*rows, *(Row(name, version) for name, version in device.libraries().items())]
+
+
+def _optional() -> list[Row]:
+    return [
+        Row(name, version, "") if (version := _version(name)) else Row(name, "missing", cost)
+        for name, cost in OPTIONAL.items()
+    ]
+
+
+def _surroundings() -> list[Row]:
+    ports = sorted(path.name for path in _INFINIBAND.iterdir()) if _INFINIBAND.is_dir() else []
+    slurm = [name for name in _SLURM if shutil.which(name)]
+    rows = [
+        Row("InfiniBand", ", ".join(ports) or "none", "" if ports else "ranks on other nodes meet over TCP"),
+        Row("SLURM", ", ".join(slurm) or "none", "" if slurm else "no tools/submit_slurm.py here"),
+    ]
+    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)}
+    return rows + [Row(f"${name}", value) for name, value in found.items()]
+
+
+def _version(name: str) -> str | None:
+    try:
+        found = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if name == "apex" and not any("fused" in str(path) or "amp_C" in str(path) for path in found.files or []):
+        return None  # the unrelated package of that name on PyPI
+    return found.version

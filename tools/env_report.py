@@ -1,0 +1,28 @@
+#!/usr/bin/env python
+"""What this machine has for training: GPUs, libraries, and what each missing part costs.
+
+python tools/env_report.py
+srun --nodes 4 --ntasks-per-node 1 python tools/env_report.py     # of every node
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the report."""
+    parser = argparse.ArgumentParser(
+        prog="env_report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args(argv)
+    from megatron_mesh.runtime.environment_report import report
+
+    rows = report()
+    widths = [max(len(getattr(row, name)) for row in rows) for name in ("what", "found")]
+    for row in rows:
+        print(f"{row.what:<{widths[0]}}  {row.found:<{widths[1]}}  {row.note}".rstrip())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
