@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from matplotlib.image import imread
+from transformers import PreTrainedTokenizerFast
 
 from megatron_mesh.errors import UserError
 
@@ -110,11 +111,22 @@ def test_the_end_says_how_good_and_where(output: Path) -> None:
     assert "pretrain_mesh.py" in said and "--override-opt-param-scheduler" in said
 
 
+def test_the_model_for_hugging_face(output: Path) -> None:
+    """It writes, and its tokenizer gives the ids that the model was trained on."""
+    sample = (output / "sample.txt").read_text(encoding="utf-8")
+    assert sample.startswith("The first argument") and len(sample) > 60
+    assert sample.strip().splitlines()[0] in output.with_name("stdout.txt").read_text(encoding="utf-8")
+    original = sentencepiece.SentencePieceProcessor(model_file=str(output / "tokenizer/tokenizer.model"))
+    exported = PreTrainedTokenizerFast.from_pretrained(output / "hf")
+    for text in texts(output, "valid"):
+        assert exported(text)["input_ids"] == original.encode(text)
+
+
 def test_a_second_run_finds_everything_done(output: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
     done = quickstart(output)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("already done") == 6
+    assert done.stdout.count("already done") == 8
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == before
 
 
