@@ -21,6 +21,7 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_mesh", "megatron_mesh.*"]),
     py_modules=["pretrain_mesh"],
+    package_data={"megatron_mesh.evaluation": ["*.json"]},
     install_requires=[
         "megatron-core==0.16.1",  # its seams are patched and subclassed: this version exactly
         "torch>=2.9,<2.14",
@@ -40,9 +41,10 @@ setup(
         "hf": ["transformers>=4.57,<6", "safetensors>=0.5", "huggingface_hub>=0.34", "protobuf>=5"],
         "eval": [
             "lm_eval>=0.4.13,<0.5",
-            "accelerate>=1.2",  # lm-eval's Hugging Face backend imports both
-            "peft>=0.15",
-            "datasets>=4",
+            "transformers>=4.57,<6",
+            "accelerate>=1.15",  # lm-eval's Hugging Face backend imports both
+            "peft>=0.21",
+            "datasets>=5.2",
         ],
         "wandb": ["wandb>=0.19"],
         "dev": [

@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> None:
     console = Console()
     for sheet in own_sheets(results):
         console.print(sheet.rich())
+        console.print()
     path = write_markdown(results)
     print(f"wrote {results.path} and {path} (beside the paper's and Pythia's numbers)", file=sys.stderr)
 
@@ -65,7 +66,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     add("--model", type=Path, help="a Hugging Face model directory, ours or another")
     add("--load", type=Path, help="a training checkpoint: a run's directory or an iter_... in it")
     add("--tokenizer-model", help="for --load: where the tokenizer is now (default: where it was)")
-    text = "run the Python code that --model brings (our exports of looped models bring some)"
+    text = "run the Python code that --model brings (our own exports do without)"
     add("--trust-remote-code", action="store_true", help=text)
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from megatron_mesh.runtime import device
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_OUR_MODEL_TYPE = "megatron_mesh"
 _PART_OF_MODEL = {".json", ".safetensors", ".bin", ".py", ".model", ".txt"}
 
 
@@ -53,14 +53,15 @@ def huggingface_source(path: Path, *, trust_remote_code: bool) -> Source:
 
 
 def checkpoint_source(load: Path, tokenizer_model: str | None) -> Source:
-    """The newest checkpoint of a run directory, or an iter_... directory; the code is our own, so trusted.
+    """The newest checkpoint of a run directory, or an iter_... directory.
 
     Raises:
         UserError: there is no checkpoint, it is not complete, or has no tokenizer.
     """
     if (load / "config.json").is_file():
         raise UserError(f"--load {load} is a Hugging Face directory: give it as --model")
-    path = candidates(CheckpointConfig(load=str(load)))[0]
+    named = load.name.startswith("iter_")  # perhaps an unfinished one, which reading it will say
+    path = load if named else candidates(CheckpointConfig(load=str(load)))[0]
     if read_checkpoint(path).config.data.tokenizer_model is None and tokenizer_model is None:
         raise UserError(
             f"{path} was trained without a tokenizer; name the one of its data: --tokenizer-model"
@@ -71,7 +72,7 @@ def checkpoint_source(load: Path, tokenizer_model: str | None) -> Source:
         raise UserError(f"the checkpoint {path} is damaged: {error}; --load another one") from None
     if tokenizer_model is not None:
         listed["tokenizer"] = digest(build_tokenizer(None, tokenizer_model).path)
-    return Source(path, True, True, _sha256(listed), tokenizer_model)
+    return Source(path, True, False, _sha256(listed), tokenizer_model)
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -95,22 +96,21 @@ def choose_device(name: str | None) -> torch.device:
 
 
 @contextmanager
-def opened(source: Source, scratch: Path, how: Mapping[str, Any]) -> Iterator[Any]:
-    """The model in memory, as lm-eval's HFLM.
+def opened(source: Source, how: Mapping[str, Any]) -> Iterator[Any]:
+    """The model in memory, as lm-eval's HFLM; a checkpoint is converted for as long.
 
     Args:
         source: which model.
-        scratch: directory below which a checkpoint is converted, for as long as the model is used.
         how: arguments of HFLM: device, dtype, batch_size, max_length.
     """
+    from megatron_mesh.hf.open_model import check_version, directory_of, register
+
+    check_version()
+    register()
     if not source.is_checkpoint:
         yield _read(source.path, source, how)
         return
-    from megatron_mesh.hf.export import export_checkpoint
-
-    with tempfile.TemporaryDirectory(prefix="model-", dir=scratch) as temporary:
-        directory = Path(temporary) / source.path.name
-        export_checkpoint(source.path, directory, tokenizer_model=source.tokenizer_model)
+    with directory_of(source.path, source.tokenizer_model) as directory:
         yield _read(directory, source, how)
 
 
@@ -144,7 +144,10 @@ def _check_model_files(path: Path) -> None:
     if not (path / "config.json").is_file():
         if saved_steps(path) or (path / STATE_FILE).is_file():
             raise UserError(f"--model {path} is a training checkpoint: give it as --load")
-        raise UserError(f"--model {path} has no config.json, so it is not a Hugging Face model directory")
+        raise UserError(
+            f"--model {path} is not a Hugging Face model directory (no config.json); give one that holds "
+            "config.json, weights and tokenizer"
+        )
     _read_json(path / "config.json")
     if not any(file for pattern in _WEIGHTS for file in path.glob(pattern)):
         raise UserError(
@@ -169,7 +172,9 @@ def _check_tokenizer(path: Path) -> None:
 
 def _check_no_code(path: Path) -> None:
     for name in ("config.json", "tokenizer_config.json"):
-        if (path / name).is_file() and (code := _read_json(path / name).get("auto_map")):
+        content = _read_json(path / name) if (path / name).is_file() else {}
+        code = content.get("auto_map")
+        if code and content.get("model_type") != _OUR_MODEL_TYPE:  # for which the package's code is taken
             raise UserError(
                 f"{path / name} has an auto_map ({', '.join(sorted(map(str, code)))}): the model brings "
                 "Python code, which would run on this machine. If you trust it, add --trust-remote-code."

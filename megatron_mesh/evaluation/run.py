@@ -96,7 +96,7 @@ def _run(
         "batch_size": settings.batch_size,
         "max_length": settings.max_length,
     }
-    with model.opened(source, settings.output_dir, how) as lm:
+    with model.opened(source, how) as lm:
         for number, job in enumerate(jobs, start=1):
             logger.info("[%d/%d] %s", number, len(jobs), job.label)
             try:

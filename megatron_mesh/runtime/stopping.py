@@ -21,6 +21,8 @@ from megatron_mesh.runtime.distributed import is_rank_zero
 STOP_FILE = "stop"
 STATUS_FILE = "run_status.txt"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+ECHO_SECONDS = 5.0
+"""A signal that comes so soon after the first is the same request: launchers pass on what ranks got too."""
 
 # What ranks vote with; the highest wins.
 _REASONS = ("", "--exit-interval", "--exit-duration-in-mins", "the stop file", "SIGTERM", "SIGUSR1")
@@ -39,17 +41,16 @@ class StopRequests:
         self._started = started
         self._file = Path(settings.save) / STOP_FILE if settings.save else None
         self._signalled = 0
+        self._first_signal = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals; a second one of any kind ends the process at once, as it would have without."""
+        """Take the signals; a second request ends the process at once, as the first would have without this.
 
-        def note(number: int, frame: FrameType | None) -> None:
-            self._signalled = _REASONS.index(signal.Signals(number).name)
-            for each in SIGNALS:
-                signal.signal(each, signal.SIG_DFL)
-
-        before = {number: signal.signal(number, note) for number in SIGNALS}
+        No second request are echoes (``ECHO_SECONDS``), and further SIGTERMs in a SLURM job: SLURM sends them
+        by itself when a grace time is over, and after KillWait it kills whoever has not ended.
+        """
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
         if self._file is not None and is_rank_zero():
             self._file.unlink(missing_ok=True)  # it was meant for an earlier run
         try:
@@ -57,6 +58,16 @@ class StopRequests:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self._signalled:
+            self._signalled = _REASONS.index(signal.Signals(number).name)
+            self._first_signal = time.monotonic()
+            return
+        echo = time.monotonic() - self._first_signal < ECHO_SECONDS
+        if not echo and not (number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def agreed(self, step: int, *, faulty: bool) -> tuple[str, bool]:
         """Why all ranks stop after ``step`` ("" if they do not), and whether any rank's step is ``faulty``.

@@ -24,7 +24,8 @@ def test_linked_and_named_files_exist() -> None:
     commands = re.findall(r"python (\S+\.py)", README)
     configs = re.findall(r"--config (\S+\.yaml)", README)
     assert links and commands and configs
-    for name in {*links, *commands, *configs}:
+    made = ("runs/", "weights/")  # by a command before
+    for name in {*links, *commands, *(config for config in configs if not config.startswith(made))}:
         assert (ROOT / name).exists(), name
 
 

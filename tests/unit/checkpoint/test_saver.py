@@ -151,7 +151,8 @@ def test_intervals_and_stop_file(tiny, tmp_path):
 
 
 PROGRAM = """
-import os, signal, sys
+import os, signal, sys, time
+from megatron_mesh.runtime.stopping import ECHO_SECONDS
 from megatron_mesh.train import loop
 original, when, numbers = loop.run_batch, int(sys.argv[1]), sys.argv[2].split(",")
 count = 0
@@ -162,6 +163,8 @@ def run_batch(*arguments, **more):
         for number in numbers:
             if number == "file":
                 open(sys.argv[4], "w").close()
+            elif number == "wait":
+                time.sleep(ECHO_SECONDS + 0.2)
             else:
                 os.kill(os.getpid(), getattr(signal, number))
     return original(*arguments, **more)
@@ -171,15 +174,25 @@ sys.exit(main(sys.argv[5:]))
 """
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "file", "SIGTERM,SIGTERM"])
-def test_requests_to_stop(tiny, tmp_path, how):
+@pytest.mark.parametrize(
+    ("how", "slurm"),
+    [
+        ("SIGTERM", False),
+        ("SIGUSR1", False),
+        ("file", False),
+        ("SIGTERM,SIGTERM", False),  # an echo
+        ("SIGTERM,wait,SIGTERM", False),
+        ("SIGTERM,wait,SIGTERM", True),
+    ],
+)
+def test_requests_to_stop(tiny, tmp_path, how, slurm):
     from megatron_mesh.config.dump import dump_config
 
     save = tmp_path / "run"
     (tmp_path / "config.yaml").write_text(dump_config(tiny(save=str(save), load=str(save))))
     command = [sys.executable, "-c", PROGRAM, "3", how, "-", str(save / "stop")]
     root = Path(__file__).resolve().parents[3]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"SLURM_JOB_ID": "1"} if slurm else {})}
     started = time.monotonic()
     done = subprocess.run(
         [*command, "--config", str(tmp_path / "config.yaml")],
@@ -189,7 +202,7 @@ def test_requests_to_stop(tiny, tmp_path, how):
         text=True,
         timeout=100,
     )
-    if how == "SIGTERM,SIGTERM":
+    if "wait" in how and not slurm:
         assert done.returncode == -signal.SIGTERM and steps(save) == []
         assert (save / "run_status.txt").read_text() == "running\n"
         return

@@ -1,7 +1,9 @@
 """A training checkpoint, straight and by way of its export."""
 
+import json
 import os
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import datasets
 from transformers import dynamic_module_utils
 
 from megatron_mesh.errors import UserError
+from megatron_mesh.evaluation.model import _OUR_MODEL_TYPE
 from megatron_mesh.evaluation.results import Results, open_results
 from megatron_mesh.hf.export import export_checkpoint
 from tests.exports import saved_with_logits
@@ -27,7 +30,7 @@ def read(directory: Path) -> Results:
 def test_checkpoint_and_export_measure_the_same(
     model_dir: Path, local_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Code that the export brings runs only if that is asked for; nothing of the conversion stays."""
+    """The code that the export brings is not run: the package's own serves."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -40,11 +43,30 @@ def test_checkpoint_and_export_measure_the_same(
     main(["--load", str(checkpoint.parent), "--output-dir", str(tmp_path / "a"), *rest])
     assert sorted(os.listdir(tmp_path / "a")) == ["results.json", "results.md"]
 
-    direct = ["--model", str(tmp_path / "exported"), "--output-dir", str(tmp_path / "b"), *rest]
-    with pytest.raises(UserError, match=r"auto_map .*--trust-remote-code"):
-        main(direct)
-    main([*direct, "--trust-remote-code"])
+    exported = tmp_path / "exported"
+    config = json.loads((exported / "config.json").read_text())
+    assert "auto_map" in config and config["model_type"] == _OUR_MODEL_TYPE
+    (exported / "modeling_mesh.py").write_text("raise AssertionError('code of the directory was run')")
+    main(["--model", str(exported), "--output-dir", str(tmp_path / "b"), *rest])
     ours, theirs = read(tmp_path / "a").finished, read(tmp_path / "b").finished
     assert len(ours) == 5 and ours.keys() == theirs.keys()
     for label, result in ours.items():
         assert result.metrics == pytest.approx(theirs[label].metrics, rel=1e-6), label
+
+
+def test_code_of_others_runs_only_if_asked_for(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    directory = Path(shutil.copytree(model_dir, tmp_path / "stranger"))
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "stranger", "auto_map": {"AutoConfig": "configuration_stranger.Config"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "configuration_stranger.py").write_text("raise AssertionError('it was run')")
+    (tmp_path / "valid.txt").write_text("the cat")
+    flags = ["--model", str(directory), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
+    flags += ["--tasks", "--text", str(tmp_path / "valid.txt")]
+    with pytest.raises(UserError, match=r"auto_map \(AutoConfig\).*--trust-remote-code"):
+        main(flags)
+    with pytest.raises(AssertionError, match="it was run"):
+        main([*flags, "--trust-remote-code"])

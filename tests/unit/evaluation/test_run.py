@@ -28,7 +28,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     log: list[str] = []
 
     @contextmanager
-    def opened(source: model.Source, scratch: Path, how: Mapping[str, Any]) -> Iterator[None]:
+    def opened(source: model.Source, how: Mapping[str, Any]) -> Iterator[None]:
         log.append(f"open {source.path.name}")
         yield None
 
@@ -108,33 +108,6 @@ def test_broken_results_are_not_overwritten(asked: list[str], settings: Settings
     assert (settings.output_dir / "results.json").read_text() == "{"
 
 
-def test_checkpoint_is_converted_and_removed(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The converter is handed the iteration; what it writes is read, then deleted."""
-    exported: list[tuple[Path, Path]] = []
-
-    def export_checkpoint(checkpoint: Path, directory: Path, *, tokenizer_model: str | None) -> None:
-        assert tokenizer_model == "t.json"
-        exported.append((checkpoint, directory))
-        shutil.copytree(settings.model, directory)
-
-    read: list[bool] = []
-
-    def read_model(directory: Path, *how: Any) -> str:
-        read.append((directory / "config.json").is_file())
-        return "lm"
-
-    export = pytest.importorskip("megatron_mesh.hf.export", reason="the converter is not there")
-    monkeypatch.setattr(export, "export_checkpoint", export_checkpoint)
-    monkeypatch.setattr(model, "_read", read_model)
-    source = model.Source(tmp_path / "iter_0000010", True, True, "0" * 64, "t.json")
-    with model.opened(source, tmp_path, {}) as lm:
-        assert lm == "lm" and read == [True]
-    assert exported[0][0] == source.path
-    assert exported[0][1].name == "iter_0000010" and not exported[0][1].parent.exists()
-
-
 BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"load": Path("x")}, "either --model"),
     ({"model": None}, "either --model"),
@@ -183,14 +156,17 @@ def _shards(directory: Path) -> None:
 
 
 BAD_MODELS: list[tuple[Callable[[Path], Any], str]] = [
-    (_delete("config.json"), "has no config.json"),
+    (_delete("config.json"), "not a Hugging Face model directory"),
     (_checkpoint, "is a training checkpoint: give it as --load"),
     (_delete("model.safetensors"), "has no weights"),
     (_shards, "not complete: model-00001-of-00002.safetensors"),
     (_delete("tokenizer.json"), "has no tokenizer"),
     (lambda d: (d / "config.json").write_text("["), "config.json cannot be read"),
     (_edit("config.json", auto_map={"AutoConfig": "evil.Config"}), "auto_map .*--trust-remote-code"),
-    (_edit("tokenizer_config.json", auto_map={"AutoTokenizer": "evil.T"}), "auto_map .*--trust-remote-code"),
+    (
+        _edit("tokenizer_config.json", model_type="x", auto_map={"AutoTokenizer": "evil.T"}),
+        "auto_map .*--trust-remote-code",
+    ),
 ]
 
 
@@ -213,6 +189,10 @@ def test_trusted_code_and_the_two_directories(settings: Settings, tmp_path: Path
     assert model.huggingface_source(directory, trust_remote_code=True).trust_remote_code
     with pytest.raises(UserError, match="is a Hugging Face directory: give it as --model"):
         model.checkpoint_source(directory, None)
+    unfinished = tmp_path / "iter_0000010.partial"
+    unfinished.mkdir()
+    with pytest.raises(UserError, match=r"partial is not a complete checkpoint .*--load another one"):
+        model.checkpoint_source(unfinished, None)
 
 
 BAD_DATA: list[tuple[Callable[[Path], Any], str]] = [
