@@ -231,11 +231,14 @@ def unfinished(save: Path) -> list[str]:
 
 
 def records(save: Path) -> list[dict]:
-    """The lines of the metrics; a killed run may leave half a line."""
-    path = save / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    """The lines of the metrics; a killed run may leave half a line.
+
+    A start that finds no checkpoint keeps what an earlier one wrote as metrics.1.jsonl and so on.
+    """
+    kept = sorted(save.glob("metrics.*.jsonl"), key=lambda path: int(path.name.split(".")[1]))
+    texts = [path.read_text(encoding="utf-8") for path in (*kept, save / "metrics.jsonl") if path.exists()]
     found = []
-    for line in lines:
+    for line in "\n".join(texts).splitlines():
         try:
             found.append(json.loads(line))
         except ValueError:

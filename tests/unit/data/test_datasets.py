@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.distributed as dist
-from corpora import NumberTokenizer
+from tests.unit.data.corpora import NumberTokenizer
 
 from megatron_mesh.config.schema import DataConfig
 from megatron_mesh.data import build_datasets, build_tokenizer

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from corpora import sentences, write_jsonl
+from tests.unit.data.corpora import sentences, write_jsonl
 
 from megatron_mesh.data import build_tokenizer
 from megatron_mesh.data.preprocess import PreprocessSettings, preprocess

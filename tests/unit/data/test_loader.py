@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpora import NumberTokenizer
+from tests.unit.data.corpora import NumberTokenizer
 
 from megatron_mesh.config.schema import DataConfig
 from megatron_mesh.data import SampleStream, build_datasets, build_loader, sample_ids

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
-from corpora import sentences, write_jsonl
+from tests.unit.data.corpora import sentences, write_jsonl
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_mesh.data import build_tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from corpora import sentences
+from tests.unit.data.corpora import sentences
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
