@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from tests.unit.data.corpora import sentences
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_mesh.data.indexed import IndexedWriter
+from tests.unit.data.corpora import sentences
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.distributed as dist
-from tests.unit.data.corpora import NumberTokenizer
 
 from megatron_mesh.config.schema import DataConfig
 from megatron_mesh.data import build_datasets, build_tokenizer
@@ -17,6 +16,7 @@ from megatron_mesh.data.blend import parse_blend, parse_split
 from megatron_mesh.data.datasets import Datasets
 from megatron_mesh.data.stream import SampleStream, epoch_order
 from megatron_mesh.errors import UserError
+from tests.unit.data.corpora import NumberTokenizer
 
 
 def build(

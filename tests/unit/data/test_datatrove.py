@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.unit.data.corpora import sentences, write_jsonl
 
 from megatron_mesh.data import build_tokenizer
 from megatron_mesh.data.preprocess import PreprocessSettings, preprocess
+from tests.unit.data.corpora import sentences, write_jsonl
 
 pytest.importorskip("datatrove", reason="datatrove, an optional dependency, is not installed")
 

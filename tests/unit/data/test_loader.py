@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.unit.data.corpora import NumberTokenizer
 
 from megatron_mesh.config.schema import DataConfig
 from megatron_mesh.data import SampleStream, build_datasets, build_loader, sample_ids
 from megatron_mesh.errors import UserError
+from tests.unit.data.corpora import NumberTokenizer
 
 GLOBAL = 8
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
-from tests.unit.data.corpora import sentences, write_jsonl
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_mesh.data import build_tokenizer
@@ -25,6 +24,7 @@ from megatron_mesh.data.encode import (
 from megatron_mesh.data.preprocess import PreprocessSettings, preprocess
 from megatron_mesh.data.tokenizer import Tokenizer
 from megatron_mesh.errors import UserError
+from tests.unit.data.corpora import sentences, write_jsonl
 
 ODD = [
     "before <|endoftext|> after<|endoftext|><|padding|> end",

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from tests.unit.data.corpora import sentences
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 from megatron_mesh.data import build_tokenizer, check_vocab
 from megatron_mesh.errors import UserError
+from tests.unit.data.corpora import sentences
 
 
 def test_kind_follows_from_the_name(hf_model: str, sp_model: str) -> None:
