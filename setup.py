@@ -51,7 +51,7 @@ setup(
             "pytest>=8.3,<9.2",  # pytest-xdist 3.8 loses its groups with 9.2
             "pytest-xdist>=3.6",
             "allpairspy>=2.5",
-            'triton>=3.5; platform_system == "Linux"',  # its interpreter runs the kernels' tests without a GPU
+            'triton>=3.5; platform_system == "Linux"',  # interprets the kernels in tests
             "hypothesis>=6.120",
             "ruff==0.17.6",
             "mypy==2.4.1",

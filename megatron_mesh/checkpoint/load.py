@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_mesh.checkpoint import integrity
+from megatron_mesh.checkpoint import fp8_state, integrity
 from megatron_mesh.checkpoint.content import sharded_state
 from megatron_mesh.checkpoint.directory import Checkpoint, read_checkpoint
 from megatron_mesh.checkpoint.optimizer_state import load_optimizer_state
@@ -67,9 +67,10 @@ def load_checkpoint(
         stage,
         optimizer if with_optimizer else None,
         with_generators=with_generators,
-        loading=True,
+        checkpoint=checkpoint.path,
     )
     loaded = read_tensors(checkpoint.path, sharded)
+    fp8_state.put_back(loaded["model"], loaded.get("fp8", {}), stage.config)
     stage.load_state_dict(loaded["model"])
     if with_optimizer:
         _load_optimizer(optimizer, loaded["optimizer"], config)

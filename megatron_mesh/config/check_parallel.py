@@ -24,9 +24,9 @@ def check_ranks(parallel: ParallelConfig, world_size: int) -> int:
         )
     if parallel.context_parallel_size > 1:
         raise UserError(
-            f"--context-parallel-size {parallel.context_parallel_size} needs Transformer Engine's attention, "
-            "and the layers are built from local modules; use --tensor-model-parallel-size with "
-            "--sequence-parallel for long sequences"
+            f"--context-parallel-size {parallel.context_parallel_size} needs Transformer Engine's attention "
+            "and sequences that are shared out, which is not built in; for long sequences use "
+            "--tensor-model-parallel-size with --sequence-parallel"
         )
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     size = tensor * pipeline

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from megatron_mesh.config.check_model import resolve_model
 from megatron_mesh.config.check_parallel import check_pipeline, check_ranks, check_tensor_parallel
+from megatron_mesh.config.check_precision import resolve_precision
 from megatron_mesh.config.check_training import resolve_optimizer, resolve_training
 from megatron_mesh.config.ranges import at_least, positive
 from megatron_mesh.config.schema import CheckpointConfig, Config, DataConfig, ModelConfig
@@ -28,11 +29,12 @@ def resolve(config: Config, *, world_size: int = 1) -> Config:
     check_tensor_parallel(config.parallel, model)
     training = resolve_training(config.training, model, data_parallel)
     check_pipeline(config.parallel, model, training, data_parallel)
+    precision = resolve_precision(config.precision, model, training, config.parallel)
     assert training.train_iters is not None
     optimizer = resolve_optimizer(config.optimizer, training.train_iters)
     check_checkpoint(config.checkpoint)
     at_least(1, config.logging, "log_interval")
-    return replace(config, model=model, training=training, optimizer=optimizer)
+    return replace(config, model=model, training=training, precision=precision, optimizer=optimizer)
 
 
 def check_vocabulary(model: ModelConfig, data: DataConfig) -> None:

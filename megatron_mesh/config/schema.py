@@ -98,6 +98,34 @@ class TrainingConfig:
 
 
 @dataclass
+class PrecisionConfig:
+    """Precision: Transformer Engine, FP8 and fused gradients."""
+
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Modules of the layers: Transformer Engine's or torch's (local); auto: the former with a GPU and it."""
+    gradient_accumulation_fusion: bool = False
+    """Add weight gradients to the float32 ones inside the matrix product (Transformer Engine or apex)."""
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """Compute in FP8: e4m3 everywhere, or e5m2 for gradients (hybrid); with Transformer Engine and --bf16."""
+    fp8_recipe: Literal["tensorwise", "blockwise", "delayed"] = "tensorwise"
+    """Scales of FP8: of the tensor as it is, of its blocks, or of earlier tensors (delayed)."""
+    fp8_scope: Literal["core", "all"] = "core"
+    """Layers in FP8: the core's, or prelude's and coda's too; a plain model is all core."""
+    fp8_param_gather: bool = False
+    """Keep the weights of FP8 layers in FP8, also when gathered; needs --use-distributed-optimizer."""
+    first_last_layers_bf16: bool = False
+    """Keep the first and last layers in bfloat16."""
+    num_layers_at_start_in_bf16: int | None = None
+    """With --first-last-layers-bf16: layers of the whole network's start; 1 if unset."""
+    num_layers_at_end_in_bf16: int | None = None
+    """With --first-last-layers-bf16: layers of the whole network's end; 1 if unset."""
+    fp8_amax_history_len: int | None = None
+    """With --fp8-recipe delayed: micro-batches whose largest values make the scales; 1024 if unset."""
+    fp8_amax_compute_algo: Literal["most_recent", "max"] | None = None
+    """With --fp8-recipe delayed: the last or the largest of the history; max if unset."""
+
+
+@dataclass
 class OptimizerConfig:
     """Optimizer: AdamW and its schedule."""
 
@@ -256,6 +284,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

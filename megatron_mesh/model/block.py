@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megatron_mesh.config.placement import Part
 from megatron_mesh.model.config import MeshTransformerConfig
-from megatron_mesh.model.layers import LayerNorm
+from megatron_mesh.model.layers import final_norm
+from megatron_mesh.model.precision import Name, section_config
 from megatron_mesh.model.section import Section
 from megatron_mesh.recurrence import LoopState, Scheme, build_scheme
 
@@ -45,7 +46,7 @@ class MeshTransformerBlock(TransformerBlock):
         self.part = Part.whole(config.layout) if part is None else part
         super().__init__(
             config,
-            TransformerBlockSubmodules([layer_spec], LayerNorm),
+            TransformerBlockSubmodules([layer_spec], final_norm(config)),
             pre_process=self.part.first,
             post_process=self.part.last,
             pg_collection=pg_collection,
@@ -54,14 +55,14 @@ class MeshTransformerBlock(TransformerBlock):
     def _build_layers(self) -> None:
         """Called by ``TransformerBlock.__init__``."""
         layers, part = self.config.layout, self.part
-        self.prelude = self._section(part.prelude, layers.prelude)
+        self.prelude = self._section("prelude", part.prelude, layers.prelude)
         if layers.shared:
-            self.core = self._section(part.core, layers.core)
+            self.core = self._section("core", part.core, layers.core)
         else:
             self.cores = torch.nn.ModuleList(
-                self._section(part.core, layers.core) for _ in range(layers.loops)
+                self._section("core", part.core, layers.core) for _ in range(layers.loops)
             )
-        self.coda = self._section(part.coda, layers.coda)
+        self.coda = self._section("coda", part.coda, layers.coda)
         self.recurrence = self._build_recurrence() if part.first else None
         self.final_layernorm = None
         if part.last:
@@ -72,8 +73,9 @@ class MeshTransformerBlock(TransformerBlock):
                 eps=self.config.layernorm_epsilon,
             )
 
-    def _section(self, held: range, total: int) -> Section:
-        return Section(self.config, self.submodules.layer_specs[0], held, total, self.pg_collection)
+    def _section(self, name: Name, held: range, total: int) -> Section:
+        config = section_config(self.config, name, held, total)
+        return Section(config, self.submodules.layer_specs[0], held, total, self.pg_collection)
 
     def _build_recurrence(self) -> Scheme:
         config = self.config

@@ -10,8 +10,9 @@ from megatron_mesh.config.placement import Part
 from megatron_mesh.config.schema import Config
 from megatron_mesh.model.config import transformer_config
 from megatron_mesh.model.gpt import MeshGPTModel
+from megatron_mesh.model.implementation import LOCAL, Implementation, choose
 from megatron_mesh.model.init import init_weights
-from megatron_mesh.model.layers import neox_layer_spec
+from megatron_mesh.model.layers import layer_spec
 from megatron_mesh.runtime import device
 
 
@@ -22,8 +23,10 @@ def build_model(config: Config, part: Part | None = None, **stage: Any) -> MeshG
         part: what a pipeline rank holds of a looped model.
         stage: for a chunk of a plain one, ``pre_process``, ``post_process`` and ``vp_stage``.
     """
+    implementation = choose(config.precision)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
     with device.device():
-        model = _construct(config, ProcessGroupCollection.use_mpu_process_groups(), part, **stage)
+        model = _construct(config, groups, part, implementation, **stage)
     init_weights(model, config.training.seed, config.model.depth_scaled_init)
     return model
 
@@ -31,7 +34,10 @@ def build_model(config: Config, part: Part | None = None, **stage: Any) -> MeshG
 def build_on_meta(
     config: Config, tp_rank: int = 0, pp_rank: int = 0, part: Part | None = None, **stage: Any
 ) -> MeshGPTModel:
-    """The same modules with shapes but no memory, and without process groups: for counting."""
+    """The same modules with shapes but no memory, and without process groups: for counting.
+
+    The layers are local ones: those of Transformer Engine have the same weights, and need a device.
+    """
     groups = ProcessGroupCollection()
     groups.tp = _GroupShape(config.parallel.tensor_model_parallel_size, tp_rank)
     groups.pp = _GroupShape(config.parallel.pipeline_model_parallel_size, pp_rank)
@@ -39,7 +45,7 @@ def build_on_meta(
         setattr(groups, name, _GroupShape(1, 0))
     groups.embd = None
     with torch.device("meta"):
-        return _construct(config, groups, part, **stage)
+        return _construct(config, groups, part, LOCAL, **stage)
 
 
 class _GroupShape:
@@ -56,12 +62,16 @@ class _GroupShape:
 
 
 def _construct(
-    config: Config, groups: ProcessGroupCollection, part: Part | None, **stage: Any
+    config: Config,
+    groups: ProcessGroupCollection,
+    part: Part | None,
+    implementation: Implementation,
+    **stage: Any,
 ) -> MeshGPTModel:
     model = config.model
     return MeshGPTModel(
-        transformer_config(config),
-        neox_layer_spec(),
+        transformer_config(config, implementation),
+        layer_spec(implementation),
         vocab_size=padded_vocab_size(model),
         max_sequence_length=model.seq_length,
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,

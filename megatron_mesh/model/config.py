@@ -10,6 +10,8 @@ from megatron_mesh.config.layers import LayerLayout
 from megatron_mesh.config.placement import virtual_stages
 from megatron_mesh.config.schema import Config, ModelConfig
 from megatron_mesh.errors import UserError
+from megatron_mesh.model.implementation import LOCAL, Implementation
+from megatron_mesh.model.precision import precision_settings
 from megatron_mesh.recurrence import SCHEMES, RecurrenceOptions
 
 
@@ -25,6 +27,10 @@ class MeshTransformerConfig(TransformerConfig):
     """Settings of the memory."""
     embedding_scale: float = 1.0
     """Factor on the token embedding before the first layer."""
+    fp8_scope: str = "core"
+    """Layers in FP8, if any: ``core`` or ``all`` (see ``precision.py``)."""
+    fuse_layer_gradients: bool = False
+    """``gradient_accumulation_fusion`` of Transformer Engine's layers, which do not need apex for it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,8 +42,12 @@ class MeshTransformerConfig(TransformerConfig):
             )
 
 
-def transformer_config(config: Config) -> MeshTransformerConfig:
+def transformer_config(config: Config, implementation: Implementation = LOCAL) -> MeshTransformerConfig:
     """The configuration of the model of a resolved run.
+
+    Args:
+        implementation: of the layers (``implementation.choose``); with local ones FP8 is left out, so
+            that models can be counted anywhere.
 
     The options that are off have a reason: fused bias + GELU is the tanh approximation, and NeoX has
     the exact one; the other fusions need kernels of apex or compile for seconds on a CPU.
@@ -61,7 +71,6 @@ def transformer_config(config: Config) -> MeshTransformerConfig:
         init_method=_leave_unset,
         output_layer_init_method=_leave_unset,
         embedding_init_method=_leave_unset,
-        use_cpu_initialization=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -81,7 +90,7 @@ def transformer_config(config: Config) -> MeshTransformerConfig:
         batch_p2p_comm=False,
         overlap_p2p_comm=parallel.overlap_p2p_communication and virtual is not None,
         deterministic_mode=training.deterministic_mode,
-        gradient_accumulation_fusion=False,
+        **precision_settings(config, implementation),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

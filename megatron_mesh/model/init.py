@@ -31,9 +31,9 @@ def init_weights(model: MeshGPTModel, seed: int, depth_scaled: bool = True) -> N
     for name, parameter in whole_model_parameters(model):
         if name.startswith(prefix):
             continue
-        if name.endswith(".bias"):
+        if name.endswith("bias"):
             parameter.zero_()
-        elif "layernorm" in name:
+        elif "layernorm" in name or "layer_norm" in name:
             parameter.fill_(1.0)
         else:
             this_std = output_std if name.endswith(_OUTPUT_PROJECTIONS) else std
@@ -62,3 +62,7 @@ def _draw(weight: Tensor, key: str, std: float, tp_group: torch.distributed.Proc
     if sharded:
         whole = whole.chunk(get_pg_size(tp_group), weight.partition_dim)[get_pg_rank(tp_group)]  # type: ignore[attr-defined]
     weight.copy_(whole)
+    # A weight in FP8 keeps its values before rounding for the optimizer's main parameters.
+    precise = getattr(weight, "get_high_precision_init_val", None)
+    if precise is not None:
+        precise().copy_(whole)

@@ -14,6 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_mesh.model.implementation import LOCAL, Implementation
+
 
 class LayerNorm(torch.nn.LayerNorm):
     """torch's LayerNorm, its parameters marked for sequence parallelism.
@@ -83,10 +85,19 @@ class ParallelResidualLayer(TransformerLayer):
         attended, context = self._forward_attention(hidden_states, *args, **kwargs)
         normed = self._forward_pre_mlp_layernorm(hidden_states)
         if self.recompute_mlp and self.training:
-            mlp_output_with_bias = tensor_parallel.checkpoint(self._mlp_plus_bias, False, normed), None
+            mlp_output_with_bias = self._recomputed_mlp(normed), None
         else:
             mlp_output_with_bias = self.mlp(normed)
         return self._forward_post_mlp(mlp_output_with_bias, attended), context
+
+    def _recomputed_mlp(self, normed: Tensor) -> Tensor:
+        if not self.config.fp8:
+            return tensor_parallel.checkpoint(self._mlp_plus_bias, False, normed)
+        # As the stock layer: only Transformer Engine's own recomputation knows of FP8.
+        from megatron.core.extensions.transformer_engine import te_checkpoint
+
+        tracker = tensor_parallel.random.get_cuda_rng_tracker
+        return te_checkpoint(self._mlp_plus_bias, False, tracker, self.pg_collection.tp, normed)
 
     def _mlp_plus_bias(self, normed: Tensor) -> Tensor:
         # Returned as an output of its own, as the stock layer does, the bias would become a node of the
@@ -103,3 +114,21 @@ def neox_layer_spec() -> ModuleSpec:
     spec.submodules.pre_mlp_layernorm = LayerNorm
     spec.submodules.self_attention.submodules.core_attention = SDPAttention
     return spec
+
+
+def layer_spec(implementation: Implementation) -> ModuleSpec:
+    """The layer of local modules, or of Transformer Engine's, which must be there then."""
+    if implementation == LOCAL:
+        return neox_layer_spec()
+    from megatron_mesh.model.te_layers import te_layer_spec
+
+    return te_layer_spec()
+
+
+def final_norm(config: TransformerConfig) -> type:
+    """The class of the norm after the last layer."""
+    if config.transformer_impl == LOCAL:
+        return LayerNorm
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm

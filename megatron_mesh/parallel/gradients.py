@@ -8,6 +8,7 @@ of the last micro-batch, which runs as the last of the loop.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,14 +61,18 @@ def ring_groups(model: MeshGPTModel) -> list[WeightGroup]:
 
 def wrap(modules: Sequence[MegatronModule], parallel: ParallelConfig) -> list[DistributedDataParallel]:
     """Give each module gradients in float32 buffers, reduced over the data-parallel ranks."""
-    ddp = DistributedDataParallelConfig(
+    ddp = partial(
+        DistributedDataParallelConfig,
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         bucket_size=parallel.ddp_bucket_size,
     )
-    return [DistributedDataParallel(module.config, ddp, module) for module in modules]
+    return [
+        DistributedDataParallel(module.config, ddp(fp8_param_gather=module.config.fp8_param), module)
+        for module in modules
+    ]
 
 
 def ring_sync_order(groups: Sequence[DistributedDataParallel], passes: int) -> list[Callable[..., None]]:

@@ -114,4 +114,11 @@ def _chunk(model: MeshGPTModel, index: int, passes: int, states: LoopStates) -> 
     chunk.pre_process = model.pre_process and index == 0
     chunk.post_process = model.post_process and index == passes - 1
     chunk.vp_stage = index
+    # What Megatron's schedule marks in this chunk's first micro-batch of a step (set_is_first_microbatch):
+    # a section is marked by its first pass alone, so that its weights are cast to FP8 once.
+    section = model.decoder.passes[index]
+    first = model.decoder.passes.index(section) == index
+    chunk.modules_with_is_first_microbatch = [
+        module for module in section.modules() if first and hasattr(module, "is_first_microbatch")
+    ]
     return chunk

@@ -26,7 +26,7 @@ def save(directory: Path, settings: dict, source: Path) -> None:
     with model_parallel_groups(config):
         stage = build_stage(config)
         optimizer = build_optimizer(config, stage)
-        wanted = sharded_state(stage, None, with_generators=False, loading=True)
+        wanted = sharded_state(stage, None, with_generators=False, checkpoint=source)
         stage.load_state_dict(read_tensors(source, wanted)["model"])
         state = TrainState(build_schedule(config.optimizer, optimizer), step=3)
         Saver(config).save(stage, optimizer, state)

@@ -117,7 +117,7 @@ def test_megatron_computes_the_same(tmp_path) -> None:
     with one_process(ours), torch.no_grad():
         with torch.enable_grad():
             stage = build_stage(ours)
-        wanted = sharded_state(stage, None, with_generators=False, loading=True)
+        wanted = sharded_state(stage, None, with_generators=False, checkpoint=tmp_path)
         stage.load_state_dict(read_tensors(tmp_path / "megatron", wanted)["model"])
         positions = torch.arange(16).expand_as(TOKENS)
         logits = stage.modules[0](TOKENS, positions, None)

@@ -1,0 +1,89 @@
+"""The state of FP8's delayed scaling: plain tensors in a checkpoint, pickles nowhere.
+
+Transformer Engine keeps scales and histories in its modules' extra states, which are pickles of a dict. Here
+they are taken apart when a checkpoint is written and put together again after the tensors are read: what is
+unpickled is what this process has pickled. Other recipes, and bfloat16, have no state.
+
+Transformer Engine reduces the histories over all ranks that hold a layer, so they are of the layer and not
+of the rank, and fit every layout.
+"""
+
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.fp8_utils import get_fp8_recipe
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_mesh.checkpoint.safe import read_metadata
+
+logger = logging.getLogger(__name__)
+
+_TENSORS = ("scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd")
+Weights = dict[str, dict[str, Any]]
+"""By chunk of the model and name, as from ``Stage.sharded_state_dict``."""
+
+
+def is_kept(config: TransformerConfig) -> bool:
+    """Whether modules have a state that lasts from step to step."""
+    return bool(config.fp8) and config.fp8_recipe == "delayed"
+
+
+def to_save(weights: Weights) -> dict[str, ShardedTensor]:
+    """The modules' states, by chunk, module and tensor; a module that has not run in FP8 has none."""
+    found: dict[str, ShardedTensor] = {}
+    for name, state in _extra_states(weights).items():
+        packed = state.data
+        if packed is not None and packed.numel():
+            values = pickle.loads(packed.numpy().tobytes())  # this process has just written it
+            found |= {f"{name}.{key}": _sharded(state, key, values[key]) for key in _TENSORS if key in values}
+    return found
+
+
+def to_fill(weights: Weights, checkpoint: Path, config: TransformerConfig) -> dict[str, ShardedTensor]:
+    """The same for modules that have not run yet, if the checkpoint has states with histories as long."""
+    stored = read_metadata(checkpoint).state_dict_metadata
+    wanted: dict[str, ShardedTensor] = {}
+    for name, state in _extra_states(weights).items():
+        entries = {key: stored.get(f"{state.key}.{key}") for key in _TENSORS}
+        sizes = {key: e.size[1:] for key, e in entries.items() if isinstance(e, TensorStorageMetadata)}
+        if not sizes:
+            continue
+        if sizes["amax_history_fwd"][0] != config.fp8_amax_history_len:
+            logger.info("FP8 histories start anew: the checkpoint's are of another length")
+            return {}
+        wanted |= {f"{name}.{key}": _sharded(state, key, torch.empty(size)) for key, size in sizes.items()}
+    return wanted
+
+
+def put_back(weights: Weights, filled: dict[str, torch.Tensor], config: TransformerConfig) -> None:
+    """Add the modules' extra states to loaded ``weights``, which ``load_state_dict`` hands to the modules."""
+    for name in {name.rpartition(".")[0] for name in filled}:
+        state: dict[str, Any] = {key: filled[f"{name}.{key}"] for key in _TENSORS}
+        state |= {"recipe": get_fp8_recipe(config), "extra_fp8_variables": {"num_gemms": 1}}
+        chunk, _, module = name.partition(".")
+        weights[chunk][module] = torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
+
+
+def _extra_states(weights: Weights) -> dict[str, ShardedObject]:
+    return {
+        f"{chunk}.{name}": value
+        for chunk, part in weights.items()
+        for name, value in part.items()
+        if isinstance(value, ShardedObject)
+    }
+
+
+def _sharded(state: ShardedObject, key: str, value: torch.Tensor) -> ShardedTensor:
+    """A tensor of a module whose layers are stacked along a first dimension, or of one that is alone."""
+    axes = [
+        (axis, place, count)
+        for axis, (place, count) in enumerate(zip(state.global_offset, state.global_shape, strict=True))
+    ]
+    return ShardedTensor.from_rank_offsets(
+        f"{state.key}.{key}", value, *axes, replica_id=state.replica_id, prepend_axis_num=len(axes)
+    )

@@ -1,0 +1,139 @@
+"""Resolving precision: settings of FP8 that do not fit each other, the model or the layout are refused.
+
+Whether Transformer Engine is there is asked where the model is built (``model/implementation.py``): a plan
+for another machine needs none.
+"""
+
+from dataclasses import replace
+
+from megatron_mesh.config.derived import layout
+from megatron_mesh.config.ranges import at_least
+from megatron_mesh.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, TrainingConfig
+from megatron_mesh.config.settings import flag
+from megatron_mesh.errors import UserError
+from megatron_mesh.recurrence import SCHEMES
+
+_UNIT = 16  # FP8 matrix products take sizes that divide by it
+_HISTORY = 1024  # Transformer Engine's own default
+_BF16_COUNTS = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+_DELAYED = ("fp8_amax_history_len", "fp8_amax_compute_algo")
+
+
+def resolve_precision(
+    precision: PrecisionConfig, model: ModelConfig, training: TrainingConfig, parallel: ParallelConfig
+) -> PrecisionConfig:
+    """See ``checks.resolve``; ``model`` and ``training`` are resolved."""
+    at_least(1, precision, "fp8_amax_history_len")
+    at_least(0, precision, *_BF16_COUNTS)
+    _check_idle_settings(precision)
+    if precision.fp8_format is None:
+        return precision
+    if precision.transformer_impl == "local":
+        raise UserError("--fp8-format needs Transformer Engine's layers; give --transformer-impl auto")
+    if not training.bf16:
+        raise UserError("--fp8-format needs --bf16: what is not in FP8 is in bfloat16")
+    if precision.fp8_param_gather and not parallel.use_distributed_optimizer:
+        raise UserError(
+            "--fp8-param-gather needs --use-distributed-optimizer, which keeps the weights in float32"
+        )
+    _check_sizes(model, training, parallel)
+    if precision.first_last_layers_bf16:
+        precision = _resolve_bf16_layers(precision, model, parallel)
+    if precision.fp8_recipe == "delayed":
+        precision = _resolve_delayed(precision, model, training)
+    return precision
+
+
+def _check_idle_settings(precision: PrecisionConfig) -> None:
+    """Settings that would silently do nothing."""
+    default = PrecisionConfig()
+
+    def refuse(needed: str, *names: str) -> None:
+        for name in names:
+            if getattr(precision, name) != getattr(default, name):
+                raise UserError(f"{flag(name)} needs {needed}; add that or leave it out")
+
+    if precision.fp8_format is None:
+        refuse(
+            "--fp8-format", "fp8_recipe", "fp8_scope", "fp8_param_gather", "first_last_layers_bf16", *_DELAYED
+        )
+    if not precision.first_last_layers_bf16:
+        refuse("--first-last-layers-bf16", *_BF16_COUNTS)
+    if precision.fp8_recipe != "delayed":
+        refuse("--fp8-recipe delayed", *_DELAYED)
+
+
+def _check_sizes(model: ModelConfig, training: TrainingConfig, parallel: ParallelConfig) -> None:
+    ranks = parallel.tensor_model_parallel_size
+    shared = f" / --tensor-model-parallel-size {ranks}" if ranks > 1 else ""
+    tokens = model.seq_length * training.micro_batch_size
+    sizes = {
+        "--hidden-size": model.hidden_size,
+        f"--hidden-size{shared}": model.hidden_size // ranks,
+        f"--ffn-hidden-size{shared}": (model.ffn_hidden_size or 0) // ranks,
+        "--micro-batch-size x --seq-length": tokens,
+    }
+    if parallel.sequence_parallel:
+        sizes[f"--micro-batch-size x --seq-length{shared}"] = tokens // ranks
+    for what, size in sizes.items():
+        if size % _UNIT:
+            raise UserError(
+                f"{what} is {size}, and FP8 needs a multiple of {_UNIT}; the nearest are "
+                f"{' and '.join(str(n) for n in (size // _UNIT * _UNIT, -(-size // _UNIT) * _UNIT) if n)}"
+            )
+
+
+def _resolve_bf16_layers(
+    precision: PrecisionConfig, model: ModelConfig, parallel: ParallelConfig
+) -> PrecisionConfig:
+    if precision.fp8_recipe == "delayed":
+        raise UserError(
+            "--fp8-recipe delayed updates its scales once for all layers of a pass, and "
+            "--first-last-layers-bf16 divides them; leave that out, or use --fp8-recipe tensorwise"
+        )
+    start, end = (1 if getattr(precision, n) is None else getattr(precision, n) for n in _BF16_COUNTS)
+    layers, ranks = layout(model), parallel.pipeline_model_parallel_size
+    if SCHEMES[model.recurrence].has_loop:
+        if precision.fp8_scope == "core":
+            raise UserError(
+                "--first-last-layers-bf16 needs --fp8-scope all: with --fp8-scope core prelude and coda are "
+                "in bfloat16 already; leave it out"
+            )
+        if precision.fp8_param_gather and ranks > 1:
+            raise UserError(
+                "--fp8-param-gather with --first-last-layers-bf16 is not built in for a looped model on a "
+                "pipeline; leave one of them out, or use --fp8-scope core"
+            )
+        limits = {"prelude": (start, layers.prelude), "coda": (end, layers.coda)}
+    else:
+        limits = {"pipeline rank": (max(start, end), layers.depth // ranks)}
+    for (where, (count, most)), name in zip(limits.items(), _BF16_COUNTS, strict=False):
+        if count > most:
+            raise UserError(
+                f"{flag(name)} {count} is more than the {most} layers of --layers {layers} that a {where} "
+                "has; lower it"
+            )
+    return replace(precision, num_layers_at_start_in_bf16=start, num_layers_at_end_in_bf16=end)
+
+
+def _resolve_delayed(
+    precision: PrecisionConfig, model: ModelConfig, training: TrainingConfig
+) -> PrecisionConfig:
+    if SCHEMES[model.recurrence].has_loop:
+        if precision.fp8_amax_compute_algo == "most_recent":
+            raise UserError(
+                "--fp8-amax-compute-algo most_recent would scale each pass of the core by the one before, "
+                "whose values are others; use max, or --fp8-recipe tensorwise"
+            )
+        recomputed = training.recompute_modules or []
+        if training.recompute_granularity == "full" or "mlp" in recomputed:
+            raise UserError(
+                "--fp8-recipe delayed cannot recompute layers of a loop: Transformer Engine puts the scales "
+                "of the first forward back in the order of the passes, backward in reverse; use "
+                "--fp8-recipe tensorwise, or recompute core_attn alone"
+            )
+    return replace(
+        precision,
+        fp8_amax_history_len=precision.fp8_amax_history_len or _HISTORY,
+        fp8_amax_compute_algo=precision.fp8_amax_compute_algo or "max",
+    )

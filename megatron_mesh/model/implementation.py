@@ -1,0 +1,80 @@
+"""Whether the layers are Transformer Engine's modules or local ones."""
+
+import functools
+import importlib
+import importlib.util
+import logging
+from typing import Literal
+
+from megatron.core.utils import is_te_min_version
+
+from megatron_mesh.config.schema import PrecisionConfig
+from megatron_mesh.errors import UserError
+from megatron_mesh.runtime import device
+from megatron_mesh.runtime.distributed import is_rank_zero
+
+logger = logging.getLogger(__name__)
+
+Implementation = Literal["local", "transformer_engine"]
+LOCAL: Implementation = "local"
+TRANSFORMER_ENGINE: Implementation = "transformer_engine"
+
+_OLDEST = "2.9"  # what megatron-core 0.16.1 asks for in its own extra
+
+
+def choose(precision: PrecisionConfig) -> Implementation:
+    """The layers' implementation on this machine, said once in the log.
+
+    Raises:
+        UserError: the settings ask for something that this machine has not.
+    """
+    asked = precision.transformer_impl
+    missing = why_no_transformer_engine()
+    chosen = (
+        LOCAL
+        if asked == LOCAL or missing or (asked == "auto" and not device.has_gpu())
+        else "transformer_engine"
+    )
+    if missing and asked == TRANSFORMER_ENGINE:
+        raise UserError(f"--transformer-impl transformer_engine: {missing}; or use --transformer-impl local")
+    reason = missing or "there is no GPU"
+    if precision.fp8_format and chosen == LOCAL:
+        raise UserError(f"--fp8-format needs Transformer Engine: {reason}; or leave --fp8-format out")
+    if precision.gradient_accumulation_fusion and chosen == LOCAL and not has_fused_gradients():
+        raise UserError(
+            "--gradient-accumulation-fusion needs Transformer Engine, or apex with its CUDA extensions: "
+            f"{reason}, and apex's fused_weight_gradient_mlp_cuda is not installed; leave it out"
+        )
+    _say_once(chosen, "" if asked == chosen else reason)
+    return chosen
+
+
+@functools.cache
+def why_no_transformer_engine() -> str | None:
+    """What is in the way of Transformer Engine, in words; None where it can be imported."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "Transformer Engine is not installed (pip install 'megatron-mesh[te]', on a machine with CUDA)"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError) as error:  # its libraries want CUDA's
+        return f"Transformer Engine is installed and cannot be imported ({error})"
+    if not is_te_min_version(_OLDEST):
+        return f"Transformer Engine is older than {_OLDEST} (pip install --upgrade 'megatron-mesh[te]')"
+    return None
+
+
+def has_fused_gradients() -> bool:
+    """Whether apex's extension is there, with which Megatron's own linear layers fuse their gradients."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+@functools.cache
+def _say_once(chosen: Implementation, reason: str) -> None:
+    from megatron.core.optimizer import Adam  # Transformer Engine's, apex's or torch's
+
+    if is_rank_zero():
+        layers = "Transformer Engine's" if chosen == TRANSFORMER_ENGINE else "torch's attention and norms"
+        why = f" ({reason})" if chosen == LOCAL and reason else ""
+        logger.info(
+            "layers: %s%s; optimizer: %s", layers, why, f"{Adam.__name__} of {Adam.__module__.split('.')[0]}"
+        )

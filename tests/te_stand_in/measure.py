@@ -1,0 +1,304 @@
+"""Run the real model on the stand-in and print what it did, as JSON.
+
+    PYTHONPATH=tests/te_stand_in:. python tests/te_stand_in/measure.py [ring]
+
+In a process of its own, since Megatron-core asks for Transformer Engine once, when it is imported.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from transformer_engine.pytorch.fp8 import FP8_MAX, FP8GlobalStateManager
+from transformer_engine.pytorch.linear import Linear
+
+from megatron_mesh.checkpoint import fp8_state
+from megatron_mesh.checkpoint.content import sharded_state
+from megatron_mesh.checkpoint.load import read_tensors
+from megatron_mesh.config.schema import Config
+from megatron_mesh.data import Batch
+from megatron_mesh.model import te_layers
+from megatron_mesh.parallel import Stage, build_stage
+from megatron_mesh.parallel.ring import ring_chunks
+from megatron_mesh.train.step import run_batch
+from tests.helpers import one_process, relative_error, tiny_config
+
+FP8 = {"fp8_format": "hybrid", "bf16": True}
+EVERYWHERE = {**FP8, "fp8_scope": "all"}
+# The stand-in's blocks are whole tensors, so that the numbers are those of tensorwise; but nothing is kept.
+ALWAYS_CAST = {**EVERYWHERE, "fp8_recipe": "blockwise"}
+
+
+def configure(layers: str = "1+1R2+1", world_size: int = 1, **settings: Any) -> Config:
+    """A tiny model; two micro-batches per step."""
+    settings = {"transformer_impl": "transformer_engine", "global_batch_size": 4, **settings}
+    return tiny_config("mesh", layers, world_size, **settings)
+
+
+def batches(step: int) -> Iterator[Batch]:
+    """Micro-batches [2, 16] of tokens, the same for every run."""
+    generator = torch.Generator().manual_seed(step)
+    while True:
+        ids = torch.randint(96, (2, 17), generator=generator)
+        positions = torch.arange(16).expand(2, 16)
+        yield Batch(ids[:, :-1], ids[:, 1:], torch.ones(2, 16), positions)
+
+
+def train_step(stage: Stage, config: Config, step: int) -> dict[str, torch.Tensor]:
+    """The gradients of a step, after which every weight changes by a tenth."""
+    stage.zero_grad_buffer()
+    run_batch(stage, batches(step), config.training)
+    parameters = dict(stage.modules[0].named_parameters())
+    gradients = {name: parameter.main_grad.clone() for name, parameter in parameters.items()}
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.mul_(0.9)
+    return gradients
+
+
+def evaluate(stage: Stage, config: Config) -> None:
+    """Forward passes without gradients."""
+    stage.train(False)
+    with torch.no_grad():
+        run_batch(stage, batches(99), config.training, forward_only=True)
+    stage.train()
+
+
+def phases(config: Config, *, naive: bool = False, short: bool = False) -> dict[str, dict[str, torch.Tensor]]:
+    """Gradients of steps at every moment that could matter (``short``: without evaluation and resume)."""
+    stage = build(config, naive)
+    found = {name: train_step(stage, config, step) for step, name in enumerate(("first", "later"), 1)}
+    if short:
+        return found
+    evaluate(stage, config)
+    found["after evaluation"] = train_step(stage, config, 3)
+    resumed = build(config, naive)
+    weights = {n: v for n, v in stage.modules[0].state_dict().items() if not n.endswith("_extra_state")}
+    resumed.load_state_dict({"0": weights})
+    found["resumed"] = train_step(resumed, config, 4)
+    return found
+
+
+def build(config: Config, naive: bool) -> Stage:
+    """The rank's share; ``naive``: with Megatron's handling of the flag."""
+    stage = build_stage(config)
+    if naive:
+        for module in linears(stage).values():
+            module.disable_parameter_transpose_cache = False
+        for chunk in stage.chunks:
+            vars(chunk).pop("modules_with_is_first_microbatch", None)
+    return stage
+
+
+def linears(stage: Stage) -> dict[str, Any]:
+    """Transformer Engine's linear modules by name."""
+    return {n: m for n, m in stage.modules[0].named_modules() if isinstance(m, Linear)}
+
+
+@contextmanager
+def stock_wrappers() -> Iterator[None]:
+    """Megatron's wrappers as they are."""
+    ours = te_layers._RefreshesItsCast.forward
+    del te_layers._RefreshesItsCast.forward
+    try:
+        yield
+    finally:
+        te_layers._RefreshesItsCast.forward = ours
+
+
+def worst(fused: dict[str, Any], unfused: dict[str, Any]) -> dict[str, float]:
+    """By phase, the largest relative error of a parameter's gradient."""
+    return {p: max(relative_error(fused[p][n], unfused[p][n]) for n in unfused[p]) for p in unfused}
+
+
+def gradients() -> dict[str, Any]:
+    """Fused against unfused, for K = 1, 2, 3, with and without FP8, ours and Megatron's handling.
+
+    With FP8 the unfused reference casts in every pass: a stale cast would be seen.
+    """
+    found = {}
+    for loops in (1, 2, 3):
+        layers = f"1+1R{loops}+1"
+        for label, fp8, reference in (("no FP8", {}, {}), ("FP8", EVERYWHERE, ALWAYS_CAST)):
+            unfused = phases(configure(layers, **reference))
+            config = configure(layers, gradient_accumulation_fusion=True, **fp8)
+            found[f"ours, K={loops}, {label}"] = worst(phases(config), unfused)
+            with stock_wrappers():
+                found[f"naive, K={loops}, {label}"] = worst(phases(config, naive=True), unfused)
+    full = {"recompute_granularity": "full"}
+    unfused = phases(configure(**ALWAYS_CAST, **full))
+    config = configure(gradient_accumulation_fusion=True, **EVERYWHERE, **full)
+    found["ours, K=2, FP8, recomputed"] = worst(phases(config), unfused)
+    return found
+
+
+def ring() -> dict[str, Any]:
+    """The same on this rank of a pipeline of two, and the casts of each weight in its last step."""
+    place = {"world_size": 2, "pipeline_model_parallel_size": 2, "global_batch_size": 8}
+    unfused = phases(configure("2+2R2+2", **place, **ALWAYS_CAST), short=True)
+    config = configure("2+2R2+2", gradient_accumulation_fusion=True, **place, **EVERYWHERE)
+    found: dict[str, Any] = {"ours": worst(phases(config, short=True), unfused)}
+    stage = build(config, naive=False)
+    train_step(stage, config, 1)
+    found["casts"] = sorted({module.casts for module in linears(stage).values()})
+    with stock_wrappers():
+        naive = phases(config, naive=True, short=True)
+    for part in ("prelude", "core", "coda"):
+        chosen = {p: {n: g for n, g in unfused[p].items() if f".{part}." in n} for p in unfused}
+        found[f"naive, {part}"] = worst(naive, chosen)
+    return found
+
+
+def casts() -> dict[str, Any]:
+    """Casts of each weight in a step, by settings and part of the model."""
+    found: dict[str, Any] = {}
+    for label, settings in {
+        "core": {},
+        "all": {"fp8_scope": "all"},
+        "all, recompute": {"fp8_scope": "all", "recompute_granularity": "full"},
+        "all, mlp recompute": {
+            "fp8_scope": "all",
+            "recompute_granularity": "selective",
+            "recompute_modules": ["mlp"],
+        },
+        "blockwise": {"fp8_recipe": "blockwise"},
+        "ends": {"layers": "2+1R2+2", "fp8_scope": "all", "first_last_layers_bf16": True},
+    }.items():
+        config = configure(**{"gradient_accumulation_fusion": True, **FP8, **settings})
+        stage = build_stage(config)
+        train_step(stage, config, 1)
+        before = {name: module.casts for name, module in linears(stage).items()}
+        train_step(stage, config, 2)
+        layers: dict[str, set[int]] = {}
+        for name, module in linears(stage).items():
+            part, layer = name.split(".")[1], name.split(".")[3]
+            layers.setdefault(f"{part}.{layer}", set()).add(module.casts - before[name])
+        found[label] = {name: sorted(counts) for name, counts in layers.items()}
+    return found
+
+
+def contexts() -> dict[str, list[bool]]:
+    """Whether FP8 was on when the recurrence ran, the core and the coda."""
+    config = configure(**FP8)
+    stage = build_stage(config)
+    block = stage.modules[0].decoder
+    seen: dict[str, list[bool]] = {}
+    for name, module in (
+        ("recurrence", block.recurrence),
+        ("core", block.core.layers[0]),
+        ("coda", block.coda.layers[0]),
+        ("norm", block.final_layernorm),
+    ):
+        states = seen.setdefault(name, [])
+        module.register_forward_pre_hook(
+            lambda *a, states=states: states.append(FP8GlobalStateManager.is_fp8_enabled())
+        )
+    train_step(stage, config, 1)
+    return seen
+
+
+def marks() -> list[list[str]]:
+    """Parts of the model that each chunk of a ring marks in the first micro-batch of a step."""
+    model = build_stage(configure("1+1R3+1", fp8_scope="all", **FP8)).modules[0]
+    found = []
+    for chunk in ring_chunks(model):
+        for module in model.modules():
+            if hasattr(module, "is_first_microbatch"):
+                module.is_first_microbatch = False
+        chunk.set_is_first_microbatch()
+        names = [n for n, m in model.named_modules() if getattr(m, "is_first_microbatch", False)]
+        found.append(sorted({name.split(".")[1] for name in names}))
+    return found
+
+
+def history() -> list[dict[str, Any]]:
+    """Delayed scaling: what each scale covers after a micro-batch, and the largest inputs of the passes."""
+    config = configure("1+4R2+1", global_batch_size=2, fp8_recipe="delayed", fp8_amax_history_len=1, **FP8)
+    stage = build_stage(config)
+    found: list[dict[str, Any]] = []
+    for layer in stage.modules[0].decoder.core.layers:
+        for module in (layer.self_attention.linear_proj, layer.mlp.linear_fc2):
+            found.append({"largest": [], "module": module})
+            module.register_forward_pre_hook(
+                lambda m, x, largest=found[-1]["largest"]: largest.append(x[0].abs().max().item())
+            )
+    train_step(stage, config, 1)
+    for entry in found:
+        module = entry.pop("module")
+        covered = FP8_MAX / module.history.scale[0].item()
+        entry |= {"rows": len(module.history.amax_history), "covered": covered, "flags": module.flags}
+    return found
+
+
+def checkpoints() -> dict[str, Any]:
+    """Losses of a local model, and of each implementation's from the other's checkpoint."""
+    found: dict[str, Any] = {}
+    stages = {
+        name: build_stage(configure(transformer_impl=name, seed=seed))
+        for seed, name in enumerate(("local", "transformer_engine"))
+    }
+    for source, target in (("local", "transformer_engine"), ("transformer_engine", "local")):
+        stage, config = stages[source], configure(transformer_impl=target, seed=7)
+        loaded = build_stage(config)
+        with tempfile.TemporaryDirectory() as path:
+            written = sharded_state(stage, None, with_generators=False)
+            dist_checkpointing.save(written, path)
+            tensors = read_tensors(
+                Path(path), sharded_state(loaded, None, with_generators=False, checkpoint=Path(path))
+            )
+        loaded.load_state_dict(tensors["model"])
+        totals = [
+            run_batch(s, batches(5), config.training, forward_only=True)[0].item() for s in (stage, loaded)
+        ]
+        keys = sorted(tensor.key for tensor in written["model"]["0"].values())
+        found[f"{source} to {target}"] = {"losses": totals, "keys": keys}
+    return found
+
+
+def delayed() -> dict[str, Any]:
+    """Delayed scaling: gradients after a resume against a run without one, with and without its state."""
+    config = configure("1+1R2+1", fp8_recipe="delayed", fp8_amax_history_len=3, **FP8)
+    stage = build_stage(config)
+    for step in (1, 2):
+        train_step(stage, config, step)
+    with tempfile.TemporaryDirectory() as path:
+        written = sharded_state(stage, None, with_generators=False)
+        dist_checkpointing.save(written, path)
+        expected = train_step(stage, config, 3)
+        found = {}
+        for label in ("kept", "left out"):
+            resumed = build_stage(config)
+            loaded = read_tensors(
+                Path(path), sharded_state(resumed, None, with_generators=False, checkpoint=Path(path))
+            )
+            if label == "kept":
+                fp8_state.put_back(loaded["model"], loaded["fp8"], resumed.config)
+            resumed.load_state_dict(loaded["model"])
+            again = train_step(resumed, config, 3)
+            found[label] = max(relative_error(again[name], expected[name]) for name in expected)
+        longer = build_stage(replace(config, precision=replace(config.precision, fp8_amax_history_len=4)))
+        wanted = sharded_state(longer, None, with_generators=False, checkpoint=Path(path))
+    keys = sorted(tensor.key for tensor in written["fp8"].values())
+    return {"errors": found, "keys": keys, "of another length": len(wanted["fp8"])}
+
+
+def main() -> None:
+    """Print one JSON object: what each of the functions above found."""
+    if sys.argv[1:] == ["ring"]:
+        with one_process(configure(world_size=2, pipeline_model_parallel_size=2)):
+            json.dump(ring(), sys.stdout)
+        return
+    wanted = [gradients, casts, contexts, marks, history, delayed, checkpoints]
+    with one_process(configure()):
+        json.dump({function.__name__: function() for function in wanted}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

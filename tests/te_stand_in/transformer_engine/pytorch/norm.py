@@ -1,0 +1,33 @@
+"""LayerNorm."""
+
+from typing import Any
+
+import torch
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """torch's, its parameters marked as Transformer Engine marks them."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        eps: float,
+        sequence_parallel: bool,
+        params_dtype: torch.dtype,
+        **kwargs: Any,
+    ):
+        super().__init__(hidden_size, eps=eps, dtype=params_dtype, device=kwargs["device"])
+        for parameter in self.parameters():
+            parameter.sequence_parallel = sequence_parallel
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Empty, as of Transformer Engine's operations without FP8."""
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor | None) -> None:
+        """Nothing to take."""
+
+
+class RMSNorm(LayerNorm):
+    """Named by Megatron-core, never built."""

@@ -1,0 +1,164 @@
+"""Transformer Engine's layers in a loop, on a stand-in that keeps its documented contract.
+
+``tests/te_stand_in/measure.py`` runs Megatron-core's real wrappers and our real model in a process where the
+stand-in can be imported; here is what must come out.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+STAND_IN = ROOT / "tests" / "te_stand_in"
+PHASES = ("first", "later", "after evaluation", "resumed")
+# Rounding of the unfused gradients to the weights' precision, in which passes and micro-batches are summed.
+NO_FP8, BF16 = 1e-6, 0.01
+WRONG = 0.1
+
+
+def start(*arguments: str, **variables: str) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(STAND_IN), str(ROOT)]),
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
+    command = [sys.executable, "-W", "ignore", str(STAND_IN / "measure.py"), *arguments]
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def result(process: subprocess.Popen) -> Any:
+    try:
+        out, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    return json.loads(out)
+
+
+@pytest.fixture(scope="module")
+def processes() -> list[subprocess.Popen]:
+    """All at once: one alone, and two ranks of a ring."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    return [start(), *(start("ring", RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(2))]
+
+
+@pytest.fixture(scope="module")
+def measured(processes) -> dict[str, Any]:
+    return result(processes[0])
+
+
+@pytest.fixture(scope="module")
+def ring(processes) -> list[dict[str, Any]]:
+    return [result(process) for process in processes[1:]]
+
+
+@pytest.mark.parametrize("loops", [1, 2, 3])
+@pytest.mark.parametrize("label, tolerance", [("no FP8", NO_FP8), ("FP8", BF16)])
+def test_fused_gradients_are_the_unfused_ones(measured, loops: int, label: str, tolerance: float) -> None:
+    errors = measured["gradients"][f"ours, K={loops}, {label}"]
+    assert set(errors) == set(PHASES)
+    assert max(errors.values()) < tolerance, errors
+
+
+def test_fused_gradients_of_recomputed_layers(measured) -> None:
+    assert max(measured["gradients"]["ours, K=2, FP8, recomputed"].values()) < BF16
+
+
+@pytest.mark.parametrize("loops", [2, 3])
+def test_megatrons_flag_loses_gradients_in_a_loop(measured, loops: int) -> None:
+    without, with_fp8 = (measured["gradients"][f"naive, K={loops}, {label}"] for label in ("no FP8", "FP8"))
+    assert min(without["first"], without["resumed"]) > WRONG, without  # later the flag is gone
+    assert min(with_fp8.values()) > WRONG, with_fp8  # here it is set again in every step
+
+
+def test_megatrons_flag_is_right_without_a_loop(measured) -> None:
+    """So what the test above sees is the loop, not the stand-in."""
+    for label, tolerance in (("no FP8", NO_FP8), ("FP8", BF16)):
+        assert max(measured["gradients"][f"naive, K=1, {label}"].values()) < tolerance
+
+
+def test_on_a_ring_of_two_ranks(ring) -> None:
+    for rank in ring:
+        assert max(rank["ours"].values()) < BF16, rank
+        assert rank["casts"] == [1]
+        assert min(rank["naive, core"].values()) > WRONG, rank
+        assert min(rank["naive, prelude"].values()) > WRONG, rank
+
+
+@pytest.mark.parametrize("settings", ["core", "all", "all, recompute", "all, mlp recompute"])
+def test_a_weight_is_cast_once_a_step(measured, settings: str) -> None:
+    """Of 2 micro-batches and K = 2; in bfloat16 never."""
+    ends = [0] if settings == "core" else [1]
+    assert measured["casts"][settings] == {"prelude.0": ends, "core.0": [1], "coda.0": ends}
+
+
+def test_blockwise_casts_in_every_pass(measured) -> None:
+    assert measured["casts"]["blockwise"]["core.0"] == [2 * 2]
+
+
+def test_first_and_last_layers_in_bf16(measured) -> None:
+    in_fp8 = {name for name, casts in measured["casts"]["ends"].items() if casts != [0]}
+    assert in_fp8 == {"prelude.1", "core.0", "coda.0"}
+
+
+def test_the_recurrence_never_runs_in_fp8(measured) -> None:
+    seen = measured["contexts"]
+    assert seen["recurrence"] and not any(seen["recurrence"])
+    assert seen["core"] and all(seen["core"])
+    assert not any(seen["coda"]) and not any(seen["norm"])
+
+
+def test_a_chunk_of_a_ring_marks_what_it_is_the_first_to_run(measured) -> None:
+    assert measured["marks"] == [["prelude"], ["core"], [], [], ["coda"]]
+
+
+def test_a_history_of_one_micro_batch_covers_every_pass(measured) -> None:
+    """Delayed scaling: where the first pass has the largest values, the last alone would be too few."""
+    assert any(entry["largest"][0] > entry["largest"][1] * 1.001 for entry in measured["history"])
+    for entry in measured["history"]:
+        assert entry["rows"] == len(entry["largest"]) == 2
+        assert entry["covered"] == pytest.approx(max(entry["largest"]), rel=1e-4)
+        assert entry["flags"] == [None, None]
+
+
+def test_resume_with_delayed_scaling_is_exact(measured) -> None:
+    found = measured["delayed"]
+    assert found["errors"]["kept"] == 0
+    assert found["errors"]["left out"] > 1e-3
+    assert found["of another length"] == 0
+
+
+def test_state_of_delayed_scaling_is_plain_tensors(measured) -> None:
+    """For each linear module of the core, which alone runs in FP8, the four tensors."""
+    modules = ("mlp.linear_fc1", "mlp.linear_fc2", "self_attention.linear_proj", "self_attention.linear_qkv")
+    tensors = ("amax_history_bwd", "amax_history_fwd", "scale_bwd", "scale_fwd")
+    expected = [f"decoder.core.layers.{m}._extra_state.{t}" for m in modules for t in tensors]
+    assert measured["delayed"]["keys"] == expected
+
+
+@pytest.mark.parametrize("way", ["local to transformer_engine", "transformer_engine to local"])
+def test_checkpoints_go_from_one_implementation_to_the_other(measured, way: str) -> None:
+    found = measured["checkpoints"][way]
+    saved, loaded = found["losses"]
+    assert loaded == pytest.approx(saved, rel=1e-6)
+    others = measured["checkpoints"]["transformer_engine to local"]["keys"]
+    assert found["keys"] == others
+    assert not [key for key in others if "extra_state" in key]
+
+
+def test_losses_of_other_weights_differ(measured) -> None:
+    """Else the test above would prove nothing: each model loaded over weights of another seed."""
+    one, other = (found["losses"][0] for found in measured["checkpoints"].values())
+    assert abs(one - other) > 1e-3 * one

@@ -1,0 +1,194 @@
+"""Settings of precision: what is refused, and what happens without Transformer Engine."""
+
+import importlib.util
+import logging
+from typing import Any
+
+import pytest
+from megatron.core.fp8_utils import is_first_last_bf16_layer
+
+from megatron_mesh.config.checks import resolve
+from megatron_mesh.config.placement import placement
+from megatron_mesh.config.schema import PrecisionConfig
+from megatron_mesh.errors import UserError
+from megatron_mesh.model import build_model, build_on_meta, implementation
+from megatron_mesh.model.config import transformer_config
+from megatron_mesh.model.implementation import TRANSFORMER_ENGINE, choose
+from megatron_mesh.model.precision import section_config
+from tests.helpers import tiny_config
+
+FP8: dict[str, Any] = {"fp8_format": "hybrid", "bf16": True}
+DELAYED = {**FP8, "fp8_recipe": "delayed"}
+ENDS = {**FP8, "fp8_scope": "all", "first_last_layers_bf16": True}
+GATHER = {**FP8, "fp8_param_gather": True, "use_distributed_optimizer": True}
+
+REFUSED: list[tuple[dict[str, Any], list[str]]] = [
+    ({"fp8_format": "e4m3"}, ["--fp8-format needs --bf16"]),
+    ({**FP8, "transformer_impl": "local"}, ["--fp8-format", "--transformer-impl auto"]),
+    ({"fp8_recipe": "blockwise"}, ["--fp8-recipe needs --fp8-format"]),
+    ({"fp8_scope": "all"}, ["--fp8-scope needs --fp8-format"]),
+    ({"fp8_param_gather": True}, ["--fp8-param-gather needs --fp8-format"]),
+    ({**FP8, "fp8_param_gather": True}, ["needs --use-distributed-optimizer"]),
+    ({**FP8, "num_layers_at_end_in_bf16": 2}, ["needs --first-last-layers-bf16"]),
+    ({**FP8, "fp8_amax_history_len": 4}, ["needs --fp8-recipe delayed"]),
+    ({**DELAYED, "fp8_amax_history_len": 0}, ["--fp8-amax-history-len"]),
+    ({**FP8, "first_last_layers_bf16": True}, ["needs --fp8-scope all"]),
+    ({**ENDS, "num_layers_at_start_in_bf16": 2}, ["--num-layers-at-start-in-bf16 2", "1 layers", "prelude"]),
+    ({**ENDS, "num_layers_at_end_in_bf16": 2}, ["--num-layers-at-end-in-bf16 2", "coda"]),
+    ({**ENDS, "fp8_recipe": "delayed"}, ["--fp8-recipe delayed", "use --fp8-recipe tensorwise"]),
+    ({**DELAYED, "fp8_amax_compute_algo": "most_recent"}, ["use max"]),
+    ({**DELAYED, "recompute_granularity": "full"}, ["cannot recompute", "core_attn alone"]),
+    (
+        {**DELAYED, "recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+        ["cannot recompute", "core_attn alone"],
+    ),
+    ({**FP8, "hidden_size": 40}, ["--hidden-size is 40", "multiple of 16", "32 and 48"]),
+    ({**FP8, "ffn_hidden_size": 72}, ["--ffn-hidden-size is 72", "64 and 80"]),
+    ({**FP8, "seq_length": 12}, ["--micro-batch-size x --seq-length is 24", "16 and 32"]),
+    (
+        {**FP8, "tensor_model_parallel_size": 4, "world_size": 4},
+        ["--hidden-size / --tensor-model-parallel-size 4 is 8"],
+    ),
+    (
+        {**ENDS, **GATHER, "pipeline_model_parallel_size": 2, "layers": "2+2R2+2", "world_size": 2},
+        ["--fp8-param-gather with --first-last-layers-bf16"],
+    ),
+]
+
+
+@pytest.mark.parametrize("settings, words", REFUSED)
+def test_refused(settings: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
+        tiny_config(**settings)
+    for word in words:
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize("settings", [{}, FP8, DELAYED, ENDS, GATHER, {**FP8, "recurrence": "base"}])
+def test_resolving_twice_changes_nothing(settings: dict[str, Any]) -> None:
+    config = tiny_config(**settings)
+    assert resolve(config) == config
+
+
+def test_what_resolving_fills_in() -> None:
+    delayed = tiny_config(**DELAYED).precision
+    assert (delayed.fp8_amax_history_len, delayed.fp8_amax_compute_algo) == (1024, "max")
+    ends = tiny_config(**ENDS).precision
+    assert (ends.num_layers_at_start_in_bf16, ends.num_layers_at_end_in_bf16) == (1, 1)
+    assert tiny_config(**ENDS, num_layers_at_end_in_bf16=0).precision.num_layers_at_end_in_bf16 == 0
+
+
+@pytest.mark.parametrize(
+    "recurrence, layers, scope, regions",
+    [
+        ("mesh", "1+2R3+1", "core", 3),
+        ("mesh", "1+2R3+1", "all", 5),
+        ("vanilla+mesh", "1+2+2+1", "core", 2),
+        ("vanilla", "4", "core", 1),
+    ],
+)
+def test_rows_of_the_history(recurrence: str, layers: str, scope: str, regions: int) -> None:
+    """One for every FP8 region of every micro-batch that the user asks for."""
+    settings = {**DELAYED, "fp8_scope": scope, "fp8_amax_history_len": 10}
+    config = transformer_config(tiny_config(recurrence, layers, **settings), TRANSFORMER_ENGINE)
+    assert config.fp8_amax_history_len == 10 * regions
+
+
+@pytest.mark.parametrize(
+    "settings, always",
+    [
+        ({}, True),
+        ({"bf16": True}, True),
+        (FP8, False),
+        ({**FP8, "fp8_recipe": "blockwise"}, True),
+        (DELAYED, True),
+        (GATHER, True),
+    ],
+)
+def test_who_casts_in_every_pass(settings: dict[str, Any], always: bool) -> None:
+    """``disable_parameter_transpose_cache``: the flag is None. Outside FP8 there is nothing to keep."""
+    config = transformer_config(tiny_config(**settings), TRANSFORMER_ENGINE)
+    assert config.disable_parameter_transpose_cache == always
+    core = section_config(config, "core", range(2), 2)
+    coda = section_config(config, "coda", range(1), 1)
+    assert core.disable_parameter_transpose_cache == always
+    assert coda.disable_parameter_transpose_cache and coda.fp8 is None and not coda.fp8_param
+    assert (core.fp8, core.fp8_param) == (config.fp8, config.fp8_param)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_bf16_layers_by_number_in_the_whole_network(ranks: int) -> None:
+    """What Megatron decides from each section's copy, for whatever part of it a pipeline rank holds."""
+    settings = {**ENDS, "num_layers_at_start_in_bf16": 2, "num_layers_at_end_in_bf16": 3}
+    config = tiny_config("mesh", "4+6R2+5", ranks, pipeline_model_parallel_size=ranks, **settings)
+    built = transformer_config(config, TRANSFORMER_ENGINE)
+    in_bf16 = set()
+    for rank in range(ranks):
+        part = placement(config.model, config.parallel).part(rank)
+        for name, held, total in (
+            ("prelude", part.prelude, 4),
+            ("core", part.core, 6),
+            ("coda", part.coda, 5),
+        ):
+            section = section_config(built, name, held, total)
+            section.num_layers = len(held)  # as Section does
+            in_bf16 |= {(name, n) for n in held if is_first_last_bf16_layer(section, n)}
+    assert in_bf16 == {("prelude", 0), ("prelude", 1), ("coda", 2), ("coda", 3), ("coda", 4)}
+
+
+@pytest.fixture
+def absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without Transformer Engine and apex."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    implementation.why_no_transformer_engine.cache_clear()
+    implementation._say_once.cache_clear()
+    yield
+    implementation.why_no_transformer_engine.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "precision, words",
+    [
+        (
+            PrecisionConfig(transformer_impl="transformer_engine"),
+            ["megatron-mesh[te]", "--transformer-impl local"],
+        ),
+        (PrecisionConfig(fp8_format="e4m3"), ["--fp8-format", "megatron-mesh[te]"]),
+        (PrecisionConfig(gradient_accumulation_fusion=True), ["apex", "megatron-mesh[te]", "leave it out"]),
+    ],
+)
+def test_what_is_missing_is_named(absent, precision: PrecisionConfig, words: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
+        choose(precision)
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_auto_falls_back_and_says_so_once(absent, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert [choose(PrecisionConfig()) for _ in range(2)] == ["local", "local"]
+    (line,) = [record.message for record in caplog.records if record.name == implementation.__name__]
+    assert "not installed" in line and "AdamW" in line
+
+
+def test_a_broken_installation_is_not_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise OSError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib, "import_module", broken)
+    implementation.why_no_transformer_engine.cache_clear()
+    try:
+        with pytest.raises(UserError, match="libcudart"):
+            choose(PrecisionConfig(transformer_impl="transformer_engine"))
+    finally:
+        implementation.why_no_transformer_engine.cache_clear()
+
+
+def test_a_plan_for_another_machine_needs_no_transformer_engine(absent) -> None:
+    """FP8 settings resolve, and such a model is counted, where it could not be built."""
+    config = tiny_config(**FP8)
+    plain = {name: p.shape for name, p in build_on_meta(tiny_config(bf16=True)).named_parameters()}
+    assert {name: p.shape for name, p in build_on_meta(config).named_parameters()} == plain
+    with pytest.raises(UserError, match="--fp8-format needs Transformer Engine"):
+        build_model(config)
