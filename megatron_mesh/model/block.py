@@ -14,6 +14,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import get_pg_size
 from torch import Tensor
 
+from megatron_mesh import kernels
 from megatron_mesh.config.placement import Part
 from megatron_mesh.model.config import MeshTransformerConfig
 from megatron_mesh.model.layers import final_norm
@@ -82,6 +83,8 @@ class MeshTransformerBlock(TransformerBlock):
         scheme = build_scheme(
             config.recurrence, config.hidden_size, config.layout.loops, config.recurrence_options
         ).to(config.params_dtype)
+        if kernels.available():
+            scheme.mix = kernels.weighted_sum
         # Its states are sequence shards under tensor parallelism; where the layers' are not, it makes them.
         self.shards_states = (
             get_pg_size(self.tp_group) > 1

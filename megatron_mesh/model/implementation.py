@@ -8,6 +8,7 @@ from typing import Literal
 
 from megatron.core.utils import is_te_min_version
 
+from megatron_mesh import kernels
 from megatron_mesh.config.schema import PrecisionConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import device
@@ -75,6 +76,7 @@ def _say_once(chosen: Implementation, reason: str) -> None:
     if is_rank_zero():
         layers = "Transformer Engine's" if chosen == TRANSFORMER_ENGINE else "torch's attention and norms"
         why = f" ({reason})" if chosen == LOCAL and reason else ""
-        logger.info(
-            "layers: %s%s; optimizer: %s", layers, why, f"{Adam.__name__} of {Adam.__module__.split('.')[0]}"
-        )
+        no_kernels = kernels.why_unavailable()
+        mixing = f"torch's operations ({no_kernels})" if no_kernels else "Triton kernels"
+        adam = f"{Adam.__name__} of {Adam.__module__.split('.')[0]}"
+        logger.info("layers: %s%s; memory: %s; optimizer: %s", layers, why, mixing, adam)

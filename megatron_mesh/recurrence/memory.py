@@ -9,16 +9,11 @@ so the states h_emb, o_0..o_K and N numbers per token and cycle are enough: K + 
 backward, where writing N slots in K + 1 cycles and letting autograd save them keeps (N + 1)(K + 1).
 """
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
-from .mixing import at_least_fp32
+from .mixing import Mix, at_least_fp32
 from .schemes import LoopState
-
-# (weights [S, B, J], J states [S, B, H]) -> [S, B, H]; see mixing.weighted_sum.
-Mix = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
 
 def factored_cycle(o: Tensor, w: Tensor, r: Tensor, state: LoopState, mix: Mix) -> Tensor:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .memory import CYCLES, Mix
-from .mixing import at_least_fp32, weighted_sum
+from .memory import CYCLES
+from .mixing import at_least_fp32
 from .schemes import Draw, LoopState, RecurrenceOptions, Scheme, linears, register
 
 # Called with (cycle, write weights [S, B, N], read weights [S, B, N]), e.g. by the metrics.
@@ -29,7 +29,6 @@ class MeSH(Scheme):
         self.write = linears(loops + 1, hidden_size, options.slots)
         self.read = linears(loops + 1, hidden_size, options.slots)
         self.run_cycle = CYCLES[options.memory]
-        self.mix: Mix = weighted_sum
         self.observer: Observer | None = None
 
     @classmethod

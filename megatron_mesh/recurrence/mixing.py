@@ -1,9 +1,12 @@
 """A weighted sum of states with a weight per token: the one heavy operation of the memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+Mix = Callable[[Tensor, Sequence[Tensor]], Tensor]
+"""What ``weighted_sum`` does, by whatever means."""
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .mixing import at_least_fp32, weighted_sum
+from .mixing import Mix, at_least_fp32, weighted_sum
 
 # Fills a parameter, given its name within the scheme, with N(0, std).
 Draw = Callable[[str, Tensor, float], None]
@@ -80,6 +80,7 @@ class Scheme(nn.Module):
         self.hidden_size = hidden_size
         self.loops = loops
         self.options = options
+        self.mix: Mix = weighted_sum  # whoever has a faster one may put it here
 
     @classmethod
     def num_parameters(cls, hidden_size: int, loops: int, slots: int) -> int:
@@ -256,7 +257,7 @@ class Mixed(Scheme):
             h = state.keep("h_0", o)
         else:
             a = at_least_fp32(self.coefficients(t - 1, state)).expand(*o.shape[:-1], 3)
-            h = weighted_sum(a, [o, state.kept["h_0"], state.kept["h_emb"]])
+            h = self.mix(a, [o, state.kept["h_0"], state.kept["h_emb"]])
         return self.remember(h, state)
 
     def coefficients(self, t: int, state: LoopState) -> Tensor:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from megatron_mesh import kernels
+from megatron_mesh.model import build_on_meta
 from megatron_mesh.recurrence.mixing import weighted_sum
+from tests.helpers import tiny_config
 from tests.unit.kernels.cases import (
     CASES,
     Case,
@@ -119,3 +121,10 @@ def test_the_check_finds_planted_errors(dtype: torch.dtype) -> None:
     for mix in wrong if dtype == torch.float32 else [*wrong, _adds_in_low_precision]:
         with pytest.raises(AssertionError, match="not close"):
             check(case, mix, roundings=1.0)
+
+
+@pytest.mark.parametrize("scheme", ["mesh", "dynamic"])
+def test_models_take_them_where_they_run(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    assert build_on_meta(tiny_config(scheme)).decoder.recurrence.mix is weighted_sum
+    monkeypatch.setattr(kernels, "available", lambda: True)
+    assert build_on_meta(tiny_config(scheme)).decoder.recurrence.mix is kernels.weighted_sum
