@@ -44,12 +44,10 @@ class Checkpoint:
 
     def same_layout(self, config: Config, world_size: int) -> bool:
         """Whether each rank of a run of ``config`` stands where the same rank of the saved one stood."""
+        names = ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
         saved, ours = self.config.parallel, config.parallel
-        return (self.world_size, saved.tensor_model_parallel_size, saved.pipeline_model_parallel_size) == (
-            world_size,
-            ours.tensor_model_parallel_size,
-            ours.pipeline_model_parallel_size,
-        )
+        same = all(getattr(saved, name) == getattr(ours, name) for name in names)
+        return same and self.world_size == world_size
 
     def position(self, config: Config) -> tuple[int, int]:
         """Step and consumed samples at which a run of ``config`` starts."""

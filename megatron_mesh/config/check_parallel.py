@@ -1,5 +1,7 @@
 """Layouts of ranks that cannot work are refused here, before any process group exists."""
 
+import math
+
 from megatron_mesh.config.derived import layout, padded_vocab_size
 from megatron_mesh.config.placement import Placement, microbatch_group_size, placement
 from megatron_mesh.config.ranges import at_least, positive
@@ -22,24 +24,51 @@ def check_ranks(parallel: ParallelConfig, world_size: int) -> int:
             f"--distributed-timeout-minutes {parallel.distributed_timeout_minutes:g}: else a rank that only "
             "waits for a hung one fails first"
         )
-    if parallel.context_parallel_size > 1:
-        raise UserError(
-            f"--context-parallel-size {parallel.context_parallel_size} needs Transformer Engine's attention "
-            "and sequences that are shared out, which is not built in; for long sequences use "
-            "--tensor-model-parallel-size with --sequence-parallel"
-        )
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    size = tensor * pipeline
+    size = model_parallel_size(parallel)
     if world_size % size:
         below = world_size // size * size
         near = [str(n) for n in (below, below + size) if n]
+        sizes = " x ".join(f"{flag(n)} {getattr(parallel, n)}" for n in model_parallel_names(parallel))
         raise UserError(
-            f"--tensor-model-parallel-size {tensor} x --pipeline-model-parallel-size {pipeline} = {size} "
-            f"does not divide the number of processes, {world_size}; the nearest numbers that work: "
-            f"{' or '.join(near)}"
+            f"{sizes} = {size} does not divide the number of processes, {world_size}; "
+            f"the nearest numbers that work: {' or '.join(near)}"
         )
     _check_data_parallel(parallel)
     return world_size // size
+
+
+def model_parallel_names(parallel: ParallelConfig) -> list[str]:
+    """The settings whose product is the number of ranks that hold one model; the rarer only if it is used."""
+    names = ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
+    return names + ["context_parallel_size"] * (parallel.context_parallel_size > 1)
+
+
+def model_parallel_size(parallel: ParallelConfig) -> int:
+    """Ranks that work on the same micro-batches."""
+    return math.prod(getattr(parallel, name) for name in model_parallel_names(parallel))
+
+
+def check_context_parallel(parallel: ParallelConfig, model: ModelConfig, transformer_impl: str) -> None:
+    """The ranks of a context-parallel group share sequences, in Transformer Engine's attention."""
+    ranks = parallel.context_parallel_size
+    if ranks == 1:
+        return
+    if transformer_impl == "local":
+        raise UserError(
+            f"--context-parallel-size {ranks} needs Transformer Engine's attention, and "
+            "--transformer-impl local rules that out; for long sequences without it use "
+            "--tensor-model-parallel-size with --sequence-parallel"
+        )
+    # Each rank takes an early and a late piece, so that a causal mask gives all the same to do; the
+    # tensor-parallel ranks divide what it has of both.
+    sharded = parallel.sequence_parallel or keeps_states(model)
+    unit = 2 * ranks * (parallel.tensor_model_parallel_size if sharded else 1)
+    if model.seq_length % unit:
+        near = [str(n) for n in (model.seq_length // unit * unit, -(-model.seq_length // unit) * unit) if n]
+        raise UserError(
+            f"--context-parallel-size {ranks} cuts sequences into {unit} pieces on this layout, and "
+            f"--seq-length {model.seq_length} is no multiple of that; the nearest are {' and '.join(near)}"
+        )
 
 
 def _check_data_parallel(parallel: ParallelConfig) -> None:

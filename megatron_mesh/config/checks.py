@@ -3,7 +3,12 @@
 from dataclasses import replace
 
 from megatron_mesh.config.check_model import resolve_model
-from megatron_mesh.config.check_parallel import check_pipeline, check_ranks, check_tensor_parallel
+from megatron_mesh.config.check_parallel import (
+    check_context_parallel,
+    check_pipeline,
+    check_ranks,
+    check_tensor_parallel,
+)
 from megatron_mesh.config.check_precision import resolve_precision
 from megatron_mesh.config.check_training import resolve_optimizer, resolve_training
 from megatron_mesh.config.ranges import at_least, positive
@@ -27,6 +32,7 @@ def resolve(config: Config, *, world_size: int = 1) -> Config:
     check_vocabulary(model, config.data)
     data_parallel = check_ranks(config.parallel, world_size)
     check_tensor_parallel(config.parallel, model)
+    check_context_parallel(config.parallel, model, config.precision.transformer_impl)
     training = resolve_training(config.training, model, data_parallel)
     check_pipeline(config.parallel, model, training, data_parallel)
     precision = resolve_precision(config.precision, model, training, config.parallel)

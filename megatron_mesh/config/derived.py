@@ -1,7 +1,7 @@
 """Quantities that follow from a resolved model configuration."""
 
 from megatron_mesh.config.layers import LayerLayout, parse_layers
-from megatron_mesh.config.schema import ModelConfig
+from megatron_mesh.config.schema import Config, ModelConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.recurrence import SCHEMES
 
@@ -25,6 +25,12 @@ def padded_vocab_size(model: ModelConfig) -> int:
         raise UserError("the size of the vocabulary is not known; give --tokenizer-model or --vocab-size")
     multiple = model.make_vocab_size_divisible_by
     return -(-model.vocab_size // multiple) * multiple
+
+
+def tokens_of_rank(config: Config) -> int:
+    """Tokens of a micro-batch on each rank that shares its sequences in attention."""
+    tokens = config.training.micro_batch_size * config.model.seq_length
+    return tokens // config.parallel.context_parallel_size
 
 
 def non_embedding_parameters(model: ModelConfig) -> int:

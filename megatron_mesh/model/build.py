@@ -23,7 +23,7 @@ def build_model(config: Config, part: Part | None = None, **stage: Any) -> MeshG
         part: what a pipeline rank holds of a looped model.
         stage: for a chunk of a plain one, ``pre_process``, ``post_process`` and ``vp_stage``.
     """
-    implementation = choose(config.precision)
+    implementation = choose(config.precision, config.parallel)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with device.device():
         model = _construct(config, groups, part, implementation, **stage)

@@ -83,6 +83,7 @@ def transformer_config(config: Config, implementation: Implementation = LOCAL) -
         recompute_modules=training.recompute_modules,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.context_parallel_size,
         # For a looped model below: Megatron's checks would have the unrolled depth in equal parts.
         pipeline_model_parallel_size=1 if looped else parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=None if looped else virtual,

@@ -9,7 +9,7 @@ from typing import Literal
 from megatron.core.utils import is_te_min_version
 
 from megatron_mesh import kernels
-from megatron_mesh.config.schema import PrecisionConfig
+from megatron_mesh.config.schema import ParallelConfig, PrecisionConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import device
 from megatron_mesh.runtime.distributed import is_rank_zero
@@ -23,7 +23,7 @@ TRANSFORMER_ENGINE: Implementation = "transformer_engine"
 _OLDEST = "2.9"  # what megatron-core 0.16.1 asks for in its own extra
 
 
-def choose(precision: PrecisionConfig) -> Implementation:
+def choose(precision: PrecisionConfig, parallel: ParallelConfig) -> Implementation:
     """The layers' implementation on this machine, said once in the log.
 
     Raises:
@@ -41,6 +41,11 @@ def choose(precision: PrecisionConfig) -> Implementation:
     reason = missing or "there is no GPU"
     if precision.fp8_format and chosen == LOCAL:
         raise UserError(f"--fp8-format needs Transformer Engine: {reason}; or leave --fp8-format out")
+    if (ranks := parallel.context_parallel_size) > 1 and chosen == LOCAL:
+        raise UserError(
+            f"--context-parallel-size {ranks} needs Transformer Engine's attention: {reason}; for long "
+            "sequences without it use --tensor-model-parallel-size with --sequence-parallel"
+        )
     if precision.gradient_accumulation_fusion and chosen == LOCAL and not has_fused_gradients():
         raise UserError(
             "--gradient-accumulation-fusion needs Transformer Engine, or apex with its CUDA extensions: "

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from megatron_mesh.config.derived import layout, padded_vocab_size
+from megatron_mesh.config.derived import layout, padded_vocab_size, tokens_of_rank
 from megatron_mesh.config.schema import Config, ModelConfig, TrainingConfig
 from megatron_mesh.model.flops import forward_flops_per_token
 from megatron_mesh.planner.stages import Chunk, Pipeline
@@ -27,7 +27,7 @@ def chunk_costs(config: Config, pipeline: Pipeline) -> list[list[Cost]]:
 
 def _cost(config: Config, chunk: Chunk) -> Cost:
     model, training = config.model, config.training
-    tokens = training.micro_batch_size * model.seq_length / config.parallel.tensor_model_parallel_size
+    tokens = tokens_of_rank(config) / config.parallel.tensor_model_parallel_size
     forward = chunk.layers * layer_flops(model) + sum(enter_flops(model, v) for v in chunk.enters)
     if chunk.head:
         forward += head_flops(model)

@@ -9,7 +9,7 @@ from megatron_mesh.config.schema import Config, ParallelConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.model import build_on_meta, flops_per_token
 from megatron_mesh.model.count import count_parameters
-from megatron_mesh.planner.report import Plan, make_plan
+from megatron_mesh.planner.report import Plan, make_plan, ranks_text
 from megatron_mesh.recurrence import SCHEMES
 
 _EMBEDDINGS = ("embedding", "output projection")
@@ -71,15 +71,14 @@ def _parameter_rows(counts: Counter[str]) -> list[tuple[str, str]]:
 
 
 def _run_rows(plan: Plan) -> list[tuple[str, str]]:
-    training, model, parallel = plan.config.training, plan.config.model, plan.config.parallel
+    training, model = plan.config.training, plan.config.model
     assert training.global_batch_size is not None and training.train_iters is not None
-    tensor, pipeline = parallel.tensor_model_parallel_size, plan.pipeline.ranks
     micro_batches = f"{plan.pipeline.micro_batches} of {training.micro_batch_size} sequences"
     per_step = training.global_batch_size * model.seq_length
     tokens = per_step * training.train_iters
     flops = flops_per_token(model)
     return [
-        ("ranks", f"{plan.world_size}: tensor {tensor} x pipeline {pipeline} x data {plan.data_parallel}"),
+        ("ranks", f"{plan.world_size}: {ranks_text(plan)}"),
         ("micro-batches", f"{micro_batches} per step and rank"),
         ("tokens per step", f"{per_step:,} ({training.global_batch_size:,} x {model.seq_length:,})"),
         ("steps", f"{training.train_iters:,} ({tokens:,} tokens)"),

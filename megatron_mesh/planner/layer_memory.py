@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_mesh.config.derived import tokens_of_rank
 from megatron_mesh.config.schema import Config
 
 
@@ -33,4 +34,4 @@ def layer_bytes(config: Config) -> int:
     if "mlp" not in (training.recompute_modules or []):
         sharded_by_tp += 2 * ffn
     width = 2 if training.bf16 else 4
-    return training.micro_batch_size * model.seq_length * (3 * h // shard + sharded_by_tp // tp) * width
+    return tokens_of_rank(config) * (3 * h // shard + sharded_by_tp // tp) * width

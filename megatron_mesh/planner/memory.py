@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_mesh.config.derived import layout, padded_vocab_size
+from megatron_mesh.config.derived import layout, padded_vocab_size, tokens_of_rank
 from megatron_mesh.config.schema import Config
 from megatron_mesh.planner.costs import enter_flops, redone_layers
 from megatron_mesh.planner.layer_memory import MemoryEstimate, layer_bytes
@@ -27,7 +27,7 @@ class InFlight:
 
 
 def rank_memory(
-    config: Config, pipeline: Pipeline, rank: int, order: Sequence[Step], data_parallel: int
+    config: Config, pipeline: Pipeline, rank: int, order: Sequence[Step], replicas: int
 ) -> tuple[MemoryEstimate, InFlight]:
     """Bytes of pipeline rank ``rank`` (of each of its tensor-parallel ranks).
 
@@ -36,10 +36,10 @@ def rank_memory(
 
     Args:
         order: the rank's steps in a training step.
-        data_parallel: replicas, over which the distributed optimizer shards its state.
+        replicas: ranks with the same weights, over which the distributed optimizer shards its state.
     """
     parameters, bf16 = rank_parameters(config, pipeline, rank), config.training.bf16
-    shards = data_parallel if config.parallel.use_distributed_optimizer else 1
+    shards = replicas if config.parallel.use_distributed_optimizer else 1
     held = in_flight(config, pipeline, rank, order)
     memory = MemoryEstimate(
         weights=parameters * (2 if bf16 else 4),
@@ -112,13 +112,11 @@ def _redone_bytes(config: Config, chunk: Chunk) -> int:
 def _state_bytes(config: Config) -> int:
     """One hidden state [S, B, H], or the shard of it that sequence parallelism leaves."""
     parallel, training = config.parallel, config.training
-    tokens = training.micro_batch_size * config.model.seq_length
     shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return tokens * config.model.hidden_size * (2 if training.bf16 else 4) // shards
+    return tokens_of_rank(config) * config.model.hidden_size * (2 if training.bf16 else 4) // shards
 
 
 def _head_bytes(config: Config) -> int:
     """The final norm's input and output, and the softmax over the vocabulary in float32."""
-    tokens = config.training.micro_batch_size * config.model.seq_length
     tp = config.parallel.tensor_model_parallel_size
-    return 2 * _state_bytes(config) + tokens * padded_vocab_size(config.model) // tp * 4
+    return 2 * _state_bytes(config) + tokens_of_rank(config) * padded_vocab_size(config.model) // tp * 4

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_mesh.config.check_parallel import model_parallel_size
 from megatron_mesh.config.schema import Config
 from megatron_mesh.planner.costs import chunk_costs
 from megatron_mesh.planner.layer_memory import MemoryEstimate
@@ -46,8 +47,18 @@ class Plan:
 
 def data_parallel_size(config: Config, world_size: int) -> int:
     """Replicas of the model that a resolved run has."""
-    parallel = config.parallel
-    return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    return world_size // model_parallel_size(config.parallel)
+
+
+def ranks_text(plan: Plan) -> str:
+    """How the processes divide."""
+    parallel = plan.config.parallel
+    shared = parallel.context_parallel_size
+    context = f"context {shared} x " if shared > 1 else ""
+    return (
+        f"tensor {parallel.tensor_model_parallel_size} x {context}pipeline {plan.pipeline.ranks} x "
+        f"data {plan.data_parallel}"
+    )
 
 
 def make_plan(config: Config, world_size: int) -> Plan:
@@ -63,7 +74,8 @@ def plan_for(config: Config, stages: Pipeline, world_size: int) -> Plan:
     """The same for given stages, which need not be those that ``config`` would have."""
     order = schedule_order(stages)
     timeline = simulate(order, chunk_costs(config, stages))
-    replicas = data_parallel_size(config, world_size)
+    # The ranks that share a sequence have the same weights.
+    replicas = data_parallel_size(config, world_size) * config.parallel.context_parallel_size
 
     def rank_report(rank: int) -> RankReport:
         memory, held = rank_memory(config, stages, rank, order[rank], replicas)

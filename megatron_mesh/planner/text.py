@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_mesh.config.derived import layout, padded_vocab_size
 from megatron_mesh.config.settings import flag
-from megatron_mesh.planner.report import Plan, RankReport
+from megatron_mesh.planner.report import Plan, RankReport, ranks_text
 from megatron_mesh.planner.speed import Hardware
 from megatron_mesh.planner.suggest import Suggestion
 from megatron_mesh.recurrence import SCHEMES
@@ -113,13 +113,10 @@ def _flags(settings: Mapping[str, Any]) -> str:
 
 
 def _head(plan: Plan) -> list[tuple[str, str]]:
-    model, training, parallel = plan.config.model, plan.config.training, plan.config.parallel
+    model, training = plan.config.model, plan.config.training
     stages, times = plan.pipeline, plan.timeline
     width = f"hidden {model.hidden_size:,}, vocabulary {padded_vocab_size(model):,}"
-    ranks = (
-        f"{plan.world_size:,}: tensor {parallel.tensor_model_parallel_size} x pipeline {stages.ranks} x "
-        f"data {plan.data_parallel}"
-    )
+    ranks = f"{plan.world_size:,}: {ranks_text(plan)}"
     rows = [
         ("model", f"{model.recurrence} {layout(model)}, {width}, {model.seq_length:,} tokens"),
         ("GPUs", ranks),
@@ -181,8 +178,8 @@ def _memory_rows(plan: Plan) -> list[list[str]]:
 
 
 def _traffic_rows(plan: Plan) -> list[list[str]]:
-    head = ["sent per step", "to next", "to previous", "tensor", "gradients", "parameters", "tied weights"]
-    rows = [[*head, "in all"]]
+    kinds = ["to next", "to previous", "tensor", "context", "gradients", "parameters", "tied weights"]
+    rows = [["sent per step", *kinds, "in all"]]
     for label, rank in _by_kind(plan):
         rows.append([label, *(size(n) for n in vars(rank.traffic).values()), size(rank.traffic.total)])
     return rows

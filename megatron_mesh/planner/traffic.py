@@ -7,6 +7,7 @@ or a reduce-scatter sends n (g-1)/g from every rank, and an all-reduce twice tha
 from dataclasses import dataclass
 
 from megatron_mesh.config.check_parallel import keeps_states
+from megatron_mesh.config.derived import tokens_of_rank
 from megatron_mesh.config.schema import Config
 from megatron_mesh.planner.costs import redone_layers
 from megatron_mesh.planner.parameters import (
@@ -31,6 +32,8 @@ class Traffic:
     """Their gradients to the previous pipeline rank."""
     tensor: int
     """In the tensor-parallel group: around layers, embedding, loss and memory, and gradients of norms."""
+    context: int
+    """In the context-parallel group: keys and values, and their gradients."""
     gradients: int
     """In the data-parallel group: all-reduce, or reduce-scatter with the distributed optimizer."""
     parameters: int
@@ -44,19 +47,20 @@ class Traffic:
         return sum(vars(self).values())
 
 
-def rank_traffic(config: Config, pipeline: Pipeline, rank: int, data_parallel: int) -> Traffic:
-    """What each tensor-parallel rank of pipeline rank ``rank`` sends."""
+def rank_traffic(config: Config, pipeline: Pipeline, rank: int, replicas: int) -> Traffic:
+    """What each tensor-parallel rank of pipeline rank ``rank`` sends; ``replicas`` ranks have its weights."""
     chunks, last = pipeline.chunks[rank], pipeline.ranks - 1
     message = message_bytes(config) if last else 0
     forwards = len(chunks) - (rank == last)  # the last chunk of all has nobody to send to,
     backwards = len(chunks) - (rank == 0)  # and neither has the first, backward
     per_micro_batch = sum(sum(tensor_parallel_bytes(config, chunk)) for chunk in chunks)
-    gradients, parameters = data_parallel_bytes(config, pipeline, rank, data_parallel)
+    gradients, parameters = data_parallel_bytes(config, pipeline, rank, replicas)
     tied = embedding_parameters(config) * _GRADIENT if tied_over_pipeline(config, pipeline, rank) else 0
     return Traffic(
         p2p_forward=pipeline.micro_batches * forwards * message,
         p2p_backward=pipeline.micro_batches * backwards * message,
         tensor=round(pipeline.micro_batches * per_micro_batch + _summed_gradients(config, pipeline, rank)),
+        context=pipeline.micro_batches * sum(context_parallel_bytes(config, chunk) for chunk in chunks),
         gradients=round(gradients),
         parameters=round(parameters),
         ties=tied,  # an all-reduce over two
@@ -78,7 +82,7 @@ def tensor_parallel_bytes(config: Config, chunk: Chunk) -> tuple[float, float]:
     backward, and two more all-gathers of inputs whose shard alone was kept (Megatron-core's
     ``tensor_parallel/layers.py``).
     """
-    parallel, model, training = config.parallel, config.model, config.training
+    parallel, training = config.parallel, config.training
     tp, sharded = parallel.tensor_model_parallel_size, parallel.sequence_parallel
     redone = redone_layers(training, chunk)
     mlp_again = chunk.layers if "mlp" in (training.recompute_modules or []) else 0
@@ -94,8 +98,19 @@ def tensor_parallel_bytes(config: Config, chunk: Chunk) -> tuple[float, float]:
         forward += len(chunk.enters)  # the state that was made is gathered,
         backward += len(chunk.enters)  # and so is the gradient of the state that came
     unit = _whole_state(config) * (tp - 1) / tp
-    losses = 3 * 2 * training.micro_batch_size * model.seq_length * 4 * (tp - 1) / tp
+    losses = 3 * 2 * tokens_of_rank(config) * 4 * (tp - 1) / tp
     return forward * unit + chunk.head * losses, backward * unit
+
+
+def context_parallel_bytes(config: Config, chunk: Chunk) -> int:
+    """Bytes sent in a chunk for one micro-batch, in attention over a ring of ranks.
+
+    Keys and values go round in forward, in backward, and where a layer is run again; gradients once.
+    """
+    parallel = config.parallel
+    rounds = 3 * chunk.layers + redone_layers(config.training, chunk)
+    keys_and_values = 2 * _whole_state(config) // parallel.tensor_model_parallel_size
+    return rounds * (parallel.context_parallel_size - 1) * keys_and_values
 
 
 def own_exchange(config: Config) -> bool:
@@ -105,11 +120,9 @@ def own_exchange(config: Config) -> bool:
     return several and keeps_states(config.model)
 
 
-def data_parallel_bytes(
-    config: Config, pipeline: Pipeline, rank: int, data_parallel: int
-) -> tuple[float, float]:
+def data_parallel_bytes(config: Config, pipeline: Pipeline, rank: int, replicas: int) -> tuple[float, float]:
     """Bytes sent for gradients and for parameters."""
-    share = rank_parameters(config, pipeline, rank) * (data_parallel - 1) / data_parallel
+    share = rank_parameters(config, pipeline, rank) * (replicas - 1) / replicas
     if not config.parallel.use_distributed_optimizer:
         return 2 * share * _GRADIENT, 0.0
     return share * _GRADIENT, share * (2 if config.training.bf16 else 4)
@@ -127,6 +140,4 @@ def _summed_gradients(config: Config, pipeline: Pipeline, rank: int) -> float:
 
 
 def _whole_state(config: Config) -> int:
-    model, training = config.model, config.training
-    tokens = training.micro_batch_size * model.seq_length
-    return tokens * model.hidden_size * (2 if training.bf16 else 4)
+    return tokens_of_rank(config) * config.model.hidden_size * (2 if config.training.bf16 else 4)

@@ -56,6 +56,7 @@ def model_parallel_groups(config: Config) -> Iterator[None]:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_stages(config.model, parallel),
         distributed_timeout_minutes=int(max(1, parallel.distributed_timeout_minutes)),
     )

@@ -16,6 +16,7 @@ from megatron_mesh.checkpoint.save import Saved, Saver
 from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data import Datasets
+from megatron_mesh.model.implementation import choose
 from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.distributed import is_rank_zero, process_groups
@@ -50,6 +51,7 @@ def pretrain(config: Config) -> int:
         UserError: bad input, before anything is written.
     """
     started = time.monotonic()
+    choose(config.precision, config.parallel)
     with process_groups(config) as health:
         with health.busy("the preparations"):
             check_trackers(config.logging)

@@ -109,7 +109,7 @@ class RouterMeter:
             return {}
         sums = torch.stack([self._sums[cycle] for cycle in sorted(self._sums)])  # [K + 1, 2, N + 2]
         # Only the ranks of the first pipeline stage have routers.
-        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         dist.all_reduce(sums, group=parallel_state.get_tensor_model_parallel_group())
         means = sums[..., :-1] / sums[..., -1:]
         router = {}

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import unwrap_model
+from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 from torch import Tensor
 
 from megatron_mesh.config.schema import Config, TrainingConfig
@@ -48,12 +48,10 @@ def forward_step(
     if batch is None:
         return chunk(None, None, attention_mask=None), None
     _check_ids(batch, unwrap_model(chunk).vocab_size)
-    tokens, labels, loss_mask, position_ids = (
-        x.to(device.device(), non_blocking=True)
-        for x in (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)
-    )
-    losses = chunk(tokens, position_ids, attention_mask=None, labels=labels)
-    return losses, partial(masked_loss, loss_mask)
+    there = {name: x.to(device.device(), non_blocking=True) for name, x in vars(batch).items()}
+    there = get_batch_on_this_cp_rank(there)
+    losses = chunk(there["tokens"], there["position_ids"], attention_mask=None, labels=there["labels"])
+    return losses, partial(masked_loss, there["loss_mask"])
 
 
 def _check_ids(batch: Batch, entries: int) -> None:

@@ -163,7 +163,7 @@ def test_requeue_by_the_administrator(start, undisturbed) -> None:
 @every_event
 def test_requeue_by_the_tool_saves_first(start, undisturbed, cluster) -> None:
     job = start()
-    job.wait_for_step(25)
+    job.wait_for_step(1)  # the tool needs a moment to start, and the job only seconds to end
     assert "is told to save" in tool(cluster, "--requeue", job.run)
     assert job.wait_for_end() == "COMPLETED"
     assert job.fields["Restarts"] == "1"

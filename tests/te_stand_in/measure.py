@@ -1,6 +1,6 @@
 """Run the real model on the stand-in and print what it did, as JSON.
 
-    PYTHONPATH=tests/te_stand_in:. python tests/te_stand_in/measure.py [ring]
+    PYTHONPATH=tests/te_stand_in:. python tests/te_stand_in/measure.py [two]
 
 In a process of its own, since Megatron-core asks for Transformer Engine once, when it is imported.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from transformer_engine.pytorch.fp8 import FP8_MAX, FP8GlobalStateManager
 from transformer_engine.pytorch.linear import Linear
 
@@ -27,13 +27,18 @@ from megatron_mesh.data import Batch
 from megatron_mesh.model import te_layers
 from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.parallel.ring import ring_chunks
-from megatron_mesh.train.step import run_batch
-from tests.helpers import one_process, relative_error, tiny_config
+from megatron_mesh.runtime.distributed import model_parallel_groups
+from megatron_mesh.train.step import loss_per_token, run_batch
+from tests.helpers import one_process, randomise, relative_error, tiny_config
 
 FP8 = {"fp8_format": "hybrid", "bf16": True}
 EVERYWHERE = {**FP8, "fp8_scope": "all"}
 # The stand-in's blocks are whole tensors, so that the numbers are those of tensorwise; but nothing is kept.
 ALWAYS_CAST = {**EVERYWHERE, "fp8_recipe": "blockwise"}
+
+
+CONTEXT = ({"global_batch_size": 8}, {"context_parallel_size": 2})
+"""Two replicas, to which ``batches`` gives the same, and one model on two ranks."""
 
 
 def configure(layers: str = "1+1R2+1", world_size: int = 1, **settings: Any) -> Config:
@@ -154,6 +159,23 @@ def ring() -> dict[str, Any]:
         chosen = {p: {n: g for n, g in unfused[p].items() if f".{part}." in n} for p in unfused}
         found[f"naive, {part}"] = worst(naive, chosen)
     return found
+
+
+def context() -> dict[str, Any]:
+    """Losses and gradients of two ranks that share sequences, and of two that have the same ones each."""
+    te_layers.TEDotProductAttention.cp_stream = "none: a stream is a GPU's"
+    each, shared = (configure(world_size=2, **settings) for settings in CONTEXT)
+    found = []
+    for config in (each, shared):
+        parallel_state.destroy_model_parallel()
+        with model_parallel_groups(config):
+            stage = build_stage(config)
+            randomise(stage.modules[0])
+            totals = run_batch(stage, batches(1), config.training, forward_only=True)
+            found.append((loss_per_token(totals), train_step(stage, config, 1)))
+    (loss, expected), (ours, gradients) = found
+    errors = {name: relative_error(gradients[name], expected[name]) for name in expected}
+    return {"losses": [loss, ours], "errors": errors}
 
 
 def casts() -> dict[str, Any]:
@@ -290,10 +312,10 @@ def delayed() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print one JSON object: what each of the functions above found."""
-    if sys.argv[1:] == ["ring"]:
+    """Print one JSON object: what each of the functions above found, alone or as one of two ranks."""
+    if sys.argv[1:]:
         with one_process(configure(world_size=2, pipeline_model_parallel_size=2)):
-            json.dump(ring(), sys.stdout)
+            json.dump({function.__name__: function() for function in (ring, context)}, sys.stdout)
         return
     wanted = [gradients, casts, contexts, marks, history, delayed, checkpoints]
     with one_process(configure()):

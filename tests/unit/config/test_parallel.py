@@ -21,7 +21,18 @@ def config(world_size: int, **changes: Any):
 REFUSED: list[tuple[int, dict[str, Any], list[str]]] = [
     (6, {"pipeline_model_parallel_size": 4}, ["= 4 does not divide", "processes, 6", "4 or 8"]),
     (3, {"pipeline_model_parallel_size": 4}, ["that work: 4"]),
-    (2, {"context_parallel_size": 2}, ["Transformer Engine's attention", "--sequence-parallel"]),
+    (
+        2,
+        {"context_parallel_size": 2, "transformer_impl": "local"},
+        ["Transformer Engine's attention", "local"],
+    ),
+    (3, {"context_parallel_size": 2}, ["--context-parallel-size 2 = 2 does not divide", "2 or 4"]),
+    (2, {"context_parallel_size": 2, "seq_length": 18}, ["into 4 pieces", "16 and 20"]),
+    (
+        4,
+        {"context_parallel_size": 2, "tensor_model_parallel_size": 2, "seq_length": 20},
+        ["into 8 pieces", "16 and 24"],
+    ),
     (2, {"overlap_param_gather": True}, ["needs --use-distributed-optimizer"]),
     (
         2,

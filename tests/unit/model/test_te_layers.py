@@ -46,12 +46,12 @@ def result(process: subprocess.Popen) -> Any:
 
 @pytest.fixture(scope="module")
 def processes() -> list[subprocess.Popen]:
-    """All at once: one alone, and two ranks of a ring."""
+    """All at once: one alone, and two ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    return [start(), *(start("ring", RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(2))]
+    return [start(), *(start("two", RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(2))]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def measured(processes) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def ring(processes) -> list[dict[str, Any]]:
+def two(processes) -> list[dict[str, Any]]:
     return [result(process) for process in processes[1:]]
 
 
@@ -89,12 +89,21 @@ def test_megatrons_flag_is_right_without_a_loop(measured) -> None:
         assert max(measured["gradients"][f"naive, K=1, {label}"].values()) < tolerance
 
 
-def test_on_a_ring_of_two_ranks(ring) -> None:
-    for rank in ring:
+def test_on_a_ring_of_two_ranks(two) -> None:
+    for rank in (each["ring"] for each in two):
         assert max(rank["ours"].values()) < BF16, rank
         assert rank["casts"] == [1]
         assert min(rank["naive, core"].values()) > WRONG, rank
         assert min(rank["naive, prelude"].values()) > WRONG, rank
+
+
+def test_two_ranks_that_share_sequences_train_as_one(two) -> None:
+    """Context parallelism: embedding, memory and layers, with the stand-in's attention over both ranks."""
+    for rank in (each["context"] for each in two):
+        alone, shared = rank["losses"]
+        assert shared == pytest.approx(alone, rel=1e-6)
+        assert max(rank["errors"].values()) < 1e-5, rank["errors"]
+        assert any("recurrence" in name for name in rank["errors"])
 
 
 @pytest.mark.parametrize("settings", ["core", "all", "all, recompute", "all, mlp recompute"])

@@ -9,7 +9,7 @@ from megatron.core.fp8_utils import is_first_last_bf16_layer
 
 from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.placement import placement
-from megatron_mesh.config.schema import PrecisionConfig
+from megatron_mesh.config.schema import ParallelConfig, PrecisionConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.model import build_model, build_on_meta, implementation
 from megatron_mesh.model.config import transformer_config
@@ -159,14 +159,19 @@ def absent(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_is_missing_is_named(absent, precision: PrecisionConfig, words: list[str]) -> None:
     with pytest.raises(UserError) as refused:
-        choose(precision)
+        choose(precision, ParallelConfig())
     for word in words:
         assert word in str(refused.value)
 
 
+def test_context_parallelism_needs_its_attention(absent) -> None:
+    with pytest.raises(UserError, match=r"--context-parallel-size 2 .* not installed .* --sequence-parallel"):
+        choose(PrecisionConfig(), ParallelConfig(context_parallel_size=2))
+
+
 def test_auto_falls_back_and_says_so_once(absent, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    assert [choose(PrecisionConfig()) for _ in range(2)] == ["local", "local"]
+    assert [choose(PrecisionConfig(), ParallelConfig()) for _ in range(2)] == ["local", "local"]
     (line,) = [record.message for record in caplog.records if record.name == implementation.__name__]
     assert "not installed" in line and "AdamW" in line
 
@@ -180,7 +185,7 @@ def test_a_broken_installation_is_not_a_traceback(monkeypatch: pytest.MonkeyPatc
     implementation.why_no_transformer_engine.cache_clear()
     try:
         with pytest.raises(UserError, match="libcudart"):
-            choose(PrecisionConfig(transformer_impl="transformer_engine"))
+            choose(PrecisionConfig(transformer_impl="transformer_engine"), ParallelConfig())
     finally:
         implementation.why_no_transformer_engine.cache_clear()
 
