@@ -15,7 +15,7 @@ WIDE = [
 ]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _kernels_run() -> None:
     if reason := kernels.why_unavailable():
         pytest.skip(reason)

@@ -1,0 +1,94 @@
+"""Transformer Engine's own modules, where the stand-in's tests (tests/unit/model) cannot see."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_mesh.model.implementation import why_no_transformer_engine
+from megatron_mesh.runtime import device, exits
+from tests.end_to_end.runs import launch, losses, write_settings
+from tests.helpers import one_process, tiny_config
+
+# Rounding of the unfused gradients to bfloat16, and of different kernels.
+CLOSE, WRONG = 0.02, 0.1
+FP8 = ("--bf16", "--fp8-format", "hybrid", "--fp8-scope", "all", "--gradient-accumulation-fusion")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _there() -> None:
+    if not device.has_gpu():
+        pytest.skip("there is no GPU")
+    if missing := why_no_transformer_engine():
+        pytest.skip(missing)
+
+
+def has_fp8() -> bool:
+    """Whether the GPU multiplies in FP8 (Ada, Hopper and later)."""
+    return torch.cuda.get_device_capability() >= (8, 9)
+
+
+@pytest.fixture(scope="module")
+def measured() -> Iterator[dict[str, Any]]:
+    from tests.te_gradients import EVERYWHERE, gradients
+
+    if not has_fp8():
+        pytest.skip("this GPU has no FP8")
+    with one_process(tiny_config()):
+        yield gradients(EVERYWHERE)
+
+
+@pytest.mark.parametrize("label", ["no FP8", "FP8"])
+@pytest.mark.parametrize("loops", [1, 2, 3])
+def test_fused_gradients_are_the_unfused_ones(measured, loops: int, label: str) -> None:
+    errors = measured[f"ours, K={loops}, {label}"]
+    assert max(errors.values()) < CLOSE, errors
+
+
+@pytest.mark.parametrize("loops", [2, 3])
+def test_megatrons_flag_loses_gradients_in_a_loop(measured, loops: int) -> None:
+    assert measured[f"naive, K={loops}, no FP8"]["first"] > WRONG
+    assert min(measured[f"naive, K={loops}, FP8"].values()) > WRONG
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> Path:
+    return write_settings(tmp_path_factory.mktemp("settings"))
+
+
+def train(settings: Path, directory: Path, *flags: object) -> list[float]:
+    """The losses of a run in a process of its own."""
+    result = launch("--config", settings, "--save", directory, *flags)
+    assert result.returncode in (exits.DONE, exits.STOPPED), result.stderr
+    return losses(directory)
+
+
+def test_learns_what_local_layers_learn(settings, tmp_path) -> None:
+    ours = train(settings, tmp_path / "te", "--bf16", "--transformer-impl", "transformer_engine")
+    local = train(settings, tmp_path / "local", "--bf16", "--transformer-impl", "local")
+    assert ours == pytest.approx(local, rel=0.01)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "delayed"])
+def test_fp8_learns_and_resumes_exactly(settings, tmp_path, recipe: str) -> None:
+    """Hidden size 128: a block of blockwise scaling."""
+    if not has_fp8():
+        pytest.skip("this GPU has no FP8")
+    flags = (*FP8, "--fp8-recipe", recipe, "--hidden-size", 128, "--deterministic-mode")
+    whole = train(settings, tmp_path / "whole", *flags)
+    plain = train(settings, tmp_path / "plain", "--bf16", "--hidden-size", 128)
+    assert whole == pytest.approx(plain, rel=0.05)
+    part = tmp_path / "part"
+    train(settings, part, *flags, "--exit-interval", 3)
+    assert train(settings, part, *flags, "--load", part) == whole
+
+
+def test_weights_in_fp8(settings, tmp_path) -> None:
+    if not has_fp8():
+        pytest.skip("this GPU has no FP8")
+    size = ("--hidden-size", 128, "--use-distributed-optimizer")
+    kept = train(settings, tmp_path / "kept", *FP8, *size, "--fp8-param-gather")
+    cast = train(settings, tmp_path / "cast", *FP8, *size)
+    assert kept == pytest.approx(cast, rel=0.05)

@@ -1,0 +1,59 @@
+"""The program on GPUs: as on a CPU, and again exactly as before."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_mesh.runtime import device, exits
+from tests.end_to_end.runs import launch, losses, write_settings
+
+LAYOUTS = [
+    ("--tensor-model-parallel-size", 2, "--sequence-parallel"),
+    ("--pipeline-model-parallel-size", 2),
+    ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _there() -> None:
+    if not device.has_gpu():
+        pytest.skip("there is no GPU")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> Path:
+    return write_settings(tmp_path_factory.mktemp("settings"))
+
+
+def train(settings: Path, directory: Path, *flags: object, processes: int = 1, **where: str) -> list[float]:
+    """The losses of a run in processes of its own."""
+    command = ("--config", settings, "--save", directory, *flags)
+    result = launch(*command, processes=processes, **where)
+    assert result.returncode in (exits.DONE, exits.STOPPED), result.stderr
+    return losses(directory)
+
+
+def test_learns_what_a_cpu_learns(settings, tmp_path) -> None:
+    there = train(settings, tmp_path / "gpu", "--transformer-impl", "local")
+    here = train(settings, tmp_path / "cpu", CUDA_VISIBLE_DEVICES="")
+    assert there == pytest.approx(here, rel=1e-4)  # sums in float32, in another order
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_is_the_same_bits(settings, tmp_path, precision: str) -> None:
+    flags = ("--deterministic-mode", *(["--bf16"] if precision == "bf16" else []))
+    whole = train(settings, tmp_path / "whole", *flags)
+    part = tmp_path / "part"
+    train(settings, part, *flags, "--exit-interval", 3, "--async-save")
+    assert train(settings, part, *flags, "--load", part) == whole
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["tp2-sp", "pp2", "dp2-overlap"])
+def test_two_gpus_learn_what_one_learns(settings, tmp_path, layout: tuple) -> None:
+    """NCCL; what gloo is tested with in tests/parallel."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    one = train(settings, tmp_path / "one", "--transformer-impl", "local")
+    two = train(settings, tmp_path / "two", "--transformer-impl", "local", *layout, processes=2)
+    assert two == pytest.approx(one, rel=1e-4)
