@@ -31,7 +31,7 @@ CLUSTERS = (
     Cluster(16, {"micro_batch_size": 2}),
     Cluster(64, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "micro_batch_size": 2}),
 )
-_EVERYWHERE = {
+_EVERYWHERE: dict[str, dict[str, Any]] = {
     "ranks: what is left of the GPUs are replicas, which share the optimizer's state": {
         "use_distributed_optimizer": True,
         "overlap_grad_reduce": True,
