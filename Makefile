@@ -64,6 +64,7 @@ bench: $(installed)
 
 configs: $(installed)
 	$(python) -m megatron_mesh.config.presets examples/configs
+	$(python) -m megatron_mesh.config.cluster_presets examples/slurm/6.9b
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -26,6 +26,7 @@ setup(
         "megatron-core==0.16.1",  # its seams are patched and subclassed: this version exactly
         "torch>=2.9,<2.14",
         "numpy>=2.0,<3",
+        "packaging>=24.2",
         "psutil>=5.9",  # megatron-core needs it to save a checkpoint and does not declare it
         "sentencepiece>=0.2",
         "tokenizers>=0.21",
@@ -46,6 +47,9 @@ setup(
             "peft>=0.21",
             "datasets>=5.2",
         ],
+        # What megatron-core 0.16.1 asks for. For a torch with CUDA 13 only, against which its bindings are
+        # compiled: pip install --no-build-isolation. NVIDIA's image has it (examples/docker).
+        "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "wandb": ["wandb>=0.19"],
         "dev": [
             "pytest>=8.3,<9.2",  # pytest-xdist 3.8 loses its groups with 9.2

@@ -3,6 +3,8 @@
 
 python tools/env_report.py
 srun --nodes 4 --ntasks-per-node 1 python tools/env_report.py     # of every node
+
+Exit status 1 where a package that is needed is missing.
 """
 
 import argparse
@@ -16,12 +18,14 @@ def main(argv: Sequence[str]) -> None:
         prog="env_report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args(argv)
-    from megatron_mesh.runtime.environment_report import report
+    from megatron_mesh.runtime.environment_report import missing_required, report
 
     rows = report()
     widths = [max(len(getattr(row, name)) for row in rows) for name in ("what", "found")]
     for row in rows:
         print(f"{row.what:<{widths[0]}}  {row.found:<{widths[1]}}  {row.note}".rstrip())
+    if missing := missing_required():
+        sys.exit(f"error: {', '.join(missing)} missing; pip install -e . installs what is needed")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
   core of its own, and after the backward the gradients of the copies are summed; interleaved 1F1B.
 
 Both are flattered: what the recurrence keeps would have to travel with the state to the stage that reads it
-(the embedding; with copies every output of the core too), and is not counted.
+(the embedding; with copies every output of the core too), and is not counted. Compared without FP8, whose
+casts of the weights would follow the same pattern as the weights.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from dataclasses import replace
 from megatron_mesh.config.derived import layout
 from megatron_mesh.config.layers import LayerLayout
 from megatron_mesh.config.placement import microbatch_group_size
-from megatron_mesh.config.schema import Config
+from megatron_mesh.config.schema import Config, PrecisionConfig
 from megatron_mesh.planner.balance import balanced_placement
 from megatron_mesh.planner.parameters import layer_parameters
 from megatron_mesh.planner.report import Plan, data_parallel_size, make_plan, plan_for
@@ -134,6 +135,7 @@ def comparison_table(configs: Sequence[tuple[int, Config]]) -> str:
     ways = {"ring": ring, "loop on one stage": one_stage, "copies of the core": copies}
     lines = [" | ".join(["", *_COLUMNS, ""]).strip(), "|---" * len(_COLUMNS) + "|"]
     for gpus, config in configs:
+        config = replace(config, precision=PrecisionConfig())
         for name, way in ways.items():
             plan = way(config, gpus)
             cells = [str(gpus), str(plan.pipeline.micro_batches), name, *_cells(plan)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from megatron_mesh.config.derived import layout, padded_vocab_size, tokens_of_rank
 from megatron_mesh.config.schema import Config
 from megatron_mesh.planner.costs import enter_flops, redone_layers
+from megatron_mesh.planner.fp8_memory import kept_casts_bytes, pass_casts_bytes
 from megatron_mesh.planner.layer_memory import MemoryEstimate, layer_bytes
 from megatron_mesh.planner.order import Step
 from megatron_mesh.planner.parameters import rank_parameters
@@ -32,7 +33,7 @@ def rank_memory(
     """Bytes of pipeline rank ``rank`` (of each of its tensor-parallel ranks).
 
     Gradients are summed in float32. Adam keeps two float32 moments, and for bfloat16 weights a float32 copy
-    of each.
+    of each. FP8 layers have casts of their weights beside them (``fp8_memory.py``).
 
     Args:
         order: the rank's steps in a training step.
@@ -42,7 +43,7 @@ def rank_memory(
     shards = replicas if config.parallel.use_distributed_optimizer else 1
     held = in_flight(config, pipeline, rank, order)
     memory = MemoryEstimate(
-        weights=parameters * (2 if bf16 else 4),
+        weights=parameters * (2 if bf16 else 4) + kept_casts_bytes(config, pipeline, rank),
         gradients=parameters * 4,
         optimizer=-(-parameters * (12 if bf16 else 8) // shards),
         activations=held.activations,
@@ -80,6 +81,7 @@ def kept_bytes(config: Config, chunk: Chunk, *, pipelined: bool) -> int:
     state = _state_bytes(config)
     redone = redone_layers(training, chunk)
     kept = (chunk.layers - redone) * layer_bytes(config)
+    kept += pass_casts_bytes(config, chunk, chunk.layers - redone)
     if training.recompute_method == "block":
         kept += redone * state
     elif redone:
@@ -106,7 +108,8 @@ def _redone_bytes(config: Config, chunk: Chunk) -> int:
     group = config.training.recompute_num_layers or 1
     if config.training.recompute_method == "block":
         group = 1  # recomputed layers are groups of their own then
-    return min(group, max(chunk.sections)) * layer_bytes(config)
+    again = min(group, max(chunk.sections))
+    return again * layer_bytes(config) + pass_casts_bytes(config, chunk, again)
 
 
 def _state_bytes(config: Config) -> int:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_mesh.config.derived import layout
+from megatron_mesh.config.layers import LayerLayout
 from megatron_mesh.config.placement import microbatch_group_size, placement
 from megatron_mesh.config.schema import Config
 from megatron_mesh.recurrence import SCHEMES
@@ -22,6 +23,8 @@ class Chunk:
     """Whether it starts with the embedding."""
     head: bool = False
     """Whether it ends with the final norm, the output projection and the loss."""
+    core: int = 0
+    """Layers of them that are of the core; a plain model is all core."""
 
     @property
     def layers(self) -> int:
@@ -40,6 +43,8 @@ class Pipeline:
     micro_batches: int
     group: int | None = None
     """Micro-batches that pass one chunk before the next chunk's turn; None where a rank has one chunk."""
+    loops: int = 1
+    """Times that a layer of the core runs with the same weights."""
 
     @property
     def ranks(self) -> int:
@@ -50,6 +55,10 @@ class Pipeline:
     def passes(self) -> int:
         """Chunks of a rank, V."""
         return len(self.chunks[0])
+
+    def core_layers(self, rank: int) -> int:
+        """Layers of the core with weights of their own on ``rank``."""
+        return sum(chunk.core for chunk in self.chunks[rank]) // self.loops
 
 
 def pipeline(config: Config, data_parallel: int) -> Pipeline:
@@ -69,11 +78,17 @@ def _one_rank(config: Config, micro_batches: int) -> Pipeline:
     layers, scheme = layout(config.model), SCHEMES[config.model.recurrence]
     sections: tuple[int, ...] = (layers.depth,)
     enters: tuple[int, ...] = ()
+    core = layers.depth
     if scheme.has_loop:
         sections = (layers.prelude, *[layers.core] * layers.loops, layers.coda)
         enters = tuple(range(layers.loops + 2))
-    chunk = Chunk("all layers", sections, enters, embedding=True, head=True)
-    return Pipeline(((chunk,),), (layers.unique_layers,), micro_batches)
+        core = layers.loops * layers.core
+    chunk = Chunk("all layers", sections, enters, embedding=True, head=True, core=core)
+    return Pipeline(((chunk,),), (layers.unique_layers,), micro_batches, loops=_shared_loops(layers))
+
+
+def _shared_loops(layers: LayerLayout) -> int:
+    return layers.loops if layers.shared else 1
 
 
 def _plain(config: Config, micro_batches: int) -> Pipeline:
@@ -95,6 +110,7 @@ def plain_pipeline(depth: int, ranks: int, virtual: int, micro_batches: int, gro
                 (depth // (ranks * virtual),),
                 embedding=v == 0 and rank == 0,
                 head=v == virtual - 1 and rank == ranks - 1,
+                core=depth // (ranks * virtual),
             )
             for v in range(virtual)
         )
@@ -116,6 +132,7 @@ def _ring(config: Config, micro_batches: int) -> Pipeline:
             enters=(v,) if rank == 0 else (),
             embedding=v == 0 and rank == 0,
             head=v == last_pass and rank == ranks - 1,
+            core=section[rank] if name.startswith("core") else 0,
         )
 
     copies = 1 if layers.shared else layers.loops
@@ -124,4 +141,5 @@ def _ring(config: Config, micro_batches: int) -> Pipeline:
         layers=tuple(parts.prelude[r] + copies * parts.core[r] + parts.coda[r] for r in range(ranks)),
         micro_batches=micro_batches,
         group=microbatch_group_size(config.parallel, micro_batches),
+        loops=_shared_loops(layers),
     )

@@ -20,8 +20,10 @@ Use them to compare layouts, and measure the first few. Of layouts with the same
 micro-batch size the fastest is shown. dist: distributed optimizer; SP: sequence parallelism."""
 
 _NOTES = """\
-Bytes are estimates from shapes; a framework's own and fragmentation come on top. The bubble is the share of
-the ranks' time in which they wait: 1 - busy / (ranks x step), from the schedule's order with costs in FLOPs.
+Bytes are estimates from shapes; a framework's own and fragmentation come on top. Activations count in full
+width where layers are in FP8; casts of their weights are among the weights (tensorwise) or the activations
+(blockwise, delayed). The bubble is the share of the ranks' time in which they wait: 1 - busy / (ranks x
+step), from the schedule's order with costs in FLOPs.
 In flight: the most chunks whose activations a rank holds, and of how many micro-batches.
 Sent: by one GPU in a step; collectives as ring algorithms (of n bytes in a group of g, an all-gather or a
 reduce-scatter sends n (g-1)/g, an all-reduce twice that)."""
@@ -123,6 +125,7 @@ def _head(plan: Plan) -> list[tuple[str, str]]:
         ("pipeline", _pipeline_text(plan)),
         ("micro-batches", f"{stages.micro_batches} of {training.micro_batch_size} per step and replica"),
         ("recomputation", training.recompute_granularity or "none"),
+        ("precision", _precision_text(plan)),
     ]
     if stages.ranks > 1:
         formula = (stages.ranks - 1) / (stages.passes * stages.micro_batches)
@@ -134,6 +137,16 @@ def _head(plan: Plan) -> list[tuple[str, str]]:
             )
         )
     return rows
+
+
+def _precision_text(plan: Plan) -> str:
+    precision = plan.config.precision
+    kind = "bfloat16" if plan.config.training.bf16 else "float32"
+    if precision.fp8_format is None:
+        return kind
+    where = "all layers" if precision.fp8_scope == "all" else "the core"
+    weights = ", weights too" if precision.fp8_param_gather else ""
+    return f"{kind}; {where} in FP8 ({precision.fp8_format}, {precision.fp8_recipe}{weights})"
 
 
 def _pipeline_text(plan: Plan) -> str:

@@ -115,6 +115,14 @@ def why_no_gpu() -> str:
     return "torch finds no device (driver, or CUDA_VISIBLE_DEVICES): training runs on the CPU, with gloo"
 
 
+def why_no_fp8() -> str | None:
+    """What keeps the GPUs from FP8 matrix products; None where all have them."""
+    oldest = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+    if oldest >= (8, 9):
+        return None
+    return "sm_{}{} has none: FP8 begins with sm_89 (Ada) and sm_90 (Hopper)".format(*oldest)
+
+
 def libraries() -> dict[str, str]:
     """Versions of the libraries that torch brings for GPUs; nothing on a CPU."""
     if not has_gpu():

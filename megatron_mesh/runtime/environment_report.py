@@ -8,23 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from packaging.specifiers import SpecifierSet
 
 from megatron_mesh.runtime import device
 
 # Distribution -> what is different without it.
 OPTIONAL = {
-    "transformer-engine": "no FP8, no context parallelism; torch's attention, norms and AdamW",
-    "apex": "no fused weight-gradient accumulation; torch's AdamW without Transformer Engine too",
-    "flash-attn": "flash attention comes from torch's scaled_dot_product_attention",
+    "transformer-engine": "no FP8; torch's attention, norms and AdamW",
+    "apex": "nothing with Transformer Engine; without both no fused weight gradients, and torch's AdamW",
+    "flash-attn": "flash attention comes from cuDNN (Transformer Engine) or torch instead",
     "triton": "the memory is read by torch's operations, in several passes",
     "gigatoken": "preprocessing uses Hugging Face's tokenizers, about a tenth as fast",
     "datatrove": "no preprocessing over a cluster",
     "transformers": "no conversion to Hugging Face, no generation",
     "lm-eval": "no tools/evaluate.py",
-    "deepspeed": "no DeepSpeed engine",
     "wandb": "no logging to Weights & Biases",
 }
 REQUIRED = ("megatron-core", "torch", "numpy", "sentencepiece", "tokenizers")
+_TRANSFORMER_ENGINE = ">=2.9,<2.12"
 _VARIABLES = ("NCCL_", "SLURM_JOB_ID", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS", "MASTER_ADDR")
 _SLURM = ("sbatch", "srun", "scontrol")
 _INFINIBAND = Path("/sys/class/infiniband")
@@ -41,7 +42,12 @@ class Row:
 
 def report() -> list[Row]:
     """The machine, the packages that are needed, and those that are missed or not."""
-    return [*_machine(), *_required(), *_optional(), *_surroundings()]
+    return [*_machine(), *_required(), *_optional(), *_layers(), *_surroundings()]
+
+
+def missing_required() -> list[str]:
+    """Needed packages that are not installed."""
+    return [name for name in REQUIRED if not _version(name)]
 
 
 def _machine() -> list[Row]:
@@ -67,6 +73,29 @@ def _optional() -> list[Row]:
         Row(name, version, "") if (version := _version(name)) else Row(name, "missing", cost)
         for name, cost in OPTIONAL.items()
     ]
+
+
+def _layers() -> list[Row]:
+    """What the layers will be made of, and whether they can compute in FP8."""
+    reason = _why_not_transformer_engine()
+    if reason:
+        return [Row("layers", "torch's", reason), Row("FP8", "no", "needs layers of Transformer Engine")]
+    # The upper end is what megatron-core 0.16.1 allows in its own extra.
+    beyond = not SpecifierSet(_TRANSFORMER_ENGINE).contains(_version("transformer-engine") or "0", True)
+    note = f"megatron-core is tested with {_TRANSFORMER_ENGINE}" if beyond else ""
+    fp8 = device.why_no_fp8()
+    return [Row("layers", "Transformer Engine's", note), Row("FP8", "no" if fp8 else "yes", fp8 or "")]
+
+
+def _why_not_transformer_engine() -> str | None:
+    if not _version("transformer-engine"):
+        return "Transformer Engine is not installed"
+    if missing_required():
+        return "what is missing is needed first"
+    # Megatron-core takes seconds to import.
+    from megatron_mesh.model.implementation import why_no_transformer_engine
+
+    return why_no_transformer_engine() or (None if device.has_gpu() else "there is no GPU")
 
 
 def _surroundings() -> list[Row]:

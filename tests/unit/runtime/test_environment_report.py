@@ -1,10 +1,14 @@
 """The report of what is installed."""
 
 import importlib.metadata
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from megatron_mesh.model import implementation
 from megatron_mesh.runtime import device, environment_report
 from megatron_mesh.runtime.environment_report import OPTIONAL, REQUIRED, report
 
@@ -24,6 +28,53 @@ def test_every_part_is_there_with_its_version_or_what_its_lack_costs(monkeypatch
     rows = {row.what: row for row in report()}
     assert rows["$NCCL_DEBUG"].found == "INFO"
     assert rows["no-such-package"].found == "MISSING"
+
+
+def layers() -> dict[str, tuple[str, str]]:
+    return {row.what: (row.found, row.note) for row in report() if row.what in ("layers", "FP8")}
+
+
+def test_layers_and_fp8_where_transformer_engine_cannot_be_used(monkeypatch) -> None:
+    """Installed is not enough: what keeps it from working is said."""
+    monkeypatch.setattr(environment_report, "_version", lambda name: "2.11.0")
+    monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: "libcudart.so cannot be loaded")
+    assert layers()["layers"] == ("torch's", "libcudart.so cannot be loaded")
+    assert layers()["FP8"][0] == "no"
+    monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: None)
+    monkeypatch.setattr(device, "has_gpu", lambda: False)
+    assert layers()["layers"] == ("torch's", "there is no GPU")
+
+
+@pytest.mark.parametrize(
+    "version,capability,note,fp8",
+    [
+        ("2.10.0+769ed7787", (9, 0), "", ("yes", "")),
+        ("2.12.0", (9, 0), "megatron-core is tested with >=2.9,<2.12", ("yes", "")),
+        ("2.11.0", (8, 0), "", ("no", "sm_80 has none: FP8 begins with sm_89 (Ada) and sm_90 (Hopper)")),
+    ],
+)
+def test_layers_and_fp8_with_transformer_engine(monkeypatch, version, capability, note, fp8) -> None:
+    installed = environment_report._version
+    monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: None)
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
+    monkeypatch.setattr(device, "gpus", lambda: [("H100", "80 GiB")])
+    monkeypatch.setattr(device, "libraries", lambda: {"NCCL": "2.28.9"})
+    monkeypatch.setattr(device.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(device.torch.cuda, "get_device_capability", lambda index: (capability, (9, 0))[index])
+    monkeypatch.setattr(
+        environment_report, "_version", lambda n: version if n == "transformer-engine" else installed(n)
+    )
+    assert layers() == {"layers": ("Transformer Engine's", note), "FP8": fp8}
+    rows = {row.what: row.found for row in report()}
+    assert (rows["GPU 0"], rows["NCCL"], rows["transformer-engine"]) == ("H100", "2.28.9", version)
+
+
+def test_the_tool_fails_where_something_needed_is_missing(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(environment_report, "REQUIRED", ("torch", "no-such-package"))
+    main = runpy.run_path(str(ROOT / "tools/env_report.py"))["main"]
+    with pytest.raises(SystemExit, match="no-such-package missing"):
+        main([])
+    assert "no-such-package" in capsys.readouterr().out
 
 
 def test_the_tool() -> None:

@@ -1,0 +1,87 @@
+"""The presets for clusters: the paper's model and optimizer, a layout that fits, scripts that can be made."""
+
+import re
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_mesh.arguments import parse_args
+from megatron_mesh.config.checks import resolve
+from megatron_mesh.config.cluster_presets import CLUSTERS, GPUS_PER_NODE, MODEL, cluster_presets, main
+from megatron_mesh.config.schema import Config
+from megatron_mesh.planner.report import Plan, make_plan
+
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "examples/slurm/6.9b"
+H100_GIB = 80e9 / 2**30
+ROOM_GIB = 6.0  # for CUDA, NCCL, what an operation needs for a moment, and fragmentation
+NODES = [cluster.nodes for cluster in CLUSTERS]
+
+
+def read(path: Path, gpus: int) -> Config:
+    return resolve(parse_args(["--config", str(path)]).config, world_size=gpus)
+
+
+def plan(nodes: int) -> Plan:
+    gpus = nodes * GPUS_PER_NODE
+    return make_plan(read(FOLDER / f"{nodes}-nodes.yaml", gpus), gpus)
+
+
+def test_the_files_are_what_the_table_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_disk = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.yaml")}
+    assert on_disk == dict(cluster_presets()), "run: make configs"
+    monkeypatch.setattr("sys.argv", ["cluster_presets", str(tmp_path / "new")])
+    main()
+    assert {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "new").iterdir()} == on_disk
+
+
+@pytest.mark.parametrize("nodes", NODES)
+def test_model_optimizer_and_batch_are_the_papers(nodes: int) -> None:
+    ours = plan(nodes).config
+    papers = read(ROOT / "examples/configs" / MODEL, nodes * GPUS_PER_NODE)
+    training = replace(ours.training, micro_batch_size=papers.training.micro_batch_size)
+    assert (ours.model, training, ours.optimizer) == (papers.model, papers.training, papers.optimizer)
+    assert ours.precision.fp8_format == "hybrid" and ours.precision.fp8_scope == "core"
+
+
+@pytest.mark.parametrize("nodes", NODES)
+def test_it_fits_a_gpu_and_uses_all_of_them(nodes: int) -> None:
+    found = plan(nodes)
+    assert max(rank.memory.total for rank in found.ranks) / 2**30 < H100_GIB - ROOM_GIB
+    samples = found.pipeline.micro_batches * found.config.training.micro_batch_size * found.data_parallel
+    assert samples == 512 == found.config.training.global_batch_size
+
+
+def test_the_readme_has_the_planners_figures() -> None:
+    """A row for each preset: nodes, ranks, micro-batches and GiB."""
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", (FOLDER / "README.md").read_text(encoding="utf-8"), re.M)
+    assert [int(nodes) for nodes, _ in rows] == NODES
+    for nodes, row in rows:
+        found = plan(int(nodes))
+        (rank,) = found.ranks
+        memory, parallel = rank.memory, found.config.parallel
+        parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
+        expected = [
+            f"{parallel.tensor_model_parallel_size} x {found.pipeline.ranks} x {found.data_parallel}",
+            f"{found.pipeline.micro_batches} of {found.config.training.micro_batch_size}",
+            *(f"{part / 2**30:.1f}" for part in parts),
+            f"{found.timeline.bubble_share:.0%}",
+            f"{rank.traffic.tensor / 2**30:.1f}",
+            f"{(rank.traffic.gradients + rank.traffic.parameters) / 2**30:.1f}",
+        ]
+        assert row.split(" | ") == expected
+
+
+@pytest.mark.parametrize("nodes", NODES)
+def test_the_tool_makes_a_script_of_it(nodes: int, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    text = (ROOT / "examples/slurm/site.sh").read_text()
+    text = re.sub(r"(?m)^PYTHON=\S+", f"PYTHON={sys.executable}", text)
+    (tmp_path / "site.sh").write_text(text)
+    submit = runpy.run_path(str(ROOT / "tools/submit_slurm.py"))["main"]
+    line = f"--site {tmp_path}/site.sh --nodes {nodes} --gpu-memory-gib 72 --save {tmp_path}/run --dry-run"
+    submit([*line.split(), "--config", str(FOLDER / f"{nodes}-nodes.yaml"), "--save-interval", "500"])
+    script = capsys.readouterr().out
+    assert f"#SBATCH --nodes={nodes}\n" in script and "#SBATCH --ntasks-per-node=8\n" in script
