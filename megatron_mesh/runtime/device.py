@@ -10,7 +10,8 @@ import logging
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ SEAMS = {
 
 # Dense bf16 FLOP/s of the data sheets, by a part of the device's name.
 _PEAK_BF16_FLOPS = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12, "B200": 2250e12}
+_FP8_CAPABILITY = (8, 9)  # of Ada and Hopper; FP8 has twice the rate of bf16 there
 
 _prepared = False
 
@@ -137,12 +139,48 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def peak_flops() -> float | None:
-    """Dense bf16 FLOP/s of the data sheet, or None where it is not known (every CPU)."""
-    if not has_gpu():
+def allocated_bytes() -> int | None:
+    """Memory of the GPU that tensors hold now; None on a CPU, where nobody counts."""
+    return torch.cuda.memory_allocated() if has_gpu() else None
+
+
+def reset_peak_memory() -> None:
+    """From now on ``peak_memory_bytes`` tells of what comes (on a CPU it cannot forget)."""
+    if has_gpu():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch raised ``error`` because memory was refused, on the GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
+
+
+def has_fp8() -> bool:
+    """Whether the GPU multiplies in FP8."""
+    return has_gpu() and torch.cuda.get_device_capability() >= _FP8_CAPABILITY
+
+
+def peak_flops(fp8: bool = False) -> float | None:
+    """Dense bf16 or FP8 FLOP/s of the data sheet, or None where it is not known (every CPU)."""
+    if not has_gpu() or (fp8 and not has_fp8()):
         return None
     name = torch.cuda.get_device_name()
-    return next((flops for part, flops in _PEAK_BF16_FLOPS.items() if part in name), None)
+    bf16 = next((flops for part, flops in _PEAK_BF16_FLOPS.items() if part in name), None)
+    return bf16 * 2 if bf16 and fp8 else bf16
+
+
+@contextmanager
+def marked(name: str) -> Iterator[None]:
+    """Name what runs inside: in the traces of torch's profiler, and as an NVTX range on a GPU."""
+    with torch.profiler.record_function(name):
+        if not has_gpu():
+            yield
+            return
+        torch.cuda.nvtx.range_push(name)
+        try:
+            yield
+        finally:
+            torch.cuda.nvtx.range_pop()
 
 
 def rng_state() -> dict[str, torch.Tensor]:
