@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from megatron_mesh.arguments import parse_args
 from megatron_mesh.config.checks import resolve
-from megatron_mesh.errors import UserError
+from megatron_mesh.errors import OutOfMemory, UserError
 from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.console import show_messages
 from megatron_mesh.runtime.environment import rank_from_environment, world_size_from_environment
@@ -41,3 +41,6 @@ if __name__ == "__main__":  # saving a checkpoint starts processes that import t
         if speaks:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(exits.BAD_INPUT)
+    except OutOfMemory as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(exits.CRASHED)

@@ -1,4 +1,4 @@
-"""The one exception for what a user can get wrong."""
+"""Exceptions that end a run with one message: bad input, and memory that is full."""
 
 
 class UserError(ValueError):
@@ -6,4 +6,11 @@ class UserError(ValueError):
 
     Entry points print it as ``error: <message>`` and exit with code 2, without a traceback;
     every other exception is a bug and keeps its traceback.
+    """
+
+
+class OutOfMemory(RuntimeError):
+    """The device's memory is full. The message names the remedies.
+
+    Nothing is wrong with the input as such, so entry points exit with code 1, and without a traceback.
     """

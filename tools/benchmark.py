@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Step times of recurrence schemes beside a plain Megatron-core GPT of the same depth.
+"""Training steps of recurrence schemes beside a plain Megatron-core GPT and a loop of Hugging Face layers.
 
-python tools/benchmark.py --variants plain base mesh --steps 20 --output results.json
+python tools/benchmark.py --shape 1.4b --output results.json
+python tools/benchmark.py --variants base base-compiled mesh mesh-compiled --profile traces
 
-All models live in one process and take turns, a step each; the tables show medians and quartiles, with
-forward-backward and optimizer apart, and what each model keeps for its backward pass.
+All models live in one process and take turns, a step each; the tables show speed, memory, the parts of a step
+and what each model keeps for its backward pass, as medians and quartiles, and the project's targets.
 """
 
 import json
@@ -15,21 +16,27 @@ import tyro
 from rich.console import Console
 
 from megatron_mesh.bench.settings import Settings
-from megatron_mesh.errors import UserError
+from megatron_mesh.errors import OutOfMemory, UserError
+from megatron_mesh.runtime import exits
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure as the command line says, print the tables and write the JSON file."""
+    """Measure as the command line says, print the tables and write the files."""
     settings = tyro.cli(Settings, prog="benchmark.py", description=__doc__, args=argv)
     # Megatron-core takes seconds to import, and --help does not need it.
-    from megatron_mesh.bench.report import as_json, as_tables
+    from megatron_mesh.bench.report import as_json
     from megatron_mesh.bench.run import run
+    from megatron_mesh.bench.tables import as_markdown, as_tables
+    from megatron_mesh.runtime.console import show_messages
 
-    results = run(settings)
-    Console().print(as_tables(settings, results))
+    show_messages(speaks=True)
+    report = run(settings)
+    Console().print(as_tables(report))
     if settings.output is not None:
-        settings.output.write_text(json.dumps(as_json(settings, results), indent=1) + "\n", encoding="utf-8")
-        print(f"wrote {settings.output}")
+        settings.output.write_text(json.dumps(as_json(report), indent=1) + "\n", encoding="utf-8")
+        tables = settings.output.with_suffix(".md")
+        tables.write_text(as_markdown(report), encoding="utf-8")
+        print(f"wrote {settings.output} and {tables}")
 
 
 if __name__ == "__main__":
@@ -37,4 +44,7 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(exits.BAD_INPUT)
+    except OutOfMemory as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(exits.CRASHED)

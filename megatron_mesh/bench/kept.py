@@ -7,7 +7,6 @@ from torch import Tensor
 
 from megatron_mesh.bench.variants import Variant
 from megatron_mesh.data import Batch
-from megatron_mesh.runtime import device
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,8 @@ class Kept:
 
 def kept_for_backward(variant: Variant, batch: Batch) -> Kept:
     """Count what a forward pass over ``batch`` keeps; a tensor saved twice counts once."""
-    model = variant.stage.modules[0]
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    shape = (batch.tokens.shape[1], batch.tokens.shape[0], model.config.hidden_size)
+    parameters = {p.untyped_storage().data_ptr() for p in variant.model.parameters()}
+    shape = (batch.tokens.shape[1], batch.tokens.shape[0], variant.config.model.hidden_size)
     kept: dict[int, Tensor] = {}  # by the address of the memory
     states: dict[int, Tensor] = {}
 
@@ -38,11 +36,8 @@ def kept_for_backward(variant: Variant, batch: Batch) -> Kept:
                 states[address] = x
         return x
 
-    tokens, position_ids, labels = (
-        x.to(device.device()) for x in (batch.tokens, batch.position_ids, batch.labels)
-    )
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        losses = model(tokens, position_ids, attention_mask=None, labels=labels)
+        losses = variant.losses(batch)
     assert losses.requires_grad
     return Kept(
         states=len(states),

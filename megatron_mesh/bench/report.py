@@ -1,18 +1,16 @@
-"""From the times of single steps to medians and quotients, as a table and as JSON."""
+"""From the times of single steps to medians, rates and quotients, and all of it as JSON."""
 
+import importlib.metadata
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import combinations
-from platform import python_version
+from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
-import megatron.core
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Group
-from rich.table import Table
 
 import megatron_mesh
 from megatron_mesh.bench.kept import Kept
@@ -20,7 +18,10 @@ from megatron_mesh.bench.settings import Settings
 from megatron_mesh.bench.timing import Times
 from megatron_mesh.runtime import device
 
-PARTS = ("forward_backward", "optimizer", "step")
+PARTS = ("forward_backward", "communication", "optimizer", "step")
+COMPARED = ("forward_backward", "optimizer", "step")
+"""Parts of which there are quotients; in one process, communication is next to nothing."""
+_PACKAGES = ("megatron-core", "transformer-engine", "apex", "triton", "transformers")
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,35 @@ class Result:
     """Everything measured of one variant."""
 
     parameters: int
-    kept: Kept
+    kept: Kept | None
+    """What autograd keeps; counted for Megatron's layers in their plain precision."""
     times: Times
+    flops_per_token: float = 0.0
+    """Of forward and backward of the unrolled network (``model/flops.py``)."""
+    peak_bytes: int | None = None
+    """Most memory held in a measured step; None on a CPU."""
+    peak_flops: float | None = None
+    """FLOP/s of the device's data sheet in the variant's precision; None where it is not known."""
+
+    def rates(self, tokens_per_step: int) -> dict[str, float | None]:
+        """Tokens/s, model TFLOP/s and share of the device's peak, by the median step."""
+        tokens_per_second = tokens_per_step / Spread.of(self.times.step).median
+        flops = self.flops_per_token * tokens_per_second
+        return {
+            "tokens_per_second": tokens_per_second,
+            "model_tflops": flops / 1e12,
+            "share_of_peak": flops / self.peak_flops if self.peak_flops else None,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole benchmark. ``settings`` are complete; ``results`` are in the order of the variants."""
+
+    settings: Settings
+    results: Mapping[str, Result]
+    skipped: Mapping[str, str]
+    """Variants that did not run here, and why."""
 
 
 def ratios(results: Mapping[str, Result]) -> dict[str, dict[str, Spread]]:
@@ -60,81 +88,62 @@ def ratios(results: Mapping[str, Result]) -> dict[str, dict[str, Spread]]:
     quotients: dict[str, dict[str, Spread]] = {}
     for below, above in combinations(results, 2):
         parts = quotients[f"{above} / {below}"] = {}
-        for part in PARTS:
-            pairs = zip(getattr(results[above].times, part), getattr(results[below].times, part), strict=True)
-            parts[part] = Spread.of([a / b for a, b in pairs])
+        for part in COMPARED:
+            parts[part] = quotient(results[above], results[below], part)
     return quotients
 
 
-def as_json(settings: Settings, results: Mapping[str, Result]) -> dict[str, Any]:
+def quotient(above: Result, below: Result, part: str = "step") -> Spread:
+    """Time of ``above`` over that of ``below``, round by round."""
+    pairs = zip(getattr(above.times, part), getattr(below.times, part), strict=True)
+    return Spread.of([a / b for a, b in pairs])
+
+
+def as_json(report: Report) -> dict[str, Any]:
     """The report as JSON has it: summaries, and the seconds of every step."""
-    tokens = settings.num_micro_batches * settings.micro_batch_size * settings.seq_length
+    from megatron_mesh.bench.targets import targets
+
+    settings = asdict(report.settings)
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "device": device.describe(),
+        "gpus": device.gpus(),
+        "system": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": python_version(),
-            "torch": torch.__version__,
-            "megatron-core": megatron.core.__version__,
-            "megatron-mesh": megatron_mesh.__version__,
+        "versions": _versions(),
+        "settings": {
+            name: str(v) if isinstance(v, Path) else v for name, v in settings.items() if name != "output"
         },
-        "settings": {name: value for name, value in asdict(settings).items() if name != "output"},
-        "tokens_per_step": tokens,
+        "tokens_per_step": report.settings.tokens_per_step,
         "variants": {
-            name: {
-                "parameters": result.parameters,
-                "kept_for_backward": asdict(result.kept),
-                "tokens_per_second": tokens / Spread.of(result.times.step).median,
-                **{part: asdict(Spread.of(getattr(result.times, part))) for part in PARTS},
-                "seconds": asdict(result.times),
-            }
-            for name, result in results.items()
+            name: _variant(result, report.settings.tokens_per_step) for name, result in report.results.items()
         },
+        "skipped": dict(report.skipped),
         "ratios": {
             pair: {part: asdict(spread) for part, spread in parts.items()}
-            for pair, parts in ratios(results).items()
+            for pair, parts in ratios(report.results).items()
         },
+        "targets": [asdict(target) | {"verdict": target.verdict} for target in targets(report)],
     }
 
 
-def as_tables(settings: Settings, results: Mapping[str, Result]) -> Group:
-    """The report for a terminal."""
-    s = settings
-    seconds = Table(
-        "variant",
-        *(part.replace("_", "-") for part in PARTS),
-        title="seconds per step: median (quartiles)",
-        box=SIMPLE_HEAD,
-        caption=f"{s.layers}, hidden {s.hidden_size}, vocabulary {s.vocab_size:,}; {s.num_micro_batches} "
-        f"micro-batches of {s.micro_batch_size} x {s.seq_length} tokens, {'bf16' if s.bf16 else 'fp32'}, "
-        f"{s.steps} steps of each in turn; {device.describe()}",
-    )
-    for name, result in results.items():
-        seconds.add_row(name, *(str(Spread.of(getattr(result.times, part))) for part in PARTS))
-    quotients = Table(
-        "quotient",
-        *(part.replace("_", "-") for part in PARTS),
-        title="quotients of times of the same round: median (quartiles)",
-        box=SIMPLE_HEAD,
-    )
-    for pair, parts in ratios(results).items():
-        quotients.add_row(pair, *(str(parts[part]) for part in PARTS))
-    return Group(seconds, quotients, _kept_table(results))
+def _variant(result: Result, tokens_per_step: int) -> dict[str, Any]:
+    return {
+        "parameters": result.parameters,
+        "flops_per_token": result.flops_per_token,
+        "kept_for_backward": asdict(result.kept) if result.kept else None,
+        "peak_memory_bytes": result.peak_bytes,
+        **result.rates(tokens_per_step),
+        **{part: asdict(Spread.of(getattr(result.times, part))) for part in PARTS},
+        "seconds": asdict(result.times),
+    }
 
 
-def _kept_table(results: Mapping[str, Result]) -> Table:
-    table = Table(
-        "variant",
-        "parameters",
-        "states [S, B, H]",
-        "MiB in states",
-        "MiB in all",
-        title="kept for backward by one micro-batch, parameters aside",
-        box=SIMPLE_HEAD,
-    )
-    for name, result in results.items():
-        kept = result.kept
-        sizes = (f"{n / 2**20:.3f}" for n in (kept.state_bytes, kept.total_bytes))
-        table.add_row(name, f"{result.parameters:,}", str(kept.states), *sizes)
-    return table
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__, **device.libraries()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {**found, "megatron-mesh": megatron_mesh.__version__}

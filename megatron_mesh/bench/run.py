@@ -1,9 +1,10 @@
 """A benchmark from settings to results."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -11,55 +12,124 @@ from rich.console import Console
 from rich.progress import Progress
 
 from megatron_mesh.bench.kept import kept_for_backward
-from megatron_mesh.bench.report import Result
-from megatron_mesh.bench.settings import PLAIN, Settings
+from megatron_mesh.bench.memory import MemoryMeter
+from megatron_mesh.bench.profile import write_traces
+from megatron_mesh.bench.report import Report, Result
+from megatron_mesh.bench.settings import Settings, complete
 from megatron_mesh.bench.timing import Times, measure
-from megatron_mesh.bench.variants import batches_of, build_variant, variant_config
+from megatron_mesh.bench.variants import (
+    batches_of,
+    build_variant,
+    kind_of,
+    variant_config,
+    why_skipped,
+)
 from megatron_mesh.config.ranges import at_least
+from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import UserError
-from megatron_mesh.recurrence import SCHEMES
+from megatron_mesh.model import flops_per_token
+from megatron_mesh.runtime import device, ranges
 from megatron_mesh.runtime.distributed import process_groups
+from megatron_mesh.runtime.memory import explained
+
+logger = logging.getLogger(__name__)
 
 
-def run(settings: Settings) -> dict[str, Result]:
-    """Measure every variant; results are in the order of ``settings.variants``. One process.
+def run(settings: Settings) -> Report:
+    """Measure every variant that can run here. One process.
 
     Raises:
         UserError: settings that do not fit, before anything is built.
+        OutOfMemory: with what helps.
     """
+    settings = complete(settings, device.has_gpu())
     check(settings)
-    configs = {name: variant_config(settings, name) for name in settings.variants}
+    assert settings.variants is not None
+    skipped = {name: reason for name in settings.variants if (reason := why_skipped(name))}
+    for name, reason in skipped.items():
+        logger.info("%s is left out: %s", name, reason)
+    configs = {n: variant_config(settings, n) for n in settings.variants if n not in skipped}
+    if not configs:
+        raise UserError(f"--variants: none of them can run here ({'; '.join(skipped.values())}); name others")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    with process_groups(configs[settings.variants[0]]):
-        variants = [build_variant(name, config) for name, config in configs.items()]
-        parameters = {v.name: sum(p.numel() for p in v.stage.modules[0].parameters()) for v in variants}
-        batches = batches_of(settings)
-        kept = {variant.name: kept_for_backward(variant, batches[0]) for variant in variants}
-        with _progress(len(variants) * (settings.warmup + settings.steps)) as on_step:
-            times = measure(
-                variants,
-                batches,
-                steps=settings.steps,
-                warmup=settings.warmup,
-                seed=settings.seed,
-                on_step=on_step,
-            )
-    return {name: Result(parameters[name], kept[name], times[name]) for name in configs}
+    with process_groups(next(iter(configs.values()))), explained(lambda: _remedies(settings)):
+        return Report(settings, _measured(settings, configs), skipped)
+
+
+def _measured(settings: Settings, configs: dict[str, Config]) -> dict[str, Result]:
+    """Build all variants, let them take turns, and trace them."""
+    _start_libraries(torch.bfloat16 if settings.bf16 else torch.float32)
+    memory, batches = MemoryMeter(), batches_of(settings)
+    variants, kept = [], {}
+    for name, config in configs.items():
+        with memory.charged(name):
+            variant = build_variant(name, config)
+            kept[name] = kept_for_backward(variant, batches[0]) if kind_of(name).keeps_states else None
+        variants.append(variant)
+    marking = ranges.marking() if settings.nvtx else nullcontext()
+    with marking, _progress(len(variants) * (settings.warmup + settings.steps)) as on_step:
+        times = measure(
+            variants,
+            batches,
+            steps=settings.steps,
+            warmup=settings.warmup,
+            memory=memory,
+            seed=settings.seed,
+            on_step=on_step,
+        )
+    if settings.profile is not None:
+        for path in write_traces(variants, batches, settings.profile):
+            logger.info("wrote %s", path)
+    return {
+        variant.name: Result(
+            parameters=sum(p.numel() for p in variant.model.parameters()),
+            kept=kept[variant.name],
+            times=times[variant.name],
+            flops_per_token=flops_per_token(variant.config.model),
+            peak_bytes=memory.peak(variant.name),
+            peak_flops=device.peak_flops(kind_of(variant.name).fp8) if settings.bf16 else None,
+        )
+        for variant in variants
+    }
+
+
+def _start_libraries(dtype: torch.dtype) -> None:
+    """Those for matrices take workspaces when they are first used, which are no variant's memory."""
+    x = torch.ones(16, 16, dtype=dtype, device=device.device(), requires_grad=True)
+    torch.nn.functional.linear(x, x, x[0]).sum().backward()
+
+
+def _remedies(settings: Settings) -> list[str]:
+    """What helps where all variants share one device."""
+    assert settings.variants is not None and settings.micro_batch_size is not None
+    found = []
+    if len(settings.variants) > 2:
+        found.append("compare fewer at a time (--variants base mesh)")
+    if settings.micro_batch_size > 1:
+        found.append(f"--micro-batch-size {settings.micro_batch_size // 2}")
+    if settings.recompute_granularity != "full":
+        found.append("--recompute-granularity full")
+    return [
+        *found,
+        "a smaller --shape, fewer --layers or a shorter --seq-length",
+        "in training also --tensor-model-parallel-size, which this benchmark of one process has not",
+    ]
 
 
 def check(settings: Settings) -> None:
     """Refuse what ``resolve`` does not see."""
     at_least(1, settings, "steps", "num_micro_batches", "micro_batch_size", "threads")
     at_least(0, settings, "warmup")
-    names = settings.variants
+    names = settings.variants or ()
     if not names or len(set(names)) < len(names):
         raise UserError("--variants needs at least one name, and each name once; for example plain base mesh")
     for name in names:
-        if name not in (PLAIN, *SCHEMES):
-            raise UserError(f"--variants {name}: no such variant; there are {PLAIN}, {', '.join(SCHEMES)}")
+        kind_of(name)
     if settings.output is not None:
         _check_writable(settings.output)
+    if settings.profile is not None and settings.profile.exists() and not settings.profile.is_dir():
+        raise UserError(f"--profile {settings.profile} is a file; name a directory")
 
 
 def _check_writable(output: Path) -> None:

@@ -1,15 +1,14 @@
 """Wall-clock time of training steps, the variants taking turns."""
 
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
+from megatron_mesh.bench.clock import now
+from megatron_mesh.bench.memory import MemoryMeter
 from megatron_mesh.bench.variants import Variant
 from megatron_mesh.data import Batch
-from megatron_mesh.runtime import device
-from megatron_mesh.train.step import run_batch
+from megatron_mesh.runtime import ranges
 
 
 @dataclass
@@ -17,14 +16,17 @@ class Times:
     """Seconds of each measured step; entry i of every variant is from the same round."""
 
     forward_backward: list[float] = field(default_factory=list)
-    """All micro-batches of the step, and the scaling of their gradients."""
+    """All micro-batches of the step."""
+    communication: list[float] = field(default_factory=list)
+    """Reduction of the gradients over ranks (here: one), and their scaling by the number of tokens."""
     optimizer: list[float] = field(default_factory=list)
     """Clearing the gradients, clipping, AdamW."""
 
     @property
     def step(self) -> list[float]:
-        """Both together."""
-        return [a + b for a, b in zip(self.forward_backward, self.optimizer, strict=True)]
+        """All together."""
+        parts = (self.forward_backward, self.communication, self.optimizer)
+        return [sum(seconds) for seconds in zip(*parts, strict=True)]
 
 
 def measure(
@@ -33,6 +35,7 @@ def measure(
     *,
     steps: int,
     warmup: int,
+    memory: MemoryMeter,
     seed: int = 0,
     on_step: Callable[[str, Times], None] = lambda name, times: None,
 ) -> dict[str, Times]:
@@ -43,6 +46,7 @@ def measure(
 
     Args:
         batches: the micro-batches of a step, the same ones for every step and variant.
+        memory: is told of every step.
         on_step: called after each step with the variant's name and a ``Times`` whose last entries are the
             step's.
     """
@@ -51,22 +55,24 @@ def measure(
     for round_index in range(warmup + steps):
         for variant in order.sample(variants, len(variants)):
             measured = times[variant.name] if round_index >= warmup else Times()
-            train_step(variant, batches, measured)
+            with memory.charged(variant.name, measured=round_index >= warmup):
+                train_step(variant, batches, measured)
             on_step(variant.name, measured)
     return times
 
 
 def train_step(variant: Variant, batches: Sequence[Batch], times: Times) -> None:
-    """One step as the training loop does it; appends its two parts to ``times``."""
-    clearing = _seconds(variant.stage.zero_grad_buffer) + _seconds(variant.optimizer.zero_grad)
-    work = partial(run_batch, variant.stage, iter(batches), variant.config.training)
-    times.forward_backward.append(_seconds(work))
-    times.optimizer.append(clearing + _seconds(variant.optimizer.step))
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    device.synchronize()
-    start = time.perf_counter()
-    work()
-    device.synchronize()
-    return time.perf_counter() - start
+    """One step as the training loop does it; appends its parts to ``times``."""
+    start = now()
+    with ranges.named("clear"):
+        variant.clear()
+    cleared = now()
+    with ranges.named("forward-backward"):
+        communication = variant.forward_backward(batches)
+    differentiated = now()
+    with ranges.named("optimizer"):
+        variant.update()
+    updated = now()
+    times.forward_backward.append(differentiated - cleared - communication)
+    times.communication.append(communication)
+    times.optimizer.append(cleared - start + updated - differentiated)

@@ -1,80 +1,153 @@
 """What is compared: models of one shape, each with its own gradients and optimizer, in one process."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor, nn
 
-from megatron_mesh.bench.settings import PLAIN, Settings
+from megatron_mesh.bench.settings import Settings
+from megatron_mesh.bench.shapes import COMPILED, EAGER, FP8, PLAIN
 from megatron_mesh.config.checks import resolve
-from megatron_mesh.config.derived import padded_vocab_size
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.data import Batch
-from megatron_mesh.model import build_model, transformer_config
-from megatron_mesh.model.init import init_weights
-from megatron_mesh.model.layers import LayerNorm, neox_layer_spec
-from megatron_mesh.parallel import Stage, plain_stage
+from megatron_mesh.errors import UserError
+from megatron_mesh.model.implementation import why_no_transformer_engine
+from megatron_mesh.recurrence import SCHEMES
 from megatron_mesh.runtime import device
-from megatron_mesh.train.optimizer import build_optimizer
+
+_TAKEN_OVER = (
+    "layers",
+    "hidden_size",
+    "num_attention_heads",
+    "seq_length",
+    "vocab_size",
+    "micro_batch_size",
+    "bf16",
+    "seed",
+    "gradient_accumulation_fusion",
+    "recompute_granularity",
+)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A model under test, as the training loop has it."""
+class Variant(ABC):
+    """A model under test with its optimizer; its step is ``clear``, ``forward_backward``, ``update``."""
 
     name: str
     config: Config
-    stage: Stage
-    optimizer: MegatronOptimizer
+    """The resolved run; of an eager loop, that of the scheme which it computes."""
+    model: nn.Module
+
+    @abstractmethod
+    def losses(self, batch: Batch) -> Tensor:
+        """A forward pass over one micro-batch, on the device: its loss, whole or by token."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget the gradients of the step before."""
+
+    @abstractmethod
+    def forward_backward(self, batches: Sequence[Batch]) -> float:
+        """Leave the gradients of the loss per token of all ``batches``.
+
+        Returns:
+            Seconds of it between the last backward pass and the end: reduction over ranks and scaling.
+        """
+
+    @abstractmethod
+    def update(self) -> None:
+        """Clip the gradients and take a step of AdamW."""
+
+    @property
+    @abstractmethod
+    def layers(self) -> Iterable[nn.Module]:
+        """Every layer once."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the name of a variant says."""
+
+    scheme: str
+    """A scheme's name, ``plain`` or ``eager``."""
+    fp8: bool
+    compiled: bool
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether what it keeps for backward can be told by shape: tensors [S, B, H] in one precision."""
+        return self.scheme != EAGER and not self.fp8 and not self.compiled
+
+
+def kind_of(name: str) -> Kind:
+    """Read a variant's name.
+
+    Raises:
+        UserError: there is no such variant.
+    """
+    rest = name.removesuffix(COMPILED)
+    scheme = rest.removesuffix(FP8)
+    if scheme not in (PLAIN, EAGER, *SCHEMES):
+        raise UserError(
+            f"--variants {name}: no such variant; there are {PLAIN}, {EAGER}, {', '.join(SCHEMES)}, and each "
+            f"but {EAGER} with {FP8}, each with {COMPILED} at its end"
+        )
+    if scheme == EAGER and rest != scheme:
+        raise UserError(f"--variants {name}: the eager loop is not built in FP8; leave it out")
+    return Kind(scheme, fp8=rest != scheme, compiled=rest != name)
+
+
+def why_skipped(name: str) -> str | None:
+    """What this machine lacks for a variant; None where it can run."""
+    if not kind_of(name).fp8:
+        return None
+    return why_no_transformer_engine() or device.why_no_fp8()
 
 
 def variant_config(settings: Settings, name: str) -> Config:
     """The resolved run of one variant; where nothing is shared the layers are as many as the unrolled depth.
 
     Raises:
-        UserError: no such scheme, or sizes that do not fit.
+        UserError: no such variant, or sizes that do not fit.
     """
-    values = {
-        "recurrence": "vanilla" if name == PLAIN else name,
-        "layers": settings.layers,
-        "hidden_size": settings.hidden_size,
-        "num_attention_heads": settings.num_attention_heads,
-        "seq_length": settings.seq_length,
-        "vocab_size": settings.vocab_size,
-        "micro_batch_size": settings.micro_batch_size,
+    kind = kind_of(name)
+    assert settings.micro_batch_size is not None, "settings must be complete"
+    values: dict[str, Any] = {key: getattr(settings, key) for key in _TAKEN_OVER}
+    values |= {
+        "recurrence": {PLAIN: "vanilla", EAGER: "base"}.get(kind.scheme, kind.scheme),
         "global_batch_size": settings.micro_batch_size * settings.num_micro_batches,
         "train_iters": settings.warmup + settings.steps,
-        "bf16": settings.bf16,
-        "seed": settings.seed,
+        "watchdog_timeout_minutes": 0.0,  # nobody tells it that steps go on
     }
+    if kind.fp8:
+        fp8 = {"fp8_format": "hybrid", "fp8_recipe": settings.fp8_recipe, "fp8_scope": settings.fp8_scope}
+        values |= fp8
     return resolve(with_values(Config(), values))
 
 
 def build_variant(name: str, config: Config) -> Variant:
-    """Model, gradient buffers and optimizer. Megatron's process groups must exist."""
-    stage = plain_stage([build_plain(config) if name == PLAIN else build_model(config)], config)
-    return Variant(name, config, stage, build_optimizer(config, stage))
+    """Model, gradients and optimizer. Megatron's process groups must exist.
 
+    Raises:
+        UserError: a package that the variant needs is not installed.
+    """
+    kind = kind_of(name)
+    variant: Variant
+    if kind.scheme == EAGER:
+        from megatron_mesh.bench.eager_loop import EagerVariant
 
-def build_plain(config: Config) -> GPTModel:
-    """Megatron-core's own model and block around our layer: no class of ours above the layer."""
-    transformer = transformer_config(config)
-    with device.device():
-        model = GPTModel(
-            transformer,
-            TransformerBlockSubmodules([neox_layer_spec()] * transformer.num_layers, LayerNorm),
-            vocab_size=padded_vocab_size(config.model),
-            max_sequence_length=config.model.seq_length,
-            position_embedding_type="rope",
-            rotary_percent=config.model.rotary_percent,
-            rotary_base=config.model.rotary_base,
-            share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
-        )
-    init_weights(model, config.training.seed)
-    return model
+        variant = EagerVariant(name, config)
+    else:
+        from megatron_mesh.bench.megatron_variant import MegatronVariant
+
+        variant = MegatronVariant(name, config, plain=kind.scheme == PLAIN)
+    if kind.compiled:
+        for layer in variant.layers:
+            layer.compile()
+    return variant
 
 
 def random_batches(count: int, sequences: int, seq_length: int, vocab_size: int, seed: int) -> list[Batch]:
@@ -90,6 +163,7 @@ def random_batches(count: int, sequences: int, seq_length: int, vocab_size: int,
 
 def batches_of(settings: Settings) -> list[Batch]:
     """The micro-batches of a step."""
+    assert settings.micro_batch_size is not None and settings.seq_length is not None
     return random_batches(
         settings.num_micro_batches,
         settings.micro_batch_size,

@@ -21,6 +21,7 @@ from megatron_mesh.model.layers import final_norm
 from megatron_mesh.model.precision import Name, section_config
 from megatron_mesh.model.section import Section
 from megatron_mesh.recurrence import LoopState, Scheme, build_scheme
+from megatron_mesh.runtime import ranges
 
 
 class MeshTransformerBlock(TransformerBlock):
@@ -104,6 +105,11 @@ class MeshTransformerBlock(TransformerBlock):
         cores = [self.core] * self.config.layout.loops if self.config.layout.shared else [*self.cores]
         return [self.prelude, *cores, self.coda]
 
+    def pass_name(self, index: int) -> str:
+        """What profiles call pass ``index``."""
+        last = self.config.layout.loops + 1
+        return f"pass {index}: {'prelude' if index == 0 else 'coda' if index == last else 'core'}"
+
     @property
     def layers(self) -> list[TransformerLayer]:
         """Every layer once (Megatron's schedules write the micro-batch's number on each)."""
@@ -126,13 +132,14 @@ class MeshTransformerBlock(TransformerBlock):
         rank, and the memory is sharded along the sequence all the same.
         """
         assert self.recurrence is not None, "the recurrence is on the first pipeline rank"
-        if not self.shards_states:
-            return self.recurrence(index, x, state)
-        x = tensor_parallel.scatter_to_sequence_parallel_region(x, group=self.tp_group)
-        x = self.recurrence(index, x, state)
-        return tensor_parallel.gather_from_sequence_parallel_region(
-            x, tensor_parallel_output_grad=False, group=self.tp_group
-        )
+        with ranges.named(f"cycle {index - 1}" if index else "embedding kept"):
+            if not self.shards_states:
+                return self.recurrence(index, x, state)
+            x = tensor_parallel.scatter_to_sequence_parallel_region(x, group=self.tp_group)
+            x = self.recurrence(index, x, state)
+            return tensor_parallel.gather_from_sequence_parallel_region(
+                x, tensor_parallel_output_grad=False, group=self.tp_group
+            )
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
         """[S, B, H] (sequence shards under sequence parallelism) -> the same, normed.
@@ -144,8 +151,9 @@ class MeshTransformerBlock(TransformerBlock):
         assert self.final_layernorm is not None, "a part of the model is run pass by pass"
         state = LoopState()
         for index, section in enumerate(self.passes):
-            hidden_states = self.enter(index, hidden_states, state)
-            hidden_states = section(hidden_states, attention_mask, **kwargs)
+            with ranges.named(self.pass_name(index)):
+                hidden_states = self.enter(index, hidden_states, state)
+                hidden_states = section(hidden_states, attention_mask, **kwargs)
         return self.final_layernorm(hidden_states)
 
     def sharded_state_dict(

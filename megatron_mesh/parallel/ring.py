@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_mesh.model import MeshGPTModel
 from megatron_mesh.model.block import MeshTransformerBlock
 from megatron_mesh.recurrence import LoopState
+from megatron_mesh.runtime import ranges
 
 
 class _AddLeafGradient(torch.autograd.Function):
@@ -92,9 +93,10 @@ class RingPass(torch.nn.Module):
         x = self.input_tensor if hidden_states is None else hidden_states
         assert x is not None
         block = self.block
-        if block.recurrence is not None:
-            x = block.enter(self.index, x, self.states.enter(self.index, self.current_microbatch))
-        x = self.section(x, attention_mask, **kwargs)
+        with ranges.named(block.pass_name(self.index)):
+            if block.recurrence is not None:
+                x = block.enter(self.index, x, self.states.enter(self.index, self.current_microbatch))
+            x = self.section(x, attention_mask, **kwargs)
         if block.final_layernorm is not None and self.index == len(block.passes) - 1:
             x = block.final_layernorm(x)
         return x

@@ -10,7 +10,8 @@ import logging
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -116,7 +117,9 @@ def why_no_gpu() -> str:
 
 
 def why_no_fp8() -> str | None:
-    """What keeps the GPUs from FP8 matrix products; None where all have them."""
+    """What keeps this machine from FP8 matrix products; None where all its GPUs have them."""
+    if not has_gpu():
+        return "there is no GPU"
     oldest = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
     if oldest >= (8, 9):
         return None
@@ -145,12 +148,43 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def peak_flops() -> float | None:
-    """Dense bf16 FLOP/s of the data sheet, or None where it is not known (every CPU)."""
-    if not has_gpu():
+def allocated_bytes() -> int | None:
+    """Memory of the GPU that tensors hold now; None on a CPU, where nobody counts."""
+    return torch.cuda.memory_allocated() if has_gpu() else None
+
+
+def reset_peak_memory() -> None:
+    """From now on ``peak_memory_bytes`` tells of what comes (on a CPU it cannot forget)."""
+    if has_gpu():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch raised ``error`` because memory was refused, on the GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
+
+
+def peak_flops(fp8: bool = False) -> float | None:
+    """Dense bf16 or FP8 FLOP/s of the data sheet, or None where it is not known (every CPU)."""
+    if not has_gpu() or (fp8 and why_no_fp8()):
         return None
     name = torch.cuda.get_device_name()
-    return next((flops for part, flops in _PEAK_BF16_FLOPS.items() if part in name), None)
+    bf16 = next((flops for part, flops in _PEAK_BF16_FLOPS.items() if part in name), None)
+    return bf16 * 2 if bf16 and fp8 else bf16
+
+
+@contextmanager
+def marked(name: str) -> Iterator[None]:
+    """Name what runs inside: in the traces of torch's profiler, and as an NVTX range on a GPU."""
+    with torch.profiler.record_function(name):
+        if not has_gpu():
+            yield
+            return
+        torch.cuda.nvtx.range_push(name)
+        try:
+            yield
+        finally:
+            torch.cuda.nvtx.range_pop()
 
 
 def rng_state() -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from megatron_mesh.errors import UserError
+from megatron_mesh.errors import OutOfMemory, UserError
 from megatron_mesh.runtime import exits
 
 _LOST_RANK = " (a lost connection: look for a rank that was killed; it could not say so itself)"
@@ -79,6 +79,10 @@ def failures_reported(health: Health) -> Iterator[None]:
         if health.first_failure() == str(health):
             print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(exits.BAD_INPUT)
+    except OutOfMemory as error:
+        if health.first_failure() == str(health):
+            print(f"error: {health}: {error}", file=sys.stderr, flush=True)
+        os._exit(exits.CRASHED)
     except Exception as error:
         first = health.first_failure()
         if first == str(health):

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron.core.optimizer import MegatronOptimizer
@@ -22,6 +23,7 @@ from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.distributed import is_rank_zero, process_groups
 from megatron_mesh.runtime.health import Health
 from megatron_mesh.runtime.logging import Log, check_trackers
+from megatron_mesh.runtime.memory import explained, remedies
 from megatron_mesh.runtime.stopping import StopRequests, write_status
 from megatron_mesh.train.data import open_batches, open_datasets, open_vocabulary
 from megatron_mesh.train.guard import guarded_step, record_skipped
@@ -49,10 +51,11 @@ def pretrain(config: Config) -> int:
 
     Raises:
         UserError: bad input, before anything is written.
+        OutOfMemory: with what helps.
     """
     started = time.monotonic()
     choose(config.precision, config.parallel)
-    with process_groups(config) as health:
+    with process_groups(config) as health, explained(partial(remedies, config)):
         with health.busy("the preparations"):
             check_trackers(config.logging)
             paths = candidates(config.checkpoint)

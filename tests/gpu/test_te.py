@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_mesh.model.implementation import why_no_transformer_engine
 from megatron_mesh.runtime import device, exits
@@ -25,17 +24,16 @@ def _there() -> None:
         pytest.skip(missing)
 
 
-def has_fp8() -> bool:
-    """Whether the GPU multiplies in FP8 (Ada, Hopper and later)."""
-    return torch.cuda.get_device_capability() >= (8, 9)
+def _fp8() -> None:
+    if missing := device.why_no_fp8():
+        pytest.skip(missing)
 
 
 @pytest.fixture(scope="module")
 def measured() -> Iterator[dict[str, Any]]:
     from tests.te_gradients import EVERYWHERE, gradients
 
-    if not has_fp8():
-        pytest.skip("this GPU has no FP8")
+    _fp8()
     with one_process(tiny_config()):
         yield gradients(EVERYWHERE)
 
@@ -74,8 +72,7 @@ def test_learns_what_local_layers_learn(settings, tmp_path) -> None:
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "delayed"])
 def test_fp8_learns_and_resumes_exactly(settings, tmp_path, recipe: str) -> None:
     """Hidden size 128: a block of blockwise scaling."""
-    if not has_fp8():
-        pytest.skip("this GPU has no FP8")
+    _fp8()
     flags = (*FP8, "--fp8-recipe", recipe, "--hidden-size", 128, "--deterministic-mode")
     whole = train(settings, tmp_path / "whole", *flags)
     plain = train(settings, tmp_path / "plain", "--bf16", "--hidden-size", 128)
@@ -86,8 +83,7 @@ def test_fp8_learns_and_resumes_exactly(settings, tmp_path, recipe: str) -> None
 
 
 def test_weights_in_fp8(settings, tmp_path) -> None:
-    if not has_fp8():
-        pytest.skip("this GPU has no FP8")
+    _fp8()
     size = ("--hidden-size", 128, "--use-distributed-optimizer")
     kept = train(settings, tmp_path / "kept", *FP8, *size, "--fp8-param-gather")
     cast = train(settings, tmp_path / "cast", *FP8, *size)

@@ -12,20 +12,25 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from megatron_mesh.bench import timing
-from megatron_mesh.bench.kept import Kept
-from megatron_mesh.bench.report import PARTS, Result, ratios
-from megatron_mesh.bench.settings import Settings
+from megatron_mesh.bench import clock
+from megatron_mesh.bench.megatron_variant import build_plain
+from megatron_mesh.bench.memory import MemoryMeter
+from megatron_mesh.bench.report import COMPARED, PARTS, Result, ratios
+from megatron_mesh.bench.settings import Settings, complete
+from megatron_mesh.bench.shapes import SHAPES
 from megatron_mesh.bench.timing import Times, measure
-from megatron_mesh.bench.variants import batches_of, build_plain, build_variant, variant_config
-from megatron_mesh.config.derived import non_embedding_parameters
+from megatron_mesh.bench.variants import batches_of, build_variant, kind_of, variant_config
+from megatron_mesh.config.derived import layout, non_embedding_parameters, padded_vocab_size
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.errors import UserError
 from megatron_mesh.model import build_model
-from tests.helpers import one_process, tiny_config
+from tests.helpers import one_process
 
 S, B, H, LOOPS = 16, 2, 32, 3
 TOY = Settings(
+    variants=("plain", "base", "mesh"),
+    shape="160m",
+    bf16=False,
     layers=f"1+1R{LOOPS}+1",
     hidden_size=H,
     num_attention_heads=2,
@@ -56,7 +61,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What the command writes."""
     output = tmp_path_factory.mktemp("bench") / "report.json"
     MAIN(command_line(replace(TOY, output=output)))
-    return json.loads(output.read_text())
+    return json.loads(output.read_text()) | {"markdown": output.with_suffix(".md").read_text()}
 
 
 def test_report_has_every_time_and_what_follows_from_it(report: dict) -> None:
@@ -66,11 +71,21 @@ def test_report_has_every_time_and_what_follows_from_it(report: dict) -> None:
     assert report["settings"]["layers"] == TOY.layers
     for variant in report["variants"].values():
         seconds = {part: np.array(times) for part, times in variant["seconds"].items()}
-        seconds["step"] = seconds["forward_backward"] + seconds["optimizer"]
+        seconds["step"] = sum(seconds.values())
         for part in PARTS:
             assert seconds[part].shape == (TOY.steps,) and (seconds[part] > 0).all()
             assert list(variant[part].values()) == pytest.approx(np.percentile(seconds[part], [50, 25, 75]))
-        assert variant["tokens_per_second"] == pytest.approx(96 / np.median(seconds["step"]))
+        speed = variant["tokens_per_second"]
+        assert speed == pytest.approx(96 / np.median(seconds["step"]))
+        assert variant["model_tflops"] == pytest.approx(speed * variant["flops_per_token"] / 1e12)
+        assert f"{speed:,.0f}" in report["markdown"]
+
+
+def test_flops_are_those_of_matrices_and_causal_attention(report: dict) -> None:
+    depth, vocabulary = 2 + LOOPS, 128
+    base = 3 * (depth * (24 * H * H + 2 * S * H) + 2 * H * vocabulary)
+    flops = {name: variant["flops_per_token"] for name, variant in report["variants"].items()}
+    assert flops["plain"] == flops["base"] == base < flops["mesh"] < 1.2 * base
 
 
 def test_quotients_are_of_times_of_the_same_round(report: dict) -> None:
@@ -84,11 +99,11 @@ def test_quotients_are_of_times_of_the_same_round(report: dict) -> None:
     # A disturbance of whole rounds moves both medians and must not move the quotient.
     disturbance = np.array([1.0, 9.0, 2.0, 5.0])
     results = {
-        name: Result(0, Kept(0, 0, 0), Times(list(factor * disturbance), list(disturbance)))
+        name: Result(0, None, Times(list(factor * disturbance), [0.0] * 4, list(disturbance)))
         for name, factor in (("base", 2.0), ("mesh", 3.0))
     }
     spread = ratios(results)["mesh / base"]
-    assert [spread[part].median for part in PARTS] == pytest.approx([1.5, 1.0, 4 / 3])
+    assert [spread[part].median for part in COMPARED] == pytest.approx([1.5, 1.0, 4 / 3])
     assert spread["step"].lower == spread["step"].upper == pytest.approx(4 / 3)
 
 
@@ -105,38 +120,43 @@ def test_parameters_and_states_kept(report: dict) -> None:
 
 
 def test_parts_of_a_step_and_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that only the parts move: clearing 1 s, forward-backward 5 s, the optimizer's step 2 s."""
+    """With a clock that only the parts move: clearing 1 s, forward-backward 5 s, of which the reduction has
+    2 s, and the optimizer's step 4 s."""
     now = 0.0
 
     class Part:
-        """Model, optimizer and variant in one; whatever is called takes its time."""
+        """A variant; whatever is called takes its time."""
 
         def __init__(self, name: str):
-            self.name, self.stage, self.optimizer, self.config = name, self, self, tiny_config()
+            self.name, self.done = name, []
 
-        def zero_grad(self) -> None:
-            assert self.cleared
-            self.cleared = False
-
-        def zero_grad_buffer(self) -> None:
-            self.cleared = True
+        def clear(self) -> None:
+            self.done = ["clear"]
             advance(1)
 
-        def step(self) -> None:
-            advance(2)
+        def forward_backward(self, batches: list) -> float:
+            self.done.append("forward_backward")
+            advance(5)
+            return 2.0
+
+        def update(self) -> None:
+            assert self.done == ["clear", "forward_backward"]
+            advance(4)
 
     def advance(seconds: float) -> None:
         nonlocal now
         now += seconds
 
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
-    monkeypatch.setattr(timing, "run_batch", lambda *arguments: advance(5))
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now)
     turns: list[str] = []
     variants = [Part("a"), Part("b"), Part("c")]
-    times = measure(variants, [], steps=8, warmup=2, on_step=lambda name, _: turns.append(name))
+    memory = MemoryMeter()
+    times = measure(
+        variants, [], steps=8, warmup=2, memory=memory, on_step=lambda name, _: turns.append(name)
+    )
     for name in "abc":
-        assert times[name] == Times([5.0] * 8, [3.0] * 8)
-        assert times[name].step == [8.0] * 8
+        assert times[name] == Times([3.0] * 8, [2.0] * 8, [5.0] * 8)
+        assert times[name].step == [10.0] * 8
     rounds = [tuple(turns[i : i + 3]) for i in range(0, 30, 3)]
     assert len(turns) == 30 and all(sorted(one) == ["a", "b", "c"] for one in rounds)
     assert len(Counter(rounds)) > 2, "the order within a round must change"
@@ -146,12 +166,11 @@ def test_a_measured_step_is_a_training_step() -> None:
     config = variant_config(TOY, "mesh")
     with one_process(config):
         variant = build_variant("mesh", config)
-        before = {name: p.detach().clone() for name, p in variant.stage.modules[0].named_parameters()}
-        measure([variant], batches_of(TOY), steps=2, warmup=1)
+        before = {name: p.detach().clone() for name, p in variant.model.named_parameters()}
+        times = measure([variant], batches_of(TOY), steps=2, warmup=1, memory=MemoryMeter())
         moments = variant.optimizer.optimizer.state
-        assert all(
-            not torch.equal(p, before[name]) for name, p in variant.stage.modules[0].named_parameters()
-        )
+        assert all(not torch.equal(p, before[name]) for name, p in variant.model.named_parameters())
+        assert min(times["mesh"].communication) > 0, "the reduction must be timed by itself"
         assert {int(state["step"]) for state in moments.values()} == {3}
 
 
@@ -170,6 +189,9 @@ def test_plain_is_megatron_core_itself_and_computes_what_vanilla_does() -> None:
     "changes,message",
     [
         ({"variants": ("base", "mash")}, "--variants mash: no such variant"),
+        ({"variants": ("eager-fp8",)}, "not built in FP8"),
+        ({"variants": ("mesh-fp8",)}, "none of them can run here .*(Transformer Engine|needs a GPU)"),
+        ({"profile": Path(__file__)}, "is a file; name a directory"),
         ({"variants": ("base", "base")}, "each name once"),
         ({"layers": "12"}, "--layers 12 is a plain depth"),
         ({"steps": 0}, "--steps 0 is out of range"),
@@ -183,3 +205,32 @@ def test_mistakes_are_named_before_anything_is_built(
     monkeypatch.setattr("megatron_mesh.bench.run.build_variant", lambda *_: pytest.fail("built"))
     with pytest.raises(UserError, match=message):
         MAIN(command_line(replace(TOY, **changes)))
+
+
+def test_names_of_variants() -> None:
+    kind = kind_of("anchor-emb-fp8-compiled")
+    assert (kind.scheme, kind.fp8, kind.compiled) == ("anchor-emb", True, True)
+    kind = kind_of("vanilla+mesh")
+    assert (kind.scheme, kind.fp8, kind.compiled) == ("vanilla+mesh", False, False)
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_is_a_run(name: str, gpu: bool) -> None:
+    settings = complete(Settings(shape=name), gpu)
+    assert settings.variants and settings.bf16 is gpu
+    for variant in settings.variants:
+        model = variant_config(settings, variant).model
+        assert layout(model).depth == layout(variant_config(settings, "base").model).depth
+        assert model.hidden_size == SHAPES[name].hidden_size and padded_vocab_size(model) == 50304
+    chosen = replace(settings, micro_batch_size=3, variants=("mesh",))
+    assert complete(chosen, gpu) == chosen
+
+
+def test_compiled_layers_are_the_layers() -> None:
+    config = variant_config(TOY, "base-compiled")
+    with one_process(config):
+        plain, compiled = (build_variant(name, config) for name in ("base", "base-compiled"))
+    assert len(list(compiled.layers)) == layout(config.model).unique_layers
+    assert all(layer._compiled_call_impl is not None for layer in compiled.layers)
+    assert all(layer._compiled_call_impl is None for layer in plain.layers)

@@ -81,6 +81,18 @@ def test_flops_equal_torchs_counter(scheme: str) -> None:
     assert counter.get_total_flops() == ours * tokens.numel()
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_backward_takes_twice_the_flops_of_forward(scheme: str) -> None:
+    config = tiny_config(scheme, "1+2R2+1")
+    model = build_model(config)
+    tokens = torch.zeros(2, config.model.seq_length, dtype=torch.int64)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        losses = model(tokens, None, None, labels=tokens)
+        forward = counter.get_total_flops()
+        losses.sum().backward()
+    assert counter.get_total_flops() == 3 * forward
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("modules", [None, ["core_attn"], ["mlp"], ["core_attn", "mlp"]])
 @pytest.mark.parametrize("scheme", ["vanilla", "base", "static", "mesh"])

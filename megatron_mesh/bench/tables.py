@@ -1,0 +1,126 @@
+"""A report as tables, for a terminal and as Markdown."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from megatron_mesh.bench.report import COMPARED, PARTS, Report, Result, Spread, ratios
+from megatron_mesh.bench.settings import Settings
+from megatron_mesh.bench.shapes import COMPILED, FP8
+from megatron_mesh.bench.targets import targets
+from megatron_mesh.runtime import device
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table of texts."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def as_tables(report: Report) -> Group:
+    """The report for a terminal."""
+    tables = []
+    for sheet in _sheets(report):
+        table = Table(*sheet.header, title=sheet.title, box=SIMPLE_HEAD)
+        for row in sheet.rows:
+            table.add_row(*map(Text, row))
+        tables.append(table)
+    return Group(*tables, _what(report.settings))
+
+
+def as_markdown(report: Report) -> str:
+    """The same tables for a file."""
+    blocks = [_what(report.settings)]
+    for sheet in _sheets(report):
+        lines = (sheet.header, ["---"] * len(sheet.header), *sheet.rows)
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        blocks.append(f"**{sheet.title}**\n\n{table}")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _what(settings: Settings) -> str:
+    s = settings
+    return (
+        f"{s.layers}, hidden {s.hidden_size}, vocabulary {s.vocab_size:,}; {s.num_micro_batches} "
+        f"micro-batches of {s.micro_batch_size} x {s.seq_length} tokens, {'bf16' if s.bf16 else 'fp32'}, "
+        f"{s.steps} steps of each in turn; {device.describe()}"
+    )
+
+
+def _sheets(report: Report) -> Iterator[Sheet]:
+    results = report.results
+    yield _rates(report)
+    yield Sheet(
+        "seconds per step: median (quartiles)",
+        ["variant", *(part.replace("_", "-") for part in PARTS)],
+        [
+            [name, *(str(Spread.of(getattr(result.times, part))) for part in PARTS)]
+            for name, result in results.items()
+        ],
+    )
+    shown = {pair: parts for pair, parts in ratios(results).items() if _is_shown(pair, results)}
+    yield Sheet(
+        "quotients of times of the same round: median (quartiles)",
+        ["quotient", *(part.replace("_", "-") for part in COMPARED)],
+        [[pair, *(str(parts[part]) for part in COMPARED)] for pair, parts in shown.items()],
+    )
+    yield _kept(results)
+    yield _targets(report)
+    if report.skipped:
+        yield Sheet("left out", ["variant", "why"], [[*row] for row in report.skipped.items()])
+
+
+def _is_shown(pair: str, results: Mapping[str, Result]) -> bool:
+    """The JSON has all pairs; a table has those with the first variant, with base, and of twins."""
+    above, below = pair.split(" / ")
+    twins = (f"{below}{FP8}", f"{below}{COMPILED}", f"{below}{FP8}{COMPILED}")
+    return below in (next(iter(results)), "base") or above in twins
+
+
+def _rates(report: Report) -> Sheet:
+    rows = []
+    for name, result in report.results.items():
+        rates = result.rates(report.settings.tokens_per_step)
+        share, peak = rates["share_of_peak"], result.peak_bytes
+        rows.append(
+            [
+                name,
+                f"{result.parameters:,}",
+                f"{rates['tokens_per_second']:,.0f}",
+                f"{rates['model_tflops']:.3g}",
+                "-" if share is None else f"{share:.1%}",
+                "-" if peak is None else f"{peak / 2**30:.2f}",
+            ]
+        )
+    header = ["variant", "parameters", "tokens/s", "model TFLOP/s", "of peak", "peak GiB"]
+    return Sheet("speed and memory", header, rows)
+
+
+def _kept(results: Mapping[str, Result]) -> Sheet:
+    rows = [
+        [name, str(kept.states), *(f"{n / 2**20:.3f}" for n in (kept.state_bytes, kept.total_bytes))]
+        for name, result in results.items()
+        if (kept := result.kept)
+    ]
+    header = ["variant", "states [S, B, H]", "MiB in states", "MiB in all"]
+    return Sheet("kept for backward by one micro-batch, parameters aside", header, rows)
+
+
+def _targets(report: Report) -> Sheet:
+    rows = [
+        [
+            target.what,
+            f"{target.bound} {target.limit:g}",
+            "-" if target.measured is None else f"{target.measured:.3f}",
+            target.verdict,
+        ]
+        for target in targets(report)
+    ]
+    return Sheet("targets for one H200 in bf16", ["figure", "target", "here", "verdict"], rows)

@@ -1,0 +1,92 @@
+"""The eager loop does the work of our base, and trains as it should."""
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_mesh.bench.settings import Settings
+from megatron_mesh.bench.variants import Variant, batches_of, build_variant, variant_config
+from megatron_mesh.data import Batch
+from megatron_mesh.errors import UserError
+from megatron_mesh.model.flops import forward_flops_per_token
+from tests.helpers import one_process
+
+S, B, H = 16, 2, 32
+TOY = Settings(
+    layers="1+2R3+1",
+    hidden_size=H,
+    num_attention_heads=2,
+    vocab_size=128,
+    seq_length=S,
+    micro_batch_size=B,
+    num_micro_batches=4,
+    bf16=False,
+)
+
+
+def eager(settings: Settings = TOY) -> Variant:
+    return build_variant("eager", variant_config(settings, "eager"))
+
+
+def test_as_many_parameters_and_flops_as_base() -> None:
+    pytest.importorskip("transformers")
+    torch.set_num_threads(1)
+    config = variant_config(TOY, "base")
+    with one_process(config):
+        ours = build_variant("base", config)
+    theirs = eager()
+    counts = [sum(p.numel() for p in variant.model.parameters()) for variant in (ours, theirs)]
+    assert counts[0] == counts[1]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        theirs.losses(batches_of(TOY)[0])
+    depth, causal_half = 2 + 2 * 3, 2 * S * H  # eager attention computes all scores
+    assert counter.get_total_flops() == (forward_flops_per_token(config.model) + depth * causal_half) * S * B
+
+
+def test_gradients_are_those_of_one_large_batch() -> None:
+    pytest.importorskip("transformers")
+    torch.set_num_threads(1)
+    batches = batches_of(TOY)
+    variant = eager()
+    assert variant.forward_backward(batches) == 0.0
+    accumulated = [p.grad.clone() for p in variant.model.parameters()]
+    variant.clear()
+    variant.losses(
+        Batch(*(torch.cat(column) for column in zip(*map(vars_of, batches), strict=True)))
+    ).backward()
+    for ours, whole in zip(accumulated, variant.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, whole.grad, rtol=1e-4, atol=1e-6)
+
+
+def vars_of(batch: Batch) -> tuple[torch.Tensor, ...]:
+    return batch.tokens, batch.labels, batch.loss_mask, batch.position_ids
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_it_learns_and_looks_at_no_later_token(bf16: bool) -> None:
+    pytest.importorskip("transformers")
+    torch.set_num_threads(1)
+    settings = replace(TOY, bf16=bf16)
+    variant, batches = eager(settings), batches_of(settings)
+    first = variant.losses(batches[0]).item()
+    for _ in range(8):
+        variant.clear()
+        variant.forward_backward(batches)
+        variant.update()
+    assert variant.losses(batches[0]).item() < first - 0.1
+    assert all(p.dtype == torch.float32 for p in variant.model.parameters())
+    tokens = batches[0].tokens.clone()
+    with torch.no_grad():
+        before = variant.model(tokens)
+        tokens[:, -1] = (tokens[:, -1] + 1) % 128
+        after = variant.model(tokens)
+    assert torch.equal(before[:, :-1], after[:, :-1]) and not torch.equal(before[:, -1], after[:, -1])
+
+
+def test_missing_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--variants eager needs .*pip install 'megatron-mesh\[hf\]'"):
+        eager()

@@ -1,0 +1,92 @@
+"""Targets and peak memory, from figures made up for the purpose."""
+
+import pytest
+
+from megatron_mesh.bench import targets as module
+from megatron_mesh.bench.memory import MemoryMeter
+from megatron_mesh.bench.report import Report, Result
+from megatron_mesh.bench.settings import Settings, complete
+from megatron_mesh.bench.targets import targets
+from megatron_mesh.bench.timing import Times
+from megatron_mesh.runtime import device
+
+
+def result(seconds: float, gigabytes: int | None = None) -> Result:
+    """Three steps of ``seconds`` each; at 65,536 tokens a step, 1 s is 65,536 FLOP/s of a peak of 100,000."""
+    times = Times([seconds] * 3, [0.0] * 3, [0.0] * 3)
+    peak = None if gigabytes is None else gigabytes * 10**9
+    return Result(0, None, times, flops_per_token=1.0, peak_bytes=peak, peak_flops=1e5)
+
+
+def verdicts(shape: str, bf16: bool = True, **results: Result) -> list[tuple[float | None, str]]:
+    settings = complete(Settings(shape=shape, bf16=bf16, micro_batch_size=4), gpu=True)
+    by_name = {name.replace("_", "-"): each for name, each in results.items()}
+    return [(target.measured, target.verdict) for target in targets(Report(settings, by_name, {}))]
+
+
+NONE = (None, "not measured here")
+
+
+def test_verdicts_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.device, "has_gpu", lambda: True)
+    found = verdicts(
+        "1.4b", plain=result(2.0), base=result(1.0, 100), mesh=result(1.005, 103), eager=result(1.5)
+    )
+    assert found == [
+        (pytest.approx(1.005), "met"),
+        (pytest.approx(1.03), "missed"),
+        (pytest.approx(2 / 1.005), "met"),
+        (pytest.approx(0.65536 / 1.005), "met"),
+        NONE,
+        (pytest.approx(1.5 / 1.005), "missed"),
+    ]
+    assert verdicts("1b", mesh=result(1.0))[3] == NONE, "the share is asked of larger shapes"
+    assert verdicts("6.9b-slice", mesh=result(2.0))[3] == (pytest.approx(0.32768), "missed")
+    wide = verdicts(
+        "6.9b-slice", base=result(1.0), base_fp8=result(0.5), mesh=result(1.3), mesh_fp8=result(1.0)
+    )
+    assert wide[4] == (pytest.approx(1.3), "met")
+    assert verdicts("6.9b-slice", base=result(1.0), base_fp8=result(0.9))[4][1] == "missed"
+    assert verdicts("1.4b", base=result(1.0), base_fp8=result(0.5))[4] == NONE
+
+
+def test_a_figure_from_elsewhere_has_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpu, bf16 in ((False, True), (True, False)):
+        monkeypatch.setattr(module.device, "has_gpu", lambda gpu=gpu: gpu)
+        found = verdicts("1.4b", bf16, base=result(1.0, 100), mesh=result(1.0, 100))
+        assert found[0] == (1.0, "not measured here")
+        assert {verdict for _, verdict in found} == {"not measured here"}
+
+
+class Allocator:
+    """A GPU's memory as torch tells of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = self.peak = 1000  # something that is no variant's
+        monkeypatch.setattr(device, "allocated_bytes", lambda: self.now)
+        monkeypatch.setattr(device, "peak_memory_bytes", lambda: self.peak)
+        monkeypatch.setattr(device, "reset_peak_memory", lambda: setattr(self, "peak", self.now))
+
+    def use(self, stays: int, passing: int = 0) -> None:
+        self.now += stays
+        self.peak = max(self.peak, self.now + passing)
+
+
+def test_peak_is_the_variants_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, meter = Allocator(monkeypatch), MemoryMeter()
+    for name, size in (("a", 100), ("b", 10)):
+        with meter.charged(name):
+            gpu.use(size, passing=500)  # building counts as held alone
+    for measured in (False, True, True):
+        for name, state, activations in (("a", 20, 50), ("b", 2, 300)):
+            with meter.charged(name, measured=measured):
+                gpu.use(0 if measured else state, passing=activations)
+    assert (meter.peak("a"), meter.peak("b")) == (100 + 20 + 50, 10 + 2 + 300)
+
+
+def test_no_peak_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "allocated_bytes", lambda: None)
+    meter = MemoryMeter()
+    with meter.charged("a", measured=True):
+        pass
+    assert meter.peak("a") is None

@@ -1,0 +1,94 @@
+"""Full memory ends a run with one message that says what helps."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_mesh.bench import timing
+from megatron_mesh.errors import OutOfMemory
+from megatron_mesh.runtime import exits, health
+from megatron_mesh.runtime.health import Health, failures_reported
+from megatron_mesh.runtime.memory import explained, remedies
+from megatron_mesh.train import loop, pretrain
+from tests.helpers import tiny_config
+
+ROOT = Path(__file__).resolve().parents[3]
+SAID = "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB"
+
+
+def full(*arguments: object, **keywords: object) -> None:
+    raise torch.OutOfMemoryError(f"{SAID}\nand more of it")
+
+
+def test_a_training_run(tiny, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(loop, "run_batch", full)
+    with pytest.raises(
+        OutOfMemory, match=f"out of memory: {SAID}\nwhat helps: --micro-batch-size 1"
+    ) as error:
+        pretrain(tiny(output_dir=str(tmp_path / "run")))
+    assert "more of it" not in str(error.value)
+    assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
+
+
+@pytest.mark.parametrize("script", ["pretrain_mesh.py", "tools/benchmark.py"])
+def test_the_command_ends_with_the_message_alone(script, tmp_path, monkeypatch, capsys, corpus) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr(loop, "run_batch", full)
+    monkeypatch.setattr(timing, "train_step", full)
+    sizes = "--layers 1+1R2+1 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --vocab-size 128"
+    own = {
+        "pretrain_mesh.py": f"--data-path {corpus} --train-iters 2 --output-dir {tmp_path / 'run'}",
+        "tools/benchmark.py": "--steps 1 --variants base mesh plain",
+    }
+    monkeypatch.setattr(sys, "argv", [script, *sizes.split(), *own[script].split()])
+    with pytest.raises(SystemExit) as ending:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert ending.value.code == exits.CRASHED
+    said = capsys.readouterr().err
+    assert f"error: out of memory: {SAID}\nwhat helps: " in said and "--recompute-granularity full" in said
+    assert "--tensor-model-parallel-size" in said and "Traceback" not in said
+
+
+def test_the_cpu_says_it_in_other_words_and_other_errors_pass() -> None:
+    with pytest.raises(OutOfMemory, match="what helps: less"), explained(lambda: ["less"]):
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="shape") as error, explained(lambda: ["less"]):
+        torch.ones(2) @ torch.ones(3, 3)
+    assert not isinstance(error.value, OutOfMemory)
+
+
+def test_remedies_are_those_that_are_left() -> None:
+    def flags(**settings: object) -> set[str]:
+        return set(re.findall(r"--[a-z][a-z0-9-]+(?: \d+)?", " ".join(remedies(tiny_config(**settings)))))
+
+    everything = flags(micro_batch_size=4)
+    assert {"--micro-batch-size 2", "--bf16", "--use-distributed-optimizer"} <= everything
+    assert {"--recompute-granularity", "--tensor-model-parallel-size 2"} <= everything
+    used_up = {"bf16": True, "use_distributed_optimizer": True, "recompute_granularity": "full"}
+    assert flags(micro_batch_size=1, **used_up) == {
+        "--tensor-model-parallel-size 2",
+        "--sequence-parallel",
+        "--dry-run",
+    }
+
+
+def test_one_of_many_ranks_says_it(monkeypatch, capsys) -> None:
+    """The ranks of a job end by ``os._exit``; here that is an exception."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr(health.os, "_exit", end)
+    store = torch.distributed.HashStore()
+    for rank in (3, 5):
+        with pytest.raises(Ended, match=str(exits.CRASHED)), failures_reported(Health(rank, 8, store)):
+            raise OutOfMemory("out of memory: what helps: less")
+    said = capsys.readouterr().err
+    assert said == "error: rank 3 of 8 in the start: out of memory: what helps: less\n"
