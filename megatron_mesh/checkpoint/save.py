@@ -125,7 +125,11 @@ class Saver:
         partial = final.with_suffix(".partial")
         complete(partial, pending.common, dump_config(self.config), pending.description)
         names.publish(partial, final, pending.step)
-        names.prune(self.directory, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+        settings = self.config.checkpoint
+        try:
+            names.prune(self.directory, pending.step, settings.keep_last, settings.keep_every)
+        except OSError as error:  # the new one is complete all the same
+            logger.error("old checkpoints in %s cannot be deleted: %s", self.directory, error)
 
     def _agreed(self, work: Callable[[], None], partial: Path) -> bool:
         """Let rank 0 do ``work`` on the disk; False, on all ranks, if the disk would not have it."""

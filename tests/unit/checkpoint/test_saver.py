@@ -127,13 +127,61 @@ def test_deletion_and_publication_leave_no_half_checkpoint(tmp_path):
     (partial / "new").touch()
     publish(partial, tmp_path / "iter_0000003", 3)
     assert (tmp_path / "iter_0000003" / "new").exists()
-    prune(tmp_path, 2, None)
+    prune(tmp_path, 3, 2, None)
     assert steps(tmp_path) == [2, 3]
     for suffix in ("partial", "replaced", "deleting"):
         (tmp_path / f"iter_0000009.{suffix}").mkdir()
     remove_unfinished(tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["iter_0000002", "iter_0000003", "latest_checkpointed_iteration.txt"]
+
+
+def test_what_is_damaged_does_not_count_as_kept(tiny, tmp_path):
+    """A run that falls back to an earlier checkpoint must not delete its own in favour of the damaged one."""
+    settings = {"save": str(tmp_path), "load": str(tmp_path), "keep_last": 1}
+    run(tiny(**settings, save_interval=2, keep_every=2))
+    for step in (4, 6):
+        (tmp_path / f"iter_{step:07d}" / "common.pt").unlink()
+    stopped = run(tiny(**settings, exit_interval=3))
+    assert stopped.ending == exits.STOPPED and steps(tmp_path) == [3, 4, 6]
+    assert damage(tmp_path / "iter_0000003") == []
+
+
+def test_old_checkpoints_that_stay_do_not_fail_a_save(tiny, tmp_path, monkeypatch, caplog):
+    def busy(*arguments):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(save_module.names, "prune", busy)
+    assert run(tiny(save=str(tmp_path), save_interval=3, keep_last=1)).ending == exits.DONE
+    assert steps(tmp_path) == [3, 6] and "cannot be deleted" in caplog.text
+
+
+def test_contents_reach_the_disk_before_names(tmp_path, monkeypatch):
+    """After a power failure a name may stand for nothing but what was synchronized before it was given."""
+    events = []
+    sync, rename = os.fsync, os.rename
+
+    def record_sync(handle):
+        events.append(os.readlink(f"/proc/self/fd/{handle}"))
+        sync(handle)
+
+    def record_rename(source, target, **more):
+        events.append(f"{target} named")
+        rename(source, target, **more)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    monkeypatch.setattr(os, "replace", record_rename)
+    partial, final = tmp_path / "iter_0000003.partial", tmp_path / "iter_0000003"
+    partial.mkdir()
+    for name in ("state.json", "checksums.json"):
+        (partial / name).write_text("{}")
+    publish(partial, final, 3)
+    named = events.index(f"{final} named")
+    assert {str(partial), f"{partial}/state.json", f"{partial}/checksums.json"} <= set(events[:named])
+    assert events[named + 1] == str(tmp_path)
+    tracker = f"{tmp_path}/latest_checkpointed_iteration"
+    assert events[named + 2 :] == [f"{tracker}.partial", f"{tracker}.txt named"]
 
 
 def test_intervals_and_stop_file(tiny, tmp_path):
