@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_mesh.checkpoint import directory as names
-from megatron_mesh.checkpoint import integrity
-from megatron_mesh.checkpoint.safe import SafeLoadStrategy
+from megatron_mesh.checkpoint import integrity, safe
 from megatron_mesh.checkpoint.save import complete, write_now
 from megatron_mesh.checkpoint.writer import plan
 from megatron_mesh.errors import UserError
@@ -47,11 +46,9 @@ def whole_checkpoint(path: Path) -> names.Checkpoint:
     return checkpoint
 
 
-def read(path: Path, wanted: Mapping[str, dist_checkpointing.ShardedTensor]) -> dict[str, Any]:
+def read(path: Path, wanted: Mapping[str, ShardedTensor]) -> dict[str, Any]:
     """Fill tensors, or parts of them, from a checkpoint; plain values come with them. Within ``alone``."""
-    return dist_checkpointing.load(
-        dict(wanted), str(path), sharded_strategy=SafeLoadStrategy(), validate_access_integrity=False
-    )
+    return safe.load(dict(wanted), path, validate_access_integrity=False)
 
 
 def write(save: Path, state: dict[str, Any], config: str, description: dict[str, Any]) -> None:
