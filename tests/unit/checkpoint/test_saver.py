@@ -2,6 +2,7 @@
 
 import errno
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -106,6 +107,19 @@ class _Full:
         self.results.put(OSError(errno.ENOSPC, "No space left on device"))
 
 
+def test_a_writer_killed_at_its_last_word_costs_one_checkpoint():
+    """Half a list of what was written is none: the save has failed, and training goes on."""
+    results = writer._Results()
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
+    written = {0: ["tensor"] * 100}
+    results.put(written)
+    assert results.get_nowait() == written
+    results._file.truncate(20)
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
+
+
 def test_a_run_whose_last_save_failed_says_so(tiny, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -196,6 +210,24 @@ def test_intervals_and_stop_file(tiny, tmp_path):
     assert third.ending == exits.DONE
     found = first.values("loss") + second.values("loss") + third.values("loss")
     assert found == straight.values("loss")
+
+
+def test_whoever_must_stop_saves_before_it_evaluates(tiny, tmp_path):
+    (tmp_path / "stop").touch()
+    outcome = run(tiny(save=str(tmp_path), eval_interval=1))
+    assert outcome.ending == exits.STOPPED and steps(tmp_path) == [1]
+    assert outcome.values("loss", "valid") == []
+    outcome = run(tiny(save=str(tmp_path), load=str(tmp_path), eval_interval=2, exit_interval=2))
+    assert outcome.ending == exits.STOPPED and len(outcome.values("loss", "valid")) == 1
+
+
+def test_a_run_that_is_over_is_done_even_if_it_is_told_to_stop(tiny, tmp_path):
+    assert run(tiny(save=str(tmp_path), exit_interval=6)).ending == exits.DONE
+    # With a test still to do it is not over.
+    settings = {"save": str(tmp_path / "other"), "load": str(tmp_path / "other"), "eval_interval": 6}
+    assert run(tiny(**settings, exit_interval=6)).ending == exits.STOPPED
+    outcome = run(tiny(**settings, exit_interval=6))
+    assert outcome.ending == exits.DONE and len(outcome.values("loss", "test")) == 1
 
 
 PROGRAM = """
