@@ -34,7 +34,8 @@ def first_whole(paths: Sequence[Path], *, fallback: bool) -> Checkpoint | None:
         damage.append("; ".join(integrity.damage_seen_by_all(path)))
         if not damage[-1]:
             return read_checkpoint(path)
-        logger.error("the checkpoint %s is damaged: %s", path, damage[-1])
+        if dist.get_rank() == 0:
+            logger.error("the checkpoint %s is damaged: %s", path, damage[-1])
         if not fallback:
             break
     if not paths:

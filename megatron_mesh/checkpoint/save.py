@@ -110,9 +110,9 @@ class Saver:
         try:
             pending.request.finalize_fns[0]()
         except CheckpointException as error:
-            # Raised by all ranks alike; the one that coordinates has the reasons.
-            reasons = [str(inner[0]) for inner in error.failures.values()]
-            self._give_up(final.with_suffix(".partial"), "; ".join(reasons) or "another rank could not write")
+            # Raised by all ranks alike; rank 0, which coordinates, has the reasons.
+            reasons = dict.fromkeys(str(inner[0]) for inner in error.failures.values())
+            self._give_up(final.with_suffix(".partial"), "; ".join(reasons))
             return
         if not self._agreed(lambda: self._publish(final, pending), final.with_suffix(".partial")):
             return
@@ -147,12 +147,12 @@ class Saver:
 
     def _give_up(self, partial: Path, reason: str) -> None:
         self.failed = True
-        logger.error(
-            "no checkpoint was written to %s: %s; earlier ones are kept, and the next save tries again",
-            self.directory,
-            reason,
-        )
         if dist.get_rank() == 0:
+            logger.error(
+                "no checkpoint was written to %s: %s; earlier ones are kept, and the next save tries again",
+                self.directory,
+                reason,
+            )
             shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -143,7 +143,15 @@ def _write(trainer: int, transforms: Any, rank: int, buckets: list, results: _Re
             _write_digests(rank, [Path(path) for path, *_ in buckets])
         except OSError as error:
             failure = error
-    results.put(dict(enumerate(written)) if failure is None else RuntimeError(str(failure)))
+    results.put(dict(enumerate(written)) if failure is None else RuntimeError(_cause(failure)))
+
+
+def _cause(failure: BaseException) -> str:
+    """What the system said, if it did: where a disk is full torch complains of positions in its file."""
+    cause: BaseException | None = failure
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return str(cause or failure)
 
 
 def _write_file(transforms: Any, index: int, bucket: Any) -> Any:

@@ -163,7 +163,7 @@ def open_saver(config: Config, log: Log) -> Saver | None:
     def on_saved(saved: Saved) -> None:
         seconds = {"seconds": saved.seconds, "stall_seconds": saved.stall_seconds}
         log.record("save", saved.step, path=str(saved.path), **seconds)
-        if grace is not None and saved.seconds > grace:
+        if grace is not None and saved.seconds > grace and is_rank_zero():
             logger.warning(
                 "saving took %.0f s and --exit-grace-seconds leaves %.0f: a job that is told to stop may be "
                 "killed before its checkpoint is complete",
@@ -180,12 +180,13 @@ def diverged(config: Config, state: TrainState, saver: Saver | None) -> int:
         saver.finish()  # it may be the last good one
     steps = saved_steps(Path(config.checkpoint.save)) if config.checkpoint.save else {}
     good = [path for step, path in steps.items() if step <= state.step - state.skipped]
-    logger.error(
-        "%d steps in a row had a loss or gradients that are not finite (--max-skipped-steps); the last good "
-        "checkpoint: %s; go on from it with a lower --lr, or without the samples logged above",
-        state.skipped,
-        good[-1] if good else "none",
-    )
+    if is_rank_zero():
+        logger.error(
+            "%d steps in a row had a loss or gradients that are not finite (--max-skipped-steps); the last "
+            "good checkpoint: %s; go on from it with a lower --lr, or without the samples logged above",
+            state.skipped,
+            good[-1] if good else "none",
+        )
     return exits.DIVERGED
 
 

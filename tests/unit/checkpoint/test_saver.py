@@ -1,6 +1,7 @@
 """Saving in the background, on a full disk, with few checkpoints kept; and stopping on request."""
 
 import errno
+import io
 import os
 import queue
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from megatron_mesh.checkpoint import save as save_module
 from megatron_mesh.checkpoint import writer
@@ -118,6 +120,20 @@ def test_a_writer_killed_at_its_last_word_costs_one_checkpoint():
     results._file.truncate(20)
     with pytest.raises(queue.Empty):
         results.get_nowait()
+
+
+class _SmallDisk(io.BytesIO):
+    def write(self, data):
+        if self.tell() + len(data) > 1000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+def test_torch_s_complaint_of_a_full_disk_is_told_as_one():
+    with pytest.raises(RuntimeError) as caught:
+        torch.save({"x": torch.zeros(10_000)}, _SmallDisk())
+    assert "No space" not in str(caught.value)
+    assert writer._cause(caught.value) == "[Errno 28] No space left on device"
 
 
 def test_a_run_whose_last_save_failed_says_so(tiny, tmp_path, monkeypatch):
