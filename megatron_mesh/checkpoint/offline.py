@@ -1,5 +1,6 @@
 """Reading and writing checkpoints in one process, outside any run: for the tools."""
 
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,10 +9,11 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mesh.checkpoint import directory as names
 from megatron_mesh.checkpoint import integrity, safe
-from megatron_mesh.checkpoint.save import complete, write_now
+from megatron_mesh.checkpoint.save import complete, make_empty, write_now
 from megatron_mesh.checkpoint.writer import plan
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import device
@@ -58,11 +60,19 @@ def write(save: Path, state: dict[str, Any], config: str, description: dict[str,
         state: ShardedTensors, and plain values.
         config: contents of the configuration file.
         description: contents of the state file.
+
+    Raises:
+        UserError: the disk will not have it.
     """
     partial = save.with_name(f"{save.name}.partial")
-    partial.mkdir(parents=True)
-    request, common = plan(state, partial)
-    write_now(request)
-    request.finalize_fns[0]()
-    complete(partial, common, config, description)
-    partial.rename(save)
+    try:
+        make_empty(partial)
+        request, common = plan(state, partial)
+        write_now(request)
+        request.finalize_fns[0]()
+        complete(partial, common, config, description)
+        partial.rename(save)
+    except (OSError, CheckpointException) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = safe.reasons(error) if isinstance(error, CheckpointException) else str(error)
+        raise UserError(f"{save} cannot be written: {reason}; choose another --save") from error

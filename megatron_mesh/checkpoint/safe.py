@@ -133,6 +133,11 @@ def _reason(error: BaseException) -> str:
     return "it holds more than tensors and plain values" if refused else str(error)
 
 
+def reasons(error: CheckpointException) -> str:
+    """What the ranks say that failed to read or to write; nothing on ranks other than the first."""
+    return "; ".join(dict.fromkeys(_reason(inner[0]) for inner in error.failures.values()))
+
+
 def load(sharded: ShardedStateDict, directory: Path, **options: Any) -> StateDict:
     """``dist_checkpointing.load``, without running anything that is in the checkpoint.
 
@@ -145,8 +150,9 @@ def load(sharded: ShardedStateDict, directory: Path, **options: Any) -> StateDic
         try:
             return dist_checkpointing.load(sharded, str(directory), **strategies, **options)
         except CheckpointException as error:  # no Exception: it would pass by those who report failures
-            reasons = "; ".join(_reason(inner[0]) for inner in error.failures.values())
-            raise UserError(f"{directory} cannot be read: {reasons}; take another checkpoint") from error
+            raise UserError(
+                f"{directory} cannot be read: {reasons(error)}; take another checkpoint"
+            ) from error
 
 
 class SafeLoadStrategy(megatron_strategy.TorchDistLoadShardedStrategy):

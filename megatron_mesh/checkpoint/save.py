@@ -78,7 +78,7 @@ class Saver:
         self.finish()
         started = time.monotonic()
         partial = names.step_directory(self.directory, state.step).with_suffix(".partial")
-        if not self._agreed(lambda: _make_empty(partial), partial):
+        if not self._agreed(lambda: make_empty(partial), partial):
             return
         with _without_notes(), stage.parameters_gathered():
             request, common = plan(sharded_state(stage, optimizer, with_generators=True), partial)
@@ -111,8 +111,7 @@ class Saver:
             pending.request.finalize_fns[0]()
         except CheckpointException as error:
             # Raised by all ranks alike; rank 0, which coordinates, has the reasons.
-            reasons = dict.fromkeys(str(inner[0]) for inner in error.failures.values())
-            self._give_up(final.with_suffix(".partial"), "; ".join(reasons))
+            self._give_up(final.with_suffix(".partial"), safe.reasons(error))
             return
         if not self._agreed(lambda: self._publish(final, pending), final.with_suffix(".partial")):
             return
@@ -184,8 +183,9 @@ def write_now(request: AsyncRequest) -> None:
         request.async_fn(*arguments)
 
 
-def _make_empty(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)  # what a killed run left
+def make_empty(directory: Path) -> None:
+    """Make ``directory``, without what a killed run may have left there."""
+    shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
 
 
