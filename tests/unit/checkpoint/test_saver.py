@@ -2,10 +2,10 @@
 
 import errno
 import io
+import multiprocessing
 import os
 import queue
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,11 +14,14 @@ import psutil
 import pytest
 import torch
 
+import pretrain_mesh
 from megatron_mesh.checkpoint import save as save_module
 from megatron_mesh.checkpoint import writer
 from megatron_mesh.checkpoint.directory import prune, publish, remove_unfinished, saved_steps
 from megatron_mesh.checkpoint.integrity import damage
-from megatron_mesh.runtime import exits
+from megatron_mesh.config.dump import dump_config
+from megatron_mesh.runtime import exits, stopping
+from megatron_mesh.train import loop
 from tests.unit.train.conftest import run
 
 
@@ -246,28 +249,36 @@ def test_a_run_that_is_over_is_done_even_if_it_is_told_to_stop(tiny, tmp_path):
     assert outcome.ending == exits.DONE and len(outcome.values("loss", "test")) == 1
 
 
-PROGRAM = """
-import os, signal, sys, time
-from megatron_mesh.runtime.stopping import ECHO_SECONDS
-from megatron_mesh.train import loop
-original, when, numbers = loop.run_batch, int(sys.argv[1]), sys.argv[2].split(",")
-count = 0
-def run_batch(*arguments, **more):
-    global count
-    count += 1
-    if count == when:
-        for number in numbers:
-            if number == "file":
-                open(sys.argv[4], "w").close()
-            elif number == "wait":
-                time.sleep(ECHO_SECONDS + 0.2)
+def start(arguments: list[str], requests: list[str], stop_file: Path, environment: dict[str, str]) -> None:
+    """The entry point, in a process of its own, to which ``requests`` come in the middle of step 3."""
+    original = loop.run_batch
+    count = 0
+
+    def run_batch(*arguments, **more):
+        nonlocal count
+        count += 1
+        for request in requests if count == 3 else ():
+            if request == "file":
+                stop_file.touch()
+            elif request == "wait":
+                time.sleep(stopping.ECHO_SECONDS + 0.1)
             else:
-                os.kill(os.getpid(), getattr(signal, number))
-    return original(*arguments, **more)
-loop.run_batch = run_batch
-from pretrain_mesh import main
-sys.exit(main(sys.argv[5:]))
-"""
+                os.kill(os.getpid(), signal.Signals[request])
+        return original(*arguments, **more)
+
+    os.environ |= environment
+    stopping.ECHO_SECONDS = 0.5
+    torch.set_num_threads(1)
+    loop.run_batch = run_batch
+    sys.exit(pretrain_mesh.main(arguments))
+
+
+@pytest.fixture(scope="module")
+def processes() -> multiprocessing.context.ForkServerContext:
+    """Starts processes quickly: they are forks of one that has imported everything, and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 @pytest.mark.parametrize(
@@ -281,30 +292,20 @@ sys.exit(main(sys.argv[5:]))
         ("SIGTERM,wait,SIGTERM", True),
     ],
 )
-def test_requests_to_stop(tiny, tmp_path, how, slurm):
-    from megatron_mesh.config.dump import dump_config
-
+def test_requests_to_stop(tiny, tmp_path, processes, how, slurm):
     save = tmp_path / "run"
     (tmp_path / "config.yaml").write_text(dump_config(tiny(save=str(save), load=str(save))))
-    command = [sys.executable, "-c", PROGRAM, "3", how, "-", str(save / "stop")]
-    root = Path(__file__).resolve().parents[3]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"SLURM_JOB_ID": "1"} if slurm else {})}
-    started = time.monotonic()
-    done = subprocess.run(
-        [*command, "--config", str(tmp_path / "config.yaml")],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    arguments = ["--config", str(tmp_path / "config.yaml")]
+    environment = {"SLURM_JOB_ID": "1"} if slurm else {}
+    process = processes.Process(target=start, args=(arguments, how.split(","), save / "stop", environment))
+    process.start()
+    process.join(100)
     if "wait" in how and not slurm:
-        assert done.returncode == -signal.SIGTERM and steps(save) == []
+        assert process.exitcode == -signal.SIGTERM and steps(save) == []
         assert (save / "run_status.txt").read_text() == "running\n"
         return
-    assert done.returncode == exits.STOPPED, done.stderr
+    assert process.exitcode == exits.STOPPED
     assert steps(save) == [3] and not (save / "stop").exists()
     assert (save / "run_status.txt").read_text() == "stopped\n"
-    assert time.monotonic() - started < 90
     outcome = run(tiny(load=str(save)))
     assert outcome.values("loss") == run(tiny()).values("loss")[3:]
