@@ -52,8 +52,7 @@ def test_shares_together_see_everything(checkpoints):
 
 @pytest.mark.parametrize("harm", HARM)
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "checksums.json"])
-def test_the_one_before_is_used(tiny, checkpoints, name, harm, caplog):
-    straight = run(tiny())
+def test_the_one_before_is_used(tiny, straight, checkpoints, name, harm, caplog):
     HARM[harm](checkpoints / "iter_0000006" / name)
     outcome = run(tiny(load=str(checkpoints)))
     assert outcome.values("loss") == straight.values("loss")[4:]

@@ -29,9 +29,8 @@ def steps(directory: Path) -> list[int]:
     return list(saved_steps(directory))
 
 
-def test_background_saves_are_the_foreground_ones(tiny, tmp_path):
+def test_background_saves_are_the_foreground_ones(tiny, straight, tmp_path):
     """The state is that of the step, whatever training does while it is written."""
-    straight = run(tiny())
     run(tiny(save=str(tmp_path), save_interval=1, async_save=True))
     assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
     for step in (1, 3, 5):
@@ -63,9 +62,8 @@ def test_no_writer_outlives_the_run(tiny, tmp_path):
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("where", ["tensors", "small files"])
-def test_a_full_disk_costs_one_checkpoint(tiny, tmp_path, monkeypatch, caplog, where, background):
+def test_a_full_disk_costs_one_checkpoint(tiny, straight, tmp_path, monkeypatch, caplog, where, background):
     """The save of step 4 fails; training goes on, the one of step 2 stays, that of step 6 is tried."""
-    straight = run(tiny())
     count = 0
     full = OSError(errno.ENOSPC, "No space left on device")
 
@@ -217,9 +215,8 @@ def test_contents_reach_the_disk_before_names(tmp_path, monkeypatch):
     assert events[named + 2 :] == [f"{tracker}.partial", f"{tracker}.txt named"]
 
 
-def test_intervals_and_stop_file(tiny, tmp_path):
+def test_intervals_and_stop_file(tiny, straight, tmp_path):
     """Each start does some steps and stops; together they are the run that was never stopped."""
-    straight = run(tiny())
     settings = {"save": str(tmp_path), "load": str(tmp_path)}
     first = run(tiny(**settings, exit_interval=2))
     assert first.ending == exits.STOPPED and steps(tmp_path) == [2]
@@ -292,7 +289,7 @@ def processes() -> multiprocessing.context.ForkServerContext:
         ("SIGTERM,wait,SIGTERM", True),
     ],
 )
-def test_requests_to_stop(tiny, tmp_path, processes, how, slurm):
+def test_requests_to_stop(tiny, straight, tmp_path, processes, how, slurm):
     save = tmp_path / "run"
     (tmp_path / "config.yaml").write_text(dump_config(tiny(save=str(save), load=str(save))))
     arguments = ["--config", str(tmp_path / "config.yaml")]
@@ -308,4 +305,4 @@ def test_requests_to_stop(tiny, tmp_path, processes, how, slurm):
     assert steps(save) == [3] and not (save / "stop").exists()
     assert (save / "run_status.txt").read_text() == "stopped\n"
     outcome = run(tiny(load=str(save)))
-    assert outcome.values("loss") == run(tiny()).values("loss")[3:]
+    assert outcome.values("loss") == straight.values("loss")[3:]
