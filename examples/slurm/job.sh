@@ -19,8 +19,17 @@ word_in() { head -n 1 "$1" 2>/dev/null; }
 
 owned() { [ "$(word_in "$RUN/slurm/owner")" = "$token" ]; }
 
+# Runs a command again while it fails: SLURM's controller may be away for a moment.
+retried() {
+    for _ in 1 2 3 4 5; do
+        "$@" && return
+        sleep 10
+    done
+    "$@"
+}
+
 # A field of the job as SLURM has it now, such as JobState.
-job_field() { scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | grep -oPm 1 "(?<= $1=)\S+" | head -n 1; }
+job_field() { retried scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | grep -oPm 1 "(?<= $1=)\S+"; }
 
 # Step of the newest complete checkpoint; a directory has its name only when it is complete.
 saved_step() {
@@ -125,7 +134,7 @@ again() {
     [ -z "$last_resort" ] || kill "$last_resort"
     trap 'exit 1' TERM
     trap '' USR1
-    scontrol requeue "$SLURM_JOB_ID" || { say "error: SLURM did not requeue the job"; exit 1; }
+    retried scontrol requeue "$SLURM_JOB_ID" || { say "error: SLURM did not requeue the job"; exit 1; }
     [ "$(job_field JobState)" != RUNNING ] || sleep 60 & # SLURM ends this script, if it is not at that already
     wait $!
     exit 1
@@ -166,6 +175,8 @@ main() {
     local from
     trap on_warning USR1
     trap on_end TERM
+    # What the shell that submitted the job had for a run of its own.
+    unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT
     mkdir -p "$RUN/slurm"
     touch "$RUN/slurm/starts.txt"
     prepare

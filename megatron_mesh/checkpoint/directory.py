@@ -120,7 +120,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def publish(partial: Path, final: Path, step: int) -> None:
-    """Give a complete checkpoint its name, then name it in the tracker file; each at one stroke."""
+    """Give a complete checkpoint its name, then name it in the tracker file; each at one stroke.
+
+    What a name stands for is on the disk before the name is: earlier checkpoints may be deleted after this.
+    """
+    for path in (*partial.iterdir(), partial):
+        _sync(path)
     replaced = final.with_name(f"{final.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():  # a step that this run does again, after it went on from an earlier one
@@ -130,15 +135,21 @@ def publish(partial: Path, final: Path, step: int) -> None:
     tracker = final.parent / TRACKER_FILE
     temporary = tracker.with_suffix(".partial")
     temporary.write_text(str(step), encoding="utf-8")
+    _sync(temporary)
     os.replace(temporary, tracker)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def prune(directory: Path, keep_last: int | None, keep_every: int | None) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints, and those of steps divisible by ``keep_every``."""
+def prune(directory: Path, newest: int, keep_last: int | None, keep_every: int | None) -> None:
+    """Delete all but the last ``keep_last`` checkpoints up to step ``newest``, which was just written, and
+    those of steps divisible by ``keep_every``.
+
+    Later ones are damaged, if this run went on from one before them, and stand for none that are not.
+    """
     if keep_last is None:
         return
-    for step, path in list(saved_steps(directory).items())[:-keep_last]:
+    written = [(step, path) for step, path in saved_steps(directory).items() if step <= newest]
+    for step, path in written[:-keep_last]:
         if keep_every is None or step % keep_every:
             leaving = path.with_name(f"{path.name}.deleting")  # never half a checkpoint under a good name
             path.rename(leaving)
@@ -152,9 +163,9 @@ def remove_unfinished(directory: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _sync(directory: Path) -> None:
-    """Make names in a directory last through a power failure."""
-    handle = os.open(directory, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a directory, last through a power failure."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -19,10 +19,17 @@ _NOT_WEIGHTS = ("optimizer.", "rng")
 
 
 def table(directory: Path) -> str:
-    """A line for each complete checkpoint in ``directory``: step, size, training and validation loss."""
+    """A line for each complete checkpoint in ``directory``: step, size, training and validation loss.
+
+    One whose description cannot be read is a line that says so.
+    """
     rows = [("step", "GiB", "ranks", "train loss", "valid loss", "path")]
     for step, path in names.saved_steps(directory).items():
-        saved = names.read_checkpoint(path)
+        try:
+            saved = names.read_checkpoint(path)
+        except UserError as error:
+            rows.append((f"{step:,}", "", "", "", "", str(error)))
+            continue
         losses = [saved.train_state[name] for name in ("train_loss", "valid_loss")]
         size = sum(file.stat().st_size for file in integrity.files(path)) / 2**30
         texts = ["" if loss is None else f"{loss:.4f}" for loss in losses]

@@ -66,14 +66,23 @@ def damage(directory: Path, share: int = 0, shares: int = 1) -> list[str]:
         return [str(error)]
     found = [f"{path.name} is not part of it" for path in files(directory) if path.name not in listed]
     for index, (name, expected) in enumerate(sorted(listed.items())):
-        path = directory / name
-        if not path.is_file():
-            found.append(f"{name} is missing")
-        elif path.stat().st_size != expected[0]:
-            found.append(f"{name} has {path.stat().st_size:,} bytes instead of {expected[0]:,}")
-        elif index % shares == share and digest(path) != expected:
-            found.append(f"{name} was changed after it was written (its checksum is another)")
+        try:
+            reason = _difference(directory / name, expected, read=index % shares == share)
+        except OSError as error:
+            reason = f"cannot be read ({error.strerror})"
+        if reason is not None:
+            found.append(f"{name} {reason}")
     return found
+
+
+def _difference(path: Path, expected: Digest, *, read: bool) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != expected[0]:
+        return f"has {path.stat().st_size:,} bytes instead of {expected[0]:,}"
+    if read and digest(path) != expected:
+        return "was changed after it was written (its checksum is another)"
+    return None
 
 
 def damage_seen_by_all(directory: Path) -> list[str]:

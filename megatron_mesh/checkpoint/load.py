@@ -1,20 +1,17 @@
 """Loading: which checkpoint is whole, and taking it over on this layout of ranks."""
 
 import logging
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_mesh.checkpoint import fp8_state, integrity
+from megatron_mesh.checkpoint import fp8_state, integrity, safe
 from megatron_mesh.checkpoint.content import sharded_state
 from megatron_mesh.checkpoint.directory import Checkpoint, read_checkpoint
 from megatron_mesh.checkpoint.optimizer_state import load_optimizer_state
-from megatron_mesh.checkpoint.safe import SafeLoadStrategy
 from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import UserError
@@ -32,17 +29,19 @@ def first_whole(paths: Sequence[Path], *, fallback: bool) -> Checkpoint | None:
     """
     box = [paths]
     dist.broadcast_object_list(box, src=0)  # ranks on other nodes may see the directory later
-    for path in box[0]:
-        found = integrity.damage_seen_by_all(path)
-        if not found:
+    paths, damage = box[0], []
+    for path in paths:
+        damage.append("; ".join(integrity.damage_seen_by_all(path)))
+        if not damage[-1]:
             return read_checkpoint(path)
-        logger.error("the checkpoint %s is damaged: %s", path, "; ".join(found))
+        if dist.get_rank() == 0:
+            logger.error("the checkpoint %s is damaged: %s", path, damage[-1])
         if not fallback:
             break
     if not paths:
         return None
     raise UserError(
-        f"the checkpoint {box[0][0]} is damaged ({'; '.join(integrity.damage_seen_by_all(box[0][0]))}), and "
+        f"the checkpoint {paths[0]} is damaged ({damage[0]}), and "
         + ("no earlier one is whole" if fallback else "--no-load-fallback rules out earlier ones")
         + "; --load another one"
     )
@@ -69,7 +68,7 @@ def load_checkpoint(
         with_generators=with_generators,
         checkpoint=checkpoint.path,
     )
-    loaded = read_tensors(checkpoint.path, sharded)
+    loaded = safe.load(sharded, checkpoint.path)
     fp8_state.put_back(loaded["model"], loaded.get("fp8", {}), stage.config)
     stage.load_state_dict(loaded["model"])
     if with_optimizer:
@@ -81,13 +80,6 @@ def load_checkpoint(
     if with_generators:
         unpack_generators(loaded["rng"])
     logger.info("loaded %s", checkpoint.path)
-
-
-def read_tensors(path: Path, sharded: dict[str, Any]) -> dict[str, Any]:
-    """Fill a sharded state dict from a checkpoint, without running anything that is in it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's to Megatron-core's authors
-        return dist_checkpointing.load(sharded, str(path), sharded_strategy=SafeLoadStrategy())
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any], config: Config) -> None:

@@ -1,5 +1,6 @@
 """Reading and writing checkpoints in one process, outside any run: for the tools."""
 
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mesh.checkpoint import directory as names
-from megatron_mesh.checkpoint import integrity
-from megatron_mesh.checkpoint.safe import SafeLoadStrategy
-from megatron_mesh.checkpoint.save import complete, write_now
+from megatron_mesh.checkpoint import integrity, safe
+from megatron_mesh.checkpoint.save import complete, make_empty, write_now
 from megatron_mesh.checkpoint.writer import plan
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import device
@@ -47,11 +48,9 @@ def whole_checkpoint(path: Path) -> names.Checkpoint:
     return checkpoint
 
 
-def read(path: Path, wanted: Mapping[str, dist_checkpointing.ShardedTensor]) -> dict[str, Any]:
+def read(path: Path, wanted: Mapping[str, ShardedTensor]) -> dict[str, Any]:
     """Fill tensors, or parts of them, from a checkpoint; plain values come with them. Within ``alone``."""
-    return dist_checkpointing.load(
-        dict(wanted), str(path), sharded_strategy=SafeLoadStrategy(), validate_access_integrity=False
-    )
+    return safe.load(dict(wanted), path, validate_access_integrity=False)
 
 
 def write(save: Path, state: dict[str, Any], config: str, description: dict[str, Any]) -> None:
@@ -61,11 +60,19 @@ def write(save: Path, state: dict[str, Any], config: str, description: dict[str,
         state: ShardedTensors, and plain values.
         config: contents of the configuration file.
         description: contents of the state file.
+
+    Raises:
+        UserError: the disk will not have it.
     """
     partial = save.with_name(f"{save.name}.partial")
-    partial.mkdir(parents=True)
-    request, common = plan(state, partial)
-    write_now(request)
-    request.finalize_fns[0]()
-    complete(partial, common, config, description)
-    partial.rename(save)
+    try:
+        make_empty(partial)
+        request, common = plan(state, partial)
+        write_now(request)
+        request.finalize_fns[0]()
+        complete(partial, common, config, description)
+        partial.rename(save)
+    except (OSError, CheckpointException) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = safe.reasons(error) if isinstance(error, CheckpointException) else str(error)
+        raise UserError(f"{save} cannot be written: {reason}; choose another --save") from error

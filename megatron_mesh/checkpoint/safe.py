@@ -3,18 +3,24 @@
 On the stock stack three things of a torch_dist checkpoint are unpickled freely: ``.metadata``, objects inside
 the ``.distcp`` files, and extra states of modules. Here the first goes through an unpickler that knows the
 few classes it needs, objects are read with ``weights_only=True``, and extra states are not written at all.
+``common.pt`` is read so on the stock stack, unless an environment variable says otherwise, and with classes
+of Megatron-core's and NumPy's allowed that no checkpoint of ours needs; here there are neither.
 """
 
 import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict
 from megatron.core.dist_checkpointing.strategies import torch as megatron_strategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
@@ -107,14 +113,53 @@ class _SafePlanner(megatron_strategy.MCoreLoadPlanner):
     """Megatron-core's planner, which reads no object but tensors and plain containers of them."""
 
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+        self.state_dict[read_item.dest_index.fqn] = _load_plain(value)
+
+
+class _SafeCommon(TorchCommonLoadStrategy):
+    """Megatron-core's reader of ``common.pt``, which reads no object but tensors and plain containers."""
+
+    def load_common(self, checkpoint_dir: Any) -> StateDict:
+        path = Path(checkpoint_dir) / COMMON_STATE_FNAME
+        try:
+            return _load_plain(path)
+        except pickle.UnpicklingError as error:
+            raise UserError(f"{path} cannot be trusted: {_reason(error)}; take another checkpoint") from error
+
+
+def _reason(error: BaseException) -> str:
+    """In words; torch's own advise to run what it has refused."""
+    refused = isinstance(error, pickle.UnpicklingError)
+    return "it holds more than tensors and plain values" if refused else str(error)
+
+
+def reasons(error: CheckpointException) -> str:
+    """What the ranks say that failed to read or to write; nothing on ranks other than the first."""
+    return "; ".join(dict.fromkeys(_reason(inner[0]) for inner in error.failures.values()))
+
+
+def load(sharded: ShardedStateDict, directory: Path, **options: Any) -> StateDict:
+    """``dist_checkpointing.load``, without running anything that is in the checkpoint.
+
+    Raises:
+        UserError: it holds what could run, or not what is asked for.
+    """
+    strategies = {"sharded_strategy": SafeLoadStrategy(), "common_strategy": _SafeCommon()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's to Megatron-core's authors
+        try:
+            return dist_checkpointing.load(sharded, str(directory), **strategies, **options)
+        except CheckpointException as error:  # no Exception: it would pass by those who report failures
+            raise UserError(
+                f"{directory} cannot be read: {reasons(error)}; take another checkpoint"
+            ) from error
 
 
 class SafeLoadStrategy(megatron_strategy.TorchDistLoadShardedStrategy):
-    """For ``dist_checkpointing.load(..., sharded_strategy=SafeLoadStrategy())``."""
+    """Megatron-core's reader of the tensors, with the parts above."""
 
     def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> StateDict:
-        with _safe_parts():
+        with _safe_parts(), _no_added_classes():
             return super().load(sharded_state_dict, checkpoint_dir)
 
     def load_tensors_metadata(self, checkpoint_dir: Path, metadata: Metadata | None = None) -> Any:
@@ -124,6 +169,22 @@ class SafeLoadStrategy(megatron_strategy.TorchDistLoadShardedStrategy):
     def load_sharded_metadata(self, checkpoint_dir: Path) -> ShardedStateDict:
         with _safe_parts():
             return super().load_sharded_metadata(checkpoint_dir)
+
+
+def _load_plain(file: Any) -> Any:
+    with _no_added_classes():
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def _no_added_classes() -> Iterator[None]:
+    """Without what libraries have had torch allow; among it NumPy's arrays, which trust what fills them."""
+    added = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.add_safe_globals(added)
 
 
 @contextmanager

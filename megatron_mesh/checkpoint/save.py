@@ -78,7 +78,7 @@ class Saver:
         self.finish()
         started = time.monotonic()
         partial = names.step_directory(self.directory, state.step).with_suffix(".partial")
-        if not self._agreed(lambda: _make_empty(partial), partial):
+        if not self._agreed(lambda: make_empty(partial), partial):
             return
         with _without_notes(), stage.parameters_gathered():
             request, common = plan(sharded_state(stage, optimizer, with_generators=True), partial)
@@ -110,9 +110,8 @@ class Saver:
         try:
             pending.request.finalize_fns[0]()
         except CheckpointException as error:
-            # Raised by all ranks alike; the one that coordinates has the reasons.
-            reasons = [str(inner[0]) for inner in error.failures.values()]
-            self._give_up(final.with_suffix(".partial"), "; ".join(reasons) or "another rank could not write")
+            # Raised by all ranks alike; rank 0, which coordinates, has the reasons.
+            self._give_up(final.with_suffix(".partial"), safe.reasons(error))
             return
         if not self._agreed(lambda: self._publish(final, pending), final.with_suffix(".partial")):
             return
@@ -125,7 +124,11 @@ class Saver:
         partial = final.with_suffix(".partial")
         complete(partial, pending.common, dump_config(self.config), pending.description)
         names.publish(partial, final, pending.step)
-        names.prune(self.directory, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+        settings = self.config.checkpoint
+        try:
+            names.prune(self.directory, pending.step, settings.keep_last, settings.keep_every)
+        except OSError as error:  # the new one is complete all the same
+            logger.error("old checkpoints in %s cannot be deleted: %s", self.directory, error)
 
     def _agreed(self, work: Callable[[], None], partial: Path) -> bool:
         """Let rank 0 do ``work`` on the disk; False, on all ranks, if the disk would not have it."""
@@ -143,12 +146,12 @@ class Saver:
 
     def _give_up(self, partial: Path, reason: str) -> None:
         self.failed = True
-        logger.error(
-            "no checkpoint was written to %s: %s; earlier ones are kept, and the next save tries again",
-            self.directory,
-            reason,
-        )
         if dist.get_rank() == 0:
+            logger.error(
+                "no checkpoint was written to %s: %s; earlier ones are kept, and the next save tries again",
+                self.directory,
+                reason,
+            )
             shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -180,8 +183,9 @@ def write_now(request: AsyncRequest) -> None:
         request.async_fn(*arguments)
 
 
-def _make_empty(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)  # what a killed run left
+def make_empty(directory: Path) -> None:
+    """Make ``directory``, without what a killed run may have left there."""
+    shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
 
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from megatron.core.dist_checkpointing import serialization
@@ -113,7 +113,10 @@ class _Results:
     """What was written: put by one process, taken by the one that forked it, of any size."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        if sys.platform == "linux":  # in memory: no other disk may fail a save
+            self._file: IO[bytes] = os.fdopen(os.memfd_create("written"), "w+b")
+        else:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115
 
     def put(self, item: Any) -> None:
         self._file.seek(0)
@@ -122,10 +125,10 @@ class _Results:
 
     def get_nowait(self) -> Any:
         self._file.seek(0)
-        if not self._file.read(1):
-            raise queue.Empty
-        self._file.seek(0)
-        return pickle.load(self._file)  # from our own child, through a file that has no name
+        try:
+            return pickle.load(self._file)  # from our own child, through a file that has no name
+        except (EOFError, pickle.UnpicklingError):  # it was killed, perhaps while it put it
+            raise queue.Empty from None
 
 
 def _write(trainer: int, transforms: Any, rank: int, buckets: list, results: _Results) -> None:
@@ -140,7 +143,15 @@ def _write(trainer: int, transforms: Any, rank: int, buckets: list, results: _Re
             _write_digests(rank, [Path(path) for path, *_ in buckets])
         except OSError as error:
             failure = error
-    results.put(dict(enumerate(written)) if failure is None else RuntimeError(str(failure)))
+    results.put(dict(enumerate(written)) if failure is None else RuntimeError(_cause(failure)))
+
+
+def _cause(failure: BaseException) -> str:
+    """What the system said, if it did: where a disk is full torch complains of positions in its file."""
+    cause: BaseException | None = failure
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return str(cause or failure)
 
 
 def _write_file(transforms: Any, index: int, bucket: Any) -> Any:

@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import logging
+import os
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from megatron_mesh.config.schema import Config, LoggingConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.console import Bar, Lines
 from megatron_mesh.runtime.records import Kind, Record, Sink
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -42,9 +46,10 @@ class Log:
             sink.tick(step)
 
     def record(self, kind: Kind, step: int, **values: Any) -> None:
-        """Log the numbers of step ``step``."""
+        """Log the numbers of step ``step``; they are all that a sink that fails costs the run."""
         for sink in self.sinks:
-            sink.write(Record(kind, step, values))
+            with _survived(sink):
+                sink.write(Record(kind, step, values))
 
     def __enter__(self) -> "Log":
         return self
@@ -52,7 +57,17 @@ class Log:
     def __exit__(self, *error: object) -> None:
         with ExitStack() as stack:  # one sink's failure must not keep another from closing
             for sink in self.sinks:
+                stack.enter_context(_survived(sink))
                 stack.callback(sink.close)
+
+
+@contextmanager
+def _survived(sink: Sink) -> Iterator[None]:
+    """A full disk must not end training."""
+    try:
+        yield
+    except OSError as error:
+        logger.error("%s: numbers were not logged: %s", type(sink).__name__, error)
 
 
 def check_trackers(settings: LoggingConfig) -> None:
@@ -86,9 +101,13 @@ class JsonLines(Sink):
     """One JSON object a line: ``kind``, ``step`` and the values. Appends."""
 
     def __init__(self, path: Path):
-        cut_off = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+        cut_off = False  # by a kill in the middle of a line
+        if path.exists() and path.stat().st_size:
+            with path.open("rb") as file:
+                file.seek(-1, os.SEEK_END)
+                cut_off = file.read() != b"\n"
         self.file = path.open("a", encoding="utf-8", buffering=1)
-        if cut_off:  # by a kill in the middle of a line
+        if cut_off:
             self.file.write("\n")
 
     def write(self, record: Record) -> None:

@@ -3,6 +3,7 @@
 A signal may reach one rank only, and the others must end the same step. So all ranks vote once a step.
 """
 
+import logging
 import os
 import signal
 import time
@@ -18,14 +19,18 @@ from megatron_mesh.config.schema import CheckpointConfig
 from megatron_mesh.runtime import device
 from megatron_mesh.runtime.distributed import is_rank_zero
 
+logger = logging.getLogger(__name__)
+
 STOP_FILE = "stop"
 STATUS_FILE = "run_status.txt"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ECHO_SECONDS = 5.0
 """A signal that comes so soon after the first is the same request: launchers pass on what ranks got too."""
 
+URGENT = ("the stop file", "SIGTERM", "SIGUSR1")
+"""Reasons to stop after which a kill may follow: nothing may come between the step and its checkpoint."""
 # What ranks vote with; the highest wins.
-_REASONS = ("", "--exit-interval", "--exit-duration-in-mins", "the stop file", "SIGTERM", "SIGUSR1")
+_REASONS = ("", "--exit-interval", "--exit-duration-in-mins", *URGENT)
 
 
 class StopRequests:
@@ -106,5 +111,8 @@ def write_status(directory: str | None, status: str) -> None:
         return
     path = Path(directory) / STATUS_FILE
     partial = path.with_suffix(".partial")
-    partial.write_text(f"{status}\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(f"{status}\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:  # the exit status says it as well
+        logger.error("%s cannot say that the run is %s: %s", path, status, error)

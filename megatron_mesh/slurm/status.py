@@ -58,7 +58,8 @@ def run_status(run: Path) -> str:
 def last_records(run: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """The newest lines of kind "train" and "save" in metrics.jsonl; None where there is none.
 
-    Only the file's last mebibyte is read. Its last line may be in the middle of being written.
+    Only the file's last mebibyte is read. Lines may be cut off: the last, which is being written, and those
+    at which the run was killed.
     """
     path = run / "metrics.jsonl"
     if not path.is_file():
@@ -69,9 +70,11 @@ def last_records(run: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | Non
         lines = file.read().splitlines(keepends=True)[1 if start else 0 :]
     newest: dict[str, dict[str, Any]] = {}
     for line in lines:
-        if line.endswith(b"\n"):
+        try:
             record = json.loads(line)
-            newest[record["kind"]] = record
+        except ValueError:
+            continue
+        newest[record["kind"]] = record
     return newest.get("train"), newest.get("save")
 
 

@@ -24,7 +24,7 @@ from megatron_mesh.runtime.distributed import is_rank_zero, process_groups
 from megatron_mesh.runtime.health import Health
 from megatron_mesh.runtime.logging import Log, check_trackers
 from megatron_mesh.runtime.memory import explained, remedies
-from megatron_mesh.runtime.stopping import StopRequests, write_status
+from megatron_mesh.runtime.stopping import URGENT, StopRequests, write_status
 from megatron_mesh.train.data import open_batches, open_datasets, open_vocabulary
 from megatron_mesh.train.guard import guarded_step, record_skipped
 from megatron_mesh.train.metrics import RouterMeter, SpeedMeter, perplexity
@@ -127,8 +127,9 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
             numbers = {"loss": state.train_loss, "lr": lr, "grad_norm": grad_norm, **speed.read(step)}
             log.record("train", step, **numbers, **position(config, state), **routers.read())
         if state.skipped >= config.training.max_skipped_steps:
-            return diverged(config, state)
-        if run.data.valid is not None and due(step, config.training.eval_interval, last):
+            return diverged(config, state, saver)
+        in_a_hurry = reason in URGENT and step < last
+        if run.data.valid is not None and due(step, config.training.eval_interval, last) and not in_a_hurry:
             with speed.paused():
                 state.valid_loss = evaluate(stage, config, run.data.valid, health)
             log.record("valid", step, loss=state.valid_loss, perplexity=perplexity(state.valid_loss))
@@ -154,7 +155,8 @@ def finish(run: Run, log: Log, health: Health, stop: StopRequests, saver: Saver 
         log.record("test", state.step, loss=loss, perplexity=perplexity(loss))
     if saver is not None and saver.failed:
         return exits.NOT_SAVED
-    return exits.STOPPED if reason else exits.DONE
+    nothing_left = state.step == run.config.training.train_iters and run.data.test is None
+    return exits.STOPPED if reason and not nothing_left else exits.DONE
 
 
 def open_saver(config: Config, log: Log) -> Saver | None:
@@ -166,7 +168,7 @@ def open_saver(config: Config, log: Log) -> Saver | None:
     def on_saved(saved: Saved) -> None:
         seconds = {"seconds": saved.seconds, "stall_seconds": saved.stall_seconds}
         log.record("save", saved.step, path=str(saved.path), **seconds)
-        if grace is not None and saved.seconds > grace:
+        if grace is not None and saved.seconds > grace and is_rank_zero():
             logger.warning(
                 "saving took %.0f s and --exit-grace-seconds leaves %.0f: a job that is told to stop may be "
                 "killed before its checkpoint is complete",
@@ -177,16 +179,19 @@ def open_saver(config: Config, log: Log) -> Saver | None:
     return Saver(config, on_saved)
 
 
-def diverged(config: Config, state: TrainState) -> int:
+def diverged(config: Config, state: TrainState, saver: Saver | None) -> int:
     """Tell where to go on from, after too many steps that were not finite."""
+    if saver is not None:
+        saver.finish()  # it may be the last good one
     steps = saved_steps(Path(config.checkpoint.save)) if config.checkpoint.save else {}
     good = [path for step, path in steps.items() if step <= state.step - state.skipped]
-    logger.error(
-        "%d steps in a row had a loss or gradients that are not finite (--max-skipped-steps); the last good "
-        "checkpoint: %s; go on from it with a lower --lr, or without the samples logged above",
-        state.skipped,
-        good[-1] if good else "none",
-    )
+    if is_rank_zero():
+        logger.error(
+            "%d steps in a row had a loss or gradients that are not finite (--max-skipped-steps); the last "
+            "good checkpoint: %s; go on from it with a lower --lr, or without the samples logged above",
+            state.skipped,
+            good[-1] if good else "none",
+        )
     return exits.DIVERGED
 
 

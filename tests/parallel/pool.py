@@ -24,7 +24,9 @@ class Pool:
     """``size`` gloo processes; each calls the same function with the same arguments."""
 
     def __init__(self, size: int):
-        context = multiprocessing.get_context("spawn")
+        # Forks of a process that has imported everything, and done nothing else.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["megatron_mesh.train"])
         port = _free_port()
         self.connections: list[Connection] = []
         self.processes = []

@@ -15,8 +15,8 @@ from tests.parallel.pool import pool
 
 def save(directory: Path, settings: dict, source: Path) -> None:
     """Load the weights of ``source`` on this layout and save them from it; in workers."""
+    from megatron_mesh.checkpoint import safe
     from megatron_mesh.checkpoint.content import sharded_state
-    from megatron_mesh.checkpoint.load import read_tensors
     from megatron_mesh.checkpoint.save import Saver
     from megatron_mesh.checkpoint.state import TrainState
     from megatron_mesh.parallel import build_stage
@@ -27,7 +27,7 @@ def save(directory: Path, settings: dict, source: Path) -> None:
         stage = build_stage(config)
         optimizer = build_optimizer(config, stage)
         wanted = sharded_state(stage, None, with_generators=False, checkpoint=source)
-        stage.load_state_dict(read_tensors(source, wanted)["model"])
+        stage.load_state_dict(safe.load(wanted, source)["model"])
         state = TrainState(build_schedule(config.optimizer, optimizer), step=3)
         Saver(config).save(stage, optimizer, state)
 

@@ -15,9 +15,8 @@ from typing import Any
 from megatron.core import dist_checkpointing, parallel_state
 from transformer_engine.pytorch.fp8 import FP8_MAX, FP8GlobalStateManager
 
-from megatron_mesh.checkpoint import fp8_state
+from megatron_mesh.checkpoint import fp8_state, safe
 from megatron_mesh.checkpoint.content import sharded_state
-from megatron_mesh.checkpoint.load import read_tensors
 from megatron_mesh.model import te_layers
 from megatron_mesh.parallel import build_stage
 from megatron_mesh.parallel.ring import ring_chunks
@@ -172,8 +171,8 @@ def checkpoints() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as path:
             written = sharded_state(stage, None, with_generators=False)
             dist_checkpointing.save(written, path)
-            tensors = read_tensors(
-                Path(path), sharded_state(loaded, None, with_generators=False, checkpoint=Path(path))
+            tensors = safe.load(
+                sharded_state(loaded, None, with_generators=False, checkpoint=Path(path)), Path(path)
             )
         loaded.load_state_dict(tensors["model"])
         totals = [
@@ -197,8 +196,8 @@ def delayed() -> dict[str, Any]:
         found = {}
         for label in ("kept", "left out"):
             resumed = build_stage(config)
-            loaded = read_tensors(
-                Path(path), sharded_state(resumed, None, with_generators=False, checkpoint=Path(path))
+            loaded = safe.load(
+                sharded_state(resumed, None, with_generators=False, checkpoint=Path(path)), Path(path)
             )
             if label == "kept":
                 fp8_state.put_back(loaded["model"], loaded["fp8"], resumed.config)

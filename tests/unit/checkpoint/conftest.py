@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.train.conftest import corpus, run, tiny  # noqa: F401
+from tests.unit.train.conftest import Outcome, corpus, run, tiny  # noqa: F401
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +21,17 @@ def checkpoints(tiny, finished, tmp_path_factory, tmp_path) -> Path:  # noqa: F8
         finished["here"] = tmp_path_factory.mktemp("finished") / "run"
         run(tiny(save=str(finished["here"]), save_interval=2))
     return Path(shutil.copytree(finished["here"], tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def straight_runs() -> list[Outcome]:
+    """The run below, once there is one."""
+    return []
+
+
+@pytest.fixture
+def straight(tiny, straight_runs) -> Outcome:  # noqa: F811
+    """A run of 6 steps that nothing disturbs."""
+    if not straight_runs:
+        straight_runs.append(run(tiny()))
+    return straight_runs[0]

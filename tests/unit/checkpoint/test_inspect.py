@@ -1,7 +1,10 @@
 """tools/checkpoint.py: lists, verifies, shows and rewrites."""
 
+import errno
+
 import pytest
 
+from megatron_mesh.checkpoint import writer
 from megatron_mesh.checkpoint.integrity import damage
 from megatron_mesh.errors import UserError
 from tests.unit.train.conftest import run
@@ -15,6 +18,34 @@ def test_list_and_show(checkpoints, capsys):
     assert main(["show", str(checkpoints / "iter_0000004")]) == 0
     text = capsys.readouterr().out
     assert '"step": 4' in text and "layers: 1+1R2+1" in text and "weights" in text
+
+
+def test_a_list_goes_on_past_what_is_damaged(checkpoints, capsys):
+    (checkpoints / "iter_0000004" / "state.json").unlink()
+    assert main(["list", str(checkpoints)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["step", "2", "4", "6"]
+    assert "not a complete checkpoint" in lines[2]
+
+
+def test_a_rewrite_leaves_nothing_half_done(checkpoints, tmp_path, monkeypatch):
+    """On a full disk; and what a killed one left is not in the way."""
+    target, left = tmp_path / "new", tmp_path / "new.partial"
+    left.mkdir()
+    (left / "half").touch()
+    command = ["reshard", str(checkpoints / "iter_0000004"), "--save", str(target)]
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "digest", full_disk)
+        with pytest.raises(UserError, match=r"new cannot be written: .*No space left on device"):
+            main(command)
+    assert not target.exists() and not left.exists()
+    left.mkdir()
+    (left / "half").touch()
+    assert main(command) == 0 and damage(target) == []
+
+
+def full_disk(path):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_verify(checkpoints, capsys):

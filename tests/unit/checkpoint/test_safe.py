@@ -1,12 +1,15 @@
 """Nothing in a checkpoint can run code, wherever it is planted; even with checksums that are right."""
 
+import io
 import os
 import pickle
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_mesh.checkpoint.integrity import CHECKSUMS_FILE, write_checksums
@@ -36,21 +39,14 @@ def plant_in_common(newest: Path, bomb: Bomb) -> None:
 
 
 def plant_in_tensors(newest: Path, bomb: Bomb) -> None:
-    """In the place of a tensor, within its bytes."""
-    path = newest / "__0_0.distcp"
-    torch.save(bomb, newest / "bomb.pt")
-    bomb_bytes = (newest / "bomb.pt").read_bytes()
-    (newest / "bomb.pt").unlink()
+    """In the place of every tensor."""
+    buffer = io.BytesIO()
+    torch.save(bomb, buffer)
+    (newest / "__0_0.distcp").write_bytes(buffer.getvalue())
     metadata = read_metadata(newest)
-    largest = max(
-        (place for place in metadata.storage_data.values() if place.relative_path == path.name),
-        key=lambda place: place.length,
-    )
-    assert len(bomb_bytes) <= largest.length
-    content = bytearray(path.read_bytes())
-    # The zip directory of the bomb must be the last that a reader sees.
-    content[largest.offset : largest.offset + largest.length] = bomb_bytes.rjust(largest.length, b"\0")
-    path.write_bytes(content)
+    for place in metadata.storage_data.values():
+        place.relative_path, place.offset, place.length = "__0_0.distcp", 0, len(buffer.getvalue())
+    (newest / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def plant_an_object(newest: Path, bomb: Bomb) -> None:
@@ -69,26 +65,58 @@ def plant_in_yaml(newest: Path, bomb: Bomb) -> None:
     (newest / "config.yaml").write_text(f"{text}\nseed: !!python/object/apply:os.mkdir ['{bomb.mark}']\n")
 
 
-@pytest.mark.parametrize(
-    "plant", [plant_in_metadata, plant_in_common, plant_in_tensors, plant_an_object, plant_in_yaml]
-)
-def test_a_planted_pickle_does_not_run(tiny, checkpoints, plant, tmp_path):
+REFUSALS = {
+    plant_in_metadata: "names posix.mkdir, which no checkpoint needs",
+    plant_in_common: "common.pt cannot be trusted: it holds more than tensors",
+    plant_in_tensors: "iter_0000006 cannot be read: it holds more than tensors",
+    plant_an_object: "BytesStorageMetadata",
+    plant_in_yaml: "could not determine a constructor",
+}
+
+
+def with_right_checksums(newest: Path) -> None:
+    (newest / CHECKSUMS_FILE).unlink()
+    write_checksums(newest, {})
+
+
+@pytest.mark.parametrize("plant", REFUSALS)
+def test_a_planted_pickle_does_not_run(tiny, checkpoints, plant, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # some libraries' advice
     newest = checkpoints / "iter_0000006"
     mark = tmp_path / "it-ran"
     plant(newest, Bomb(mark))
-    (newest / CHECKSUMS_FILE).unlink()
-    write_checksums(newest, {})
-    with pytest.raises((UserError, pickle.UnpicklingError, RuntimeError, Exception)):
-        run(tiny(load=str(newest), train_iters=7))
+    with_right_checksums(newest)
+    with pytest.raises(UserError, match=REFUSALS[plant]):
+        run(tiny(load=str(newest)))
     assert not mark.exists()
 
 
-def test_the_stock_reader_would_run_it(checkpoints, tmp_path):
+def test_nothing_is_loaded_that_trusts_its_contents(tiny, checkpoints):
+    """Megatron-core has torch allow NumPy's arrays, whose pickles may hold addresses."""
+    newest = checkpoints / "iter_0000006"
+    torch.save({"optimizer": np.zeros(3, np.uint32)}, newest / "common.pt")
+    assert torch.load(newest / "common.pt", weights_only=True)["optimizer"].shape == (3,)
+    with_right_checksums(newest)
+    with pytest.raises(UserError, match="it holds more than tensors and plain values"):
+        run(tiny(load=str(newest)))
+
+
+STOCK_READERS = {
+    plant_in_metadata: lambda newest: FileSystemReader(newest).read_metadata(),
+    plant_in_common: lambda newest: TorchCommonLoadStrategy().load_common(newest),
+    plant_in_tensors: lambda newest: torch.load(newest / "__0_0.distcp"),
+}
+
+
+@pytest.mark.parametrize("plant", STOCK_READERS)
+@pytest.mark.filterwarnings("ignore:Environment variable")
+def test_a_stock_reader_would_run_it(checkpoints, plant, tmp_path, monkeypatch):
     """The test above tests something."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     newest = checkpoints / "iter_0000006"
     mark = tmp_path / "it-ran"
-    plant_in_metadata(newest, Bomb(mark))
-    FileSystemReader(newest).read_metadata()
+    plant(newest, Bomb(mark))
+    STOCK_READERS[plant](newest)
     assert mark.exists()
 
 

@@ -103,8 +103,8 @@ def test_torch_files_are_read_without_running_them(tmp_path) -> None:
 
 def test_megatron_computes_the_same(tmp_path) -> None:
     """The logits of Megatron's model with the weights of a stock one."""
+    from megatron_mesh.checkpoint import safe
     from megatron_mesh.checkpoint.content import sharded_state
-    from megatron_mesh.checkpoint.load import read_tensors
     from megatron_mesh.parallel import build_stage
     from tests.exports import export_config
     from tests.helpers import one_process
@@ -118,7 +118,7 @@ def test_megatron_computes_the_same(tmp_path) -> None:
         with torch.enable_grad():
             stage = build_stage(ours)
         wanted = sharded_state(stage, None, with_generators=False, checkpoint=tmp_path)
-        stage.load_state_dict(read_tensors(tmp_path / "megatron", wanted)["model"])
+        stage.load_state_dict(safe.load(wanted, tmp_path / "megatron")["model"])
         positions = torch.arange(16).expand_as(TOKENS)
         logits = stage.modules[0](TOKENS, positions, None)
     with torch.no_grad():

@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).resolve().parents[3] / "examples/slurm"
 # The job as "scontrol show job" has it is in JOB; "scontrol requeue" ends the batch script as SLURM does.
 COMMANDS = {
     "scontrol": """\
+[ ! -e "$LAB/away" ] || { rm "$LAB/away"; exit 1; }
 case $1 in
     show) echo node1 ;;
     -o) echo "JobId=7 JobName=x $JOB" ;;
@@ -23,7 +24,7 @@ esac""",
     "sleep": "exec /bin/sleep 0.01",
     "srun": """\
 printf '%s\\n' "$@" >"$LAB/srun"
-printf '%s\\n' "$MASTER_ADDR" "$MASTER_PORT" >"$LAB/rendezvous"
+printf '%s\\n' "$MASTER_ADDR" "$MASTER_PORT" $RANK $WORLD_SIZE >"$LAB/rendezvous"
 . "$LAB/trainer"
 """,
 }
@@ -149,6 +150,16 @@ def test_every_start_has_its_own_port_and_goes_on(job, tmp_path) -> None:
     assert [name for name, _ in ports] == ["node1", "node1"] and ports[0][1] != ports[1][1]
     job(ending("stopped", 42), SLURM_RESTART_COUNT="2", LOAD="/other")
     assert (tmp_path / "srun").read_text().split()[-3:] == ["--load", str(tmp_path / "run"), "--no-finetune"]
+
+
+def test_what_the_submitting_shell_had_is_not_the_job_s(job, tmp_path) -> None:
+    job(ending("stopped", 42), MASTER_ADDR="elsewhere", MASTER_PORT="1", RANK="0", WORLD_SIZE="1")
+    assert (tmp_path / "rendezvous").read_text().split() == ["node1", str(20000 + 7 * 16)]
+
+
+def test_a_controller_that_is_away_for_a_moment_ends_no_run(job, tmp_path) -> None:
+    ended = job(f"touch {tmp_path}/away\n{ending('running', 137, 20)}")
+    assert "failed with exit status 137; requeued" in ended.stdout and (tmp_path / "requeued").exists()
 
 
 def test_a_first_start_takes_the_given_checkpoint(job, tmp_path) -> None:

@@ -112,7 +112,9 @@ def test_status_of_a_running_job(lab, capsys, monkeypatch) -> None:
     run = lab / "run"
     lines = [{"kind": "train", "step": n, "loss": 8.0 - n} for n in range(1, 8)]
     lines.insert(5, {"kind": "save", "step": 5, "seconds": 70.0})
-    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"kind": "tra')
+    texts = [json.dumps(line) for line in lines]
+    texts[3:3] = ['{"kind": "train", "st']  # where the run was killed
+    (run / "metrics.jsonl").write_text("\n".join(texts) + '\n{"kind": "tra')
     (run / "run_status.txt").write_text("running\n")
     (run / "iter_0000005").mkdir()
     monkeypatch.setenv(

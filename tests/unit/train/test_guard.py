@@ -1,10 +1,12 @@
 """Steps whose loss or gradients are not finite are skipped; many in a row end the run."""
 
 import math
+import time
 
 import pytest
 import torch
 
+from megatron_mesh.checkpoint import writer
 from megatron_mesh.runtime import exits
 from megatron_mesh.train import loop
 from tests.unit.train.conftest import run
@@ -57,6 +59,20 @@ def test_an_infinite_loss_is_skipped_too(tiny, poisoned):
 def test_a_good_step_starts_the_count_again(tiny, poisoned):
     poisoned({2, 3, 5, 6})
     assert run(tiny(train_iters=8, max_skipped_steps=3)).ending == exits.DONE
+
+
+def test_a_checkpoint_on_its_way_is_the_last_good_one(tiny, poisoned, tmp_path, monkeypatch, caplog):
+    original = writer._write_digests
+
+    def slow(*arguments):
+        time.sleep(1.0)
+        original(*arguments)
+
+    monkeypatch.setattr(writer, "_write_digests", slow)
+    poisoned({3, 4})
+    config = tiny(max_skipped_steps=2, save=str(tmp_path), save_interval=2, async_save=True)
+    assert run(config).ending == exits.DIVERGED
+    assert f"the last good checkpoint: {tmp_path}/iter_0000002" in caplog.text
 
 
 def test_many_in_a_row_end_the_run_and_name_the_last_good_checkpoint(tiny, poisoned, tmp_path, caplog):

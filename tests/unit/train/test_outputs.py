@@ -6,6 +6,7 @@ import math
 import sys
 from dataclasses import asdict
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -19,7 +20,9 @@ from megatron_mesh.config.sources import read_yaml
 from megatron_mesh.model import flops_per_token
 from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.console import Bar, Lines
+from megatron_mesh.runtime.logging import JsonLines, Log
 from megatron_mesh.runtime.records import Record
+from megatron_mesh.runtime.stopping import write_status
 from megatron_mesh.train import pretrain
 from megatron_mesh.train.data import open_batches
 from megatron_mesh.train.loop import build
@@ -70,6 +73,17 @@ def test_metrics_and_tensorboard(tiny, tmp_path, capsys):
     assert f"step 5/5 | loss {last['loss']:.4f} | lr " in out
     assert "step 5/5 | validation loss" in out
     assert str(tmp_path / "out" / "metrics.jsonl") in out
+
+
+def test_a_full_disk_costs_numbers_and_not_the_run(tmp_path, caplog):
+    """/dev/full takes nothing, as a full disk."""
+    taken = Lines(9, io.StringIO())
+    with Log([JsonLines(Path("/dev/full")), taken]) as log:
+        log.record("valid", 3, loss=1.0, perplexity=2.7)
+    assert "validation loss 1.0000" in taken.file.getvalue()
+    (tmp_path / "run_status.partial").symlink_to("/dev/full")
+    write_status(str(tmp_path), "done")
+    assert caplog.text.count("No space left on device") == 3  # a record, the end of the log, the status
 
 
 def test_router_metrics(tiny):
