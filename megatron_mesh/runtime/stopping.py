@@ -6,6 +6,7 @@ A signal may reach one rank only, and the others must end the same step. So all 
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,15 +47,19 @@ class StopRequests:
         self._started = started
         self._file = Path(settings.save) / STOP_FILE if settings.save else None
         self._signalled = 0
-        self._first_signal = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals; a second request ends the process at once, as the first would have without this.
+        """Take the signals; a second request ends the process at once (status 128 + the signal's number).
 
-        No second request are echoes (``ECHO_SECONDS``), and further SIGTERMs in a SLURM job: SLURM sends them
-        by itself when a grace time is over, and after KillWait it kills whoever has not ended.
+        Python's handlers wait until the main thread is back from what it called, and that may be a
+        collective operation that never returns. So a thread reads the signals' numbers too, from a pipe
+        that is written at once (``signal.set_wakeup_fd``).
         """
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        threading.Thread(target=_end_at_second_request, args=(reading,), daemon=True).start()
+        wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
         if self._file is not None and is_rank_zero():
             self._file.unlink(missing_ok=True)  # it was meant for an earlier run
@@ -63,16 +68,11 @@ class StopRequests:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            os.close(writing)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self._signalled:
-            self._signalled = _REASONS.index(signal.Signals(number).name)
-            self._first_signal = time.monotonic()
-            return
-        echo = time.monotonic() - self._first_signal < ECHO_SECONDS
-        if not echo and not (number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ):
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        self._signalled = self._signalled or _REASONS.index(signal.Signals(number).name)
 
     def agreed(self, step: int, *, faulty: bool) -> tuple[str, bool]:
         """Why all ranks stop after ``step`` ("" if they do not), and whether any rank's step is ``faulty``.
@@ -100,6 +100,25 @@ class StopRequests:
         if interval is not None and step % interval == 0:
             return _REASONS.index("--exit-interval")
         return 0
+
+
+def _end_at_second_request(pipe: int) -> None:
+    """End this process once a second request comes in.
+
+    No second request are echoes (``ECHO_SECONDS``), and further SIGTERMs in a SLURM job: SLURM sends them by
+    itself when a grace time is over, and after KillWait it kills whoever has not ended.
+    """
+    first = None
+    while number := os.read(pipe, 1):  # nothing is read when the other end is closed
+        if number[0] not in SIGNALS:
+            continue
+        if first is None:
+            first = time.monotonic()
+        elif time.monotonic() - first >= ECHO_SECONDS and not (
+            number[0] == signal.SIGTERM and "SLURM_JOB_ID" in os.environ
+        ):
+            os._exit(128 + number[0])
+    os.close(pipe)
 
 
 def write_status(directory: str | None, status: str) -> None:

@@ -298,7 +298,7 @@ def test_requests_to_stop(tiny, straight, tmp_path, processes, how, slurm):
     process.start()
     process.join(100)
     if "wait" in how and not slurm:
-        assert process.exitcode == -signal.SIGTERM and steps(save) == []
+        assert process.exitcode == 128 + signal.SIGTERM and steps(save) == []
         assert (save / "run_status.txt").read_text() == "running\n"
         return
     assert process.exitcode == exits.STOPPED
