@@ -20,6 +20,7 @@ Implementation = Literal["local", "transformer_engine"]
 LOCAL: Implementation = "local"
 TRANSFORMER_ENGINE: Implementation = "transformer_engine"
 
+_REMEDY = "on a machine with CUDA: pip install --no-build-isolation 'megatron-mesh[te]'"
 _OLDEST = "2.9"  # what megatron-core 0.16.1 asks for in its own extra
 
 
@@ -37,19 +38,20 @@ def choose(precision: PrecisionConfig, parallel: ParallelConfig) -> Implementati
         else "transformer_engine"
     )
     if missing and asked == TRANSFORMER_ENGINE:
-        raise UserError(f"--transformer-impl transformer_engine: {missing}; or use --transformer-impl local")
+        raise UserError(f"--transformer-impl transformer_engine: {remedy}; or use --transformer-impl local")
     reason = missing or "there is no GPU"
+    remedy = f"{missing} ({_REMEDY})" if missing else reason
     if precision.fp8_format and chosen == LOCAL:
-        raise UserError(f"--fp8-format needs Transformer Engine: {reason}; or leave --fp8-format out")
+        raise UserError(f"--fp8-format needs Transformer Engine: {remedy}; or leave --fp8-format out")
     if (ranks := parallel.context_parallel_size) > 1 and chosen == LOCAL:
         raise UserError(
-            f"--context-parallel-size {ranks} needs Transformer Engine's attention: {reason}; for long "
+            f"--context-parallel-size {ranks} needs Transformer Engine's attention: {remedy}; for long "
             "sequences without it use --tensor-model-parallel-size with --sequence-parallel"
         )
     if precision.gradient_accumulation_fusion and chosen == LOCAL and not has_fused_gradients():
         raise UserError(
             "--gradient-accumulation-fusion needs Transformer Engine, or apex with its CUDA extensions: "
-            f"{reason}, and apex's fused_weight_gradient_mlp_cuda is not installed; leave it out"
+            f"{remedy}, and apex's fused_weight_gradient_mlp_cuda is not installed; leave it out"
         )
     _say_once(chosen, "" if asked == chosen else reason)
     return chosen
@@ -59,13 +61,13 @@ def choose(precision: PrecisionConfig, parallel: ParallelConfig) -> Implementati
 def why_no_transformer_engine() -> str | None:
     """What is in the way of Transformer Engine, in words; None where it can be imported."""
     if importlib.util.find_spec("transformer_engine") is None:
-        return "Transformer Engine is not installed (pip install 'megatron-mesh[te]', on a machine with CUDA)"
+        return "Transformer Engine is not installed"
     try:
         importlib.import_module("transformer_engine.pytorch")
     except (ImportError, OSError, RuntimeError) as error:  # its libraries want CUDA's
         return f"Transformer Engine is installed and cannot be imported ({error})"
     if not is_te_min_version(_OLDEST):
-        return f"Transformer Engine is older than {_OLDEST} (pip install --upgrade 'megatron-mesh[te]')"
+        return f"Transformer Engine is older than {_OLDEST}"
     return None
 
 

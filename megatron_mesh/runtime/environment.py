@@ -1,9 +1,17 @@
-"""What torchrun or srun say of the job, read without starting anything."""
+"""What torchrun, srun and the system say of this process, read without starting anything."""
 
 import os
 import subprocess
+import time
+
+import psutil
 
 from megatron_mesh.errors import UserError
+
+
+def process_age() -> float:
+    """Seconds since this process was started, its imports included."""
+    return time.time() - psutil.Process().create_time()
 
 
 def world_size_from_environment() -> int:

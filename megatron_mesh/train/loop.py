@@ -21,6 +21,7 @@ from megatron_mesh.model.implementation import choose
 from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.distributed import is_rank_zero, process_groups
+from megatron_mesh.runtime.environment import process_age
 from megatron_mesh.runtime.health import Health
 from megatron_mesh.runtime.logging import Log, check_trackers
 from megatron_mesh.runtime.memory import explained, remedies
@@ -103,7 +104,7 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
     routers = RouterMeter(stage.recurrence, enabled=config.logging.log_routers)
     batches = open_batches(config, run.data.train, state.consumed_samples)
     saver = open_saver(config, log)
-    reason = ""
+    first, reason = state.step + 1, ""
 
     while state.step < last and not reason:
         step = state.step + 1
@@ -121,6 +122,8 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
             record_skipped(log, state, totals, grad_norm, batch_size)
         state.advance(batch_size)
         log.tick(step)
+        if step == first:
+            logger.info("step %d was done %.1f s after the start of the process", step, process_age())
 
         if logged and taken:
             state.train_loss = loss_per_token(totals)
