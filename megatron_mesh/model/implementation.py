@@ -32,15 +32,12 @@ def choose(precision: PrecisionConfig, parallel: ParallelConfig) -> Implementati
     """
     asked = precision.transformer_impl
     missing = why_no_transformer_engine()
-    chosen = (
-        LOCAL
-        if asked == LOCAL or missing or (asked == "auto" and not device.has_gpu())
-        else "transformer_engine"
-    )
-    if missing and asked == TRANSFORMER_ENGINE:
-        raise UserError(f"--transformer-impl transformer_engine: {remedy}; or use --transformer-impl local")
     reason = missing or "there is no GPU"
     remedy = f"{missing} ({_REMEDY})" if missing else reason
+    wanted = asked == TRANSFORMER_ENGINE or (asked == "auto" and device.has_gpu())
+    chosen = TRANSFORMER_ENGINE if wanted and not missing else LOCAL
+    if missing and asked == TRANSFORMER_ENGINE:
+        raise UserError(f"--transformer-impl transformer_engine: {remedy}; or use --transformer-impl local")
     if precision.fp8_format and chosen == LOCAL:
         raise UserError(f"--fp8-format needs Transformer Engine: {remedy}; or leave --fp8-format out")
     if (ranks := parallel.context_parallel_size) > 1 and chosen == LOCAL:
