@@ -30,5 +30,6 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> N
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token types by default
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")

@@ -117,6 +117,20 @@ def test_a_fast_tokenizer(exported, tmp_path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("scheme", ["mesh", "vanilla"])
+def test_the_cards_example_runs(exported, tmp_path, monkeypatch, capsys, scheme) -> None:
+    """As it stands, and without a question whether the code may run."""
+    (tmp_path / "tokenizer.json").write_text(TOKENIZER)
+    source = exported(recurrence=scheme, layers={"vanilla": "4"}.get(scheme, "1+2R2+1"))[0]
+    checkpoint = with_tokenizer(source, tmp_path, tmp_path / "tokenizer.json")
+    export_checkpoint(checkpoint, tmp_path / "hf")
+    example = (tmp_path / "hf/README.md").read_text().split("```python\n")[1].split("```")[0]
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "n")
+    exec(example.replace("DIRECTORY", str(tmp_path / "hf")), {})
+    assert asked == [] and capsys.readouterr().out.strip()
+
+
 @pytest.mark.parametrize(
     "options",
     [
