@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mesh.errors import UserError
+from megatron_mesh.hf.requirements import check_transformers
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
     _check(arguments)
     prompts = list(_given(arguments))
+    check_transformers()
     # These take seconds to import, and --help and mistakes do not need them.
     import transformers
 

@@ -103,9 +103,8 @@ def opened(source: Source, how: Mapping[str, Any]) -> Iterator[Any]:
         source: which model.
         how: arguments of HFLM: device, dtype, batch_size, max_length.
     """
-    from megatron_mesh.hf.open_model import check_version, directory_of, register
+    from megatron_mesh.hf.open_model import directory_of, register
 
-    check_version()
     register()
     if not source.is_checkpoint:
         yield _read(source.path, source, how)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -16,24 +15,12 @@ from megatron_mesh.hf.configuration_mesh import MeshConfig
 from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.hf.modeling_mesh import MeshForCausalLM, MeshModel
 
-_OLDEST = (4, 57)
-
 
 def register() -> None:
     """Have transformers take our own code for our models, so that none needs to come from a directory."""
     AutoConfig.register(MeshConfig.model_type, MeshConfig, exist_ok=True)
     AutoModel.register(MeshConfig, MeshModel, exist_ok=True)
     AutoModelForCausalLM.register(MeshConfig, MeshForCausalLM, exist_ok=True)
-
-
-def check_version() -> None:
-    """Raise UserError if transformers is too old."""
-    found = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if found < _OLDEST:
-        raise UserError(
-            f"transformers {transformers.__version__} is too old; install 4.57 or newer: "
-            "pip install 'transformers>=4.57'"
-        )
 
 
 @contextmanager
@@ -52,7 +39,6 @@ def open_model(directory: Path, **options: Any) -> tuple[Any, Any]:
         UserError: the directory holds no model, a damaged one, one that brings code of others, or no
             tokenizer.
     """
-    check_version()
     register()
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json; give a directory that tools/convert_to_hf.py wrote")
