@@ -1,5 +1,6 @@
 """Reading and writing checkpoints in one process, outside any run: for the tools."""
 
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -61,9 +62,16 @@ def write(save: Path, state: dict[str, Any], config: str, description: dict[str,
         state: ShardedTensors, and plain values.
         config: contents of the configuration file.
         description: contents of the state file.
+
+    Raises:
+        UserError: the directory cannot be made.
     """
     partial = save.with_name(f"{save.name}.partial")
-    partial.mkdir(parents=True)
+    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted call left
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--save {save} cannot be written ({error}); choose another --save") from None
     request, common = plan(state, partial)
     write_now(request)
     request.finalize_fns[0]()

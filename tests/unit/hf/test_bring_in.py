@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from megatron_mesh.checkpoint import offline
 from megatron_mesh.checkpoint.offline import whole_checkpoint
 from megatron_mesh.config.layers import parse_layers
 from megatron_mesh.errors import UserError
@@ -154,6 +155,24 @@ def test_a_recursive_model_from_a_plain_one(tmp_path, choice, expected) -> None:
     assert float(routers.std()) == pytest.approx(0.02, rel=0.3)
     with torch.no_grad():
         assert torch.isfinite(load(tmp_path / "recursive")(TOKENS).logits).all()
+
+
+def test_after_an_interruption(tmp_path, monkeypatch) -> None:
+    """Nothing is left under the name, and the same call does it."""
+    model = stock(tmp_path / "stock")
+    with monkeypatch.context() as patch:
+        patch.setattr(offline, "complete", lambda *arguments: raise_interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            bring_in(tmp_path / "stock", tmp_path / "megatron")
+    assert not (tmp_path / "megatron").exists()
+    bring_in(tmp_path / "stock", tmp_path / "megatron")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron", "stock"]
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    assert same(model, GPTNeoXForCausalLM.from_pretrained(tmp_path / "back"))
+
+
+def raise_interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_loop_of_one_is_the_plain_model(tmp_path) -> None:

@@ -173,6 +173,36 @@ def test_what_is_there_is_kept(exported, tmp_path) -> None:
     assert load_file(target / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
 
 
+def test_force_spares_the_checkpoint(exported, tmp_path) -> None:
+    run = tmp_path / "run"
+    checkpoint = shutil.copytree(exported()[0], run / "iter_0000003")
+    before = sorted(checkpoint.iterdir())
+    for target in (checkpoint, run, tmp_path):
+        with pytest.raises(UserError, match=r"holds the checkpoint itself, .*choose another --save"):
+            export_checkpoint(run, target, force=True)
+    assert sorted(checkpoint.iterdir()) == before and [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_link_stays_one(exported, tmp_path) -> None:
+    """A directory on another disk is replaced there."""
+    (tmp_path / "disk/model").mkdir(parents=True)
+    (tmp_path / "disk/model/old.txt").touch()
+    (tmp_path / "model").symlink_to(tmp_path / "disk/model")
+    export_checkpoint(exported()[0], tmp_path / "model", force=True)
+    assert (tmp_path / "model").is_symlink() and not (tmp_path / "disk/model/old.txt").exists()
+    assert (tmp_path / "disk/model/config.json").is_file()
+    assert sorted(p.name for p in tmp_path.rglob("*model*") if p.is_dir()) == ["model", "model"]
+
+
+def test_targets_that_cannot_be(exported, tmp_path) -> None:
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(UserError, match="file is a file; choose another --save"):
+        export_checkpoint(exported()[0], tmp_path / "file", force=True)
+    with pytest.raises(UserError, match="cannot be written .*choose another --save"):
+        export_checkpoint(exported()[0], tmp_path / "file/model")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
 def test_an_interrupted_conversion_leaves_no_model(exported, tmp_path, monkeypatch) -> None:
     checkpoint, _, _ = exported()
     real = export_module.save_file
