@@ -56,9 +56,7 @@ def export_checkpoint(
     tokenizer = _tokenizer(saved, tokenizer_model)
     directory = directory.resolve()  # a link stays one: what it points to is replaced
     if saved.path.resolve().is_relative_to(directory):
-        raise UserError(
-            f"--save {directory} holds the checkpoint itself, {saved.path}; choose another --save"
-        )
+        raise UserError(f"--save {directory} holds the checkpoint itself ({saved.path}); choose another")
     partial = _empty_partial(directory)
     dtype = _write_weights(saved, partial, dtype, shard_bytes)
     _write_texts(saved, partial, str(dtype).removeprefix("torch."), tokenizer)

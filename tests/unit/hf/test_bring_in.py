@@ -102,6 +102,46 @@ def test_torch_files_are_read_without_running_them(tmp_path) -> None:
     assert same(model, GPTNeoXForCausalLM.from_pretrained(tmp_path / "back"))
 
 
+class Hostile:
+    """Writes a file when it is unpickled freely."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_weights_that_cannot_be_read(tmp_path) -> None:
+    """Each says what to do; a hostile file is neither run nor is the user told to run it."""
+    directory, ran = tmp_path / "stock", tmp_path / "ran"
+    stock(directory)
+    weights = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+
+    def refused(message: str) -> str:
+        with pytest.raises(UserError, match=message) as caught:
+            bring_in(directory, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return str(caught.value)
+
+    pickled = directory / "pytorch_model.bin"
+    torch.save({**weights, "x": Hostile(ran)}, pickled)
+    assert "weights_only" not in refused("holds more than tensors, .*get the model as safetensors")
+    assert not ran.exists()
+    torch.save(weights, pickled, _use_new_zipfile_serialization=False)
+    refused("cannot be read .*get the model as safetensors")
+    torch.save(list(weights.values()), pickled)
+    refused("no tensors by name")
+    index = directory / "model.safetensors.index.json"
+    for content in ("{", "[]", "{}", '{"weight_map": 3}'):
+        index.write_text(content)
+        refused(r"index\.json cannot be read .*get the model anew")
+    save_file({"x": torch.ones(1)}, directory / "a.safetensors")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "a.safetensors")}))
+    refused(r"a\.safetensors cannot be read .*; get it anew")
+
+
 def test_megatron_computes_the_same(tmp_path) -> None:
     """The logits of Megatron's model with the weights of a stock one."""
     from megatron_mesh.checkpoint.content import sharded_state
@@ -199,6 +239,13 @@ def test_mistakes(tmp_path) -> None:
     refused("config.json cannot be read", tmp_path)
     refused("has no loop; write", recursive=Recursive("1+1+1+1"))
     refused("is 6 layers deep, the model 4", recursive=Recursive("1+2R2+1"))
+    for scheme in ("vanilla", "vanilla+mesh"):
+        refused("no core that runs again; choose e.g. mesh", recursive=Recursive("1+1R2+1", scheme))
+    refused("--recurrence mosh does not exist", recursive=Recursive("1+1R2+1", "mosh"))
+    path.write_text("[]")
+    refused("is not a JSON object")
+    path.write_text(json.dumps({name: value for name, value in good.items() if name != "vocab_size"}))
+    refused("lacks vocab_size; get the model anew")
     for change, message in {
         ("model_type", "llama"): "is of a llama model",
         ("use_parallel_residual", False): "use_parallel_residual is False",
