@@ -37,6 +37,8 @@ def main(argv: Sequence[str]) -> None:
         force=arguments.force,
     )
     print(f"wrote {arguments.save}")
+    if not (arguments.save / "tokenizer.json").is_file():
+        print("The training named no tokenizer, so there is none in it; --tokenizer-model adds it.")
 
 
 def _parser() -> argparse.ArgumentParser:
