@@ -1,12 +1,15 @@
 """Stock GPT-NeoX models in, and recursive models from them."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -19,7 +22,7 @@ from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.hf.recursive import core_sources
 from tests.exports import TOKENS
 from tests.helpers import relative_error
-from tests.unit.hf.test_logits import load
+from tests.unit.hf.test_logits import load, weights_of
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -267,16 +270,34 @@ def test_mistakes(tmp_path) -> None:
         bring_in(tmp_path / "stock", tmp_path / "out")
 
 
-def test_a_run_goes_on_from_it(tmp_path) -> None:
-    """The tool, then a training from what it wrote; without --finetune it is refused."""
+def test_a_run_goes_on_from_it(tmp_path, capsys) -> None:
+    """The tool, then a training by the command that it names."""
     stock(tmp_path / "stock")
-    call = [sys.executable, str(ROOT / "tools/convert_from_hf.py"), "--load", str(tmp_path / "stock")]
-    done = subprocess.run(
-        [*call, "--save", str(tmp_path / "megatron"), "--to-recursive", "1+1R2+1"],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    call = ["--load", str(tmp_path / "stock"), "--save", str(tmp_path / "megatron")]
+    convert = runpy.run_path(str(ROOT / "tools/convert_from_hf.py"))["main"]
+    convert([*call, "--to-recursive", "1+1R2+1"])
+    start = next(line.split() for line in capsys.readouterr().out.splitlines() if "--finetune" in line)
+    write_ids(tmp_path / "ids")
+    run = {
+        "--data-path": tmp_path / "ids", "--split": "80,20,0", "--train-iters": 2, "--global-batch-size": 2,
+        "--micro-batch-size": 1, "--eval-iters": 1, "--save": tmp_path / "run", "--no-bf16": "",
+    }  # fmt: skip
+    rest = [str(word) for pair in run.items() for word in pair if word != ""]
+    command = [sys.executable, str(ROOT / "pretrain_mesh.py"), *start[1:-1], *rest]  # start ends with dots
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert f"--load {tmp_path / 'megatron'} --finetune" in done.stdout
+    before, after = (weights_of(tmp_path / place) for place in ("megatron", "run/iter_0000002"))
+    assert before.keys() == after.keys()
+    for key, weight in before.items():  # two steps of a small rate, from these weights
+        assert 0 < relative_error(after[key], weight) < 0.2, key
+
+
+def write_ids(prefix: Path) -> None:
+    """400 tokens of documents."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for index in range(20):
+        builder.add_document((torch.arange(20) + index) % 128, [20])
+    builder.finalize(f"{prefix}.idx")
 
 
 def test_cores_of_the_papers_splits() -> None:
