@@ -16,11 +16,11 @@ from megatron_mesh.checkpoint import offline
 from megatron_mesh.checkpoint.directory import Checkpoint
 from megatron_mesh.checkpoint.safe import read_metadata
 from megatron_mesh.checkpoint.slices import read_slices
-from megatron_mesh.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_mesh.data.tokenizer import Tokenizer
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf import describe, ship
 from megatron_mesh.hf.names import EMBEDDING, entries
-from megatron_mesh.hf.tokenizer import write_tokenizer
+from megatron_mesh.hf.tokenizer import tokenizer_of, write_tokenizer
 from megatron_mesh.recurrence import SCHEMES
 
 SHARD_BYTES = 2 * 2**30
@@ -53,7 +53,7 @@ def export_checkpoint(
     """
     _check_target(directory, force)
     saved = offline.whole_checkpoint(checkpoint)
-    tokenizer = _tokenizer(saved, tokenizer_model)
+    tokenizer = tokenizer_of(saved.config.data, tokenizer_model)
     directory = directory.resolve()  # a link stays one: what it points to is replaced
     if saved.path.resolve().is_relative_to(directory):
         raise UserError(f"--save {directory} holds the checkpoint itself ({saved.path}); choose another")
@@ -90,19 +90,6 @@ def _put_in_place(partial: Path, directory: Path) -> None:
         directory.rename(replaced)
     partial.rename(directory)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _tokenizer(saved: Checkpoint, given: str | None) -> Tokenizer | None:
-    """The run's tokenizer; None for a run on ids alone, which named none."""
-    data = saved.config.data
-    if given is None and data.tokenizer_model is None:
-        return None
-    try:
-        return build_tokenizer(None if given else data.tokenizer_type, given or data.tokenizer_model)
-    except UserError as error:
-        raise UserError(
-            f"the tokenizer is missing ({error}) Say where it is now with --tokenizer-model."
-        ) from error
 
 
 def _write_weights(
