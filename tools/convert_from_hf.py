@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mesh.errors import UserError
+from megatron_mesh.hf.requirements import check_transformers
 
 CORES = ("average", "first", "stepwise")
 
@@ -23,6 +24,7 @@ CORES = ("average", "first", "stepwise")
 def main(argv: Sequence[str]) -> None:
     """Convert as the command line says."""
     arguments = _parser().parse_args(argv)
+    check_transformers()
     # Megatron-core takes seconds to import, and --help and mistakes do not need it.
     from megatron_mesh.hf.bring_in import Recursive, bring_in
 

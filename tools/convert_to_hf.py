@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mesh.errors import UserError
+from megatron_mesh.hf.requirements import check_transformers
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -22,6 +23,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 def main(argv: Sequence[str]) -> None:
     """Convert as the command line says."""
     arguments = _parser().parse_args(argv)
+    check_transformers()
     # These take seconds to import, and --help and mistakes do not need them.
     import torch
 
@@ -35,6 +37,8 @@ def main(argv: Sequence[str]) -> None:
         force=arguments.force,
     )
     print(f"wrote {arguments.save}")
+    if not (arguments.save / "tokenizer.json").is_file():
+        print("The training named no tokenizer, so there is none in it; --tokenizer-model adds it.")
 
 
 def _parser() -> argparse.ArgumentParser:

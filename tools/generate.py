@@ -10,6 +10,7 @@ its checkpoints, which is converted for as long.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mesh.errors import UserError
+from megatron_mesh.hf.requirements import check_transformers
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -26,6 +28,9 @@ def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
     _check(arguments)
     prompts = list(_given(arguments))
+    if arguments.prompt_file is not None and not prompts:
+        raise UserError(f"--prompt-file {arguments.prompt_file} is empty; put a prompt in each line")
+    check_transformers()
     # These take seconds to import, and --help and mistakes do not need them.
     import transformers
 
@@ -52,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
 def _continued(model: Any, tokenizer: Any, prompt: str, arguments: argparse.Namespace) -> str:
     """What the model adds to ``prompt``."""
     inputs = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)
-    inputs.pop("token_type_ids", None)
+    inputs.pop("token_type_ids", None)  # tokenizers of others may give them
     drawn = arguments.temperature > 0 and arguments.num_beams == 1
     how: dict[str, Any] = {"do_sample": drawn, "num_beams": arguments.num_beams}
     if drawn:
@@ -60,7 +65,11 @@ def _continued(model: Any, tokenizer: Any, prompt: str, arguments: argparse.Name
     ids = model.generate(
         **inputs, **how, max_new_tokens=arguments.max_new_tokens, pad_token_id=tokenizer.pad_token_id
     )
-    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    # Whole texts are decoded: the first token of a part may lose the space before it.
+    before, after = (
+        tokenizer.decode(row, skip_special_tokens=True) for row in (inputs["input_ids"][0], ids[0])
+    )
+    return after[len(before) :]
 
 
 def _show(text: str, output: Path | None) -> None:
@@ -127,8 +136,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave no converted model behind
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

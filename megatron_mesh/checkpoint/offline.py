@@ -32,8 +32,12 @@ def alone() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def whole_checkpoint(path: Path) -> names.Checkpoint:
+def whole_checkpoint(path: Path, *, check_sums: bool = True) -> names.Checkpoint:
     """The checkpoint at ``path``, or the newest in a run's directory.
+
+    Args:
+        path: an iter_... directory, or a run's.
+        check_sums: read all of its files, which takes as long as loading it.
 
     Raises:
         UserError: there is none, or it is unfinished or damaged.
@@ -43,7 +47,7 @@ def whole_checkpoint(path: Path) -> names.Checkpoint:
     if not (path / names.STATE_FILE).is_file() and (steps := names.saved_steps(path)):
         path = list(steps.values())[-1]
     checkpoint = names.read_checkpoint(path)
-    if found := integrity.damage(path):
+    if check_sums and (found := integrity.damage(path)):
         raise UserError(f"{path} is damaged: {'; '.join(found)}; take another checkpoint")
     return checkpoint
 
@@ -75,4 +79,4 @@ def write(save: Path, state: dict[str, Any], config: str, description: dict[str,
     except (OSError, CheckpointException) as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = safe.reasons(error) if isinstance(error, CheckpointException) else str(error)
-        raise UserError(f"{save} cannot be written: {reason}; choose another --save") from error
+        raise UserError(f"--save {save} cannot be written ({reason}); choose another --save") from error

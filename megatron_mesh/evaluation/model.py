@@ -13,8 +13,8 @@ import torch
 from megatron_mesh.checkpoint.directory import STATE_FILE, candidates, read_checkpoint, saved_steps
 from megatron_mesh.checkpoint.integrity import digest, read_checksums
 from megatron_mesh.config.schema import CheckpointConfig
-from megatron_mesh.data.tokenizer import build_tokenizer
 from megatron_mesh.errors import UserError
+from megatron_mesh.hf.tokenizer import tokenizer_of
 from megatron_mesh.runtime import device
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -62,7 +62,8 @@ def checkpoint_source(load: Path, tokenizer_model: str | None) -> Source:
         raise UserError(f"--load {load} is a Hugging Face directory: give it as --model")
     named = load.name.startswith("iter_")  # perhaps an unfinished one, which reading it will say
     path = load if named else candidates(CheckpointConfig(load=str(load)))[0]
-    if read_checkpoint(path).config.data.tokenizer_model is None and tokenizer_model is None:
+    tokenizer = tokenizer_of(read_checkpoint(path).config.data, tokenizer_model)
+    if tokenizer is None:
         raise UserError(
             f"{path} was trained without a tokenizer; name the one of its data: --tokenizer-model"
         )
@@ -70,8 +71,7 @@ def checkpoint_source(load: Path, tokenizer_model: str | None) -> Source:
         listed = read_checksums(path)
     except ValueError as error:
         raise UserError(f"the checkpoint {path} is damaged: {error}; --load another one") from None
-    if tokenizer_model is not None:
-        listed["tokenizer"] = digest(build_tokenizer(None, tokenizer_model).path)
+    listed["tokenizer"] = digest(tokenizer.path)
     return Source(path, True, False, _sha256(listed), tokenizer_model)
 
 
@@ -103,9 +103,8 @@ def opened(source: Source, how: Mapping[str, Any]) -> Iterator[Any]:
         source: which model.
         how: arguments of HFLM: device, dtype, batch_size, max_length.
     """
-    from megatron_mesh.hf.open_model import check_version, directory_of, register
+    from megatron_mesh.hf.open_model import directory_of, register
 
-    check_version()
     register()
     if not source.is_checkpoint:
         yield _read(source.path, source, how)

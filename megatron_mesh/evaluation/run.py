@@ -19,6 +19,7 @@ from megatron_mesh.evaluation.local_data import LocalTask, read_local_tasks
 from megatron_mesh.evaluation.results import HUB, Result, Results, Skipped, TooLong, label, open_results
 from megatron_mesh.evaluation.tasks import SHOTS, TASKS, Task
 from megatron_mesh.evaluation.text import Text, measure, open_text
+from megatron_mesh.hf.requirements import check_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ def evaluate(settings: Settings) -> Results:
     """
     check(settings)
     harness.check_installed()
+    check_transformers()
     where = model.choose_device(settings.device)
     jobs, skipped = plan(settings)
     with Console(stderr=True).status("reading the model's files"):

@@ -3,6 +3,9 @@
 from typing import Any
 
 from transformers import GPTNeoXConfig
+from transformers.utils.versions import require_version
+
+require_version("transformers>=4.57", "Install it: pip install 'transformers>=4.57'")
 
 
 class MeshConfig(GPTNeoXConfig):

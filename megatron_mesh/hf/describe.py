@@ -113,7 +113,7 @@ A GPT-NeoX of {layers} layers ({scheme}), pretrained with megatron_mesh {version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("DIRECTORY"{trust})
-tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY"{trust})
 prompt = tokenizer("It was a dark and stormy night", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 ```

@@ -16,11 +16,11 @@ from megatron_mesh.checkpoint import offline
 from megatron_mesh.checkpoint.directory import Checkpoint
 from megatron_mesh.checkpoint.safe import read_metadata
 from megatron_mesh.checkpoint.slices import read_slices
-from megatron_mesh.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_mesh.data.tokenizer import Tokenizer
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf import describe, ship
 from megatron_mesh.hf.names import EMBEDDING, entries
-from megatron_mesh.hf.tokenizer import write_tokenizer
+from megatron_mesh.hf.tokenizer import tokenizer_of, write_tokenizer
 from megatron_mesh.recurrence import SCHEMES
 
 SHARD_BYTES = 2 * 2**30
@@ -48,26 +48,41 @@ def export_checkpoint(
         force: replace ``directory``.
 
     Raises:
-        UserError: the checkpoint is not whole, the tokenizer is missing, or ``directory`` is taken.
+        UserError: the checkpoint is not whole, the tokenizer is missing, or ``directory`` is taken, cannot
+            be made, or holds the checkpoint.
     """
-    check_target(directory, force)
+    _check_target(directory, force)
     saved = offline.whole_checkpoint(checkpoint)
-    tokenizer = _tokenizer(saved, tokenizer_model)
-    partial = directory.with_name(f"{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted conversion left
-    partial.mkdir(parents=True)
+    tokenizer = tokenizer_of(saved.config.data, tokenizer_model)
+    directory = directory.resolve()  # a link stays one: what it points to is replaced
+    if saved.path.resolve().is_relative_to(directory):
+        raise UserError(f"--save {directory} holds the checkpoint itself ({saved.path}); choose another")
+    partial = _empty_partial(directory)
     dtype = _write_weights(saved, partial, dtype, shard_bytes)
     _write_texts(saved, partial, str(dtype).removeprefix("torch."), tokenizer)
-    put_in_place(partial, directory)
+    _put_in_place(partial, directory)
 
 
-def check_target(directory: Path, force: bool) -> None:
+def _check_target(directory: Path, force: bool) -> None:
     """Raise UserError if ``directory`` is taken."""
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir()) and not force):
+    if directory.is_file():
+        raise UserError(f"--save {directory} is a file; choose another --save")
+    if directory.is_dir() and any(directory.iterdir()) and not force:
         raise UserError(f"{directory} exists already; choose another --save, or replace it with --force")
 
 
-def put_in_place(partial: Path, directory: Path) -> None:
+def _empty_partial(directory: Path) -> Path:
+    """Where a directory is written until it is complete; without what an interrupted conversion left."""
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--save {directory} cannot be written ({error}); choose another --save") from None
+    return partial
+
+
+def _put_in_place(partial: Path, directory: Path) -> None:
     """Give a complete directory its name; what had the name before is removed after that."""
     replaced = directory.with_name(f"{directory.name}.replaced")
     if directory.exists():
@@ -75,19 +90,6 @@ def put_in_place(partial: Path, directory: Path) -> None:
         directory.rename(replaced)
     partial.rename(directory)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _tokenizer(saved: Checkpoint, given: str | None) -> Tokenizer | None:
-    """The run's tokenizer; None for a run on ids alone, which named none."""
-    data = saved.config.data
-    if given is None and data.tokenizer_model is None:
-        return None
-    try:
-        return build_tokenizer(None if given else data.tokenizer_type, given or data.tokenizer_model)
-    except UserError as error:
-        raise UserError(
-            f"the tokenizer is missing ({error}) Say where it is now with --tokenizer-model."
-        ) from error
 
 
 def _write_weights(

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from megatron_mesh.checkpoint.offline import whole_checkpoint
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.configuration_mesh import MeshConfig
 from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.hf.modeling_mesh import MeshForCausalLM, MeshModel
-
-_OLDEST = (4, 57)
 
 
 def register() -> None:
@@ -26,22 +24,21 @@ def register() -> None:
     AutoModelForCausalLM.register(MeshConfig, MeshForCausalLM, exist_ok=True)
 
 
-def check_version() -> None:
-    """Raise UserError if transformers is too old."""
-    found = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if found < _OLDEST:
-        raise UserError(
-            f"transformers {transformers.__version__} is too old; install 4.57 or newer: "
-            "pip install 'transformers>=4.57'"
-        )
-
-
 @contextmanager
 def directory_of(load: Path, tokenizer_model: str | None = None) -> Iterator[Path]:
-    """A checkpoint as a Hugging Face directory, until the end of the block."""
+    """A checkpoint as a Hugging Face directory with its tokenizer, until the end of the block.
+
+    Raises:
+        UserError: as ``export_checkpoint``, or the run named no tokenizer.
+    """
+    saved = whole_checkpoint(load, check_sums=False)  # the conversion checks them
+    if tokenizer_model is None and saved.config.data.tokenizer_model is None:
+        raise UserError(
+            f"{load} was trained without a tokenizer; name the one of its data: --tokenizer-model"
+        )
     with tempfile.TemporaryDirectory(prefix="model-") as scratch:
         directory = Path(scratch) / "model"
-        export_checkpoint(load, directory, tokenizer_model=tokenizer_model)
+        export_checkpoint(saved.path, directory, tokenizer_model=tokenizer_model)
         yield directory
 
 
@@ -50,18 +47,20 @@ def open_model(directory: Path, **options: Any) -> tuple[Any, Any]:
 
     Raises:
         UserError: the directory holds no model, a damaged one, one that brings code of others, or no
-            tokenizer.
+            tokenizer; or the model cannot be had with these options.
     """
-    check_version()
     register()
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json; give a directory that tools/convert_to_hf.py wrote")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(str(directory), trust_remote_code=False, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"the model in {directory} cannot be opened: {error}") from error
     if not (directory / "tokenizer.json").is_file():
         raise UserError(f"{directory} has no tokenizer.json; convert with --tokenizer-model, or put it there")
+    try:
+        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+        if "num_loops" in options and not hasattr(config, "num_loops"):
+            raise UserError(f"the model in {directory} is a plain {config.model_type}: it has no --num-loops")
+        model = AutoModelForCausalLM.from_pretrained(str(directory), trust_remote_code=False, **options)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise UserError(f"the model in {directory} cannot be opened: {error}") from error
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(str(directory))
 
 

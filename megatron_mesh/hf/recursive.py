@@ -21,12 +21,14 @@ def recursive_model(plain: ModelConfig, layers: str, recurrence: str) -> ModelCo
     """The resolved settings of a recursive model of the same backbone.
 
     Raises:
-        UserError: ``plain`` has a loop already, or its depth is not that of ``layers``.
+        UserError: ``plain`` has a loop already, the new one would have none, or the depths differ.
     """
     if SCHEMES[plain.recurrence].has_loop:
         raise UserError(
             f"--to-recursive starts from a plain model, and this one is {plain.recurrence} already"
         )
+    if recurrence in SCHEMES and not SCHEMES[recurrence].shared_core:
+        raise UserError(f"--recurrence {recurrence} has no core that runs again; choose e.g. mesh or base")
     target = parse_layers(layers)
     if not target.shared:
         raise UserError(f"--to-recursive {layers} has no loop; write prelude+coreRloops+coda, e.g. 4+8R2+4")

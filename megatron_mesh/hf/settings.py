@@ -14,6 +14,15 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.hf.describe import SETTINGS_KEY
 from megatron_mesh.recurrence import SCHEMES
 
+# What config.json must say, whoever wrote it.
+_NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
 # What the model must have to be ours, with what an absent entry of config.json means.
 _REQUIRED = {
     "use_parallel_residual": (True, True),
@@ -34,11 +43,15 @@ def read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); give a Hugging Face model's directory") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a JSON object; give a Hugging Face model's directory")
     kind = config.get("model_type")
     if kind not in ("gpt_neox", "megatron_mesh"):
         raise UserError(
             f"{path} is of a {kind} model; only gpt_neox (Pythia) and megatron_mesh can be converted"
         )
+    if absent := [name for name in _NEEDED if name not in config]:
+        raise UserError(f"{path} lacks {', '.join(absent)}; get the model anew")
     for name, (wanted, default) in _REQUIRED.items():
         if (found := config.get(name, default)) != wanted:
             raise UserError(

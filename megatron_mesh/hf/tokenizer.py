@@ -4,8 +4,31 @@ import json
 import shutil
 from pathlib import Path
 
-from megatron_mesh.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from megatron_mesh.config.schema import DataConfig
+from megatron_mesh.data.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    build_tokenizer,
+)
+from megatron_mesh.errors import UserError
 from megatron_mesh.hf.spm import to_fast_tokenizer
+
+
+def tokenizer_of(data: DataConfig, given: str | None) -> Tokenizer | None:
+    """The tokenizer of a run, or the one ``given`` in its place; None for a run on ids that named none.
+
+    Raises:
+        UserError: it is not where it was, or cannot be read.
+    """
+    if given is None and data.tokenizer_model is None:
+        return None
+    try:
+        return build_tokenizer(None if given else data.tokenizer_type, given or data.tokenizer_model)
+    except UserError as error:
+        raise UserError(
+            f"the tokenizer is missing ({error}) Say where it is now with --tokenizer-model."
+        ) from error
 
 
 def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
@@ -30,5 +53,6 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> N
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token types by default
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")

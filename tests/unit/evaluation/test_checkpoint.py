@@ -14,6 +14,7 @@ import datasets
 from transformers import dynamic_module_utils
 
 from megatron_mesh.errors import UserError
+from megatron_mesh.evaluation import model
 from megatron_mesh.evaluation.model import _OUR_MODEL_TYPE
 from megatron_mesh.evaluation.results import Results, open_results
 from megatron_mesh.hf.export import export_checkpoint
@@ -34,14 +35,28 @@ def test_checkpoint_and_export_measure_the_same(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    shutil.copy(model_dir / "tokenizer.json", tmp_path)
     checkpoint, _ = saved_with_logits(
-        tmp_path / "run", vocab_size=352, seq_length=48, tokenizer_model=str(model_dir / "tokenizer.json")
+        tmp_path / "run", vocab_size=352, seq_length=48, tokenizer_model=str(tmp_path / "tokenizer.json")
     )
     export_checkpoint(checkpoint, tmp_path / "exported")
     (tmp_path / "valid.txt").write_text("the cat sat on a mat " * 30)
     rest = ["--local-data", str(local_data), "--text", str(tmp_path / "valid.txt"), "--device", "cpu"]
     main(["--load", str(checkpoint.parent), "--output-dir", str(tmp_path / "a"), *rest])
     assert sorted(os.listdir(tmp_path / "a")) == ["results.json", "results.md"]
+
+    again = ["--load", str(checkpoint.parent), "--output-dir", str(tmp_path / "a"), *rest]
+    moved = shutil.copy(model_dir / "tokenizer.json", tmp_path / "moved.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "opened", None)  # all is there: the model is not opened
+        main([*again, "--tokenizer-model", str(moved)])
+    named = tmp_path / "tokenizer.json"
+    named.write_text(named.read_text() + " ")
+    with pytest.raises(UserError, match=r"results of another run \(model: "):
+        main(again)
+    named.unlink()
+    with pytest.raises(UserError, match=r"tokenizer is missing .* --tokenizer-model"):
+        main(again)
 
     exported = tmp_path / "exported"
     config = json.loads((exported / "config.json").read_text())

@@ -1,15 +1,19 @@
 """Stock GPT-NeoX models in, and recursive models from them."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from megatron_mesh.checkpoint import offline
 from megatron_mesh.checkpoint.offline import whole_checkpoint
 from megatron_mesh.config.layers import parse_layers
 from megatron_mesh.errors import UserError
@@ -18,7 +22,7 @@ from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.hf.recursive import core_sources
 from tests.exports import TOKENS
 from tests.helpers import relative_error
-from tests.unit.hf.test_logits import load
+from tests.unit.hf.test_logits import load, weights_of
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -101,6 +105,46 @@ def test_torch_files_are_read_without_running_them(tmp_path) -> None:
     assert same(model, GPTNeoXForCausalLM.from_pretrained(tmp_path / "back"))
 
 
+class Hostile:
+    """Writes a file when it is unpickled freely."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_weights_that_cannot_be_read(tmp_path) -> None:
+    """Each says what to do; a hostile file is neither run nor is the user told to run it."""
+    directory, ran = tmp_path / "stock", tmp_path / "ran"
+    stock(directory)
+    weights = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+
+    def refused(message: str) -> str:
+        with pytest.raises(UserError, match=message) as caught:
+            bring_in(directory, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return str(caught.value)
+
+    pickled = directory / "pytorch_model.bin"
+    torch.save({**weights, "x": Hostile(ran)}, pickled)
+    assert "weights_only" not in refused("holds more than tensors, .*get the model as safetensors")
+    assert not ran.exists()
+    torch.save(weights, pickled, _use_new_zipfile_serialization=False)
+    refused("cannot be read .*get the model as safetensors")
+    torch.save(list(weights.values()), pickled)
+    refused("no tensors by name")
+    index = directory / "model.safetensors.index.json"
+    for content in ("{", "[]", "{}", '{"weight_map": 3}'):
+        index.write_text(content)
+        refused(r"index\.json cannot be read .*get the model anew")
+    save_file({"x": torch.ones(1)}, directory / "a.safetensors")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "a.safetensors")}))
+    refused(r"a\.safetensors cannot be read .*; get it anew")
+
+
 def test_megatron_computes_the_same(tmp_path) -> None:
     """The logits of Megatron's model with the weights of a stock one."""
     from megatron_mesh.checkpoint import safe
@@ -156,6 +200,24 @@ def test_a_recursive_model_from_a_plain_one(tmp_path, choice, expected) -> None:
         assert torch.isfinite(load(tmp_path / "recursive")(TOKENS).logits).all()
 
 
+def test_after_an_interruption(tmp_path, monkeypatch) -> None:
+    """Nothing is left under the name, and the same call does it."""
+    model = stock(tmp_path / "stock")
+    with monkeypatch.context() as patch:
+        patch.setattr(offline, "complete", lambda *arguments: raise_interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            bring_in(tmp_path / "stock", tmp_path / "megatron")
+    assert not (tmp_path / "megatron").exists()
+    bring_in(tmp_path / "stock", tmp_path / "megatron")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron", "stock"]
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    assert same(model, GPTNeoXForCausalLM.from_pretrained(tmp_path / "back"))
+
+
+def raise_interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_loop_of_one_is_the_plain_model(tmp_path) -> None:
     model = stock(tmp_path / "stock")
     bring_in(tmp_path / "stock", tmp_path / "megatron", Recursive("1+2R1+1", recurrence="base"))
@@ -180,6 +242,13 @@ def test_mistakes(tmp_path) -> None:
     refused("config.json cannot be read", tmp_path)
     refused("has no loop; write", recursive=Recursive("1+1+1+1"))
     refused("is 6 layers deep, the model 4", recursive=Recursive("1+2R2+1"))
+    for scheme in ("vanilla", "vanilla+mesh"):
+        refused("no core that runs again; choose e.g. mesh", recursive=Recursive("1+1R2+1", scheme))
+    refused("--recurrence mosh does not exist", recursive=Recursive("1+1R2+1", "mosh"))
+    path.write_text("[]")
+    refused("is not a JSON object")
+    path.write_text(json.dumps({name: value for name, value in good.items() if name != "vocab_size"}))
+    refused("lacks vocab_size; get the model anew")
     for change, message in {
         ("model_type", "llama"): "is of a llama model",
         ("use_parallel_residual", False): "use_parallel_residual is False",
@@ -201,16 +270,34 @@ def test_mistakes(tmp_path) -> None:
         bring_in(tmp_path / "stock", tmp_path / "out")
 
 
-def test_a_run_goes_on_from_it(tmp_path) -> None:
-    """The tool, then a training from what it wrote; without --finetune it is refused."""
+def test_a_run_goes_on_from_it(tmp_path, capsys) -> None:
+    """The tool, then a training by the command that it names."""
     stock(tmp_path / "stock")
-    call = [sys.executable, str(ROOT / "tools/convert_from_hf.py"), "--load", str(tmp_path / "stock")]
-    done = subprocess.run(
-        [*call, "--save", str(tmp_path / "megatron"), "--to-recursive", "1+1R2+1"],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    call = ["--load", str(tmp_path / "stock"), "--save", str(tmp_path / "megatron")]
+    convert = runpy.run_path(str(ROOT / "tools/convert_from_hf.py"))["main"]
+    convert([*call, "--to-recursive", "1+1R2+1"])
+    start = next(line.split() for line in capsys.readouterr().out.splitlines() if "--finetune" in line)
+    write_ids(tmp_path / "ids")
+    run = {
+        "--data-path": tmp_path / "ids", "--split": "80,20,0", "--train-iters": 2, "--global-batch-size": 2,
+        "--micro-batch-size": 1, "--eval-iters": 1, "--save": tmp_path / "run", "--no-bf16": "",
+    }  # fmt: skip
+    rest = [str(word) for pair in run.items() for word in pair if word != ""]
+    command = [sys.executable, str(ROOT / "pretrain_mesh.py"), *start[1:-1], *rest]  # start ends with dots
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert f"--load {tmp_path / 'megatron'} --finetune" in done.stdout
+    before, after = (weights_of(tmp_path / place) for place in ("megatron", "run/iter_0000002"))
+    assert before.keys() == after.keys()
+    for key, weight in before.items():  # two steps of a small rate, from these weights
+        assert 0 < relative_error(after[key], weight) < 0.2, key
+
+
+def write_ids(prefix: Path) -> None:
+    """400 tokens of documents."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for index in range(20):
+        builder.add_document((torch.arange(20) + index) % 128, [20])
+    builder.finalize(f"{prefix}.idx")
 
 
 def test_cores_of_the_papers_splits() -> None:

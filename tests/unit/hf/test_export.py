@@ -117,6 +117,20 @@ def test_a_fast_tokenizer(exported, tmp_path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("scheme", ["mesh", "vanilla"])
+def test_the_cards_example_runs(exported, tmp_path, monkeypatch, capsys, scheme) -> None:
+    """As it stands, and without a question whether the code may run."""
+    (tmp_path / "tokenizer.json").write_text(TOKENIZER)
+    source = exported(recurrence=scheme, layers={"vanilla": "4"}.get(scheme, "1+2R2+1"))[0]
+    checkpoint = with_tokenizer(source, tmp_path, tmp_path / "tokenizer.json")
+    export_checkpoint(checkpoint, tmp_path / "hf")
+    example = (tmp_path / "hf/README.md").read_text().split("```python\n")[1].split("```")[0]
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "n")
+    exec(example.replace("DIRECTORY", str(tmp_path / "hf")), {})
+    assert asked == [] and capsys.readouterr().out.strip()
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -157,6 +171,36 @@ def test_what_is_there_is_kept(exported, tmp_path) -> None:
     assert not (target / "mine.txt").exists()
     assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
     assert load_file(target / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+
+
+def test_force_spares_the_checkpoint(exported, tmp_path) -> None:
+    run = tmp_path / "run"
+    checkpoint = shutil.copytree(exported()[0], run / "iter_0000003")
+    before = sorted(checkpoint.iterdir())
+    for target in (checkpoint, run, tmp_path):
+        with pytest.raises(UserError, match=r"holds the checkpoint itself .*choose another"):
+            export_checkpoint(run, target, force=True)
+    assert sorted(checkpoint.iterdir()) == before and [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_link_stays_one(exported, tmp_path) -> None:
+    """A directory on another disk is replaced there."""
+    (tmp_path / "disk/model").mkdir(parents=True)
+    (tmp_path / "disk/model/old.txt").touch()
+    (tmp_path / "model").symlink_to(tmp_path / "disk/model")
+    export_checkpoint(exported()[0], tmp_path / "model", force=True)
+    assert (tmp_path / "model").is_symlink() and not (tmp_path / "disk/model/old.txt").exists()
+    assert (tmp_path / "disk/model/config.json").is_file()
+    assert sorted(p.name for p in tmp_path.rglob("*model*") if p.is_dir()) == ["model", "model"]
+
+
+def test_targets_that_cannot_be(exported, tmp_path) -> None:
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(UserError, match="file is a file; choose another --save"):
+        export_checkpoint(exported()[0], tmp_path / "file", force=True)
+    with pytest.raises(UserError, match=r"cannot be written .*choose another --save"):
+        export_checkpoint(exported()[0], tmp_path / "file/model")
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_an_interrupted_conversion_leaves_no_model(exported, tmp_path, monkeypatch) -> None:

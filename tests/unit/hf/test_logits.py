@@ -14,7 +14,6 @@ from megatron_mesh.recurrence import SCHEMES
 from tests.exports import TOKENS
 from tests.helpers import relative_error
 
-LOOPED = [name for name, scheme in SCHEMES.items() if scheme.shared_core]
 CASES = [
     *(
         {"recurrence": s, "layers": f"1+2R{k}+1"}

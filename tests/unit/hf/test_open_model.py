@@ -33,6 +33,7 @@ def test_code_of_others_is_not_run(exported, tmp_path) -> None:
     config = json.loads((copy / "config.json").read_text())
     config["model_type"] = "theirs"
     (copy / "config.json").write_text(json.dumps(config))
+    (copy / "tokenizer.json").write_text(TOKENIZER)
     for path in copy.glob("*.py"):
         path.write_text("raise RuntimeError('run')")
     with pytest.raises(UserError, match="cannot be opened"):

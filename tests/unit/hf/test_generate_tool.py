@@ -1,0 +1,114 @@
+"""tools/generate.py: what it prints, from a directory and from a checkpoint, and its errors."""
+
+import io
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+
+from megatron_mesh.errors import UserError
+from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.open_model import open_model
+from tests.exports import saved_with_logits
+
+ROOT = Path(__file__).resolve().parents[3]
+main = runpy.run_path(str(ROOT / "tools/generate.py"))["main"]
+GREEDY = ["--temperature", "0", "--max-new-tokens", "9"]
+
+
+@pytest.fixture(scope="module")
+def looped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint with a SentencePiece tokenizer, which writes spaces before words; and its export."""
+    directory = tmp_path_factory.mktemp("looped")
+    lines = (ROOT / "megatron_mesh/hf/modeling_mesh.py").read_text(encoding="utf-8").splitlines()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(directory / "spm"), vocab_size=400,
+        model_type="bpe", minloglevel=2,
+    )  # fmt: skip
+    model = {"recurrence": "base", "layers": "1+1R2+1", "vocab_size": 400}
+    checkpoint, _ = saved_with_logits(
+        directory / "run", tokenizer_model=str(directory / "spm.model"), seq_length=64, **model
+    )
+    export_checkpoint(checkpoint, directory / "hf")
+    return checkpoint, directory / "hf"
+
+
+def written(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    main([*GREEDY, *map(str, arguments)])
+    return capsys.readouterr().out
+
+
+def test_the_text_is_the_models(looped, capsys) -> None:
+    """Also the space before the first new word."""
+    model, tokenizer = open_model(looped[1], dtype=torch.float32)
+    for prompt in ("the value", "def forward(self"):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=9, do_sample=False)[0]
+        expected = tokenizer.decode(ids, skip_special_tokens=True)
+        assert written(capsys, "--model", looped[1], "--prompt", prompt) == f"{expected}\n\n"
+
+
+def test_a_new_word_keeps_its_space(looped, capsys, monkeypatch) -> None:
+    from megatron_mesh.hf.modeling_mesh import MeshForCausalLM
+
+    _, tokenizer = open_model(looped[1])
+    new = tokenizer(" return", return_tensors="pt")["input_ids"]
+
+    def generate(self, input_ids, **options):
+        return torch.cat([input_ids, new], dim=1)
+
+    monkeypatch.setattr(MeshForCausalLM, "generate", generate)
+    text = written(capsys, "--model", looped[1], "--prompt", "the value")
+    assert text == tokenizer.decode(tokenizer("the value")["input_ids"] + new[0].tolist()) + "\n\n"
+    assert text.split() == ["the", "value", "return"]
+
+
+def test_ways_in(looped, capsys, tmp_path, monkeypatch) -> None:
+    """Directory or checkpoint; command line, file or dialogue."""
+    checkpoint, directory = looped
+    text = written(capsys, "--model", directory, "--prompt", "def", "--prompt", "class")
+    assert text == written(capsys, "--load", checkpoint.parent, "--prompt", "def", "--prompt", "class")
+    (tmp_path / "prompts.txt").write_text("def\nclass\n")
+    output = tmp_path / "output.txt"
+    ways = ["--prompt-file", tmp_path / "prompts.txt", "--output", output]
+    assert written(capsys, "--model", directory, *ways) == text == output.read_text()
+    monkeypatch.setattr("sys.stdin", io.StringIO("def\nclass\n\nnot this\n"))
+    assert written(capsys, "--model", directory).replace("> ", "") == text
+
+
+def test_other_loops_and_beams(looped, capsys) -> None:
+    prompt = ["--model", looped[1], "--prompt", "the value", "--temperature", 1]
+    same = written(capsys, *prompt, "--num-loops", 2)
+    assert same == written(capsys, *prompt) != written(capsys, *prompt, "--num-loops", 5)
+    assert written(capsys, *prompt, "--num-beams", 3).startswith("the value")
+
+
+def test_mistakes(looped, exported, tmp_path) -> None:
+    checkpoint, directory = looped
+
+    def refused(message: str, *arguments: object) -> None:
+        with pytest.raises(UserError, match=message):
+            main([*map(str, arguments), "--prompt", "x"])
+
+    (tmp_path / "empty.txt").touch()
+    refused("either --model", "--model", directory, "--load", checkpoint)
+    refused("has no config.json; give a directory that", "--model", checkpoint)
+    refused("is no directory; give a run's --save", "--load", tmp_path / "nowhere")
+    refused("--num-beams 0 must be at least 1", "--model", directory, "--num-beams", 0)
+    refused(
+        "cannot be opened: FlashAttention2",
+        "--model",
+        directory,
+        "--attn-implementation",
+        "flash_attention_2",
+    )
+    with pytest.raises(UserError, match=r"empty\.txt is empty"):
+        main(["--model", str(directory), "--prompt-file", str(tmp_path / "empty.txt")])
+    refused("without a tokenizer; .*--tokenizer-model", "--load", exported()[0])
+    plain = shutil.copytree(exported(recurrence="vanilla", layers="4")[1], tmp_path / "plain")
+    refused(r"has no tokenizer\.json", "--model", plain)
+    shutil.copy(directory / "tokenizer.json", plain)
+    refused("is a plain gpt_neox: it has no --num-loops", "--model", plain, "--num-loops", 2)

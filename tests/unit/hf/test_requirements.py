@@ -1,0 +1,49 @@
+"""A version of transformers that does not fit is named, with the remedy, by our tools and by exports."""
+
+import importlib.metadata
+import runpy
+from pathlib import Path
+
+import pytest
+
+from megatron_mesh.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
+TOOLS = {
+    "convert_to_hf.py": ["--load", "nowhere", "--save", "nowhere-else"],
+    "convert_from_hf.py": ["--load", "nowhere", "--save", "nowhere-else"],
+    "generate.py": ["--model", "nowhere", "--prompt", "x"],
+}
+
+
+@pytest.fixture
+def old_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "4.49.0" if name == "transformers" else real(name)
+    )
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_tools(old_transformers: None, tool: str) -> None:
+    main = runpy.run_path(str(ROOT / "tools" / tool))["main"]
+    with pytest.raises(UserError, match=r"4\.49\.0 is too old, 4\.57 or newer is needed: pip install"):
+        main(TOOLS[tool])
+
+
+def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    main = runpy.run_path(str(ROOT / "tools/convert_to_hf.py"))["main"]
+    with pytest.raises(UserError, match=r"transformers is not installed: pip install 'megatron_mesh\[hf\]'"):
+        main(TOOLS["convert_to_hf.py"])
+
+
+def test_the_code_of_an_export(exported, old_transformers: None) -> None:
+    """Its configuration is what transformers imports first."""
+    with pytest.raises(
+        ImportError, match=r"found transformers==4\.49\.0\.\s.*pip install 'transformers>=4\.57'"
+    ):
+        runpy.run_path(str(exported()[1] / "configuration_mesh.py"))
