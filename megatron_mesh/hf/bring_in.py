@@ -17,9 +17,10 @@ from megatron_mesh.config.derived import layout
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import Config, ModelConfig
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.names import RECURRENCE, Entry, entries
+from megatron_mesh.hf import folding
+from megatron_mesh.hf.names import EMBEDDING, RECURRENCE, Entry, entries
 from megatron_mesh.hf.recursive import CoreInit, layer_sources, recursive_model
-from megatron_mesh.hf.settings import model_settings, read_config
+from megatron_mesh.hf.settings import SETTINGS_KEY, model_settings, read_config
 from megatron_mesh.hf.weights import Weights
 from megatron_mesh.model.config import recurrence_options
 from megatron_mesh.model.init import drawn
@@ -50,15 +51,20 @@ def bring_in(directory: Path, save: Path, recursive: Recursive | None = None) ->
     """
     if save.exists():
         raise UserError(f"{save} exists already; choose another --save")
-    source = model_settings(read_config(directory))
+    config_json = read_config(directory)
+    source = model_settings(config_json)
     weights = Weights(directory)
     _check(entries(source), weights, directory)
-    model, take = source, _tensors(weights)
+    names = ("gpt_neox.embed_in.weight", "embed_out.weight")
+    source, embedding = folding.taken_out(source, config_json.get(SETTINGS_KEY, {}), weights, *names)
+    model, take = source, _tensors(weights, embedding)
     if recursive is not None:
         model = recursive_model(source, recursive.layers, recursive.recurrence)
-        take = _recursive_tensors(weights, source, model, recursive)
+        take = _recursive_tensors(take, source, model, recursive)
     with offline.alone():
-        listed = track(entries(model), "tensors", console=Console(stderr=True))
+        # Tied weights that were folded are two tensors in an export.
+        once = {(entry.key, entry.layer): entry for entry in entries(model)}
+        listed = track(list(once.values()), "tensors", console=Console(stderr=True))
         state = {entry.name: _sharded(entry, take(entry)) for entry in listed}
         config = Config(model=model)
         config.training.bf16 = next(iter(state.values())).data.dtype != torch.float32
@@ -73,21 +79,17 @@ def bring_in(directory: Path, save: Path, recursive: Recursive | None = None) ->
     return model
 
 
-def _tensors(weights: Weights) -> Take:
-    """The checkpoint's tensors as the export has them."""
+def _tensors(weights: Weights, embedding: Tensor | None) -> Take:
+    """The checkpoint's tensors as the export has them; ``embedding`` where that is another."""
 
     def take(entry: Entry) -> Tensor:
-        tensor = weights[entry.name]
-        return tensor if entry.factor == 1.0 else (tensor / entry.factor).to(tensor.dtype)
+        return embedding if entry.key == EMBEDDING and embedding is not None else weights[entry.name]
 
     return take
 
 
-def _recursive_tensors(
-    weights: Weights, source: ModelConfig, model: ModelConfig, recursive: Recursive
-) -> Take:
+def _recursive_tensors(given: Take, source: ModelConfig, model: ModelConfig, recursive: Recursive) -> Take:
     """The recursive model's tensors, from those of the plain one."""
-    given = _tensors(weights)
     plain = {(entry.key, entry.layer): entry for entry in entries(source)}
     places = layer_sources(layout(model), recursive.core)
     routers = _new_routers(model, recursive.seed)

@@ -8,6 +8,7 @@ from megatron_mesh.checkpoint.directory import Checkpoint
 from megatron_mesh.config.derived import layout, non_embedding_parameters, padded_vocab_size
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import ModelConfig
+from megatron_mesh.hf.folding import is_folded
 from megatron_mesh.hf.ship import AUTO_MAP
 from megatron_mesh.model.config import recurrence_options
 from megatron_mesh.recurrence import SCHEMES
@@ -62,8 +63,7 @@ def config_json(model: ModelConfig, dtype: str, end_of_text: int | None) -> dict
 
 def tied(model: ModelConfig) -> bool:
     """Whether embedding and output projection are one tensor in the export too (see ``entries``)."""
-    folded = model.scale_embeddings and not SCHEMES[model.recurrence].has_loop
-    return not model.untie_embeddings_and_output_weights and not folded
+    return not model.untie_embeddings_and_output_weights and not is_folded(model)
 
 
 def _loop(model: ModelConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from megatron_mesh.checkpoint.safe import read_metadata
 from megatron_mesh.checkpoint.slices import read_slices
 from megatron_mesh.data.tokenizer import Tokenizer
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf import describe, ship
+from megatron_mesh.hf import describe, folding, ship
 from megatron_mesh.hf.names import EMBEDDING, entries
 from megatron_mesh.hf.tokenizer import tokenizer_of, write_tokenizer
 from megatron_mesh.recurrence import SCHEMES
@@ -116,6 +116,8 @@ def _write_weights(
         converted = {name: tensor.to(target).contiguous() for name, tensor in scaled.items()}
         save_file(converted, directory / file_name, metadata={"format": "pt"})
     _write_index(plan, directory)
+    if folding.needs_file(model) and target == found.properties.dtype:
+        folding.write(read_slices(saved.path, {EMBEDDING: (EMBEDDING, None)})[EMBEDDING], directory)
     return target
 
 

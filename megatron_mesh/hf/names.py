@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron_mesh.config.derived import layout, padded_vocab_size
 from megatron_mesh.config.schema import ModelConfig
+from megatron_mesh.hf import folding
 from megatron_mesh.model.config import recurrence_options
 from megatron_mesh.recurrence import SCHEMES, build_scheme
 
@@ -44,8 +45,8 @@ def entries(model: ModelConfig) -> list[Entry]:
     looped = SCHEMES[model.recurrence].has_loop
     body, head = ("model", "lm_head") if looped else ("gpt_neox", "embed_out")
     vocabulary = (padded_vocab_size(model), model.hidden_size)
-    folded = model.scale_embeddings and not looped
-    factor = model.hidden_size**0.5 if folded else 1.0
+    folded = folding.is_folded(model)
+    factor = folding.factor(model) if folded else 1.0
     found = [Entry(f"{body}.embed_in.weight", EMBEDDING, vocabulary, factor=factor)]
     for ours, theirs, count in _sections(model):
         for index in range(count):

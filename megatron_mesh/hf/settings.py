@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import fields, replace
-from math import frexp
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +91,9 @@ def model_settings(config: dict[str, Any]) -> ModelConfig:
         rotary_base=int(rope.get("rope_theta", config.get("rotary_emb_base", 10000))),
         norm_epsilon=config.get("layer_norm_eps", 1e-5),
         init_method_std=config.get("initializer_range", 0.02),
-        scale_embeddings=config.get("embedding_scale", 1.0) != 1.0 or _folded_exactly(base, config),
+        scale_embeddings=config.get("embedding_scale", 1.0) != 1.0,
     )
     return resolve_model(model)
-
-
-def _folded_exactly(base: ModelConfig, config: dict[str, Any]) -> bool:
-    """Whether a factor that was put into the embedding's weights can be taken out without rounding."""
-    folded = SETTINGS_KEY in config and config["model_type"] == "gpt_neox" and base.scale_embeddings
-    return folded and frexp(config["hidden_size"] ** 0.5)[0] == 0.5
 
 
 def _has_memory(config: dict[str, Any]) -> bool:

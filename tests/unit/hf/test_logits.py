@@ -1,5 +1,6 @@
 """Exports compute what Megatron computes, for every scheme; and come back bit for bit."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
 from megatron_mesh.checkpoint.safe import read_metadata
 from megatron_mesh.checkpoint.slices import read_slices
+from megatron_mesh.hf import folding
 from megatron_mesh.hf.bring_in import bring_in
 from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.recurrence import SCHEMES
@@ -76,10 +78,12 @@ def test_bfloat16_comes_back_bitwise(exported, tmp_path) -> None:
     assert all(before[key].dtype == torch.bfloat16 and torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.parametrize("untied", [True, False])
 @pytest.mark.parametrize("hidden_size", [32, 64])
-def test_plain_models(exported, tmp_path, hidden_size) -> None:
-    """Stock GPT-NeoX without code of ours; the embedding's scale comes out again where that is exact."""
+def test_plain_models(exported, tmp_path, hidden_size, untied) -> None:
+    """Stock GPT-NeoX without code of ours, the embedding's scale in its weights; all comes back bitwise."""
     case = {"recurrence": "vanilla", "layers": "3", "hidden_size": hidden_size}
+    case["untie_embeddings_and_output_weights"] = untied
     checkpoint, directory, _ = exported(**case)
     assert not list(directory.glob("*.py"))
     model = AutoModelForCausalLM.from_pretrained(directory)
@@ -87,9 +91,25 @@ def test_plain_models(exported, tmp_path, hidden_size) -> None:
     settings = bring_in(directory, tmp_path / "back")
     before, after = weights_of(checkpoint), weights_of(tmp_path / "back")
     assert before.keys() == after.keys()
-    changed = {key for key in before if not torch.equal(before[key], after[key])}
-    assert settings.scale_embeddings == (hidden_size == 64)
-    assert changed == (set() if hidden_size == 64 else {"embedding.word_embeddings.weight"})
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert settings.scale_embeddings and settings.untie_embeddings_and_output_weights == untied
+    export_checkpoint(tmp_path / "back", tmp_path / "again")
+    again = GPTNeoXForCausalLM.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("hidden_size", [32, 64])
+def test_a_plain_model_that_was_trained_on(exported, tmp_path, hidden_size) -> None:
+    """Its embedding is another then: what was kept of the first must not come back."""
+    _, directory, _ = exported(recurrence="vanilla", layers="3", hidden_size=hidden_size)
+    changed = tmp_path / "changed"
+    shutil.copytree(directory, changed)
+    model = GPTNeoXForCausalLM.from_pretrained(changed)
+    with torch.no_grad():
+        model.gpt_neox.embed_in.weight[7] = torch.linspace(0.1, 0.9, hidden_size)
+    model.save_pretrained(changed)
+    assert (changed / folding.FILE).exists() == (hidden_size == 32)
+    bring_in(changed, tmp_path / "back")
     export_checkpoint(tmp_path / "back", tmp_path / "again")
     again = GPTNeoXForCausalLM.from_pretrained(tmp_path / "again")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
