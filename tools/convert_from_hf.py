@@ -28,9 +28,11 @@ def main(argv: Sequence[str]) -> None:
     # Megatron-core takes seconds to import, and --help and mistakes do not need it.
     from megatron_mesh.hf.bring_in import Recursive, bring_in
 
-    recursive = None
-    if arguments.to_recursive:
-        recursive = Recursive(arguments.to_recursive, arguments.recurrence, arguments.core, arguments.seed)
+    choices = {name: getattr(arguments, name) for name in ("recurrence", "core", "seed")}
+    given = {name: value for name, value in choices.items() if value is not None}
+    if given and not arguments.to_recursive:
+        raise UserError(f"--{next(iter(given))} needs --to-recursive; add that or leave it out")
+    recursive = Recursive(arguments.to_recursive, **given) if arguments.to_recursive else None
     model = bring_in(arguments.load, arguments.save, recursive)
     print(f"wrote {arguments.save} ({model.recurrence} {model.layers}); start from it with")
     print(
@@ -48,10 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--to-recursive", metavar="LAYERS", help="prelude+coreRloops+coda, as deep as the model"
     )
-    group.add_argument("--recurrence", default="mesh", help="scheme (default: %(default)s)")
-    text = "layers of the core: mean of all loops', the first loop's, or equal steps (default: %(default)s)"
-    group.add_argument("--core", choices=CORES, default="average", help=text)
-    group.add_argument("--seed", type=int, default=1234, help="of the new routers (default: %(default)s)")
+    group.add_argument("--recurrence", help="scheme (default: mesh)")
+    text = "layers of the core: mean of all loops' (default), the first loop's, or equal steps"
+    group.add_argument("--core", choices=CORES, help=text)
+    group.add_argument("--seed", type=int, help="of the new routers (default: 1234)")
     return parser
 
 

@@ -4,7 +4,7 @@ The three choices are those of Bae et al., "Relaxed Recursive Transformers" (arX
 """
 
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Literal
 
 from megatron_mesh.config.check_model import resolve_model
 from megatron_mesh.config.derived import layout
@@ -14,7 +14,6 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.recurrence import SCHEMES
 
 CoreInit = Literal["average", "first", "stepwise"]
-CORE_INITS: tuple[CoreInit, ...] = get_args(CoreInit)
 
 
 def recursive_model(plain: ModelConfig, layers: str, recurrence: str) -> ModelConfig:

@@ -275,6 +275,8 @@ def test_a_run_goes_on_from_it(tmp_path, capsys) -> None:
     stock(tmp_path / "stock")
     call = ["--load", str(tmp_path / "stock"), "--save", str(tmp_path / "megatron")]
     convert = runpy.run_path(str(ROOT / "tools/convert_from_hf.py"))["main"]
+    with pytest.raises(UserError, match="--core needs --to-recursive"):
+        convert([*call, "--core", "first"])
     convert([*call, "--to-recursive", "1+1R2+1"])
     start = next(line.split() for line in capsys.readouterr().out.splitlines() if "--finetune" in line)
     write_ids(tmp_path / "ids")
