@@ -183,7 +183,8 @@ def disturb(save: Path, config: Path, arguments: argparse.Namespace) -> Faults:
     flags = ["--config", str(config), "--save", str(save), "--load", str(save)]
     kills: dict[str, int] = {}
     most_repeated, rewound = 0, False
-    with Progress(console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("kills", total=arguments.kills)
         while sum(kills.values()) < arguments.kills:
             before, logged = 0 if rewound else last_step(save), len(records(save))
@@ -196,6 +197,9 @@ def disturb(save: Path, config: Path, arguments: argparse.Namespace) -> Faults:
             if victim:
                 kills[victim] = kills.get(victim, 0) + 1
                 progress.advance(task)
+                if not console.is_terminal:
+                    done = f"kill {sum(kills.values())} of {arguments.kills}"
+                    print(f"{done}: {victim}, at step {last_step(save)}", file=sys.stderr, flush=True)
                 continue
             assert last_step(save) == arguments.steps, f"the run ended by itself; see {job.log.name}"
             forget_the_end(save, arguments.steps // 2)  # it was done before its time came: once more
