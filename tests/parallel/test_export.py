@@ -1,12 +1,16 @@
-"""Checkpoints of many ranks are converted as those of one are."""
+"""Checkpoints of many ranks are converted as those of one are, and imported ones load on many."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from megatron_mesh.hf.bring_in import bring_in
 from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.recurrence import SCHEMES
 from megatron_mesh.runtime.distributed import model_parallel_groups
 from tests.exports import TOKENS, export_config, saved_with_logits
 from tests.helpers import relative_error
@@ -32,21 +36,37 @@ def save(directory: Path, settings: dict, source: Path) -> None:
         Saver(config).save(stage, optimizer, state)
 
 
-@pytest.mark.parametrize(
-    ("scheme", "layers", "tied"),
-    [
-        ("mesh", "2+3R2+1", False),
-        ("mesh", "1+2R3+1", True),
-        ("vanilla", "4", False),
-        ("vanilla+mesh", "1+2+2+1", False),
-    ],
-)
+RANKS = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+CASES = [
+    ("mesh", "2+3R2+1", False),
+    ("mesh", "1+2R3+1", True),
+    ("vanilla", "4", False),
+    ("vanilla+mesh", "1+2+2+1", False),
+]
+if os.environ.get("MESH_TEST_ALL"):
+    looped = [name for name, scheme in SCHEMES.items() if scheme.has_loop and scheme.shared_core]
+    CASES += [(name, f"1+2R{loops}+1", False) for name in looped for loops in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("scheme", "layers", "tied"), CASES)
 def test_from_tensor_and_pipeline_parallel_ranks(tmp_path, scheme, layers, tied) -> None:
     model = {"recurrence": scheme, "layers": layers, "untie_embeddings_and_output_weights": not tied}
     source, logits = saved_with_logits(tmp_path / "one", **model)
-    ranks = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
-    pool(4).run(save, tmp_path / "many", {**model, **ranks}, source)
+    pool(4).run(save, tmp_path / "many", {**model, **RANKS}, source)
     export_checkpoint(tmp_path / "many", tmp_path / "hf")
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True, dtype=torch.float32)
     with torch.no_grad():
         assert relative_error(ours(TOKENS).logits, logits) < 1e-5
+
+
+def test_an_import_loads_on_tensor_and_pipeline_parallel_ranks(tmp_path) -> None:
+    """And comes out of them as it went in."""
+    model = {"recurrence": "mesh", "layers": "2+3R2+1"}
+    source, _ = saved_with_logits(tmp_path / "one", **model)
+    export_checkpoint(source, tmp_path / "hf")
+    bring_in(tmp_path / "hf", tmp_path / "imported")
+    pool(4).run(save, tmp_path / "many", {**model, **RANKS}, tmp_path / "imported")
+    export_checkpoint(tmp_path / "many", tmp_path / "again")
+    before, after = (load_file(tmp_path / place / "model.safetensors") for place in ("hf", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
