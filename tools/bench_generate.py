@@ -36,6 +36,8 @@ def main(argv: Sequence[str]) -> None:
     torch.manual_seed(0)
     prompt = torch.randint(shape.vocab_size, (arguments.batch_size, arguments.prompt_tokens))
     models = build_models(shape, arguments.schemes)
+    if arguments.bf16:
+        models = {name: model.bfloat16() for name, model in models.items()}
     found = measure_generation(models, prompt, arguments.new_tokens, arguments.rounds)
     print(f"{'model':<16}  tokens/s  of stock, median (quartiles) of {arguments.rounds} rounds")
     for name, speeds in found.items():
@@ -60,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "rounds": 10,
     }.items():
         add(f"--{name}", type=int, default=value, help="(default: %(default)s)")
+    add("--bf16", action="store_true", help="weights in bfloat16 (default: float32)")
     return parser
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 from typing import Literal
 
+from megatron.core.fusions import fused_layer_norm
 from megatron.core.utils import is_te_min_version
 
 from megatron_mesh import kernels
@@ -73,12 +74,18 @@ def has_fused_gradients() -> bool:
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
+def has_fused_norms() -> bool:
+    """Whether local layers take apex's norms: its kernels are there, and a GPU to run them."""
+    return device.has_gpu() and fused_layer_norm.HAVE_FUSED_LAYER_NORM
+
+
 @functools.cache
 def _say_once(chosen: Implementation, reason: str) -> None:
     from megatron.core.optimizer import Adam  # Transformer Engine's, apex's or torch's
 
     if is_rank_zero():
-        layers = "Transformer Engine's" if chosen == TRANSFORMER_ENGINE else "torch's attention and norms"
+        local = "torch's attention, apex's norms" if has_fused_norms() else "torch's attention and norms"
+        layers = "Transformer Engine's" if chosen == TRANSFORMER_ENGINE else local
         why = f" ({reason})" if chosen == LOCAL and reason else ""
         no_kernels = kernels.why_unavailable()
         mixing = f"torch's operations ({no_kernels})" if no_kernels else "Triton kernels"

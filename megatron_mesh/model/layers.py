@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
@@ -14,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_mesh.model.implementation import LOCAL, Implementation
+from megatron_mesh.model.implementation import LOCAL, Implementation, has_fused_norms
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -29,6 +30,19 @@ class LayerNorm(torch.nn.LayerNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class ApexLayerNorm(FusedLayerNorm):
+    """apex's, in the precision of the other parameters: Megatron-core makes it in float32 and casts later."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
+        super().__init__(config, hidden_size, eps=eps)
+        self.to(config.params_dtype)
+
+
+def local_norm() -> type:
+    """The class of the norms of local layers."""
+    return ApexLayerNorm if has_fused_norms() else LayerNorm
 
 
 class SDPAttention(MegatronModule):
@@ -110,8 +124,7 @@ def neox_layer_spec() -> ModuleSpec:
     """Megatron-core's local GPT layer with the three parts above in their places."""
     spec = get_gpt_layer_local_spec(normalization="LayerNorm")
     spec.module = ParallelResidualLayer
-    spec.submodules.input_layernorm = LayerNorm
-    spec.submodules.pre_mlp_layernorm = LayerNorm
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = local_norm()
     spec.submodules.self_attention.submodules.core_attention = SDPAttention
     return spec
 
@@ -128,7 +141,7 @@ def layer_spec(implementation: Implementation) -> ModuleSpec:
 def final_norm(config: TransformerConfig) -> type:
     """The class of the norm after the last layer."""
     if config.transformer_impl == LOCAL:
-        return LayerNorm
+        return local_norm()
     from megatron.core.extensions.transformer_engine import TENorm
 
     return TENorm

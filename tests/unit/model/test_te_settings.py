@@ -5,15 +5,18 @@ import logging
 from typing import Any
 
 import pytest
+import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
+from megatron.core.fusions import fused_layer_norm
 
 from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.placement import placement
 from megatron_mesh.config.schema import ParallelConfig, PrecisionConfig
 from megatron_mesh.errors import UserError
-from megatron_mesh.model import build_model, build_on_meta, implementation
+from megatron_mesh.model import build_model, build_on_meta, implementation, layers
 from megatron_mesh.model.config import transformer_config
-from megatron_mesh.model.implementation import TRANSFORMER_ENGINE, choose
+from megatron_mesh.model.implementation import TRANSFORMER_ENGINE, choose, has_fused_norms
+from megatron_mesh.model.layers import ApexLayerNorm, LayerNorm
 from megatron_mesh.model.precision import section_config
 from tests.helpers import tiny_config
 
@@ -197,3 +200,15 @@ def test_a_plan_for_another_machine_needs_no_transformer_engine(absent) -> None:
     assert {name: p.shape for name, p in build_on_meta(config).named_parameters()} == plain
     with pytest.raises(UserError, match="--fp8-format needs Transformer Engine"):
         build_model(config)
+
+
+def test_apex_norms_where_there_is_a_gpu_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which classes are built: their kernels need the GPU."""
+    torchs = [type(m) for m in build_on_meta(tiny_config()).modules() if "Norm" in type(m).__name__]
+    monkeypatch.setattr(fused_layer_norm, "HAVE_FUSED_LAYER_NORM", True)
+    assert set(torchs) == {LayerNorm} and not has_fused_norms()
+    monkeypatch.setattr(implementation, "has_fused_norms", lambda: True)
+    monkeypatch.setattr(layers, "has_fused_norms", lambda: True)
+    apexs = [m for m in build_on_meta(tiny_config(bf16=True)).modules() if "Norm" in type(m).__name__]
+    assert [type(norm) for norm in apexs] == [ApexLayerNorm] * len(torchs)
+    assert {p.dtype for norm in apexs for p in norm.parameters()} == {torch.bfloat16}
