@@ -187,13 +187,15 @@ def disturb(save: Path, config: Path, arguments: argparse.Namespace) -> Faults:
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("kills", total=arguments.kills)
         while sum(kills.values()) < arguments.kills:
-            before, logged = 0 if rewound else last_step(save), len(records(save))
-            rewound = False
+            found = records(save)
+            # Right after a rewind the steps that come are repeated by order, not by accident.
+            before, logged = 0 if rewound or not found else found[-1]["step"], len(found)
             job = Job(arguments.ranks, flags, save.with_suffix(".log"))
             victim = kill_once(job)
             job.wait(_PATIENCE if victim else None)
             job.close()
             most_repeated = max(most_repeated, repeated(save, before, logged))
+            rewound = rewound and len(records(save)) == logged
             if victim:
                 kills[victim] = kills.get(victim, 0) + 1
                 progress.advance(task)
