@@ -14,6 +14,8 @@ TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 VENV ?= .venv
 PYTEST_ARGS ?=
+# More than two cores can compute for: tests that start jobs also wait.
+WORKERS ?= 3
 
 python := $(VENV)/bin/python
 installed := $(VENV)/.installed
@@ -33,15 +35,15 @@ quickstart: $(installed)
 	$(python) examples/quickstart/run.py
 
 test: $(installed)
-	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(python) -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 test-all: $(installed)
-	MESH_TEST_ALL=1 OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	MESH_TEST_ALL=1 OMP_NUM_THREADS=1 $(python) -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 hf4 := $(VENV)-hf4
 
 test-hf4: $(hf4)/.installed
-	PYTHONPATH=$(CURDIR)/$(hf4) OMP_NUM_THREADS=1 $(python) -m pytest tests/unit/hf $(PYTEST_ARGS)
+	PYTHONPATH=$(CURDIR)/$(hf4) OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadgroup tests/unit/hf $(PYTEST_ARGS)
 
 $(hf4)/.installed: $(installed)
 	$(python) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --upgrade --target $(hf4) \
