@@ -101,16 +101,23 @@ def parse_placement(text: str) -> Placement:
 
 
 def _balanced(model: ModelConfig, layers: LayerLayout, parallel: ParallelConfig) -> Placement:
-    """As even as possible; what does not divide goes away from the embedding and from the loss."""
+    """As even as possible; what does not divide goes away from the embedding and from the loss.
+
+    Where that would leave a rank without any layer, it goes to the ranks that hold least so far.
+    """
     ranks = parallel.pipeline_model_parallel_size
     embedding = 1.0 if parallel.account_for_embedding_in_pipeline_split else 0.0
     loss = loss_in_layers(model) if parallel.account_for_loss_in_pipeline_split else 0.0
     inner = [0.0] * (ranks - 1)
-    return Placement(
-        prelude=_spread(layers.prelude, [embedding, *inner], away_from=0),
-        core=_spread(layers.core, [0.0, *inner], away_from=0),
-        coda=_spread(layers.coda, [*inner, loss], away_from=ranks - 1),
-    )
+
+    def spread(*, fill: bool) -> Placement:
+        held = [0] * ranks if fill else None
+        core = _spread(layers.core, [0.0, *inner], 0, held)
+        prelude = _spread(layers.prelude, [embedding, *inner], 0, held)
+        return Placement(prelude, core, _spread(layers.coda, [*inner, loss], ranks - 1, held))
+
+    even = spread(fill=False)
+    return even if all(map(sum, zip(even.prelude, even.core, even.coda, strict=True))) else spread(fill=True)
 
 
 def loss_in_layers(model: ModelConfig) -> float:
@@ -122,12 +129,19 @@ def loss_in_layers(model: ModelConfig) -> float:
     return h * padded_vocab_size(model) / layer
 
 
-def _spread(layers: int, load: list[float], away_from: int) -> tuple[int, ...]:
-    """Give each layer to the rank with the least load, among equals the one farthest from ``away_from``."""
+def _spread(layers: int, load: list[float], away_from: int, held: list[int] | None = None) -> tuple[int, ...]:
+    """Give each layer to the rank with the least load, among equals the one farthest from ``away_from``.
+
+    Args:
+        held: layers of other parts by rank, which decide among equals first; these layers are added.
+    """
     counts = [0] * len(load)
     for _ in range(layers):
-        rank = min(range(len(load)), key=lambda r: (load[r] + counts[r], -abs(r - away_from)))
+        others = held or counts
+        rank = min(range(len(load)), key=lambda r: (load[r] + counts[r], others[r], -abs(r - away_from)))
         counts[rank] += 1
+        if held:
+            held[rank] += 1
     return tuple(counts)
 
 
