@@ -139,6 +139,17 @@ def marks() -> list[list[str]]:
     return found
 
 
+def marked() -> dict[str, dict[str, Any]]:
+    """By implementation and name, the side along which a weight is split over tensor-parallel ranks."""
+    return {
+        name: {
+            n: getattr(p, "partition_dim", None) if getattr(p, "tensor_model_parallel", False) else None
+            for n, p in build_stage(configure(transformer_impl=name)).modules[0].named_parameters()
+        }
+        for name in ("local", "transformer_engine")
+    }
+
+
 def history() -> list[dict[str, Any]]:
     """Delayed scaling: what each scale covers after a micro-batch, and the largest inputs of the passes."""
     config = configure("1+4R2+1", global_batch_size=2, fp8_recipe="delayed", fp8_amax_history_len=1, **FP8)
@@ -216,7 +227,7 @@ def main() -> None:
         with one_process(configure(world_size=2, pipeline_model_parallel_size=2)):
             json.dump({function.__name__: function() for function in (ring, context)}, sys.stdout)
         return
-    wanted = [casts, contexts, marks, history, delayed, checkpoints]
+    wanted = [casts, contexts, marks, marked, history, delayed, checkpoints]
     with one_process(configure()):
         found = {"gradients": gradients(ALWAYS_CAST)}
         json.dump(found | {function.__name__: function() for function in wanted}, sys.stdout)
