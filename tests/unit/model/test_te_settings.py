@@ -24,6 +24,13 @@ FP8: dict[str, Any] = {"fp8_format": "hybrid", "bf16": True}
 DELAYED = {**FP8, "fp8_recipe": "delayed"}
 ENDS = {**FP8, "fp8_scope": "all", "first_last_layers_bf16": True}
 GATHER = {**FP8, "fp8_param_gather": True, "use_distributed_optimizer": True}
+BLOCKS = {
+    **FP8,
+    "fp8_recipe": "blockwise",
+    "tensor_model_parallel_size": 2,
+    "sequence_parallel": True,
+    "world_size": 2,
+}
 
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"fp8_format": "e4m3"}, ["--fp8-format needs --bf16"]),
@@ -51,6 +58,18 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     (
         {**FP8, "tensor_model_parallel_size": 4, "world_size": 4},
         ["--hidden-size / --tensor-model-parallel-size 4 is 8"],
+    ),
+    (
+        {**FP8, "context_parallel_size": 2, "micro_batch_size": 1, "world_size": 2},
+        ["--micro-batch-size x --seq-length / --context-parallel-size 2 is 8", "multiple of 16"],
+    ),
+    (
+        {**BLOCKS, "hidden_size": 64},
+        ["--hidden-size is 64", "blockwise FP8 with --sequence-parallel", "multiple of 128"],
+    ),
+    (
+        {**BLOCKS, "hidden_size": 128},
+        ["--seq-length / --tensor-model-parallel-size 2 is 16", "multiple of 128", "nearest are 128"],
     ),
     (
         {**ENDS, **GATHER, "pipeline_model_parallel_size": 2, "layers": "2+2R2+2", "world_size": 2},
