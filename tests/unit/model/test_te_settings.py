@@ -212,6 +212,32 @@ def test_a_broken_installation_is_not_a_traceback(monkeypatch: pytest.MonkeyPatc
         implementation.why_no_transformer_engine.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "capability, cuda, recipe, words",
+    [
+        ((8, 0), "12.8", "tensorwise", "sm_80 has none"),
+        ((8, 9), "12.9", "blockwise", "scales of blocks, which begins with sm_90"),
+        ((9, 0), "12.8", "blockwise", "CUDA 12.8, .* begins with 12.9"),
+        ((9, 0), "12.8", "delayed", None),
+        ((9, 0), "12.10", "blockwise", None),
+    ],
+)
+def test_fp8_that_the_gpu_has_not(monkeypatch, capability, cuda: str, recipe: str, words: str | None) -> None:
+    """Transformer Engine would assert it in the first forward."""
+    monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: None)
+    monkeypatch.setattr(implementation, "_say_once", lambda *said: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    precision = PrecisionConfig(fp8_format="hybrid", fp8_recipe=recipe)
+    if words is None:
+        assert choose(precision, ParallelConfig()) == TRANSFORMER_ENGINE
+        return
+    with pytest.raises(UserError, match=words):
+        choose(precision, ParallelConfig())
+
+
 def test_a_plan_for_another_machine_needs_no_transformer_engine(absent) -> None:
     """FP8 settings resolve, and such a model is counted, where it could not be built."""
     config = tiny_config(**FP8)
