@@ -79,7 +79,8 @@ class Linear(torch.nn.Module):
         self.casts = 0
 
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Any:
-        """See the module."""
+        """See the module; refuses what Transformer Engine refuses."""
+        assert all(p.dtype == x.dtype for p in self.parameters()), "Data types for parameters must match"
         self.flags.append(is_first_microbatch)
         x, cast = self._cast(x, is_first_microbatch)
         y = _Multiply.apply(x, self.weight, cast, self.fuse_wgrad_accumulation, is_first_microbatch)
@@ -92,6 +93,8 @@ class Linear(torch.nn.Module):
         recipe = FP8GlobalStateManager.recipe
         if recipe is None:
             return x, weight
+        for tensor in (x, weight):
+            assert tensor.shape[:-1].numel() % 8 == 0 and tensor.shape[-1] % 16 == 0, tensor.shape
         if recipe.delayed() and self.history is None:
             self.history = History(recipe)
         history = self.history if recipe.delayed() else None
