@@ -215,6 +215,8 @@ def delayed() -> dict[str, Any]:
             if label == "kept":
                 fp8_state.put_back(loaded["model"], loaded["fp8"], resumed.config)
             resumed.load_state_dict(loaded["model"])
+            kept = len(sharded_state(resumed, None, with_generators=False)["fp8"])
+            found[f"saved again, {label}"] = kept / len(written["fp8"])
             again = train_step(resumed, config, 3)
             found[label] = max(relative_error(again[name], expected[name]) for name in expected)
         longer = build_stage(replace(config, precision=replace(config.precision, fp8_amax_history_len=4)))

@@ -157,6 +157,8 @@ def test_resume_with_delayed_scaling_is_exact(measured) -> None:
     assert found["errors"]["kept"] == 0
     assert found["errors"]["left out"] > 1e-3
     assert found["of another length"] == 0
+    # Saved before the next step, as by a run that is stopped at once.
+    assert (found["errors"]["saved again, kept"], found["errors"]["saved again, left out"]) == (1, 0)
 
 
 def test_state_of_delayed_scaling_is_plain_tensors(measured) -> None:

@@ -75,6 +75,7 @@ class Linear(torch.nn.Module):
             parameter.partition_dim, parameter.partition_stride = side, 1
         self.kept: Tensor | None = None
         self.history: History | None = None
+        self.fp8_checkpoint = False
         self.flags: list[bool | None] = []
         self.casts = 0
 
@@ -109,7 +110,7 @@ class Linear(torch.nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """A pickle, as Transformer Engine's; empty where there was no FP8."""
-        if not self.casts:
+        if not self.casts and not self.fp8_checkpoint:
             return torch.empty(0, dtype=torch.uint8)
         state: dict[str, Any] = {"extra_fp8_variables": {"num_gemms": 1}}
         if self.history is not None:
@@ -121,7 +122,8 @@ class Linear(torch.nn.Module):
         if state is None or state.numel() == 0:
             return
         values = pickle.loads(state.numpy().tobytes())
-        assert values["extra_fp8_variables"] == {"num_gemms": 1}
+        assert values["extra_fp8_variables"]["num_gemms"] == 1
+        self.fp8_checkpoint = values["extra_fp8_variables"].get("fp8_checkpoint", False)
         self.history = History(values["recipe"])
         for name, tensor in self.history.tensors().items():
             tensor.copy_(values[name])
