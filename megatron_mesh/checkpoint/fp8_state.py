@@ -64,7 +64,9 @@ def put_back(weights: Weights, filled: dict[str, torch.Tensor], config: Transfor
     """Add the modules' extra states to loaded ``weights``, which ``load_state_dict`` hands to the modules."""
     for name in {name.rpartition(".")[0] for name in filled}:
         state: dict[str, Any] = {key: filled[f"{name}.{key}"] for key in _TENSORS}
-        state |= {"recipe": get_fp8_recipe(config), "extra_fp8_variables": {"num_gemms": 1}}
+        # With the second a module has a state at once, and not only when it has run.
+        others = {"num_gemms": 1, "fp8_checkpoint": True}
+        state |= {"recipe": get_fp8_recipe(config), "extra_fp8_variables": others}
         chunk, _, module = name.partition(".")
         weights[chunk][module] = torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
 

@@ -48,7 +48,9 @@ def model_parallel_size(parallel: ParallelConfig) -> int:
     return math.prod(getattr(parallel, name) for name in model_parallel_names(parallel))
 
 
-def check_context_parallel(parallel: ParallelConfig, model: ModelConfig, transformer_impl: str) -> None:
+def check_context_parallel(
+    parallel: ParallelConfig, model: ModelConfig, transformer_impl: str, *, bf16: bool
+) -> None:
     """The ranks of a context-parallel group share sequences, in Transformer Engine's attention."""
     ranks = parallel.context_parallel_size
     if ranks == 1:
@@ -58,6 +60,11 @@ def check_context_parallel(parallel: ParallelConfig, model: ModelConfig, transfo
             f"--context-parallel-size {ranks} needs Transformer Engine's attention, and "
             "--transformer-impl local rules that out; for long sequences without it use "
             "--tensor-model-parallel-size with --sequence-parallel"
+        )
+    if not bf16:
+        raise UserError(
+            f"--context-parallel-size {ranks} needs --bf16: Transformer Engine's kernels for shared "
+            "sequences do not compute in float32"
         )
     # Each rank takes an early and a late piece, so that a causal mask gives all the same to do; the
     # tensor-parallel ranks divide what it has of both.

@@ -14,6 +14,7 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.recurrence import SCHEMES
 
 _UNIT = 16  # FP8 matrix products take sizes that divide by it
+_BLOCK = 128  # of blockwise scaling; what is gathered over tensor-parallel ranks consists of whole ones
 _HISTORY = 1024  # Transformer Engine's own default
 _BF16_COUNTS = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
 _DELAYED = ("fp8_amax_history_len", "fp8_amax_compute_algo")
@@ -36,7 +37,7 @@ def resolve_precision(
         raise UserError(
             "--fp8-param-gather needs --use-distributed-optimizer, which keeps the weights in float32"
         )
-    _check_sizes(model, training, parallel)
+    _check_sizes(precision, model, training, parallel)
     if precision.first_last_layers_bf16:
         precision = _resolve_bf16_layers(precision, model, parallel)
     if precision.fp8_recipe == "delayed":
@@ -63,23 +64,30 @@ def _check_idle_settings(precision: PrecisionConfig) -> None:
         refuse("--fp8-recipe delayed", *_DELAYED)
 
 
-def _check_sizes(model: ModelConfig, training: TrainingConfig, parallel: ParallelConfig) -> None:
+def _check_sizes(
+    precision: PrecisionConfig, model: ModelConfig, training: TrainingConfig, parallel: ParallelConfig
+) -> None:
     ranks = parallel.tensor_model_parallel_size
     shared = f" / --tensor-model-parallel-size {ranks}" if ranks > 1 else ""
-    tokens = model.seq_length * training.micro_batch_size
-    sizes = {
-        "--hidden-size": model.hidden_size,
-        f"--hidden-size{shared}": model.hidden_size // ranks,
-        f"--ffn-hidden-size{shared}": (model.ffn_hidden_size or 0) // ranks,
-        "--micro-batch-size x --seq-length": tokens,
-    }
+    divided = f" / --context-parallel-size {parallel.context_parallel_size}"
+    batch = f"--micro-batch-size x --seq-length{divided if parallel.context_parallel_size > 1 else ''}"
+    tokens = model.seq_length // parallel.context_parallel_size * training.micro_batch_size
+    needed = [
+        ("--hidden-size", model.hidden_size, _UNIT),
+        (f"--hidden-size{shared}", model.hidden_size // ranks, _UNIT),
+        (f"--ffn-hidden-size{shared}", (model.ffn_hidden_size or 0) // ranks, _UNIT),
+        (batch, tokens, _UNIT),
+    ]
     if parallel.sequence_parallel:
-        sizes[f"--micro-batch-size x --seq-length{shared}"] = tokens // ranks
-    for what, size in sizes.items():
-        if size % _UNIT:
+        # Transformer Engine asserts it (utils.assert_dim_for_all_gather).
+        unit = _BLOCK if precision.fp8_recipe == "blockwise" else _UNIT
+        needed += [("--hidden-size", model.hidden_size, unit), (f"{batch}{shared}", tokens // ranks, unit)]
+    for what, size, unit in needed:
+        if size % unit:
+            kind = "blockwise FP8 with --sequence-parallel" if unit == _BLOCK else "FP8"
             raise UserError(
-                f"{what} is {size}, and FP8 needs a multiple of {_UNIT}; the nearest are "
-                f"{' and '.join(str(n) for n in (size // _UNIT * _UNIT, -(-size // _UNIT) * _UNIT) if n)}"
+                f"{what} is {size}, and {kind} needs a multiple of {unit}; the nearest are "
+                f"{' and '.join(str(n) for n in (size // unit * unit, -(-size // unit) * unit) if n)}"
             )
 
 

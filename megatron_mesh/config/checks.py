@@ -32,7 +32,9 @@ def resolve(config: Config, *, world_size: int = 1) -> Config:
     check_vocabulary(model, config.data)
     data_parallel = check_ranks(config.parallel, world_size)
     check_tensor_parallel(config.parallel, model)
-    check_context_parallel(config.parallel, model, config.precision.transformer_impl)
+    check_context_parallel(
+        config.parallel, model, config.precision.transformer_impl, bf16=config.training.bf16
+    )
     training = resolve_training(config.training, model, data_parallel)
     check_pipeline(config.parallel, model, training, data_parallel)
     precision = resolve_precision(config.precision, model, training, config.parallel)

@@ -117,5 +117,9 @@ def recurrence_options(model: ModelConfig) -> RecurrenceOptions:
 
 
 def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
-    """Megatron's layers call this when they are built; ``init.py`` sets every value afterwards."""
+    """Megatron's layers call this when they are built; ``init.py`` sets every value afterwards.
+
+    ``perform_initialization=False`` would be no way to that end: on a GPU, embedding and head are then not
+    marked as tensor-parallel either, so ranks would draw equal parts and the norm of gradients miss some.
+    """
     return weight

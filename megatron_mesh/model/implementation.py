@@ -41,6 +41,9 @@ def choose(precision: PrecisionConfig, parallel: ParallelConfig) -> Implementati
         raise UserError(f"--transformer-impl transformer_engine: {remedy}; or use --transformer-impl local")
     if precision.fp8_format and chosen == LOCAL:
         raise UserError(f"--fp8-format needs Transformer Engine: {remedy}; or leave --fp8-format out")
+    recipe = precision.fp8_recipe
+    if precision.fp8_format and device.has_gpu() and (why := device.why_no_fp8(recipe)):
+        raise UserError(f"--fp8-format with --fp8-recipe {recipe}: {why}; leave --fp8-format out")
     if (ranks := parallel.context_parallel_size) > 1 and chosen == LOCAL:
         raise UserError(
             f"--context-parallel-size {ranks} needs Transformer Engine's attention: {remedy}; for long "
@@ -62,7 +65,7 @@ def why_no_transformer_engine() -> str | None:
         return "Transformer Engine is not installed"
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, OSError, RuntimeError) as error:  # its libraries want CUDA's
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:  # wants CUDA's libraries
         return f"Transformer Engine is installed and cannot be imported ({error})"
     if not is_te_min_version(_OLDEST):
         return f"Transformer Engine is older than {_OLDEST}"

@@ -30,7 +30,6 @@ def precision_settings(config: Config, implementation: Implementation) -> dict[s
         "transformer_impl": implementation,
         # Transformer Engine's modules would stay on the CPU; local ones are built inside a device context.
         "use_cpu_initialization": implementation == LOCAL,
-        "perform_initialization": implementation == LOCAL,
         "gradient_accumulation_fusion": fuse and has_fused_gradients(),
         "fuse_layer_gradients": fuse,
     }

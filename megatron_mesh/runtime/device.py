@@ -116,14 +116,24 @@ def why_no_gpu() -> str:
     return "torch finds no device (driver, or CUDA_VISIBLE_DEVICES): training runs on the CPU, with gloo"
 
 
-def why_no_fp8() -> str | None:
-    """What keeps this machine from FP8 matrix products; None where all its GPUs have them."""
+def why_no_fp8(recipe: str = "tensorwise") -> str | None:
+    """What keeps this machine from FP8 matrix products; None where all its GPUs have them.
+
+    The limits are those of Transformer Engine 2.11 (``pytorch/quantization.py``).
+    """
     if not has_gpu():
         return "there is no GPU"
     oldest = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
-    if oldest >= (8, 9):
+    if oldest < (8, 9):
+        return "sm_{}{} has none: FP8 begins with sm_89 (Ada) and sm_90 (Hopper)".format(*oldest)
+    if recipe != "blockwise":
         return None
-    return "sm_{}{} has none: FP8 begins with sm_89 (Ada) and sm_90 (Hopper)".format(*oldest)
+    if oldest < (9, 0):
+        return "sm_{}{} has no FP8 with scales of blocks, which begins with sm_90 (Hopper)".format(*oldest)
+    cuda = str(torch.version.cuda)
+    if tuple(map(int, cuda.split("."))) < (12, 9):
+        return f"torch is built for CUDA {cuda}, and FP8 with scales of blocks begins with 12.9"
+    return None
 
 
 def libraries() -> dict[str, str]:

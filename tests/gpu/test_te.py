@@ -24,8 +24,8 @@ def _there() -> None:
         pytest.skip(missing)
 
 
-def _fp8() -> None:
-    if missing := device.why_no_fp8():
+def _fp8(recipe: str = "tensorwise") -> None:
+    if missing := device.why_no_fp8(recipe):
         pytest.skip(missing)
 
 
@@ -72,7 +72,7 @@ def test_learns_what_local_layers_learn(settings, tmp_path) -> None:
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "delayed"])
 def test_fp8_learns_and_resumes_exactly(settings, tmp_path, recipe: str) -> None:
     """Hidden size 128: a block of blockwise scaling."""
-    _fp8()
+    _fp8(recipe)
     flags = (*FP8, "--fp8-recipe", recipe, "--hidden-size", 128, "--deterministic-mode")
     whole = train(settings, tmp_path / "whole", *flags)
     plain = train(settings, tmp_path / "plain", "--bf16", "--hidden-size", 128)

@@ -27,10 +27,11 @@ REFUSED: list[tuple[int, dict[str, Any], list[str]]] = [
         ["Transformer Engine's attention", "local"],
     ),
     (3, {"context_parallel_size": 2}, ["--context-parallel-size 2 = 2 does not divide", "2 or 4"]),
-    (2, {"context_parallel_size": 2, "seq_length": 18}, ["into 4 pieces", "16 and 20"]),
+    (2, {"context_parallel_size": 2}, ["--context-parallel-size 2 needs --bf16"]),
+    (2, {"context_parallel_size": 2, "seq_length": 18, "bf16": True}, ["into 4 pieces", "16 and 20"]),
     (
         4,
-        {"context_parallel_size": 2, "tensor_model_parallel_size": 2, "seq_length": 20},
+        {"context_parallel_size": 2, "tensor_model_parallel_size": 2, "seq_length": 20, "bf16": True},
         ["into 8 pieces", "16 and 24"],
     ),
     (2, {"overlap_param_gather": True}, ["needs --use-distributed-optimizer"]),

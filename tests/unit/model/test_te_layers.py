@@ -133,6 +133,16 @@ def test_a_chunk_of_a_ring_marks_what_it_is_the_first_to_run(measured) -> None:
     assert measured["marks"] == [["prelude"], ["core"], [], [], ["coda"]]
 
 
+def test_tensor_parallel_weights_are_marked(measured) -> None:
+    """By the marks each rank draws its own part of the initial weights, and norms of gradients are summed."""
+    ours, local = (
+        {n.replace("layer_norm_", ""): d for n, d in measured["marked"][i].items() if d is not None}
+        for i in ("transformer_engine", "local")
+    )
+    assert ours == local
+    assert {"embedding.word_embeddings.weight", "output_layer.weight"} <= set(ours)
+
+
 def test_a_history_of_one_micro_batch_covers_every_pass(measured) -> None:
     """Delayed scaling: where the first pass has the largest values, the last alone would be too few."""
     assert any(entry["largest"][0] > entry["largest"][1] * 1.001 for entry in measured["history"])
@@ -147,6 +157,8 @@ def test_resume_with_delayed_scaling_is_exact(measured) -> None:
     assert found["errors"]["kept"] == 0
     assert found["errors"]["left out"] > 1e-3
     assert found["of another length"] == 0
+    # Saved before the next step, as by a run that is stopped at once.
+    assert (found["errors"]["saved again, kept"], found["errors"]["saved again, left out"]) == (1, 0)
 
 
 def test_state_of_delayed_scaling_is_plain_tensors(measured) -> None:

@@ -24,6 +24,13 @@ FP8: dict[str, Any] = {"fp8_format": "hybrid", "bf16": True}
 DELAYED = {**FP8, "fp8_recipe": "delayed"}
 ENDS = {**FP8, "fp8_scope": "all", "first_last_layers_bf16": True}
 GATHER = {**FP8, "fp8_param_gather": True, "use_distributed_optimizer": True}
+BLOCKS = {
+    **FP8,
+    "fp8_recipe": "blockwise",
+    "tensor_model_parallel_size": 2,
+    "sequence_parallel": True,
+    "world_size": 2,
+}
 
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"fp8_format": "e4m3"}, ["--fp8-format needs --bf16"]),
@@ -51,6 +58,18 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     (
         {**FP8, "tensor_model_parallel_size": 4, "world_size": 4},
         ["--hidden-size / --tensor-model-parallel-size 4 is 8"],
+    ),
+    (
+        {**FP8, "context_parallel_size": 2, "micro_batch_size": 1, "world_size": 2},
+        ["--micro-batch-size x --seq-length / --context-parallel-size 2 is 8", "multiple of 16"],
+    ),
+    (
+        {**BLOCKS, "hidden_size": 64},
+        ["--hidden-size is 64", "blockwise FP8 with --sequence-parallel", "multiple of 128"],
+    ),
+    (
+        {**BLOCKS, "hidden_size": 128},
+        ["--seq-length / --tensor-model-parallel-size 2 is 16", "multiple of 128", "nearest are 128"],
     ),
     (
         {**ENDS, **GATHER, "pipeline_model_parallel_size": 2, "layers": "2+2R2+2", "world_size": 2},
@@ -191,6 +210,32 @@ def test_a_broken_installation_is_not_a_traceback(monkeypatch: pytest.MonkeyPatc
             choose(PrecisionConfig(transformer_impl="transformer_engine"), ParallelConfig())
     finally:
         implementation.why_no_transformer_engine.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "capability, cuda, recipe, words",
+    [
+        ((8, 0), "12.8", "tensorwise", "sm_80 has none"),
+        ((8, 9), "12.9", "blockwise", "scales of blocks, which begins with sm_90"),
+        ((9, 0), "12.8", "blockwise", "CUDA 12.8, .* begins with 12.9"),
+        ((9, 0), "12.8", "delayed", None),
+        ((9, 0), "12.10", "blockwise", None),
+    ],
+)
+def test_fp8_that_the_gpu_has_not(monkeypatch, capability, cuda: str, recipe: str, words: str | None) -> None:
+    """Transformer Engine would assert it in the first forward."""
+    monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: None)
+    monkeypatch.setattr(implementation, "_say_once", lambda *said: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    precision = PrecisionConfig(fp8_format="hybrid", fp8_recipe=recipe)
+    if words is None:
+        assert choose(precision, ParallelConfig()) == TRANSFORMER_ENGINE
+        return
+    with pytest.raises(UserError, match=words):
+        choose(precision, ParallelConfig())
 
 
 def test_a_plan_for_another_machine_needs_no_transformer_engine(absent) -> None:

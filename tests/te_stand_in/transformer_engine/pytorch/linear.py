@@ -75,11 +75,13 @@ class Linear(torch.nn.Module):
             parameter.partition_dim, parameter.partition_stride = side, 1
         self.kept: Tensor | None = None
         self.history: History | None = None
+        self.fp8_checkpoint = False
         self.flags: list[bool | None] = []
         self.casts = 0
 
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Any:
-        """See the module."""
+        """See the module; refuses what Transformer Engine refuses."""
+        assert all(p.dtype == x.dtype for p in self.parameters()), "Data types for parameters must match"
         self.flags.append(is_first_microbatch)
         x, cast = self._cast(x, is_first_microbatch)
         y = _Multiply.apply(x, self.weight, cast, self.fuse_wgrad_accumulation, is_first_microbatch)
@@ -92,6 +94,8 @@ class Linear(torch.nn.Module):
         recipe = FP8GlobalStateManager.recipe
         if recipe is None:
             return x, weight
+        for tensor in (x, weight):
+            assert tensor.shape[:-1].numel() % 8 == 0 and tensor.shape[-1] % 16 == 0, tensor.shape
         if recipe.delayed() and self.history is None:
             self.history = History(recipe)
         history = self.history if recipe.delayed() else None
@@ -106,7 +110,7 @@ class Linear(torch.nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """A pickle, as Transformer Engine's; empty where there was no FP8."""
-        if not self.casts:
+        if not self.casts and not self.fp8_checkpoint:
             return torch.empty(0, dtype=torch.uint8)
         state: dict[str, Any] = {"extra_fp8_variables": {"num_gemms": 1}}
         if self.history is not None:
@@ -118,7 +122,8 @@ class Linear(torch.nn.Module):
         if state is None or state.numel() == 0:
             return
         values = pickle.loads(state.numpy().tobytes())
-        assert values["extra_fp8_variables"] == {"num_gemms": 1}
+        assert values["extra_fp8_variables"]["num_gemms"] == 1
+        self.fp8_checkpoint = values["extra_fp8_variables"].get("fp8_checkpoint", False)
         self.history = History(values["recipe"])
         for name, tensor in self.history.tensors().items():
             tensor.copy_(values[name])
