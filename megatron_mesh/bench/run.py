@@ -45,7 +45,9 @@ def run(settings: Settings) -> Report:
     settings = complete(settings, device.has_gpu())
     check(settings)
     assert settings.variants is not None
-    skipped = {name: reason for name in settings.variants if (reason := why_skipped(name))}
+    skipped = {
+        name: reason for name in settings.variants if (reason := why_skipped(name, settings.fp8_recipe))
+    }
     for name, reason in skipped.items():
         logger.info("%s is left out: %s", name, reason)
     configs = {n: variant_config(settings, n) for n in settings.variants if n not in skipped}

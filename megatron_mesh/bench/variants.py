@@ -100,11 +100,11 @@ def kind_of(name: str) -> Kind:
     return Kind(scheme, fp8=rest != scheme, compiled=rest != name)
 
 
-def why_skipped(name: str) -> str | None:
-    """What this machine lacks for a variant; None where it can run."""
+def why_skipped(name: str, recipe: str = "tensorwise") -> str | None:
+    """What this machine lacks for a variant, with that recipe of FP8; None where it can run."""
     if not kind_of(name).fp8:
         return None
-    return why_no_transformer_engine() or device.why_no_fp8()
+    return why_no_transformer_engine() or device.why_no_fp8(recipe)
 
 
 def variant_config(settings: Settings, name: str) -> Config:

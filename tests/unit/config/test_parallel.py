@@ -141,6 +141,8 @@ def test_every_layer_has_one_home(ranks: int, layers: tuple[int, int, int], weig
     if not weighed:
         for _, counts in found.sections():
             assert max(counts) - min(counts) <= 1
+        held = [sum(counts) for counts in zip(found.prelude, found.core, found.coda, strict=True)]
+        assert min(held) > 0 or sum(held) < ranks
 
 
 def test_what_does_not_divide_keeps_away_from_embedding_and_loss() -> None:
