@@ -1,6 +1,7 @@
 """Micro-batches for one data-parallel rank, in an order that neither ranks nor loader processes change."""
 
 import atexit
+import gc
 import signal
 import weakref
 from collections.abc import Generator, Iterator
@@ -107,6 +108,10 @@ def build_loader(
 
 
 def _batches(loader: DataLoader[dict[str, torch.Tensor]]) -> Generator[Batch, None, None]:
+    if loader.num_workers:
+        # Loader processes are forks. What is garbage here must not be collected there: process groups that
+        # are over, for example, would end threads that a fork does not have.
+        gc.collect()
     with _signals_held():
         samples = iter(loader)
     try:
