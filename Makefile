@@ -14,8 +14,8 @@ TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 VENV ?= .venv
 PYTEST_ARGS ?=
-# More than two cores can compute for: tests that start jobs also wait.
-WORKERS ?= 3
+# Processes that run tests; some tests start four more each, so three are too many for two cores.
+WORKERS ?= 2
 
 python := $(VENV)/bin/python
 installed := $(VENV)/.installed
