@@ -38,8 +38,25 @@ SEAMS = {
     "megatron.core.tensor_parallel.random._set_cuda_rng_state": "activation recomputation",
 }
 
-# Dense bf16 FLOP/s of the data sheets, by a part of the device's name.
-_PEAK_BF16_FLOPS = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12, "B200": 2250e12}
+# Dense bf16 FLOP/s of the data sheets, by a part of the device's name; the first that fits counts.
+_PEAK_BF16_FLOPS = {
+    "H200 NVL": 835.5e12,
+    "H200": 989.4e12,  # GH200 too
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835.5e12,
+    "H100": 989.4e12,
+    "A100": 312e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+}
+
+# What errors say that are not of the type OutOfMemoryError: of torch's CPU allocator; and of the CUDA runtime
+# (a kernel that is loaded late) and cuBLAS, which take memory beside torch's allocator.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 _prepared = False
 
@@ -163,6 +180,11 @@ def allocated_bytes() -> int | None:
     return torch.cuda.memory_allocated() if has_gpu() else None
 
 
+def allocation_retries() -> int:
+    """How often the GPU's memory was full so far, and torch gave back what it kept for later; 0 on a CPU."""
+    return torch.cuda.memory_stats()["num_alloc_retries"] if has_gpu() else 0
+
+
 def reset_peak_memory() -> None:
     """From now on ``peak_memory_bytes`` tells of what comes (on a CPU it cannot forget)."""
     if has_gpu():
@@ -171,14 +193,16 @@ def reset_peak_memory() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch raised ``error`` because memory was refused, on the GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def peak_flops(fp8: bool = False) -> float | None:
-    """Dense bf16 or FP8 FLOP/s of the data sheet, or None where it is not known (every CPU)."""
+    """Dense bf16 or FP8 FLOP/s of the data sheet; None where it is not known: a CPU, a MIG part of a GPU."""
     if not has_gpu() or (fp8 and why_no_fp8()):
         return None
     name = torch.cuda.get_device_name()
+    if " MIG " in name:
+        return None
     bf16 = next((flops for part, flops in _PEAK_BF16_FLOPS.items() if part in name), None)
     return bf16 * 2 if bf16 and fp8 else bf16
 

@@ -62,6 +62,30 @@ def test_describe_names_what_is_missing() -> None:
         assert (label in line) == (importlib.util.find_spec(module) is None)
 
 
+@pytest.mark.parametrize(
+    ("name", "bf16", "fp8"),
+    [
+        ("NVIDIA H200", 989.4e12, 1978.8e12),
+        ("NVIDIA H200 NVL", 835.5e12, 1671e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12, 1978.8e12),
+        ("NVIDIA H100 PCIe", 756e12, 1512e12),
+        ("NVIDIA H100 NVL", 835.5e12, 1671e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12, None),
+        ("NVIDIA B200", 2250e12, 4500e12),
+        ("NVIDIA GB200", 2500e12, 5000e12),
+        ("NVIDIA H200 MIG 1g.18gb", None, None),
+        ("NVIDIA H20", None, None),
+    ],
+)
+def test_peak_of_the_data_sheet(
+    name: str, bf16: float | None, fp8: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
+    monkeypatch.setattr(device, "why_no_fp8", lambda: "too old" if "A100" in name else None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert (device.peak_flops(), device.peak_flops(fp8=True)) == (bf16, fp8)
+
+
 def test_rng_state_round_trip() -> None:
     state = device.rng_state()
     first = torch.rand(4)

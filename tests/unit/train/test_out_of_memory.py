@@ -56,6 +56,12 @@ def test_the_command_ends_with_the_message_alone(script, tmp_path, monkeypatch, 
 def test_the_cpu_says_it_in_other_words_and_other_errors_pass() -> None:
     with pytest.raises(OutOfMemory, match="what helps: less"), explained(lambda: ["less"]):
         torch.empty(2**60, dtype=torch.uint8)
+    for words in (
+        "CUDA error: out of memory\nmore",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`",
+    ):
+        with pytest.raises(OutOfMemory, match="what helps: less"), explained(lambda: ["less"]):
+            raise RuntimeError(words)
     with pytest.raises(RuntimeError, match="shape") as error, explained(lambda: ["less"]):
         torch.ones(2) @ torch.ones(3, 3)
     assert not isinstance(error.value, OutOfMemory)
