@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from megatron_mesh.bench.output import check_writable
 from megatron_mesh.errors import UserError
 
 COPY_BYTES = 2**30
@@ -28,8 +28,8 @@ def main(argv: Sequence[str]) -> None:
     sizes = (arguments.seq_length, arguments.micro_batch_size, arguments.hidden_size)
     if min(*sizes, *arguments.terms, arguments.rounds, arguments.calls) < 1:
         raise UserError("sizes, --terms, --rounds and --calls must be at least 1")
-    if arguments.output is not None and not arguments.output.parent.is_dir():
-        raise UserError(f"--output {arguments.output}: there is no directory {arguments.output.parent}")
+    if arguments.output is not None:
+        check_writable(arguments.output)
     # These take seconds to import, and --help and mistakes do not need them.
     import torch
     from rich.console import Console
@@ -63,13 +63,14 @@ def main(argv: Sequence[str]) -> None:
 
 def _write(arguments: argparse.Namespace, results: dict[int, list[Any]]) -> None:
     import torch
+    import triton
 
     from megatron_mesh.runtime import device
 
     report = {
         "date": datetime.now(UTC).date().isoformat(),
         "device": device.describe(),
-        "versions": {"torch": torch.__version__, "triton": version("triton")},
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
         "settings": {name: value for name, value in vars(arguments).items() if name != "output"},
         "results": {terms: [asdict(row) for row in found] for terms, found in results.items()},
     }
@@ -102,3 +103,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -48,3 +48,6 @@ if __name__ == "__main__":
     except OutOfMemory as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(exits.CRASHED)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        sys.exit(130)

@@ -1,8 +1,9 @@
-"""A looped GPT-NeoX as a researcher would otherwise write it: Hugging Face layers and a loop in plain torch.
+"""A looped GPT-NeoX as a researcher would otherwise write it: Hugging Face layers and a loop in eager torch.
 
 It computes the base recursion, with the same sizes and as many parameters as our base:
 
-- transformers' ``GPTNeoXLayer`` with eager attention (the scores are written out), its rotary embedding;
+- transformers' ``GPTNeoXLayer`` and rotary embedding; attention by ``scaled_dot_product_attention``, which is
+  transformers' choice, or with the scores written out (``--eager-attention eager``);
 - ``for _ in range(loops)`` over the layers of the core;
 - parameters in float32; bf16 by ``torch.autocast``, which casts each weight once a forward pass;
 - micro-batches accumulated by hand, ``clip_grad_norm_``, ``torch.optim.AdamW`` (not the fused one).
@@ -11,10 +12,9 @@ No kernel is fused and nothing is compiled, but nothing is slowed down either: n
 labels shifted by copies. With the ending ``-compiled`` the layers go through ``torch.compile``.
 """
 
-import importlib.util
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +24,14 @@ from megatron_mesh.bench.variants import Variant
 from megatron_mesh.config.derived import layout, padded_vocab_size
 from megatron_mesh.config.schema import Config, ModelConfig
 from megatron_mesh.data import Batch
-from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import device
 
 
 class EagerLoop(nn.Module):
     """Embedding, prelude, K times the core, coda, norm, output projection."""
 
-    def __init__(self, model: ModelConfig):
-        """``model``: resolved settings; transformers must be installed."""
+    def __init__(self, model: ModelConfig, attention: Literal["sdpa", "eager"] = "sdpa"):
+        """``model``: resolved settings; ``attention``: transformers' name of it. It must be installed."""
         super().__init__()
         from transformers import GPTNeoXConfig
         from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXRotaryEmbedding
@@ -48,7 +47,7 @@ class EagerLoop(nn.Module):
             "layer_norm_eps": model.norm_epsilon,
             "rotary_pct": model.rotary_percent,
             "rotary_emb_base": model.rotary_base,
-            "attn_implementation": "eager",
+            "attn_implementation": attention,
         }
         config = GPTNeoXConfig(**sizes)
 
@@ -62,6 +61,7 @@ class EagerLoop(nn.Module):
         self.norm = nn.LayerNorm(h, eps=model.norm_epsilon)
         self.embed_out = nn.Linear(h, vocabulary, bias=False)
         self.rotary = GPTNeoXRotaryEmbedding(config)
+        self.writes_scores = attention == "eager"
         self.apply(_init)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -69,7 +69,9 @@ class EagerLoop(nn.Module):
         x = self.embed_in(tokens) * self.scale
         positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         rotary = self.rotary(x, positions)
-        mask = torch.full((tokens.shape[1],) * 2, float("-inf"), device=tokens.device).triu(1)[None, None]
+        mask = None  # causal, to scaled_dot_product_attention
+        if self.writes_scores:
+            mask = torch.full((tokens.shape[1],) * 2, float("-inf"), device=tokens.device).triu(1)[None, None]
         for stack in (self.prelude, *[self.core] * self.loops, self.coda):
             for layer in stack:
                 x = layer(x, attention_mask=mask, position_embeddings=rotary)
@@ -80,17 +82,12 @@ class EagerLoop(nn.Module):
 class EagerVariant(Variant):
     """An ``EagerLoop`` with the training step written by hand."""
 
-    def __init__(self, name: str, config: Config):
-        """Raises UserError where transformers is not installed."""
-        if importlib.util.find_spec("transformers") is None:
-            raise UserError(
-                f"--variants {name} needs Hugging Face's layers; pip install 'megatron-mesh[hf]', or leave "
-                f"{name} out"
-            )
+    def __init__(self, name: str, config: Config, attention: Literal["sdpa", "eager"] = "sdpa"):
+        """``attention``: see ``EagerLoop``."""
         self.name, self.config = name, config
         torch.manual_seed(config.training.seed)
         with device.device():
-            self.model: EagerLoop = EagerLoop(config.model)
+            self.model: EagerLoop = EagerLoop(config.model, attention)
         settings = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),

@@ -13,6 +13,7 @@ class MemoryMeter:
     def __init__(self) -> None:
         self._held: Counter[str] = Counter()
         self._peak: Counter[str] = Counter()
+        self._retries: Counter[str] = Counter()
 
     @contextmanager
     def charged(self, name: str, *, measured: bool = False) -> Iterator[None]:
@@ -25,6 +26,7 @@ class MemoryMeter:
         if before is None:
             yield
             return
+        retries = device.allocation_retries()
         device.reset_peak_memory()
         yield
         after = device.allocated_bytes()
@@ -32,8 +34,14 @@ class MemoryMeter:
         if measured:
             own = self._held[name] + device.peak_memory_bytes() - before
             self._peak[name] = max(self._peak[name], own)
+            self._retries[name] += device.allocation_retries() - retries
         self._held[name] += after - before
 
     def peak(self, name: str) -> int | None:
         """Most bytes that the variant held in a measured turn; None on a CPU, where nobody counts."""
         return self._peak.get(name)
+
+    def retries(self, name: str) -> int:
+        """How often in measured turns the allocator found the device full, and gave back what it had kept for
+        later: such a step takes longer than it would alone on the device."""
+        return self._retries[name]

@@ -3,10 +3,9 @@
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import combinations
-from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
@@ -21,7 +20,15 @@ from megatron_mesh.runtime import device
 PARTS = ("forward_backward", "communication", "optimizer", "step")
 COMPARED = ("forward_backward", "optimizer", "step")
 """Parts of which there are quotients; in one process, communication is next to nothing."""
-_PACKAGES = ("megatron-core", "transformer-engine", "apex", "triton", "transformers")
+_PACKAGES = (
+    "megatron-core",
+    "transformer-engine",
+    "flash-attn",
+    "flash-attn-3",
+    "apex",
+    "triton",
+    "transformers",
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class Result:
     """Most memory held in a measured step; None on a CPU."""
     peak_flops: float | None = None
     """FLOP/s of the device's data sheet in the variant's precision; None where it is not known."""
+    retries: int = 0
+    """How often the GPU's memory was full in measured steps (``memory.py``)."""
 
     def rates(self, tokens_per_step: int) -> dict[str, float | None]:
         """Tokens/s, model TFLOP/s and share of the device's peak, by the median step."""
@@ -78,6 +87,8 @@ class Report:
     results: Mapping[str, Result]
     skipped: Mapping[str, str]
     """Variants that did not run here, and why."""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """What computed the layers, the memory and the optimizer's step of Megatron's variants."""
 
 
 def ratios(results: Mapping[str, Result]) -> dict[str, dict[str, Spread]]:
@@ -111,9 +122,8 @@ def as_json(report: Report) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "versions": _versions(),
-        "settings": {
-            name: str(v) if isinstance(v, Path) else v for name, v in settings.items() if name != "output"
-        },
+        "parts": dict(report.parts),
+        "settings": {name: value for name, value in settings.items() if name not in ("output", "profile")},
         "tokens_per_step": report.settings.tokens_per_step,
         "variants": {
             name: _variant(result, report.settings.tokens_per_step) for name, result in report.results.items()
@@ -133,6 +143,8 @@ def _variant(result: Result, tokens_per_step: int) -> dict[str, Any]:
         "flops_per_token": result.flops_per_token,
         "kept_for_backward": asdict(result.kept) if result.kept else None,
         "peak_memory_bytes": result.peak_bytes,
+        "allocation_retries": result.retries,
+        "peak_flops": result.peak_flops,
         **result.rates(tokens_per_step),
         **{part: asdict(Spread.of(getattr(result.times, part))) for part in PARTS},
         "seconds": asdict(result.times),

@@ -1,11 +1,9 @@
 """A benchmark from settings to results."""
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -13,6 +11,7 @@ from rich.progress import Progress
 
 from megatron_mesh.bench.kept import kept_for_backward
 from megatron_mesh.bench.memory import MemoryMeter
+from megatron_mesh.bench.output import check_tables, check_writable, make_directory
 from megatron_mesh.bench.profile import write_traces
 from megatron_mesh.bench.report import Report, Result
 from megatron_mesh.bench.settings import Settings, complete
@@ -28,8 +27,10 @@ from megatron_mesh.config.ranges import at_least
 from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import UserError
 from megatron_mesh.model import flops_per_token
+from megatron_mesh.model.implementation import choose, parts
 from megatron_mesh.runtime import device, ranges
 from megatron_mesh.runtime.distributed import process_groups
+from megatron_mesh.runtime.environment import world_size_from_environment
 from megatron_mesh.runtime.memory import explained
 
 logger = logging.getLogger(__name__)
@@ -53,10 +54,11 @@ def run(settings: Settings) -> Report:
     configs = {n: variant_config(settings, n) for n in settings.variants if n not in skipped}
     if not configs:
         raise UserError(f"--variants: none of them can run here ({'; '.join(skipped.values())}); name others")
+    (chosen,) = {choose(config.precision, config.parallel) for config in configs.values()}
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     with process_groups(next(iter(configs.values()))), explained(lambda: _remedies(settings)):
-        return Report(settings, _measured(settings, configs), skipped)
+        return Report(settings, _measured(settings, configs), skipped, parts(chosen))
 
 
 def _measured(settings: Settings, configs: dict[str, Config]) -> dict[str, Result]:
@@ -66,7 +68,7 @@ def _measured(settings: Settings, configs: dict[str, Config]) -> dict[str, Resul
     variants, kept = [], {}
     for name, config in configs.items():
         with memory.charged(name):
-            variant = build_variant(name, config)
+            variant = build_variant(name, config, settings.eager_attention)
             kept[name] = kept_for_backward(variant, batches[0]) if kind_of(name).keeps_states else None
         variants.append(variant)
     marking = ranges.marking() if settings.nvtx else nullcontext()
@@ -80,6 +82,12 @@ def _measured(settings: Settings, configs: dict[str, Config]) -> dict[str, Resul
             seed=settings.seed,
             on_step=on_step,
         )
+    if short := [name for name in configs if memory.retries(name)]:
+        logger.warning(
+            "memory was full in measured steps of %s and had to be given back first, which takes time: %s",
+            ", ".join(short),
+            "; ".join(_remedies(settings)),
+        )
     if settings.profile is not None:
         for path in write_traces(variants, batches, settings.profile):
             logger.info("wrote %s", path)
@@ -90,6 +98,7 @@ def _measured(settings: Settings, configs: dict[str, Config]) -> dict[str, Resul
             times=times[variant.name],
             flops_per_token=flops_per_token(variant.config.model),
             peak_bytes=memory.peak(variant.name),
+            retries=memory.retries(variant.name),
             peak_flops=device.peak_flops(kind_of(variant.name).fp8) if settings.bf16 else None,
         )
         for variant in variants
@@ -128,15 +137,16 @@ def check(settings: Settings) -> None:
         raise UserError("--variants needs at least one name, and each name once; for example plain base mesh")
     for name in names:
         kind_of(name)
+    if (processes := world_size_from_environment()) > 1:
+        raise UserError(
+            f"the benchmark is one process, and this is one of {processes}; start it with plain "
+            "python, or with srun --ntasks 1"
+        )
     if settings.output is not None:
-        _check_writable(settings.output)
-    if settings.profile is not None and settings.profile.exists() and not settings.profile.is_dir():
-        raise UserError(f"--profile {settings.profile} is a file; name a directory")
-
-
-def _check_writable(output: Path) -> None:
-    if output.is_dir() or not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
-        raise UserError(f"--output {output} cannot be written; name a file in a directory that exists")
+        check_writable(settings.output)
+        check_tables(settings.output)
+    if settings.profile is not None:
+        make_directory(settings.profile)
 
 
 @contextmanager

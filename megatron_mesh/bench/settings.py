@@ -36,7 +36,9 @@ class Settings:
     fp8_recipe: Literal["tensorwise", "blockwise", "delayed"] = "tensorwise"
     """Scales of the variants in FP8."""
     fp8_scope: Literal["core", "all"] = "core"
-    """Layers in FP8 of these variants: the core's, or prelude's and coda's too."""
+    """Layers in FP8 of these variants: the core's, or prelude's and coda's too; of plain models all."""
+    eager_attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention of eager: transformers' default, or with the scores written out."""
     gradient_accumulation_fusion: bool = False
     """Add weight gradients to the float32 ones inside the matrix product (Transformer Engine or apex)."""
     recompute_granularity: Literal["selective", "full"] | None = None
@@ -54,7 +56,8 @@ class Settings:
     profile: Path | None = None
     """Write a trace of one more step of each variant into this directory (for ui.perfetto.dev)."""
     output: Path | None = None
-    """Write everything measured to this JSON file, and the tables beside it as Markdown (.md)."""
+    """Write everything measured to this JSON file, and the tables beside it as Markdown (.md); results of an
+    earlier run are replaced."""
 
     @property
     def tokens_per_step(self) -> int:

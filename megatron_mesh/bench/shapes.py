@@ -30,11 +30,11 @@ class Shape:
 
 
 SHAPES: dict[ShapeName, Shape] = {
-    "160m": Shape("2+4R2+2", 768, 12, 8, (PLAIN, *_LOOPED, EAGER, *_IN_FP8)),
-    "410m": Shape("4+8R2+4", 1024, 16, 4, (PLAIN, *_LOOPED, EAGER, *_IN_FP8)),
+    "160m": Shape("2+4R2+2", 768, 12, 16, (PLAIN, *_LOOPED, EAGER, *_IN_FP8)),
+    "410m": Shape("4+8R2+4", 1024, 16, 8, (PLAIN, *_LOOPED, EAGER, *_IN_FP8)),
     "1b": Shape("3+5R2+3", 2048, 8, 4, (PLAIN, *_LOOPED, EAGER)),
-    "1.4b": Shape("4+8R2+4", 2048, 16, 2, (PLAIN, "base", "mesh", EAGER)),
-    "2.8b": Shape("6+10R2+6", 2560, 32, 1, (PLAIN, "base", "mesh")),
+    "1.4b": Shape("4+8R2+4", 2048, 16, 4, (PLAIN, "base", "mesh", EAGER)),
+    "2.8b": Shape("6+10R2+6", 2560, 32, 2, (PLAIN, "base", "mesh")),
     # The width of 6.9B; its own 6+10R2+6 takes 400 GB for weights, gradients and optimizer.
-    "6.9b-slice": Shape("1+4R2+1", 4096, 32, 2, ("base", "mesh", *_IN_FP8)),
+    "6.9b-slice": Shape("1+4R2+1", 4096, 32, 4, ("base", "mesh", *_IN_FP8)),
 }

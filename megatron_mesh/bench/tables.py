@@ -10,8 +10,9 @@ from rich.text import Text
 
 from megatron_mesh.bench.report import COMPARED, PARTS, Report, Result, Spread, ratios
 from megatron_mesh.bench.settings import Settings
-from megatron_mesh.bench.shapes import COMPILED, FP8
+from megatron_mesh.bench.shapes import COMPILED, EAGER, FP8
 from megatron_mesh.bench.targets import targets
+from megatron_mesh.bench.variants import kind_of
 from megatron_mesh.runtime import device
 
 
@@ -47,10 +48,17 @@ def as_markdown(report: Report) -> str:
 
 def _what(settings: Settings) -> str:
     s = settings
+    kinds = [kind_of(name) for name in s.variants or ()]
+    choices = [
+        f", recomputation {s.recompute_granularity}" if s.recompute_granularity else "",
+        ", weight gradients fused" if s.gradient_accumulation_fusion else "",
+        f", FP8 {s.fp8_recipe} ({s.fp8_scope})" if any(kind.fp8 for kind in kinds) else "",
+        f", eager with {s.eager_attention} attention" if any(k.scheme == EAGER for k in kinds) else "",
+    ]
     return (
         f"{s.layers}, hidden {s.hidden_size}, vocabulary {s.vocab_size:,}; {s.num_micro_batches} "
-        f"micro-batches of {s.micro_batch_size} x {s.seq_length} tokens, {'bf16' if s.bf16 else 'fp32'}, "
-        f"{s.steps} steps of each in turn; {device.describe()}"
+        f"micro-batches of {s.micro_batch_size} x {s.seq_length} tokens, {'bf16' if s.bf16 else 'fp32'}"
+        f"{''.join(choices)}, {s.steps} steps of each in turn; {device.describe()}"
     )
 
 

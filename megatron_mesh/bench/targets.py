@@ -1,4 +1,4 @@
-"""What the project wants to reach on one H100 or H200 in bf16, and what a report says of it."""
+"""What the project wants to reach on one H200 in bf16, and what a report says of it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from megatron_mesh.runtime import device
 
 _WIDTH_1B4, _DEPTH_1B4 = 2048, 24
 _WIDTH_6B9 = 4096
+_MICRO_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Target:
     measured: float | None
     """None where the report has no such figure."""
     applies: bool
-    """Whether it was measured where the target is meant: on a GPU, in bf16."""
+    """Whether it was measured where the target is meant: on an H200, in bf16, with micro-batches enough."""
 
     @property
     def verdict(self) -> str:
@@ -38,7 +39,8 @@ class Target:
 def targets(report: Report) -> list[Target]:
     """Every target, measured or not."""
     settings, results = report.settings, report.results
-    applies = device.has_gpu() and bool(settings.bf16)
+    on_h200 = any("H200" in name and " MIG " not in name for name, _ in device.gpus()[:1])
+    applies = on_h200 and bool(settings.bf16) and settings.num_micro_batches >= _MICRO_BATCHES
     mesh, base = results.get("mesh"), results.get("base")
     wide = (settings.hidden_size or 0) >= _WIDTH_6B9
     in_fp8 = _speed_of_fp8(results) if wide else None

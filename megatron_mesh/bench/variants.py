@@ -1,9 +1,10 @@
 """What is compared: models of one shape, each with its own gradients and optimizer, in one process."""
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,10 @@ def kind_of(name: str) -> Kind:
 
 def why_skipped(name: str, recipe: str = "tensorwise") -> str | None:
     """What this machine lacks for a variant, with that recipe of FP8; None where it can run."""
-    if not kind_of(name).fp8:
+    kind = kind_of(name)
+    if kind.scheme == EAGER and importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed (pip install 'megatron-mesh[hf]')"
+    if not kind.fp8:
         return None
     return why_no_transformer_engine() or device.why_no_fp8(recipe)
 
@@ -128,18 +132,14 @@ def variant_config(settings: Settings, name: str) -> Config:
     return resolve(with_values(Config(), values))
 
 
-def build_variant(name: str, config: Config) -> Variant:
-    """Model, gradients and optimizer. Megatron's process groups must exist.
-
-    Raises:
-        UserError: a package that the variant needs is not installed.
-    """
+def build_variant(name: str, config: Config, eager_attention: Literal["sdpa", "eager"] = "sdpa") -> Variant:
+    """Model, gradients and optimizer. Megatron's process groups must exist."""
     kind = kind_of(name)
     variant: Variant
     if kind.scheme == EAGER:
         from megatron_mesh.bench.eager_loop import EagerVariant
 
-        variant = EagerVariant(name, config)
+        variant = EagerVariant(name, config, eager_attention)
     else:
         from megatron_mesh.bench.megatron_variant import MegatronVariant
 

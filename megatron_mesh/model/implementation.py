@@ -82,15 +82,25 @@ def has_fused_norms() -> bool:
     return device.has_gpu() and fused_layer_norm.HAVE_FUSED_LAYER_NORM
 
 
-@functools.cache
-def _say_once(chosen: Implementation, reason: str) -> None:
+def parts(chosen: Implementation, reason: str = "") -> dict[str, str]:
+    """What computes layers, memory and the optimizer's step in this process, in words.
+
+    Args:
+        reason: why the layers are not others.
+    """
     from megatron.core.optimizer import Adam  # Transformer Engine's, apex's or torch's
 
+    local = "torch's attention, apex's norms" if has_fused_norms() else "torch's attention and norms"
+    why = f" ({reason})" if chosen == LOCAL and reason else ""
+    no_kernels = kernels.why_unavailable()
+    return {
+        "layers": "Transformer Engine's" if chosen == TRANSFORMER_ENGINE else local + why,
+        "memory": f"torch's operations ({no_kernels})" if no_kernels else "Triton kernels",
+        "optimizer": f"{Adam.__name__} of {Adam.__module__.split('.')[0]}",
+    }
+
+
+@functools.cache
+def _say_once(chosen: Implementation, reason: str) -> None:
     if is_rank_zero():
-        local = "torch's attention, apex's norms" if has_fused_norms() else "torch's attention and norms"
-        layers = "Transformer Engine's" if chosen == TRANSFORMER_ENGINE else local
-        why = f" ({reason})" if chosen == LOCAL and reason else ""
-        no_kernels = kernels.why_unavailable()
-        mixing = f"torch's operations ({no_kernels})" if no_kernels else "Triton kernels"
-        adam = f"{Adam.__name__} of {Adam.__module__.split('.')[0]}"
-        logger.info("layers: %s%s; memory: %s; optimizer: %s", layers, why, mixing, adam)
+        logger.info("; ".join(f"{part}: {words}" for part, words in parts(chosen, reason).items()))

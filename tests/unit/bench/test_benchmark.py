@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,17 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron_mesh.bench import clock
 from megatron_mesh.bench.megatron_variant import build_plain
 from megatron_mesh.bench.memory import MemoryMeter
-from megatron_mesh.bench.report import COMPARED, PARTS, Result, ratios
+from megatron_mesh.bench.report import COMPARED, PARTS, Report, Result, ratios
 from megatron_mesh.bench.settings import Settings, complete
 from megatron_mesh.bench.shapes import SHAPES
+from megatron_mesh.bench.tables import as_markdown
 from megatron_mesh.bench.timing import Times, measure
 from megatron_mesh.bench.variants import batches_of, build_variant, kind_of, variant_config
 from megatron_mesh.config.derived import layout, non_embedding_parameters, padded_vocab_size
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.errors import UserError
-from megatron_mesh.model import build_model
+from megatron_mesh.model import build_model, implementation
+from megatron_mesh.planner.report import make_plan
 from tests.helpers import one_process
 
 S, B, H, LOOPS = 16, 2, 32, 3
@@ -42,14 +45,18 @@ TOY = Settings(
     warmup=1,
     threads=1,
 )
-MAIN = runpy.run_path(str(Path(__file__).resolve().parents[3] / "tools" / "benchmark.py"))["main"]
+TOOL = Path(__file__).resolve().parents[3] / "tools" / "benchmark.py"
+MAIN = runpy.run_path(str(TOOL))["main"]
 
 
 def command_line(settings: Settings) -> list[str]:
     """The flags that say ``settings``."""
     words = []
     for name, value in vars(settings).items():
-        if isinstance(value, bool) or value is None:
+        if value is None or value is False:
+            continue
+        if value is True:
+            words.append(f"--{name.replace('_', '-')}")
             continue
         values = value if isinstance(value, tuple) else (value,)
         words += [f"--{name.replace('_', '-')}", *map(str, values)]
@@ -69,6 +76,9 @@ def test_report_has_every_time_and_what_follows_from_it(report: dict) -> None:
     assert report["tokens_per_step"] == 3 * S * B
     assert report["threads"] == 1 and report["versions"]["torch"] == torch.__version__
     assert report["settings"]["layers"] == TOY.layers
+    assert (
+        set(report["parts"]) == {"layers", "memory", "optimizer"} and "Adam" in report["parts"]["optimizer"]
+    )
     for variant in report["variants"].values():
         seconds = {part: np.array(times) for part, times in variant["seconds"].items()}
         seconds["step"] = sum(seconds.values())
@@ -191,12 +201,14 @@ def test_plain_is_megatron_core_itself_and_computes_what_vanilla_does() -> None:
         ({"variants": ("base", "mash")}, "--variants mash: no such variant"),
         ({"variants": ("eager-fp8",)}, "not built in FP8"),
         ({"variants": ("mesh-fp8",)}, "none of them can run here .*(Transformer Engine|needs a GPU)"),
-        ({"profile": Path(__file__)}, "is a file; name a directory"),
+        ({"profile": Path(__file__) / "traces"}, "cannot be made .*; name a directory"),
         ({"variants": ("base", "base")}, "each name once"),
         ({"layers": "12"}, "--layers 12 is a plain depth"),
         ({"steps": 0}, "--steps 0 is out of range"),
         ({"num_attention_heads": 5}, "not divisible by --num-attention-heads"),
         ({"output": Path("absent/report.json")}, "report.json cannot be written"),
+        ({"output": Path("report.md")}, "is where the tables go"),
+        ({"output": Path(__file__).parents[3] / "README.json"}, "would replace .*README.md, which is of no"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_built(
@@ -205,6 +217,58 @@ def test_mistakes_are_named_before_anything_is_built(
     monkeypatch.setattr("megatron_mesh.bench.run.build_variant", lambda *_: pytest.fail("built"))
     with pytest.raises(UserError, match=message):
         MAIN(command_line(replace(TOY, **changes)))
+
+
+def test_what_is_missing_is_said_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: "it is gone")
+    monkeypatch.setattr(implementation, "has_fused_gradients", lambda: False)
+    monkeypatch.setattr("megatron_mesh.bench.run.build_variant", lambda *_: pytest.fail("built"))
+    with pytest.raises(UserError, match="--gradient-accumulation-fusion needs Transformer Engine, or apex"):
+        MAIN(command_line(replace(TOY, gradient_accumulation_fusion=True)))
+
+
+def test_tables_say_what_was_chosen() -> None:
+    def said(**changes: object) -> str:
+        return as_markdown(Report(replace(TOY, **changes), {}, {})).splitlines()[0]
+
+    assert "fp32, 4 steps" in said()
+    chosen = {"recompute_granularity": "full", "gradient_accumulation_fusion": True}
+    expected = (
+        "fp32, recomputation full, weight gradients fused, FP8 tensorwise (core), eager with sdpa attention, "
+    )
+    assert expected in said(variants=("eager", "base-fp8"), **chosen)
+
+
+def test_one_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(UserError, match="one process, and this is one of 4"):
+        MAIN(command_line(TOY))
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_mesh.bench.run.build_variant", interrupt)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *command_line(TOY)])
+    with pytest.raises(SystemExit) as ending:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    assert ending.value.code == 130
+    assert capsys.readouterr().err.endswith("interrupted: nothing was written\n")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_all_variants_of_a_shape_fit_an_h200_together(name: str) -> None:
+    """By the planner's count; beside it there are CUDA's context, the libraries' workspaces and gaps."""
+    settings = complete(Settings(shape=name), gpu=True)
+    held, passing = 0, 0
+    for variant in settings.variants or ():
+        memory = make_plan(variant_config(settings, variant), 1).ranks[0].memory
+        eager = variant == "eager"
+        # Eager: weights, gradients and moments in float32; autocast and a plain loss keep 2.5 times as much.
+        held += memory.gradients * 4 if eager else memory.total - memory.activations
+        passing = max(passing, int(memory.activations * (2.5 if eager else 1)))
+    assert held + passing < 135e9, "of 150e9 that torch sees"
 
 
 def test_names_of_variants() -> None:

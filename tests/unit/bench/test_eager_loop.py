@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mesh.bench.settings import Settings
-from megatron_mesh.bench.variants import Variant, batches_of, build_variant, variant_config
+from megatron_mesh.bench.variants import Variant, batches_of, build_variant, variant_config, why_skipped
 from megatron_mesh.data import Batch
-from megatron_mesh.errors import UserError
 from megatron_mesh.model.flops import forward_flops_per_token
 from tests.helpers import one_process
 
@@ -28,21 +28,32 @@ TOY = Settings(
 
 
 def eager(settings: Settings = TOY) -> Variant:
-    return build_variant("eager", variant_config(settings, "eager"))
+    return build_variant("eager", variant_config(settings, "eager"), settings.eager_attention)
 
 
-def test_as_many_parameters_and_flops_as_base() -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_as_many_parameters_and_flops_as_base(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     torch.set_num_threads(1)
     config = variant_config(TOY, "base")
     with one_process(config):
         ours = build_variant("base", config)
-    theirs = eager()
+    theirs = eager(replace(TOY, eager_attention=attention))
     counts = [sum(p.numel() for p in variant.model.parameters()) for variant in (ours, theirs)]
     assert counts[0] == counts[1]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    calls = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, **keywords):
+        calls.append(keywords)
+        return fused(*args, **keywords)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         theirs.losses(batches_of(TOY)[0])
-    depth, causal_half = 2 + 2 * 3, 2 * S * H  # eager attention computes all scores
+    depth, causal_half = 2 + 2 * 3, 2 * S * H  # the counter sees all scores
+    assert len(calls) == (depth if attention == "sdpa" else 0)
+    assert all(c["is_causal"] and c["attn_mask"] is None for c in calls), "else a GPU takes a slower kernel"
     assert counter.get_total_flops() == (forward_flops_per_token(config.model) + depth * causal_half) * S * B
 
 
@@ -65,11 +76,11 @@ def vars_of(batch: Batch) -> tuple[torch.Tensor, ...]:
     return batch.tokens, batch.labels, batch.loss_mask, batch.position_ids
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_it_learns_and_looks_at_no_later_token(bf16: bool) -> None:
+@pytest.mark.parametrize(("bf16", "attention"), [(False, "eager"), (True, "sdpa")])
+def test_it_learns_and_looks_at_no_later_token(bf16: bool, attention: str) -> None:
     pytest.importorskip("transformers")
     torch.set_num_threads(1)
-    settings = replace(TOY, bf16=bf16)
+    settings = replace(TOY, bf16=bf16, eager_attention=attention)
     variant, batches = eager(settings), batches_of(settings)
     first = variant.losses(batches[0]).item()
     for _ in range(8):
@@ -86,7 +97,9 @@ def test_it_learns_and_looks_at_no_later_token(bf16: bool) -> None:
     assert torch.equal(before[:, :-1], after[:, :-1]) and not torch.equal(before[:, -1], after[:, -1])
 
 
-def test_missing_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_left_out_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert why_skipped("mesh") is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"--variants eager needs .*pip install 'megatron-mesh\[hf\]'"):
-        eager()
+    assert why_skipped("mesh") is None
+    for name in ("eager", "eager-compiled"):
+        assert why_skipped(name) == "transformers is not installed (pip install 'megatron-mesh[hf]')"

@@ -1,5 +1,7 @@
 """Targets and peak memory, from figures made up for the purpose."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_mesh.bench import targets as module
@@ -18,8 +20,11 @@ def result(seconds: float, gigabytes: int | None = None) -> Result:
     return Result(0, None, times, flops_per_token=1.0, peak_bytes=peak, peak_flops=1e5)
 
 
-def verdicts(shape: str, bf16: bool = True, **results: Result) -> list[tuple[float | None, str]]:
-    settings = complete(Settings(shape=shape, bf16=bf16, micro_batch_size=4), gpu=True)
+def verdicts(
+    shape: str, bf16: bool = True, num_micro_batches: int = 8, **results: Result
+) -> list[tuple[float | None, str]]:
+    settings = complete(Settings(shape=shape, bf16=bf16, num_micro_batches=num_micro_batches), gpu=True)
+    settings = replace(settings, micro_batch_size=32 // num_micro_batches)
     by_name = {name.replace("_", "-"): each for name, each in results.items()}
     return [(target.measured, target.verdict) for target in targets(Report(settings, by_name, {}))]
 
@@ -27,8 +32,14 @@ def verdicts(shape: str, bf16: bool = True, **results: Result) -> list[tuple[flo
 NONE = (None, "not measured here")
 
 
-def test_verdicts_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.device, "has_gpu", lambda: True)
+def on(monkeypatch: pytest.MonkeyPatch, gpu: str | None) -> None:
+    """The first of two devices is ``gpu``, or there is none."""
+    names = [] if gpu is None else [(gpu, ""), ("NVIDIA H200", "")]
+    monkeypatch.setattr(module.device, "gpus", lambda: names)
+
+
+def test_verdicts_on_an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, "NVIDIA H200")
     found = verdicts(
         "1.4b", plain=result(2.0), base=result(1.0, 100), mesh=result(1.005, 103), eager=result(1.5)
     )
@@ -51,9 +62,17 @@ def test_verdicts_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_figure_from_elsewhere_has_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    for gpu, bf16 in ((False, True), (True, False)):
-        monkeypatch.setattr(module.device, "has_gpu", lambda gpu=gpu: gpu)
-        found = verdicts("1.4b", bf16, base=result(1.0, 100), mesh=result(1.0, 100))
+    here, h200 = {"bf16": True, "num_micro_batches": 8}, "NVIDIA H200"
+    elsewhere = (
+        (None, here),
+        ("NVIDIA A100-SXM4-80GB", here),
+        ("NVIDIA H200 MIG 1g.18gb", here),
+        (h200, here | {"bf16": False}),
+        (h200, here | {"num_micro_batches": 4}),
+    )
+    for gpu, changes in elsewhere:
+        on(monkeypatch, gpu)
+        found = verdicts("1.4b", base=result(1.0, 100), mesh=result(1.0, 100), **changes)
         assert found[0] == (1.0, "not measured here")
         assert {verdict for _, verdict in found} == {"not measured here"}
 
@@ -66,6 +85,8 @@ class Allocator:
         monkeypatch.setattr(device, "allocated_bytes", lambda: self.now)
         monkeypatch.setattr(device, "peak_memory_bytes", lambda: self.peak)
         monkeypatch.setattr(device, "reset_peak_memory", lambda: setattr(self, "peak", self.now))
+        self.retries = 3  # while the models were built
+        monkeypatch.setattr(device, "allocation_retries", lambda: self.retries)
 
     def use(self, stays: int, passing: int = 0) -> None:
         self.now += stays
@@ -81,7 +102,10 @@ def test_peak_is_the_variants_own(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, state, activations in (("a", 20, 50), ("b", 2, 300)):
             with meter.charged(name, measured=measured):
                 gpu.use(0 if measured else state, passing=activations)
+                if name == "b":
+                    gpu.retries += 1
     assert (meter.peak("a"), meter.peak("b")) == (100 + 20 + 50, 10 + 2 + 300)
+    assert (meter.retries("a"), meter.retries("b")) == (0, 2), "those of measured turns alone"
 
 
 def test_no_peak_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,5 +95,7 @@ def test_says_that_there_is_no_gpu() -> None:
 def test_refuses_mistakes_before_it_measures(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least 1"):
         MAIN([*SMALL, "--terms", "0"])
-    with pytest.raises(UserError, match="there is no directory"):
+    with pytest.raises(UserError, match="cannot be written"):
         MAIN([*SMALL, "--output", str(tmp_path / "none" / "kernel.json")])
+    with pytest.raises(UserError, match="cannot be written"):
+        MAIN([*SMALL, "--output", str(tmp_path)])
