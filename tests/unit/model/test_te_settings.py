@@ -206,8 +206,14 @@ def test_a_broken_installation_is_not_a_traceback(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib, "import_module", broken)
     implementation.why_no_transformer_engine.cache_clear()
     try:
-        with pytest.raises(UserError, match="libcudart"):
+        with pytest.raises(UserError, match=r"libcudart.*again.*uninstall.*--transformer-impl local"):
             choose(PrecisionConfig(transformer_impl="transformer_engine"), ParallelConfig())
+        assert choose(PrecisionConfig(), ParallelConfig()) == choose(
+            PrecisionConfig(transformer_impl="local"), ParallelConfig()
+        )
+        monkeypatch.setattr(implementation.device, "has_gpu", lambda: True)
+        with pytest.raises(UserError, match=r"--transformer-impl auto: .*libcudart"):
+            choose(PrecisionConfig(), ParallelConfig())
     finally:
         implementation.why_no_transformer_engine.cache_clear()
 
