@@ -3,9 +3,10 @@
 
 torchrun --nproc-per-node 8 tools/check_communication.py
 srun --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 python tools/check_communication.py --megabytes 1 32 512
-torchrun --nproc-per-node 2 tools/check_communication.py --megabytes 4      # gloo, where there is no GPU
+CUDA_VISIBLE_DEVICES= torchrun --nproc-per-node 2 tools/check_communication.py   # gloo, without NCCL
 
-NCCL on GPUs, gloo on CPUs. Bandwidth is what nccl-tests call bus bandwidth; time is the slowest rank's.
+NCCL on GPUs, gloo where there are none or they are hidden. Bandwidth is what nccl-tests call bus bandwidth;
+time is the slowest rank's.
 Exit status 1 where a result is wrong (ranks and hosts are named) or a rank cannot be reached, 2 on bad input.
 """
 

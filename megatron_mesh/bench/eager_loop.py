@@ -84,8 +84,7 @@ class EagerVariant(Variant):
         """Raises UserError where transformers is not installed."""
         if importlib.util.find_spec("transformers") is None:
             raise UserError(
-                f"--variants {name} needs Hugging Face's layers; pip install 'megatron-mesh[hf]', or leave "
-                f"{name} out"
+                f"--variants {name} needs Hugging Face's layers; pip install -e '.[hf]', or leave {name} out"
             )
         self.name, self.config = name, config
         torch.manual_seed(config.training.seed)

@@ -22,7 +22,7 @@ Implementation = Literal["local", "transformer_engine"]
 LOCAL: Implementation = "local"
 TRANSFORMER_ENGINE: Implementation = "transformer_engine"
 
-_INSTALL = "on a machine with CUDA: pip install --no-build-isolation 'megatron-mesh[te]'"
+_INSTALL = "on a machine with CUDA: pip install --no-build-isolation -e '.[te]'"
 _REINSTALL = "install it again, for this torch and its CUDA, or pip uninstall transformer-engine"
 _OLDEST = "2.9"  # what megatron-core 0.16.1 asks for in its own extra
 

@@ -173,10 +173,10 @@ def absent(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             PrecisionConfig(transformer_impl="transformer_engine"),
-            ["megatron-mesh[te]", "--transformer-impl local"],
+            ["-e '.[te]'", "--transformer-impl local"],
         ),
-        (PrecisionConfig(fp8_format="e4m3"), ["--fp8-format", "megatron-mesh[te]"]),
-        (PrecisionConfig(gradient_accumulation_fusion=True), ["apex", "megatron-mesh[te]", "leave it out"]),
+        (PrecisionConfig(fp8_format="e4m3"), ["--fp8-format", "-e '.[te]'"]),
+        (PrecisionConfig(gradient_accumulation_fusion=True), ["apex", "-e '.[te]'", "leave it out"]),
     ],
 )
 def test_what_is_missing_is_named(absent, precision: PrecisionConfig, words: list[str]) -> None:
