@@ -2,6 +2,8 @@
 
 import warnings
 
+from megatron_mesh.runtime import broken_imports
+
 __version__ = "0.1.0"
 
 # Megatron-core says in every process and in five modules that Transformer Engine and apex are absent.
@@ -12,3 +14,5 @@ for _message in (
     "The following imports from `dynamic_context.py` will be removed",
 ):
     warnings.filterwarnings("ignore", message=_message)
+
+broken_imports.install()  # before anything imports Megatron-core

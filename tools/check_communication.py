@@ -2,13 +2,16 @@
 """Whether the ranks of a job reach each other, compute right sums, and how fast they send.
 
 torchrun --nproc-per-node 8 tools/check_communication.py
-srun --nodes 4 --ntasks-per-node 8 python tools/check_communication.py --megabytes 1 16 256
-torchrun --nproc-per-node 2 tools/check_communication.py --megabytes 4      # gloo, where there is no GPU
+srun --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 python tools/check_communication.py --megabytes 1 32 512
+CUDA_VISIBLE_DEVICES= torchrun --nproc-per-node 2 tools/check_communication.py   # gloo, without NCCL
 
-NCCL on GPUs, gloo on CPUs. Bandwidth is what nccl-tests call bus bandwidth; time is the slowest rank's.
+NCCL on GPUs, gloo where there are none or they are hidden. Bandwidth is what nccl-tests call bus bandwidth;
+time is the slowest rank's.
+Exit status 1 where a result is wrong (ranks and hosts are named) or a rank cannot be reached, 2 on bad input.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -24,23 +27,27 @@ from megatron_mesh.runtime.environment import (
 def main(argv: Sequence[str]) -> None:
     """Measure and print a table."""
     arguments = _parser().parse_args(argv)
-    if min(arguments.megabytes) <= 0 or arguments.repeats < 1:
-        raise UserError("--megabytes must be above 0, and --repeats at least 1")
+    if min(arguments.megabytes) <= 0 or arguments.repeats < 1 or arguments.timeout <= 0:
+        raise UserError("--megabytes and --timeout must be above 0, and --repeats at least 1")
     if world_size_from_environment() < 2:
         raise UserError("there is one process only; start several, with torchrun or srun")
     import torch.distributed as dist
 
-    from megatron_mesh.bench.communication import measure
+    from megatron_mesh.bench.communication import WrongResult, measure
     from megatron_mesh.runtime import device
 
     device.prepare()
     find_rendezvous()
-    dist.init_process_group(
-        device.backend(),
-        rank=rank_from_environment(),
-        world_size=world_size_from_environment(),
-        timeout=timedelta(seconds=arguments.timeout),
-    )
+    try:
+        dist.init_process_group(
+            device.backend(),
+            rank=rank_from_environment(),
+            world_size=world_size_from_environment(),
+            timeout=timedelta(seconds=arguments.timeout),
+        )
+    except dist.DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        sys.exit(f"error: the ranks did not meet at {address} ({str(error).splitlines()[0]})")
     try:
         if dist.get_rank() == 0:
             print(f"{dist.get_world_size()} ranks, {device.backend()}, {device.describe()}")
@@ -50,6 +57,8 @@ def main(argv: Sequence[str]) -> None:
                 if dist.get_rank() == 0:
                     speed = f"{each.seconds * 1e3:>10.3f}{each.bus_gb_per_second:>8.2f}"
                     print(f"{each.name:<18}{each.size / 1e6:>8.1f}{speed}", flush=True)
+    except WrongResult as error:
+        sys.exit(f"error: {error}" if dist.get_rank() == 0 else 1)
     finally:
         dist.destroy_process_group()
 

@@ -6,7 +6,7 @@ python tools/evaluate.py --model exported --text pile-val.jsonl.zst --output-dir
 python tools/evaluate.py --model exported --tasks piqa arc_easy --num-fewshot 0 \\
     --local-data eval-data --limit 100 --output-dir quick-look
 
-Needs lm-evaluation-harness: pip install 'megatron_mesh[eval]'. Data come from the Hugging Face hub, or with
+Needs lm-evaluation-harness: pip install -e '.[eval]'. Data come from the Hugging Face hub, or with
 --local-data from files (and nothing is asked of the hub). The same command goes on after an interruption:
 what is in --output-dir is not run again. results.json and results.md there hold the numbers, beside the
 paper's and Pythia's.

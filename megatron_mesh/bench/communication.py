@@ -1,5 +1,6 @@
 """Collectives and sends between the ranks of a job: that they are right, and how fast they are."""
 
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,11 +28,15 @@ class Measured:
     """As nccl-tests count: what each link would have to carry, whatever the number of ranks."""
 
 
+class WrongResult(RuntimeError):
+    """An operation gave something else than it should: hardware, driver or library, never the input."""
+
+
 def measure(megabytes: float, repeats: int) -> list[Measured]:
     """Check and time each operation; a collective operation of the whole job.
 
     Raises:
-        AssertionError: a result is wrong on some rank; all ranks raise.
+        WrongResult: a result is wrong on some rank; all ranks raise, and the message names these.
     """
     found = []
     for name, (factor, make) in _OPERATIONS.items():
@@ -53,11 +58,12 @@ def _count(megabytes: float) -> int:
 
 
 def _all_agree(right: bool, name: str) -> None:
-    wrong = torch.tensor([0 if right else 1], device=device.device())
-    dist.all_reduce(wrong)
-    assert not wrong.item(), (
-        f"{name} gave a wrong result on {int(wrong.item())} of {dist.get_world_size()} ranks"
-    )
+    host = None if right else f"{dist.get_rank()} on {platform.node()}"
+    told: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, host)
+    if wrong := [each for each in told if each]:
+        more = f" and {len(wrong) - 16} more" if len(wrong) > 16 else ""
+        raise WrongResult(f"{name} gave a wrong result on rank {', '.join(wrong[:16])}{more}")
 
 
 def _seconds(run: Run) -> float:
@@ -71,33 +77,41 @@ def _seconds(run: Run) -> float:
     return float(mine.item())
 
 
-def _filled(count: int, value: float) -> Tensor:
-    return torch.full((count,), value, device=device.device())
+def _filled(count: int, first: float, factor: float = 1) -> Tensor:
+    """``first`` + ``factor`` x (0 ... 250, 0 ...): a piece in the wrong place shows, and sums are exact."""
+    return first + factor * (torch.arange(count, device=device.device()) % 251).float()
+
+
+def _sum(count: int) -> Tensor:
+    """The sum of ``_filled(count, rank + 1)`` over the ranks."""
+    world = dist.get_world_size()
+    return _filled(count, world * (world + 1) / 2, world)
 
 
 def _all_reduce(count: int) -> tuple[Run, Callable[[], bool]]:
-    world, tensor = dist.get_world_size(), _filled(count, dist.get_rank() + 1)
-    return partial(dist.all_reduce, tensor), lambda: bool((tensor == world * (world + 1) / 2).all())
+    """In place, so the result is checked after the first run, and later ones add up what they find."""
+    tensor = _filled(count, dist.get_rank() + 1)
+    return partial(dist.all_reduce, tensor), lambda: torch.equal(tensor, _sum(count))
 
 
 def _all_gather(count: int) -> tuple[Run, Callable[[], bool]]:
     world = dist.get_world_size()
-    given, whole = _filled(count // world, dist.get_rank()), _filled(count, -1)
-    expected = torch.arange(world, device=whole.device).repeat_interleave(count // world)
-    return partial(dist.all_gather_into_tensor, whole, given), lambda: bool((whole == expected).all())
+    given, whole = _filled(count // world, dist.get_rank()), torch.zeros(count, device=device.device())
+    expected = [_filled(count // world, rank) for rank in range(world)]
+    return partial(dist.all_gather_into_tensor, whole, given), lambda: torch.equal(whole, torch.cat(expected))
 
 
 def _reduce_scatter(count: int) -> tuple[Run, Callable[[], bool]]:
-    world = dist.get_world_size()
-    given, part = _filled(count, dist.get_rank() + 1), _filled(count // world, -1)
-    total = world * (world + 1) / 2
-    return partial(dist.reduce_scatter_tensor, part, given), lambda: bool((part == total).all())
+    rank, world = dist.get_rank(), dist.get_world_size()
+    given, part = _filled(count, rank + 1), torch.zeros(count // world, device=device.device())
+    run = partial(dist.reduce_scatter_tensor, part, given)
+    return run, lambda: torch.equal(part, _sum(count).chunk(world)[rank])
 
 
 def _round(count: int) -> tuple[Run, Callable[[], bool]]:
     """Every rank sends to the next and receives from the one before, as the ring pipeline does."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    given, got = _filled(count, rank), _filled(count, -1)
+    given, got = _filled(count, rank), torch.zeros(count, device=device.device())
     before, after = (rank - 1) % world, (rank + 1) % world
 
     def run() -> None:
@@ -105,7 +119,7 @@ def _round(count: int) -> tuple[Run, Callable[[], bool]]:
         for request in dist.batch_isend_irecv(operations):
             request.wait()
 
-    return run, lambda: bool((got == before).all())
+    return run, lambda: torch.equal(got, _filled(count, before))
 
 
 _OPERATIONS = {

@@ -105,7 +105,7 @@ def why_skipped(name: str, recipe: str = "tensorwise") -> str | None:
     """What this machine lacks for a variant, with that recipe of FP8; None where it can run."""
     kind = kind_of(name)
     if kind.scheme == EAGER and importlib.util.find_spec("transformers") is None:
-        return "transformers is not installed (pip install 'megatron-mesh[hf]')"
+        return "transformers is not installed (pip install -e '.[hf]')"
     if not kind.fp8:
         return None
     return why_no_transformer_engine() or device.why_no_fp8(recipe)

@@ -13,6 +13,7 @@ from megatron_mesh import kernels
 from megatron_mesh.config.schema import ParallelConfig, PrecisionConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import device
+from megatron_mesh.runtime.broken_imports import BROKEN
 from megatron_mesh.runtime.distributed import is_rank_zero
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,8 @@ Implementation = Literal["local", "transformer_engine"]
 LOCAL: Implementation = "local"
 TRANSFORMER_ENGINE: Implementation = "transformer_engine"
 
-_REMEDY = "on a machine with CUDA: pip install --no-build-isolation 'megatron-mesh[te]'"
+_INSTALL = "on a machine with CUDA: pip install --no-build-isolation -e '.[te]'"
+_REINSTALL = "install it again, for this torch and its CUDA, or pip uninstall transformer-engine"
 _OLDEST = "2.9"  # what megatron-core 0.16.1 asks for in its own extra
 
 
@@ -34,11 +36,12 @@ def choose(precision: PrecisionConfig, parallel: ParallelConfig) -> Implementati
     asked = precision.transformer_impl
     missing = why_no_transformer_engine()
     reason = missing or "there is no GPU"
-    remedy = f"{missing} ({_REMEDY})" if missing else reason
+    remedy = f"{missing} ({_REINSTALL if _is_installed() else _INSTALL})" if missing else reason
     wanted = asked == TRANSFORMER_ENGINE or (asked == "auto" and device.has_gpu())
     chosen = TRANSFORMER_ENGINE if wanted and not missing else LOCAL
-    if missing and asked == TRANSFORMER_ENGINE:
-        raise UserError(f"--transformer-impl transformer_engine: {remedy}; or use --transformer-impl local")
+    # One that is installed was meant to be used: no slower run instead, unless asked for.
+    if missing and wanted and (asked == TRANSFORMER_ENGINE or _is_installed()):
+        raise UserError(f"--transformer-impl {asked}: {remedy}; or use --transformer-impl local")
     if precision.fp8_format and chosen == LOCAL:
         raise UserError(f"--fp8-format needs Transformer Engine: {remedy}; or leave --fp8-format out")
     recipe = precision.fp8_recipe
@@ -61,15 +64,19 @@ def choose(precision: PrecisionConfig, parallel: ParallelConfig) -> Implementati
 @functools.cache
 def why_no_transformer_engine() -> str | None:
     """What is in the way of Transformer Engine, in words; None where it can be imported."""
-    if importlib.util.find_spec("transformer_engine") is None:
+    if not _is_installed():
         return "Transformer Engine is not installed"
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, OSError, RuntimeError, AssertionError) as error:  # wants CUDA's libraries
+    except BROKEN as error:  # wants CUDA's libraries
         return f"Transformer Engine is installed and cannot be imported ({error})"
     if not is_te_min_version(_OLDEST):
         return f"Transformer Engine is older than {_OLDEST}"
     return None
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def has_fused_gradients() -> bool:

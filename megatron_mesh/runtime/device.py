@@ -73,6 +73,9 @@ def prepare(local_rank: int | None = None) -> torch.device:
         local_rank: index of the process on its node; default: ``LOCAL_RANK`` or ``SLURM_LOCALID``.
     """
     global _prepared
+    # Up to Hopper the sends of tensor parallelism hide behind a product only in one queue of the device
+    # (Megatron-core's tensor_parallel/layers.py). CUDA reads it when it starts; one that is set stays.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if has_gpu():
         if local_rank is None:
             local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))

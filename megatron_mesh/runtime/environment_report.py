@@ -3,14 +3,17 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-from packaging.specifiers import SpecifierSet
-
-from megatron_mesh.runtime import device
+try:
+    from megatron_mesh.runtime import device
+except (ImportError, OSError) as error:  # without torch, or one whose libraries are not there
+    NO_TORCH = f"torch cannot be imported ({error})"
+else:
+    NO_TORCH = ""
 
 # Distribution -> what is different without it.
 OPTIONAL = {
@@ -24,10 +27,16 @@ OPTIONAL = {
     "lm-eval": "no tools/evaluate.py",
     "wandb": "no logging to Weights & Biases",
 }
-REQUIRED = ("megatron-core", "torch", "numpy", "sentencepiece", "tokenizers")
+REQUIRED = (
+    *("megatron-core", "torch", "numpy", "packaging", "psutil", "sentencepiece", "tokenizers", "PyYAML"),
+    *("zstandard", "tyro", "rich", "tensorboard", "matplotlib"),
+)
+# NVIDIA's and nightly builds have other names.
+_ALSO_CALLED = {"triton": "pytorch-triton"}
 _TRANSFORMER_ENGINE = ">=2.9,<2.12"
 _VARIABLES = ("NCCL_", "SLURM_JOB_ID", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS", "MASTER_ADDR")
 _SLURM = ("sbatch", "srun", "scontrol")
+_DRIVER = Path("/proc/driver/nvidia/version")
 _INFINIBAND = Path("/sys/class/infiniband")
 
 
@@ -51,12 +60,17 @@ def missing_required() -> list[str]:
 
 
 def _machine() -> list[Row]:
-    memory = psutil.virtual_memory().total / 2**30
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     rows = [
         Row("host", platform.node(), platform.platform()),
         Row("python", platform.python_version()),
         Row("CPU", f"{len(os.sched_getaffinity(0))} cores", f"{memory:.0f} GiB of memory"),
     ]
+    if _DRIVER.exists():
+        found = re.search(r"\d{3,}\.[\d.]+", _DRIVER.read_text())
+        rows.append(Row("NVIDIA driver", found[0] if found else "unknown"))
+    if NO_TORCH:
+        return [*rows, Row("GPU", "unknown", NO_TORCH)]
     gpus = device.gpus()
     if not gpus:
         rows.append(Row("GPU", "none", device.why_no_gpu()))
@@ -65,7 +79,8 @@ def _machine() -> list[Row]:
 
 def _required() -> list[Row]:
     rows = [Row(name, _version(name) or "MISSING", "" if _version(name) else "needed") for name in REQUIRED]
-    return [*rows, *(Row(name, version) for name, version in device.libraries().items())]
+    libraries = {} if NO_TORCH else device.libraries()
+    return [*rows, *(Row(name, version) for name, version in libraries.items())]
 
 
 def _optional() -> list[Row]:
@@ -80,6 +95,8 @@ def _layers() -> list[Row]:
     reason = _why_not_transformer_engine()
     if reason:
         return [Row("layers", "torch's", reason), Row("FP8", "no", "needs layers of Transformer Engine")]
+    from packaging.specifiers import SpecifierSet
+
     # The upper end is what megatron-core 0.16.1 allows in its own extra.
     beyond = not SpecifierSet(_TRANSFORMER_ENGINE).contains(_version("transformer-engine") or "0", True)
     note = f"megatron-core is tested with {_TRANSFORMER_ENGINE}" if beyond else ""
@@ -90,8 +107,8 @@ def _layers() -> list[Row]:
 def _why_not_transformer_engine() -> str | None:
     if not _version("transformer-engine"):
         return "Transformer Engine is not installed"
-    if missing_required():
-        return "what is missing is needed first"
+    if NO_TORCH or missing_required():
+        return NO_TORCH or "what is missing is needed first"
     # Megatron-core takes seconds to import.
     from megatron_mesh.model.implementation import why_no_transformer_engine
 
@@ -113,7 +130,7 @@ def _version(name: str) -> str | None:
     try:
         found = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return _version(_ALSO_CALLED[name]) if name in _ALSO_CALLED else None
     if name == "apex" and not any("fused" in str(path) or "amp_C" in str(path) for path in found.files or []):
         return None  # the unrelated package of that name on PyPI
     return found.version

@@ -1,5 +1,6 @@
 """The program as a user starts it: plain python and torchrun, its configuration file, its errors."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,20 @@ def test_errors_are_one_line(settings):
     assert result.returncode == 2
     assert result.stderr == "error: unknown setting --hiden-size; did you mean --hidden-size?\n"
     assert not result.stdout
+
+
+@pytest.mark.parametrize("asked, status", [("transformer_engine", 2), ("local", 0)])
+def test_a_broken_transformer_engine_is_one_message_or_not_needed(settings, tmp_path, asked, status) -> None:
+    """Megatron-core alone would end in a traceback when it is imported."""
+    broken = tmp_path / "transformer_engine"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')\n")
+    result = launch(
+        *["--config", settings, "--save", tmp_path / "run", "--train-iters", 2, "--transformer-impl", asked],
+        PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+    )
+    assert result.returncode == status, result.stderr
+    if status:
+        (line,) = result.stderr.splitlines()
+        for words in ("libcudart.so.13", "install it again", "uninstall", "--transformer-impl local"):
+            assert words in line

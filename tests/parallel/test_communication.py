@@ -1,10 +1,18 @@
 """The check of a job's communication: right results, and a wrong one is noticed."""
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch.distributed as dist
 
 from megatron_mesh.bench import communication
 from tests.parallel.pool import WorkerError, pool
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def measure(megabytes: float) -> list[communication.Measured]:
@@ -12,10 +20,9 @@ def measure(megabytes: float) -> list[communication.Measured]:
 
 
 def measure_with_a_fault(megabytes: float) -> None:
-    """One rank gives another number than it should."""
-    original = communication._filled
-    wrong = 0.5 if dist.get_rank() == 1 else 0.0
-    communication._filled = lambda count, value: original(count, value + wrong)
+    """What one rank gives lies one element further on than it should."""
+    original, shift = communication._filled, int(dist.get_rank() == 1)
+    communication._filled = lambda *values: original(*values).roll(shift)
     try:
         communication.measure(megabytes, repeats=1)
     finally:
@@ -36,5 +43,32 @@ def test_every_operation_is_right_and_timed() -> None:
 
 
 def test_a_wrong_result_is_noticed() -> None:
-    with pytest.raises(WorkerError, match="all-reduce gave a wrong result on 3 of 3 ranks"):
+    with pytest.raises(WorkerError, match=r"all-reduce gave a wrong result on rank 0 on \S+, .*2 on "):
         pool(3).run(measure_with_a_fault, 0.1)
+
+
+def test_bus_bandwidth_is_that_of_nccl_tests() -> None:
+    """doc/PERFORMANCE.md there: factors of size / time, for 4 ranks."""
+    factors = {name: factor(4) for name, (factor, _) in communication._OPERATIONS.items()}
+    assert factors == {"all-reduce": 1.5, "all-gather": 0.75, "reduce-scatter": 0.75, "send to the next": 1}
+
+
+def run_tool(*flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/check_communication.py", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("flags", [(), ("--megabytes", "0"), ("--timeout", "0")])
+def test_bad_input_is_one_message(flags: tuple[str, ...]) -> None:
+    done = run_tool(*flags)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_a_rank_that_does_not_come_is_one_message() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    done = run_tool("--timeout", "1", WORLD_SIZE="2", RANK="0", **address)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: the ranks did not meet at 127.0.0.1:" in done.stderr

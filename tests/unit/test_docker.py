@@ -39,6 +39,13 @@ def test_what_is_copied_is_what_the_build_uses() -> None:
         assert (ROOT / name).is_file() and name.split("/")[0] in copied
 
 
+def test_the_build_proves_what_it_kept() -> None:
+    steps = [step.strip(" \\\n") for step in RECIPE.split("&&")]
+    assert "sh examples/docker/kept.sh | diff kept.txt -" in steps
+    assert "python -c 'import torch; torch.zeros(1).numpy()'" in steps  # compiled for the numpy that is there
+    assert "chmod -R a+rX ." in steps  # whoever built it with a narrow umask, others may read it
+
+
 def setup_arguments(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     found: dict[str, object] = {}
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: found.update(arguments))

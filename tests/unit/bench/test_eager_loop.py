@@ -102,4 +102,4 @@ def test_it_is_left_out_without_transformers(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert why_skipped("mesh") is None
     for name in ("eager", "eager-compiled"):
-        assert why_skipped(name) == "transformers is not installed (pip install 'megatron-mesh[hf]')"
+        assert why_skipped(name) == "transformers is not installed (pip install -e '.[hf]')"

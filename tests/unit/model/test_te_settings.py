@@ -173,10 +173,10 @@ def absent(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             PrecisionConfig(transformer_impl="transformer_engine"),
-            ["megatron-mesh[te]", "--transformer-impl local"],
+            ["-e '.[te]'", "--transformer-impl local"],
         ),
-        (PrecisionConfig(fp8_format="e4m3"), ["--fp8-format", "megatron-mesh[te]"]),
-        (PrecisionConfig(gradient_accumulation_fusion=True), ["apex", "megatron-mesh[te]", "leave it out"]),
+        (PrecisionConfig(fp8_format="e4m3"), ["--fp8-format", "-e '.[te]'"]),
+        (PrecisionConfig(gradient_accumulation_fusion=True), ["apex", "-e '.[te]'", "leave it out"]),
     ],
 )
 def test_what_is_missing_is_named(absent, precision: PrecisionConfig, words: list[str]) -> None:
@@ -206,8 +206,14 @@ def test_a_broken_installation_is_not_a_traceback(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib, "import_module", broken)
     implementation.why_no_transformer_engine.cache_clear()
     try:
-        with pytest.raises(UserError, match="libcudart"):
+        with pytest.raises(UserError, match=r"libcudart.*again.*uninstall.*--transformer-impl local"):
             choose(PrecisionConfig(transformer_impl="transformer_engine"), ParallelConfig())
+        assert choose(PrecisionConfig(), ParallelConfig()) == choose(
+            PrecisionConfig(transformer_impl="local"), ParallelConfig()
+        )
+        monkeypatch.setattr(implementation.device, "has_gpu", lambda: True)
+        with pytest.raises(UserError, match=r"--transformer-impl auto: .*libcudart"):
+            choose(PrecisionConfig(), ParallelConfig())
     finally:
         implementation.why_no_transformer_engine.cache_clear()
 

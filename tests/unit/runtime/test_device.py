@@ -1,6 +1,7 @@
 """The seams through which Megatron-core runs on a CPU."""
 
 import importlib
+import os
 
 import pytest
 import torch
@@ -53,6 +54,15 @@ def test_prepare_twice_patches_once() -> None:
     before = torch.zeros
     device.prepare()
     assert torch.zeros is before
+
+
+@pytest.mark.parametrize("given, used", [(None, "1"), ("8", "8")])
+def test_sends_hide_behind_products_up_to_hopper(monkeypatch, given: str | None, used: str) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given or "")
+    if given is None:
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    device.prepare()
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == used
 
 
 def test_describe_names_what_is_missing() -> None:

@@ -1,6 +1,8 @@
 """The report of what is installed."""
 
 import importlib.metadata
+import os
+import re
 import runpy
 import subprocess
 import sys
@@ -81,3 +83,43 @@ def test_the_tool() -> None:
     command = [sys.executable, str(ROOT / "tools/env_report.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "megatron-core" in done.stdout, done.stderr
+
+
+def test_what_is_needed_is_what_the_package_asks_for() -> None:
+    text = (ROOT / "setup.py").read_text(encoding="utf-8")
+    needed = re.search(r"install_requires=\[(.*?)\n    \]", text, re.S)
+    assert needed and set(REQUIRED) == set(re.findall(r'^\s+"([\w-]+)[>=<]', needed[1], re.M))
+
+
+@pytest.mark.parametrize("error", ["ModuleNotFoundError", "OSError"])
+def test_a_torch_that_cannot_be_imported_is_reported(tmp_path: Path, error: str) -> None:
+    (tmp_path / "torch.py").write_text(f"raise {error}('libcudart.so.13: cannot open')\n")
+    command = [sys.executable, str(ROOT / "tools/env_report.py")]
+    path = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(command, env=path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "megatron-core" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: torch cannot be imported (libcudart.so.13: cannot open)")
+
+
+def test_nvidias_name_of_triton_counts(monkeypatch) -> None:
+    class Found:
+        version = "3.5.1"
+
+    def distribution(name: str) -> Found:
+        if name != "pytorch-triton":
+            raise importlib.metadata.PackageNotFoundError
+        return Found()
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    assert environment_report._version("triton") == "3.5.1"
+    assert environment_report._version("flash-attn") is None
+
+
+def test_the_driver_is_named(tmp_path: Path, monkeypatch) -> None:
+    """As Linux shows it, for the open kernel modules."""
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (dvs-builder)\n"
+    )
+    monkeypatch.setattr(environment_report, "_DRIVER", tmp_path / "version")
+    assert {row.what: row.found for row in report()}["NVIDIA driver"] == "580.95.05"
