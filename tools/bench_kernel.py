@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +62,14 @@ def main(argv: Sequence[str]) -> None:
 
 def _write(arguments: argparse.Namespace, results: dict[int, list[Any]]) -> None:
     import torch
+    import triton
 
     from megatron_mesh.runtime import device
 
     report = {
         "date": datetime.now(UTC).date().isoformat(),
         "device": device.describe(),
-        "versions": {"torch": torch.__version__, "triton": version("triton")},
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
         "settings": {name: value for name, value in vars(arguments).items() if name != "output"},
         "results": {terms: [asdict(row) for row in found] for terms, found in results.items()},
     }
