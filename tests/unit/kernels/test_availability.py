@@ -44,9 +44,7 @@ def test_available_where_nothing_is_missing(complete: pytest.MonkeyPatch) -> Non
     assert available()
 
 
-def test_asks_for_the_headers_of_debians_python(
-    complete: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_asks_for_the_headers_of_debians_python(complete: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its default scheme, posix_local, has /usr/local/include, where no headers are."""
     paths = {"posix_local": {"include": "/nowhere"}, "posix_prefix": {"include": str(tmp_path)}}
     complete.setattr(sysconfig, "get_default_scheme", lambda: "posix_local")
