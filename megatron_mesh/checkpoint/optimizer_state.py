@@ -63,7 +63,7 @@ def _only_member(optimizer: MegatronOptimizer) -> MegatronOptimizer:
 
 
 def _step(inner: dict[str, Any]) -> int:
-    """Updates done: the plain optimizer with torch's Adam keeps them with its state, others with the groups."""
+    """Updates done: they are with the state (plain optimizer, torch's Adam) or else with the groups."""
     if "common_step" in inner.get("state", {}):
         return int(inner["state"]["common_step"])
     return int(inner["param_groups"][0]["step"])
