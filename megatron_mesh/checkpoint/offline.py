@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mesh.checkpoint import directory as names
 from megatron_mesh.checkpoint import integrity, safe
-from megatron_mesh.checkpoint.save import complete, make_empty, write_now
+from megatron_mesh.checkpoint.save import complete, make_empty, staged, write_now
 from megatron_mesh.checkpoint.writer import plan
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import device
@@ -72,7 +72,7 @@ def write(save: Path, state: dict[str, Any], config: str, description: dict[str,
     try:
         make_empty(partial)
         request, common = plan(state, partial)
-        write_now(request)
+        write_now(staged(request))
         request.finalize_fns[0]()
         complete(partial, common, config, description)
         partial.rename(save)

@@ -6,6 +6,7 @@ For every weight ``optimizer.state.exp_avg.<weight>``, ``exp_avg_sq`` and, where
 
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
@@ -41,9 +42,14 @@ def load_optimizer_state(optimizer: MegatronOptimizer, saved: dict[str, Any]) ->
     else:
         fresh = member.state_dict()
         ours = fresh.get("optimizer", fresh)
-        _adopt(ours["param_groups"], groups)
         # A float32 model's state is beside the groups that a distributed optimizer has saved.
-        ours["state"] = {**inner.get("state", {}), **saved.get("state", {}), "common_step": step}
+        ours["state"] = {**inner.get("state", {}), **saved.get("state", {})}
+        ours["state"].pop("common_step", None)
+        if isinstance(member.optimizer, torch.optim.Adam):
+            _adopt(ours["param_groups"], groups)
+            ours["state"]["common_step"] = step
+        else:  # Transformer Engine's and apex's FusedAdam count with the groups
+            _adopt(ours["param_groups"], groups, step=step)
         if "fp32_from_fp16_params" in saved:
             fresh["fp32_from_fp16_params"] = saved["fp32_from_fp16_params"]
     optimizer.load_state_dict(fresh)
@@ -56,11 +62,11 @@ def _only_member(optimizer: MegatronOptimizer) -> MegatronOptimizer:
     return member
 
 
-def _step(inner: dict[str, Any]) -> Any:
-    """Updates done: the distributed optimizer keeps them with the groups, the plain one with its state."""
+def _step(inner: dict[str, Any]) -> int:
+    """Updates done: they are with the state (plain optimizer, torch's Adam) or else with the groups."""
     if "common_step" in inner.get("state", {}):
-        return inner["state"]["common_step"]
-    return inner["param_groups"][0]["step"]
+        return int(inner["state"]["common_step"])
+    return int(inner["param_groups"][0]["step"])
 
 
 def _adopt(ours: list[dict[str, Any]], saved: list[dict[str, Any]], **more: Any) -> None:

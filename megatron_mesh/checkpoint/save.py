@@ -82,6 +82,7 @@ class Saver:
             return
         with _without_notes(), stage.parameters_gathered():
             request, common = plan(sharded_state(stage, optimizer, with_generators=True), partial)
+            request = staged(request)
         self._pending = _Pending(state.step, request, common, description(state.state_dict()), started, 0.0)
         if self.config.checkpoint.async_save:
             self._caller.schedule_async_call(request)
@@ -174,13 +175,22 @@ def complete(directory: Path, common: CommonState, config: str, description: dic
     integrity.write_checksums(directory, known)
 
 
+def staged(request: AsyncRequest) -> AsyncRequest:
+    """``request`` with its tensors copied from the GPU; hold it until they are written.
+
+    The copies are in pinned memory, which a forked writer shares with the trainer. Megatron's caller drops
+    them once the writer is started, and then the next batch that is pinned could be written over them.
+    """
+    if request.preload_fn is None:  # nothing to write on this rank
+        return request
+    rank, _, results = request.async_fn_args
+    return request._replace(async_fn_args=(rank, request.preload_fn(), results), preload_fn=None)
+
+
 def write_now(request: AsyncRequest) -> None:
-    """Write this rank's tensors in this process."""
+    """Write this rank's tensors, which are ``staged``, in this process."""
     if request.async_fn is not None:
-        arguments = list(request.async_fn_args)
-        if request.preload_fn is not None:
-            arguments[1] = request.preload_fn()  # copies from the GPU
-        request.async_fn(*arguments)
+        request.async_fn(*request.async_fn_args)
 
 
 def make_empty(directory: Path) -> None:

@@ -83,7 +83,8 @@ def choose_device(name: str | None) -> torch.device:
     """
     if name is None:
         return device.device()
-    accelerator = torch.accelerator.current_accelerator()
+    # A torch that is built for CUDA names it also where there is no GPU.
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     known = f"cpu or {accelerator.type}" if accelerator else "cpu (there is no GPU)"
     try:
         wanted = torch.device(name)

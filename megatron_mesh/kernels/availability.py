@@ -26,6 +26,8 @@ def why_unavailable() -> str | None:
         return "triton is not installed"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "triton needs a C compiler: install gcc, or name one in CC"
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+    # As triton asks: Debian's own Python has a default scheme for what users install, which has no headers.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    if not (Path(sysconfig.get_paths(scheme)["include"]) / "Python.h").exists():
         return "triton needs Python's C headers: install python3-dev"
     return None

@@ -8,11 +8,13 @@ import queue
 import signal
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 import pretrain_mesh
 from megatron_mesh.checkpoint import save as save_module
@@ -53,6 +55,28 @@ def test_saves_are_logged_with_their_time(tiny, tmp_path, background):
 def test_a_slow_save_is_warned_of(tiny, tmp_path, caplog):
     run(tiny(save=str(tmp_path), exit_grace_seconds=1e-6))
     assert "--exit-grace-seconds leaves" in caplog.text
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_copies_from_the_gpu_live_until_they_are_written(tiny, tmp_path, monkeypatch, background):
+    """They are in pinned memory: a writer shares it with the trainer, which would use it for other things."""
+    copies, alive = [], []
+
+    def copied(buckets, non_blocking=True):
+        staged = [(*file, (data, [(item, x.clone()) for item, x in xs])) for *file, (data, xs) in buckets]
+        copies.extend(weakref.ref(x) for *_, (_, xs) in staged for _, x in xs)
+        return staged
+
+    def complete(saver):
+        alive.append(all(copy() is not None for copy in copies))
+        finish(saver)
+
+    finish = save_module.Saver._complete
+    monkeypatch.setattr(FileSystemWriterAsync, "preload_tensors", staticmethod(copied))
+    monkeypatch.setattr(save_module.Saver, "_complete", complete)
+    run(tiny(save=str(tmp_path), async_save=background))
+    assert copies and alive == [True]
+    assert not any(copy() is not None for copy in copies)
 
 
 def test_no_writer_outlives_the_run(tiny, tmp_path):

@@ -34,13 +34,21 @@ def complete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPa
     monkeypatch.setattr(device, "has_gpu", lambda: True)
     monkeypatch.setattr(availability, "find_spec", lambda name: object())
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
     monkeypatch.delenv("CC", raising=False)
     return monkeypatch
 
 
 def test_available_where_nothing_is_missing(complete: pytest.MonkeyPatch) -> None:
     assert why_unavailable() is None
+    assert available()
+
+
+def test_asks_for_the_headers_of_debians_python(complete: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its default scheme, posix_local, has /usr/local/include, where no headers are."""
+    paths = {"posix_local": {"include": "/nowhere"}, "posix_prefix": {"include": str(tmp_path)}}
+    complete.setattr(sysconfig, "get_default_scheme", lambda: "posix_local")
+    complete.setattr(sysconfig, "get_paths", lambda scheme="posix_local": paths[scheme])
     assert available()
 
 

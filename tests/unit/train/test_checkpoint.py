@@ -12,6 +12,7 @@ from megatron_mesh.checkpoint.save import Saver
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.runtime.distributed import process_groups
 from megatron_mesh.train.loop import build
+from tests.unit.train import fused_adam
 from tests.unit.train.conftest import run
 
 
@@ -36,6 +37,25 @@ def assert_equal_tensors(a, b):
     for x, y in zip(a, b, strict=True):
         assert x.dtype == y.dtype
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("loads", ["the same", "torch's"])
+@pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_an_adam_that_counts_with_its_groups(tiny, tmp_path, monkeypatch, bf16, distributed, loads):
+    """Transformer Engine's and apex's, from a checkpoint of their own and from one of torch's AdamW."""
+    settings = {"bf16": bf16, "use_distributed_optimizer": distributed}
+    if loads == "the same":
+        fused_adam.install(monkeypatch)
+    straight = run(tiny(save=str(tmp_path), save_interval=3, **settings))
+    fused_adam.install(monkeypatch)
+    resumed = run(tiny(load=str(tmp_path / "iter_0000003"), **settings))
+    assert {group["step"] for group in resumed.groups} == {6}
+    if loads == "the same":
+        assert resumed.values("loss") == straight.values("loss")[3:]
+        assert_equal_tensors(resumed.optimizer, straight.optimizer)
+    else:
+        assert resumed.values("loss") == pytest.approx(straight.values("loss")[3:], rel=1e-3)
 
 
 KINDS = {
