@@ -96,16 +96,19 @@ def check_files(directory: Path) -> None:
 
 
 class SafeReader(FileSystemReader):
-    """torch's reader with ``read_metadata`` above; the metadata are read once."""
+    """torch's reader with ``read_metadata`` above; the metadata are read once.
 
-    _metadata: Metadata | None = None
+    At once, too: torch 2.11 goes on without them where reading fails, and says then that they are None.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._metadata = read_metadata(path)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._metadata is None:
-            self._metadata = read_metadata(Path(self.path))
-            if self._metadata.storage_meta is None:
-                self._metadata.storage_meta = StorageMeta()
-            self._metadata.storage_meta.load_id = self.load_id
+        if self._metadata.storage_meta is None:
+            self._metadata.storage_meta = StorageMeta()
+        self._metadata.storage_meta.load_id = self.load_id
         return self._metadata
 
 
@@ -191,7 +194,7 @@ def _no_added_classes() -> Iterator[None]:
 def _safe_parts() -> Iterator[None]:
     """Megatron's strategy takes reader and planner from its module and has no parameter for them."""
     replaced = {
-        "_get_filesystem_reader": lambda directory, cache_metadata=False: SafeReader(directory),
+        "_get_filesystem_reader": lambda directory, cache_metadata=False: SafeReader(Path(directory)),
         "MCoreLoadPlanner": _SafePlanner,
     }
     originals = {name: getattr(megatron_strategy, name) for name in replaced}

@@ -52,9 +52,7 @@ def test_as_many_parameters_and_flops_as_base(attention: str, monkeypatch: pytes
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         theirs.losses(batches_of(TOY)[0])
     depth, causal_half = 2 + 2 * 3, 2 * S * H  # the counter sees all scores
-    angles = (
-        S * H // 2 // 4
-    )  # 2 FLOPs for each of a position's H / heads / 4 / 2; a product in some versions only
+    angles = S * H // 2 // 4  # FLOPs of the rotary angles: a product in some versions of transformers
     assert len(calls) == (depth if attention == "sdpa" else 0)
     assert all(c["is_causal"] and c["attn_mask"] is None for c in calls), "else a GPU takes a slower kernel"
     expected = (forward_flops_per_token(config.model) + depth * causal_half) * S * B
