@@ -43,7 +43,7 @@ def launch(*flags: object, processes: int = 1, **variables: str) -> subprocess.C
         launcher += ["--master-addr=127.0.0.1", f"--master-port={port}"]
     command = [*launcher, "pretrain_mesh.py", *map(str, flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def losses(directory: Path, kind: str = "train") -> list[float]:

@@ -38,7 +38,7 @@ class Pool:
             self.connections.append(here)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 400) -> list[Any]:
         """What ``function(*args)`` returned on each rank (WorkerError if one of them raised)."""
         for connection in self.connections:
             connection.send((function, args))
@@ -107,7 +107,7 @@ def _work(rank: int, size: int, port: int, connection: Connection) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     device.prepare()
-    timeout = datetime.timedelta(seconds=120)
+    timeout = datetime.timedelta(seconds=300)
     store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0, timeout=timeout)
     for number in itertools.count():
         try:

@@ -48,7 +48,7 @@ def job(tmp_path: Path, action: str, watchdog_minutes: float = 0.0) -> tuple[lis
         }
         command = [sys.executable, str(script), str(rank), str(watchdog_minutes)]
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=600)[1] for process in processes]
     return [process.returncode for process in processes], errors, time.monotonic() - started
 
 

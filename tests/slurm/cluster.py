@@ -141,7 +141,7 @@ class Cluster:
 
     def call(self, *command: str) -> str:
         """The output of a SLURM command ("" where it fails: the controller may be starting)."""
-        ended = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=30)
+        ended = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
         return ended.stdout if ended.returncode == 0 else ""
 
     def job(self, job: int) -> dict[str, str]:

@@ -146,7 +146,7 @@ def write_settings(directory: Path) -> Path:
 def tool(cluster: Cluster, *arguments: object, code: int = 0) -> str:
     """What tools/submit_slurm.py prints; it ends with exit status ``code``."""
     command = [sys.executable, str(ROOT / "tools/submit_slurm.py"), *map(str, arguments)]
-    ended = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=600)
     assert ended.returncode == code, ended.stderr
     return ended.stdout + ended.stderr
 

@@ -173,7 +173,7 @@ def test_loader_processes_survive_signals_and_end_quietly(tmp_path: Path) -> Non
         start_new_session=True,
     )
     try:
-        output, errors = done.communicate(timeout=100)
+        output, errors = done.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         os.killpg(done.pid, signal.SIGKILL)
         raise

@@ -286,7 +286,7 @@ def test_a_run_goes_on_from_it(tmp_path, capsys) -> None:
     }  # fmt: skip
     rest = [str(word) for pair in run.items() for word in pair if word != ""]
     command = [sys.executable, str(ROOT / "pretrain_mesh.py"), *start[1:-1], *rest]  # start ends with dots
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     before, after = (weights_of(tmp_path / place) for place in ("megatron", "run/iter_0000002"))
     assert before.keys() == after.keys()

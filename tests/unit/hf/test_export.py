@@ -246,7 +246,7 @@ def test_the_tool(exported, tmp_path) -> None:
 
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "tools/convert_to_hf.py"), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
     done = call("--load", checkpoint.parent, "--save", tmp_path / "model")  # the newest of the run
     assert done.returncode == 0 and "wrote" in done.stdout, done.stderr
@@ -267,7 +267,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 export_checkpoint(Path({str(checkpoint)!r}), Path({str(tmp_path / "hf")!r}), shard_bytes=8 * 2**20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr
     weights = sum(path.stat().st_size for path in (tmp_path / "hf").glob("*.safetensors"))
     assert weights > 140e6

@@ -159,7 +159,7 @@ model = AutoModelForCausalLM.from_pretrained({str(directory)!r}, trust_remote_co
 print(float(model(torch.arange(8)[None]).logits.double().sum()))
 """
     ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=600
     )
     assert ended.returncode == 0, ended.stderr
     with torch.no_grad():

@@ -37,7 +37,7 @@ def start(*arguments: str, **variables: str) -> subprocess.Popen:
 
 def result(process: subprocess.Popen) -> Any:
     try:
-        out, errors = process.communicate(timeout=300)
+        out, errors = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 0, errors

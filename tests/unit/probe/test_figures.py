@@ -115,7 +115,7 @@ def test_the_tool_names_a_missing_run(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "none/metrics.jsonl does not exist" in done.stderr

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     path = {"PYTHONPATH": f"{folder}:{ROOT}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=path, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=path, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def plant(folder: Path, name: str, line: str) -> None:

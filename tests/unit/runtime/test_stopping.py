@@ -28,7 +28,7 @@ with stopping.StopRequests(CheckpointConfig(), 0.0).listening():
 
 def status(*pauses: float) -> int:
     script = BLOCKED.format(pauses=", ".join(map(str, (*pauses, ""))))
-    return subprocess.run([sys.executable, "-c", script], timeout=60).returncode
+    return subprocess.run([sys.executable, "-c", script], timeout=600).returncode
 
 
 def test_a_blocked_process_ends_at_the_second_request() -> None:
