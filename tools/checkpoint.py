@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         "reshard": "write the same state anew, from one process",
     }.items():
         command = commands.add_parser(name, help=text)
-        command.add_argument("checkpoint", type=Path, help="an iter_... directory")
+        command.add_argument("checkpoint", type=Path, help="an iter_... directory, or a run's: its newest")
     command.add_argument("--save", type=Path, required=True, help="directory for the new checkpoint")
     command.add_argument("--weights-only", action="store_true", help="leave out the optimizer's state")
     return parser

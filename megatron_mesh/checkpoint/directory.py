@@ -72,6 +72,12 @@ def saved_steps(directory: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def newest(path: Path) -> Path:
+    """The last checkpoint of the run in the directory ``path``, or ``path``, if it is one or holds none."""
+    steps = {} if (path / STATE_FILE).is_file() else saved_steps(path)
+    return list(steps.values())[-1] if steps else path
+
+
 def candidates(settings: CheckpointConfig) -> list[Path]:
     """The checkpoints that a run may start from, best first; none for a new run.
 

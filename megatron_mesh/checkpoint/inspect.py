@@ -43,7 +43,7 @@ def table(directory: Path) -> str:
 
 def description(path: Path) -> str:
     """What a checkpoint holds: its state, the number of its tensors, its configuration."""
-    names.read_checkpoint(path)
+    path = offline.whole_checkpoint(path, check_sums=False).path
     state = json.loads((path / names.STATE_FILE).read_text(encoding="utf-8"))
     tensors = {
         key: entry.size.numel()
@@ -60,7 +60,10 @@ def description(path: Path) -> str:
 def verify(path: Path) -> int:
     """Compare every file with its checksum and print what is wrong; returns 1 if something is."""
     if not path.is_dir():
-        raise UserError(f"{path} is no directory; give an iter_... directory")
+        raise UserError(f"{path} is no directory; give a run's --save directory or an iter_... in it")
+    path = names.newest(path)
+    if not any((path / name).exists() for name in (names.STATE_FILE, integrity.CHECKSUMS_FILE)):
+        raise UserError(f"{path} holds no complete checkpoint (no iter_...); check the directory")
     listed = integrity.files(path)
     found: list[str] = []
     for share in track(range(len(listed)), "reading", console=Console(stderr=True)):

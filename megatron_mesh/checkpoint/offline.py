@@ -44,8 +44,7 @@ def whole_checkpoint(path: Path, *, check_sums: bool = True) -> names.Checkpoint
     """
     if not path.is_dir():
         raise UserError(f"{path} is no directory; give a run's --save directory or an iter_... in it")
-    if not (path / names.STATE_FILE).is_file() and (steps := names.saved_steps(path)):
-        path = list(steps.values())[-1]
+    path = names.newest(path)
     checkpoint = names.read_checkpoint(path)
     if check_sums and (found := integrity.damage(path)):
         raise UserError(f"{path} is damaged: {'; '.join(found)}; take another checkpoint")

@@ -31,7 +31,7 @@ def check_ranks(parallel: ParallelConfig, world_size: int) -> int:
         sizes = " x ".join(f"{flag(n)} {getattr(parallel, n)}" for n in model_parallel_names(parallel))
         raise UserError(
             f"{sizes} = {size} does not divide the number of processes, {world_size}; "
-            f"the nearest numbers that work: {' or '.join(near)}"
+            f"start {' or '.join(near)} (torchrun --nproc-per-node), or plan with tools/inspect_config.py"
         )
     _check_data_parallel(parallel)
     return world_size // size

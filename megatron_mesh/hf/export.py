@@ -9,7 +9,6 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from huggingface_hub.serialization import StateDictSplit
 from rich.console import Console
 from rich.progress import track
-from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_mesh.checkpoint import offline
@@ -21,6 +20,7 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.hf import describe, folding, ship
 from megatron_mesh.hf.names import EMBEDDING, entries
 from megatron_mesh.hf.tokenizer import tokenizer_of, write_tokenizer
+from megatron_mesh.hf.weights import write_tensors
 from megatron_mesh.recurrence import SCHEMES
 
 SHARD_BYTES = 2 * 2**30
@@ -114,7 +114,7 @@ def _write_weights(
         loaded = read_slices(saved.path, {name: (wanted[name].key, wanted[name].layer) for name in names})
         scaled = {name: loaded[name] * wanted[name].factor for name in names}
         converted = {name: tensor.to(target).contiguous() for name, tensor in scaled.items()}
-        save_file(converted, directory / file_name, metadata={"format": "pt"})
+        write_tensors(converted, directory / file_name)
     _write_index(plan, directory)
     if folding.needs_file(model) and target == found.properties.dtype:
         folding.write(read_slices(saved.path, {EMBEDDING: (EMBEDDING, None)})[EMBEDDING], directory)

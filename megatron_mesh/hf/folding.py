@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_mesh.config.schema import ModelConfig
-from megatron_mesh.hf.weights import Weights
+from megatron_mesh.hf.weights import Weights, write_tensors
 from megatron_mesh.recurrence import SCHEMES
 
 FILE = "embedding_before_scaling.safetensors"
@@ -44,7 +44,7 @@ def needs_file(model: ModelConfig) -> bool:
 
 def write(embedding: Tensor, directory: Path) -> None:
     """Keep the embedding [vocabulary, H] in an export."""
-    save_file({_NAME: embedding.contiguous()}, directory / FILE, metadata={"format": "pt"})
+    write_tensors({_NAME: embedding.contiguous()}, directory / FILE)
 
 
 def taken_out(

@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 STOP_FILE = "stop"
 STATUS_FILE = "run_status.txt"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO_SECONDS = 5.0
 """A signal that comes so soon after the first is the same request: launchers pass on what ranks got too."""
 
-URGENT = ("the stop file", "SIGTERM", "SIGUSR1")
+URGENT = ("the stop file", "SIGINT", "SIGTERM", "SIGUSR1")
 """Reasons to stop after which a kill may follow: nothing may come between the step and its checkpoint."""
 # What ranks vote with; the highest wins.
 _REASONS = ("", "--exit-interval", "--exit-duration-in-mins", *URGENT)

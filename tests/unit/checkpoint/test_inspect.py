@@ -59,6 +59,16 @@ def test_verify(checkpoints, capsys):
     assert "common.pt has 1 bytes" in out and "__0_0.distcp is missing" in out and out.count("damaged") == 2
 
 
+def test_a_run_stands_for_its_newest(checkpoints, tmp_path, capsys):
+    assert main(["verify", str(checkpoints)]) == 0
+    assert f"{checkpoints / 'iter_0000006'} is whole" in capsys.readouterr().out
+    main(["show", str(checkpoints)])
+    assert '"step": 6' in capsys.readouterr().out
+    for command in ("verify", "show"):
+        with pytest.raises(UserError, match=r"no complete checkpoint|not a complete checkpoint"):
+            main([command, str(tmp_path)])
+
+
 def test_a_rewritten_checkpoint_goes_on_bitwise(tiny, checkpoints, tmp_path):
     expected = run(tiny(load=str(checkpoints / "iter_0000004"))).values("loss")
     assert main(["reshard", str(checkpoints / "iter_0000004"), "--save", str(tmp_path / "new")]) == 0

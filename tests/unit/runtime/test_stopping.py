@@ -1,8 +1,13 @@
 """The second request to stop, which must not wait for anybody."""
 
+import os
 import signal
 import subprocess
 import sys
+
+from megatron_mesh.config.schema import CheckpointConfig
+from megatron_mesh.runtime.stopping import StopRequests
+from tests.helpers import one_process, tiny_config
 
 # The main thread is inside a call that no signal interrupts, as in a collective operation that hangs.
 BLOCKED = """
@@ -24,6 +29,14 @@ with stopping.StopRequests(CheckpointConfig(), 0.0).listening():
     libc.pthread_mutex_lock(lock)
     libc.pthread_mutex_lock(lock)
 """
+
+
+def test_control_c_is_a_request_like_others(tmp_path) -> None:
+    stop = StopRequests(CheckpointConfig(save=str(tmp_path)), 0.0)
+    with one_process(tiny_config()), stop.listening():
+        assert stop.agreed(1, faulty=False) == ("", False)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.agreed(2, faulty=False) == ("SIGINT", False)
 
 
 def status(*pauses: float) -> int:
