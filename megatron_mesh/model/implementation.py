@@ -22,6 +22,7 @@ Implementation = Literal["local", "transformer_engine"]
 LOCAL: Implementation = "local"
 TRANSFORMER_ENGINE: Implementation = "transformer_engine"
 
+_NO_GPU = "there is no GPU"
 _INSTALL = "on a machine with CUDA: pip install --no-build-isolation -e '.[te]'"
 _REINSTALL = "install it again, for this torch and its CUDA, or pip uninstall transformer-engine"
 _OLDEST = "2.9"  # what megatron-core 0.16.1 asks for in its own extra
@@ -35,8 +36,8 @@ def choose(precision: PrecisionConfig, parallel: ParallelConfig) -> Implementati
     """
     asked = precision.transformer_impl
     missing = why_no_transformer_engine()
-    reason = missing or "there is no GPU"
-    remedy = f"{missing} ({_REINSTALL if _is_installed() else _INSTALL})" if missing else reason
+    reason = missing or (f"--transformer-impl {asked} rules it out" if device.has_gpu() else _NO_GPU)
+    remedy = _with_remedy(missing) if missing else reason
     wanted = asked == TRANSFORMER_ENGINE or (asked == "auto" and device.has_gpu())
     chosen = TRANSFORMER_ENGINE if wanted and not missing else LOCAL
     # One that is installed was meant to be used: no slower run instead, unless asked for.
@@ -55,7 +56,7 @@ def choose(precision: PrecisionConfig, parallel: ParallelConfig) -> Implementati
     if precision.gradient_accumulation_fusion and chosen == LOCAL and not has_fused_gradients():
         raise UserError(
             "--gradient-accumulation-fusion needs Transformer Engine, or apex with its CUDA extensions: "
-            f"{remedy}, and apex's fused_weight_gradient_mlp_cuda is not installed; leave it out"
+            f"{remedy}, and apex's fused_weight_gradient_mlp_cuda cannot be used; leave it out"
         )
     _say_once(chosen, "" if asked == chosen else reason)
     return chosen
@@ -68,11 +69,19 @@ def why_no_transformer_engine() -> str | None:
         return "Transformer Engine is not installed"
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except BROKEN as error:  # wants CUDA's libraries
+    except BROKEN as error:  # wants CUDA's libraries; without a GPU it is not even tried
+        if not device.has_gpu():
+            return _NO_GPU
         return f"Transformer Engine is installed and cannot be imported ({error})"
     if not is_te_min_version(_OLDEST):
         return f"Transformer Engine is older than {_OLDEST}"
     return None
+
+
+def _with_remedy(missing: str) -> str:
+    if not _is_installed():
+        return f"{missing} ({_INSTALL})"
+    return f"{missing} ({_REINSTALL})" if device.has_gpu() else missing
 
 
 def _is_installed() -> bool:
@@ -80,8 +89,8 @@ def _is_installed() -> bool:
 
 
 def has_fused_gradients() -> bool:
-    """Whether apex's extension is there, with which Megatron's own linear layers fuse their gradients."""
-    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    """Whether Megatron's own linear layers can fuse their gradients: with apex's extension, on a GPU."""
+    return device.has_gpu() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def has_fused_norms() -> bool:

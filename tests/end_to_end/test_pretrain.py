@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime import device
 from pretrain_mesh import main
 from tests.end_to_end.runs import launch, losses, write_settings
 
@@ -108,8 +109,8 @@ def test_errors_are_one_line(settings):
 
 
 @pytest.mark.parametrize("asked, status", [("transformer_engine", 2), ("local", 0)])
-def test_a_broken_transformer_engine_is_one_message_or_not_needed(settings, tmp_path, asked, status) -> None:
-    """Megatron-core alone would end in a traceback when it is imported."""
+def test_an_unusable_transformer_engine_is_one_message(settings, tmp_path, asked, status) -> None:
+    """Or not needed. Megatron-core alone would end in a traceback."""
     broken = tmp_path / "transformer_engine"
     broken.mkdir()
     (broken / "__init__.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')\n")
@@ -120,5 +121,6 @@ def test_a_broken_transformer_engine_is_one_message_or_not_needed(settings, tmp_
     assert result.returncode == status, result.stderr
     if status:
         (line,) = result.stderr.splitlines()
-        for words in ("libcudart.so.13", "install it again", "uninstall", "--transformer-impl local"):
-            assert words in line
+        broken_on_gpu = ("libcudart.so.13", "install it again", "uninstall")
+        why = broken_on_gpu if device.has_gpu() else ("there is no GPU",)
+        assert all(words in line for words in (*why, "--transformer-impl local")), line

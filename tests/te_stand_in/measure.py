@@ -2,7 +2,8 @@
 
     PYTHONPATH=tests/te_stand_in:. python tests/te_stand_in/measure.py [two]
 
-In a process of its own, since Megatron-core asks for Transformer Engine once, when it is imported.
+In a process of its own, since Megatron-core asks for Transformer Engine once, when it is imported. Here that
+is before ``megatron_mesh``, which would refuse any where there is no GPU.
 """
 
 import json

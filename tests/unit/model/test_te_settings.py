@@ -206,16 +206,27 @@ def test_a_broken_installation_is_not_a_traceback(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib, "import_module", broken)
     implementation.why_no_transformer_engine.cache_clear()
     try:
-        with pytest.raises(UserError, match=r"libcudart.*again.*uninstall.*--transformer-impl local"):
+        with pytest.raises(UserError, match="there is no GPU; or use --transformer-impl local"):
             choose(PrecisionConfig(transformer_impl="transformer_engine"), ParallelConfig())
         assert choose(PrecisionConfig(), ParallelConfig()) == choose(
             PrecisionConfig(transformer_impl="local"), ParallelConfig()
         )
+        implementation.why_no_transformer_engine.cache_clear()
         monkeypatch.setattr(implementation.device, "has_gpu", lambda: True)
-        with pytest.raises(UserError, match=r"--transformer-impl auto: .*libcudart"):
-            choose(PrecisionConfig(), ParallelConfig())
+        for asked in ("auto", "transformer_engine"):
+            words = rf"--transformer-impl {asked}: .*libcudart.*again.*uninstall.*--transformer-impl local"
+            with pytest.raises(UserError, match=words):
+                choose(PrecisionConfig(transformer_impl=asked), ParallelConfig())
     finally:
         implementation.why_no_transformer_engine.cache_clear()
+
+
+def test_fused_gradients_of_local_layers_beside_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: None)
+    monkeypatch.setattr(implementation.device, "has_gpu", lambda: True)
+    precision = PrecisionConfig(transformer_impl="local", gradient_accumulation_fusion=True)
+    with pytest.raises(UserError, match=r"--transformer-impl local rules it out, and apex's .* leave it out"):
+        choose(precision, ParallelConfig())
 
 
 @pytest.mark.parametrize(

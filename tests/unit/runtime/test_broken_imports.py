@@ -1,4 +1,4 @@
-"""A Transformer Engine that is installed and cannot be loaded counts as a missing one."""
+"""Libraries of GPUs that are installed and cannot be used count as missing ones."""
 
 import subprocess
 import sys
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
+# Where there is none, nothing is loaded that could turn out to be broken.
+GPU, NO_GPU = (f"import torch; torch.cuda.is_available = lambda: {there}; " for there in (True, False))
 
 
 def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -25,25 +27,42 @@ def plant(folder: Path, name: str, line: str) -> None:
 def test_every_way_to_break_is_a_missing_module(tmp_path: Path, error: str, where: str) -> None:
     plant(tmp_path, "__init__.py", "")
     plant(tmp_path, where, f"raise {error}('libcudart.so.13: cannot open')")
-    done = python("import megatron_mesh, transformer_engine.pytorch", tmp_path)
+    done = python(f"{GPU}import megatron_mesh, transformer_engine.pytorch", tmp_path)
     assert "ModuleNotFoundError: libcudart.so.13: cannot open" in done.stderr
 
 
 def test_other_mistakes_keep_their_traceback_and_a_whole_one_is_imported(tmp_path: Path) -> None:
     plant(tmp_path, "__init__.py", "raise TypeError('ours')")
-    assert "\nTypeError: ours" in python("import megatron_mesh, transformer_engine", tmp_path).stderr
+    assert "\nTypeError: ours" in python(f"{GPU}import megatron_mesh, transformer_engine", tmp_path).stderr
     plant(tmp_path, "__init__.py", "number = 3")
-    done = python("import megatron_mesh, transformer_engine as te; print(te.number, te.__name__)", tmp_path)
+    code = f"{GPU}import megatron_mesh, transformer_engine as te; print(te.number, te.__name__)"
+    done = python(code, tmp_path)
     assert done.stdout == "3 transformer_engine\n"
+
+
+WHY = (
+    "from megatron_mesh.model.implementation import why_no_transformer_engine as why;"
+    "from megatron.core.extensions.transformer_engine import HAVE_TE; print(HAVE_TE, why())"
+)
 
 
 def test_megatron_core_works_without_it(tmp_path: Path) -> None:
     plant(tmp_path, "__init__.py", "raise OSError('libcudart.so.13: cannot open')")
-    code = (
-        "from megatron_mesh.model.implementation import why_no_transformer_engine as why;"
-        "from megatron.core.extensions.transformer_engine import HAVE_TE; print(HAVE_TE, why())"
-    )
-    done = python(code, tmp_path)
+    done = python(GPU + WHY, tmp_path)
     assert done.stdout == (
         "False Transformer Engine is installed and cannot be imported (libcudart.so.13: cannot open)\n"
     ), done.stderr
+
+
+def test_without_a_gpu_none_is_loaded(tmp_path: Path) -> None:
+    """They can be imported there, and Megatron-core's optimizer would end in the first of their kernels."""
+    for name in ("__init__.py", "pytorch.py"):
+        plant(tmp_path, name, "print('loaded')")
+    for name in ("apex.py", "amp_C.py"):
+        (tmp_path / name).write_text("print('loaded')\n")
+    adam = "; from megatron.core.optimizer import Adam; print(Adam.__module__)"
+    done = python(NO_GPU + WHY + adam, tmp_path)
+    assert done.stdout == "False there is no GPU\ntorch.optim.adamw\n", done.stderr
+    for name in ("transformer_engine.pytorch", "apex", "amp_C"):
+        error = python(f"{NO_GPU}import megatron_mesh, {name}", tmp_path).stderr
+        assert "ModuleNotFoundError: there is no GPU" in error
