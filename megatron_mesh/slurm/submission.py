@@ -40,6 +40,10 @@ def prepared(config: Config, run: Path, site: Site, nodes: int) -> Config:
     grace = checkpoint.exit_grace_seconds or float(site.save_seconds)
     ours: CheckpointConfig = replace(checkpoint, save=str(run), load=load, exit_grace_seconds=grace)
     config = resolve(replace(config, checkpoint=ours), world_size=nodes * site.gpus_per_node)
+    if not (config.data.data_path or config.data.train_data_path):
+        raise UserError(
+            "the job would end at once, without training data; give --data-path or --train-data-path"
+        )
     if checkpoint.save_interval is None:
         raise UserError(
             "--save-interval is not set, so a lost node would lose everything; a save should come more often "

@@ -20,7 +20,7 @@ def config(world_size: int, **changes: Any):
 
 REFUSED: list[tuple[int, dict[str, Any], list[str]]] = [
     (6, {"pipeline_model_parallel_size": 4}, ["= 4 does not divide", "processes, 6", "4 or 8"]),
-    (3, {"pipeline_model_parallel_size": 4}, ["that work: 4"]),
+    (3, {"pipeline_model_parallel_size": 4}, ["start 4 (torchrun"]),
     (
         2,
         {"context_parallel_size": 2, "transformer_impl": "local"},

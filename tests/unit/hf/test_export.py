@@ -206,14 +206,14 @@ def test_targets_that_cannot_be(exported, tmp_path) -> None:
 
 def test_an_interrupted_conversion_leaves_no_model(exported, tmp_path, monkeypatch) -> None:
     checkpoint, _, _ = exported()
-    real = export_module.save_file
+    real = export_module.write_tensors
 
-    def stops(tensors, path, **options):
-        real(tensors, path, **options)
+    def stops(tensors, path):
+        real(tensors, path)
         if "00003" in str(path):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(export_module, "save_file", stops)
+    monkeypatch.setattr(export_module, "write_tensors", stops)
     with pytest.raises(KeyboardInterrupt):
         export_checkpoint(checkpoint, tmp_path / "model", shard_bytes=20_000)
     assert [path.name for path in tmp_path.iterdir()] == ["model.partial"]

@@ -81,7 +81,8 @@ def test_the_tool_makes_a_script_of_it(nodes: int, tmp_path: Path, capsys: pytes
     text = re.sub(r"(?m)^PYTHON=\S+", f"PYTHON={sys.executable}", text)
     (tmp_path / "site.sh").write_text(text)
     submit = runpy.run_path(str(ROOT / "tools/submit_slurm.py"))["main"]
-    line = f"--site {tmp_path}/site.sh --nodes {nodes} --gpu-memory-gib 72 --save {tmp_path}/run --dry-run"
-    submit([*line.split(), "--config", str(FOLDER / f"{nodes}-nodes.yaml"), "--save-interval", "500"])
+    line = f"--site {tmp_path}/site.sh --nodes {nodes} --gpu-memory-gib 72 --save {tmp_path}/run"
+    line += f" --config {FOLDER}/{nodes}-nodes.yaml --data-path /data/text --save-interval 500 --dry-run"
+    submit(line.split())
     script = capsys.readouterr().out
     assert f"#SBATCH --nodes={nodes}\n" in script and "#SBATCH --ntasks-per-node=8\n" in script

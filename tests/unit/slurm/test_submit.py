@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 main = runpy.run_path(str(ROOT / "tools/submit_slurm.py"))["main"]
 MODEL = ["--layers", "1+1R2+1", "--hidden-size", "32", "--num-attention-heads", "2", "--seq-length", "16"]
 MODEL += ["--vocab-size", "128", "--train-iters", "10", "--lr-warmup-iters", "1"]
+DATA = ["--data-path", "/data/corpus_text_document"]
 SAVING = ["--save-interval", "5"]
 SLURM = {
     "sbatch": 'echo "$@" >>"$LAB/sbatch"; [ -z "$REFUSE" ] || { echo "sbatch: $REFUSE" >&2; exit 1; }\n'
@@ -53,7 +54,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def submit(lab: Path, *flags: str) -> None:
-    main(["--site", str(lab / "site.sh"), "--save", str(lab / "run"), *MODEL, *SAVING, *flags])
+    main(["--site", str(lab / "site.sh"), "--save", str(lab / "run"), *MODEL, *DATA, *SAVING, *flags])
 
 
 def test_what_is_submitted_starts_from_the_snapshot(lab, capsys) -> None:
@@ -171,8 +172,10 @@ def test_a_run_needs_its_directory_and_checkpoints(lab) -> None:
     site = ["--site", str(lab / "site.sh"), *MODEL]
     with pytest.raises(UserError, match="--save is missing"):
         main([*site, *SAVING])
+    with pytest.raises(UserError, match="without training data"):
+        main([*site, *SAVING, "--save", str(lab / "run")])
     with pytest.raises(UserError, match="--save-interval is not set"):
-        main([*site, "--save", str(lab / "run")])
+        main([*site, *DATA, "--save", str(lab / "run")])
     with pytest.raises(UserError, match="--site is missing"):
         main(MODEL)
     with pytest.raises(UserError, match="was not submitted"):
