@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 pretrain_mesh.py --config examples/configs/pythia-1b
 """
 
 import sys
+import time
 from collections.abc import Sequence
 
 from megatron_mesh.arguments import parse_args
@@ -40,6 +41,8 @@ if __name__ == "__main__":  # saving a checkpoint starts processes that import t
     except UserError as error:
         if speaks:
             print(f"error: {error}", file=sys.stderr)
+        else:  # where one rank ends the launcher ends the others, and the first has to say why
+            time.sleep(3)
         sys.exit(exits.BAD_INPUT)
     except OutOfMemory as error:
         print(f"error: {error}", file=sys.stderr)

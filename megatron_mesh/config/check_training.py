@@ -1,6 +1,5 @@
 """Resolving batch, length, recompute and the learning-rate schedule."""
 
-import logging
 from dataclasses import replace
 
 from megatron_mesh.config.derived import layout
@@ -9,8 +8,6 @@ from megatron_mesh.config.schema import ModelConfig, OptimizerConfig, TrainingCo
 from megatron_mesh.config.settings import flag
 from megatron_mesh.errors import UserError
 from megatron_mesh.recurrence import SCHEMES
-
-logger = logging.getLogger(__name__)
 
 
 def resolve_training(training: TrainingConfig, model: ModelConfig, data_parallel: int) -> TrainingConfig:
@@ -106,13 +103,6 @@ def resolve_optimizer(optimizer: OptimizerConfig, train_iters: int) -> Optimizer
     decay = optimizer.lr_decay_iters or train_iters
     warmup = _warmup_iters(optimizer, decay)
     _check_wsd(optimizer, decay, warmup)
-    if decay < train_iters and optimizer.lr_decay_style != "constant" and not optimizer.min_lr:
-        logger.warning(
-            "the learning rate is 0 after step %d (--lr-decay-iters), and nothing is learned from there to "
-            "--train-iters %d; for a longer decay give --lr-decay-iters too",
-            decay,
-            train_iters,
-        )
     return replace(optimizer, lr_decay_iters=decay, lr_warmup_iters=warmup, lr_warmup_fraction=None)
 
 

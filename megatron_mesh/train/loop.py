@@ -29,7 +29,7 @@ from megatron_mesh.runtime.stopping import URGENT, StopRequests, write_status
 from megatron_mesh.train.data import open_batches, open_datasets, open_vocabulary
 from megatron_mesh.train.guard import guarded_step, record_skipped
 from megatron_mesh.train.metrics import RouterMeter, SpeedMeter, perplexity
-from megatron_mesh.train.optimizer import build_optimizer, build_schedule
+from megatron_mesh.train.optimizer import build_optimizer, build_schedule, tell_of_idle_steps
 from megatron_mesh.train.output import check_writable, open_outputs, position, summary
 from megatron_mesh.train.step import evaluate, loss_per_token, run_batch
 
@@ -57,6 +57,8 @@ def pretrain(config: Config) -> int:
     started = time.monotonic()
     choose(config.precision, config.parallel)
     with process_groups(config) as health, explained(partial(remedies, config)):
+        if is_rank_zero():
+            tell_of_idle_steps(config)
         with health.busy("the preparations"):
             check_trackers(config.logging)
             paths = candidates(config.checkpoint)

@@ -1,5 +1,7 @@
 """Gradients, optimizer and learning-rate schedule: Megatron-core's, from our settings."""
 
+import logging
+
 import torch
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -8,6 +10,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_mesh.checkpoint.distributed_optimizer import repair
 from megatron_mesh.config.schema import Config, OptimizerConfig
 from megatron_mesh.parallel import Stage
+
+logger = logging.getLogger(__name__)
 
 
 def build_optimizer(settings: Config, stage: Stage) -> MegatronOptimizer:
@@ -33,6 +37,20 @@ def build_optimizer(settings: Config, stage: Stage) -> MegatronOptimizer:
     )
     repair(optimizer)
     return optimizer
+
+
+def tell_of_idle_steps(config: Config) -> None:
+    """Say so where steps would change nothing: a longer run with the resolved settings of a shorter one."""
+    optimizer, last = config.optimizer, config.training.train_iters
+    decays = optimizer.lr_decay_style != "constant" and not optimizer.min_lr
+    if decays and last and optimizer.lr_decay_iters and optimizer.lr_decay_iters < last:
+        logger.warning(
+            "the learning rate is 0 after step %d (--lr-decay-iters), and nothing is learned from there to "
+            "step %d; --lr-decay-iters %d --override-opt-param-scheduler makes it decay over the whole run",
+            optimizer.lr_decay_iters,
+            last,
+            last,
+        )
 
 
 def build_schedule(

@@ -27,16 +27,6 @@ def resolved(world_size: int = 1, **changes: Any) -> dict[str, Any]:
     return flatten(resolve(with_values(Config(), {**GOOD, **changes}), world_size=world_size))
 
 
-def test_training_past_the_decay_is_told(caplog) -> None:
-    resolved(train_iters=700, lr_decay_iters=600)
-    assert "the learning rate is 0 after step 600" in caplog.text
-    caplog.clear()
-    resolved(train_iters=700, lr_decay_iters=600, min_lr=1e-5)
-    resolved(train_iters=700, lr_decay_iters=600, lr_decay_style="constant")
-    resolved(train_iters=700)
-    assert not caplog.text
-
-
 def test_everything_is_filled_in() -> None:
     config = resolved(world_size=4, tensor_model_parallel_size=2, lr_warmup_fraction=0.1)
     expected = {
