@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import os
 from typing import Literal
 
 from megatron.core.fusions import fused_layer_norm
@@ -25,6 +26,8 @@ TRANSFORMER_ENGINE: Implementation = "transformer_engine"
 _NO_GPU = "there is no GPU"
 _INSTALL = "on a machine with CUDA: pip install --no-build-isolation -e '.[te]'"
 _REINSTALL = "install it again, for this torch and its CUDA, or pip uninstall transformer-engine"
+# Megatron-core (language_module.py: _set_attention_backend) ends with an assertion where they are not 1.
+_ATTENTION_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 _OLDEST = "2.9"  # what megatron-core 0.16.1 asks for in its own extra
 
 
@@ -34,6 +37,9 @@ def choose(precision: PrecisionConfig, parallel: ParallelConfig) -> Implementati
     Raises:
         UserError: the settings ask for something that this machine has not.
     """
+    for name in _ATTENTION_SWITCHES:
+        if (value := os.environ.get(name, "1")) != "1":
+            raise UserError(f"{name}={value} in the environment: Megatron-core sets it by itself; unset it")
     asked = precision.transformer_impl
     missing = why_no_transformer_engine()
     reason = missing or (f"--transformer-impl {asked} rules it out" if device.has_gpu() else _NO_GPU)

@@ -221,6 +221,12 @@ def test_a_broken_installation_is_not_a_traceback(monkeypatch: pytest.MonkeyPatc
         implementation.why_no_transformer_engine.cache_clear()
 
 
+def test_switches_that_megatron_asserts_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
+    with pytest.raises(UserError, match=r"NVTE_FLASH_ATTN=0 in the environment.*unset it"):
+        build_model(tiny_config())
+
+
 def test_fused_gradients_of_local_layers_beside_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: None)
     monkeypatch.setattr(implementation.device, "has_gpu", lambda: True)
