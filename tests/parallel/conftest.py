@@ -10,9 +10,9 @@ from tests.parallel.pool import close_all, pool
 from tests.parallel.training import Outcome, save_initial, train
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def pools() -> Iterator[None]:
-    """The workers live as long as the session."""
+    """The workers live as long as there are tests for them: idle ones take time too, since gloo polls."""
     yield
     close_all()
 
