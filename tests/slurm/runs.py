@@ -83,16 +83,16 @@ class Job:
 
     def wait_for_step(self, step: int) -> None:
         """Wait until a step is done."""
-        self._wait(lambda: self.losses() and self.losses()[-1][0] >= step, 180, f"step {step}")
+        self._wait(lambda: self.losses() and self.losses()[-1][0] >= step, 600, f"step {step}")
 
     def wait_for_end(self) -> str:
         """Wait until SLURM is through with the job; its state."""
-        self._wait(lambda: self.fields.get("JobState") in OVER, 240, "the end of the job")
+        self._wait(lambda: self.fields.get("JobState") in OVER, 600, "the end of the job")
         return self.fields["JobState"]
 
     def wait_for_restart(self, count: int = 1) -> None:
         """Wait until the job has been put back in the queue."""
-        self._wait(lambda: self.fields.get("Restarts") == str(count), 300, "a restart")
+        self._wait(lambda: self.fields.get("Restarts") == str(count), 600, "a restart")
 
     def ranks(self) -> list[psutil.Process]:
         """The training processes that are there now, by rank."""
