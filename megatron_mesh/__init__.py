@@ -2,7 +2,7 @@
 
 import warnings
 
-from megatron_mesh.runtime import broken_imports
+from megatron_mesh.runtime import unusable_imports
 
 __version__ = "0.1.0"
 
@@ -15,4 +15,4 @@ for _message in (
 ):
     warnings.filterwarnings("ignore", message=_message)
 
-broken_imports.install()  # before anything imports Megatron-core
+unusable_imports.install()  # before anything imports Megatron-core

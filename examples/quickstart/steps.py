@@ -41,7 +41,7 @@ def run_all(steps: list[Step], notes: Path) -> None:
     """Run the steps whose output is not there yet.
 
     ``notes`` is a JSON file of the settings of each step that is done, so that output which was made with
-    others is not taken for what is asked for now.
+    other settings is not taken for what is asked.
 
     Raises:
         UserError: there is such output.

@@ -1,7 +1,6 @@
 """Collectives and sends between the ranks of a job: that they are right, and how fast they are."""
 
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mesh.bench.clock import now
 from megatron_mesh.runtime import device
 
 Run = Callable[[], object]
@@ -68,11 +68,9 @@ def _all_agree(right: bool, name: str) -> None:
 
 def _seconds(run: Run) -> float:
     dist.barrier()
-    device.synchronize()
-    start = time.perf_counter()
+    start = now()
     run()
-    device.synchronize()
-    mine = torch.tensor([time.perf_counter() - start], dtype=torch.float64, device=device.device())
+    mine = torch.tensor([now() - start], dtype=torch.float64, device=device.device())
     dist.all_reduce(mine, op=dist.ReduceOp.MAX)
     return float(mine.item())
 

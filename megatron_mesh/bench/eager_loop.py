@@ -14,12 +14,13 @@ labels shifted by copies. With the ending ``-compiled`` the layers go through ``
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_mesh.bench.settings import EagerAttention
 from megatron_mesh.bench.variants import Variant
 from megatron_mesh.config.derived import layout, padded_vocab_size
 from megatron_mesh.config.schema import Config, ModelConfig
@@ -30,8 +31,8 @@ from megatron_mesh.runtime import device
 class EagerLoop(nn.Module):
     """Embedding, prelude, K times the core, coda, norm, output projection."""
 
-    def __init__(self, model: ModelConfig, attention: Literal["sdpa", "eager"] = "sdpa"):
-        """``model``: resolved settings; ``attention``: transformers' name of it. It must be installed."""
+    def __init__(self, model: ModelConfig, attention: EagerAttention = "sdpa"):
+        """``model``: resolved settings; transformers must be installed."""
         super().__init__()
         from transformers import GPTNeoXConfig
         from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXRotaryEmbedding
@@ -82,7 +83,7 @@ class EagerLoop(nn.Module):
 class EagerVariant(Variant):
     """An ``EagerLoop`` with the training step written by hand."""
 
-    def __init__(self, name: str, config: Config, attention: Literal["sdpa", "eager"] = "sdpa"):
+    def __init__(self, name: str, config: Config, attention: EagerAttention = "sdpa"):
         """``attention``: see ``EagerLoop``."""
         self.name, self.config = name, config
         torch.manual_seed(config.training.seed)

@@ -1,7 +1,6 @@
 """Tokens per second of ``generate`` with a cache: looped models beside stock GPT-NeoX of the same depth."""
 
 import random
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
+from megatron_mesh.bench.clock import now
 from megatron_mesh.config.layers import LayerLayout
 from megatron_mesh.hf.configuration_mesh import MeshConfig
 from megatron_mesh.hf.modeling_mesh import MeshForCausalLM
@@ -81,8 +81,7 @@ def measure_generation(
 
 
 def _seconds(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> float:
-    device.synchronize()
-    start = time.perf_counter()
+    start = now()
     ids = model.generate(  # type: ignore[operator]
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -91,6 +90,6 @@ def _seconds(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> float:
         pad_token_id=0,
         eos_token_id=None,
     )
-    device.synchronize()
+    seconds = now() - start
     assert ids.shape[1] == prompt.shape[1] + new_tokens
-    return time.perf_counter() - start
+    return seconds

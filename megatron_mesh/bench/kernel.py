@@ -1,7 +1,6 @@
 """How near the memory's weighted sum comes to the bandwidth of a plain copy, forward and backward apart."""
 
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megatron_mesh.bench.clock import now
 from megatron_mesh.bench.report import Spread
 from megatron_mesh.recurrence.memory import Mix
 from megatron_mesh.runtime import device
@@ -123,9 +123,7 @@ def _work(
 
 
 def _seconds(work: Callable[[], object], calls: int) -> float:
-    device.synchronize()
-    start = time.perf_counter()
+    start = now()
     for _ in range(calls):
         work()
-    device.synchronize()
-    return (time.perf_counter() - start) / calls
+    return (now() - start) / calls

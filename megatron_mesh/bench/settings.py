@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from megatron_mesh.bench.shapes import PLAIN, SHAPES, ShapeName
 
+EagerAttention = Literal["sdpa", "eager"]
+"""Transformers' names of attention by ``scaled_dot_product_attention`` and with the scores written out."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -37,7 +40,7 @@ class Settings:
     """Scales of the variants in FP8."""
     fp8_scope: Literal["core", "all"] = "core"
     """Layers in FP8 of these variants: the core's, or prelude's and coda's too; of plain models all."""
-    eager_attention: Literal["sdpa", "eager"] = "sdpa"
+    eager_attention: EagerAttention = "sdpa"
     """Attention of eager: transformers' default, or with the scores written out."""
     gradient_accumulation_fusion: bool = False
     """Add weight gradients to the float32 ones inside the matrix product (Transformer Engine or apex)."""

@@ -4,12 +4,12 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron_mesh.bench.settings import Settings
+from megatron_mesh.bench.settings import EagerAttention, Settings
 from megatron_mesh.bench.shapes import COMPILED, EAGER, FP8, PLAIN
 from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.schema import Config
@@ -132,7 +132,7 @@ def variant_config(settings: Settings, name: str) -> Config:
     return resolve(with_values(Config(), values))
 
 
-def build_variant(name: str, config: Config, eager_attention: Literal["sdpa", "eager"] = "sdpa") -> Variant:
+def build_variant(name: str, config: Config, eager_attention: EagerAttention = "sdpa") -> Variant:
     """Model, gradients and optimizer. Megatron's process groups must exist."""
     kind = kind_of(name)
     variant: Variant

@@ -14,8 +14,8 @@ from megatron_mesh import kernels
 from megatron_mesh.config.schema import ParallelConfig, PrecisionConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import device
-from megatron_mesh.runtime.broken_imports import BROKEN
 from megatron_mesh.runtime.distributed import is_rank_zero
+from megatron_mesh.runtime.unusable_imports import BROKEN
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ def save_schedule(plan: Plan, path: Path) -> None:
         schedule_figure(plan).savefig(path, dpi=110)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--figure {path} cannot be written ({error}); give a path that ends in .png"
+            f"--figure {path} cannot be written ({error}); give another path that ends in .png"
         ) from None
 
 
