@@ -157,6 +157,21 @@ class MeshModel(MeshPreTrainedModel):
             use_cache = False
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        places = self._places(inputs_embeds, attention_mask, position_ids, cache, cache_position)
+        hidden_states = self.emb_dropout(inputs_embeds * self.config.embedding_scale)
+        hidden_states = self._run_passes(hidden_states, layer_past=cache, **places, **kwargs)
+        output: dict[str, Any] = {CACHE_NAME: cache}
+        return BaseModelOutputWithPast(last_hidden_state=self.final_layer_norm(hidden_states), **output)
+
+    def _places(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        cache: Any,
+        cache_position: Tensor | None,
+    ) -> dict[str, Any]:
+        """What layers ask of where the tokens are: mask, positions and their rotary embeddings."""
         if cache_position is None:
             seen = (
                 cache.get_seq_length() if isinstance(cache, Cache) else 0
@@ -174,19 +189,12 @@ class MeshModel(MeshPreTrainedModel):
             past_key_values=cache if isinstance(cache, Cache) else None,
             position_ids=position_ids,
         )
-        hidden_states = self.emb_dropout(inputs_embeds * self.config.embedding_scale)
-        rotation = self.rotary_emb(hidden_states, position_ids=position_ids)
-        hidden_states = self._run_passes(
-            hidden_states,
-            attention_mask=mask,
-            position_ids=position_ids,
-            position_embeddings=rotation,
-            layer_past=cache,
-            cache_position=cache_position,
-            **kwargs,
-        )
-        output: dict[str, Any] = {CACHE_NAME: cache}
-        return BaseModelOutputWithPast(last_hidden_state=self.final_layer_norm(hidden_states), **output)
+        return {
+            "attention_mask": mask,
+            "position_ids": position_ids,
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=position_ids),
+            "cache_position": cache_position,
+        }
 
     def _run_passes(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """[B, S, H] -> [B, S, H]. The memory is of each token alone and needs no cache."""
