@@ -111,6 +111,7 @@ def with_tokenizer(checkpoint: Path, directory: Path, tokenizer: Path) -> Path:
     return copy
 
 
+@pytest.mark.versions
 def test_a_fast_tokenizer(exported, tmp_path) -> None:
     (tmp_path / "tokenizer.json").write_text(TOKENIZER)
     checkpoint = with_tokenizer(exported()[0], tmp_path, tmp_path / "tokenizer.json")
@@ -126,6 +127,7 @@ def test_a_fast_tokenizer(exported, tmp_path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("scheme", ["mesh", "vanilla"])
 def test_the_cards_example_runs(exported, tmp_path, monkeypatch, capsys, scheme) -> None:
     """As it stands, and without a question whether the code may run."""
@@ -140,6 +142,7 @@ def test_the_cards_example_runs(exported, tmp_path, monkeypatch, capsys, scheme)
     assert asked == [] and capsys.readouterr().out.strip()
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     "options",
     [
