@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from megatron_mesh.errors import UserError
 
@@ -49,4 +49,4 @@ def test_the_code_of_an_export(exported, old_transformers: None, tmp_path: Path)
     with pytest.raises(
         ImportError, match=r"found transformers==4\.49\.0\.\s.*pip install 'transformers>=4\.57'"
     ):
-        AutoConfig.from_pretrained(directory, trust_remote_code=True)
+        get_class_from_dynamic_module("configuration_mesh.MeshConfig", str(directory))
