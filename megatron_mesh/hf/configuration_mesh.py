@@ -1,11 +1,17 @@
-"""Configuration of a MeSH model for Hugging Face transformers (4.57 and 5.x)."""
+"""Configuration of a MeSH model for Hugging Face transformers (4.57 and 5.x).
+
+transformers imports this file of an export first, so this is where a version that doesn't fit is reported.
+"""
 
 from typing import Any
 
 from transformers import GPTNeoXConfig
 from transformers.utils.versions import require_version
 
-require_version("transformers>=4.57", "Install it: pip install 'transformers>=4.57'")
+from megatron_mesh.hf.versions import OLDEST, warn_if_untested
+
+require_version(f"transformers>={OLDEST}", f"Install it: pip install 'transformers>={OLDEST}'")
+warn_if_untested()
 
 
 def _tensor_parallel_plan(stock: dict[str, str]) -> dict[str, str]:

@@ -10,11 +10,14 @@ from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.hf.folding import is_folded
 from megatron_mesh.hf.ship import AUTO_MAP
+from megatron_mesh.hf.versions import OLDEST, TESTED
 from megatron_mesh.model.config import recurrence_options
 from megatron_mesh.recurrence import SCHEMES
 
 SETTINGS_KEY = "megatron_mesh_settings"
 """Our own settings of the model in config.json, for the way back."""
+TESTED_KEY = "transformers_tested"
+"""The versions of transformers in config.json that the export's code was tested with."""
 
 
 def config_json(model: ModelConfig, dtype: str, end_of_text: int | None) -> dict[str, Any]:
@@ -57,6 +60,7 @@ def config_json(model: ModelConfig, dtype: str, end_of_text: int | None) -> dict
         "use_cache": True,
         "dtype": dtype,
         "torch_dtype": dtype,
+        TESTED_KEY: list(TESTED),
         SETTINGS_KEY: asdict(model),
     }
 
@@ -109,6 +113,8 @@ A GPT-NeoX of {layers} layers ({scheme}), pretrained with megatron_mesh {version
 {metrics}
 ## Use
 
+Tested with transformers {tested}.{refresh}
+
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -124,9 +130,12 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 {config}```
 """
 _LOOPED = """
-Its core, one set of weights, is applied {loops} times (MeSH: arXiv 2510.07739). The code in this directory
-needs torch and transformers (4.57 or 5.x) alone; transformers runs it only with `trust_remote_code=True`.
+Its core, one set of weights, runs {loops} times (MeSH: arXiv 2510.07739). The code in this directory needs
+only torch and transformers {oldest} or newer. transformers runs it only with `trust_remote_code=True`.
 """
+_REFRESH = """
+If the code here fails with a newer version, `tools/convert_to_hf.py --refresh-code DIRECTORY` of a newer
+megatron_mesh brings it up to date and leaves the weights alone."""
 
 
 def model_card(checkpoint: Checkpoint) -> str:
@@ -145,11 +154,13 @@ def model_card(checkpoint: Checkpoint) -> str:
         layers=model.layers,
         scheme=model.recurrence,
         version=megatron_mesh.__version__,
-        explanation=_LOOPED.format(loops=layers.loops) if looped and layers.shared else "",
+        explanation=_LOOPED.format(loops=layers.loops, oldest=OLDEST) if looped and layers.shared else "",
         parameters=non_embedding_parameters(model),
         depth=layers.depth,
         model=model,
         vocabulary=padded_vocab_size(model),
+        tested=", ".join(TESTED),
+        refresh=_REFRESH if looped else "",
         metrics="".join(f"| {name} | {value} |\n" for name, value in metrics.items()),
         trust=", trust_remote_code=True" if looped else "",
         config=dump_config(checkpoint.config),

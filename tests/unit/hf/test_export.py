@@ -18,6 +18,7 @@ from megatron_mesh.hf import export as export_module
 from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.hf.names import entries
 from megatron_mesh.hf.ship import sources
+from megatron_mesh.hf.versions import TESTED
 from tests.exports import export_config, saved_with_logits
 from tests.unit.hf.test_open_model import TOKENIZER
 
@@ -75,8 +76,15 @@ def test_names_are_a_contract(exported) -> None:
 
 def test_files(exported) -> None:
     _, directory, _ = exported()
-    shipped = {f"{name}_mesh.py" for name in ("configuration", "modeling", "layers")}
-    shipped |= {f"{name}.py" for name in ("schemes", "memory", "mesh", "mixing")}
+    shipped = set(sources())
+    assert {
+        "configuration_mesh.py",
+        "modeling_mesh.py",
+        "layers_mesh.py",
+        "schemes.py",
+        "mesh.py",
+        "versions.py",
+    } <= shipped
     texts = {"config.json", "generation_config.json", "README.md"}
     assert {path.name for path in directory.iterdir()} == shipped | texts | {"model.safetensors"}
     assert len({path.stat().st_mode for path in directory.iterdir()}) == 1, "as readable as each other"
@@ -85,8 +93,14 @@ def test_files(exported) -> None:
     card = (directory / "README.md").read_text()
     assert "mesh 1+2R2+1" in card and "| training loss, nats per token | 4.5000 |" in card
     assert "| validation loss, nats per token | not measured |" in card and "hidden_size: 32" in card
+    assert f"Tested with transformers {', '.join(TESTED)}." in card
     config = json.loads((directory / "config.json").read_text())
-    assert config["num_hidden_layers"] == 6 and config["vocab_size"] == 112 and config["rotary_pct"] == 0.25
+    assert (
+        config["transformers_tested"] == list(TESTED)
+        and config["num_hidden_layers"] == 6
+        and config["vocab_size"] == 112
+        and config["rotary_pct"] == 0.25
+    )
     assert "megatron_mesh" not in "".join(
         line
         for text in sources().values()
@@ -104,6 +118,7 @@ def with_tokenizer(checkpoint: Path, directory: Path, tokenizer: Path) -> Path:
     return copy
 
 
+@pytest.mark.versions
 def test_a_fast_tokenizer(exported, tmp_path) -> None:
     (tmp_path / "tokenizer.json").write_text(TOKENIZER)
     checkpoint = with_tokenizer(exported()[0], tmp_path, tmp_path / "tokenizer.json")
@@ -119,6 +134,7 @@ def test_a_fast_tokenizer(exported, tmp_path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("scheme", ["mesh", "vanilla"])
 def test_the_cards_example_runs(exported, tmp_path, monkeypatch, capsys, scheme) -> None:
     """As it stands, and without a question whether the code may run."""
@@ -133,6 +149,7 @@ def test_the_cards_example_runs(exported, tmp_path, monkeypatch, capsys, scheme)
     assert asked == [] and capsys.readouterr().out.strip()
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     "options",
     [

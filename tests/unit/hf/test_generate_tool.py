@@ -14,6 +14,8 @@ from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.hf.open_model import open_model
 from tests.exports import saved_with_logits
 
+pytestmark = pytest.mark.versions
+
 ROOT = Path(__file__).resolve().parents[3]
 main = runpy.run_path(str(ROOT / "tools/generate.py"))["main"]
 GREEDY = ["--temperature", "0", "--max-new-tokens", "9"]

@@ -16,6 +16,8 @@ from megatron_mesh.recurrence import SCHEMES
 from tests.exports import TOKENS
 from tests.helpers import relative_error
 
+pytestmark = pytest.mark.versions
+
 CASES = [
     *(
         {"recurrence": s, "layers": f"1+2R{k}+1"}

@@ -12,6 +12,8 @@ from megatron_mesh.hf.open_model import open_model
 from tests.exports import TOKENS
 from tests.helpers import relative_error
 
+pytestmark = pytest.mark.versions
+
 
 @pytest.mark.parametrize("scheme", ["mesh", "static", "dynamic"])
 def test_our_own_code_is_used(exported, tmp_path, scheme) -> None:
