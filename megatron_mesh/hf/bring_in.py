@@ -13,12 +13,12 @@ from torch import Tensor
 
 from megatron_mesh.checkpoint import offline
 from megatron_mesh.checkpoint.save import description
-from megatron_mesh.config.derived import layout
+from megatron_mesh.config.derived import layout, padded_vocab_size
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import Config, ModelConfig
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf import folding
-from megatron_mesh.hf.names import EMBEDDING, RECURRENCE, Entry, entries
+from megatron_mesh.hf import folding, vocabulary
+from megatron_mesh.hf.names import EMBEDDING, RECURRENCE, VOCABULARY, Entry, entries
 from megatron_mesh.hf.recursive import CoreInit, layer_sources, recursive_model
 from megatron_mesh.hf.settings import SETTINGS_KEY, model_settings, read_config
 from megatron_mesh.hf.weights import Weights
@@ -54,10 +54,10 @@ def bring_in(directory: Path, save: Path, recursive: Recursive | None = None) ->
     config_json = read_config(directory)
     source = model_settings(config_json)
     weights = Weights(directory)
-    _check(entries(source), weights, directory)
+    _check(entries(source, config_json["vocab_size"]), weights, directory)
     names = ("gpt_neox.embed_in.weight", "embed_out.weight")
     source, embedding = folding.taken_out(source, config_json.get(SETTINGS_KEY, {}), weights, *names)
-    model, take = source, _tensors(weights, embedding)
+    model, take = source, _tensors(weights, embedding, padded_vocab_size(source))
     if recursive is not None:
         model = recursive_model(source, recursive.layers, recursive.recurrence)
         take = _recursive_tensors(take, source, model, recursive)
@@ -79,11 +79,17 @@ def bring_in(directory: Path, save: Path, recursive: Recursive | None = None) ->
     return model
 
 
-def _tensors(weights: Weights, embedding: Tensor | None) -> Take:
-    """The checkpoint's tensors as the export has them; ``embedding`` where that is another."""
+def _tensors(weights: Weights, embedding: Tensor | None, rows: int) -> Take:
+    """The checkpoint's tensors as the export has them; ``embedding`` where that is another.
+
+    The vocabulary gets ``rows`` again.
+    """
 
     def take(entry: Entry) -> Tensor:
-        return embedding if entry.key == EMBEDDING and embedding is not None else weights[entry.name]
+        weight = embedding if entry.key == EMBEDDING and embedding is not None else weights[entry.name]
+        if entry.key in VOCABULARY:
+            return vocabulary.from_export(weight, entry.key, rows, weights.directory)
+        return weight
 
     return take
 

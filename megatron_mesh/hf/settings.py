@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mesh.config.check_model import resolve_model
-from megatron_mesh.config.derived import padded_vocab_size
 from megatron_mesh.config.layers import LayerLayout
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.describe import SETTINGS_KEY
+from megatron_mesh.hf.vocabulary import is_of_training
 from megatron_mesh.recurrence import SCHEMES
 
 # What config.json must say, whoever wrote it.
@@ -72,8 +72,8 @@ def model_settings(config: dict[str, Any]) -> ModelConfig:
     ours = {name: value for name, value in config.get(SETTINGS_KEY, {}).items() if name in known}
     base = ModelConfig(**ours)
     rope = config.get("rope_parameters") or {}
-    vocabulary = config["vocab_size"]
-    if base.vocab_size is None or padded_vocab_size(base) != vocabulary:
+    if not is_of_training(config, base):
+        vocabulary = config["vocab_size"]
         divisor = next(n for n in (128, 64, 32, 16, 8, 4, 2, 1) if vocabulary % n == 0)
         base = replace(base, vocab_size=vocabulary, make_vocab_size_divisible_by=divisor)
     model = replace(

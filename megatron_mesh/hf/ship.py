@@ -5,6 +5,7 @@ from pathlib import Path
 import megatron_mesh
 from megatron_mesh import recurrence
 from megatron_mesh.hf import configuration_mesh, modeling_mesh
+from megatron_mesh.hf.tokenizer import CODE as TOKENIZER_CODE
 
 AUTO_MAP = {
     "AutoConfig": "configuration_mesh.MeshConfig",
@@ -20,6 +21,12 @@ def sources() -> dict[str, str]:
     here = [Path(str(module.__file__)) for module in (configuration_mesh, modeling_mesh)]
     maths = Path(str(recurrence.__file__)).parent.glob("[!_]*.py")
     return {path.name: _flat(path.read_text(encoding="utf-8")) for path in [*here, *sorted(maths)]}
+
+
+def tokenizer_source() -> dict[str, str]:
+    """File name and text of the tokenizer class, for the exports that need it."""
+    path = Path(__file__).with_name(f"{TOKENIZER_CODE}.py")
+    return {path.name: _flat(path.read_text(encoding="utf-8"))}
 
 
 def _flat(text: str) -> str:
