@@ -18,7 +18,7 @@ TOKENS = torch.randint(0, 96, (3, 16), generator=torch.Generator().manual_seed(1
 
 
 def export_config(save: Path, **settings: Any) -> Config:
-    """Settings of a tiny model whose vocabulary (96) is padded to 112."""
+    """Settings of a tiny model whose vocabulary (97) is padded to 112."""
     values: dict[str, Any] = {"make_vocab_size_divisible_by": 16, "vocab_size": 97, **settings}
     config = tiny_config(**values)
     return replace(config, checkpoint=replace(config.checkpoint, save=str(save)))

@@ -18,11 +18,11 @@ from megatron_mesh.config.derived import layout, padded_vocab_size
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import Config, ModelConfig
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf import folding
+from megatron_mesh.hf import folding, vocabulary
 from megatron_mesh.hf.check_weights import check_weights
 from megatron_mesh.hf.config_file import dropout_note, read_config
 from megatron_mesh.hf.describe import SETTINGS_KEY
-from megatron_mesh.hf.names import EMBEDDING, OUTPUT, RECURRENCE, Entry, entries
+from megatron_mesh.hf.names import EMBEDDING, RECURRENCE, VOCABULARY, Entry, entries
 from megatron_mesh.hf.recursive import CoreInit, layer_sources, recursive_model
 from megatron_mesh.hf.settings import model_settings
 from megatron_mesh.hf.weights import Weights
@@ -97,7 +97,7 @@ def _dtype_note(dtype: torch.dtype) -> str | None:
 
 
 def _tensors(model: ModelConfig, weights: Weights, embedding: Tensor | None, dtype: torch.dtype) -> Take:
-    """Return the checkpoint's tensors: the export's in ``dtype``, with the vocabulary padded.
+    """Return the checkpoint's tensors: the export's in ``dtype``, with all rows of the vocabulary.
 
     Args:
         embedding: taken instead of the export's, if given.
@@ -106,22 +106,11 @@ def _tensors(model: ModelConfig, weights: Weights, embedding: Tensor | None, dty
     def take(entry: Entry) -> Tensor:
         replaced = embedding if entry.key == EMBEDDING else None
         tensor = (weights[entry.name] if replaced is None else replaced).to(dtype)
-        return _padded(tensor, padded_vocab_size(model)) if entry.key in (EMBEDDING, OUTPUT) else tensor
+        if entry.key not in VOCABULARY:
+            return tensor
+        return vocabulary.from_export(tensor, entry.key, padded_vocab_size(model), weights.directory)
 
     return take
-
-
-def _padded(tensor: Tensor, rows: int) -> Tensor:
-    """Add rows up to ``rows``, each the mean of the others.
-
-    The loss leaves them out. Other code that counts them finds a small share: the exponential of the mean
-    logit is at most the mean of the exponentials, so k rows beside V change a loss by at most log(1 + k / V).
-    Zeros have no such bound, since all logits of a model may be far below 0.
-    """
-    if rows == len(tensor):
-        return tensor
-    mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
-    return torch.cat([tensor, mean.expand(rows - len(tensor), -1)])
 
 
 def _recursive_tensors(given: Take, source: ModelConfig, model: ModelConfig, recursive: Recursive) -> Take:

@@ -7,7 +7,7 @@ import torch
 from megatron_mesh.config.derived import layout
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.names import EMBEDDING, OUTPUT, entries
+from megatron_mesh.hf.names import entries
 from megatron_mesh.hf.weights import Weights
 from megatron_mesh.recurrence import SCHEMES
 
@@ -35,14 +35,13 @@ def check_weights(model: ModelConfig, weights: Weights, rows: int) -> torch.dtyp
             f"{where} holds {len(weights)} tensors, too few for the {count} layers in config.json"
         )
     _check_embedding(model, weights, rows)
-    listed = entries(model)
+    listed = entries(model, rows)
     for entry in listed:
         if entry.name not in weights:
             raise UserError(f"{where} lacks the tensor {entry.name}, which its config.json asks for")
-        wanted = (rows, *entry.shape[1:]) if entry.key in (EMBEDDING, OUTPUT) else entry.shape
-        if (shape := weights.shape(entry.name)) != wanted:
+        if (shape := weights.shape(entry.name)) != entry.shape:
             raise UserError(
-                f"{where}: {entry.name} is {list(shape)}, and by config.json should be {list(wanted)}"
+                f"{where}: {entry.name} is {list(shape)}, and by config.json should be {list(entry.shape)}"
             )
     names = {entry.name for entry in listed}
     head = _head(model)

@@ -10,11 +10,13 @@ from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.describe import SETTINGS_KEY
 from megatron_mesh.hf.rope import rotary_base, rotary_percent
+from megatron_mesh.hf.vocabulary import is_of_training
 from megatron_mesh.recurrence import SCHEMES
 
 # What config.json cannot say in Hugging Face's words, and how it is checked. The rest of our settings follows
 # from Hugging Face's fields.
 _OWN: dict[str, Callable[[Any], bool]] = {
+    "vocab_size": lambda x: x is None or (type(x) is int and x >= 1),
     "make_vocab_size_divisible_by": lambda x: type(x) is int and 1 <= x <= 2**20,
     "mesh_memory": lambda x: x in ("factored", "slots"),
     "router_init_std": lambda x: x is None or type(x) in (int, float),
@@ -31,14 +33,15 @@ def model_settings(config: dict[str, Any]) -> ModelConfig:
     Raises:
         UserError: the settings that an export of ours carries are damaged, or no model can have them.
     """
+    own = ModelConfig(**_own_settings(config))
     model = replace(
-        ModelConfig(**_own_settings(config)),
+        own,
         **_recurrence(config),
         hidden_size=config["hidden_size"],
         num_attention_heads=config["num_attention_heads"],
         ffn_hidden_size=config["intermediate_size"],
         seq_length=config["max_position_embeddings"],
-        vocab_size=config["vocab_size"],
+        vocab_size=own.vocab_size if is_of_training(config, own) else config["vocab_size"],
         untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
         rotary_percent=rotary_percent(config),
         rotary_base=rotary_base(config),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import megatron_mesh
+from megatron_mesh.hf.tokenizer import CODE as TOKENIZER_CODE
 
 AUTO_MAP = {
     "AutoConfig": "configuration_mesh.MeshConfig",
@@ -41,6 +42,12 @@ def sources() -> dict[str, str]:
     for name in sorted({entry.split(".")[0] for entry in AUTO_MAP.values()}):
         _collect(_ROOT / "hf" / f"{name}.py", found, seen)
     return {name: _shipped(path.read_text(encoding="utf-8")) for name, path in found.items()}
+
+
+def tokenizer_source() -> dict[str, str]:
+    """File name and text of the tokenizer class, for the exports that need it."""
+    path = Path(__file__).with_name(f"{TOKENIZER_CODE}.py")
+    return {path.name: _shipped(path.read_text(encoding="utf-8"))}
 
 
 class Header(NamedTuple):

@@ -13,7 +13,7 @@ from tests.exports import saved_with_logits
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path, torch.Tensor]]:
-    """``exported(**model)``: a checkpoint, its export, and Megatron's logits."""
+    """``exported(**model)``: a checkpoint, its export, and Megatron's logits without padded ids."""
     known: dict[str, tuple[Path, Path, torch.Tensor]] = {}
 
     def get(**model: Any) -> tuple[Path, Path, torch.Tensor]:
@@ -22,7 +22,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pa
             directory = tmp_path_factory.mktemp("exported")
             checkpoint, logits = saved_with_logits(directory / "run", **model)
             export_checkpoint(checkpoint, directory / "hf")
-            known[key] = checkpoint, directory / "hf", logits
+            known[key] = checkpoint, directory / "hf", logits[..., : model.get("vocab_size", 97)]
         return known[key]
 
     return get
