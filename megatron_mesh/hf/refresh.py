@@ -34,19 +34,19 @@ def refresh_code(directory: Path) -> list[str]:
 
     Returns:
         The names of the files that were written or removed. Empty if the code is up to date, or if there is
-        none because the model is transformers' own.
+        none because model and tokenizer are transformers' own.
 
     Raises:
         UserError: the directory isn't an export, is newer than this package, holds edited code, or cannot be
             written. Its files are then as they were.
     """
     config = _read_config(directory)
-    if config["model_type"] == "gpt_neox":
-        return []
-    new, old = ship.sources(), _shipped_files(directory)
+    looped, old = config["model_type"] != "gpt_neox", _shipped_files(directory)
+    tokenizer = {name: text for name, text in ship.tokenizer_source().items() if name in old}
+    new = {**ship.sources(), **tokenizer} if looped else tokenizer
     _check_code(directory, old, new)
     changed = {name: text for name, text in new.items() if name not in old or old[name].text != text}
-    if (updated := _updated(config)) != config:
+    if looped and (updated := _updated(config)) != config:
         changed["config.json"] = _as_written(updated, directory / "config.json")
     obsolete = sorted(old.keys() - new.keys())
     replaced = [name for name in old if name in changed or name in obsolete]

@@ -15,7 +15,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf import refresh
 from megatron_mesh.hf.refresh import refresh_code
-from megatron_mesh.hf.ship import AUTO_MAP, sources
+from megatron_mesh.hf.ship import AUTO_MAP, sources, tokenizer_source
 from megatron_mesh.hf.versions import TESTED
 from tests.exports import TOKENS
 
@@ -75,6 +75,20 @@ def test_code_is_replaced_and_nothing_else(early: Path, fresh: Path) -> None:
     removed = [x for x in difflib.ndiff(old.splitlines(), new.splitlines()) if x.startswith("- ")]
     assert len(removed) <= 2, removed  # no other line is written anew
     assert refresh_code(early) == []
+
+
+@pytest.mark.parametrize("scheme", ["mesh", "vanilla"])
+def test_the_tokenizers_code_too(exported, tmp_path: Path, scheme: str) -> None:
+    """An export of a plain model has no code but that of its tokenizer, if it has any."""
+    fresh = exported(recurrence=scheme, layers="4" if scheme == "vanilla" else "1+2R2+1")[1]
+    directory = shutil.copytree(fresh, tmp_path / "export")
+    ((name, text),) = tokenizer_source().items()
+    (directory / name).write_text(f"{EARLY}{without_header(text)}")
+    before = contents(directory)
+    assert refresh_code(directory) == sorted([name, f"replaced_code/{name}"])
+    after = contents(directory)
+    assert after.pop(name) == text.encode() and after.pop(f"replaced_code/{name}") == before.pop(name)
+    assert after == before
 
 
 @pytest.mark.versions
