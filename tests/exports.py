@@ -45,7 +45,7 @@ def megatron_logits(config: Config) -> torch.Tensor:
 
 
 def saved_with_logits(save: Path, **settings: Any) -> tuple[Path, torch.Tensor]:
-    """A checkpoint of one process, and the logits of its model."""
+    """A checkpoint of one process, and the logits [B, S, vocabulary] of its model, without padded ids."""
     config = export_config(save, **settings)
     with one_process(config):
-        return save_checkpoint(config), megatron_logits(config)
+        return save_checkpoint(config), megatron_logits(config)[..., : config.model.vocab_size]
