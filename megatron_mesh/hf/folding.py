@@ -20,7 +20,7 @@ from megatron_mesh.recurrence import SCHEMES
 FILE = "megatron_mesh/embedding_before_scaling.safetensors"
 """In a directory of its own: engines such as vLLM load every .safetensors file beside config.json."""
 _OLD_FILE = "embedding_before_scaling.safetensors"
-"""Where exports had it until version 0.1."""
+"""Where earlier exports have it."""
 _NAME = "embedding"
 
 

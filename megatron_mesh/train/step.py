@@ -47,7 +47,8 @@ def forward_step(
     batch = next(batches)
     if batch is None:
         return chunk(None, None, attention_mask=None), None
-    _check_ids(batch, unwrap_model(chunk).entries)
+    model = unwrap_model(chunk)
+    _check_ids(batch, getattr(model, "entries", model.vocab_size))  # Megatron's own GPTModel, in benchmarks
     there = {name: x.to(device.device(), non_blocking=True) for name, x in vars(batch).items()}
     there = get_batch_on_this_cp_rank(there)
     losses = chunk(there["tokens"], there["position_ids"], attention_mask=None, labels=there["labels"])

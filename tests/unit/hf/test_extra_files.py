@@ -21,7 +21,7 @@ def test_its_place(exported: Callable[..., Any], tmp_path: Path) -> None:
     assert [path.name for path in directory.glob("*.safetensors")] == ["model.safetensors"]
     load(directory)  # which finds nothing missing and nothing unexpected
     old = shutil.copytree(directory, tmp_path / "old")
-    (old / folding.FILE).rename(old / "embedding_before_scaling.safetensors")  # as version 0.1 wrote it
+    (old / folding.FILE).rename(old / "embedding_before_scaling.safetensors")  # as earlier exports have it
     for place in (directory, old):
         settings = bring_in(place, tmp_path / f"back-{place.name}")
         assert settings.scale_embeddings
