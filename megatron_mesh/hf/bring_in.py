@@ -58,7 +58,7 @@ def bring_in(directory: Path, save: Path, recursive: Recursive | None = None) ->
     if save.exists():
         raise UserError(f"{save} exists already; choose another --save")
     config_json = read_config(directory)
-    source = model_settings(config_json)
+    source = model_settings(config_json, directory)
     weights = Weights(directory)
     dtype = check_weights(source, weights, config_json["vocab_size"])
     names = ("gpt_neox.embed_in.weight", "embed_out.weight")
@@ -97,7 +97,7 @@ def _dtype_note(dtype: torch.dtype) -> str | None:
 
 
 def _tensors(model: ModelConfig, weights: Weights, embedding: Tensor | None, dtype: torch.dtype) -> Take:
-    """Return the checkpoint's tensors: the export's in ``dtype``, with all rows of the vocabulary.
+    """Return the checkpoint's tensors: the export's in ``dtype``, with the vocabulary padded.
 
     Args:
         embedding: taken instead of the export's, if given.
@@ -106,9 +106,9 @@ def _tensors(model: ModelConfig, weights: Weights, embedding: Tensor | None, dty
     def take(entry: Entry) -> Tensor:
         replaced = embedding if entry.key == EMBEDDING else None
         tensor = (weights[entry.name] if replaced is None else replaced).to(dtype)
-        if entry.key not in VOCABULARY:
-            return tensor
-        return vocabulary.from_export(tensor, entry.key, padded_vocab_size(model), weights.directory)
+        if entry.key in VOCABULARY:
+            return vocabulary.from_export(tensor, entry.key, padded_vocab_size(model), weights.directory)
+        return tensor
 
     return take
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from megatron_mesh.config.check_model import resolve_model
@@ -16,7 +17,7 @@ from megatron_mesh.recurrence import SCHEMES
 # What config.json cannot say in Hugging Face's words, and how it is checked. The rest of our settings follows
 # from Hugging Face's fields.
 _OWN: dict[str, Callable[[Any], bool]] = {
-    "vocab_size": lambda x: x is None or (type(x) is int and x >= 1),
+    "vocab_size": lambda x: x is None or (type(x) is int and 1 <= x <= 2**31),
     "make_vocab_size_divisible_by": lambda x: type(x) is int and 1 <= x <= 2**20,
     "mesh_memory": lambda x: x in ("factored", "slots"),
     "router_init_std": lambda x: x is None or type(x) in (int, float),
@@ -25,23 +26,24 @@ _OWN: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def model_settings(config: dict[str, Any]) -> ModelConfig:
-    """Return the resolved settings of the model of a checked ``config.json``.
+def model_settings(config: dict[str, Any], directory: Path) -> ModelConfig:
+    """Return the resolved settings of the model of a checked ``config.json`` in ``directory``.
 
     Hugging Face's fields decide. An export of ours adds what they cannot express.
 
     Raises:
         UserError: the settings that an export of ours carries are damaged, or no model can have them.
     """
-    own = ModelConfig(**_own_settings(config))
+    base = ModelConfig(**_own_settings(config))
+    if not is_of_training(config, base, directory):
+        base = replace(base, vocab_size=config["vocab_size"])
     model = replace(
-        own,
+        base,
         **_recurrence(config),
         hidden_size=config["hidden_size"],
         num_attention_heads=config["num_attention_heads"],
         ffn_hidden_size=config["intermediate_size"],
         seq_length=config["max_position_embeddings"],
-        vocab_size=own.vocab_size if is_of_training(config, own) else config["vocab_size"],
         untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
         rotary_percent=rotary_percent(config),
         rotary_base=rotary_base(config),

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_mesh.config.derived import padded_vocab_size
 from megatron_mesh.config.schema import ModelConfig
-from megatron_mesh.hf.weights import write_tensors
+from megatron_mesh.hf.names import EMBEDDING
+from megatron_mesh.hf.weights import read_tensors, write_tensors
 
 FILE = Path("megatron_mesh/vocabulary_padding.safetensors")
 """In an export, below its top directory: some engines load every safetensors file there."""
@@ -31,33 +31,45 @@ def keep(weights: dict[str, Tensor], directory: Path) -> None:
         write_tensors(kept, directory / FILE)
 
 
-def is_of_training(config: dict[str, Any], trained: ModelConfig) -> bool:
-    """Whether the vocabulary of an export is that of the training, ``trained``, or a part of it.
+def is_of_training(config: dict[str, Any], trained: ModelConfig, directory: Path) -> bool:
+    """Whether an export still has the vocabulary of the training, ``trained``, and can come back as it was.
 
-    An export has one row more if its padding token found none.
+    The rows that it left out are there for that, or it has one more, for a new padding token. Any other size
+    was chosen since then, and each of its rows means something.
 
     Args:
         config: contents of config.json.
         trained: our own settings in it.
+        directory: the export's.
     """
     if trained.vocab_size is None:
         return False
     rows, padded = config["vocab_size"], padded_vocab_size(trained)
-    return rows <= padded or (rows == padded + 1 and config.get("pad_token_id") == padded)
+    left_out = _kept(directory).get(EMBEDDING)
+    if left_out is not None:
+        return rows + len(left_out) == padded
+    return rows == padded + 1 and config.get("pad_token_id") == padded
 
 
 def from_export(weight: Tensor, key: str, rows: int, directory: Path) -> Tensor:
     """[vocabulary, H] -> [``rows``, H], the checkpoint's tensor ``key``.
 
     Rows that the export left out come from the file that keeps them. Without it, as after training with
-    transformers, they become the mean of the others.
+    transformers, they become the mean of the others. The loss leaves those out. Other code that counts them
+    finds a small share: the exponential of the mean logit is at most the mean of the exponentials, so k rows
+    beside V change a loss by at most log(1 + k / V). Zeros have no such bound, since all logits may be far
+    below 0.
     """
-    path = directory / FILE
-    if len(weight) < rows and path.is_file():
-        kept = load_file(path).get(key)
-        if kept is not None and len(kept) + len(weight) == rows:
+    if len(weight) < rows:
+        kept = _kept(directory).get(key)
+        if kept is not None and (len(kept) + len(weight), *kept.shape[1:]) == (rows, *weight.shape[1:]):
             return torch.cat([weight, kept.to(weight.dtype)])
     return _with_mean_rows(weight[:rows], rows)
+
+
+def _kept(directory: Path) -> dict[str, Tensor]:
+    path = directory / FILE
+    return read_tensors(path) if path.is_file() else {}
 
 
 def _with_mean_rows(weight: Tensor, rows: int) -> Tensor:
