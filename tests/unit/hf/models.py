@@ -44,7 +44,7 @@ def stock(kind: type[PreTrainedModel] = GPTNeoXForCausalLM, layers: int = 6, **c
 
 
 def unrolled_twin(model: Any, kind: type[PreTrainedModel] = GPTNeoXForCausalLM) -> Any:
-    """The stock GPT-NeoX with the weights of each layer that a token passes in a model of the base recursion."""
+    """The stock GPT-NeoX that has each layer which a token passes in a model of the base recursion."""
     assert model.config.recurrence == "base"
     body = model.base_model
     twin = stock(kind, layers=len(body.unrolled), num_labels=model.config.num_labels)

@@ -46,7 +46,9 @@ def test_the_base_recursion_is_a_stock_model_of_the_unrolled_depth() -> None:
 def test_caches_and_beams(model) -> None:
     ids, mask = padded()
     uncached = greedy(model, ids, attention_mask=mask, use_cache=False)
-    assert len(set(uncached[:, 8:].flatten().tolist())) > 4, "the model repeats itself, so that this shows nothing"
+    assert len(set(uncached[:, 8:].flatten().tolist())) > 4, (
+        "the model repeats itself, so that this shows nothing"
+    )
     for options in ({}, {"cache_implementation": "static"}):
         assert torch.equal(greedy(model, ids, attention_mask=mask, **options), uncached), options
     for row, length in ((0, 5), (1, 8)):
@@ -79,7 +81,11 @@ def test_prefill_in_chunks(scheme, chunk, name) -> None:
     with torch.no_grad():
         whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
         assert getattr(whole, CACHE_NAME) is None
-        for cache in (None, DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=16)):
+        for cache in (
+            None,
+            DynamicCache(config=model.config),
+            StaticCache(config=model.config, max_cache_len=16),
+        ):
             parts = []
             for start in range(0, 8, chunk):
                 here = slice(start, start + chunk)
