@@ -111,6 +111,11 @@ class MeshModel(MeshPreTrainedModel):
         self.rotary_emb = GPTNeoXRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
+        # transformers 5 looks for cores.0.1 under cores.*.1: it replaces one of two neighbouring numbers.
+        plan = dict(self._tp_plan or {})
+        for index in range(config.core_layers):
+            plan |= {name.replace("cores.*.*.", f"cores.*.{index}."): plan[name] for name in plan}
+        self._tp_plan = plan
 
     @property
     def passes(self) -> list[nn.ModuleList]:
