@@ -7,6 +7,7 @@ import megatron_mesh
 from megatron_mesh.checkpoint.directory import Checkpoint
 from megatron_mesh.config.derived import layout, non_embedding_parameters, padded_vocab_size
 from megatron_mesh.config.dump import dump_config
+from megatron_mesh.config.layers import LayerLayout
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.hf.folding import is_folded
 from megatron_mesh.hf.ship import AUTO_MAP
@@ -118,7 +119,7 @@ prompt = tokenizer("It was a dark and stormy night", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 ```
 
-## Training configuration
+{places}## Training configuration
 
 ```yaml
 {config}```
@@ -126,6 +127,21 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 _LOOPED = """
 Its core, one set of weights, is applied {loops} times (MeSH: arXiv 2510.07739). The code in this directory
 needs torch and transformers (4.57 or 5.x) alone; transformers runs it only with `trust_remote_code=True`.
+"""
+_PLACES = """\
+## Layers and hidden states
+
+Each application of a layer has a module of its own, the place for hooks: `model.unrolled.<i>` returns the
+output of layer i, and `model.unrolled.<i>.attention` computes its attention. With `output_hidden_states=True`,
+`hidden_states[0]` is the input of layer 0, and `hidden_states[i + 1]` is the output of layer i before the
+recurrence mixes it. The last entry is normalized.
+
+| pass | i |
+|---|---|
+{rows}
+Two traps of transformers: `AutoTokenizer` without `trust_remote_code=True` may ask a question. Two models
+whose directories have the same name share one class within a process, even if their code differs.
+
 """
 
 
@@ -152,8 +168,24 @@ def model_card(checkpoint: Checkpoint) -> str:
         vocabulary=padded_vocab_size(model),
         metrics="".join(f"| {name} | {value} |\n" for name, value in metrics.items()),
         trust=", trust_remote_code=True" if looped else "",
+        places=_places(layers) if looped else "",
         config=dump_config(checkpoint.config),
     )
+
+
+def _places(layers: LayerLayout) -> str:
+    """The card's section on the names of the unrolled layers."""
+    passes = {"prelude": layers.prelude}
+    passes |= {f"core, loop {loop}": layers.core for loop in range(1, layers.loops + 1)}
+    passes |= {"coda": layers.coda}
+    rows, first = "", 0
+    for name, count in passes.items():
+        if count:
+            rows += (
+                f"| {name} | {first} |\n" if count == 1 else f"| {name} | {first} to {first + count - 1} |\n"
+            )
+        first += count
+    return _PLACES.format(rows=rows)
 
 
 def _number(value: float | None) -> str:

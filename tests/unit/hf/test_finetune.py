@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from megatron_mesh.hf.bring_in import bring_in
 from megatron_mesh.hf.export import export_checkpoint
@@ -139,6 +139,19 @@ def test_trl_trains_a_single_loop_as_a_stock_model(tmp_path) -> None:
     twin = unrolled_twin(model)
     assert sft(model, tmp_path) == pytest.approx(sft(twin, tmp_path), rel=1e-4)
     assert relative_error(model(IDS).logits, twin(IDS).logits) < 1e-3
+
+
+@pytest.mark.versions
+def test_label_smoothing_as_for_a_stock_model(tmp_path) -> None:
+    """transformers' trainer shifts the labels only for the models that it knows."""
+    pytest.importorskip("accelerate")
+    how = TrainingArguments(str(tmp_path), label_smoothing_factor=0.2, use_cpu=True, report_to=[])
+    model = looped("base")
+    losses = []
+    for one in (model, unrolled_twin(model)):
+        inputs = {"input_ids": IDS, "labels": IDS.clone()}
+        losses.append(Trainer(one, how).compute_loss(one, inputs).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def like_a_new_model(scheme: str) -> Any:
