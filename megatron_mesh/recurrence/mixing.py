@@ -61,6 +61,9 @@ def weighted_sum(weights_SBJ: Tensor, states_SBH: Sequence[Tensor]) -> Tensor:
         weights_SBJ: [S, B, J], float32 or wider.
         states_SBH: J tensors [S, B, H] of one dtype, which is also the result's.
     """
-    if torch.is_grad_enabled() and not torch.jit.is_tracing():  # a trace can't hold a Python function
+    # A trace can't hold a Python function. A compiler fuses the plain sum itself, and torch's refuses a
+    # function that gets one tensor twice, as this one does in a model without a prelude.
+    into_a_graph = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if torch.is_grad_enabled() and not into_a_graph:
         return _WeightedSum.apply(weights_SBJ, *states_SBH)
     return _plain_sum(weights_SBJ, states_SBH)
