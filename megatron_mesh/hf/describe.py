@@ -176,9 +176,9 @@ _PLACES = """\
 ## Layers and hidden states
 
 Each application of a layer has a module of its own, the place for hooks: `model.unrolled.<i>` returns the
-output of layer i, and `model.unrolled.<i>.attention` computes its attention. With `output_hidden_states=True`,
-`hidden_states[0]` is the input of layer 0, and `hidden_states[i + 1]` is the output of layer i before the
-recurrence mixes it. The last entry is normalized.
+output of layer i, and `model.unrolled.<i>.attention` computes its attention. In the model's `hidden_states`,
+entry 0 is the input of layer 0, and entry i + 1 is the output of layer i before the recurrence mixes it. The
+last entry is normalized.
 
 | pass | i |
 |---|---|
