@@ -131,10 +131,10 @@ needs torch and transformers (4.57 or 5.x) alone; transformers runs it only with
 _PLACES = """\
 ## Layers and hidden states
 
-Each application of a layer has a module of its own, the place for hooks: `model.unrolled.<i>` returns the
-output of layer i, and `model.unrolled.<i>.attention` computes its attention. With `output_hidden_states=True`,
-`hidden_states[0]` is the input of layer 0, and `hidden_states[i + 1]` is the output of layer i before the
-recurrence mixes it. The last entry is normalized.
+Each application of a layer has a module of its own, the place for hooks. `model.unrolled.<i>` returns the
+output of layer i, and `model.unrolled.<i>.attention` computes its attention. With
+`output_hidden_states=True`, `hidden_states[0]` is the input of layer 0, and `hidden_states[i + 1]` is the
+output of layer i before the recurrence mixes it. The last entry is normalized.
 
 | pass | i |
 |---|---|
