@@ -99,7 +99,6 @@ def test_generate_compiles_its_step(kind) -> None:
     assert torch.equal(greedy(model, cache_implementation="static", disable_compile=True), expected)
 
 
-@pytest.mark.versions
 @pytest.mark.parametrize("kind", KINDS)
 def test_export(kind) -> None:
     """Strict, with any length."""
@@ -135,7 +134,6 @@ def test_trace(kind, tmp_path) -> None:
         assert relative_error(torch.jit.load(tmp_path / "model.pt")(ids), model(ids).logits) < 1e-6
 
 
-@pytest.mark.versions
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_per_sample(kind) -> None:
     """``vmap`` of ``grad`` gives what a loop over the samples gives."""

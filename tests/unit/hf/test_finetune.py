@@ -163,7 +163,6 @@ def like_a_new_model(scheme: str) -> Any:
     return model
 
 
-@pytest.mark.versions
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_dynamic_int8_quantization(scheme) -> None:
     """torch's: every linear map, routers included, becomes another module."""
