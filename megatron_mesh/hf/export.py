@@ -20,14 +20,14 @@ from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.data.tokenizer import Tokenizer, check_vocab
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf import describe, folding, ship, vocabulary
-from megatron_mesh.hf.names import EMBEDDING, VOCABULARY, entries
+from megatron_mesh.hf.names import EMBEDDING, VOCABULARY, Entry, entries
 from megatron_mesh.hf.padding import padding_of
 from megatron_mesh.hf.tokenizer import tokenizer_of, write_tokenizer
 from megatron_mesh.hf.weights import write_tensors
 from megatron_mesh.recurrence import SCHEMES
 
 SHARD_BYTES = 2 * 2**30
-"""Size of a file of weights; about as much host memory is needed."""
+"""Size of a file of weights. The export needs about twice this much host memory."""
 
 
 def export_checkpoint(
@@ -140,20 +140,32 @@ def _write_weights(
     left_out: dict[str, Tensor] = {}
     shards = track(plan.filename_to_tensors.items(), "shards", console=Console(stderr=True))
     for file_name, names in shards:
-        loaded = read_slices(saved.path, {name: (wanted[name].key, wanted[name].layer) for name in names})
-        for name in names:
-            if (key := wanted[name].key) in VOCABULARY:
-                left_out[key] = loaded[name][rows:].to(target)
-                loaded[name] = vocabulary.to_export(loaded[name], rows)
-        scaled = {name: loaded[name] * wanted[name].factor for name in names}
-        converted = {name: tensor.to(target).contiguous() for name, tensor in scaled.items()}
-        write_tensors(converted, directory / file_name)
+        shard = [wanted[name] for name in names]
+        left_out |= _write_shard(saved.path, shard, rows, target, directory / file_name)
     _write_index(plan, directory)
     if folding.needs_file(model) and target == found.properties.dtype:
         embedding = read_slices(saved.path, {EMBEDDING: (EMBEDDING, None)})[EMBEDDING]
         folding.write(vocabulary.to_export(embedding, rows), directory)
     vocabulary.keep(left_out, directory)
     return target
+
+
+def _write_shard(
+    checkpoint: Path, shard: list[Entry], rows: int, dtype: torch.dtype, path: Path
+) -> dict[str, Tensor]:
+    """Write one file of weights; return the rows of the vocabulary that it leaves out, by key."""
+    loaded = read_slices(checkpoint, {entry.name: (entry.key, entry.layer) for entry in shard})
+    converted, left_out = {}, {}
+    for entry in shard:
+        tensor = loaded.pop(entry.name)  # so that no tensor is in memory twice
+        if entry.key in VOCABULARY:
+            left_out[entry.key] = tensor[rows:].to(dtype, copy=True)  # a view would keep all rows in memory
+            tensor = vocabulary.to_export(tensor, rows)
+        if entry.factor != 1:
+            tensor = tensor * entry.factor
+        converted[entry.name] = tensor.to(dtype).contiguous()
+    write_tensors(converted, path)
+    return left_out
 
 
 def _write_index(plan: StateDictSplit, directory: Path) -> None:

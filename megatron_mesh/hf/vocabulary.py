@@ -13,10 +13,9 @@ from torch import Tensor
 from megatron_mesh.config.derived import padded_vocab_size
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.hf.names import EMBEDDING
-from megatron_mesh.hf.weights import read_tensors, write_tensors
+from megatron_mesh.hf.weights import TRAINING_ONLY, read_tensors, write_tensors
 
-FILE = Path("megatron_mesh/vocabulary_padding.safetensors")
-"""In an export, below its top directory: some engines load every safetensors file there."""
+FILE = TRAINING_ONLY / "vocabulary_padding.safetensors"
 
 
 def to_export(weight: Tensor, rows: int) -> Tensor:
@@ -76,5 +75,5 @@ def _with_mean_rows(weight: Tensor, rows: int) -> Tensor:
     missing = rows - len(weight)
     if missing <= 0:
         return weight
-    mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
+    mean = weight.mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
     return torch.cat([weight, mean.expand(missing, -1)])
