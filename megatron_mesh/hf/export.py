@@ -163,9 +163,7 @@ def _write_shard(
     for entry in shard:
         tensor = loaded.pop(entry.name)  # so that no tensor is in memory twice
         if entry.key in VOCABULARY:
-            left_out[entry.key] = tensor[trained:].to(
-                dtype, copy=True
-            )  # a view would keep all rows
+            left_out[entry.key] = tensor[trained:].to(dtype, copy=True)  # a view would keep all rows
             tensor = vocabulary.to_export(tensor, trained, entry.shape[0])
         if entry.factor != 1:
             tensor = tensor * entry.factor
