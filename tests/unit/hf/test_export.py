@@ -89,7 +89,7 @@ def test_files(exported) -> None:
     files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
     assert files.keys() == shipped | texts | {
         "model.safetensors",
-        "megatron_mesh/vocabulary_padding.safetensors",
+        "training_only/vocabulary_padding.safetensors",
     }
     assert len({path.stat().st_mode for path in files.values()}) == 1, "as readable as each other"
     recurrence = ROOT / "megatron_mesh/recurrence/mesh.py"
