@@ -16,9 +16,9 @@ _BUFFERS = re.compile(r"(.*\.)?(attention\.(bias|masked_bias)|rotary_emb\.inv_fr
 
 
 def check_weights(model: ModelConfig, weights: Weights, rows: int) -> torch.dtype:
-    """Check names, shapes and dtypes of all tensors and return the dtype that holds every one exactly.
+    """Check names, shapes and dtypes of all tensors. Return their dtype, or float32 if they have several.
 
-    That is float32 if the tensors have several.
+    float32 holds the values of every dtype that is taken exactly.
 
     Args:
         model: settings of the model.
@@ -32,7 +32,8 @@ def check_weights(model: ModelConfig, weights: Weights, rows: int) -> torch.dtyp
     where = weights.directory
     if (count := layout(model).unique_layers) > len(weights):  # the list below might not fit in memory
         raise UserError(
-            f"{where} holds {len(weights)} tensors, too few for the {count} layers in config.json"
+            f"{where} holds {len(weights)} tensors, too few for the {count} layers in its config.json; "
+            "download or export the model again"
         )
     _check_embedding(model, weights, rows)
     listed = entries(model, rows)
@@ -55,15 +56,15 @@ def check_weights(model: ModelConfig, weights: Weights, rows: int) -> torch.dtyp
     left = [name for name in weights.others(names) if not _BUFFERS.fullmatch(name)]
     if left:
         raise UserError(
-            f"{where} holds {left[0]} and {len(left) - 1} more tensors that its config.json does not ask for "
-            "(more layers, an adapter, or another model); it cannot be converted"
+            f"{where} holds {left[0]}, which its config.json does not ask for (number of such tensors: "
+            f"{len(left)}); they may be more layers, an adapter, or another model's; it cannot be converted"
         )
     dtypes = {weights.dtype(name) for name in names}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def _check_embedding(model: ModelConfig, weights: Weights, rows: int) -> None:
-    """Check the largest sizes before anything is made by them."""
+    """Check the largest sizes first: nothing of a wrong size may be allocated."""
     name = _embedding(model)
     if name not in weights:
         raise UserError(f"{weights.directory} lacks the tensor {name}, which its config.json asks for")

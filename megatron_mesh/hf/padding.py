@@ -14,9 +14,12 @@ from megatron_mesh.data.tokenizer import (
 )
 
 NEW_TOKEN = "<|megatron_mesh_padding|>"
-"""For tokenizers that have none. Its name must not occur in text, so it is not a usual one."""
+"""For tokenizers that have none.
 
-# Padding tokens first. Start tokens will do as well: training doesn't put them anywhere.
+A ``tokenizer.json`` reads it from text, unlike in training, so its name is not one that texts have.
+"""
+
+# Padding tokens first, then start tokens, which training doesn't put anywhere.
 _NAMES = ("<|padding|>", "<pad>", "<|pad|>", "[PAD]", "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>")
 
 
@@ -27,11 +30,11 @@ class Padding:
     token: str
     id: int
     is_new: bool = False
-    """Not in the tokenizer of the training: its id is the first after those."""
+    """Whether the tokenizer of the training lacks it. Its id then follows that tokenizer's."""
 
 
 def padding_of(tokenizer: Tokenizer) -> Padding:
-    """The padding token of a tokenizer: its own, else its start token, else a new one."""
+    """Return the padding token of a tokenizer: its own, else its start token, else a new one."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         pieces = tokenizer.backend
         for index in (pieces.pad_id(), pieces.bos_id()):
@@ -40,7 +43,8 @@ def padding_of(tokenizer: Tokenizer) -> Padding:
     else:
         assert isinstance(tokenizer, HuggingFaceTokenizer)
         ids = {token.content: i for i, token in tokenizer.backend.get_added_tokens_decoder().items()}
-        # If the end-of-text token is not read from text, no special token of the export is.
+        # If the end-of-text token isn't an added token, the export splits special tokens (write_tokenizer).
+        # Then no token that training reads from text may become special.
         if tokenizer.eod in ids.values():
             for name in (*configured_token(tokenizer.path, "pad_token"), *_NAMES):
                 if name in ids and ids[name] != tokenizer.eod:
