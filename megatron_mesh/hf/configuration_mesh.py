@@ -92,8 +92,9 @@ class MeshConfig(GPTNeoXConfig):
         packaged = __name__.startswith("megatron_mesh.")
         # By name: transformers would want a file of every import statement in a model's directory.
         ship = importlib.import_module("megatron_mesh.hf.ship") if packaged else None
-        if ship is not None:
+        if ship is not None and not Path(save_directory).is_file():  # transformers refuses a file in words
             self.auto_map = dict(ship.AUTO_MAP)
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            for name, text in ship.sources().items():
+                (Path(save_directory) / name).write_text(text, encoding="utf-8")
         super().save_pretrained(save_directory, *args, **kwargs)
-        for name, text in ship.sources().items() if ship is not None else ():
-            (Path(save_directory) / name).write_text(text, encoding="utf-8")

@@ -45,8 +45,9 @@ def padding_of(tokenizer: Tokenizer) -> Padding:
         ids = {token.content: i for i, token in tokenizer.backend.get_added_tokens_decoder().items()}
         # If the end-of-text token isn't an added token, the export splits special tokens (write_tokenizer).
         # Then no token that training reads from text may become special.
+        unknown = (*configured_token(tokenizer.path, "unk_token"), "<unk>", "[UNK]")  # it occurs in text
         if tokenizer.eod in ids.values():
             for name in (*configured_token(tokenizer.path, "pad_token"), *_NAMES):
-                if name in ids and ids[name] != tokenizer.eod:
+                if name in ids and ids[name] != tokenizer.eod and name not in unknown:
                     return Padding(name, ids[name])
     return Padding(NEW_TOKEN, tokenizer.vocab_size, is_new=True)

@@ -78,6 +78,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in ("megatron_mesh", "gpt_neox"):
         raise UserError(f"{path} is of a {kind} model; give an export of tools/convert_to_hf.py")
+    if not isinstance(config.get("auto_map") or {}, dict):
+        raise UserError(f"{path}: auto_map is not a JSON object; give an export of tools/convert_to_hf.py")
     scheme = config.get("recurrence", "mesh")
     if kind == "megatron_mesh" and scheme not in list(SCHEMES):
         raise UserError(

@@ -36,7 +36,7 @@ class MeshGPTModel(GPTModel):
         max_sequence_length: int,
         pg_collection: ProcessGroupCollection,
         part: Part | None = None,
-        entries: int | None = None,
+        unpadded_vocab_size: int | None = None,
         **kwargs: Any,
     ):
         """See ``GPTModel``.
@@ -44,7 +44,7 @@ class MeshGPTModel(GPTModel):
         Args:
             vocab_size: the padded one.
             part: what to hold of a looped model.
-            entries: entries of the vocabulary without the padding; default: all.
+            unpadded_vocab_size: the vocabulary without its padding (default: ``vocab_size``).
         """
         looped = SCHEMES[config.recurrence].has_loop
         if part is not None:
@@ -65,7 +65,7 @@ class MeshGPTModel(GPTModel):
         )
         if looped:
             self.decoder = MeshTransformerBlock(config, transformer_layer_spec, pg_collection, part)
-        self.entries = vocab_size if entries is None else entries
+        self.unpadded_vocab_size = vocab_size if unpadded_vocab_size is None else unpadded_vocab_size
         self.register_load_state_dict_post_hook(_without_extra_states)
 
     def _preprocess(
@@ -78,17 +78,17 @@ class MeshGPTModel(GPTModel):
         return super()._preprocess(input_ids, position_ids, decoder_input, **kwargs)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """As in ``GPTModel``, but no probability goes to the padded entries of the vocabulary.
+        """As in ``GPTModel``, but the padded rows of the vocabulary get no probability.
 
         So the loss doesn't depend on the padding: a model that was imported, and padded for that, has its
         source's loss, and an export without the padded rows has the loss of the run.
 
         Args:
             labels: [B, S].
-            logits: [S, B, entries of this tensor-parallel rank], overwritten.
+            logits: [S, B, rows of this tensor-parallel rank], overwritten.
         """
         shard = logits.shape[-1]
-        first_padded = min(max(self.entries - self.pg_collection.tp.rank() * shard, 0), shard)
+        first_padded = min(max(self.unpadded_vocab_size - self.pg_collection.tp.rank() * shard, 0), shard)
         with torch.no_grad():  # the gradient of the loss is 0 there already
             logits[..., first_padded:] = torch.finfo(logits.dtype).min
         return super().compute_language_model_loss(labels, logits)

@@ -48,7 +48,9 @@ def forward_step(
     if batch is None:
         return chunk(None, None, attention_mask=None), None
     model = unwrap_model(chunk)
-    _check_ids(batch, getattr(model, "entries", model.vocab_size))  # Megatron's own GPTModel, in benchmarks
+    _check_ids(
+        batch, getattr(model, "unpadded_vocab_size", model.vocab_size)
+    )  # Megatron's own GPTModel, in benchmarks
     there = {name: x.to(device.device(), non_blocking=True) for name, x in vars(batch).items()}
     there = get_batch_on_this_cp_rank(there)
     losses = chunk(there["tokens"], there["position_ids"], attention_mask=None, labels=there["labels"])

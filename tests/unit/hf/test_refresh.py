@@ -137,6 +137,7 @@ def config_with(**entries: object) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (config_with(auto_map="modeling_mesh.MeshModel"), "auto_map is not a JSON object"),
         (edited, r"mesh\.py was edited after the export .* move it elsewhere"),
         (not_ours, r"mesh\.py lacks the first line of exported code .* move it elsewhere"),
         (newer, r"mesh\.py is from megatron_mesh 99\.0\.0 and this is .*; upgrade megatron_mesh"),

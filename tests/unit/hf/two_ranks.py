@@ -2,11 +2,13 @@
 
 import multiprocessing
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -21,8 +23,10 @@ def on_two_ranks(job: Job, directories: dict[str, Path], scratch: Path) -> list[
     """What ``job(rank, directories)`` returns on each of two ranks."""
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_rank, args=(job, rank, directories, scratch)) for rank in range(2)]
-    for process in processes:
-        process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for rank, process in enumerate(processes):
+            patch.setenv("HF_MODULES_CACHE", str(scratch / f"code-{rank}"))  # both copy the models' code
+            process.start()
     for process in processes:
         process.join(timeout=300)
         if process.is_alive():
@@ -34,6 +38,8 @@ def on_two_ranks(job: Job, directories: dict[str, Path], scratch: Path) -> list[
 
 def _rank(job: Job, rank: int, directories: dict[str, Path], scratch: Path) -> None:
     torch.set_num_threads(1)
+    # The parent's copies of models' code came along with its path.
+    sys.path[:] = [path for path in sys.path if not (Path(path) / "transformers_modules").is_dir()]
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     try:
         dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=2)

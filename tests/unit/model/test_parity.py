@@ -30,6 +30,7 @@ def assert_equal_to_reference(scheme: str, layers: str, **settings) -> None:
     config = tiny_config(scheme, layers, **settings)
     model = build_model(config)
     randomise(model)
+    # With other seeds, one bias's gradient can nearly cancel and lose a digit more in float32.
     generator = torch.Generator().manual_seed(11)
     tokens = torch.randint(0, 96, (2, 16), generator=generator)
     labels = torch.randint(0, 96, (2, 16), generator=generator)
