@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from megatron_mesh.checkpoint.directory import STATE_FILE, candidates, read_chec
 from megatron_mesh.checkpoint.integrity import digest, read_checksums
 from megatron_mesh.config.schema import CheckpointConfig
 from megatron_mesh.errors import UserError
+from megatron_mesh.evaluation.engines import TRANSFORMERS, VLLM
 from megatron_mesh.hf.tokenizer import tokenizer_of
 from megatron_mesh.runtime import device
 
@@ -97,42 +98,70 @@ def choose_device(name: str | None) -> torch.device:
 
 
 @contextmanager
-def opened(source: Source, how: Mapping[str, Any]) -> Iterator[Any]:
-    """The model in memory, as lm-eval's HFLM; a checkpoint is converted for as long.
+def opened(source: Source, how: Mapping[str, Any], engine: str = TRANSFORMERS) -> Iterator[Any]:
+    """The model in memory as ``CheckedHFLM`` or ``CheckedVLLM``; a checkpoint is converted for as long.
 
     Args:
         source: which model.
-        how: arguments of HFLM: device, dtype, batch_size, max_length.
-    """
-    from megatron_mesh.hf.open_model import directory_of, register
+        how: device (for transformers only), dtype, batch_size, max_length.
+        engine: what runs it, one of ``ENGINES``.
 
-    register()
-    if not source.is_checkpoint:
-        yield _read(source.path, source, how)
-        return
-    with directory_of(source.path, source.tokenizer_model) as directory:
-        yield _read(directory, source, how)
+    Raises:
+        UserError: the engine cannot read the model, or the tokenizer is another model's.
+    """
+    from megatron_mesh.hf.open_model import directory_of
+
+    with ExitStack() as stack:
+        directory = source.path
+        if source.is_checkpoint:
+            directory = stack.enter_context(directory_of(source.path, source.tokenizer_model))
+        if engine == VLLM:
+            lm = stack.enter_context(_served(directory, source, how))
+        else:
+            lm = _read(directory, source, how)
+        if len(lm.tokenizer) > lm.config.vocab_size:
+            raise UserError(
+                f"the tokenizer in {source.path} has {len(lm.tokenizer):,} entries, the model's vocabulary "
+                f"only {lm.config.vocab_size:,}: it is another model's tokenizer; put the right one there"
+            )
+        yield lm
 
 
 def _read(directory: Path, source: Source, how: Mapping[str, Any]) -> Any:
-    from safetensors import SafetensorError
+    from megatron_mesh.evaluation.lm import open_lm
+    from megatron_mesh.hf.open_model import register
 
-    from megatron_mesh.evaluation.lm import CheckedHFLM
+    register()
+    return open_lm(directory, trust_remote_code=source.trust_remote_code, **how)
 
-    try:
-        lm = CheckedHFLM(
-            pretrained=str(directory.resolve()),  # a relative path could be taken for a name on the hub
-            trust_remote_code=source.trust_remote_code,
-            **how,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"the model in {source.path} cannot be read: {error}") from error
-    if len(lm.tokenizer) > lm.config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {source.path} has {len(lm.tokenizer):,} entries, the model's vocabulary only "
-            f"{lm.config.vocab_size:,}: it is another model's tokenizer; put the right one there"
-        )
-    return lm
+
+def _served(directory: Path, source: Source, how: Mapping[str, Any]) -> Any:
+    # Not registered: vLLM's processes take the code from the directory, and transformers refuses two classes
+    # of one configuration.
+    from megatron_mesh.evaluation.vllm_lm import open_lm
+
+    trust = source.trust_remote_code or source.is_checkpoint or _carries_our_code(directory)
+    return open_lm(directory, trust_remote_code=trust, **how)
+
+
+def _carries_our_code(directory: Path) -> bool:
+    """Whether the model brings code, and all of it is a copy of this package's own.
+
+    Raises:
+        UserError: an export of ours whose code differs.
+    """
+    if _read_json(directory / "config.json").get("model_type") != _OUR_MODEL_TYPE:
+        return False
+    from megatron_mesh.hf import ship
+
+    ours = ship.sources()
+    for path in directory.glob("*.py"):
+        if path.read_text(encoding="utf-8") != ours.get(path.name):
+            raise UserError(
+                f"{path} differs from this version's: convert the model again, or add --trust-remote-code if "
+                "you trust the code, which vLLM would run"
+            )
+    return True
 
 
 def _check_model_files(path: Path) -> None:

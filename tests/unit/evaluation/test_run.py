@@ -28,7 +28,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     log: list[str] = []
 
     @contextmanager
-    def opened(source: model.Source, how: Mapping[str, Any]) -> Iterator[None]:
+    def opened(source: model.Source, how: Mapping[str, Any], engine: str) -> Iterator[None]:
         log.append(f"open {source.path.name}")
         yield None
 
@@ -38,7 +38,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             raise KeyboardInterrupt
         return Result(task.name, shots, local.data if local else "hub", {task.metric: 0.5}, {}, 10, 1.0)
 
-    monkeypatch.setattr(harness, "check_installed", lambda: None)
+    monkeypatch.setattr(harness, "check_installed", lambda engine: None)
     monkeypatch.setattr(harness, "version", lambda: "0")
     monkeypatch.setattr(model, "opened", opened)
     monkeypatch.setattr(harness, "run_task", run_task)
