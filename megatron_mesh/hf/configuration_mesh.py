@@ -8,6 +8,18 @@ from transformers.utils.versions import require_version
 require_version("transformers>=4.57", "Install it: pip install 'transformers>=4.57'")
 
 
+def _tensor_parallel_plan(stock: dict[str, str]) -> dict[str, str]:
+    """How tensor parallelism divides our modules, by GPT-NeoX's plan for ``layers.*``."""
+    plan: dict[str, str] = {}
+    for name, style in stock.items():
+        place, found, rest = name.partition("layers.*.")
+        if found:
+            plan |= {f"{place}{part}.*.{rest}": style for part in ("prelude", "core", "cores.*", "coda")}
+        else:
+            plan[name] = style
+    return plan
+
+
 class MeshConfig(GPTNeoXConfig):
     """``GPTNeoXConfig`` plus the loop.
 
@@ -26,6 +38,9 @@ class MeshConfig(GPTNeoXConfig):
     """
 
     model_type = "megatron_mesh"
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
+    base_model_tp_plan = _tensor_parallel_plan(GPTNeoXConfig.base_model_tp_plan)
+    base_model_pp_plan = None  # type: ignore[assignment]  # a stage would need its part of the core K times, in turn
 
     def __init__(
         self,
@@ -50,6 +65,11 @@ class MeshConfig(GPTNeoXConfig):
         self.mesh_transition_query = mesh_transition_query
         self.embedding_scale = embedding_scale
         super().__init__(**{**kwargs, "num_hidden_layers": self.depth})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "num_loops" and "num_hidden_layers" in self.__dict__:
+            super().__setattr__("num_hidden_layers", self.depth)
 
     @property
     def depth(self) -> int:

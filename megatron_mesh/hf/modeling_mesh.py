@@ -1,21 +1,25 @@
-"""A recursive GPT-NeoX for Hugging Face transformers (4.57 and 5.x), from the library's own layers.
+"""A recursive GPT-NeoX for Hugging Face transformers.
 
 Needs torch and transformers alone. The recurrence is the trainer's own source, which lies beside this file in
 an export.
 """
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.gpt_neox.modeling_gpt_neox import (
-    GPTNeoXAttention,
-    GPTNeoXLayer,
+    GPTNeoXForCausalLM,
+    GPTNeoXForQuestionAnswering,
+    GPTNeoXForSequenceClassification,
+    GPTNeoXForTokenClassification,
     GPTNeoXPreTrainedModel,
     GPTNeoXRotaryEmbedding,
 )
@@ -27,6 +31,7 @@ except ImportError:  # transformers 4
     from transformers.utils.generic import check_model_inputs as capture_outputs  # type: ignore[assignment]
 
 from megatron_mesh.hf.configuration_mesh import MeshConfig
+from megatron_mesh.hf.layers_mesh import CACHE_NAME, AttentionDispatcher, MeshLayer, UnrolledLayer
 from megatron_mesh.recurrence.memory import CYCLES
 from megatron_mesh.recurrence.mesh import MeSH
 from megatron_mesh.recurrence.mixing import weighted_sum
@@ -35,6 +40,7 @@ from megatron_mesh.recurrence.schemes import SCHEMES, LoopState, RecurrenceOptio
 # Importing MeSH registers it; and transformers 4 copies just those files that this one names.
 _NEEDED = (CYCLES, MeSH, weighted_sum)
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
+_OLD_CACHE_NAMES = ("past_key_value", "layer_past", "past", "mems", "state")
 
 
 class MeshPreTrainedModel(GPTNeoXPreTrainedModel):
@@ -43,17 +49,35 @@ class MeshPreTrainedModel(GPTNeoXPreTrainedModel):
     config: MeshConfig
     config_class = MeshConfig
     base_model_prefix = "model"
-    _can_record_outputs = {"hidden_states": GPTNeoXLayer, "attentions": GPTNeoXAttention}  # noqa: RUF012
+    # A device map keeps the recurrence together: its routers read and write one memory.
+    _no_split_modules = ["MeshLayer", *sorted({scheme.__name__ for scheme in SCHEMES.values()})]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache", "layer_past"]  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": UnrolledLayer, "attentions": AttentionDispatcher}  # noqa: RUF012
+
+    def _set_gradient_checkpointing(  # type: ignore[override]
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+    ) -> None:
+        # Re-entrant checkpointing runs a backward pass per loop: DDP refuses the second gradient of a weight,
+        # and DeepSpeed's ZeRO-3 loses it without a word.
+        function = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, function, **kwargs)
 
 
 class MeshModel(MeshPreTrainedModel):
-    """Embedding, prelude, K times the core, coda, final norm; see ``model/block.py`` of megatron_mesh."""
+    """Embedding, prelude, K times the core, coda, final norm; see ``model/block.py`` of megatron_mesh.
+
+    ``prelude``, ``core`` (or ``cores``) and ``coda`` hold the weights. ``unrolled`` lists the applications of
+    layers in the order in which a token meets them: ``unrolled[i]`` is the place for hooks on the i-th layer
+    that a token passes, and ``unrolled[i].attention`` on its attention.
+    """
 
     def __init__(self, config: MeshConfig):
         super().__init__(config)
+        if not (config.use_parallel_residual and config.attention_bias):
+            raise ValueError("a MeSH model has use_parallel_residual=True and attention_bias=True")
         _check_loops(config, config.num_loops)
-        config.num_hidden_layers = config.depth  # num_loops may have been changed since
         self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.emb_dropout = nn.Dropout(config.hidden_dropout)
         self.prelude = _layers(config, config.prelude_layers)
         if SCHEMES[config.recurrence].shared_core:
             self.core = _layers(config, config.core_layers)
@@ -66,6 +90,7 @@ class MeshModel(MeshPreTrainedModel):
             router_init_std=config.initializer_range,
         )
         self.recurrence = build_scheme(config.recurrence, config.hidden_size, config.num_loops, options)
+        self.unrolled = _unrolled(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.rotary_emb = GPTNeoXRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -78,7 +103,7 @@ class MeshModel(MeshPreTrainedModel):
     def passes(self) -> list[nn.ModuleList]:
         """The layers of each pass: prelude, K times the core, coda."""
         shared = SCHEMES[self.config.recurrence].shared_core
-        cores = [self.core] * self.config.num_loops if shared else list(self.cores)
+        cores = [self.core] * self.recurrence.loops if shared else list(self.cores)
         return [self.prelude, *cores, self.coda]
 
     def set_num_loops(self, loops: int) -> None:
@@ -89,7 +114,8 @@ class MeshModel(MeshPreTrainedModel):
         """
         _check_loops(self.config, loops)
         self.config.num_loops = self.recurrence.loops = loops
-        self.config.num_hidden_layers = self.config.depth
+        self.unrolled = _unrolled(self.config)
+        self._output_capturing_hooks_installed = False  # the new modules have none yet
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_in
@@ -106,62 +132,85 @@ class MeshModel(MeshPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
+        cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As ``GPTNeoXModel.forward``; ``inputs_embeds`` [B, S, H] are not yet scaled."""
+        """As ``GPTNeoXModel.forward``; ``inputs_embeds`` [B, S, H] are not yet scaled.
+
+        ``cache`` and ``past_key_values`` are two names of one argument. In the output, ``hidden_states`` are
+        the input of ``unrolled[0]``, then what each ``unrolled[i]`` returns (before the recurrence mixes it),
+        the last one normalised. ``attentions`` have one entry for each ``unrolled[i]``.
+
+        Raises:
+            TypeError: a keyword that this model doesn't know carries a cache.
+            ValueError: the arguments contradict each other, or the config was changed after loading.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        self._check_unchanged()
+        cache = _the_cache(cache, past_key_values, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_in(input_ids)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        # Given by generate() of transformers 4, which has cache_position.
-        place = kwargs.pop("cache_position", None)
-        if place is None:
-            place = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if cache_position is None:
+            seen = (
+                cache.get_seq_length() if isinstance(cache, Cache) else 0
+            )  # a paged cache comes with places
+            cache_position = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
         if position_ids is None:
-            position_ids = place.unsqueeze(0)
-        kwargs["attention_mask"] = _mask(
+            position_ids = cache_position.unsqueeze(0)
+        mask = _mask(
             config=self.config,
             inputs_embeds=inputs_embeds,  # its name in transformers 5
             input_embeds=inputs_embeds,  # and in 4
             attention_mask=attention_mask,
-            cache_position=place,
-            past_key_values=past_key_values,
+            cache_position=cache_position,
+            cache=cache,
+            past_key_values=cache if isinstance(cache, Cache) else None,
             position_ids=position_ids,
         )
-        hidden_states = inputs_embeds * self.config.embedding_scale
-        kwargs["position_embeddings"] = self.rotary_emb(hidden_states, position_ids=position_ids)
+        hidden_states = self.emb_dropout(inputs_embeds * self.config.embedding_scale)
+        rotation = self.rotary_emb(hidden_states, position_ids=position_ids)
         hidden_states = self._run_passes(
-            hidden_states, past_key_values, position_ids=position_ids, use_cache=use_cache, **kwargs
+            hidden_states,
+            attention_mask=mask,
+            position_ids=position_ids,
+            position_embeddings=rotation,
+            layer_past=cache,
+            cache_position=cache_position,
+            **kwargs,
         )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.final_layer_norm(hidden_states), past_key_values=past_key_values
-        )
+        output: dict[str, Any] = {CACHE_NAME: cache}
+        return BaseModelOutputWithPast(last_hidden_state=self.final_layer_norm(hidden_states), **output)
 
-    def _run_passes(self, hidden_states: Tensor, cache: Cache | None, **kwargs: Any) -> Tensor:
+    def _run_passes(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """[B, S, H] -> [B, S, H]. The memory is of each token alone and needs no cache."""
-        state, first = LoopState(), 0
+        state, place = LoopState(), 0
         for index, layers in enumerate(self.passes):
             hidden_states = self.recurrence(index, hidden_states, state)
-            span = None if cache is None else _CacheSpan(cache, first)
             for layer in layers:
-                output = layer(hidden_states, layer_past=span, **kwargs)
-                hidden_states = (
-                    output[0] if isinstance(output, tuple) else output
-                )  # a tuple in transformers 4
-            first += len(layers)
+                hidden_states = self.unrolled[place](hidden_states, layer, **kwargs)
+                place += 1
         return hidden_states
+
+    def _check_unchanged(self) -> None:
+        if self.config.num_hidden_layers != len(self.unrolled):
+            raise ValueError(
+                f"the config was changed to {self.config.num_hidden_layers} unrolled layers, but the model "
+                f"was built with {len(self.unrolled)}; call model.set_num_loops(k) instead"
+            )
 
 
 class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
     """``MeshModel`` with an output projection."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_in.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": next(iter(GPTNeoXForCausalLM._tp_plan.values()))}  # noqa: RUF012
 
     def __init__(self, config: MeshConfig):
         super().__init__(config)
@@ -189,6 +238,8 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
+        cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -200,6 +251,8 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            cache=cache,
+            cache_position=cache_position,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -212,21 +265,52 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
 
-class _CacheSpan:
-    """The entries of one pass in a cache: a layer of the core has one for each iteration."""
+class _StockHead(MeshPreTrainedModel):
+    """``MeshModel`` below a head of GPT-NeoX's, whose own forward pass is inherited."""
 
-    def __init__(self, cache: Cache, first: int):
-        self.cache, self.first = cache, first
+    def __init__(self, config: MeshConfig):
+        GPTNeoXPreTrainedModel.__init__(self, config)  # not the stock head's, which builds a GPTNeoXModel
+        self.num_labels = config.num_labels or 2  # transformers sets it from id2label
+        self.model = MeshModel(config)
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any) -> tuple[Tensor, Tensor]:
-        """As ``Cache.update``; ``layer_idx`` counts within the pass."""
-        return self.cache.update(keys, values, self.first + layer_idx, *args)
+    @property
+    def gpt_neox(self) -> MeshModel:
+        """What the stock forward pass calls the model below the head."""
+        return self.model
+
+
+class MeshForSequenceClassification(_StockHead, GPTNeoXForSequenceClassification):  # type: ignore[misc]
+    """As ``GPTNeoXForSequenceClassification``."""
+
+    def __init__(self, config: MeshConfig):
+        super().__init__(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+class MeshForTokenClassification(_StockHead, GPTNeoXForTokenClassification):  # type: ignore[misc]
+    """As ``GPTNeoXForTokenClassification``."""
+
+    def __init__(self, config: MeshConfig):
+        super().__init__(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+
+class MeshForQuestionAnswering(_StockHead, GPTNeoXForQuestionAnswering):  # type: ignore[misc]
+    """As ``GPTNeoXForQuestionAnswering``."""
+
+    def __init__(self, config: MeshConfig):
+        super().__init__(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
 
 
 def _draw(name: str, weight: Tensor, std: float) -> None:
@@ -234,12 +318,31 @@ def _draw(name: str, weight: Tensor, std: float) -> None:
 
 
 def _layers(config: MeshConfig, count: int) -> nn.ModuleList:
-    return nn.ModuleList(GPTNeoXLayer(config, index) for index in range(count))
+    return nn.ModuleList(MeshLayer(config) for _ in range(count))
+
+
+def _unrolled(config: MeshConfig) -> nn.ModuleList:
+    return nn.ModuleList(UnrolledLayer(config, index) for index in range(config.num_hidden_layers))
 
 
 def _mask(**arguments: Any) -> Any:
     """``create_causal_mask`` with those arguments that this version of transformers knows."""
     return create_causal_mask(**{name: value for name, value in arguments.items() if name in _MASK_ARGUMENTS})
+
+
+def _the_cache(cache: Any, past_key_values: Any, others: dict[str, Any]) -> Any:
+    """The cache, by whichever name it was given. Overlooking one would give wrong tokens silently."""
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("cache and past_key_values are two names of one argument; give one of them")
+    for name, value in others.items():
+        if isinstance(value, Cache) or (name in _OLD_CACHE_NAMES and value is not None):
+            raise TypeError(
+                f"forward() doesn't know the cache {name!r}; pass it as past_key_values, or update the "
+                "model's code (tools/convert_to_hf.py --refresh-code DIR)"
+            )
+    if others.get("head_mask") is not None:
+        raise ValueError("head_mask is not supported")
+    return past_key_values if cache is None else cache
 
 
 def _check_loops(config: MeshConfig, loops: int) -> None:

@@ -14,6 +14,13 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _plain_sum(weights_SBJ: Tensor, states_SBH: Sequence[Tensor]) -> Tensor:
+    total = weights_SBJ[..., :1] * at_least_fp32(states_SBH[0])
+    for j, state in enumerate(states_SBH[1:], start=1):
+        total = torch.addcmul(total, weights_SBJ[..., j : j + 1], state.to(total.dtype))
+    return total.to(states_SBH[0].dtype)
+
+
 class _WeightedSum(torch.autograd.Function):
     """Saves the states and the weights, and no product of them.
 
@@ -21,13 +28,15 @@ class _WeightedSum(torch.autograd.Function):
     for each, forward and backward.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, weights_SBJ: Tensor, *states_SBH: Tensor) -> Tensor:
-        ctx.save_for_backward(weights_SBJ, *states_SBH)
-        total = weights_SBJ[..., :1] * at_least_fp32(states_SBH[0])
-        for j, state in enumerate(states_SBH[1:], start=1):
-            total.addcmul_(weights_SBJ[..., j : j + 1], state.to(total.dtype))
-        return total.to(states_SBH[0].dtype)
+    def forward(*tensors: Tensor) -> Tensor:
+        return _plain_sum(tensors[0], tensors[1:])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -52,4 +61,6 @@ def weighted_sum(weights_SBJ: Tensor, states_SBH: Sequence[Tensor]) -> Tensor:
         weights_SBJ: [S, B, J], float32 or wider.
         states_SBH: J tensors [S, B, H] of one dtype, which is also the result's.
     """
-    return _WeightedSum.apply(weights_SBJ, *states_SBH)
+    if torch.is_grad_enabled() and not torch.jit.is_tracing():  # a trace can't hold a Python function
+        return _WeightedSum.apply(weights_SBJ, *states_SBH)
+    return _plain_sum(weights_SBJ, states_SBH)

@@ -11,7 +11,7 @@ command line, parameter counts, tests and README tables follow from ``SCHEMES``.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -139,12 +139,10 @@ def build_scheme(name: str, hidden_size: int, loops: int, options: RecurrenceOpt
 
 
 class Linears(nn.ModuleList):
-    """A list of linear maps, one per loop or cycle."""
+    """A list of linear maps, one per loop or cycle; adapters and quantizers may put their own in place."""
 
     def __getitem__(self, index: int) -> nn.Linear:  # type: ignore[override]
-        linear = super().__getitem__(index)
-        assert isinstance(linear, nn.Linear)
-        return linear
+        return cast(nn.Linear, super().__getitem__(index))
 
 
 def linears(count: int, inputs: int, outputs: int) -> Linears:

@@ -75,7 +75,8 @@ def test_names_are_a_contract(exported) -> None:
 
 def test_files(exported) -> None:
     _, directory, _ = exported()
-    shipped = {"configuration_mesh.py", "modeling_mesh.py", "schemes.py", "memory.py", "mesh.py", "mixing.py"}
+    shipped = {f"{name}_mesh.py" for name in ("configuration", "modeling", "layers")}
+    shipped |= {f"{name}.py" for name in ("schemes", "memory", "mesh", "mixing")}
     texts = {"config.json", "generation_config.json", "README.md"}
     assert {path.name for path in directory.iterdir()} == shipped | texts | {"model.safetensors"}
     assert len({path.stat().st_mode for path in directory.iterdir()}) == 1, "as readable as each other"
