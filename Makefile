@@ -1,10 +1,11 @@
-# make quickstart   text to a trained MeSH model, with pictures
-# make test         the test suite (make test-all: every pair of parallel settings as well)
-# make lint         ruff and mypy;  make bench  step times of the schemes
-# make test-hf4     what exports do with transformers 4.57 instead of 5
-# make test-slurm   jobs on a real SLURM that the tests start (as root; make slurm-env installs Debian's packages)
+# make quickstart   train a small MeSH model from a text, with pictures
+# make test         run the test suite (make test-all: with every pair of parallel settings)
+# make lint         run ruff and mypy;  make bench  measure the step times of the schemes
+# make test-hf VERSION=5.19.0   run the Hugging Face tests with that version of transformers
+#                   (PYTEST_ARGS='-m versions': only those that depend on the version most)
+# make test-slurm   run jobs on a real SLURM that the tests start (as root; make slurm-env installs Debian's packages)
 #
-# Every target sets up .venv by itself. Override to choose the interpreter, the torch build or the index:
+# Every target sets up its environment by itself. Override the interpreter, the torch build or the package index:
 #   make quickstart PYTHON=python3.12 TORCH='torch==2.13.0+cpu' PIP_ARGS='--index-url ...'
 
 find_python = for p in python3.11 python3.12 python3 python; do \
@@ -20,7 +21,7 @@ WORKERS ?= 2
 python := $(VENV)/bin/python
 installed := $(VENV)/.installed
 
-.PHONY: install quickstart test test-all test-hf4 slurm-env test-slurm lint bench configs clean
+.PHONY: install quickstart test test-all test-hf slurm-env test-slurm lint bench configs clean
 
 install: $(installed)
 
@@ -40,14 +41,27 @@ test: $(installed)
 test-all: $(installed)
 	MESH_TEST_ALL=1 OMP_NUM_THREADS=1 $(python) -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
-hf4 := $(VENV)-hf4
+# Make $(1), an environment that sees all packages of $(VENV), and have pip put $(2) into it together with whatever
+# must differ from $(VENV) for that. So torch is not installed again.
+define environment
+$(python) -m venv --clear --without-pip $(1)
+$(python) -c 'import sys; from sysconfig import get_path; \
+	pth = get_path("purelib", "venv", {"base": sys.argv[1]}) + "/main.pth"; \
+	open(pth, "w").write("import site; site.addsitedir(%r)\n" % get_path("purelib"))' $(1)
+$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(2)
+endef
 
-test-hf4: $(hf4)/.installed
-	PYTHONPATH=$(CURDIR)/$(hf4) OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadgroup tests/unit/hf $(PYTEST_ARGS)
+hf := $(VENV)-hf-$(VERSION)
+# The packages that depend on huggingface_hub are named so that pip chooses versions that agree on one. torchao isn't
+# in the main environment, since every program that uses transformers would then print its warnings.
+hf_packages = 'transformers==$(VERSION)' accelerate datasets datatrove peft trl torchao==0.18.0
 
-$(hf4)/.installed: $(installed)
-	$(python) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --upgrade --target $(hf4) \
-		transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2
+test-hf: $(hf)/.installed
+	OMP_NUM_THREADS=1 $(hf)/bin/python -m pytest -n $(WORKERS) --dist loadgroup tests/unit/hf $(PYTEST_ARGS)
+
+$(hf)/.installed: $(installed)
+	@test -n "$(VERSION)" || { echo "error: name a version of transformers: make test-hf VERSION=5.24.0" >&2; exit 2; }
+	$(call environment,$(hf),$(hf_packages))
 	@touch $@
 
 slurm-env:
@@ -69,4 +83,4 @@ configs: $(installed)
 	$(python) -m megatron_mesh.config.cluster_presets examples/slurm/6.9b
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-hf-* runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,18 +1,40 @@
-"""Packaging. Exact versions that are known to work together stand in .ci/constraints.txt."""
+"""Packaging. .ci/constraints.txt pins the exact versions that are tested together."""
 
+import ast
 from pathlib import Path
+from typing import Any
 
 from setuptools import find_packages, setup
 
-version = next(
-    line.split('"')[1]
-    for line in Path(__file__).with_name("megatron_mesh").joinpath("__init__.py").read_text().splitlines()
-    if line.startswith("__version__")
-)
+PACKAGE = Path(__file__).with_name("megatron_mesh")
+
+
+def constant(name: str, path: Path) -> Any:
+    """A constant of a file that cannot be imported yet."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]:
+            return ast.literal_eval(node.value)
+    raise LookupError(f"{path} has no {name}")
+
+
+def tested_transformers() -> str:
+    """The tested minor releases of transformers and no others.
+
+    A minor release may rename arguments that our exports use, so those that weren't tested are left out, also
+    between tested ones. Patch releases only fix bugs, so later ones of a tested minor release are allowed.
+    """
+    tested = constant("TESTED", PACKAGE / "hf/versions.py")
+    minors = [tuple(int(part) for part in version.split(".")[:2]) for version in tested]
+    major, newest = minors[-1]
+    skipped = [f"!={major}.{minor}.*" for minor in range(newest) if (major, minor) not in minors]
+    return ",".join([f"transformers>={tested[0]}", f"<{major}.{newest + 1}", *skipped])
+
+
+TRANSFORMERS = tested_transformers()
 
 setup(
     name="megatron_mesh",
-    version=version,
+    version=constant("__version__", PACKAGE / "__init__.py"),
     description="Megatron-style pretraining of recursive (looped) transformers with MeSH",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -38,14 +60,14 @@ setup(
         "matplotlib>=3.9",
     ],
     extras_require={
-        "data": ["gigatoken>=0.10", "datatrove>=0.10"],
-        "hf": ["transformers>=4.57,<6", "safetensors>=0.5", "huggingface_hub>=0.34", "protobuf>=5"],
+        "data": ["gigatoken>=0.10", "datatrove>=0.9"],  # datatrove 0.10 doesn't go with transformers 4.57
+        "hf": [TRANSFORMERS, "safetensors>=0.5", "huggingface_hub>=0.36", "protobuf>=5"],
         "eval": [
             "lm_eval>=0.4.13,<0.5",
-            "transformers>=4.57,<6",
-            "accelerate>=1.15",  # lm-eval's Hugging Face backend imports both
+            TRANSFORMERS,
+            "accelerate>=1.15",  # lm-eval's Hugging Face backend imports this and peft
             "peft>=0.21",
-            "datasets>=5.2",
+            "datasets>=5.0",  # 5.2 doesn't go with transformers 4.57
         ],
         # What megatron-core 0.16.1 asks for. For a torch with CUDA 13 only, against which its bindings are
         # compiled: pip install --no-build-isolation. NVIDIA's image has it (examples/docker).
@@ -57,6 +79,7 @@ setup(
             "allpairspy>=2.5",
             'triton>=3.5; platform_system == "Linux"',  # interprets the kernels in tests
             "hypothesis>=6.120",
+            "trl>=1.16,<2",
             "ruff==0.17.6",
             "mypy==2.4.1",
             "types-PyYAML",

@@ -1,8 +1,15 @@
 """Fixtures that every test may use."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# Where transformers copies the code of models that it runs, by the name of their directory. Each process has
+# its own place, or else tests that run side by side would use each other's code.
+_code = tempfile.TemporaryDirectory(prefix="transformers-code-")
+os.environ["HF_MODULES_CACHE"] = _code.name
 
 
 @pytest.fixture(scope="session")

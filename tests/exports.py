@@ -18,7 +18,7 @@ TOKENS = torch.randint(0, 96, (3, 16), generator=torch.Generator().manual_seed(1
 
 
 def export_config(save: Path, **settings: Any) -> Config:
-    """Settings of a tiny model whose vocabulary (96) is padded to 112."""
+    """Settings of a tiny model whose vocabulary (97) is padded to 112."""
     values: dict[str, Any] = {"make_vocab_size_divisible_by": 16, "vocab_size": 97, **settings}
     config = tiny_config(**values)
     return replace(config, checkpoint=replace(config.checkpoint, save=str(save)))
@@ -45,7 +45,7 @@ def megatron_logits(config: Config) -> torch.Tensor:
 
 
 def saved_with_logits(save: Path, **settings: Any) -> tuple[Path, torch.Tensor]:
-    """A checkpoint of one process, and the logits of its model."""
+    """A checkpoint of one process, and the logits [B, S, vocabulary] of its model, without padded ids."""
     config = export_config(save, **settings)
     with one_process(config):
-        return save_checkpoint(config), megatron_logits(config)
+        return save_checkpoint(config), megatron_logits(config)[..., : config.model.vocab_size]

@@ -1,13 +1,20 @@
 #!/usr/bin/env python
-"""Convert a Hugging Face model to a checkpoint to train on from: our exports, and any GPT-NeoX (Pythia).
+"""Convert a Hugging Face model to a checkpoint that a run can start from: our exports, and GPT-NeoX.
 
 python tools/convert_from_hf.py --load pythia-410m --save pythia-410m-megatron
 python pretrain_mesh.py --config pythia-410m-megatron/config.yaml --load pythia-410m-megatron --finetune ...
 
-The run can have any layout of ranks. A plain model can become a recursive one, for continued pretraining,
-its routers new:
+The run can have any layout of ranks. A plain model can become a recursive one with new routers, for continued
+pretraining:
 
 python tools/convert_from_hf.py --load pythia-410m --save recursive --to-recursive 4+8R2+4 --core average
+
+A GPT-NeoX can be converted if it computes what our models do, like all of Pythia: parallel residual,
+attention biases, hidden_act "gelu", an even number of rotated dimensions per head, a whole rope_theta, no
+RoPE scaling. GPT-NeoX-20B (gelu_fast) and RedPajama-INCITE (use_parallel_residual false) are refused, as is
+anything else that would change the logits: one line, exit code 2. Weights are float32, bfloat16 or float16,
+without quantization or adapters, and kept bit for bit; if their dtypes differ, all become float32. Dropout
+is left out with a note. The vocabulary is padded for tensor parallelism; the loss ignores the padding.
 """
 
 import argparse
@@ -22,10 +29,10 @@ CORES = ("average", "first", "stepwise")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Convert as the command line says."""
+    """Convert a model as the command line asks."""
     arguments = _parser().parse_args(argv)
     check_transformers()
-    # Megatron-core takes seconds to import, and --help and mistakes do not need it.
+    # Megatron-core takes seconds to import, and --help doesn't need it.
     from megatron_mesh.hf.bring_in import Recursive, bring_in
 
     choices = {name: getattr(arguments, name) for name in ("recurrence", "core", "seed")}
@@ -34,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--{next(iter(given))} needs --to-recursive; add that or leave it out")
     recursive = Recursive(arguments.to_recursive, **given) if arguments.to_recursive else None
     model = bring_in(arguments.load, arguments.save, recursive)
-    print(f"wrote {arguments.save} ({model.recurrence} {model.layers}); start from it with")
+    print(f"wrote {arguments.save} ({model.recurrence} {model.layers}); start a run from it with")
     print(
         f"  pretrain_mesh.py --config {arguments.save / 'config.yaml'} --load {arguments.save} --finetune ..."
     )
@@ -51,9 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         "--to-recursive", metavar="LAYERS", help="prelude+coreRloops+coda, as deep as the model"
     )
     group.add_argument("--recurrence", help="scheme (default: mesh)")
-    text = "layers of the core: mean of all loops' (default), the first loop's, or equal steps"
+    text = "layers of the core: the mean over all loops (default), the first loop's, or some at equal steps"
     group.add_argument("--core", choices=CORES, help=text)
-    group.add_argument("--seed", type=int, help="of the new routers (default: 1234)")
+    group.add_argument("--seed", type=int, help="seed of the new routers (default: 1234)")
     return parser
 
 

@@ -3,10 +3,17 @@
 
 python tools/convert_to_hf.py --load runs/160m-mesh --save my-model
 
-Any layout of training serves. Needs about 4 GiB of memory for any size of model. The directory holds the
-weights (safetensors), the tokenizer, a model card and, for a looped model, the code:
+The checkpoint may come from any parallel layout. Any size of model needs about 4 GiB of memory. The directory
+holds the weights (safetensors), the tokenizer, a model card and, for a looped model, the code:
 
     AutoModelForCausalLM.from_pretrained("my-model", trust_remote_code=True)
+
+If that code no longer runs with a newer transformers, replace it by this package's:
+
+python tools/convert_to_hf.py --refresh-code my-model
+
+This changes the code and, in config.json, the entries that describe it (auto_map, transformers_tested).
+Weights, tokenizer and model card stay as they are. Code that was edited is never overwritten.
 """
 
 import argparse
@@ -22,7 +29,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def main(argv: Sequence[str]) -> None:
     """Convert as the command line says."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
+    if arguments.refresh_code:
+        _refresh(arguments.refresh_code)
+        return
     check_transformers()
     # These take seconds to import, and --help and mistakes do not need them.
     import torch
@@ -38,20 +48,42 @@ def main(argv: Sequence[str]) -> None:
     )
     print(f"wrote {arguments.save}")
     if not (arguments.save / "tokenizer.json").is_file():
-        print("The training named no tokenizer, so there is none in it; --tokenizer-model adds it.")
+        print("The training named no tokenizer, so the directory has none; --tokenizer-model adds it.")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _refresh(directory: Path) -> None:
+    from megatron_mesh.hf.refresh import REPLACED, refresh_code
+
+    changed = refresh_code(directory)
+    if not changed:
+        print(f"{directory} has no outdated code")
+        return
+    print(f"refreshed in {directory}: {', '.join(changed)}")
+    if any(name.startswith(REPLACED) for name in changed):
+        print(
+            f"The old code has no checksum, so it may have been edited. It is kept in {directory / REPLACED}."
+        )
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="convert_to_hf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     text = "a run's directory (its newest checkpoint) or an iter_... in it"
-    parser.add_argument("--load", type=Path, required=True, help=text)
-    parser.add_argument("--save", type=Path, required=True, help="directory for the model")
+    parser.add_argument("--load", type=Path, help=text)
+    parser.add_argument("--save", type=Path, help="directory for the model")
     parser.add_argument("--tokenizer-model", help="where the tokenizer is now (default: where it was)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the checkpoint's)")
     parser.add_argument("--force", action="store_true", help="replace what is at --save")
-    return parser
+    text = "bring the code of an export up to date; goes with no other option"
+    parser.add_argument("--refresh-code", type=Path, metavar="DIR", help=text)
+    arguments = parser.parse_args(argv)
+    others = [name for name, value in vars(arguments).items() if value and name != "refresh_code"]
+    if arguments.refresh_code and others:
+        parser.error(f"--refresh-code goes with no other option, not with --{others[0].replace('_', '-')}")
+    if not arguments.refresh_code and not (arguments.load and arguments.save):
+        parser.error("give --load and --save, or --refresh-code")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Let a model write: for prompts on the command line or in a file, or in a dialogue.
+"""Generate text from prompts on the command line, in a file, or typed in a dialogue.
 
 python tools/generate.py --model my-model --prompt "It was a dark and stormy night"
 python tools/generate.py --load runs/160m-mesh --prompt-file prompts.txt --temperature 0
 python tools/generate.py --model my-model                      # reads prompts until an empty line
 
---model is a Hugging Face directory (tools/convert_to_hf.py writes one), --load a run's directory or one of
-its checkpoints, which is converted for as long.
+--model is a Hugging Face directory (tools/convert_to_hf.py writes one). --load is a run's directory or one of
+its checkpoints, converted into a temporary directory. Prompts become the ids of the training either way.
 """
 
 import argparse
@@ -24,12 +24,12 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write as the command line says."""
+    """Generate as the command line says."""
     arguments = _parser().parse_args(argv)
     _check(arguments)
     prompts = list(_given(arguments))
     if arguments.prompt_file is not None and not prompts:
-        raise UserError(f"--prompt-file {arguments.prompt_file} is empty; put a prompt in each line")
+        raise UserError(f"--prompt-file {arguments.prompt_file} is empty; write one prompt per line")
     check_transformers()
     # These take seconds to import, and --help and mistakes do not need them.
     import transformers
@@ -56,19 +56,19 @@ def main(argv: Sequence[str]) -> None:
 
 def _continued(model: Any, tokenizer: Any, prompt: str, arguments: argparse.Namespace) -> str:
     """What the model adds to ``prompt``."""
-    inputs = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)
-    inputs.pop("token_type_ids", None)  # tokenizers of others may give them
+    import torch
+
+    # Without a prompt the model begins a document, as after an end-of-text token in training.
+    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
+    given = torch.tensor([ids], device=model.device)
     drawn = arguments.temperature > 0 and arguments.num_beams == 1
     how: dict[str, Any] = {"do_sample": drawn, "num_beams": arguments.num_beams}
     if drawn:
         how |= {"temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": arguments.top_k}
-    ids = model.generate(
-        **inputs, **how, max_new_tokens=arguments.max_new_tokens, pad_token_id=tokenizer.pad_token_id
-    )
+    how |= {"max_new_tokens": arguments.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+    whole = model.generate(given, attention_mask=torch.ones_like(given), **how)
     # Whole texts are decoded: the first token of a part may lose the space before it.
-    before, after = (
-        tokenizer.decode(row, skip_special_tokens=True) for row in (inputs["input_ids"][0], ids[0])
-    )
+    before, after = (tokenizer.decode(row, skip_special_tokens=True) for row in (given[0], whole[0]))
     return after[len(before) :]
 
 
@@ -80,16 +80,27 @@ def _show(text: str, output: Path | None) -> None:
 
 
 def _given(arguments: argparse.Namespace) -> Iterator[str]:
-    yield from arguments.prompt
+    """The prompts, those of a file line by line.
+
+    Only ``\\n`` and ``\\r\\n`` end a line. Other characters that Python takes for line ends, such as U+2028,
+    are part of a prompt.
+    """
+    for prompt in arguments.prompt:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--prompt {prompt!r} is not UTF-8; give it in a UTF-8 --prompt-file") from None
+        yield prompt
     if arguments.prompt_file is not None:
         try:
-            yield from arguments.prompt_file.read_text(encoding="utf-8").splitlines()
+            text = arguments.prompt_file.read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt-file cannot be read: {error}") from None
+            raise UserError(f"--prompt-file {arguments.prompt_file} cannot be read: {error}") from None
+        yield from (line.removesuffix("\r") for line in text.removesuffix("\n").split("\n") if text)
 
 
 def _dialogue() -> Iterator[str]:
-    """Lines that the user types, until an empty one."""
+    """Lines that the user types, up to an empty one."""
     while True:
         try:
             line = input("> ")
@@ -120,18 +131,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", type=Path, help="a Hugging Face directory")
     add("--load", type=Path, help="a run's directory (its newest checkpoint), or an iter_... in it")
     add("--tokenizer-model", help="with --load: where the tokenizer is now (default: where it was)")
-    add("--prompt", action="append", default=[], help="text to go on from; may be given several times")
-    add("--prompt-file", type=Path, help="a prompt in each line")
+    add("--prompt", action="append", default=[], help="text to continue; may be given several times")
+    add("--prompt-file", type=Path, help="UTF-8 file with one prompt per line; only line feeds end a line")
     add("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
-    add("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: %(default)s)")
+    add("--temperature", type=float, default=0.8, help="0: greedy (default: %(default)s)")
     add("--top-p", type=float, default=0.95, help="(default: %(default)s)")
     add("--top-k", type=int, default=0, help="0: no limit (default: %(default)s)")
     add("--num-beams", type=int, default=1, help="above 1: beam search (default: %(default)s)")
-    add("--num-loops", type=int, help="run the core so often, where the scheme has no parameters per loop")
+    add(
+        "--num-loops", type=int, help="run the core this many times, if the scheme has no parameters per loop"
+    )
     add("--dtype", choices=DTYPES, help="of the computation (default: the weights')")
     add("--attn-implementation", help="sdpa, eager or flash_attention_2 (default: sdpa)")
-    add("--output", type=Path, help="a new file for the text, which is printed as well")
-    add("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
+    add("--output", type=Path, help="new file for the text, which is also printed")
+    add("--seed", type=int, default=0, help="for sampling (default: %(default)s)")
     return parser
 
 

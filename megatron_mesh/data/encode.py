@@ -20,6 +20,9 @@ _PROBES = [
     "\U0001f642\U0001f469\u200d\U0001f467\U0001f3fd \U0001f1eb\U0001f1f7 \u2764\ufe0f \U0001d400\U0010ffff",
     "\x00\x01\x1f\x7f\x80\ufffd\ufffe\ue000 <|endoftext|></s><s>[INST]<unk>\u2581 \u2581\u2581 \u0120",
     "def f(x):\n    return {'a': [1, 2], \"b\": x**2 != 3}  # ok\n\n\tpass\n" + "=" * 70 + "-" * 33,
+    " both ends  ",
+    "\ufeffstart a\xa0b\u2028c\u2029 end\xa0",
+    "\n".join(mark * n for mark in "*)`_=0" for n in range(1, 20)),
     "https://example.org/a?b=c&d=%20#e user@example.org __init__ camelCaseWord ALLCAPS snake_case",
 ]
 
@@ -120,7 +123,12 @@ def _rows(encoded: Encoded) -> list[np.ndarray[Any, Any]]:
 
 
 def probe_texts(tokenizer: HuggingFaceTokenizer) -> list[str]:
-    """Short texts on which tokenizers tend to differ: added tokens in the text, white space, odd Unicode."""
+    """Short texts on which tokenizers tend to differ, the tokenizer's added tokens among them."""
     added = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
-    around = [f"a{t}b {t} {t}{t}\n{t}\t {t}. {t[:-1]} {t[1:]}" for t in added[:256]]
-    return around + _PROBES
+    return texts_with(added[:256])
+
+
+def texts_with(symbols: list[str]) -> list[str]:
+    """``symbols`` alone and within text, white space, odd Unicode, runs of a character."""
+    around = [f"a{t}b {t} {t}{t}\n{t}\t {t}. {t[:-1]} {t[1:]}" for t in symbols]
+    return [*symbols, *around, *_PROBES]

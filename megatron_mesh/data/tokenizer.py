@@ -63,7 +63,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.backend.no_padding()
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        candidates = (*_configured_eos(path), *_END_OF_DOCUMENT)
+        candidates = (*configured_token(path, "eos_token"), *_END_OF_DOCUMENT)
         self.eod = _first_known(candidates, {t: i for t, i in vocabulary.items() if t in candidates}, path)
 
     def tokenize(self, text: str) -> list[int]:
@@ -142,13 +142,13 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def _configured_eos(path: Path) -> tuple[str, ...]:
-    """The eos token that a ``tokenizer_config.json`` beside the tokenizer names, if there is one."""
+def configured_token(path: Path, name: str) -> tuple[str, ...]:
+    """The token that a ``tokenizer_config.json`` beside the tokenizer names as e.g. ``eos_token``, if any."""
     config = path.with_name("tokenizer_config.json")
     if not config.is_file():
         return ()
     try:
-        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        token = json.loads(config.read_text(encoding="utf-8")).get(name)
     except (ValueError, AttributeError) as error:
         raise UserError(f"{config} is not a readable JSON object: {error}") from error
     token = token.get("content") if isinstance(token, dict) else token

@@ -15,7 +15,7 @@ from megatron_mesh.checkpoint.integrity import digest, read_checksums
 from megatron_mesh.config.schema import CheckpointConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation.engines import TRANSFORMERS, VLLM
-from megatron_mesh.hf.tokenizer import tokenizer_of
+from megatron_mesh.hf.tokenizer import CLASS, tokenizer_of
 from megatron_mesh.runtime import device
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -203,7 +203,8 @@ def _check_no_code(path: Path) -> None:
     for name in ("config.json", "tokenizer_config.json"):
         content = _read_json(path / name) if (path / name).is_file() else {}
         code = content.get("auto_map")
-        if code and content.get("model_type") != _OUR_MODEL_TYPE:  # for which the package's code is taken
+        ours = content.get("model_type") == _OUR_MODEL_TYPE or content.get("tokenizer_class") == CLASS
+        if code and not ours:  # for which the package's code is taken
             raise UserError(
                 f"{path / name} has an auto_map ({', '.join(sorted(map(str, code)))}): the model brings "
                 "Python code, which would run on this machine. If you trust it, add --trust-remote-code."

@@ -1,5 +1,6 @@
-"""From a Hugging Face directory to a Megatron checkpoint: our exports, and any GPT-NeoX (Pythia)."""
+"""Converts a Hugging Face directory to a Megatron checkpoint: our exports, and GPT-NeoX such as Pythia."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,61 +14,68 @@ from torch import Tensor
 
 from megatron_mesh.checkpoint import offline
 from megatron_mesh.checkpoint.save import description
-from megatron_mesh.config.derived import layout
+from megatron_mesh.config.derived import layout, padded_vocab_size
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import Config, ModelConfig
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf import folding
-from megatron_mesh.hf.names import EMBEDDING, RECURRENCE, Entry, entries
+from megatron_mesh.hf import folding, vocabulary
+from megatron_mesh.hf.check_weights import check_weights
+from megatron_mesh.hf.config_file import dropout_note, read_config
+from megatron_mesh.hf.describe import SETTINGS_KEY
+from megatron_mesh.hf.names import EMBEDDING, RECURRENCE, VOCABULARY, Entry, entries
 from megatron_mesh.hf.recursive import CoreInit, layer_sources, recursive_model
-from megatron_mesh.hf.settings import SETTINGS_KEY, model_settings, read_config
+from megatron_mesh.hf.settings import model_settings
 from megatron_mesh.hf.weights import Weights
 from megatron_mesh.model.config import recurrence_options
 from megatron_mesh.model.init import drawn
 from megatron_mesh.recurrence import build_scheme
 
 Take = Callable[[Entry], Tensor]
-"""Makes the checkpoint's tensor of an entry."""
+"""Returns the checkpoint's tensor of an entry."""
 
 
 @dataclass(frozen=True)
 class Recursive:
-    """How to make a recursive model of a plain one."""
+    """How to turn a plain model into a recursive one."""
 
     layers: str
     recurrence: str = "mesh"
     core: CoreInit = "average"
     seed: int = 1234
-    """For routers."""
+    """Seed of the new routers."""
 
 
 def bring_in(directory: Path, save: Path, recursive: Recursive | None = None) -> ModelConfig:
-    """Write the weights in a Hugging Face directory as a checkpoint, to start a run with ``--finetune``.
+    """Write the weights in a Hugging Face directory as a checkpoint that ``--finetune`` starts from.
 
-    Needs as much host memory as the weights have. Returns the model's settings.
+    The host needs as much memory as the weights take. Says on stderr what the checkpoint leaves out. Returns
+    the model's settings.
 
     Raises:
-        UserError: the model is of another kind, tensors are missing, or ``save`` is taken.
+        UserError: the model is one that we cannot reproduce exactly, its weights do not fit its config.json,
+            or ``save`` exists.
     """
     if save.exists():
         raise UserError(f"{save} exists already; choose another --save")
     config_json = read_config(directory)
-    source = model_settings(config_json)
+    source = model_settings(config_json, directory)
     weights = Weights(directory)
-    _check(entries(source), weights, directory)
+    dtype = check_weights(source, weights, config_json["vocab_size"])
     names = ("gpt_neox.embed_in.weight", "embed_out.weight")
     source, embedding = folding.taken_out(source, config_json.get(SETTINGS_KEY, {}), weights, *names)
-    model, take = source, _tensors(weights, embedding)
+    model, take = source, _tensors(source, weights, embedding, dtype)
     if recursive is not None:
         model = recursive_model(source, recursive.layers, recursive.recurrence)
         take = _recursive_tensors(take, source, model, recursive)
+    for note in filter(None, (dropout_note(config_json), _dtype_note(dtype))):
+        print(f"note: {note}", file=sys.stderr)
     with offline.alone():
         # Tied weights that were folded are two tensors in an export.
         once = {(entry.key, entry.layer): entry for entry in entries(model)}
         listed = track(list(once.values()), "tensors", console=Console(stderr=True))
         state = {entry.name: _sharded(entry, take(entry)) for entry in listed}
         config = Config(model=model)
-        config.training.bf16 = next(iter(state.values())).data.dtype != torch.float32
+        config.training.bf16 = dtype != torch.float32
         start: dict[str, Any] = {
             "step": 0,
             "consumed_samples": 0,
@@ -79,17 +87,34 @@ def bring_in(directory: Path, save: Path, recursive: Recursive | None = None) ->
     return model
 
 
-def _tensors(weights: Weights, embedding: Tensor | None) -> Take:
-    """The checkpoint's tensors as the export has them; ``embedding`` where that is another."""
+def _dtype_note(dtype: torch.dtype) -> str | None:
+    if dtype != torch.float16:
+        return None
+    return (
+        "the weights are float16 and stay so in the checkpoint; a run in bfloat16 (its config.yaml says "
+        "bf16) rounds them when it loads them, and a run with --no-bf16 does not"
+    )
+
+
+def _tensors(model: ModelConfig, weights: Weights, embedding: Tensor | None, dtype: torch.dtype) -> Take:
+    """Return the checkpoint's tensors: the export's in ``dtype``, with the vocabulary padded.
+
+    Args:
+        embedding: taken instead of the export's, if given.
+    """
 
     def take(entry: Entry) -> Tensor:
-        return embedding if entry.key == EMBEDDING and embedding is not None else weights[entry.name]
+        replaced = embedding if entry.key == EMBEDDING else None
+        tensor = (weights[entry.name] if replaced is None else replaced).to(dtype)
+        if entry.key in VOCABULARY:
+            return vocabulary.from_export(tensor, entry.key, padded_vocab_size(model), weights.directory)
+        return tensor
 
     return take
 
 
 def _recursive_tensors(given: Take, source: ModelConfig, model: ModelConfig, recursive: Recursive) -> Take:
-    """The recursive model's tensors, from those of the plain one."""
+    """Return the recursive model's tensors, made from those of the plain one."""
     plain = {(entry.key, entry.layer): entry for entry in entries(source)}
     places = layer_sources(layout(model), recursive.core)
     routers = _new_routers(model, recursive.seed)
@@ -107,7 +132,7 @@ def _recursive_tensors(given: Take, source: ModelConfig, model: ModelConfig, rec
 
 
 def _new_routers(model: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """The scheme's parameters as a new model of this seed has them."""
+    """Return the scheme's parameters as a new model with this seed draws them."""
     scheme = build_scheme(
         model.recurrence, model.hidden_size, layout(model).loops, recurrence_options(model)
     ).requires_grad_(False)
@@ -125,14 +150,3 @@ def _sharded(entry: Entry, tensor: Tensor) -> ShardedTensor:
         return ShardedTensor.from_rank_offsets(entry.key, tensor)
     place = (0, entry.layer, entry.layers)
     return ShardedTensor.from_rank_offsets(entry.key, tensor, place, prepend_axis_num=1)
-
-
-def _check(listed: list[Entry], weights: Weights, directory: Path) -> None:
-    for entry in listed:
-        if entry.name not in weights:
-            raise UserError(f"{directory} lacks the tensor {entry.name}, which its config.json asks for")
-        if (shape := weights.shape(entry.name)) != entry.shape:
-            raise UserError(
-                f"{directory}: {entry.name} is {list(shape)}, and by config.json should be "
-                f"{list(entry.shape)}"
-            )

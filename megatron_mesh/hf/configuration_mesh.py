@@ -1,11 +1,19 @@
-"""Configuration of a MeSH model for Hugging Face transformers (4.57 and 5.x)."""
+"""Configuration of a MeSH model for Hugging Face transformers (4.57 and 5.x).
 
+transformers imports this file of an export first, so this is where a version that doesn't fit is reported.
+"""
+
+import importlib
+from pathlib import Path
 from typing import Any
 
 from transformers import GPTNeoXConfig
 from transformers.utils.versions import require_version
 
-require_version("transformers>=4.57", "Install it: pip install 'transformers>=4.57'")
+from megatron_mesh.hf.versions import OLDEST, warn_if_untested
+
+require_version(f"transformers>={OLDEST}", f"Install it: pip install 'transformers>={OLDEST}'")
+warn_if_untested()
 
 
 def _tensor_parallel_plan(stock: dict[str, str]) -> dict[str, str]:
@@ -75,3 +83,17 @@ class MeshConfig(GPTNeoXConfig):
     def depth(self) -> int:
         """Layers that a token passes."""
         return self.prelude_layers + self.core_layers * self.num_loops + self.coda_layers
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with the model's code beside config.json. Saving a model calls this.
+
+        transformers copies only code that it loaded from a directory, so this copies the package's.
+        """
+        packaged = __name__.startswith("megatron_mesh.")
+        # By name: transformers would want a file of every import statement in a model's directory.
+        ship = importlib.import_module("megatron_mesh.hf.ship") if packaged else None
+        if ship is not None:
+            self.auto_map = dict(ship.AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        for name, text in ship.sources().items() if ship is not None else ():
+            (Path(save_directory) / name).write_text(text, encoding="utf-8")

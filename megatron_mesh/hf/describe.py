@@ -1,28 +1,43 @@
 """What an export says of itself: config.json, generation_config.json, the model card."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import megatron_mesh
 from megatron_mesh.checkpoint.directory import Checkpoint
-from megatron_mesh.config.derived import layout, non_embedding_parameters, padded_vocab_size
+from megatron_mesh.config.derived import layout, non_embedding_parameters
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.hf.folding import is_folded
 from megatron_mesh.hf.ship import AUTO_MAP
+from megatron_mesh.hf.versions import OLDEST, TESTED
 from megatron_mesh.model.config import recurrence_options
 from megatron_mesh.recurrence import SCHEMES
 
 SETTINGS_KEY = "megatron_mesh_settings"
 """Our own settings of the model in config.json, for the way back."""
+TESTED_KEY = "transformers_tested"
+"""The versions of transformers in config.json that the export's code was tested with."""
 
 
-def config_json(model: ModelConfig, dtype: str, end_of_text: int | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Ids:
+    """Ids of an export."""
+
+    rows: int
+    """Their number: rows of the embedding."""
+    end_of_text: int | None = None
+    """Of the token that ends a document; None without a tokenizer."""
+    padding: int | None = None
+
+
+def config_json(model: ModelConfig, dtype: str, ids: Ids) -> dict[str, Any]:
     """Contents of config.json, in the spelling of transformers 4.57 and of 5.x.
 
     Args:
+        model: settings of the model.
         dtype: e.g. "bfloat16".
-        end_of_text: id of the token that ends a document.
+        ids: of the export.
     """
     looped = SCHEMES[model.recurrence].has_loop
     rotary = {"rotary_pct": model.rotary_percent, "rotary_emb_base": model.rotary_base}  # 4.57
@@ -40,7 +55,7 @@ def config_json(model: ModelConfig, dtype: str, end_of_text: int | None) -> dict
         "num_attention_heads": model.num_attention_heads,
         "intermediate_size": model.ffn_hidden_size,
         "hidden_act": "gelu",
-        "vocab_size": padded_vocab_size(model),
+        "vocab_size": ids.rows,
         "max_position_embeddings": model.seq_length,
         "layer_norm_eps": model.norm_epsilon,
         "use_parallel_residual": True,
@@ -51,12 +66,13 @@ def config_json(model: ModelConfig, dtype: str, end_of_text: int | None) -> dict
         "tie_word_embeddings": tied(model),
         **rotary,
         "rope_parameters": rope,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "pad_token_id": end_of_text,
+        "bos_token_id": ids.end_of_text,
+        "eos_token_id": ids.end_of_text,
+        "pad_token_id": ids.padding,
         "use_cache": True,
         "dtype": dtype,
         "torch_dtype": dtype,
+        TESTED_KEY: list(TESTED),
         SETTINGS_KEY: asdict(model),
     }
 
@@ -82,10 +98,18 @@ def _loop(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def generation_json(end_of_text: int | None) -> dict[str, Any]:
-    """Contents of generation_config.json."""
-    ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
-    return {"_from_model_config": False, **{name: value for name, value in ids.items() if value is not None}}
+def generation_json(ids: Ids) -> dict[str, Any]:
+    """Contents of generation_config.json; padding is never generated."""
+    known = {
+        "bos_token_id": ids.end_of_text,
+        "eos_token_id": ids.end_of_text,
+        "pad_token_id": ids.padding,
+        "suppress_tokens": None if ids.padding is None else [ids.padding],
+    }
+    return {
+        "_from_model_config": False,
+        **{name: value for name, value in known.items() if value is not None},
+    }
 
 
 _CARD = """\
@@ -105,31 +129,48 @@ A GPT-NeoX of {layers} layers ({scheme}), pretrained with megatron_mesh {version
 | layers that a token passes | {depth} |
 | hidden size, heads | {model.hidden_size}, {model.num_attention_heads} |
 | sequence length | {model.seq_length:,} |
-| vocabulary, with padding | {vocabulary:,} |
+| vocabulary | {vocabulary:,} |
 {metrics}
 ## Use
+
+Tested with transformers {tested}.{refresh}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("DIRECTORY"{trust})
-tokenizer = AutoTokenizer.from_pretrained("DIRECTORY"{trust})
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY"{tokenizer_trust})
 prompt = tokenizer("It was a dark and stormy night", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 ```
-
+{tokens}
 ## Training configuration
 
 ```yaml
 {config}```
 """
-_LOOPED = """
-Its core, one set of weights, is applied {loops} times (MeSH: arXiv 2510.07739). The code in this directory
-needs torch and transformers (4.57 or 5.x) alone; transformers runs it only with `trust_remote_code=True`.
+_TRUST = ", trust_remote_code=True"
+_TOKENS = """
+Text becomes the ids of the training: no token is added at its start or end. In training an end-of-text
+token follows each document; append it (`tokenizer.eos_token_id`) where a text for fine-tuning ends. Padding
+has a token of its own, so a fine-tuned model can learn to stop. If `tokenizer.split_special_tokens` is
+True, a special token that is written in a text is ordinary text, as in training; set it to False for a chat
+template with such tokens.
 """
+_TOKENIZER_CODE = """
+The tokenizer is SentencePiece itself, by a class in this directory: it needs `pip install sentencepiece` and
+`trust_remote_code=True`.
+"""
+_LOOPED = """
+Its core, one set of weights, runs {loops} times (MeSH: arXiv 2510.07739). The code in this directory needs
+only torch and transformers {oldest} or newer. transformers runs it only with `trust_remote_code=True`.
+"""
+_REFRESH = """
+If the code here fails with a newer version, `tools/convert_to_hf.py --refresh-code DIRECTORY` of a newer
+megatron_mesh brings it up to date and leaves the weights alone."""
 
 
-def model_card(checkpoint: Checkpoint) -> str:
+def model_card(checkpoint: Checkpoint, ids: Ids, tokenizer_needs_code: bool) -> str:
     """Contents of README.md: sizes, final metrics, use, and the settings of the training."""
     model, state = checkpoint.config.model, checkpoint.train_state
     layers = layout(model)
@@ -145,13 +186,17 @@ def model_card(checkpoint: Checkpoint) -> str:
         layers=model.layers,
         scheme=model.recurrence,
         version=megatron_mesh.__version__,
-        explanation=_LOOPED.format(loops=layers.loops) if looped and layers.shared else "",
+        explanation=_LOOPED.format(loops=layers.loops, oldest=OLDEST) if looped and layers.shared else "",
         parameters=non_embedding_parameters(model),
         depth=layers.depth,
         model=model,
-        vocabulary=padded_vocab_size(model),
+        vocabulary=ids.rows,
+        tested=", ".join(TESTED),
+        refresh=_REFRESH if looped else "",
         metrics="".join(f"| {name} | {value} |\n" for name, value in metrics.items()),
-        trust=", trust_remote_code=True" if looped else "",
+        trust=_TRUST if looped else "",
+        tokenizer_trust=_TRUST if looped or tokenizer_needs_code else "",
+        tokens="" if ids.padding is None else _TOKENS + (_TOKENIZER_CODE if tokenizer_needs_code else ""),
         config=dump_config(checkpoint.config),
     )
 

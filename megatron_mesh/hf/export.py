@@ -9,16 +9,19 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from huggingface_hub.serialization import StateDictSplit
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_mesh.checkpoint import offline
 from megatron_mesh.checkpoint.directory import Checkpoint
 from megatron_mesh.checkpoint.safe import read_metadata
 from megatron_mesh.checkpoint.slices import read_slices
-from megatron_mesh.data.tokenizer import Tokenizer
+from megatron_mesh.config.schema import ModelConfig
+from megatron_mesh.data.tokenizer import Tokenizer, check_vocab
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf import describe, folding, ship
-from megatron_mesh.hf.names import EMBEDDING, entries
+from megatron_mesh.hf import describe, folding, ship, vocabulary
+from megatron_mesh.hf.names import EMBEDDING, VOCABULARY, entries
+from megatron_mesh.hf.padding import padding_of
 from megatron_mesh.hf.tokenizer import tokenizer_of, write_tokenizer
 from megatron_mesh.hf.weights import write_tensors
 from megatron_mesh.recurrence import SCHEMES
@@ -48,18 +51,21 @@ def export_checkpoint(
         force: replace ``directory``.
 
     Raises:
-        UserError: the checkpoint is not whole, the tokenizer is missing, or ``directory`` is taken, cannot
-            be made, or holds the checkpoint.
+        UserError: the checkpoint is not whole; the tokenizer is missing, has more ids than the model,
+            or gives other ids in transformers; or ``directory`` is taken, cannot be made, or holds the
+            checkpoint.
     """
     _check_target(directory, force)
     saved = offline.whole_checkpoint(checkpoint)
     tokenizer = tokenizer_of(saved.config.data, tokenizer_model)
+    ids = _ids(saved.config.model, tokenizer)
     directory = directory.resolve()  # a link stays one: what it points to is replaced
     if saved.path.resolve().is_relative_to(directory):
         raise UserError(f"--save {directory} holds the checkpoint itself ({saved.path}); choose another")
     partial = _empty_partial(directory)
-    dtype = _write_weights(saved, partial, dtype, shard_bytes)
-    _write_texts(saved, partial, str(dtype).removeprefix("torch."), tokenizer)
+    needs_code = tokenizer is not None and _write_tokenizer(tokenizer, partial, saved.config.model.seq_length)
+    dtype = _write_weights(saved, partial, ids.rows, dtype, shard_bytes)
+    _write_texts(saved, partial, ids, str(dtype).removeprefix("torch."), needs_code)
     _put_in_place(partial, directory)
 
 
@@ -92,15 +98,37 @@ def _put_in_place(partial: Path, directory: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def _ids(model: ModelConfig, tokenizer: Tokenizer | None) -> describe.Ids:
+    """Ids of an export. Without a tokenizer, those of the data are below ``vocab_size``."""
+    assert model.vocab_size is not None, "a checkpoint has the size of its vocabulary"
+    if tokenizer is None:
+        return describe.Ids(model.vocab_size)
+    check_vocab(tokenizer, model.vocab_size)
+    padding = padding_of(tokenizer)
+    return describe.Ids(tokenizer.vocab_size + padding.is_new, tokenizer.eod, padding.id)
+
+
+def _write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> bool:
+    """Write a tokenizer, first of all since it may be refused; return whether it is code of ours."""
+    try:
+        needs_code = write_tokenizer(tokenizer, directory, max_length, padding_of(tokenizer))
+    except UserError:
+        shutil.rmtree(directory)
+        raise
+    if needs_code:
+        _write_code(ship.tokenizer_source(), directory)
+    return needs_code
+
+
 def _write_weights(
-    saved: Checkpoint, directory: Path, dtype: torch.dtype | None, shard_bytes: int
+    saved: Checkpoint, directory: Path, rows: int, dtype: torch.dtype | None, shard_bytes: int
 ) -> torch.dtype:
     model = saved.config.model
     stored = read_metadata(saved.path).state_dict_metadata
     found = stored[EMBEDDING]
     assert isinstance(found, TensorStorageMetadata)
     target = found.properties.dtype if dtype is None else dtype
-    wanted = {entry.name: entry for entry in entries(model)}
+    wanted = {entry.name: entry for entry in entries(model, rows)}
     if absent := sorted({entry.key for entry in wanted.values()} - stored.keys()):
         raise UserError(f"{saved.path} lacks {absent[0]}: it is not a checkpoint of this model")
     plan = split_state_dict_into_shards_factory(
@@ -109,15 +137,22 @@ def _write_weights(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
     )
+    left_out: dict[str, Tensor] = {}
     shards = track(plan.filename_to_tensors.items(), "shards", console=Console(stderr=True))
     for file_name, names in shards:
         loaded = read_slices(saved.path, {name: (wanted[name].key, wanted[name].layer) for name in names})
+        for name in names:
+            if (key := wanted[name].key) in VOCABULARY:
+                left_out[key] = loaded[name][rows:].to(target)
+                loaded[name] = vocabulary.to_export(loaded[name], rows)
         scaled = {name: loaded[name] * wanted[name].factor for name in names}
         converted = {name: tensor.to(target).contiguous() for name, tensor in scaled.items()}
         write_tensors(converted, directory / file_name)
     _write_index(plan, directory)
     if folding.needs_file(model) and target == found.properties.dtype:
-        folding.write(read_slices(saved.path, {EMBEDDING: (EMBEDDING, None)})[EMBEDDING], directory)
+        embedding = read_slices(saved.path, {EMBEDDING: (EMBEDDING, None)})[EMBEDDING]
+        folding.write(vocabulary.to_export(embedding, rows), directory)
+    vocabulary.keep(left_out, directory)
     return target
 
 
@@ -127,17 +162,21 @@ def _write_index(plan: StateDictSplit, directory: Path) -> None:
         _write_json(directory / "model.safetensors.index.json", index)
 
 
-def _write_texts(saved: Checkpoint, directory: Path, dtype: str, tokenizer: Tokenizer | None) -> None:
+def _write_texts(
+    saved: Checkpoint, directory: Path, ids: describe.Ids, dtype: str, tokenizer_needs_code: bool
+) -> None:
     model = saved.config.model
-    end = None if tokenizer is None else tokenizer.eod
-    _write_json(directory / "config.json", describe.config_json(model, dtype, end))
-    _write_json(directory / "generation_config.json", describe.generation_json(end))
-    (directory / "README.md").write_text(describe.model_card(saved), encoding="utf-8")
-    if tokenizer is not None:
-        write_tokenizer(tokenizer, directory, model.seq_length)
+    _write_json(directory / "config.json", describe.config_json(model, dtype, ids))
+    _write_json(directory / "generation_config.json", describe.generation_json(ids))
+    card = describe.model_card(saved, ids, tokenizer_needs_code)
+    (directory / "README.md").write_text(card, encoding="utf-8")
     if SCHEMES[model.recurrence].has_loop:
-        for name, text in ship.sources().items():
-            (directory / name).write_text(text, encoding="utf-8")
+        _write_code(ship.sources(), directory)
+
+
+def _write_code(sources: dict[str, str], directory: Path) -> None:
+    for name, text in sources.items():
+        (directory / name).write_text(text, encoding="utf-8")
 
 
 def _write_json(path: Path, content: dict) -> None:

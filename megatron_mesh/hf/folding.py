@@ -1,8 +1,8 @@
-"""A plain model's factor on its embedding, which stock GPT-NeoX has not: put into the weights, and out again.
+"""Folds a plain model's embedding scale into its weights for export, and takes it out again.
 
-A product does not tell what it was made of, once it is rounded. So the embedding is kept where the export
-does not have it anyway, and is believed where its product has the very bits of the export's embedding:
-whoever trains the export on changes those.
+Stock GPT-NeoX does not scale its embedding. A rounded product does not tell its factors, so the export keeps
+the embedding in a file of its own, unless it has it anyway. On the way back, that file counts only if its
+product equals the export's embedding bit for bit: the model may have been trained in between.
 """
 
 from dataclasses import replace
@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_mesh.config.schema import ModelConfig
-from megatron_mesh.hf.weights import Weights, write_tensors
+from megatron_mesh.hf.weights import Weights, read_tensors, write_tensors
 from megatron_mesh.recurrence import SCHEMES
 
-FILE = "embedding_before_scaling.safetensors"
-"""Beside the weights, and not read by transformers."""
+FILE = "megatron_mesh/embedding_before_scaling.safetensors"
+"""In a directory of its own: engines such as vLLM load every .safetensors file beside config.json."""
+_OLD_FILE = "embedding_before_scaling.safetensors"
+"""Where earlier exports have it."""
 _NAME = "embedding"
 
 
@@ -43,38 +44,48 @@ def needs_file(model: ModelConfig) -> bool:
 
 
 def write(embedding: Tensor, directory: Path) -> None:
-    """Keep the embedding [vocabulary, H] in an export."""
-    write_tensors({_NAME: embedding.contiguous()}, directory / FILE)
+    """Write the embedding [vocabulary, H] to an export's directory."""
+    path = directory / FILE
+    path.parent.mkdir(exist_ok=True)
+    write_tensors({_NAME: embedding.contiguous()}, path)
 
 
 def taken_out(
     model: ModelConfig, ours: dict[str, Any], weights: Weights, name: str, head: str
 ) -> tuple[ModelConfig, Tensor | None]:
-    """Settings and embedding of the model that an export was made of, if that was folded.
+    """Return settings and embedding of the model that was exported, if its scale was folded.
 
     Args:
-        model: as the export reads.
-        ours: settings of the training, as far as the export has them.
-        name, head: of the export's embedding and output projection.
+        model: settings as the export states them.
+        ours: the settings that were trained with, as far as the export has them.
+        name, head: names of the export's embedding and output projection.
 
     Returns:
-        ``model`` and None where the export is to be taken as it is.
+        ``model`` and None if the export is to be taken as it is.
     """
     trained = replace(
         model,
         scale_embeddings=bool(ours.get("scale_embeddings")),
         untie_embeddings_and_output_weights=bool(ours.get("untie_embeddings_and_output_weights")),
     )
-    if not ours or not is_folded(trained):
+    if not ours or not is_folded(trained) or head not in weights:
         return model, None
     product = weights[name]
-    kept = weights.directory / FILE
+    kept = _kept(weights.directory)
     if not trained.untie_embeddings_and_output_weights:
         embedding = weights[head]
-    elif kept.is_file():
-        embedding = load_file(kept)[_NAME]
+    elif kept is not None:
+        embedding = kept[: len(product)]  # without the padded rows that older exports have
     else:
         embedding = (product / factor(model)).to(product.dtype)
     if embedding.dtype != product.dtype or not torch.equal(embedding * factor(model), product):
         return model, None
     return trained, embedding
+
+
+def _kept(directory: Path) -> Tensor | None:
+    """Return the embedding that an export keeps in a file of its own, if it does."""
+    for name in (FILE, _OLD_FILE):
+        if (path := directory / name).is_file():
+            return read_tensors(path).get(_NAME)
+    return None

@@ -6,6 +6,7 @@ caches and serving engines tell the places apart.
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,11 +65,15 @@ class AttentionDispatcher(nn.Module):
             key, value = layer_past.update(key, value, self.layer_idx, kwargs)  # changes kwargs
         elif layer_past is not None:
             kwargs["cache"] = layer_past  # the attention function updates it
-        attend = eager_attention_forward
-        if self.config._attn_implementation != "eager":
-            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        attend = self._attention_function(paged="cache" in kwargs)
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         return output, weights
+
+    def _attention_function(self, paged: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        name = self.config._attn_implementation
+        if paged and f"{name}_paged" in ALL_ATTENTION_FUNCTIONS:
+            name = f"{name}_paged"  # transformers 4 leaves that to the user, and any other forgets the past
+        return eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
 
 
 class MeshAttention(nn.Module):

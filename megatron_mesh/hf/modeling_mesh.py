@@ -58,9 +58,25 @@ class MeshPreTrainedModel(GPTNeoXPreTrainedModel):
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
     ) -> None:
         # Re-entrant checkpointing runs a backward pass per loop: DDP refuses the second gradient of a weight,
-        # and DeepSpeed's ZeRO-3 loses it without a word.
+        # and DeepSpeed's ZeRO-3 loses it without a word. transformers 4 asks for it by default, so a warning
+        # would come too often; gradients are the same.
         function = partial(gradient_checkpointing_func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, function, **kwargs)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Draw what wasn't loaded; routers as the trainer draws them."""
+        body = self.base_model
+        assert isinstance(body, MeshModel)
+        recurrence = body.recurrence
+        is_new = not getattr(recurrence, "_is_hf_initialized", False)
+        super().initialize_weights()
+        if is_new:
+            parameters = list(recurrence.parameters())
+            loaded = [(p, p.clone()) for p in parameters if getattr(p, "_is_hf_initialized", False)]
+            recurrence.init_parameters(_draw)
+            for parameter, value in loaded:
+                parameter.copy_(value)
 
 
 class MeshModel(MeshPreTrainedModel):
@@ -95,15 +111,11 @@ class MeshModel(MeshPreTrainedModel):
         self.rotary_emb = GPTNeoXRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
-        # Not in _init_weights: transformers may call that for modules whose parameters are loaded already.
-        with torch.no_grad():
-            self.recurrence.init_parameters(_draw)
 
     @property
     def passes(self) -> list[nn.ModuleList]:
         """The layers of each pass: prelude, K times the core, coda."""
-        shared = SCHEMES[self.config.recurrence].shared_core
-        cores = [self.core] * self.recurrence.loops if shared else list(self.cores)
+        cores = [self.core] * self.recurrence.loops if self.recurrence.shared_core else list(self.cores)
         return [self.prelude, *cores, self.coda]
 
     def set_num_loops(self, loops: int) -> None:
@@ -157,10 +169,24 @@ class MeshModel(MeshPreTrainedModel):
             use_cache = False
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        places = self._places(inputs_embeds, attention_mask, position_ids, cache, cache_position)
+        hidden_states = self.emb_dropout(inputs_embeds * self.config.embedding_scale)
+        hidden_states = self._run_passes(hidden_states, layer_past=cache, **places, **kwargs)
+        output: dict[str, Any] = {CACHE_NAME: cache}
+        return BaseModelOutputWithPast(last_hidden_state=self.final_layer_norm(hidden_states), **output)
+
+    def _places(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        cache: Any,
+        cache_position: Tensor | None,
+    ) -> dict[str, Any]:
+        """What layers ask of where the tokens are: mask, positions and their rotary embeddings."""
         if cache_position is None:
-            seen = (
-                cache.get_seq_length() if isinstance(cache, Cache) else 0
-            )  # a paged cache comes with places
+            # A paged cache comes with the places of its tokens.
+            seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
             cache_position = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
         if position_ids is None:
             position_ids = cache_position.unsqueeze(0)
@@ -174,19 +200,12 @@ class MeshModel(MeshPreTrainedModel):
             past_key_values=cache if isinstance(cache, Cache) else None,
             position_ids=position_ids,
         )
-        hidden_states = self.emb_dropout(inputs_embeds * self.config.embedding_scale)
-        rotation = self.rotary_emb(hidden_states, position_ids=position_ids)
-        hidden_states = self._run_passes(
-            hidden_states,
-            attention_mask=mask,
-            position_ids=position_ids,
-            position_embeddings=rotation,
-            layer_past=cache,
-            cache_position=cache_position,
-            **kwargs,
-        )
-        output: dict[str, Any] = {CACHE_NAME: cache}
-        return BaseModelOutputWithPast(last_hidden_state=self.final_layer_norm(hidden_states), **output)
+        return {
+            "attention_mask": mask,
+            "position_ids": position_ids,
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=position_ids),
+            "cache_position": cache_position,
+        }
 
     def _run_passes(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """[B, S, H] -> [B, S, H]. The memory is of each token alone and needs no cache."""
@@ -199,10 +218,12 @@ class MeshModel(MeshPreTrainedModel):
         return hidden_states
 
     def _check_unchanged(self) -> None:
-        if self.config.num_hidden_layers != len(self.unrolled):
+        if not self.config.num_hidden_layers == self.config.depth == len(self.unrolled):
             raise ValueError(
-                f"the config was changed to {self.config.num_hidden_layers} unrolled layers, but the model "
-                f"was built with {len(self.unrolled)}; call model.set_num_loops(k) instead"
+                f"the config was changed to num_loops={self.config.num_loops} and "
+                f"num_hidden_layers={self.config.num_hidden_layers}, but the model was built with "
+                f"{self.recurrence.loops} loops and {len(self.unrolled)} unrolled layers; don't change the "
+                "config of a model, call model.set_num_loops(k)"
             )
 
 
@@ -276,7 +297,8 @@ class _StockHead(MeshPreTrainedModel):
 
     def __init__(self, config: MeshConfig):
         GPTNeoXPreTrainedModel.__init__(self, config)  # not the stock head's, which builds a GPTNeoXModel
-        self.num_labels = config.num_labels or 2  # transformers sets it from id2label
+        assert config.num_labels is not None  # transformers fills it in
+        self.num_labels = config.num_labels
         self.model = MeshModel(config)
 
     @property

@@ -2,7 +2,7 @@
 
 A checkpoint has one tensor per parameter of a part of the model, its layers stacked along a first dimension;
 an export has one per layer. Contents are equal: the rows of query, key and value are interleaved per head
-([heads, 3, head size]) in both, and the padded rows of the vocabulary are part of the model.
+([heads, 3, head size]) in both. Only the rows of the vocabulary differ; see ``vocabulary.py``.
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,8 @@ from megatron_mesh.recurrence import SCHEMES, build_scheme
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
+VOCABULARY = (EMBEDDING, OUTPUT)
+"""Tensors with a row for each id."""
 RECURRENCE = "decoder.recurrence."
 
 
@@ -36,15 +38,19 @@ class Entry:
     """By which the checkpoint's tensor is multiplied."""
 
 
-def entries(model: ModelConfig) -> list[Entry]:
+def entries(model: ModelConfig, rows: int | None = None) -> list[Entry]:
     """Every tensor of the export of a resolved model, in the order in which a token meets them.
+
+    Args:
+        model: its settings.
+        rows: of the vocabulary in the export (default: as in the checkpoint).
 
     A model without a loop is exported as transformers' own GPT-NeoX, under the names of released checkpoints.
     That one does not scale its embedding: the factor goes into the weights, and tied weights become two.
     """
     looped = SCHEMES[model.recurrence].has_loop
     body, head = ("model", "lm_head") if looped else ("gpt_neox", "embed_out")
-    vocabulary = (padded_vocab_size(model), model.hidden_size)
+    vocabulary = (padded_vocab_size(model) if rows is None else rows, model.hidden_size)
     folded = folding.is_folded(model)
     factor = folding.factor(model) if folded else 1.0
     found = [Entry(f"{body}.embed_in.weight", EMBEDDING, vocabulary, factor=factor)]

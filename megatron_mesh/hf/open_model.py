@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_mesh.checkpoint.offline import whole_checkpoint
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.configuration_mesh import MeshConfig
 from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.hf.modeling_mesh import MeshForCausalLM, MeshModel
+from megatron_mesh.hf.tokenization_mesh import MeshTokenizer
+from megatron_mesh.hf.tokenizer import read_tokenizer
 
 
 def register() -> None:
@@ -22,6 +24,7 @@ def register() -> None:
     AutoConfig.register(MeshConfig.model_type, MeshConfig, exist_ok=True)
     AutoModel.register(MeshConfig, MeshModel, exist_ok=True)
     AutoModelForCausalLM.register(MeshConfig, MeshForCausalLM, exist_ok=True)
+    AutoTokenizer.register(MeshConfig, slow_tokenizer_class=MeshTokenizer, exist_ok=True)
 
 
 @contextmanager
@@ -52,7 +55,7 @@ def open_model(directory: Path, **options: Any) -> tuple[Any, Any]:
     register()
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json; give a directory that tools/convert_to_hf.py wrote")
-    if not (directory / "tokenizer.json").is_file():
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(f"{directory} has no tokenizer.json; convert with --tokenizer-model, or put it there")
     try:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
@@ -61,7 +64,7 @@ def open_model(directory: Path, **options: Any) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(str(directory), trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"the model in {directory} cannot be opened: {error}") from error
-    return model.eval(), PreTrainedTokenizerFast.from_pretrained(str(directory))
+    return model.eval(), read_tokenizer(directory)
 
 
 def dtype_named(name: str | None) -> torch.dtype | str:

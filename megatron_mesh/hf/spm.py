@@ -1,89 +1,116 @@
-"""A SentencePiece model as a ``tokenizer.json``, which is what transformers reads."""
+"""A SentencePiece model as a ``tokenizer.json``, if that gives the same ids for every text.
+
+The ``tokenizers`` library can express only some models exactly:
+
+- Unigram models cannot be: sentencepiece adds scores in single precision, the library in double, so equally
+  good segmentations of a text such as ``*******`` come out in another order.
+- Normalization rules (nmt_nfkc and others) cannot be: the library applies them to whole graphemes.
+- User-defined symbols split a text for the library, so that whitespace rules would apply to each part.
+"""
 
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
-from megatron_mesh.errors import UserError
-
 _SPACE = "▁"
-_UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
-_CONTROL, _USER_DEFINED = 3, 4  # ModelProto.SentencePiece.Type
-
-# The result is tried on these before it is trusted.
-_SAMPLES = (
-    "It was a dark and stormy night;  the rain fell in torrents.\n\nExcept at 12:30, naïve café, 3.14159\n",
-    "def f(x):\n    return [y**2 for y in x]  # 平方 → ok\n\tif True:\n\t\tpass\r\n",
-    "  two spaces first, Ärger, Привет, \U0001f600 \x7f and one last ",
-)
+_BPE = 2  # TrainerSpec.ModelType
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # ModelProto.SentencePiece.Type
 
 
-def to_fast_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of the ``tokenizers`` library with the same ids.
+def to_fast_tokenizer(path: Path, eod: int) -> Tokenizer | None:
+    """The tokenizer of the ``tokenizers`` library with the same ids, or None if there is none.
 
-    Raises:
-        UserError: the model's kind has no counterpart there, or does not give the same ids.
+    Control symbols are not among its added tokens, so they are ordinary text where a text contains them.
+
+    Args:
+        path: the SentencePiece model.
+        eod: id of the token that ends a document.
     """
-    original = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    proto.ParseFromString(original.serialized_model_proto())
-    tokenizer = Tokenizer(_model(proto, path))
+    proto = _read(path)
+    merges = _merges(proto)
+    if merges is None or proto.pieces[eod].type != _CONTROL or not _has_exact_rules(proto):
+        return None
+    trainer = proto.trainer_spec
+    ids = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    unknown = next(piece.piece for piece in proto.pieces if piece.type == _UNKNOWN)
+    tokenizer = Tokenizer(
+        models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=trainer.byte_fallback)
+    )
     tokenizer.normalizer = normalizers.Sequence(_normalizers(proto.normalizer_spec))
     tokenizer.decoder = _decoder(proto)
-    for piece in proto.pieces:
-        if piece.type in (_CONTROL, _USER_DEFINED):
-            special = piece.type == _CONTROL
-            text = piece.piece.replace(_SPACE, " ") if not special else piece.piece
-            tokenizer.add_tokens([AddedToken(text, special=special, normalized=False)])
-    _check(tokenizer, original, path)
+    own = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(symbol, special=False, normalized=False) for symbol in own])
     return tokenizer
 
 
-def _model(proto: Any, path: Path) -> models.Model:
-    trainer = proto.trainer_spec
-    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-    if trainer.model_type == _UNIGRAM:
-        return models.Unigram(pieces, trainer.unk_id, trainer.byte_fallback)
-    if trainer.model_type != _BPE:
-        raise UserError(f"{path} is neither a BPE nor a unigram model, and transformers reads no other")
-    ids = {piece: index for index, (piece, _) in enumerate(pieces)}
-    merges = [
-        (-score, ids[text], (text[:cut], text[cut:]))
-        for text, score in pieces
-        for cut in range(1, len(text))
-        if text[:cut] in ids and text[cut:] in ids
-    ]
-    ordered = [pair for *_, pair in sorted(merges, key=lambda merge: merge[:2])]
-    return models.BPE(
-        ids, ordered, unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback
-    )
+def symbols(path: Path) -> list[str]:
+    """Pieces of a model that were not learned from text, such as control symbols and bytes."""
+    return [piece.piece for piece in _read(path).pieces if piece.type != _NORMAL]
+
+
+def _read(path: Path) -> Any:
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(path.read_bytes())
+    return proto
+
+
+def _has_exact_rules(proto: Any) -> bool:
+    """Whether the library can express the normalization and the symbols of a model."""
+    spec, trainer = proto.normalizer_spec, proto.trainer_spec
+    own = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+    if spec.precompiled_charsmap or proto.denormalizer_spec.precompiled_charsmap:
+        return False
+    if trainer.treat_whitespace_as_suffix or not spec.escape_whitespaces:
+        return False
+    if own and (spec.add_dummy_prefix or spec.remove_extra_whitespaces):
+        return False
+    if any(_SPACE in symbol or " " in symbol for symbol in own):
+        return False
+    # sentencepiece gives a control symbol of one character where a text contains it.
+    reserved = [piece.piece for piece in proto.pieces if piece.type in (_UNKNOWN, _CONTROL)]
+    return all(len(piece) > 1 for piece in reserved)
+
+
+def _merges(proto: Any) -> list[tuple[str, str]] | None:
+    """Merges of a BPE model, most urgent first; None if it is another model, or has no exact order.
+
+    sentencepiece ranks a merge by the score of its result and takes the leftmost of equals. The library
+    ranks pairs. If two ways to the same result overlap in a text (``x y`` and ``y z`` with xy = yz), the
+    left one must come first: there the right part also starts the result.
+    """
+    if proto.trainer_spec.model_type != _BPE or any(piece.type == _UNUSED for piece in proto.pieces):
+        return None
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
+    longer = sorted((text for text in scores if len(text) > 1), key=lambda text: -scores[text])
+    if len({scores[text] for text in longer}) < len(longer):
+        return None
+    if any(character not in scores for text in longer for character in text):
+        return None  # sentencepiece merges characters that are no pieces, the library does not
+    ordered = []
+    for text in longer:
+        cuts = [cut for cut in range(1, len(text)) if text[:cut] in scores and text[cut:] in scores]
+        cuts.sort(key=lambda cut: not text.startswith(text[cut:]))
+        ordered += [(text[:cut], text[cut:]) for cut in cuts]
+    return ordered
 
 
 def _normalizers(spec: Any) -> list[normalizers.Normalizer]:
     found: list[normalizers.Normalizer] = []
-    if spec.precompiled_charsmap:
-        found.append(normalizers.Precompiled(spec.precompiled_charsmap))
-    if spec.remove_extra_whitespaces:
-        found += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.remove_extra_whitespaces:  # spaces alone: other white space is text
+        found += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         found.append(normalizers.Prepend(" "))
-    return [*found, normalizers.Replace(" ", _SPACE)]
+    found.append(normalizers.Replace(" ", _SPACE))
+    if spec.remove_extra_whitespaces:  # also U+2581 itself, at the end only
+        found.append(normalizers.Replace(Regex(rf"{_SPACE}+\z"), ""))
+    return found
 
 
 def _decoder(proto: Any) -> decoders.Decoder:
     steps: list[decoders.Decoder] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if proto.normalizer_spec.add_dummy_prefix:
+    spec = proto.normalizer_spec
+    if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
         steps.append(decoders.Strip(" ", 1, 0))
     return decoders.Sequence(steps)
-
-
-def _check(tokenizer: Tokenizer, original: sentencepiece.SentencePieceProcessor, path: Path) -> None:
-    for text in _SAMPLES:
-        if tokenizer.encode(text, add_special_tokens=False).ids != original.encode(text):
-            raise UserError(
-                f"{path} cannot be written for transformers: as a tokenizer.json it gives other ids; convert "
-                "with --tokenizer-model and a tokenizer.json of your own"
-            )

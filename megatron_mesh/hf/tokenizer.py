@@ -1,10 +1,12 @@
-"""The tokenizer in an export."""
+"""The tokenizer in an export. It gives the ids of the training for any text, or the export is refused."""
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from megatron_mesh.config.schema import DataConfig
+from megatron_mesh.data.encode import texts_with
 from megatron_mesh.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -12,7 +14,12 @@ from megatron_mesh.data.tokenizer import (
     build_tokenizer,
 )
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.spm import to_fast_tokenizer
+from megatron_mesh.hf.padding import Padding
+
+CODE = "tokenization_mesh"
+"""Module of the tokenizer class that an export brings if transformers has none with the same ids."""
+CLASS = "MeshTokenizer"
+_FAST_CLASS = "PreTrainedTokenizerFast"  # which transformers 4.57 and 5.x both know
 
 
 def tokenizer_of(data: DataConfig, given: str | None) -> Tokenizer | None:
@@ -31,28 +38,112 @@ def tokenizer_of(data: DataConfig, given: str | None) -> Tokenizer | None:
         ) from error
 
 
-def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
+def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int, padding: Padding) -> bool:
     """Write the files by which ``AutoTokenizer`` finds the tokenizer.
 
+    Returns whether that needs the code in ``tokenization_mesh.py``, which the caller writes.
+
     Raises:
-        UserError: it is a SentencePiece model that transformers' tokenizers cannot express.
+        UserError: transformers does not give the ids of the training for some text.
     """
+    # If special tokens are split, transformers doesn't look for them in text.
     end: str | None
     if isinstance(tokenizer, SentencePieceTokenizer):
-        to_fast_tokenizer(tokenizer.path).save(str(directory / "tokenizer.json"))
+        fast, split = _write_sentencepiece(tokenizer, directory), True
         end = tokenizer.backend.id_to_piece(tokenizer.eod)
     else:
         assert isinstance(tokenizer, HuggingFaceTokenizer)
-        shutil.copyfile(tokenizer.path, directory / "tokenizer.json")
+        fast, split = True, _write_json_tokenizer(tokenizer, padding, directory)
         end = tokenizer.backend.id_to_token(tokenizer.eod)
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # which transformers 4.57 and 5.x both know
+    settings: dict[str, Any] = {
+        "tokenizer_class": _FAST_CLASS if fast else CLASS,
         "bos_token": end,
         "eos_token": end,
-        "pad_token": end,
+        "pad_token": padding.token,
+        "split_special_tokens": split,
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token types by default
     }
+    if not fast:
+        settings["auto_map"] = {"AutoTokenizer": [f"{CODE}.{CLASS}", None]}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    _check(tokenizer, directory, padding)
+    return not fast
+
+
+def read_tokenizer(directory: Path) -> Any:
+    """The tokenizer of an export as transformers loads it, without running code that the directory brings."""
+    from transformers import PreTrainedTokenizerFast  # takes seconds, and training does without
+
+    path = directory / "tokenizer_config.json"
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class") == CLASS:
+        from megatron_mesh.hf.tokenization_mesh import MeshTokenizer
+
+        return MeshTokenizer.from_pretrained(str(directory))
+    return PreTrainedTokenizerFast.from_pretrained(str(directory))
+
+
+def _write_sentencepiece(tokenizer: SentencePieceTokenizer, directory: Path) -> bool:
+    """Write a tokenizer.json if one can have the same ids, else the model itself; return whether it could."""
+    from megatron_mesh.hf.spm import to_fast_tokenizer  # needs protobuf, which training does without
+
+    fast = to_fast_tokenizer(tokenizer.path, tokenizer.eod)
+    if fast is None:
+        shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
+    else:
+        fast.save(str(directory / "tokenizer.json"))
+    return fast is not None
+
+
+def _write_json_tokenizer(tokenizer: HuggingFaceTokenizer, padding: Padding, directory: Path) -> bool:
+    """Write a tokenizer.json that adds no tokens to a text and cuts none off.
+
+    Returns whether special tokens must be split: transformers makes the end-of-text token special, but
+    training reads it from text only if it is an added token of the tokenizer.
+    """
+    content = json.loads(tokenizer.path.read_text(encoding="utf-8"))
+    content["truncation"] = content["padding"] = None
+    content["post_processor"] = _without_template(content.get("post_processor"))
+    added = content["added_tokens"]
+    split = tokenizer.eod not in {token["id"] for token in added}
+    for token in added:
+        if split:
+            token["special"] = False  # read from text as in training
+        elif token["id"] in (tokenizer.eod, padding.id):
+            token["special"] = True  # skipped when decoding
+    (directory / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return split
+
+
+def _without_template(processor: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What a post-processor does besides adding tokens: offsets of byte-level tokens."""
+    steps = [processor, *processor.get("processors", [])] if processor else []
+    return next((step for step in steps if step["type"] == "ByteLevel"), None)
+
+
+def _check(tokenizer: Tokenizer, directory: Path, padding: Padding) -> None:
+    """Compare the tokenizer of an export, as transformers loads it, with that of the training."""
+    exported = read_tokenizer(directory)
+    for text in texts_with(_symbols(tokenizer)):
+        if exported(text, verbose=False)["input_ids"] != tokenizer.tokenize(text):
+            raise UserError(
+                f"{tokenizer.path} cannot be exported: transformers gives other ids than the training for "
+                f"{text[:60]!r}; convert with --tokenizer-model and a tokenizer.json of your own"
+            )
+    if (exported.eos_token_id, exported.pad_token_id) != (tokenizer.eod, padding.id):
+        raise UserError(
+            f"{tokenizer.path} cannot be exported: transformers gives its end-of-text and padding tokens the "
+            f"ids {exported.eos_token_id} and {exported.pad_token_id}, not {tokenizer.eod} and {padding.id}; "
+            "convert with --tokenizer-model and a tokenizer.json whose ids have no gaps"
+        )
+
+
+def _symbols(tokenizer: Tokenizer) -> list[str]:
+    """Texts of the tokens that are not learned from text: added, control and user-defined ones."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
+    from megatron_mesh.hf.spm import symbols
+
+    return symbols(tokenizer.path)

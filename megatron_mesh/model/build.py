@@ -73,6 +73,7 @@ def _construct(
         transformer_config(config, implementation),
         layer_spec(implementation),
         vocab_size=padded_vocab_size(model),
+        entries=model.vocab_size,
         max_sequence_length=model.seq_length,
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
         rotary_percent=model.rotary_percent,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -35,9 +36,16 @@ class MeshGPTModel(GPTModel):
         max_sequence_length: int,
         pg_collection: ProcessGroupCollection,
         part: Part | None = None,
+        entries: int | None = None,
         **kwargs: Any,
     ):
-        """See ``GPTModel``; ``vocab_size`` is the padded one, ``part`` what to hold of a looped model."""
+        """See ``GPTModel``.
+
+        Args:
+            vocab_size: the padded one.
+            part: what to hold of a looped model.
+            entries: entries of the vocabulary without the padding; default: all.
+        """
         looped = SCHEMES[config.recurrence].has_loop
         if part is not None:
             kwargs.update(pre_process=part.first, post_process=part.last)
@@ -57,6 +65,7 @@ class MeshGPTModel(GPTModel):
         )
         if looped:
             self.decoder = MeshTransformerBlock(config, transformer_layer_spec, pg_collection, part)
+        self.entries = vocab_size if entries is None else entries
         self.register_load_state_dict_post_hook(_without_extra_states)
 
     def _preprocess(
@@ -67,6 +76,22 @@ class MeshGPTModel(GPTModel):
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
             decoder_input = decoder_input * self.config.embedding_scale
         return super()._preprocess(input_ids, position_ids, decoder_input, **kwargs)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """As in ``GPTModel``, but no probability goes to the padded entries of the vocabulary.
+
+        So the loss doesn't depend on the padding: a model that was imported, and padded for that, has its
+        source's loss, and an export without the padded rows has the loss of the run.
+
+        Args:
+            labels: [B, S].
+            logits: [S, B, entries of this tensor-parallel rank], overwritten.
+        """
+        shard = logits.shape[-1]
+        first_padded = min(max(self.entries - self.pg_collection.tp.rank() * shard, 0), shard)
+        with torch.no_grad():  # the gradient of the loss is 0 there already
+            logits[..., first_padded:] = torch.finfo(logits.dtype).min
+        return super().compute_language_model_loss(labels, logits)
 
 
 def _without_extra_states(model: MeshGPTModel, incompatible: Any) -> None:

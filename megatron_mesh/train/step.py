@@ -47,7 +47,8 @@ def forward_step(
     batch = next(batches)
     if batch is None:
         return chunk(None, None, attention_mask=None), None
-    _check_ids(batch, unwrap_model(chunk).vocab_size)
+    model = unwrap_model(chunk)
+    _check_ids(batch, getattr(model, "entries", model.vocab_size))  # Megatron's own GPTModel, in benchmarks
     there = {name: x.to(device.device(), non_blocking=True) for name, x in vars(batch).items()}
     there = get_batch_on_this_cp_rank(there)
     losses = chunk(there["tokens"], there["position_ids"], attention_mask=None, labels=there["labels"])
@@ -55,11 +56,11 @@ def forward_step(
 
 
 def _check_ids(batch: Batch, entries: int) -> None:
-    """An id beyond the embedding would stop the process deep inside, on a GPU without saying why."""
+    """Raise UserError for an id outside the vocabulary, which would crash deep inside or spoil the loss."""
     largest = max(int(batch.tokens.max()), int(batch.labels.max()))
     if largest >= entries:
         raise UserError(
-            f"the data hold token {largest}, and the model's padded vocabulary has {entries} entries; give "
+            f"the data hold token {largest}, and the model's vocabulary has {entries} entries; give "
             "the tokenizer that the data were made with (--tokenizer-model), or the right --vocab-size"
         )
 

@@ -70,3 +70,20 @@ def test_an_import_loads_on_tensor_and_pipeline_parallel_ranks(tmp_path) -> None
     before, after = (load_file(tmp_path / place / "model.safetensors") for place in ("hf", "again"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_resized_vocabulary_is_split_over_tensor_parallel_ranks(tmp_path) -> None:
+    """101 entries, which no two ranks could share, come out as they went in."""
+    model = {"recurrence": "mesh", "layers": "2+3R2+1"}
+    source, _ = saved_with_logits(tmp_path / "one", **model)
+    export_checkpoint(source, tmp_path / "hf")
+    resized = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    resized.resize_token_embeddings(101)
+    resized.save_pretrained(tmp_path / "resized")
+    settings = bring_in(tmp_path / "resized", tmp_path / "imported")
+    assert settings.vocab_size == 101
+    pool(4).run(save, tmp_path / "many", {**model, **RANKS, "vocab_size": 101}, tmp_path / "imported")
+    export_checkpoint(tmp_path / "many", tmp_path / "again")
+    before, after = (load_file(tmp_path / place / "model.safetensors") for place in ("resized", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name][: len(before[name])]) for name in before)

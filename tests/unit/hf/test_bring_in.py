@@ -139,10 +139,10 @@ def test_weights_that_cannot_be_read(tmp_path) -> None:
     index = directory / "model.safetensors.index.json"
     for content in ("{", "[]", "{}", '{"weight_map": 3}'):
         index.write_text(content)
-        refused(r"index\.json cannot be read .*get the model anew")
+        refused(r"index\.json cannot be read .*download the model again")
     save_file({"x": torch.ones(1)}, directory / "a.safetensors")
     index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "a.safetensors")}))
-    refused(r"a\.safetensors cannot be read .*; get it anew")
+    refused(r"a\.safetensors cannot be read .*; download it again")
 
 
 def test_megatron_computes_the_same(tmp_path) -> None:
@@ -248,11 +248,11 @@ def test_mistakes(tmp_path) -> None:
     path.write_text("[]")
     refused("is not a JSON object")
     path.write_text(json.dumps({name: value for name, value in good.items() if name != "vocab_size"}))
-    refused("lacks vocab_size; get the model anew")
+    refused("vocab_size missing; download or export the model again")
     for change, message in {
-        ("model_type", "llama"): "is of a llama model",
-        ("use_parallel_residual", False): "use_parallel_residual is False",
-        ("hidden_act", "gelu_new"): "hidden_act is gelu_new",
+        ("model_type", "llama"): 'is a "llama" model',
+        ("use_parallel_residual", False): "use_parallel_residual is false",
+        ("hidden_act", "gelu_new"): 'hidden_act is "gelu_new"',
         ("num_hidden_layers", 5): "lacks the tensor gpt_neox.layers.4",
         ("intermediate_size", 64): r"is \[128, 32\], and by config.json should be \[64, 32\]",
     }.items():

@@ -18,6 +18,7 @@ from megatron_mesh.hf import export as export_module
 from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.hf.names import entries
 from megatron_mesh.hf.ship import sources
+from megatron_mesh.hf.versions import TESTED
 from tests.exports import export_config, saved_with_logits
 from tests.unit.hf.test_open_model import TOKENIZER
 
@@ -75,18 +76,31 @@ def test_names_are_a_contract(exported) -> None:
 
 def test_files(exported) -> None:
     _, directory, _ = exported()
-    shipped = {f"{name}_mesh.py" for name in ("configuration", "modeling", "layers")}
-    shipped |= {f"{name}.py" for name in ("schemes", "memory", "mesh", "mixing")}
+    shipped = set(sources())
+    assert {
+        "configuration_mesh.py",
+        "modeling_mesh.py",
+        "layers_mesh.py",
+        "schemes.py",
+        "mesh.py",
+        "versions.py",
+    } <= shipped
     texts = {"config.json", "generation_config.json", "README.md"}
-    assert {path.name for path in directory.iterdir()} == shipped | texts | {"model.safetensors"}
-    assert len({path.stat().st_mode for path in directory.iterdir()}) == 1, "as readable as each other"
+    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    assert files.keys() == shipped | texts | {
+        "model.safetensors",
+        "megatron_mesh/vocabulary_padding.safetensors",
+    }
+    assert len({path.stat().st_mode for path in files.values()}) == 1, "as readable as each other"
     recurrence = ROOT / "megatron_mesh/recurrence/mesh.py"
     assert (directory / "mesh.py").read_text().endswith(recurrence.read_text())  # the source itself
     card = (directory / "README.md").read_text()
     assert "mesh 1+2R2+1" in card and "| training loss, nats per token | 4.5000 |" in card
     assert "| validation loss, nats per token | not measured |" in card and "hidden_size: 32" in card
+    assert f"Tested with transformers {', '.join(TESTED)}." in card
     config = json.loads((directory / "config.json").read_text())
-    assert config["num_hidden_layers"] == 6 and config["vocab_size"] == 112 and config["rotary_pct"] == 0.25
+    assert config["transformers_tested"] == list(TESTED)
+    assert config["num_hidden_layers"] == 6 and config["vocab_size"] == 97 and config["rotary_pct"] == 0.25
     assert "megatron_mesh" not in "".join(
         line
         for text in sources().values()
@@ -104,13 +118,14 @@ def with_tokenizer(checkpoint: Path, directory: Path, tokenizer: Path) -> Path:
     return copy
 
 
+@pytest.mark.versions
 def test_a_fast_tokenizer(exported, tmp_path) -> None:
     (tmp_path / "tokenizer.json").write_text(TOKENIZER)
     checkpoint = with_tokenizer(exported()[0], tmp_path, tmp_path / "tokenizer.json")
     export_checkpoint(checkpoint, tmp_path / "hf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer("a b")["input_ids"] == [1, 2]
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (0, 0, 0)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (0, 3, 0)
     assert tokenizer.padding_side == "left" and tokenizer.model_max_length == 16
     assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == 0
     (tmp_path / "tokenizer.json").unlink()
@@ -119,6 +134,7 @@ def test_a_fast_tokenizer(exported, tmp_path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("scheme", ["mesh", "vanilla"])
 def test_the_cards_example_runs(exported, tmp_path, monkeypatch, capsys, scheme) -> None:
     """As it stands, and without a question whether the code may run."""
@@ -133,6 +149,7 @@ def test_the_cards_example_runs(exported, tmp_path, monkeypatch, capsys, scheme)
     assert asked == [] and capsys.readouterr().out.strip()
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     "options",
     [
@@ -150,9 +167,11 @@ def test_a_sentencepiece_tokenizer(exported, tmp_path, options) -> None:
         model_prefix=str(tmp_path / "spm"), vocab_size=600, minloglevel=2, **options,
     )  # fmt: skip
     original = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
-    checkpoint = with_tokenizer(exported()[0], tmp_path, tmp_path / "spm.model")
+    checkpoint = with_tokenizer(exported(vocab_size=600)[0], tmp_path, tmp_path / "spm.model")
     export_checkpoint(checkpoint, tmp_path / "hf")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    fast = options["model_type"] == "bpe" and options.get("normalization_rule_name") == "identity"
+    assert (tmp_path / "hf/tokenizer.json").is_file() == fast
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=not fast)
     for text in lines[:20]:
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == original.encode(text)
     ids = original.encode("def f(x): return x")

@@ -11,6 +11,8 @@ from tests.exports import TOKENS
 from tests.helpers import relative_error
 from tests.unit.hf.test_logits import load
 
+pytestmark = pytest.mark.versions
+
 SCHEMES = ["mesh", "dynamic", "residual+anchor+anchor-emb", "vanilla+mesh", "vanilla"]
 LAYERS = {"vanilla+mesh": "1+2+2+1", "vanilla": "4"}
 

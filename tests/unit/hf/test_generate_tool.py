@@ -3,16 +3,20 @@
 import io
 import runpy
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
 
+from megatron_mesh.data.tokenizer import build_tokenizer
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.hf.open_model import open_model
 from tests.exports import saved_with_logits
+
+pytestmark = pytest.mark.versions
 
 ROOT = Path(__file__).resolve().parents[3]
 main = runpy.run_path(str(ROOT / "tools/generate.py"))["main"]
@@ -26,7 +30,7 @@ def looped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     lines = (ROOT / "megatron_mesh/hf/modeling_mesh.py").read_text(encoding="utf-8").splitlines()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(directory / "spm"), vocab_size=400,
-        model_type="bpe", minloglevel=2,
+        model_type="bpe", normalization_rule_name="identity", minloglevel=2,
     )  # fmt: skip
     model = {"recurrence": "base", "layers": "1+1R2+1", "vocab_size": 400}
     checkpoint, _ = saved_with_logits(
@@ -77,6 +81,48 @@ def test_ways_in(looped, capsys, tmp_path, monkeypatch) -> None:
     assert written(capsys, "--model", directory, *ways) == text == output.read_text()
     monkeypatch.setattr("sys.stdin", io.StringIO("def\nclass\n\nnot this\n"))
     assert written(capsys, "--model", directory).replace("> ", "") == text
+
+
+def test_lines_of_a_prompt_file(tmp_path) -> None:
+    """Line feeds alone end a prompt, with a carriage return before them or not."""
+    given = main.__globals__["_given"]
+    path = tmp_path / "prompts.txt"
+
+    def prompts(text: str) -> list[str]:
+        path.write_bytes(text.encode())
+        return list(given(Namespace(prompt=[], prompt_file=path)))
+
+    odd = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei\rj "
+    assert prompts(f"{odd}\nb\r\n\n\ufeffc") == [odd, "b", "", "\ufeffc"]
+    assert prompts("a\n") == prompts("a") == ["a"] and prompts("") == [] and prompts("\n") == [""]
+    path.write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"--prompt-file .*prompts\.txt cannot be read: 'utf-8'"):
+        list(given(Namespace(prompt=[], prompt_file=path)))
+    with pytest.raises(
+        UserError, match=r"--prompt 'a\\udcff' is not UTF-8; give it in a UTF-8 --prompt-file"
+    ):
+        list(given(Namespace(prompt=["a\udcff"], prompt_file=None)))
+
+
+def test_a_checkpoint_and_its_export_get_the_ids_of_the_training(looped, monkeypatch) -> None:
+    from megatron_mesh.hf.modeling_mesh import MeshForCausalLM
+
+    checkpoint, directory = looped
+    trained = build_tokenizer(None, str(checkpoint.parents[1] / "spm.model"))
+    prompts = ["", "a </s> b", "<s>x", "<unk> z", "\ufeffa\xa0b\u2028 ", "the value  "]
+    expected = [trained.tokenize(prompt) or [trained.eod] for prompt in prompts]
+    got: list[list[int]] = []
+
+    def generate(self, input_ids, **options):
+        got.append(input_ids[0].tolist())
+        return input_ids
+
+    monkeypatch.setattr(MeshForCausalLM, "generate", generate)
+    given = [word for prompt in prompts for word in ("--prompt", prompt)]
+    for source in (["--load", str(checkpoint)], ["--model", str(directory)]):
+        main([*source, *given])
+        assert got == expected
+        got.clear()
 
 
 def test_other_loops_and_beams(looped, capsys) -> None:

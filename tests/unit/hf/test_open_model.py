@@ -1,16 +1,23 @@
 """Our tools take our own code, and whatever the directory says is not run."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_mesh.errors import UserError
+from megatron_mesh.hf.bring_in import bring_in
 from megatron_mesh.hf.modeling_mesh import MeshForCausalLM
 from megatron_mesh.hf.open_model import open_model
 from tests.exports import TOKENS
 from tests.helpers import relative_error
+
+pytestmark = pytest.mark.versions
 
 
 @pytest.mark.parametrize("scheme", ["mesh", "static", "dynamic"])
@@ -40,6 +47,49 @@ def test_code_of_others_is_not_run(exported, tmp_path) -> None:
         open_model(copy)
 
 
+def test_an_opened_model_is_saved_with_its_code(exported, tmp_path) -> None:
+    """It loads in a process that doesn't know this package, with equal logits, and comes back to us."""
+    _, directory, logits = exported(recurrence="mesh", layers="1+2R2+1")
+    copy = shutil.copytree(directory, tmp_path / "model")
+    (copy / "tokenizer.json").write_text(TOKENIZER)
+    model, _ = open_model(copy, dtype=torch.float32)
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved/modeling_mesh.py").write_text("raise RuntimeError('old')")  # is replaced
+    model.save_pretrained(tmp_path / "saved")
+    torch.save((TOKENS, logits), tmp_path / "wanted.pt")
+    script = tmp_path / "load.py"
+    script.write_text(LOAD)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    overlays = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path != str(ROOT)]
+    environment |= {"PYTHONPATH": os.pathsep.join(overlays), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        [sys.executable, script, tmp_path], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1e-5
+    assert bring_in(tmp_path / "saved", tmp_path / "megatron").recurrence == "mesh"
+
+
+ROOT = Path(__file__).resolve().parents[3]
+LOAD = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "megatron_mesh":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())  # an editable install would find it
+import torch
+from transformers import AutoModelForCausalLM
+
+saved, wanted = sys.argv[1] + "/saved", sys.argv[1] + "/wanted.pt"
+model = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True, dtype=torch.float32)
+tokens, wanted = torch.load(wanted)
+logits = model(tokens).logits[..., : wanted.shape[-1]]
+wanted = wanted[..., : logits.shape[-1]]
+print(((logits - wanted).norm() / wanted.norm()).item())
+"""
 TOKENIZER = json.dumps(
     {
         "version": "1.0",

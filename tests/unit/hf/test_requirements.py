@@ -2,9 +2,11 @@
 
 import importlib.metadata
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from megatron_mesh.errors import UserError
 
@@ -41,9 +43,10 @@ def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         main(TOOLS["convert_to_hf.py"])
 
 
-def test_the_code_of_an_export(exported, old_transformers: None) -> None:
-    """Its configuration is what transformers imports first."""
+def test_the_code_of_an_export(exported, old_transformers: None, tmp_path: Path) -> None:
+    """transformers imports its configuration first."""
+    directory = shutil.copytree(exported()[1], tmp_path / "for-old-transformers")
     with pytest.raises(
         ImportError, match=r"found transformers==4\.49\.0\.\s.*pip install 'transformers>=4\.57'"
     ):
-        runpy.run_path(str(exported()[1] / "configuration_mesh.py"))
+        get_class_from_dynamic_module("configuration_mesh.MeshConfig", str(directory))

@@ -1,0 +1,93 @@
+"""Fields of a config.json: which ones are harmless, and how messages show values."""
+
+import json
+from typing import Any
+
+_LONGEST = 60
+
+HARMLESS = frozenset(
+    {
+        # Descriptions of the model and its file.
+        "architectures",
+        "model_type",
+        "transformers_version",
+        "_name_or_path",
+        "name_or_path",
+        "_commit_hash",
+        "license",
+        "dtype",
+        "torch_dtype",
+        "use_bfloat16",
+        "custom_pipelines",
+        "transformers.js_config",
+        "transformers_tested",
+        # Tokens.
+        "tokenizer_class",
+        "prefix",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "unk_token_id",
+        "mask_token_id",
+        # Heads of other tasks, and training by other libraries.
+        "finetuning_task",
+        "task_specific_params",
+        "problem_type",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "tf_legacy_loss",
+        "gradient_checkpointing",
+        # What forward returns, and with which kernels it runs.
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "tie_last_hidden_states",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "experts_implementation",
+        # Not read by GPT-NeoX in any supported version.
+        "chunk_size_feed_forward",
+        "cross_attention_hidden_size",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        # Defaults of generate().
+        "max_length",
+        "min_length",
+        "max_new_tokens",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "output_scores",
+        "return_dict_in_generate",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+    }
+)
+"""Fields that do not change the logits of a GPT-NeoX, whatever their values."""
+
+
+def shown(value: Any) -> str:
+    """Return a value as config.json has it, cut to one short line."""
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -1,0 +1,152 @@
+"""Bring the code in an export up to date and leave everything else alone."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from packaging.version import Version
+
+import megatron_mesh
+from megatron_mesh.errors import UserError
+from megatron_mesh.hf import ship
+from megatron_mesh.hf.describe import TESTED_KEY
+from megatron_mesh.hf.versions import TESTED
+from megatron_mesh.recurrence import SCHEMES
+
+REPLACED = "replaced_code"
+"""Directory in an export that keeps replaced code which someone may have edited."""
+_PARTIAL = ".refresh"  # ending of a file that is being written
+
+
+class _Shipped(NamedTuple):
+    text: str
+    header: ship.Header
+
+
+def refresh_code(directory: Path) -> list[str]:
+    """Replace the code of an export by this package's, and the two entries of config.json that describe it.
+
+    These are ``auto_map`` and ``transformers_tested``. Each file is replaced atomically and config.json last,
+    so after an interruption it is enough to refresh again. Code without a checksum, as in early exports, is
+    first copied to ``replaced_code``, since we cannot tell whether it was edited.
+
+    Returns:
+        The names of the files that were written or removed. Empty if the code is up to date, or if there is
+        none because model and tokenizer are transformers' own.
+
+    Raises:
+        UserError: the directory isn't an export, is newer than this package, holds edited code, or cannot be
+            written. Its files are then as they were.
+    """
+    config = _read_config(directory)
+    looped, old = config["model_type"] != "gpt_neox", _shipped_files(directory)
+    tokenizer = {name: text for name, text in ship.tokenizer_source().items() if name in old}
+    new = {**ship.sources(), **tokenizer} if looped else tokenizer
+    _check_code(directory, old, new)
+    changed = {name: text for name, text in new.items() if name not in old or old[name].text != text}
+    if looped and (updated := _updated(config)) != config:
+        changed["config.json"] = _as_written(updated, directory / "config.json")
+    obsolete = sorted(old.keys() - new.keys())
+    replaced = [name for name in old if name in changed or name in obsolete]
+    unchecked = {name: old[name].text for name in replaced if old[name].header.intact is None}
+    _check_kept(directory / REPLACED, unchecked)
+    try:
+        if unchecked:
+            (directory / REPLACED).mkdir(exist_ok=True)
+        _write(directory / REPLACED, unchecked)
+        _write(directory, changed)
+        for name in obsolete:
+            (directory / name).unlink()
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written ({error}); mend that and refresh again") from None
+    return sorted([*changed, *obsolete, *(f"{REPLACED}/{name}" for name in unchecked)])
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """Contents of config.json.
+
+    Raises:
+        UserError: there is none, or it isn't of a model that we export.
+    """
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give the directory of an export") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in ("megatron_mesh", "gpt_neox"):
+        raise UserError(f"{path} is of a {kind} model; give an export of tools/convert_to_hf.py")
+    scheme = config.get("recurrence", "mesh")
+    if kind == "megatron_mesh" and scheme not in list(SCHEMES):
+        raise UserError(
+            f"{path}: megatron_mesh {megatron_mesh.__version__} knows no recurrence {scheme!r}; refresh with "
+            "the megatron_mesh that does"
+        )
+    return config
+
+
+def _shipped_files(directory: Path) -> dict[str, _Shipped]:
+    """The files that have our header."""
+    files = {}
+    for path in sorted(path for path in directory.glob("*.py") if path.is_file()):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if (header := ship.read_header(text)) is not None:
+            files[path.name] = _Shipped(text, header)
+    return files
+
+
+def _check_code(directory: Path, old: dict[str, _Shipped], new: dict[str, str]) -> None:
+    """Raise UserError if refreshing would lose someone's work or go back to an older version."""
+    for name, (_, header) in old.items():
+        if header.intact is False:
+            raise UserError(
+                f"{directory / name} was edited after the export (its checksum differs) and refreshing would "
+                "lose the edits; move it elsewhere and refresh again"
+            )
+        if Version(header.version) > Version(megatron_mesh.__version__):
+            raise UserError(
+                f"{directory / name} is from megatron_mesh {header.version} and this is "
+                f"{megatron_mesh.__version__}; upgrade megatron_mesh"
+            )
+    for name in new:
+        if name not in old and (directory / name).exists():
+            raise UserError(
+                f"{directory / name} lacks the first line of exported code and may be someone's own; move it "
+                "elsewhere and refresh again"
+            )
+
+
+def _check_kept(kept: Path, texts: dict[str, str]) -> None:
+    """Raise UserError if other files have the place of those that are to be kept."""
+    for name, text in texts.items():
+        if (kept / name).exists() and (kept / name).read_text(encoding="utf-8", errors="replace") != text:
+            raise UserError(f"{kept / name} is there already; move {kept} elsewhere and refresh again")
+
+
+def _updated(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with our entries for the new code; other entries of ``auto_map`` stay."""
+    auto_map = {**(config.get("auto_map") or {}), **ship.AUTO_MAP}
+    return {**config, "auto_map": auto_map, TESTED_KEY: list(TESTED)}
+
+
+def _as_written(config: dict[str, Any], path: Path) -> str:
+    """JSON in the style of the present file, so that no other line changes."""
+    text = path.read_text(encoding="utf-8")
+    return json.dumps(config, indent=2, ensure_ascii=text.isascii()) + "\n" * text.endswith("\n")
+
+
+def _write(directory: Path, texts: dict[str, str]) -> None:
+    """Write all files under other names, then give each its own."""
+    partials = {name: directory / f"{name}{_PARTIAL}" for name in texts}
+    try:
+        for name, partial in partials.items():
+            partial.write_text(texts[name], encoding="utf-8")
+            if (directory / name).exists():
+                shutil.copymode(directory / name, partial)
+        for name, partial in partials.items():
+            os.replace(partial, directory / name)
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,119 @@
+"""Exports on several devices: tensor parallelism, DDP with recomputed activations, and device maps."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_mesh.recurrence import SCHEMES as CLASSES
+from tests.helpers import relative_error
+from tests.unit.hf.models import IDS, SCHEMES, greedy, looped
+from tests.unit.hf.test_logits import load
+from tests.unit.hf.two_ranks import checkpointed_ddp, on_two_ranks, tensor_parallel
+
+LAYERS = {"vanilla+mesh": "1+2+2+1", "vanilla": "4"}
+KINDS = [*SCHEMES, "vanilla"]
+"""An export of vanilla is a stock GPT-NeoX."""
+
+
+@pytest.fixture(scope="module")
+def directories(exported) -> dict[str, Path]:
+    """An export of each scheme."""
+    return {kind: exported(recurrence=kind, layers=LAYERS.get(kind, "1+2R2+1"))[1] for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def sharded(directories, tmp_path_factory) -> list[Any]:
+    """What each of two ranks makes of the exports with ``tp_plan="auto"``."""
+    return on_two_ranks(tensor_parallel, directories, tmp_path_factory.mktemp("tensor-parallel"))
+
+
+@pytest.fixture(scope="module")
+def replicated(tmp_path_factory) -> list[Any]:
+    """Gradients of two ranks with DDP."""
+    return on_two_ranks(checkpointed_ddp, {}, tmp_path_factory.mktemp("data-parallel"))
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensor_parallelism(directories, sharded, kind) -> None:
+    """Each rank has half of each large weight, and both have the logits and tokens of one process."""
+    model = load(directories[kind])
+    with torch.no_grad():
+        expected = model(IDS).logits
+    for rank in sharded:
+        for name, parameter in model.named_parameters():
+            share = 1 if _is_whole(name) else 2
+            assert rank[kind]["sizes"][name] * share == parameter.numel(), name
+        assert relative_error(rank[kind]["logits"], expected) < 1e-5
+        assert torch.equal(rank[kind]["tokens"], greedy(model))
+
+
+def _is_whole(name: str) -> bool:
+    """Norms, embeddings and routers, and biases that are added after the ranks' sum."""
+    if "norm" in name or "embed_in" in name or "recurrence" in name:
+        return True
+    return name.endswith(("attention.dense.bias", "dense_4h_to_h.bias"))
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("way", ["default", "re-entrant", "other"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gradient_checkpointing_with_ddp(replicated, scheme, way) -> None:
+    """As without, and both as in one process: re-entrant checkpointing would break on a shared core."""
+    model = looped(scheme).train()
+    for row in range(2):
+        (model(IDS[row : row + 1], labels=IDS[row : row + 1]).loss / 2).backward()
+    for rank in replicated:
+        for name, parameter in model.named_parameters():
+            assert relative_error(rank[scheme, "kept"][name], parameter.grad) < 1e-5, name
+            assert relative_error(rank[scheme, way][name], parameter.grad) < 1e-5, name
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_device_maps_keep_layers_and_the_recurrence_whole(scheme) -> None:
+    """For every limit of memory."""
+    accelerate = pytest.importorskip("accelerate")
+    model = looped(scheme)
+    parts = {"model.recurrence"}
+    parts |= {name for name, module in model.named_modules() if type(module).__name__ == "MeshLayer"}
+    size = sum(4 * parameter.numel() for parameter in model.parameters())
+    cut = set()
+    for percent in range(2, 100, 7):
+        limits = {0: size * percent // 100, "cpu": size // 3, "disk": 2 * size}
+        places = accelerate.infer_auto_device_map(
+            model, max_memory=limits, no_split_module_classes=model._no_split_modules
+        )
+        inside = {name for name in places for part in parts if name.startswith(f"{part}.")}
+        assert not inside, (percent, inside)
+        cut.add(tuple(places.items()))
+    assert len(cut) > 5
+
+
+def test_every_scheme_is_kept_whole() -> None:
+    """A scheme that is added later, too."""
+    assert {scheme.__name__ for scheme in CLASSES.values()} <= set(looped()._no_split_modules)
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("kind", KINDS)
+def test_offloaded_to_disk(directories, tmp_path, kind) -> None:
+    """Every other part of the model, the recurrence among them."""
+    pytest.importorskip("accelerate")
+    model = load(directories[kind])
+    parts = [f"{name}.{child}" if name == "model" else name for name, module in model.named_children()
+             for child, _ in (module.named_children() if name == "model" else [("", None)])]  # fmt: skip
+    places = {part: "disk" if index % 2 else "cpu" for index, part in enumerate(parts)}
+    places |= {"model.recurrence": "disk"} if kind != "vanilla" else {}
+    if kind == "vanilla":
+        places = {"gpt_neox": "disk", **{part: "cpu" for part in parts if part != "gpt_neox"}}
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        directories[kind], trust_remote_code=True, device_map=places, offload_folder=tmp_path
+    ).eval()
+    assert any(parameter.is_meta for parameter in offloaded.parameters()), "nothing is on disk"
+    with torch.no_grad():
+        assert torch.equal(offloaded(IDS).logits, model(IDS).logits)
+    assert torch.equal(greedy(offloaded, max_new_tokens=4), greedy(model, max_new_tokens=4))

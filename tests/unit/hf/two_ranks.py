@@ -1,0 +1,87 @@
+"""Two processes with gloo, for what people do with several devices."""
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
+
+from tests.unit.hf.models import IDS, SCHEMES, greedy, looped
+
+Job = Callable[[int, dict[str, Path]], Any]
+
+
+def on_two_ranks(job: Job, directories: dict[str, Path], scratch: Path) -> list[Any]:
+    """What ``job(rank, directories)`` returns on each of two ranks."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_rank, args=(job, rank, directories, scratch)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+        if process.is_alive():
+            process.kill()
+    errors = [path.read_text() for path in scratch.glob("error-*")]
+    assert not errors and all(process.exitcode == 0 for process in processes), "\n".join(errors)
+    return [torch.load(scratch / f"result-{rank}.pt") for rank in range(2)]
+
+
+def _rank(job: Job, rank: int, directories: dict[str, Path], scratch: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=2)
+        torch.save(job(rank, directories), scratch / f"result-{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        (scratch / f"error-{rank}").write_text(traceback.format_exc())
+        raise
+
+
+def tensor_parallel(rank: int, directories: dict[str, Path]) -> dict[str, Any]:
+    """For each export: numbers of this rank in each parameter, logits, and greedy tokens."""
+    results = {}
+    for name, directory in directories.items():
+        model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, tp_plan="auto").eval()
+        with torch.no_grad():
+            logits = model(IDS, use_cache=False).logits
+        sizes = {key: _local(parameter).numel() for key, parameter in model.named_parameters()}
+        results[name] = {"sizes": sizes, "logits": _whole(logits), "tokens": greedy(model)}
+    return results
+
+
+def checkpointed_ddp(rank: int, directories: dict[str, Path]) -> dict[str, Any]:
+    """For each scheme and way of recomputing: the gradients that both ranks together give."""
+    ways: dict[str, Any] = {
+        "kept": None,
+        "default": {},
+        "re-entrant": {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        "other": {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    }
+    results = {}
+    for scheme in SCHEMES:
+        for way, how in ways.items():
+            model = looped(scheme).train()
+            if how is not None:
+                model.gradient_checkpointing_enable(**how)
+            parallel = DistributedDataParallel(model)
+            for _ in range(2):
+                parallel.zero_grad()
+                parallel(IDS[rank : rank + 1], labels=IDS[rank : rank + 1]).loss.backward()
+            results[scheme, way] = {name: p.grad for name, p in model.named_parameters()}
+    return results
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
