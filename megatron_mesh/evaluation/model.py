@@ -20,6 +20,7 @@ from megatron_mesh.runtime import device
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_MAY_NAME_CODE = ("config.json", "tokenizer_config.json")
 _OUR_MODEL_TYPE = "megatron_mesh"
 _PART_OF_MODEL = {".json", ".safetensors", ".bin", ".py", ".model", ".txt"}
 
@@ -145,21 +146,21 @@ def _served(directory: Path, source: Source, how: Mapping[str, Any]) -> Any:
 
 
 def _carries_our_code(directory: Path) -> bool:
-    """Whether the model brings code, and all of it is a copy of this package's own.
+    """Whether the model or its tokenizer brings code, all of which is a copy of this package's own.
 
     Raises:
         UserError: an export of ours whose code differs.
     """
-    if _read_json(directory / "config.json").get("model_type") != _OUR_MODEL_TYPE:
+    if not any(_code_of(directory / name) for name in _MAY_NAME_CODE):
         return False
     from megatron_mesh.hf import ship
 
-    ours = ship.sources()
+    ours = {**ship.sources(), **ship.tokenizer_source()}
     for path in directory.glob("*.py"):
         if path.read_text(encoding="utf-8") != ours.get(path.name):
             raise UserError(
-                f"{path} differs from this version's: convert the model again, or add --trust-remote-code if "
-                "you trust the code, which vLLM would run"
+                f"{path} differs from this version's, and vLLM would run it: bring it up to date "
+                f"(tools/convert_to_hf.py --refresh-code {directory}), or add --trust-remote-code"
             )
     return True
 
@@ -200,15 +201,20 @@ def _check_tokenizer(path: Path) -> None:
 
 
 def _check_no_code(path: Path) -> None:
-    for name in ("config.json", "tokenizer_config.json"):
-        content = _read_json(path / name) if (path / name).is_file() else {}
-        code = content.get("auto_map")
+    for name in _MAY_NAME_CODE:
+        code = _code_of(path / name)
+        content = _read_json(path / name) if code else {}
         ours = content.get("model_type") == _OUR_MODEL_TYPE or content.get("tokenizer_class") == CLASS
         if code and not ours:  # for which the package's code is taken
             raise UserError(
                 f"{path / name} has an auto_map ({', '.join(sorted(map(str, code)))}): the model brings "
                 "Python code, which would run on this machine. If you trust it, add --trust-remote-code."
             )
+
+
+def _code_of(path: Path) -> Any:
+    """The auto_map of a JSON file, which names the classes that the model brings; None without one."""
+    return _read_json(path).get("auto_map") if path.is_file() else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
