@@ -21,12 +21,15 @@ def tested_transformers() -> str:
     """The tested minor releases of transformers and no others.
 
     A minor release may rename arguments that our exports use, so those that weren't tested are left out, also
-    between tested ones. Patch releases only fix bugs, so later ones of a tested minor release are allowed.
+    between tested ones. Patch releases only fix bugs, so those after a tested one are allowed.
     """
     tested = constant("TESTED", PACKAGE / "hf/versions.py")
     minors = [tuple(int(part) for part in version.split(".")[:2]) for version in tested]
     major, newest = minors[-1]
     skipped = [f"!={major}.{minor}.*" for minor in range(newest) if (major, minor) not in minors]
+    for version in tested[1:]:
+        minor, patch = version.rsplit(".", 1)
+        skipped += [f"!={minor}.{earlier}" for earlier in range(int(patch))]
     return ",".join([f"transformers>={tested[0]}", f"<{major}.{newest + 1}", *skipped])
 
 

@@ -60,6 +60,8 @@ def _continued(model: Any, tokenizer: Any, prompt: str, arguments: argparse.Name
 
     # Without a prompt the model begins a document, as after an end-of-text token in training.
     ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
+    if ids == [None]:
+        raise UserError("the prompt is empty and the tokenizer has no end-of-text token; write a prompt")
     given = torch.tensor([ids], device=model.device)
     drawn = arguments.temperature > 0 and arguments.num_beams == 1
     how: dict[str, Any] = {"do_sample": drawn, "num_beams": arguments.num_beams}

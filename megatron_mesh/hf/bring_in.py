@@ -24,7 +24,7 @@ from megatron_mesh.hf.config_file import dropout_note, read_config
 from megatron_mesh.hf.describe import SETTINGS_KEY
 from megatron_mesh.hf.names import EMBEDDING, RECURRENCE, VOCABULARY, Entry, entries
 from megatron_mesh.hf.recursive import CoreInit, layer_sources, recursive_model
-from megatron_mesh.hf.settings import model_settings
+from megatron_mesh.hf.settings import model_settings, own_settings
 from megatron_mesh.hf.weights import Weights
 from megatron_mesh.model.config import recurrence_options
 from megatron_mesh.model.init import drawn
@@ -63,7 +63,8 @@ def bring_in(directory: Path, save: Path, recursive: Recursive | None = None) ->
     dtype = check_weights(source, weights, config_json["vocab_size"])
     names = ("gpt_neox.embed_in.weight", "embed_out.weight")
     source, embedding = folding.taken_out(source, config_json.get(SETTINGS_KEY, {}), weights, *names)
-    model, take = source, _tensors(source, weights, embedding, dtype)
+    kept = vocabulary.left_out(config_json, own_settings(config_json), directory) or {}
+    model, take = source, _tensors(source, weights, embedding, kept, dtype)
     if recursive is not None:
         model = recursive_model(source, recursive.layers, recursive.recurrence)
         take = _recursive_tensors(take, source, model, recursive)
@@ -96,18 +97,25 @@ def _dtype_note(dtype: torch.dtype) -> str | None:
     )
 
 
-def _tensors(model: ModelConfig, weights: Weights, embedding: Tensor | None, dtype: torch.dtype) -> Take:
+def _tensors(
+    model: ModelConfig,
+    weights: Weights,
+    embedding: Tensor | None,
+    kept: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> Take:
     """Return the checkpoint's tensors: the export's in ``dtype``, with the vocabulary padded.
 
     Args:
         embedding: taken instead of the export's, if given.
+        kept: rows of the vocabulary that the export left out.
     """
 
     def take(entry: Entry) -> Tensor:
         replaced = embedding if entry.key == EMBEDDING else None
         tensor = (weights[entry.name] if replaced is None else replaced).to(dtype)
         if entry.key in VOCABULARY:
-            return vocabulary.from_export(tensor, entry.key, padded_vocab_size(model), weights.directory)
+            return vocabulary.from_export(tensor, padded_vocab_size(model), kept.get(entry.key))
         return tensor
 
     return take

@@ -7,6 +7,7 @@ import megatron_mesh
 from megatron_mesh.checkpoint.directory import Checkpoint
 from megatron_mesh.config.derived import layout, non_embedding_parameters
 from megatron_mesh.config.dump import dump_config
+from megatron_mesh.config.layers import LayerLayout
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.hf.folding import is_folded
 from megatron_mesh.hf.ship import AUTO_MAP
@@ -144,7 +145,7 @@ prompt = tokenizer("It was a dark and stormy night", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 ```
 {tokens}
-## Training configuration
+{places}## Training configuration
 
 ```yaml
 {config}```
@@ -161,13 +162,31 @@ _TOKENIZER_CODE = """
 The tokenizer is SentencePiece itself, by a class in this directory: it needs `pip install sentencepiece` and
 `trust_remote_code=True`.
 """
-_LOOPED = """
-Its core, one set of weights, runs {loops} times (MeSH: arXiv 2510.07739). The code in this directory needs
-only torch and transformers {oldest} or newer. transformers runs it only with `trust_remote_code=True`.
+_SHARED = """
+Its core, one set of weights, runs {loops} times (MeSH: arXiv 2510.07739).
+"""
+_CODE = """
+The code in this directory needs only torch and transformers {oldest} or newer. transformers runs it only with
+`trust_remote_code=True`.
 """
 _REFRESH = """
 If the code here fails with a newer version, `tools/convert_to_hf.py --refresh-code DIRECTORY` of a newer
 megatron_mesh brings it up to date and leaves the weights alone."""
+_PLACES = """\
+## Layers and hidden states
+
+Each application of a layer has a module of its own, the place for hooks: `model.unrolled.<i>` returns the
+output of layer i, and `model.unrolled.<i>.attention` computes its attention. In the model's `hidden_states`,
+entry 0 is the input of layer 0, and entry i + 1 is the output of layer i before the recurrence mixes it. The
+last entry is normalized.
+
+| pass | i |
+|---|---|
+{rows}
+Two traps of transformers: `AutoTokenizer` without `trust_remote_code=True` may ask a question. Two models
+whose directories have the same name share one class within a process, even if their code differs.
+
+"""
 
 
 def model_card(checkpoint: Checkpoint, ids: Ids, tokenizer_needs_code: bool) -> str:
@@ -186,7 +205,8 @@ def model_card(checkpoint: Checkpoint, ids: Ids, tokenizer_needs_code: bool) -> 
         layers=model.layers,
         scheme=model.recurrence,
         version=megatron_mesh.__version__,
-        explanation=_LOOPED.format(loops=layers.loops, oldest=OLDEST) if looped and layers.shared else "",
+        explanation=(_SHARED.format(loops=layers.loops) if layers.shared else "")
+        + (_CODE.format(oldest=OLDEST) if looped else ""),
         parameters=non_embedding_parameters(model),
         depth=layers.depth,
         model=model,
@@ -197,8 +217,24 @@ def model_card(checkpoint: Checkpoint, ids: Ids, tokenizer_needs_code: bool) -> 
         trust=_TRUST if looped else "",
         tokenizer_trust=_TRUST if looped or tokenizer_needs_code else "",
         tokens="" if ids.padding is None else _TOKENS + (_TOKENIZER_CODE if tokenizer_needs_code else ""),
+        places=_places(layers) if looped else "",
         config=dump_config(checkpoint.config),
     )
+
+
+def _places(layers: LayerLayout) -> str:
+    """The card's section on the names of the unrolled layers."""
+    passes = {"prelude": layers.prelude}
+    passes |= {f"core, loop {loop}": layers.core for loop in range(1, layers.loops + 1)}
+    passes |= {"coda": layers.coda}
+    rows, first = "", 0
+    for name, count in passes.items():
+        if count:
+            rows += (
+                f"| {name} | {first} |\n" if count == 1 else f"| {name} | {first} to {first + count - 1} |\n"
+            )
+        first += count
+    return _PLACES.format(rows=rows)
 
 
 def _number(value: float | None) -> str:

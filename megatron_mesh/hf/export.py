@@ -20,14 +20,14 @@ from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.data.tokenizer import Tokenizer, check_vocab
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf import describe, folding, ship, vocabulary
-from megatron_mesh.hf.names import EMBEDDING, VOCABULARY, entries
+from megatron_mesh.hf.names import EMBEDDING, VOCABULARY, Entry, entries
 from megatron_mesh.hf.padding import padding_of
 from megatron_mesh.hf.tokenizer import tokenizer_of, write_tokenizer
 from megatron_mesh.hf.weights import write_tensors
 from megatron_mesh.recurrence import SCHEMES
 
 SHARD_BYTES = 2 * 2**30
-"""Size of a file of weights; about as much host memory is needed."""
+"""Size of a file of weights. The export needs about twice this much host memory."""
 
 
 def export_checkpoint(
@@ -58,13 +58,13 @@ def export_checkpoint(
     _check_target(directory, force)
     saved = offline.whole_checkpoint(checkpoint)
     tokenizer = tokenizer_of(saved.config.data, tokenizer_model)
-    ids = _ids(saved.config.model, tokenizer)
+    ids, trained = _ids(saved.config.model, tokenizer)
     directory = directory.resolve()  # a link stays one: what it points to is replaced
     if saved.path.resolve().is_relative_to(directory):
         raise UserError(f"--save {directory} holds the checkpoint itself ({saved.path}); choose another")
     partial = _empty_partial(directory)
     needs_code = tokenizer is not None and _write_tokenizer(tokenizer, partial, saved.config.model.seq_length)
-    dtype = _write_weights(saved, partial, ids.rows, dtype, shard_bytes)
+    dtype = _write_weights(saved, partial, trained, ids.rows, dtype, shard_bytes)
     _write_texts(saved, partial, ids, str(dtype).removeprefix("torch."), needs_code)
     _put_in_place(partial, directory)
 
@@ -98,14 +98,18 @@ def _put_in_place(partial: Path, directory: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _ids(model: ModelConfig, tokenizer: Tokenizer | None) -> describe.Ids:
-    """Ids of an export. Without a tokenizer, those of the data are below ``vocab_size``."""
+def _ids(model: ModelConfig, tokenizer: Tokenizer | None) -> tuple[describe.Ids, int]:
+    """Return the ids of an export, and how many of them the training had.
+
+    Without a tokenizer, those of the data are below ``vocab_size``.
+    """
     assert model.vocab_size is not None, "a checkpoint has the size of its vocabulary"
     if tokenizer is None:
-        return describe.Ids(model.vocab_size)
+        return describe.Ids(model.vocab_size), model.vocab_size
     check_vocab(tokenizer, model.vocab_size)
     padding = padding_of(tokenizer)
-    return describe.Ids(tokenizer.vocab_size + padding.is_new, tokenizer.eod, padding.id)
+    rows = tokenizer.vocab_size + padding.is_new
+    return describe.Ids(rows, tokenizer.eod, padding.id), tokenizer.vocab_size
 
 
 def _write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> bool:
@@ -121,7 +125,7 @@ def _write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> 
 
 
 def _write_weights(
-    saved: Checkpoint, directory: Path, rows: int, dtype: torch.dtype | None, shard_bytes: int
+    saved: Checkpoint, directory: Path, trained: int, rows: int, dtype: torch.dtype | None, shard_bytes: int
 ) -> torch.dtype:
     model = saved.config.model
     stored = read_metadata(saved.path).state_dict_metadata
@@ -140,20 +144,32 @@ def _write_weights(
     left_out: dict[str, Tensor] = {}
     shards = track(plan.filename_to_tensors.items(), "shards", console=Console(stderr=True))
     for file_name, names in shards:
-        loaded = read_slices(saved.path, {name: (wanted[name].key, wanted[name].layer) for name in names})
-        for name in names:
-            if (key := wanted[name].key) in VOCABULARY:
-                left_out[key] = loaded[name][rows:].to(target)
-                loaded[name] = vocabulary.to_export(loaded[name], rows)
-        scaled = {name: loaded[name] * wanted[name].factor for name in names}
-        converted = {name: tensor.to(target).contiguous() for name, tensor in scaled.items()}
-        write_tensors(converted, directory / file_name)
+        shard = [wanted[name] for name in names]
+        left_out |= _write_shard(saved.path, shard, trained, target, directory / file_name)
     _write_index(plan, directory)
     if folding.needs_file(model) and target == found.properties.dtype:
         embedding = read_slices(saved.path, {EMBEDDING: (EMBEDDING, None)})[EMBEDDING]
-        folding.write(vocabulary.to_export(embedding, rows), directory)
+        folding.write(vocabulary.to_export(embedding, trained, rows), directory)
     vocabulary.keep(left_out, directory)
     return target
+
+
+def _write_shard(
+    checkpoint: Path, shard: list[Entry], trained: int, dtype: torch.dtype, path: Path
+) -> dict[str, Tensor]:
+    """Write one file of weights; return the rows of the vocabulary that it leaves out, by key."""
+    loaded = read_slices(checkpoint, {entry.name: (entry.key, entry.layer) for entry in shard})
+    converted, left_out = {}, {}
+    for entry in shard:
+        tensor = loaded.pop(entry.name)  # so that no tensor is in memory twice
+        if entry.key in VOCABULARY:
+            left_out[entry.key] = tensor[trained:].to(dtype, copy=True)  # a view would keep all rows
+            tensor = vocabulary.to_export(tensor, trained, entry.shape[0])
+        if entry.factor != 1:
+            tensor = tensor * entry.factor
+        converted[entry.name] = tensor.to(dtype).contiguous()
+    write_tensors(converted, path)
+    return left_out
 
 
 def _write_index(plan: StateDictSplit, directory: Path) -> None:

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron_mesh.config.schema import ModelConfig
-from megatron_mesh.hf.weights import Weights, read_tensors, write_tensors
+from megatron_mesh.hf.weights import TRAINING_ONLY, Weights, read_tensors, write_tensors
 from megatron_mesh.recurrence import SCHEMES
 
-FILE = "megatron_mesh/embedding_before_scaling.safetensors"
-"""In a directory of its own: engines such as vLLM load every .safetensors file beside config.json."""
+FILE = TRAINING_ONLY / "embedding_before_scaling.safetensors"
 _OLD_FILE = "embedding_before_scaling.safetensors"
 """Where earlier exports have it."""
 _NAME = "embedding"

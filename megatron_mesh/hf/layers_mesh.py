@@ -6,7 +6,6 @@ caches and serving engines tell the places apart.
 """
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,15 +64,18 @@ class AttentionDispatcher(nn.Module):
             key, value = layer_past.update(key, value, self.layer_idx, kwargs)  # changes kwargs
         elif layer_past is not None:
             kwargs["cache"] = layer_past  # the attention function updates it
-        attend = self._attention_function(paged="cache" in kwargs)
+        name = self._implementation(paged="cache" in kwargs)
+        attend = eager_attention_forward
+        if name != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[name]  # vLLM finds the call by reading these lines
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         return output, weights
 
-    def _attention_function(self, paged: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def _implementation(self, paged: bool) -> str:
         name = self.config._attn_implementation
         if paged and f"{name}_paged" in ALL_ATTENTION_FUNCTIONS:
             name = f"{name}_paged"  # transformers 4 leaves that to the user, and any other forgets the past
-        return eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+        return name
 
 
 class MeshAttention(nn.Module):

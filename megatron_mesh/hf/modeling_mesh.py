@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.gpt_neox.modeling_gpt_neox import (
     GPTNeoXForCausalLM,
     GPTNeoXForQuestionAnswering,
@@ -41,6 +42,9 @@ from megatron_mesh.recurrence.schemes import SCHEMES, LoopState, RecurrenceOptio
 _NEEDED = (CYCLES, MeSH, weighted_sum)
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 _OLD_CACHE_NAMES = ("past_key_value", "layer_past", "past", "mems", "state")
+
+# Trainer(label_smoothing_factor=...) shifts the labels only for classes whose names are in this table.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(MeshConfig.model_type, "MeshForCausalLM")
 
 
 class MeshPreTrainedModel(GPTNeoXPreTrainedModel):
@@ -111,6 +115,11 @@ class MeshModel(MeshPreTrainedModel):
         self.rotary_emb = GPTNeoXRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
+        # transformers 5 looks for cores.0.1 under cores.*.1: it replaces one of two neighbouring numbers.
+        plan = dict(self._tp_plan or {})
+        for index in range(config.core_layers):
+            plan |= {name.replace("cores.*.*.", f"cores.*.{index}."): plan[name] for name in plan}
+        self._tp_plan = plan
 
     @property
     def passes(self) -> list[nn.ModuleList]:

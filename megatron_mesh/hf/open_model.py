@@ -1,4 +1,4 @@
-"""A model in memory: from a Hugging Face directory, or from a checkpoint, which becomes one for as long."""
+"""Open a model from a Hugging Face directory, or from a checkpoint, by converting it into a temporary one."""
 
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from megatron_mesh.hf.tokenizer import read_tokenizer
 
 
 def register() -> None:
-    """Have transformers take our own code for our models, so that none needs to come from a directory."""
+    """Register this package's classes with transformers, so that no code in a directory is run."""
     AutoConfig.register(MeshConfig.model_type, MeshConfig, exist_ok=True)
     AutoModel.register(MeshConfig, MeshModel, exist_ok=True)
     AutoModelForCausalLM.register(MeshConfig, MeshForCausalLM, exist_ok=True)
@@ -49,14 +49,15 @@ def open_model(directory: Path, **options: Any) -> tuple[Any, Any]:
     """The model and its tokenizer; ``options`` as in ``from_pretrained``.
 
     Raises:
-        UserError: the directory holds no model, a damaged one, one that brings code of others, or no
-            tokenizer; or the model cannot be had with these options.
+        UserError: the directory holds no model, a damaged one, or one with code that isn't ours; it holds no
+            tokenizer or a damaged one; or the options don't fit the model.
     """
     register()
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json; give a directory that tools/convert_to_hf.py wrote")
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(f"{directory} has no tokenizer.json; convert with --tokenizer-model, or put it there")
+    tokenizer = _tokenizer_in(directory)
     try:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
         if "num_loops" in options and not hasattr(config, "num_loops"):
@@ -64,7 +65,18 @@ def open_model(directory: Path, **options: Any) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(str(directory), trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"the model in {directory} cannot be opened: {error}") from error
-    return model.eval(), read_tokenizer(directory)
+    return model.eval(), tokenizer
+
+
+def _tokenizer_in(directory: Path) -> Any:
+    try:
+        return read_tokenizer(directory)
+    except Exception as error:  # transformers and its backends raise nothing more specific
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the tokenizer in {directory} cannot be opened ({reason}); convert again, or put the model's "
+            "own tokenizer.json and tokenizer_config.json there"
+        ) from error
 
 
 def dtype_named(name: str | None) -> torch.dtype | str:

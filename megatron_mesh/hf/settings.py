@@ -11,7 +11,7 @@ from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.describe import SETTINGS_KEY
 from megatron_mesh.hf.rope import rotary_base, rotary_percent
-from megatron_mesh.hf.vocabulary import is_of_training
+from megatron_mesh.hf.vocabulary import left_out
 from megatron_mesh.recurrence import SCHEMES
 
 # What config.json cannot say in Hugging Face's words, and how it is checked. The rest of our settings follows
@@ -34,8 +34,8 @@ def model_settings(config: dict[str, Any], directory: Path) -> ModelConfig:
     Raises:
         UserError: the settings that an export of ours carries are damaged, or no model can have them.
     """
-    base = ModelConfig(**_own_settings(config))
-    if not is_of_training(config, base, directory):
+    base = own_settings(config)
+    if left_out(config, base, directory) is None:
         base = replace(base, vocab_size=config["vocab_size"])
     model = replace(
         base,
@@ -57,15 +57,19 @@ def model_settings(config: dict[str, Any], directory: Path) -> ModelConfig:
         raise UserError(f"config.json asks for a model that cannot be built here: {error}") from None
 
 
-def _own_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that an export of ours carries, as far as Hugging Face's fields do not say them."""
+def own_settings(config: dict[str, Any]) -> ModelConfig:
+    """Return the settings that only an export of ours carries, with defaults for the others.
+
+    Raises:
+        UserError: they are damaged.
+    """
     settings = config.get(SETTINGS_KEY, {})
     for name, fits in _OWN.items():
         if name in settings and not fits(settings[name]):
             raise UserError(
                 f"config.json: {SETTINGS_KEY} has {name} {settings[name]!r}; export the model again"
             )
-    return {name: settings[name] for name in _OWN if name in settings}
+    return ModelConfig(**{name: settings[name] for name in _OWN if name in settings})
 
 
 def _recurrence(config: dict[str, Any]) -> dict[str, Any]:

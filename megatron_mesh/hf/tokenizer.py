@@ -106,7 +106,7 @@ def _write_json_tokenizer(tokenizer: HuggingFaceTokenizer, padding: Padding, dir
     content = json.loads(tokenizer.path.read_text(encoding="utf-8"))
     content["truncation"] = content["padding"] = None
     content["post_processor"] = _without_template(content.get("post_processor"))
-    added = content["added_tokens"]
+    added = content["added_tokens"] = content.get("added_tokens") or []  # which transformers wants
     split = tokenizer.eod not in {token["id"] for token in added}
     for token in added:
         if split:

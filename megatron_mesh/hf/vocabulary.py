@@ -2,6 +2,11 @@
 
 Training pads the vocabulary. Padded rows have no meaning, but each has a logit, so sampling could draw
 them. The export keeps them in a file that no engine loads, for the way back.
+
+A row that is new, because the vocabulary has none for the padding token or has to be padded, is the mean of
+the others. The exponential of the mean logit is at most the mean of the exponentials, so the new row's
+probability is at most 1 / V beside V others. An untrained row, or zeros, has no such bound: all other logits
+may be far below 0.
 """
 
 from pathlib import Path
@@ -13,15 +18,14 @@ from torch import Tensor
 from megatron_mesh.config.derived import padded_vocab_size
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.hf.names import EMBEDDING
-from megatron_mesh.hf.weights import read_tensors, write_tensors
+from megatron_mesh.hf.weights import TRAINING_ONLY, read_tensors, write_tensors
 
-FILE = Path("megatron_mesh/vocabulary_padding.safetensors")
-"""In an export, below its top directory: some engines load every safetensors file there."""
+FILE = TRAINING_ONLY / "vocabulary_padding.safetensors"
 
 
-def to_export(weight: Tensor, rows: int) -> Tensor:
-    """[padded vocabulary, H] -> [``rows``, H]. A new row, for a padding token, is the mean of the others."""
-    return _with_mean_rows(weight[:rows], rows)
+def to_export(weight: Tensor, trained: int, rows: int) -> Tensor:
+    """Return [``rows``, H]: the first ``trained`` rows of [padded vocabulary, H], then new ones."""
+    return _with_mean_rows(weight[:trained], rows)
 
 
 def keep(weights: dict[str, Tensor], directory: Path) -> None:
@@ -31,50 +35,36 @@ def keep(weights: dict[str, Tensor], directory: Path) -> None:
         write_tensors(kept, directory / FILE)
 
 
-def is_of_training(config: dict[str, Any], trained: ModelConfig, directory: Path) -> bool:
-    """Whether an export still has the vocabulary of the training, ``trained``, and can come back as it was.
+def left_out(config: dict[str, Any], trained: ModelConfig, directory: Path) -> dict[str, Tensor] | None:
+    """Return the rows [*, H] that an export left out, by the names of the checkpoint's tensors.
 
-    The rows that it left out are there for that, or it has one more, for a new padding token. Any other size
-    was chosen since then, and each of its rows means something.
+    None if the export no longer has the vocabulary of the training: any other size was chosen since then, and
+    each of its rows means something.
 
     Args:
         config: contents of config.json.
-        trained: our own settings in it.
+        trained: settings of the training.
         directory: the export's.
     """
     if trained.vocab_size is None:
-        return False
-    rows, padded = config["vocab_size"], padded_vocab_size(trained)
-    left_out = _kept(directory).get(EMBEDDING)
-    if left_out is not None:
-        return rows + len(left_out) == padded
-    return rows == padded + 1 and config.get("pad_token_id") == padded
+        return None
+    kept = read_tensors(directory / FILE) if (directory / FILE).is_file() else {}
+    rows = config["vocab_size"]
+    old_rows = padded_vocab_size(trained) - len(kept.get(EMBEDDING, ()))
+    has_new_padding = rows == old_rows + 1 and config.get("pad_token_id") == old_rows
+    return kept if has_new_padding or (kept and rows == old_rows) else None
 
 
-def from_export(weight: Tensor, key: str, rows: int, directory: Path) -> Tensor:
-    """[vocabulary, H] -> [``rows``, H], the checkpoint's tensor ``key``.
-
-    Rows that the export left out come from the file that keeps them. Without it, as after training with
-    transformers, they become the mean of the others. The loss leaves those out. Other code that counts them
-    finds a small share: the exponential of the mean logit is at most the mean of the exponentials, so k rows
-    beside V change a loss by at most log(1 + k / V). Zeros have no such bound, since all logits may be far
-    below 0.
-    """
-    if len(weight) < rows:
-        kept = _kept(directory).get(key)
-        if kept is not None and (len(kept) + len(weight), *kept.shape[1:]) == (rows, *weight.shape[1:]):
-            return torch.cat([weight, kept.to(weight.dtype)])
-    return _with_mean_rows(weight[:rows], rows)
-
-
-def _kept(directory: Path) -> dict[str, Tensor]:
-    path = directory / FILE
-    return read_tensors(path) if path.is_file() else {}
+def from_export(weight: Tensor, rows: int, kept: Tensor | None) -> Tensor:
+    """Return [``rows``, H]: the rows of an export, then those that it left out, or else new ones."""
+    if kept is None or kept.shape[1:] != weight.shape[1:]:
+        return _with_mean_rows(weight[:rows], rows)
+    return torch.cat([weight[: rows - len(kept)], kept.to(weight.dtype)])
 
 
 def _with_mean_rows(weight: Tensor, rows: int) -> Tensor:
     missing = rows - len(weight)
     if missing <= 0:
         return weight
-    mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
+    mean = weight.mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
     return torch.cat([weight, mean.expand(missing, -1)])

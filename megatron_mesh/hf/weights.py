@@ -18,6 +18,12 @@ from megatron_mesh.errors import UserError
 _OTHER_NAMES = {"embed_out.weight": "lm_head.weight"}
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """safetensors' names of what we can convert."""
+TRAINING_ONLY = Path("training_only")
+"""Directory in an export for tensors that only the way back to training needs.
+
+Engines such as vLLM load every safetensors file beside config.json, so these lie below. The name must not be
+this package's: Python would take the directory for it when it is started there.
+"""
 
 
 class Weights:

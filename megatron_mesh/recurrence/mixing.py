@@ -21,6 +21,17 @@ def _plain_sum(weights_SBJ: Tensor, states_SBH: Sequence[Tensor]) -> Tensor:
     return total.to(states_SBH[0].dtype)
 
 
+def _stacked_sum(weights_SBJ: Tensor, states_SBH: Sequence[Tensor]) -> Tensor:
+    """``_plain_sum`` as a matrix product, for compiled inference.
+
+    torch 2.13's inductor fuses ``_plain_sum`` into a kernel that runs before operators that write a state in
+    place, and the result is wrong without an error. vLLM's linear layers on CPUs are such operators. Inductor
+    doesn't fuse a matrix product.
+    """
+    states_SBJH = torch.stack([state.to(weights_SBJ.dtype) for state in states_SBH], dim=-2)
+    return (weights_SBJ.unsqueeze(-2) @ states_SBJH).squeeze(-2).to(states_SBH[0].dtype)
+
+
 class _WeightedSum(torch.autograd.Function):
     """Saves the states and the weights, and no product of them.
 
@@ -61,6 +72,11 @@ def weighted_sum(weights_SBJ: Tensor, states_SBH: Sequence[Tensor]) -> Tensor:
         weights_SBJ: [S, B, J], float32 or wider.
         states_SBH: J tensors [S, B, H] of one dtype, which is also the result's.
     """
-    if torch.is_grad_enabled() and not torch.jit.is_tracing():  # a trace can't hold a Python function
+    # A trace can't hold a Python function. Compilers fuse the plain sum themselves, and torch's refuses a
+    # function that gets one tensor twice, as this one does in a model without a prelude.
+    compiling = torch.compiler.is_compiling()
+    if torch.is_grad_enabled() and not (compiling or torch.jit.is_tracing()):
         return _WeightedSum.apply(weights_SBJ, *states_SBH)
+    if compiling and not torch.is_grad_enabled():
+        return _stacked_sum(weights_SBJ, states_SBH)
     return _plain_sum(weights_SBJ, states_SBH)

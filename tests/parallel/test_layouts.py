@@ -75,3 +75,11 @@ def test_settings_of_one_kind_of_pipeline(scheme: str, processes: int, settings:
     model = model_of(scheme, 2, tied=False)
     directory, one = reference(**model)
     assert_equal(pool(processes).run(train, directory, {**model, **settings}), one)
+
+
+def test_a_rank_whose_rows_of_the_vocabulary_are_padding(reference) -> None:
+    """Its logits are all left out of the loss."""
+    model = {**model_of("mesh", 2, tied=False), "make_vocab_size_divisible_by": 256}
+    directory, one = reference(**model)
+    processes, settings = LAYOUTS["tp2"]
+    assert_equal(pool(processes).run(train, directory, {**model, **settings}), one)

@@ -121,10 +121,11 @@ def test_caches_that_contradict_each_other() -> None:
         model(IDS, cache=one, past_key_values=other)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_continuous_batching(scheme, monkeypatch) -> None:
+@pytest.mark.parametrize(("scheme", "loops"), [*((scheme, 2) for scheme in SCHEMES), ("base", 3)])
+def test_continuous_batching(scheme, loops, monkeypatch) -> None:
     """Prompts of different lengths share steps, one in two chunks, and get the tokens that they get alone."""
     model = looped(scheme)
+    model.set_num_loops(loops)
     sizes = {"num_blocks": 16, "max_batch_tokens": 12}  # of the memory by default
     how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": END, "pad_token_id": PADDING}
     options = {}

@@ -89,12 +89,13 @@ def test_files(exported) -> None:
     files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
     assert files.keys() == shipped | texts | {
         "model.safetensors",
-        "megatron_mesh/vocabulary_padding.safetensors",
+        "training_only/vocabulary_padding.safetensors",
     }
     assert len({path.stat().st_mode for path in files.values()}) == 1, "as readable as each other"
     recurrence = ROOT / "megatron_mesh/recurrence/mesh.py"
     assert (directory / "mesh.py").read_text().endswith(recurrence.read_text())  # the source itself
     card = (directory / "README.md").read_text()
+    assert "| core, loop 2 | 3 to 4 |\n| coda | 5 |" in card and "model.unrolled.<i>" in card
     assert "mesh 1+2R2+1" in card and "| training loss, nats per token | 4.5000 |" in card
     assert "| validation loss, nats per token | not measured |" in card and "hidden_size: 32" in card
     assert f"Tested with transformers {', '.join(TESTED)}." in card

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from megatron_mesh.hf.bring_in import bring_in
 from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.modeling_mesh import MeshForCausalLM
 from tests.exports import TOKENS
 from tests.helpers import relative_error
-from tests.unit.hf.models import IDS, ROUTED, SCHEMES, looped, unrolled_twin
+from tests.unit.hf.models import IDS, ROUTED, SCHEMES, looped, mesh_config, unrolled_twin
 from tests.unit.hf.test_logits import load
 
 LAYERS = {"vanilla+mesh": "1+2+2+1"}
@@ -141,10 +142,31 @@ def test_trl_trains_a_single_loop_as_a_stock_model(tmp_path) -> None:
 
 
 @pytest.mark.versions
+def test_label_smoothing_as_for_a_stock_model(tmp_path) -> None:
+    """transformers' trainer shifts the labels only for the models that it knows."""
+    pytest.importorskip("accelerate")
+    how = TrainingArguments(str(tmp_path), label_smoothing_factor=0.2, use_cpu=True, report_to=[])
+    model = looped("base")
+    losses = []
+    for one in (model, unrolled_twin(model)):
+        inputs = {"input_ids": IDS, "labels": IDS.clone()}
+        losses.append(Trainer(one, how).compute_loss(one, inputs).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def like_a_new_model(scheme: str) -> Any:
+    """Weights of usual size, which rounding to eight bits changes little; routers that route."""
+    torch.manual_seed(0)
+    model = MeshForCausalLM(mesh_config(scheme, initializer_range=0.02)).eval()
+    for parameter in model.model.recurrence.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape)
+    return model
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_dynamic_int8_quantization(scheme) -> None:
     """torch's: every linear map, routers included, becomes another module."""
-    model = looped(scheme)
+    model = like_a_new_model(scheme)
     quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     assert not [name for name, module in quantized.named_modules() if isinstance(module, nn.Linear)]
     _check_quantized(model, quantized)
@@ -153,7 +175,7 @@ def test_dynamic_int8_quantization(scheme) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_torchao_int8_weights(scheme) -> None:
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    model, quantized = looped(scheme), looped(scheme)
+    model, quantized = like_a_new_model(scheme), like_a_new_model(scheme)
     quantization.quantize_(quantized, quantization.Int8WeightOnlyConfig())
     linear = [module for module in quantized.modules() if isinstance(module, nn.Linear)]
     assert linear and all(type(module.weight) is not nn.Parameter for module in linear)
@@ -163,5 +185,5 @@ def test_torchao_int8_weights(scheme) -> None:
 @torch.no_grad()
 def _check_quantized(model: Any, quantized: Any) -> None:
     exact = model(IDS).logits
-    assert 1e-5 < relative_error(quantized(IDS).logits, exact) < 0.1
+    assert 1e-5 < relative_error(quantized(IDS).logits, exact) < 0.05
     assert quantized.generate(IDS, max_new_tokens=4).shape[1] > IDS.shape[1]

@@ -15,6 +15,7 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.hf.open_model import open_model
 from tests.exports import saved_with_logits
+from tests.unit.hf.test_open_model import TOKENIZER
 
 pytestmark = pytest.mark.versions
 
@@ -158,3 +159,6 @@ def test_mistakes(looped, exported, tmp_path) -> None:
     refused(r"has no tokenizer\.json", "--model", plain)
     shutil.copy(directory / "tokenizer.json", plain)
     refused("is a plain gpt_neox: it has no --num-loops", "--model", plain, "--num-loops", 2)
+    (plain / "tokenizer.json").write_text(TOKENIZER)  # names no end-of-text token
+    with pytest.raises(UserError, match="the prompt is empty"):
+        main(["--model", str(plain), "--prompt", ""])

@@ -47,6 +47,27 @@ def test_code_of_others_is_not_run(exported, tmp_path) -> None:
         open_model(copy)
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer.json": "{"},
+        {"tokenizer.json": "", "tokenizer_config.json": "{"},
+        {"tokenizer.json": "", "tokenizer_config.json": "[]"},
+        {"tokenizer.model": "x", "tokenizer_config.json": '{"tokenizer_class": "MeshTokenizer"}'},
+        {"tokenizer.model": "x"},
+    ],
+)
+def test_a_damaged_tokenizer(exported, tmp_path, files) -> None:
+    copy = shutil.copytree(exported()[1], tmp_path / "model")
+    for name, text in files.items():
+        (copy / name).write_text(text or TOKENIZER)
+    with pytest.raises(
+        UserError, match=r"the tokenizer in .* cannot be opened \(.+\); convert again"
+    ) as told:
+        open_model(copy)
+    assert "\n" not in str(told.value)
+
+
 def test_an_opened_model_is_saved_with_its_code(exported, tmp_path) -> None:
     """It loads in a process that doesn't know this package, with equal logits, and comes back to us."""
     _, directory, logits = exported(recurrence="mesh", layers="1+2R2+1")

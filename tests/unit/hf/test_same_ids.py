@@ -150,6 +150,15 @@ def test_which_padding_token(pairs) -> None:
         assert len(pair.exported) == pair.trained.vocab_size + (kind in new)
 
 
+def test_a_tokenizer_without_added_tokens(tmp_path) -> None:
+    content = json.loads(byte_level(tmp_path / "json.json").read_text(encoding="utf-8"))
+    del content["added_tokens"]
+    (tmp_path / "json.json").write_text(json.dumps(content), encoding="utf-8")
+    pair = export_tokenizer(tmp_path / "json.json", tmp_path / "out")
+    for text in texts_with(WRITTEN):
+        assert pair.exported(text)["input_ids"] == pair.trained.tokenize(text)
+
+
 def test_random_merges(tmp_path) -> None:
     """Models with pieces that overlap in every way, on all texts of ten characters."""
     draw = random.Random(0)

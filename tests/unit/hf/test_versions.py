@@ -43,6 +43,7 @@ def test_setup_allows_what_is_tested(extras, extra) -> None:
         "4.56.2",
         "4.57.5",
         "5.0.0",
+        "5.16.0",
         "5.18.1",
         "5.20.0",
         "5.25.0.dev0",

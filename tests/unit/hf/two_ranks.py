@@ -52,7 +52,10 @@ def tensor_parallel(rank: int, directories: dict[str, Path]) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, tp_plan="auto").eval()
         with torch.no_grad():
             logits = model(IDS, use_cache=False).logits
-        sizes = {key: _local(parameter).numel() for key, parameter in model.named_parameters()}
+        sizes = {  # transformers 4 calls some biases _bias
+            key.replace("._bias", ".bias"): _local(parameter).numel()
+            for key, parameter in model.named_parameters()
+        }
         results[name] = {"sizes": sizes, "logits": _whole(logits), "tokens": greedy(model)}
     return results
 
