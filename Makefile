@@ -3,6 +3,7 @@
 # make lint         run ruff and mypy;  make bench  measure the step times of the schemes
 # make test-hf VERSION=5.19.0   run the Hugging Face tests with that version of transformers
 #                   (PYTEST_ARGS='-m versions': only those that depend on the version most)
+# make test-vllm    serve exports with vLLM on the CPU and compare with transformers (PYTEST_ARGS='-m short')
 # make test-slurm   run jobs on a real SLURM that the tests start (as root; make slurm-env installs Debian's packages)
 #
 # Every target sets up its environment by itself. Override the interpreter, the torch build or the package index:
@@ -21,7 +22,7 @@ WORKERS ?= 2
 python := $(VENV)/bin/python
 installed := $(VENV)/.installed
 
-.PHONY: install quickstart test test-all test-hf slurm-env test-slurm lint bench configs clean
+.PHONY: install quickstart test test-all test-hf test-vllm slurm-env test-slurm lint bench configs clean
 
 install: $(installed)
 
@@ -64,6 +65,15 @@ $(hf)/.installed: $(installed)
 	$(call environment,$(hf),$(hf_packages))
 	@touch $@
 
+vllm := $(VENV)-vllm
+
+test-vllm: $(vllm)/.installed
+	OMP_NUM_THREADS=1 $(vllm)/bin/python -m pytest tests/serving $(PYTEST_ARGS)
+
+$(vllm)/.installed: $(installed) .ci/vllm.txt
+	$(call environment,$(vllm),--no-deps -r .ci/vllm.txt)
+	@touch $@
+
 slurm-env:
 	PATH="$$PATH:/usr/sbin"; command -v slurmctld slurmd munged >/dev/null || { apt-get update -q && apt-get install -qy --no-install-recommends slurmctld slurmd slurm-client munge; }
 
@@ -83,4 +93,4 @@ configs: $(installed)
 	$(python) -m megatron_mesh.config.cluster_presets examples/slurm/6.9b
 
 clean:
-	rm -rf $(VENV) $(VENV)-hf-* runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-hf-* $(VENV)-vllm runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

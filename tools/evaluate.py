@@ -22,6 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_mesh.errors import UserError
+from megatron_mesh.evaluation.engines import ENGINES
 from megatron_mesh.evaluation.tasks import SHOTS, TASKS, choose
 from megatron_mesh.runtime.console import show_messages
 
@@ -91,6 +92,8 @@ def _add_ways(group: argparse._ArgumentGroup) -> None:
     text = 'sequences at a time, or "auto" (default: %(default)s; with "auto", --text takes one at a time)'
     add("--batch-size", type=number_or_auto, default=8, help=text)
     add("--device", help="cpu, or a GPU by torch's name (default: the GPU if there is one)")
+    text = "what runs the model: transformers, or vllm if it is installed (default: %(default)s)"
+    add("--engine", choices=ENGINES, default=ENGINES[0], help=text)
     text = "precision (default: auto, the one the model is stored in)"
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=text)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mesh.errors import UserError
+from megatron_mesh.evaluation.engines import TRANSFORMERS, VLLM
 from megatron_mesh.evaluation.local_data import LocalTask
 from megatron_mesh.evaluation.results import HUB, Result
 from megatron_mesh.evaluation.tasks import Task
@@ -25,11 +26,15 @@ _METRICS = [
 ]
 
 
-def check_installed() -> None:
-    """Raise UserError if lm-eval, or what its Hugging Face models need, is not there."""
-    missing = [
-        name for name in ("lm_eval", "transformers", "accelerate") if importlib.util.find_spec(name) is None
-    ]
+def check_installed(engine: str = TRANSFORMERS) -> None:
+    """Raise UserError if lm-eval, or what it needs for ``engine``, is not there."""
+    if engine == VLLM and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "--engine vllm: vLLM is not installed here. It pins its own torch and transformers: install it "
+            "with megatron_mesh[eval] in another environment, or use --engine transformers"
+        )
+    needed = ("lm_eval", "transformers", *(("accelerate",) if engine == TRANSFORMERS else ()))
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
             f"{', '.join(missing)} is not installed: pip install 'megatron_mesh[eval]' "
@@ -51,7 +56,7 @@ def run_task(lm: Any, task: Task, shots: int, *, limit: int | None, local: Local
     """One task at one number of shots, as ``lm_eval run`` does it.
 
     Args:
-        lm: lm-eval's HFLM.
+        lm: ``CheckedHFLM`` or ``CheckedVLLM``.
         task: what is run.
         shots: examples in the prompt.
         limit: only this many documents (of each subject, in MMLU).

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from megatron_mesh.checkpoint.directory import STATE_FILE, candidates, read_chec
 from megatron_mesh.checkpoint.integrity import digest, read_checksums
 from megatron_mesh.config.schema import CheckpointConfig
 from megatron_mesh.errors import UserError
+from megatron_mesh.evaluation.engines import TRANSFORMERS, VLLM
 from megatron_mesh.hf.tokenizer import CLASS, tokenizer_of
 from megatron_mesh.runtime import device
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_MAY_NAME_CODE = ("config.json", "tokenizer_config.json")
 _OUR_MODEL_TYPE = "megatron_mesh"
 _PART_OF_MODEL = {".json", ".safetensors", ".bin", ".py", ".model", ".txt"}
 
@@ -97,42 +99,70 @@ def choose_device(name: str | None) -> torch.device:
 
 
 @contextmanager
-def opened(source: Source, how: Mapping[str, Any]) -> Iterator[Any]:
-    """The model in memory, as lm-eval's HFLM; a checkpoint is converted for as long.
+def opened(source: Source, how: Mapping[str, Any], engine: str = TRANSFORMERS) -> Iterator[Any]:
+    """The model in memory as ``CheckedHFLM`` or ``CheckedVLLM``; a checkpoint is converted for as long.
 
     Args:
         source: which model.
-        how: arguments of HFLM: device, dtype, batch_size, max_length.
-    """
-    from megatron_mesh.hf.open_model import directory_of, register
+        how: device (for transformers only), dtype, batch_size, max_length.
+        engine: what runs it, one of ``ENGINES``.
 
-    register()
-    if not source.is_checkpoint:
-        yield _read(source.path, source, how)
-        return
-    with directory_of(source.path, source.tokenizer_model) as directory:
-        yield _read(directory, source, how)
+    Raises:
+        UserError: the engine cannot read the model, or the tokenizer is another model's.
+    """
+    from megatron_mesh.hf.open_model import directory_of
+
+    with ExitStack() as stack:
+        directory = source.path
+        if source.is_checkpoint:
+            directory = stack.enter_context(directory_of(source.path, source.tokenizer_model))
+        if engine == VLLM:
+            lm = stack.enter_context(_served(directory, source, how))
+        else:
+            lm = _read(directory, source, how)
+        if len(lm.tokenizer) > lm.config.vocab_size:
+            raise UserError(
+                f"the tokenizer in {source.path} has {len(lm.tokenizer):,} entries, the model's vocabulary "
+                f"only {lm.config.vocab_size:,}: it is another model's tokenizer; put the right one there"
+            )
+        yield lm
 
 
 def _read(directory: Path, source: Source, how: Mapping[str, Any]) -> Any:
-    from safetensors import SafetensorError
+    from megatron_mesh.evaluation.lm import open_lm
+    from megatron_mesh.hf.open_model import register
 
-    from megatron_mesh.evaluation.lm import CheckedHFLM
+    register()
+    return open_lm(directory, trust_remote_code=source.trust_remote_code, **how)
 
-    try:
-        lm = CheckedHFLM(
-            pretrained=str(directory.resolve()),  # a relative path could be taken for a name on the hub
-            trust_remote_code=source.trust_remote_code,
-            **how,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"the model in {source.path} cannot be read: {error}") from error
-    if len(lm.tokenizer) > lm.config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {source.path} has {len(lm.tokenizer):,} entries, the model's vocabulary only "
-            f"{lm.config.vocab_size:,}: it is another model's tokenizer; put the right one there"
-        )
-    return lm
+
+def _served(directory: Path, source: Source, how: Mapping[str, Any]) -> Any:
+    # Not registered: vLLM's processes take the code from the directory, and transformers refuses two classes
+    # of one configuration.
+    from megatron_mesh.evaluation.vllm_lm import open_lm
+
+    trust = source.trust_remote_code or source.is_checkpoint or _carries_our_code(directory)
+    return open_lm(directory, trust_remote_code=trust, **how)
+
+
+def _carries_our_code(directory: Path) -> bool:
+    """Whether the model or its tokenizer brings code, all of which is a copy of this package's own.
+
+    Raises:
+        UserError: an export of ours whose code differs.
+    """
+    if not any(_code_of(directory / name) for name in _MAY_NAME_CODE):
+        return False
+    from megatron_mesh.hf import ship
+
+    ours = {**ship.sources(), **ship.tokenizer_source()}
+    for path in directory.glob("*.py"):
+        if path.read_text(encoding="utf-8") != ours.get(path.name):
+            raise UserError(
+                f"{path} differs from this version's, and vLLM would run it: bring it up to date "
+                f"(tools/convert_to_hf.py --refresh-code {directory}), or add --trust-remote-code"
+            )
+    return True
 
 
 def _check_model_files(path: Path) -> None:
@@ -171,15 +201,20 @@ def _check_tokenizer(path: Path) -> None:
 
 
 def _check_no_code(path: Path) -> None:
-    for name in ("config.json", "tokenizer_config.json"):
-        content = _read_json(path / name) if (path / name).is_file() else {}
-        code = content.get("auto_map")
+    for name in _MAY_NAME_CODE:
+        code = _code_of(path / name)
+        content = _read_json(path / name) if code else {}
         ours = content.get("model_type") == _OUR_MODEL_TYPE or content.get("tokenizer_class") == CLASS
         if code and not ours:  # for which the package's code is taken
             raise UserError(
                 f"{path / name} has an auto_map ({', '.join(sorted(map(str, code)))}): the model brings "
                 "Python code, which would run on this machine. If you trust it, add --trust-remote-code."
             )
+
+
+def _code_of(path: Path) -> Any:
+    """The auto_map of a JSON file, which names the classes that the model brings; None without one."""
+    return _read_json(path).get("auto_map") if path.is_file() else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

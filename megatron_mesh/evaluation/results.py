@@ -3,12 +3,13 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_mesh.errors import UserError
+from megatron_mesh.evaluation.engines import TRANSFORMERS
 from megatron_mesh.evaluation.tasks import AVERAGED, TASKS
 
 RESULTS_FILE = "results.json"
@@ -58,6 +59,13 @@ class TooLong(Exception):
 
     def __init__(self, tokens: int, limit: int):
         super().__init__(f"an answer has {tokens} tokens, the model takes {limit}; --max-length allows more")
+
+
+def refuse_long_answers(requests: Iterable[tuple[Any, Any, list[int]]], limit: int) -> None:
+    """Raise TooLong if the answer of one of lm-eval's requests (key, context, answer) exceeds ``limit``."""
+    longest = max(len(answer) for _, _, answer in requests)
+    if longest > limit:
+        raise TooLong(longest, limit)
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,7 @@ def open_results(directory: Path, run: Mapping[str, Any]) -> Results:
         return results
     try:
         content = json.loads(text)
-        saved, finished = content["run"], content["finished"]
+        saved, finished = {"engine": TRANSFORMERS, **content["run"]}, content["finished"]
         results.finished = {label: Result(**values) for label, values in finished.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a file of results ({error}); choose another --output-dir") from None

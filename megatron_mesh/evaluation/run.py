@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation import harness, model
+from megatron_mesh.evaluation.engines import TRANSFORMERS, VLLM, check_engine
 from megatron_mesh.evaluation.local_data import LocalTask, read_local_tasks
 from megatron_mesh.evaluation.results import HUB, Result, Results, Skipped, TooLong, label, open_results
 from megatron_mesh.evaluation.tasks import SHOTS, TASKS, Task
@@ -43,6 +43,7 @@ class Settings:
     batch_size: int | str = 8
     device: str | None = None
     dtype: str = "auto"
+    engine: str = TRANSFORMERS
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Job:
     shots: int | None
     data: str
     measure: Callable[[Any], Result]
-    """Takes lm-eval's HFLM."""
+    """Takes ``CheckedHFLM`` or ``CheckedVLLM``."""
 
     @property
     def label(self) -> str:
@@ -71,9 +72,9 @@ def evaluate(settings: Settings) -> Results:
         UserError: settings that do not fit, a model or data that cannot be read.
     """
     check(settings)
-    harness.check_installed()
+    harness.check_installed(settings.engine)
     check_transformers()
-    where = model.choose_device(settings.device)
+    device = None if settings.engine == VLLM else str(model.choose_device(settings.device))
     jobs, skipped = plan(settings)
     with Console(stderr=True).status("reading the model's files"):
         source = _source(settings)
@@ -83,22 +84,23 @@ def evaluate(settings: Settings) -> Results:
     if len(left) < len(jobs):
         logger.info("finished before: %d of %d", len(jobs) - len(left), len(jobs))
     if left:
-        _run(left, results, source, settings, where)
+        _run(left, results, source, settings, device)
     results.save()
     return results
 
 
 def _run(
-    jobs: list[Job], results: Results, source: model.Source, settings: Settings, where: torch.device
+    jobs: list[Job], results: Results, source: model.Source, settings: Settings, device: str | None
 ) -> None:
     harness.quiet()
-    how = {
-        "device": str(where),
+    how: dict[str, Any] = {
         "dtype": settings.dtype,
         "batch_size": settings.batch_size,
         "max_length": settings.max_length,
     }
-    with model.opened(source, how) as lm:
+    if device is not None:
+        how["device"] = device
+    with model.opened(source, how, settings.engine) as lm:
         for number, job in enumerate(jobs, start=1):
             logger.info("[%d/%d] %s", number, len(jobs), job.label)
             try:
@@ -116,6 +118,7 @@ def check(settings: Settings) -> None:
         raise UserError("--tokenizer-model is for --load; a --model directory holds its tokenizer")
     if not settings.tasks and not settings.text:
         raise UserError("nothing to evaluate: name --tasks, or a --text")
+    check_engine(settings.engine, settings.device)
     for name, value in {
         "limit": settings.limit,
         "max-length": settings.max_length,
@@ -175,10 +178,8 @@ def _task_job(task: Task, shots: int, limit: int | None, local: LocalTask | None
 
 
 def _text_job(text: Text, settings: Settings) -> Job:
-    # What fits with "auto" is found by lm-eval for its own requests; a packed window is long already.
-    batch_size = settings.batch_size if isinstance(settings.batch_size, int) else 1
-
     def run(lm: Any) -> Result:
+        batch_size = settings.batch_size if isinstance(settings.batch_size, int) else lm.text_batch
         with _progress(text.label) as on_batch:
             return measure(text, lm, batch_size=batch_size, limit=settings.limit, on_batch=on_batch)
 
@@ -215,6 +216,7 @@ def _identity(settings: Settings, source: model.Source) -> dict[str, Any]:
     return {
         "path": str(source.path),
         "model": source.sha256,
+        "engine": settings.engine,
         "dtype": settings.dtype,
         "limit": settings.limit,
         "max_length": settings.max_length,

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from megatron_mesh.checkpoint.integrity import digest
 from megatron_mesh.data.corpus import expand_inputs, parse_chunk, read_chunks
@@ -68,7 +67,7 @@ def measure(
 
     Args:
         text: what is read.
-        lm: lm-eval's HFLM: model, tokenizer, their length and device.
+        lm: ``CheckedHFLM`` or ``CheckedVLLM``.
         batch_size: windows at a time.
         limit: only this many documents.
         on_batch: called with the tokens done and their total.
@@ -99,7 +98,7 @@ def measure(
         "byte_perplexity": _exp(nats / size),
         "bits_per_byte": nats / size / math.log(2),
         "tokens": len(ids) - 1,
-        "window": lm.max_length,
+        "window": lm.window,
     }
     return Result(text.label, None, text.data, metrics, {}, len(documents), time.monotonic() - start)
 
@@ -118,22 +117,19 @@ def _pack(documents: Sequence[str], tokenizer: Any, end: int) -> Tensor:
     return torch.cat(parts)
 
 
-@torch.no_grad()
 def _negative_log_likelihood(
     lm: Any, ids: Tensor, batch_size: int, on_batch: Callable[[int, int], None]
 ) -> float:
     """Sum over all tokens but the first, in nats; windows as in training, the last one shorter."""
-    length, total = lm.max_length, len(ids) - 1
+    length, total = lm.window, len(ids) - 1
     windows = [ids[begin : begin + length + 1] for begin in range(0, total, length)]
     batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
     if len(batches[-1]) > 1 and len(windows[-1]) < len(windows[0]):
         batches[-1:] = [windows[-len(batches[-1]) : -1], windows[-1:]]
     nats, done = 0.0, 0
     for batch in batches:
-        tokens = torch.stack(batch).to(lm.device, torch.long)
-        logits = lm.model(tokens[:, :-1], use_cache=False).logits
-        for row, labels in zip(logits, tokens[:, 1:], strict=True):  # one at a time: fp32 logits are large
-            nats += F.cross_entropy(row.float(), labels, reduction="sum").item()
+        tokens = torch.stack(batch)
+        nats += lm.nats(tokens)
         done += tokens[:, 1:].numel()
         on_batch(done, total)
     return nats

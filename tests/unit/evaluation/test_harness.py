@@ -287,6 +287,13 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         harness.check_installed()
 
 
+def test_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None if name == "vllm" else name)
+    harness.check_installed()
+    with pytest.raises(UserError, match="--engine vllm: vLLM is not installed here"):
+        harness.check_installed("vllm")
+
+
 def test_lm_evals_warnings_are_left_out() -> None:
     harness.quiet()
     assert logging.getLogger("lm_eval").getEffectiveLevel() == logging.ERROR

@@ -28,7 +28,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     log: list[str] = []
 
     @contextmanager
-    def opened(source: model.Source, how: Mapping[str, Any]) -> Iterator[None]:
+    def opened(source: model.Source, how: Mapping[str, Any], engine: str) -> Iterator[None]:
         log.append(f"open {source.path.name}")
         yield None
 
@@ -38,7 +38,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             raise KeyboardInterrupt
         return Result(task.name, shots, local.data if local else "hub", {task.metric: 0.5}, {}, 10, 1.0)
 
-    monkeypatch.setattr(harness, "check_installed", lambda: None)
+    monkeypatch.setattr(harness, "check_installed", lambda engine: None)
     monkeypatch.setattr(harness, "version", lambda: "0")
     monkeypatch.setattr(model, "opened", opened)
     monkeypatch.setattr(harness, "run_task", run_task)
@@ -94,6 +94,19 @@ def test_a_moved_model_is_the_same(asked: list[str], settings: Settings) -> None
     assert asked == []
 
 
+def test_results_from_before_there_were_engines(asked: list[str], settings: Settings) -> None:
+    """They are transformers'."""
+    path = evaluate(settings).path
+    content = json.loads(path.read_text())
+    assert content["run"].pop("engine") == "transformers"
+    path.write_text(json.dumps(content))
+    asked.clear()
+    evaluate(settings)
+    assert asked == []
+    with pytest.raises(UserError, match=r"another run \(engine: transformers there, vllm here\)"):
+        evaluate(replace(settings, engine="vllm", device=None))
+
+
 def test_other_data_are_refused(asked: list[str], settings: Settings, local_data: Path) -> None:
     evaluate(settings)
     with pytest.raises(UserError, match="piqa, 0-shot from other data than these"):
@@ -119,6 +132,8 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"batch_size": 0}, "--batch-size 0"),
     ({"device": "gpu"}, "--device gpu is not known"),
     ({"device": "meta"}, "--device meta: no such device"),
+    ({"engine": "llama.cpp"}, "--engine llama.cpp must be one of transformers, vllm"),
+    ({"engine": "vllm"}, "--device cpu is for --engine transformers"),
     ({"text": ("nothing.jsonl",)}, "--text nothing.jsonl: no such file"),
     ({"local_data": Path("nowhere")}, "--local-data nowhere: no such directory"),
     ({"model": Path("nowhere")}, "no such directory; give one that tools/convert_to_hf.py wrote"),
