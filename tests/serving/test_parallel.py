@@ -33,6 +33,8 @@ def test_pipeline_parallel_is_refused(
 ) -> None:
     """A loop cannot be cut into stages that a token passes once."""
     job = Job(export("mesh"), [], {"enforce_eager": True, "pipeline_parallel_size": 2})
-    with pytest.raises(Exception, match=r"WorkerProc initialization failed|Engine core initialization failed"):
+    with pytest.raises(
+        Exception, match=r"WorkerProc initialization failed|Engine core initialization failed"
+    ):
         two_processes.run(job)
     assert "multiple `ModuleList`s in the base model are not supported" in "".join(capfd.readouterr())
