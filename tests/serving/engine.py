@@ -57,7 +57,7 @@ class Engines:
 
     def __init__(self, **environment: str) -> None:
         variables = {**_ENVIRONMENT, **environment}
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"), os.environ.update, (variables,))
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _prepare, (variables,))
 
     def run(self, job: Job) -> list[list[Answer]]:
         """The answers to every batch. Raises what vLLM raises."""
@@ -70,6 +70,10 @@ class Engines:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+
+def _prepare(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
 
 
 def _run(job: Job) -> list[list[Answer]]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_mesh.data.tokenizer import build_tokenizer
-from tests.serving.models import by_transformers, sharpen
+from tests.serving.models import LENGTH, by_transformers, sharpen
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "def forward(self, hidden_states: Tensor) -> Tensor:\n    return"
@@ -105,7 +105,7 @@ def test_convert_serve_ask(my_model: Path) -> None:
     assert choice["prompt_token_ids"] == ids, "the ids of the training, with no token before or after"
     assert choice["token_ids"] == expected.tokens
     assert answer["usage"]["completion_tokens"] == NEW_TOKENS and isinstance(choice["text"], str)
-    assert "maximum context length" in refused["error"]["message"]
+    assert f"max_model_len={LENGTH}" in refused["error"]["message"]
     with socket.socket() as port_is_free:
         port_is_free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         port_is_free.bind(("127.0.0.1", port))
