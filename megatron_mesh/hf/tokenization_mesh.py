@@ -25,6 +25,9 @@ class MeshTokenizer(PreTrainedTokenizer):
     Args:
         vocab_file: the SentencePiece model.
         kwargs: as in ``PreTrainedTokenizer``.
+
+    Raises:
+        ValueError: ``vocab_file`` is not a SentencePiece model.
     """
 
     vocab_files_names = {"vocab_file": FILE}  # noqa: RUF012
@@ -32,7 +35,10 @@ class MeshTokenizer(PreTrainedTokenizer):
 
     def __init__(self, vocab_file: str, **kwargs: Any):
         self.vocab_file = vocab_file
-        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(vocab_file))
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(vocab_file))
+        except RuntimeError as error:  # for which transformers 4 returns False
+            raise ValueError(f"{vocab_file} is not a readable SentencePiece model: {error}") from error
         kwargs.setdefault("split_special_tokens", True)
         super().__init__(**kwargs)
 
