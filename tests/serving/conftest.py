@@ -33,7 +33,8 @@ def _unused_shared_memory() -> set[str]:
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended, or is another user's
             mapped += (process / "maps").read_text()
-    return {path.name for path in Path("/dev/shm").glob("*vllm*") if path.name not in mapped}
+    files = [path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(("psm_", "vllm"))]
+    return {name for name in files if name not in mapped}
 
 
 @pytest.fixture(scope="session")

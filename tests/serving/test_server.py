@@ -36,11 +36,9 @@ def serving(arguments: list[str], port: int, cwd: Path) -> Iterator[None]:
         try:
             _wait_until_healthy(server, port, log)
             yield
-            server.send_signal(signal.SIGINT)
-            server.wait(60)
         finally:
-            _kill_group(server.pid)
-            server.wait(30)
+            server.send_signal(signal.SIGINT)
+            _end_group(server)
 
 
 def _wait_until_healthy(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
@@ -51,9 +49,15 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], port: int, log: Path) -
         time.sleep(1)
 
 
-def _kill_group(leader: int) -> None:
+def _end_group(server: subprocess.Popen[bytes]) -> None:
+    """Wait for all processes of the server, which have a minute to free what they share; then kill them."""
     with suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
+        for _ in range(600):
+            server.poll()
+            os.killpg(server.pid, 0)
+            time.sleep(0.1)
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait(30)
 
 
 def free_port() -> int:
