@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 
+from megatron_mesh.checkpoint.content import Content
+from megatron_mesh.checkpoint.offline import open_index
+from megatron_mesh.checkpoint.reader import fill
 from megatron_mesh.checkpoint.save import Saver
+from megatron_mesh.checkpoint.shares import spread
 from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import Config
 from megatron_mesh.model import build_model
-from megatron_mesh.parallel import build_stage
+from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule
 from tests.helpers import one_process, randomise, tiny_config
 
@@ -33,6 +37,13 @@ def save_checkpoint(config: Config) -> Path:
     state = TrainState(build_schedule(config.optimizer, optimizer), step=3, train_loss=4.5)
     Saver(config).save(stage, optimizer, state)
     return Path(str(config.checkpoint.save)) / "iter_0000003"
+
+
+def load_weights(stage: Stage, checkpoint: Path, optimizer: Any = None) -> None:
+    """Take the weights of a checkpoint (within process groups)."""
+    content = Content(stage, optimizer)
+    fill(open_index(checkpoint), content.to_read(with_optimizer=False))
+    spread(stage, optimizer, content.shares, with_optimizer=False)
 
 
 @torch.no_grad()

@@ -10,8 +10,7 @@ from statistics import median
 from megatron_mesh.bench.clock import now
 from megatron_mesh.bench.variants import random_batches
 from megatron_mesh.checkpoint import integrity
-from megatron_mesh.checkpoint.directory import read_checkpoint
-from megatron_mesh.checkpoint.load import first_whole, load_checkpoint
+from megatron_mesh.checkpoint.load import Search, load_checkpoint
 from megatron_mesh.checkpoint.save import Saved, Saver
 from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import Config
@@ -97,14 +96,15 @@ def _save(
     saver.save(*parts)
     while not saved:  # training goes on while it is written
         step()
-        saver.poll()
+        if saver.pending and saver.written():
+            saver.complete()
     return saved[0]
 
 
 def _load(config: Config, path: Path, stage: Stage, optimizer: object, state: TrainState) -> None:
-    checkpoint = first_whole([path], fallback=False)
-    assert checkpoint is not None and read_checkpoint(path).path == path
-    load_checkpoint(checkpoint, config, stage, optimizer, state)
+    found = Search(replace(config.checkpoint, load=str(path), save=None)).next()
+    assert found is not None
+    load_checkpoint(found, config, stage, optimizer, state)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -1,52 +1,73 @@
-"""What each rank contributes to a checkpoint: tensors and plain numbers, and nothing that is code."""
+"""What a rank writes to a checkpoint, and what it takes from one."""
 
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_mesh.checkpoint import fp8_state
-from megatron_mesh.checkpoint.optimizer_state import sharded_optimizer_state
+from megatron_mesh.checkpoint.boxes import Box, whole_as_boxes
+from megatron_mesh.checkpoint.index import Index
+from megatron_mesh.checkpoint.shares import Share, shares_of
 from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime.random import pack_generators
 
+GENERATORS = "rng"
+"""Key of the states of all ranks' random number generators, one after the other."""
+NOT_WEIGHTS = ("optimizer.", GENERATORS)
+"""How keys begin that are no weights."""
 
-def sharded_state(
-    stage: Stage,
-    optimizer: MegatronOptimizer | None,
-    *,
-    with_generators: bool,
-    checkpoint: Path | None = None,
-) -> ShardedStateDict:
-    """This rank's part of a checkpoint, to be written or to be filled.
+
+class Content:
+    """This rank's part of a checkpoint: boxes that are views of what the rank holds.
 
     Args:
-        optimizer: None to leave its state out.
-        with_generators: include the state of this rank's random number generators.
-        checkpoint: what the result is to be filled from; None if it is to be written.
+        stage: the rank's share of the model.
+        optimizer: None for the weights alone.
     """
-    weights = stage.sharded_state_dict()
-    sharded: ShardedStateDict = {"model": {key: _tensors(part) for key, part in weights.items()}}
-    if optimizer is not None:
-        bf16 = stage.config.bf16
-        sharded["optimizer"] = sharded_optimizer_state(
-            optimizer, sharded["model"], bf16=bf16, loading=checkpoint is not None
-        )
-    if fp8_state.is_kept(stage.config):
-        sharded["fp8"] = (
-            fp8_state.to_save(weights)
-            if checkpoint is None
-            else fp8_state.to_fill(weights, checkpoint, stage.config)
-        )
-    if with_generators:
-        place = (0, dist.get_rank(), dist.get_world_size())
-        sharded["rng"] = ShardedTensor.from_rank_offsets("rng", pack_generators(), place)
-    return sharded
+
+    def __init__(self, stage: Stage, optimizer: MegatronOptimizer | None):
+        self.stage, self.optimizer = stage, optimizer
+        self.weights = stage.sharded_state_dict()
+        held = {id(p) for module in stage.modules for p in module.parameters()}
+        tensors = list(_tensors(self.weights))
+        self.shares: Sequence[Share] = shares_of(optimizer, [t for t in tensors if id(t.data) in held])
+        self._buffers = [tensor for tensor in tensors if id(tensor.data) not in held]
+
+    def to_write(self) -> Iterator[Box]:
+        """Everything, with the state of this rank's random number generators."""
+        for share in self.shares:
+            yield from share.to_write()
+        states = fp8_state.to_save(self.weights) if fp8_state.is_kept(self.stage.config) else {}
+        for tensor in (*self._buffers, *states.values()):
+            if not any(tensor.replica_id):
+                yield from whole_as_boxes(tensor)
+        yield generators(pack_generators())
+
+    def to_read(self, *, with_optimizer: bool) -> Iterator[Box]:
+        """What this rank reads of weights and, if wanted, the optimizer's state."""
+        for share in self.shares:
+            yield from share.to_read(with_optimizer=with_optimizer)
+        for tensor in self._buffers:
+            yield from whole_as_boxes(tensor)
 
 
-def _tensors(part: dict[str, Any]) -> dict[str, Any]:
-    """Without the modules' extra states, which are pickles (see ``fp8_state.py``); local layers have none."""
-    return {name: value for name, value in part.items() if not isinstance(value, ShardedObject)}
+def generators(packed: torch.Tensor) -> Box:
+    """The box of this rank's random number generators."""
+    rank, length = dist.get_rank(), len(packed)
+    return Box(GENERATORS, (length * dist.get_world_size(),), (rank * length,), packed)
+
+
+def empty_generators(index: Index) -> Box:
+    """The same to be filled, from a checkpoint of as many ranks."""
+    length = index.entries[GENERATORS].shape[0] // dist.get_world_size()
+    return generators(torch.empty(length, dtype=torch.uint8))
+
+
+def _tensors(weights: dict[str, dict[str, Any]]) -> Iterator[ShardedTensor]:
+    """Without the modules' extra states, which are pickles (see ``fp8_state.py``)."""
+    for part in weights.values():
+        yield from (value for value in part.values() if isinstance(value, ShardedTensor))

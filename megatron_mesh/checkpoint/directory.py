@@ -18,10 +18,13 @@ from megatron_mesh.config.schema import CheckpointConfig, Config
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.config.sources import read_yaml
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime import phases
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+OLD_FORMAT_VERSION = 2
+"""Read, too: it has one checksum for each file, and plain values in ``common.pt``."""
 CONFIG_FILE = "config.yaml"
 STATE_FILE = "state.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -39,8 +42,11 @@ class Checkpoint:
     world_size: int
     train_state: dict[str, Any]
     """See ``TrainState.state_dict``."""
+    updates: int = 0
+    """How many updates Adam counts; of format 2 it is not known before the tensors are read."""
     weights_only: bool = False
     """Whether it lacks the optimizer's state."""
+    format_version: int = FORMAT_VERSION
 
     def same_layout(self, config: Config, world_size: int) -> bool:
         """Whether each rank of a run of ``config`` stands where the same rank of the saved one stood."""
@@ -68,7 +74,11 @@ def saved_steps(directory: Path) -> dict[int, Path]:
     """Complete checkpoints by step, ascending."""
     if not directory.is_dir():
         return {}
-    found = {int(m[1]): path for path in directory.iterdir() if (m := _NAME.fullmatch(path.name))}
+    found = {
+        int(match[1]): path
+        for path in directory.iterdir()
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+    }
     return dict(sorted(found.items()))
 
 
@@ -115,51 +125,68 @@ def read_checkpoint(path: Path) -> Checkpoint:
         version = state["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a complete checkpoint ({error}); --load another one") from None
-    if version != FORMAT_VERSION:
+    if version not in (OLD_FORMAT_VERSION, FORMAT_VERSION):
         raise UserError(
-            f"{path} has checkpoint format {version}, and this version reads format {FORMAT_VERSION}; "
-            "use the version of megatron_mesh that wrote it"
+            f"{path} has checkpoint format {version}, and this version reads formats {OLD_FORMAT_VERSION} and "
+            f"{FORMAT_VERSION}; use the version of megatron_mesh that wrote it"
         )
     config = with_values(Config(), read_yaml(path / CONFIG_FILE))
-    weights_only = state.get("weights_only", False)
-    return Checkpoint(path, config, state["world_size"], state["train_state"], weights_only)
+    return Checkpoint(
+        path,
+        config,
+        state["world_size"],
+        state["train_state"],
+        updates=state.get("updates", 0),
+        weights_only=state.get("weights_only", False),
+        format_version=version,
+    )
 
 
-def publish(partial: Path, final: Path, step: int) -> None:
+def publish(partial: Path, final: Path, step: int) -> Path | None:
     """Give a complete checkpoint its name, then name it in the tracker file; each at one stroke.
 
     What a name stands for is on the disk before the name is: earlier checkpoints may be deleted after this.
+    The files of tensors were made last by those who wrote them.
+
+    Returns:
+        What had the name before, on its way out, if this run does a step again.
     """
-    for path in (*partial.iterdir(), partial):
-        _sync(path)
+    for path in partial.iterdir():
+        if not path.name.endswith(".distcp"):
+            _sync(path)
+    _sync(partial)
     replaced = final.with_name(f"{final.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():  # a step that this run does again, after it went on from an earlier one
+    phases.enter("rename")
+    again = final.exists()
+    if again:
         final.rename(replaced)
     partial.rename(final)
     _sync(final.parent)
+    phases.enter("latest")
     tracker = final.parent / TRACKER_FILE
     temporary = tracker.with_suffix(".partial")
     temporary.write_text(str(step), encoding="utf-8")
     _sync(temporary)
     os.replace(temporary, tracker)
-    shutil.rmtree(replaced, ignore_errors=True)
+    return replaced if again else None
 
 
-def prune(directory: Path, newest: int, keep_last: int | None, keep_every: int | None) -> None:
-    """Delete all but the last ``keep_last`` checkpoints up to step ``newest``, which was just written, and
-    those of steps divisible by ``keep_every``.
+def outdated(directory: Path, newest: int, keep_last: int | None, keep_every: int | None) -> list[Path]:
+    """Take the names of all but the last ``keep_last`` checkpoints up to step ``newest``, which was just
+    written, and those of steps divisible by ``keep_every``; what is returned can be deleted.
 
     Later ones are damaged, if this run went on from one before them, and stand for none that are not.
     """
     if keep_last is None:
-        return
+        return []
     written = [(step, path) for step, path in saved_steps(directory).items() if step <= newest]
+    leaving = []
     for step, path in written[:-keep_last]:
         if keep_every is None or step % keep_every:
-            leaving = path.with_name(f"{path.name}.deleting")  # never half a checkpoint under a good name
-            path.rename(leaving)
-            shutil.rmtree(leaving, ignore_errors=True)
+            leaving.append(path.with_name(f"{path.name}.deleting"))  # never half one under a good name
+            path.rename(leaving[-1])
+    return leaving
 
 
 def remove_unfinished(directory: Path) -> None:

@@ -10,16 +10,14 @@ of the rank, and fit every layout.
 
 import logging
 import pickle
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_mesh.checkpoint.safe import read_metadata
+from megatron_mesh.checkpoint.index import Index
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +42,12 @@ def to_save(weights: Weights) -> dict[str, ShardedTensor]:
     return found
 
 
-def to_fill(weights: Weights, checkpoint: Path, config: TransformerConfig) -> dict[str, ShardedTensor]:
+def to_fill(weights: Weights, index: Index, config: TransformerConfig) -> dict[str, ShardedTensor]:
     """The same for modules that have not run yet, if the checkpoint has states with histories as long."""
-    stored = read_metadata(checkpoint).state_dict_metadata
     wanted: dict[str, ShardedTensor] = {}
     for name, state in _extra_states(weights).items():
-        entries = {key: stored.get(f"{state.key}.{key}") for key in _TENSORS}
-        sizes = {key: e.size[1:] for key, e in entries.items() if isinstance(e, TensorStorageMetadata)}
+        entries = {key: index.entries.get(f"{state.key}.{key}") for key in _TENSORS}
+        sizes = {key: entry.shape[1:] for key, entry in entries.items() if entry is not None}
         if not sizes:
             continue
         if sizes["amax_history_fwd"][0] != config.fp8_amax_history_len:
@@ -60,15 +57,18 @@ def to_fill(weights: Weights, checkpoint: Path, config: TransformerConfig) -> di
     return wanted
 
 
-def put_back(weights: Weights, filled: dict[str, torch.Tensor], config: TransformerConfig) -> None:
-    """Add the modules' extra states to loaded ``weights``, which ``load_state_dict`` hands to the modules."""
+def extra_states(filled: dict[str, ShardedTensor], config: TransformerConfig) -> Weights:
+    """The modules' extra states from what was read into ``to_fill``, for ``load_state_dict`` of the chunks."""
+    found: Weights = {}
     for name in {name.rpartition(".")[0] for name in filled}:
-        state: dict[str, Any] = {key: filled[f"{name}.{key}"] for key in _TENSORS}
+        state: dict[str, Any] = {key: filled[f"{name}.{key}"].data for key in _TENSORS}
         # With the second a module has a state at once, and not only when it has run.
         others = {"num_gemms": 1, "fp8_checkpoint": True}
         state |= {"recipe": get_fp8_recipe(config), "extra_fp8_variables": others}
         chunk, _, module = name.partition(".")
-        weights[chunk][module] = torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
+        packed = torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
+        found.setdefault(chunk, {})[module] = packed
+    return found
 
 
 def _extra_states(weights: Weights) -> dict[str, ShardedObject]:

@@ -1,21 +1,21 @@
 """Checkpoints seen from outside a run: lists, descriptions, checks, and copies of other form."""
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
-from megatron.core.dist_checkpointing import ShardedTensor
 from rich.console import Console
 from rich.progress import track
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_mesh.checkpoint import directory as names
 from megatron_mesh.checkpoint import integrity, offline
-from megatron_mesh.checkpoint.safe import SafeLoadStrategy, read_metadata
+from megatron_mesh.checkpoint.boxes import Box, cut
+from megatron_mesh.checkpoint.content import NOT_WEIGHTS
+from megatron_mesh.checkpoint.index import Index, read_index
+from megatron_mesh.checkpoint.load import updates_of
+from megatron_mesh.checkpoint.reader import read_piece
 from megatron_mesh.errors import UserError
-
-_NOT_WEIGHTS = ("optimizer.", "rng")
 
 
 def table(directory: Path) -> str:
@@ -45,12 +45,8 @@ def description(path: Path) -> str:
     """What a checkpoint holds: its state, the number of its tensors, its configuration."""
     path = offline.whole_checkpoint(path, check_sums=False).path
     state = json.loads((path / names.STATE_FILE).read_text(encoding="utf-8"))
-    tensors = {
-        key: entry.size.numel()
-        for key, entry in read_metadata(path).state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    weights = sum(count for key, count in tensors.items() if not key.startswith(_NOT_WEIGHTS))
+    tensors = {key: math.prod(entry.shape) for key, entry in read_index(path).entries.items()}
+    weights = sum(count for key, count in tensors.items() if not key.startswith(NOT_WEIGHTS))
     rest = sum(tensors.values()) - weights
     head = f"{weights:,} weights, {rest:,} other numbers, in {len(tensors):,} tensors"
     config = (path / names.CONFIG_FILE).read_text(encoding="utf-8")
@@ -64,44 +60,48 @@ def verify(path: Path) -> int:
     path = names.newest(path)
     if not any((path / name).exists() for name in (names.STATE_FILE, integrity.CHECKSUMS_FILE)):
         raise UserError(f"{path} holds no complete checkpoint (no iter_...); check the directory")
-    listed = integrity.files(path)
     found: list[str] = []
-    for share in track(range(len(listed)), "reading", console=Console(stderr=True)):
-        found += integrity.damage(path, share, len(listed))
-    for sentence in dict.fromkeys(found):
+    try:
+        digests = integrity.read_checksums(path)
+        for name in track(sorted(digests), "reading", console=Console(stderr=True)):
+            found += integrity.differences(path, {name: digests[name]}, read=True)
+    except ValueError as error:
+        found, digests = [str(error)], {}
+    for sentence in found:
         print(f"damaged: {sentence}")
     if not found:
-        print(f"{path} is whole: {len(listed)} files")
+        print(f"{path} is whole: {len(digests)} files")
     return 1 if found else 0
 
 
 def reshard(path: Path, save: Path, *, weights_only: bool) -> None:
     """Write the checkpoint ``path`` anew from one process to ``save``, which must not exist.
 
-    Needs as much host memory as it writes.
+    It has the newest format then. One box at a time is in memory.
     """
-    path = offline.whole_checkpoint(path).path
+    checkpoint = offline.whole_checkpoint(path)
+    path = checkpoint.path
     if save.exists():
         raise UserError(f"{save} exists already; choose another --save")
-    with offline.alone():
-        _copy(path, save, weights_only)
+    index = offline.open_index(path)
+    description = json.loads((path / names.STATE_FILE).read_text(encoding="utf-8"))
+    description["format_version"] = names.FORMAT_VERSION
+    if weights_only:
+        description["weights_only"] = True
+    elif not checkpoint.weights_only:
+        description["updates"] = updates_of(checkpoint)
+    config = (path / names.CONFIG_FILE).read_text(encoding="utf-8")
+    offline.write(save, _boxes(index, weights_only), config, description)
     print(f"wrote {save}")
 
 
-def _copy(path: Path, save: Path, weights_only: bool) -> None:
-    wanted = SafeLoadStrategy().load_tensors_metadata(path)
-    if weights_only:
-        wanted = {key: tensor for key, tensor in wanted.items() if not key.startswith(_NOT_WEIGHTS)}
-    state: dict[str, Any] = offline.read(path, wanted)
-    plain = {key: value for key, value in state.items() if key not in wanted}
-    description = json.loads((path / names.STATE_FILE).read_text(encoding="utf-8"))
-    if weights_only:
-        plain.pop("optimizer", None)
-        description["weights_only"] = True
-    tensors = {
-        key: ShardedTensor.from_rank_offsets(key, state[key].contiguous())
-        for key in wanted
-        if isinstance(state[key], torch.Tensor)
-    }
-    config = (path / names.CONFIG_FILE).read_text(encoding="utf-8")
-    offline.write(save, {**plain, **tensors}, config, description)
+def _boxes(index: Index, weights_only: bool) -> Iterator[Box]:
+    """All tensors of a checkpoint, in boxes as they are written today."""
+    pieces = [
+        (key, entry, piece)
+        for key, entry in index.entries.items()
+        if not (weights_only and key.startswith(NOT_WEIGHTS))
+        for piece in entry.pieces
+    ]
+    for key, entry, piece in track(pieces, "writing", console=Console(stderr=True)):
+        yield from cut(key, entry.shape, read_piece(index, piece), piece.offset)

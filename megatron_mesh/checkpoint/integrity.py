@@ -1,73 +1,90 @@
-"""Checksums of a checkpoint's files: damage is found before anything is read from them."""
+"""Checksums of a checkpoint: made while it is written, compared by whoever reads a piece.
+
+``checksums.json`` lists each file as its pieces, one after the other: length in bytes, and SHA-256. A file of
+tensors has a piece for every box, so that a rank that reads some of them checks just those.
+"""
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 CHECKSUMS_FILE = "checksums.json"
 
-# [size in bytes, SHA-256]
-Digest = list
+Digests = dict[str, list[tuple[int, str]]]
+"""By file: length and SHA-256 of its pieces, in their order."""
+
+_OURS = re.compile(r"\.metadata|metadata\.json|common\.pt|config\.yaml|state\.json|__\d+_\d+\.distcp")
 
 
-def digest(path: Path) -> Digest:
-    """Size and SHA-256 of a file."""
+def sha256(data: bytes | memoryview) -> str:
+    """SHA-256 of bytes, in hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest(path: Path) -> list[Any]:
+    """Size in bytes, and SHA-256 of a file."""
     with path.open("rb") as file:
-        sha = hashlib.file_digest(file, "sha256").hexdigest()
-    return [path.stat().st_size, sha]
-
-
-def write_checksums(directory: Path, known: dict[str, Digest]) -> None:
-    """Write ``checksums.json``: ``known`` digests, and those of the files that are not among them."""
-    others = {path.name: digest(path) for path in files(directory) if path.name not in known}
-    listed = dict(sorted({**known, **others}.items()))
-    text = json.dumps({"algorithm": "sha256", "files": listed, "sha256_of_files": _of_list(listed)}, indent=1)
-    (directory / CHECKSUMS_FILE).write_text(text, encoding="utf-8")
-
-
-def _of_list(listed: dict[str, Digest]) -> str:
-    """Checksum of the list itself."""
-    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
 def files(directory: Path) -> list[Path]:
-    """The files of a checkpoint, but for the list of checksums itself."""
-    return sorted(path for path in directory.iterdir() if path.name != CHECKSUMS_FILE)
+    """The files of a checkpoint but for its checksums; others (``.nfs...``, a README) are no part of it."""
+    return sorted(path for path in directory.iterdir() if _OURS.fullmatch(path.name))
 
 
-def read_checksums(directory: Path) -> dict[str, Digest]:
-    """The digests in ``checksums.json`` by file name.
+def write_checksums(directory: Path, known: Digests) -> None:
+    """Write ``checksums.json``: ``known`` digests, and those of the small files beside them."""
+    others: Digests = {
+        path.name: [tuple(digest(path))] for path in files(directory) if path.name not in known
+    }
+    listed = dict(sorted({**known, **others}.items()))
+    text = json.dumps({"algorithm": "sha256", "files": listed, "sha256_of_files": _of_list(listed)})
+    (directory / CHECKSUMS_FILE).write_text(text, encoding="utf-8")
+
+
+def _of_list(listed: Any) -> str:
+    """Checksum of the list itself."""
+    return sha256(json.dumps(listed, sort_keys=True).encode())
+
+
+def read_checksums(directory: Path) -> Digests:
+    """The digests in ``checksums.json``; in format 2 every file is one piece.
 
     Raises:
         ValueError: there is no such file, or it is not a list of digests.
     """
     try:
         content: Any = json.loads((directory / CHECKSUMS_FILE).read_text(encoding="utf-8"))
-        listed = {str(name): [int(size), str(sha)] for name, (size, sha) in content["files"].items()}
+        listed = content["files"]
         if content["sha256_of_files"] != _of_list(listed):
             raise ValueError("it was changed after it was written")
-        return listed
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {str(name): _pieces(entry) for name, entry in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{CHECKSUMS_FILE} cannot be trusted ({error})") from None
 
 
-def damage(directory: Path, share: int = 0, shares: int = 1) -> list[str]:
-    """What is wrong with the checkpoint, as sentences; nothing if it is whole.
+def _pieces(entry: Any) -> list[tuple[int, str]]:
+    pieces = [entry] if entry and isinstance(entry[0], int) else entry
+    return [(int(length), str(digest)) for length, digest in pieces]
+
+
+def differences(
+    directory: Path, digests: Digests, *, read: bool, share: int = 0, shares: int = 1
+) -> list[str]:
+    """How the files differ from their digests, as sentences; none if they do not.
 
     Args:
-        share, shares: which part of the files this caller reads; sizes and names are always compared.
+        directory: of the checkpoint.
+        digests: what its files should be.
+        read: compare contents, not the sizes alone.
+        share, shares: which part of the files this caller reads; sizes are always compared.
     """
-    try:
-        listed = read_checksums(directory)
-    except ValueError as error:
-        return [str(error)]
-    found = [f"{path.name} is not part of it" for path in files(directory) if path.name not in listed]
-    for index, (name, expected) in enumerate(sorted(listed.items())):
+    found = []
+    for number, (name, pieces) in enumerate(sorted(digests.items())):
         try:
-            reason = _difference(directory / name, expected, read=index % shares == share)
+            reason = _difference(directory / name, pieces, read=read and number % shares == share)
         except OSError as error:
             reason = f"cannot be read ({error.strerror})"
         if reason is not None:
@@ -75,18 +92,32 @@ def damage(directory: Path, share: int = 0, shares: int = 1) -> list[str]:
     return found
 
 
-def _difference(path: Path, expected: Digest, *, read: bool) -> str | None:
+def damage(directory: Path) -> list[str]:
+    """What is wrong with a checkpoint, all of which is read; nothing if it is whole."""
+    try:
+        return differences(directory, read_checksums(directory), read=True)
+    except ValueError as error:
+        return [str(error)]
+
+
+def damage_before_reading(directory: Path) -> list[str]:
+    """What is wrong with the sizes of files, or the contents of small ones; the tensors are not read."""
+    try:
+        digests = read_checksums(directory)
+    except ValueError as error:
+        return [str(error)]
+    small = {name: pieces for name, pieces in digests.items() if not name.endswith(".distcp")}
+    return differences(directory, digests, read=False) or differences(directory, small, read=True)
+
+
+def _difference(path: Path, pieces: list[tuple[int, str]], *, read: bool) -> str | None:
     if not path.is_file():
         return "is missing"
-    if path.stat().st_size != expected[0]:
-        return f"has {path.stat().st_size:,} bytes instead of {expected[0]:,}"
-    if read and digest(path) != expected:
-        return "was changed after it was written (its checksum is another)"
-    return None
-
-
-def damage_seen_by_all(directory: Path) -> list[str]:
-    """``damage``, every file read by one rank; a collective operation with one result."""
-    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, damage(directory, dist.get_rank(), dist.get_world_size()))
-    return list(dict.fromkeys(sentence for sentences in gathered for sentence in sentences))
+    size, expected = path.stat().st_size, sum(length for length, _ in pieces)
+    if size != expected:
+        return f"has {size:,} bytes instead of {expected:,}"
+    if not read:
+        return None
+    with path.open("rb") as file:
+        whole = all(sha256(file.read(length)) == digest for length, digest in pieces)
+    return None if whole else "was changed after it was written (its checksum is another)"

@@ -1,89 +1,176 @@
 """Loading: which checkpoint is whole, and taking it over on this layout of ranks."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_mesh.checkpoint import fp8_state, integrity, safe
-from megatron_mesh.checkpoint.content import sharded_state
-from megatron_mesh.checkpoint.directory import Checkpoint, read_checkpoint
-from megatron_mesh.checkpoint.optimizer_state import load_optimizer_state
+from megatron_mesh.checkpoint import fp8_state, integrity
+from megatron_mesh.checkpoint.boxes import whole_as_boxes
+from megatron_mesh.checkpoint.content import Content, empty_generators
+from megatron_mesh.checkpoint.directory import (
+    OLD_FORMAT_VERSION,
+    Checkpoint,
+    candidates,
+    read_checkpoint,
+)
+from megatron_mesh.checkpoint.index import Index, read_index
+from megatron_mesh.checkpoint.reader import Damaged, fill, read_plain
+from megatron_mesh.checkpoint.shares import set_updates_done, spread
 from megatron_mesh.checkpoint.state import TrainState
-from megatron_mesh.config.schema import Config
+from megatron_mesh.config.schema import CheckpointConfig, Config
 from megatron_mesh.errors import UserError
 from megatron_mesh.parallel import Stage
+from megatron_mesh.runtime import phases
+from megatron_mesh.runtime.agreement import complaints, from_rank_zero
 from megatron_mesh.runtime.random import unpack_generators
 
 logger = logging.getLogger(__name__)
 
+COMMON_FILE = "common.pt"
+"""Plain values of format 2."""
 
-def first_whole(paths: Sequence[Path], *, fallback: bool) -> Checkpoint | None:
-    """The first checkpoint that is not damaged; None if there are no checkpoints. A collective operation.
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that a run may start from, as rank 0 has found it."""
+
+    checkpoint: Checkpoint
+    index: Index
+
+
+class Search:
+    """The checkpoints that a run may start from, best first. Rank 0 looks, and tells the others.
 
     Raises:
-        UserError: all of them are damaged, or the first is and there is no ``fallback``.
+        UserError: as ``directory.candidates``. Every method is a collective operation, with one outcome.
     """
-    box = [paths]
-    dist.broadcast_object_list(box, src=0)  # ranks on other nodes may see the directory later
-    paths, damage = box[0], []
-    for path in paths:
-        damage.append("; ".join(integrity.damage_seen_by_all(path)))
-        if not damage[-1]:
-            return read_checkpoint(path)
+
+    def __init__(self, settings: CheckpointConfig):
+        self._paths = from_rank_zero(lambda: candidates(settings))
+        self._fallback = settings.load_fallback
+        self._first_damage = ""
+        self._number = 0
+
+    def next(self, damage: str = "") -> Found | None:
+        """The next one whose description and index are whole; None if this run is a new one.
+
+        Args:
+            damage: what is wrong with the one before.
+
+        Raises:
+            UserError: all are damaged, or the first is and there is no fallback; or a rank does not see it.
+        """
+        if damage:
+            self._note(damage)
+        while self._number < len(self._paths):
+            path = self._paths[self._number]
+            self._number += 1
+            found = from_rank_zero(lambda path=path: _open(path))  # type: ignore[misc]
+            unseen = None if path.is_dir() else f"the checkpoint {path} is not there"
+            if others := complaints(unseen):
+                raise UserError(
+                    f"{'; '.join(others)}; --load and --save must be on a disk that all nodes share"
+                )
+            if isinstance(found, str):
+                self._note(found)
+                continue
+            if found.checkpoint.format_version == OLD_FORMAT_VERSION and (found_by_all := _old_damage(path)):
+                self._note("; ".join(found_by_all))
+                continue
+            return found
+        if not self._paths:
+            return None
+        raise UserError(f"{self._first_damage}, and no earlier one is whole; --load another one")
+
+    def _note(self, damage: str) -> None:
+        sentence = f"the checkpoint {self._paths[self._number - 1]} is damaged"
         if dist.get_rank() == 0:
-            logger.error("the checkpoint %s is damaged: %s", path, damage[-1])
-        if not fallback:
-            break
-    if not paths:
-        return None
-    raise UserError(
-        f"the checkpoint {paths[0]} is damaged ({damage[0]}), and "
-        + ("no earlier one is whole" if fallback else "--no-load-fallback rules out earlier ones")
-        + "; --load another one"
-    )
+            logger.error("%s: %s", sentence, damage)
+        self._first_damage = self._first_damage or f"{sentence} ({damage})"
+        if not self._fallback:
+            raise UserError(
+                f"{self._first_damage}, and --no-load-fallback rules out earlier ones; --load another one"
+            )
+
+
+def _open(path: Path) -> Found | str:
+    """Read what a checkpoint says of itself and of its tensors; or what is wrong with that, in words."""
+    if found := integrity.damage_before_reading(path):
+        return "; ".join(found)
+    return Found(read_checkpoint(path), read_index(path, integrity.read_checksums(path)))
+
+
+def _old_damage(path: Path) -> list[str]:
+    """Format 2: every file is read by one rank before anything is loaded; a collective operation."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    digests = integrity.read_checksums(path)
+    found = integrity.differences(path, digests, read=True, share=rank, shares=ranks)
+    return complaints("; ".join(found) or None)
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, config: Config, stage: Stage, optimizer: MegatronOptimizer, state: TrainState
-) -> None:
+    found: Found, config: Config, stage: Stage, optimizer: MegatronOptimizer, state: TrainState
+) -> str:
     """Take over a checkpoint of the same model (see ``check_same_run``); a collective operation.
 
     As in Megatron-LM: ``finetune`` takes the weights alone; without ``load_optim`` the optimizer and the
     schedule start anew at the checkpoint's step; the generators are left as they are without ``load_rng``,
     or if the layout of the ranks is another.
+
+    Returns:
+        What any rank found damaged, after which the state of the parts is undefined; "" if all is well.
     """
-    settings = config.checkpoint
+    phases.enter("loading a checkpoint")
+    settings, checkpoint = config.checkpoint, found.checkpoint
     with_optimizer = settings.load_optim and not settings.finetune
     with_generators = settings.load_rng and not settings.finetune
     if with_generators and not checkpoint.same_layout(config, dist.get_world_size()):
         logger.info("the random number generators start anew: the checkpoint is of another layout of ranks")
         with_generators = False
-    sharded = sharded_state(
-        stage,
-        optimizer if with_optimizer else None,
-        with_generators=with_generators,
-        checkpoint=checkpoint.path,
-    )
-    loaded = safe.load(sharded, checkpoint.path)
-    fp8_state.put_back(loaded["model"], loaded.get("fp8", {}), stage.config)
-    stage.load_state_dict(loaded["model"])
+    content = Content(stage, optimizer)
+    boxes = list(content.to_read(with_optimizer=with_optimizer))
+    states = {}
+    if fp8_state.is_kept(stage.config):
+        states = fp8_state.to_fill(content.weights, found.index, stage.config)
+        boxes += [box for tensor in states.values() for box in whole_as_boxes(tensor)]
+    if with_generators:
+        boxes.append(empty_generators(found.index))
+    if damage := complaints(_trouble(lambda: fill(found.index, boxes))):
+        return "; ".join(damage)
+    spread(stage, optimizer, content.shares, with_optimizer=with_optimizer)
+    for chunk, extra in fp8_state.extra_states(states, stage.config).items():
+        stage.modules[int(chunk)].load_state_dict(extra, strict=False)
     if with_optimizer:
-        _load_optimizer(optimizer, loaded["optimizer"], config)
-    else:
-        optimizer.reload_model_params()
+        set_updates_done(optimizer, updates_of(checkpoint))
     if not settings.finetune:
         state.load_state_dict(checkpoint.train_state, with_schedule=with_optimizer)
     if with_generators:
-        unpack_generators(loaded["rng"])
+        unpack_generators(boxes[-1].data)
     logger.info("loaded %s", checkpoint.path)
+    return ""
 
 
-def _load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any], config: Config) -> None:
-    load_optimizer_state(optimizer, saved)
-    # The groups come with the checkpoint's settings, which the schedule would prefer to its own.
-    for group in optimizer.param_groups:
-        group["max_lr"], group["min_lr"] = config.optimizer.lr, config.optimizer.min_lr
+def _trouble(work: Callable[[], object]) -> str | None:
+    """Why ``work`` cannot be done, if the checkpoint is to blame."""
+    try:
+        work()
+    except Damaged as error:
+        return str(error)
+    except KeyError as error:
+        return f"it has no tensor {error}"
+    return None
+
+
+def updates_of(checkpoint: Checkpoint) -> int:
+    """How many updates Adam counts."""
+    if checkpoint.format_version != OLD_FORMAT_VERSION:
+        return checkpoint.updates
+    saved = read_plain(checkpoint.path / COMMON_FILE)["optimizer"]
+    inner = saved.get("optimizer", saved)
+    if "common_step" in inner.get("state", {}):
+        return int(inner["state"]["common_step"])
+    return int(inner["param_groups"][0]["step"])

@@ -1,13 +1,13 @@
-"""Saving: written under a temporary name, checked, published by one rename; now or in the background."""
+"""Saving: each rank writes its part, rank 0 puts them together, checks, and publishes by one rename."""
 
 import json
 import logging
 import platform
 import shutil
+import socket
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import __version__ as megatron_core_version
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
 from megatron.core.optimizer import MegatronOptimizer
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mesh import __version__
 from megatron_mesh.checkpoint import directory as names
-from megatron_mesh.checkpoint import integrity, safe
-from megatron_mesh.checkpoint.content import sharded_state
+from megatron_mesh.checkpoint import integrity
+from megatron_mesh.checkpoint.content import Content
+from megatron_mesh.checkpoint.index import Written, index_of, write_index
+from megatron_mesh.checkpoint.shares import updates_done
 from megatron_mesh.checkpoint.state import TrainState
-from megatron_mesh.checkpoint.writer import CommonState, digests_file, plan
+from megatron_mesh.checkpoint.writer import BackgroundWriter, file_of, write_file
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import Config
 from megatron_mesh.parallel import Stage
+from megatron_mesh.runtime import phases
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +50,19 @@ class _Pending:
     """A checkpoint on its way to the disk."""
 
     step: int
-    request: AsyncRequest
-    common: CommonState
+    part: "Future[list[Written]]"
+    """This rank's."""
     description: dict[str, Any]
     started: float
-    stalled: float
+    stalled: float = 0.0
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time. Every method is a collective operation.
+    """Writes the checkpoints of a run, one at a time. All methods but ``written`` are collective operations.
 
-    A checkpoint that cannot be written costs the run nothing but that checkpoint: the reason is logged,
-    the earlier ones are kept, and the next ``save`` tries again. ``failed`` tells of the last one.
+    A checkpoint that cannot be written, whatever fails on whichever rank, costs the run nothing but that
+    checkpoint: the reason is logged with rank and host, the earlier ones are kept, and the next ``save``
+    tries again. ``failed`` tells of the last one.
     """
 
     def __init__(self, config: Config, on_saved: Callable[[Saved], None] = lambda saved: None):
@@ -70,80 +72,91 @@ class Saver:
         self.directory = Path(config.checkpoint.save)
         self.failed = False
         self._on_saved = on_saved
-        self._caller = TemporalAsyncCaller()
         self._pending: _Pending | None = None
+        self._writer = BackgroundWriter()
+        self._pruner = ThreadPoolExecutor(1, thread_name_prefix="ckpt-pruner")
 
     def save(self, stage: Stage, optimizer: MegatronOptimizer, state: TrainState) -> None:
         """Save the run as it stands; with ``async_save`` this returns when the state is copied."""
-        self.finish()
+        if self._pending is not None:
+            self.complete()
         started = time.monotonic()
+        phases.enter("planning a save")
         partial = names.step_directory(self.directory, state.step).with_suffix(".partial")
-        if not self._agreed(lambda: make_empty(partial), partial):
+        if reason := _at_rank_zero(lambda: make_empty(partial)):
+            self._give_up(partial, reason)
             return
-        with _without_notes(), stage.parameters_gathered():
-            request, common = plan(sharded_state(stage, optimizer, with_generators=True), partial)
-            request = staged(request)
-        self._pending = _Pending(state.step, request, common, description(state.state_dict()), started, 0.0)
+        described = description(state.state_dict(), dist.get_world_size())
+        part = _caught(lambda: self._start(partial, stage, optimizer))
+        self._pending = _Pending(state.step, part, described | {"updates": updates_done(optimizer)}, started)
         if self.config.checkpoint.async_save:
-            self._caller.schedule_async_call(request)
             self._pending.stalled = time.monotonic() - started
         else:
-            write_now(request)
-            self._complete()
+            self.complete()
 
-    def poll(self) -> None:
-        """Publish the checkpoint in the background, if all ranks have written theirs. Between two steps."""
-        if self._pending is not None and self._caller.is_current_async_call_done(blocking=False):
-            self._complete()
+    def _start(
+        self, partial: Path, stage: Stage, optimizer: MegatronOptimizer
+    ) -> "list[Written] | Future[list[Written]]":
+        path = partial / file_of(dist.get_rank())
+        boxes = Content(stage, optimizer).to_write()
+        if self.config.checkpoint.async_save:
+            return self._writer.start(path, boxes)
+        phases.enter("writing")
+        return write_file(path, boxes)
 
-    def finish(self) -> None:
-        """Wait for the checkpoint in the background, if there is one, and publish it."""
-        if self._pending is not None:
-            self._caller.is_current_async_call_done(blocking=True)
-            self._complete()
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint is on its way; the same on all ranks."""
+        return self._pending is not None
 
-    def _complete(self) -> None:
-        """What comes after the writing: Megatron's lists, ours, and the name."""
+    def written(self) -> bool:
+        """Whether this rank has nothing more to write of the checkpoint on its way; local."""
+        return self._pending is None or self._pending.part.done()
+
+    def complete(self) -> None:
+        """Publish the checkpoint on its way, after waiting for all ranks to have written their parts."""
         pending, self._pending = self._pending, None
         assert pending is not None
         began = time.monotonic()
+        written, reason = _outcome(pending.part)
+        gathered: list[Any] = [None] * dist.get_world_size()
+        phases.enter("between data and .metadata")
+        dist.gather_object((written, reason), gathered if dist.get_rank() == 0 else None)
         final = names.step_directory(self.directory, pending.step)
-        try:
-            pending.request.finalize_fns[0]()
-        except CheckpointException as error:
-            # Raised by all ranks alike; rank 0, which coordinates, has the reasons.
-            self._give_up(final.with_suffix(".partial"), safe.reasons(error))
-            return
-        if not self._agreed(lambda: self._publish(final, pending), final.with_suffix(".partial")):
+        partial = final.with_suffix(".partial")
+        if reason := _at_rank_zero(lambda: self._publish(final, pending.description, gathered)):
+            self._give_up(partial, reason)
             return
         self.failed = False
         now = time.monotonic()
         stalled = pending.stalled + now - began if pending.stalled else now - pending.started
         self._on_saved(Saved(pending.step, final, now - pending.started, stalled))
 
-    def _publish(self, final: Path, pending: _Pending) -> None:
+    def finish(self) -> None:
+        """Publish the checkpoint on its way, if there is one, and wait until old ones are deleted."""
+        if self._pending is not None:
+            self.complete()
+        self._pruner.submit(lambda: None).result()
+
+    def _publish(self, final: Path, described: dict[str, Any], gathered: list[Any]) -> None:
+        """On rank 0, with what each rank has written or why it could not."""
+        reasons = [reason for _, reason in gathered if reason is not None]
+        if reasons:
+            raise OSError("; ".join(dict.fromkeys(reasons)))
         partial = final.with_suffix(".partial")
-        complete(partial, pending.common, dump_config(self.config), pending.description)
-        names.publish(partial, final, pending.step)
+        complete(
+            partial, [w for written, _ in gathered for w in written], dump_config(self.config), described
+        )
+        step = described["train_state"]["step"]
+        leaving = [names.publish(partial, final, step)]
+        phases.enter("pruning")
         settings = self.config.checkpoint
         try:
-            names.prune(self.directory, pending.step, settings.keep_last, settings.keep_every)
+            leaving += names.outdated(self.directory, step, settings.keep_last, settings.keep_every)
         except OSError as error:  # the new one is complete all the same
             logger.error("old checkpoints in %s cannot be deleted: %s", self.directory, error)
-
-    def _agreed(self, work: Callable[[], None], partial: Path) -> bool:
-        """Let rank 0 do ``work`` on the disk; False, on all ranks, if the disk would not have it."""
-        reason = None
-        if dist.get_rank() == 0:
-            try:
-                work()
-            except OSError as error:
-                reason = str(error)
-        box = [reason]
-        dist.broadcast_object_list(box, src=0)
-        if box[0] is not None:
-            self._give_up(partial, box[0])
-        return box[0] is None
+        for path in filter(None, leaving):
+            self._pruner.submit(shutil.rmtree, path, ignore_errors=True)
 
     def _give_up(self, partial: Path, reason: str) -> None:
         self.failed = True
@@ -156,41 +169,64 @@ class Saver:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def complete(directory: Path, common: CommonState, config: str, description: dict[str, Any]) -> None:
+def _caught(work: Callable[[], Any]) -> "Future[list[Written]]":
+    """What ``work`` returns, or raises, as a future; what is one stays it."""
+    future: Future[list[Written]] = Future()
+    try:
+        result = work()
+    # Whatever it is (memory, the disk, an error of torch's), it must not end the run on one rank alone.
+    except Exception as error:
+        future.set_exception(error)
+        return future
+    if isinstance(result, Future):
+        return result
+    future.set_result(result)
+    return future
+
+
+def _outcome(part: "Future[list[Written]]") -> tuple[list[Written], str | None]:
+    """What this rank has written, or why not."""
+    error = part.exception()
+    if error is None:
+        return part.result(), None
+    if not isinstance(error, OSError):
+        logger.error("this rank's part of a checkpoint was not written", exc_info=error)
+    return [], f"rank {dist.get_rank()} on {socket.gethostname()}: {_in_words(error)}"
+
+
+def _in_words(error: BaseException) -> str:
+    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+
+
+def _at_rank_zero(work: Callable[[], object]) -> str:
+    """Let rank 0 do ``work``; returns why it could not, on all ranks, or ""."""
+    box = [""]
+    if dist.get_rank() == 0:
+        box = [_outcome(_caught(work))[1] or ""]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def complete(directory: Path, written: Iterable[Written], config: str, described: dict[str, Any]) -> None:
     """Write the small files beside the tensors that all ranks have written, and the checksums of all.
 
     Raises:
-        OSError: the disk will not have them, or what the ranks wrote is not all there.
+        OSError: the disk will not have them, or what the ranks wrote is not all here.
     """
-    known: dict[str, integrity.Digest] = {}
-    for rank in range(dist.get_world_size()):
-        path = digests_file(directory, rank)
-        if path.exists():
-            known |= json.loads(path.read_text(encoding="utf-8"))
-            path.unlink()
-    common.write(directory)
+    digests: integrity.Digests = {}
+    listed = sorted(written, key=lambda w: (w.piece.file, w.piece.start))
+    for entry in listed:
+        digests.setdefault(entry.piece.file, []).append((entry.piece.length, entry.piece.sha256 or ""))
+    write_index(index_of(directory, listed))
+    phases.enter("checks")
     (directory / names.CONFIG_FILE).write_text(config, encoding="utf-8")
-    (directory / names.STATE_FILE).write_text(json.dumps(description, indent=2), encoding="utf-8")
-    safe.check_files(directory)
-    integrity.write_checksums(directory, known)
-
-
-def staged(request: AsyncRequest) -> AsyncRequest:
-    """``request`` with its tensors copied from the GPU; hold it until they are written.
-
-    The copies are in pinned memory, which a forked writer shares with the trainer. Megatron's caller drops
-    them once the writer is started, and then the next batch that is pinned could be written over them.
-    """
-    if request.preload_fn is None:  # nothing to write on this rank
-        return request
-    rank, _, results = request.async_fn_args
-    return request._replace(async_fn_args=(rank, request.preload_fn(), results), preload_fn=None)
-
-
-def write_now(request: AsyncRequest) -> None:
-    """Write this rank's tensors, which are ``staged``, in this process."""
-    if request.async_fn is not None:
-        request.async_fn(*request.async_fn_args)
+    (directory / names.STATE_FILE).write_text(json.dumps(described, indent=2), encoding="utf-8")
+    if missing := integrity.differences(directory, digests, read=False):
+        raise OSError(
+            f"{'; '.join(missing)} in {directory}: not all ranks' files are seen on {socket.gethostname()}; "
+            "--save must be on a disk that all nodes share"
+        )
+    integrity.write_checksums(directory, digests)
 
 
 def make_empty(directory: Path) -> None:
@@ -199,19 +235,11 @@ def make_empty(directory: Path) -> None:
     directory.mkdir(parents=True)
 
 
-@contextmanager
-def _without_notes() -> Iterator[None]:
-    """Keep back what torch tells Megatron-core's authors of names that it will drop."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-
-
-def description(train_state: dict[str, Any]) -> dict[str, Any]:
+def description(train_state: dict[str, Any], world_size: int = 1) -> dict[str, Any]:
     """Contents of the state file: format, versions, and ``TrainState.state_dict``."""
     return {
         "format_version": names.FORMAT_VERSION,
-        "world_size": dist.get_world_size(),
+        "world_size": world_size,
         "versions": {
             "megatron_mesh": __version__,
             "megatron_core": megatron_core_version,

@@ -73,7 +73,7 @@ def checkpoint_source(load: Path, tokenizer_model: str | None) -> Source:
         listed = read_checksums(path)
     except ValueError as error:
         raise UserError(f"the checkpoint {path} is damaged: {error}; --load another one") from None
-    listed["tokenizer"] = digest(tokenizer.path)
+    listed["tokenizer"] = [tuple(digest(tokenizer.path))]
     return Source(path, True, False, _sha256(listed), tokenizer_model)
 
 

@@ -1,18 +1,18 @@
 """Converts a Hugging Face directory to a Megatron checkpoint: our exports, and GPT-NeoX such as Pythia."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from megatron_mesh.checkpoint import offline
+from megatron_mesh.checkpoint.boxes import Box, cut
 from megatron_mesh.checkpoint.save import description
 from megatron_mesh.config.derived import layout, padded_vocab_size
 from megatron_mesh.config.dump import dump_config
@@ -48,7 +48,7 @@ class Recursive:
 def bring_in(directory: Path, save: Path, recursive: Recursive | None = None) -> ModelConfig:
     """Write the weights in a Hugging Face directory as a checkpoint that ``--finetune`` starts from.
 
-    The host needs as much memory as the weights take. Says on stderr what the checkpoint leaves out. Returns
+    One tensor at a time is in memory. Says on stderr what the checkpoint leaves out. Returns
     the model's settings.
 
     Raises:
@@ -70,21 +70,20 @@ def bring_in(directory: Path, save: Path, recursive: Recursive | None = None) ->
         take = _recursive_tensors(take, source, model, recursive)
     for note in filter(None, (dropout_note(config_json), _dtype_note(dtype))):
         print(f"note: {note}", file=sys.stderr)
-    with offline.alone():
-        # Tied weights that were folded are two tensors in an export.
-        once = {(entry.key, entry.layer): entry for entry in entries(model)}
-        listed = track(list(once.values()), "tensors", console=Console(stderr=True))
-        state = {entry.name: _sharded(entry, take(entry)) for entry in listed}
-        config = Config(model=model)
-        config.training.bf16 = dtype != torch.float32
-        start: dict[str, Any] = {
-            "step": 0,
-            "consumed_samples": 0,
-            "train_loss": None,
-            "valid_loss": None,
-            "schedule": {},
-        }
-        offline.write(save, state, dump_config(config), {**description(start), "weights_only": True})
+    # Tied weights that were folded are two tensors in an export.
+    once = {(entry.key, entry.layer): entry for entry in entries(model)}
+    listed = track(list(once.values()), "tensors", console=Console(stderr=True))
+    boxes = (box for entry in listed for box in _boxes(entry, take(entry)))
+    config = Config(model=model)
+    config.training.bf16 = dtype != torch.float32
+    start: dict[str, Any] = {
+        "step": 0,
+        "consumed_samples": 0,
+        "train_loss": None,
+        "valid_loss": None,
+        "schedule": {},
+    }
+    offline.write(save, boxes, dump_config(config), {**description(start), "weights_only": True})
     return model
 
 
@@ -152,9 +151,7 @@ def _new_routers(model: ModelConfig, seed: int) -> dict[str, Tensor]:
     return dict(scheme.named_parameters())
 
 
-def _sharded(entry: Entry, tensor: Tensor) -> ShardedTensor:
-    tensor = tensor.contiguous()
+def _boxes(entry: Entry, tensor: Tensor) -> Iterator[Box]:
     if entry.layer is None:
-        return ShardedTensor.from_rank_offsets(entry.key, tensor)
-    place = (0, entry.layer, entry.layers)
-    return ShardedTensor.from_rank_offsets(entry.key, tensor, place, prepend_axis_num=1)
+        return cut(entry.key, tuple(tensor.shape), tensor)
+    return cut(entry.key, (entry.layers, *tensor.shape), tensor[None], (entry.layer, *[0] * tensor.dim()))

@@ -10,12 +10,11 @@ from huggingface_hub.serialization import StateDictSplit
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_mesh.checkpoint import offline
 from megatron_mesh.checkpoint.directory import Checkpoint
-from megatron_mesh.checkpoint.safe import read_metadata
-from megatron_mesh.checkpoint.slices import read_slices
+from megatron_mesh.checkpoint.index import Index
+from megatron_mesh.checkpoint.reader import read_whole
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.data.tokenizer import Tokenizer, check_vocab
 from megatron_mesh.errors import UserError
@@ -128,10 +127,9 @@ def _write_weights(
     saved: Checkpoint, directory: Path, trained: int, rows: int, dtype: torch.dtype | None, shard_bytes: int
 ) -> torch.dtype:
     model = saved.config.model
-    stored = read_metadata(saved.path).state_dict_metadata
-    found = stored[EMBEDDING]
-    assert isinstance(found, TensorStorageMetadata)
-    target = found.properties.dtype if dtype is None else dtype
+    index = offline.open_index(saved.path)
+    stored = index.entries
+    target = stored[EMBEDDING].dtype if dtype is None else dtype
     wanted = {entry.name: entry for entry in entries(model, rows)}
     if absent := sorted({entry.key for entry in wanted.values()} - stored.keys()):
         raise UserError(f"{saved.path} lacks {absent[0]}: it is not a checkpoint of this model")
@@ -145,23 +143,22 @@ def _write_weights(
     shards = track(plan.filename_to_tensors.items(), "shards", console=Console(stderr=True))
     for file_name, names in shards:
         shard = [wanted[name] for name in names]
-        left_out |= _write_shard(saved.path, shard, trained, target, directory / file_name)
+        left_out |= _write_shard(index, shard, trained, target, directory / file_name)
     _write_index(plan, directory)
-    if folding.needs_file(model) and target == found.properties.dtype:
-        embedding = read_slices(saved.path, {EMBEDDING: (EMBEDDING, None)})[EMBEDDING]
+    if folding.needs_file(model) and target == stored[EMBEDDING].dtype:
+        embedding = read_whole(index, EMBEDDING)
         folding.write(vocabulary.to_export(embedding, trained, rows), directory)
     vocabulary.keep(left_out, directory)
     return target
 
 
 def _write_shard(
-    checkpoint: Path, shard: list[Entry], trained: int, dtype: torch.dtype, path: Path
+    index: Index, shard: list[Entry], trained: int, dtype: torch.dtype, path: Path
 ) -> dict[str, Tensor]:
     """Write one file of weights; return the rows of the vocabulary that it leaves out, by key."""
-    loaded = read_slices(checkpoint, {entry.name: (entry.key, entry.layer) for entry in shard})
     converted, left_out = {}, {}
     for entry in shard:
-        tensor = loaded.pop(entry.name)  # so that no tensor is in memory twice
+        tensor = read_whole(index, entry.key, layer=entry.layer)
         if entry.key in VOCABULARY:
             left_out[entry.key] = tensor[trained:].to(dtype, copy=True)  # a view would keep all rows
             tensor = vocabulary.to_export(tensor, trained, entry.shape[0])

@@ -170,6 +170,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory; from a GPU into pinned memory, and complete after ``synchronize``."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor.detach(), non_blocking=True)
+
+
 def peak_memory_bytes() -> int:
     """Most memory held so far: allocated on the GPU, or resident in the process."""
     if has_gpu():

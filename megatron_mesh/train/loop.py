@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,8 +10,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
 from megatron_mesh.checkpoint.compatible import check_same_run
-from megatron_mesh.checkpoint.directory import candidates, remove_unfinished, saved_steps
-from megatron_mesh.checkpoint.load import first_whole, load_checkpoint
+from megatron_mesh.checkpoint.directory import remove_unfinished, saved_steps
+from megatron_mesh.checkpoint.load import Found, Search, load_checkpoint
 from megatron_mesh.checkpoint.save import Saved, Saver
 from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import Config
@@ -61,9 +60,9 @@ def pretrain(config: Config) -> int:
             tell_of_idle_steps(config)
         with health.busy("the preparations"):
             check_trackers(config.logging)
-            paths = candidates(config.checkpoint)
+            search = Search(config.checkpoint)
             check_writable(config)
-            run = build(config, paths)
+            run = build(config, search)
         stop = StopRequests(config.checkpoint, started)
         with open_outputs(run.config, run.state) as log, stop.listening():
             write_status(config.checkpoint.save, "running")
@@ -77,24 +76,37 @@ STATUS = {exits.DONE: "done", exits.STOPPED: "stopped", exits.NOT_SAVED: "failed
 """What ``run_status.txt`` says of each ending."""
 
 
-def build(config: Config, paths: Sequence[Path] = ()) -> Run:
-    """Open the data, build model, optimizer and schedule; take over the first of ``paths`` that is whole."""
-    checkpoint = first_whole(paths, fallback=config.checkpoint.load_fallback)
+def build(config: Config, search: Search | None = None) -> Run:
+    """Open the data, build model, optimizer and schedule; take over the first checkpoint that is whole."""
+    found = search.next() if search is not None else None
     if config.checkpoint.save is not None and is_rank_zero():
         remove_unfinished(Path(config.checkpoint.save))
     config, tokenizer = open_vocabulary(config)
-    step, consumed_samples = 0, 0
-    if checkpoint is not None:
-        check_same_run(checkpoint, config)
-        step, consumed_samples = checkpoint.position(config)
-    data = open_datasets(config, tokenizer, step, consumed_samples)
+    position = start_position(config, found)
+    data = open_datasets(config, tokenizer, *position)
     stage = build_stage(config)
     optimizer = build_optimizer(config, stage)
     override = config.checkpoint.override_opt_param_scheduler
     state = TrainState(build_schedule(config.optimizer, optimizer, override=override))
-    if checkpoint is not None:
-        load_checkpoint(checkpoint, config, stage, optimizer, state)
+    while found is not None and (damage := load_checkpoint(found, config, stage, optimizer, state)):
+        assert search is not None
+        found = search.next(damage)
+        if position != start_position(config, found):
+            position = start_position(config, found)
+            data = open_datasets(config, tokenizer, *position)
     return Run(config, data, stage, optimizer, state)
+
+
+def start_position(config: Config, found: Found | None) -> tuple[int, int]:
+    """Step and consumed samples at which the run starts.
+
+    Raises:
+        UserError: the checkpoint is of a run that this one cannot go on with.
+    """
+    if found is None:
+        return 0, 0
+    check_same_run(found.checkpoint, config)
+    return found.checkpoint.position(config)
 
 
 def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
@@ -140,7 +152,8 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
             log.record("valid", step, loss=state.valid_loss, perplexity=perplexity(state.valid_loss))
         if saver is not None:
             with speed.paused(), health.busy(f"the save after step {step}"):
-                saver.poll()
+                if saver.pending and saver.written():
+                    saver.complete()
                 if reason or due(step, config.checkpoint.save_interval, last):
                     saver.save(stage, optimizer, state)
     return finish(run, log, health, stop, saver, reason)

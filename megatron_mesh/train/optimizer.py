@@ -7,7 +7,6 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_mesh.checkpoint.distributed_optimizer import repair
 from megatron_mesh.config.schema import Config, OptimizerConfig
 from megatron_mesh.parallel import Stage
 
@@ -18,7 +17,7 @@ def build_optimizer(settings: Config, stage: Stage) -> MegatronOptimizer:
     """AdamW; for a bfloat16 model it holds main parameters in float32. Clips to ``clip_grad`` in its step."""
     config, parallel = settings.optimizer, settings.parallel
     dtype = stage.config.params_dtype
-    optimizer = get_megatron_optimizer(
+    return get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.lr,
@@ -35,8 +34,6 @@ def build_optimizer(settings: Config, stage: Stage) -> MegatronOptimizer:
         ),
         stage.groups,
     )
-    repair(optimizer)
-    return optimizer
 
 
 def tell_of_idle_steps(config: Config) -> None:

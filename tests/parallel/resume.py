@@ -6,9 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_mesh.checkpoint import distributed_optimizer
-from megatron_mesh.checkpoint.directory import candidates
-from megatron_mesh.checkpoint.load import first_whole, load_checkpoint
+from megatron_mesh.checkpoint.load import Search, load_checkpoint
 from megatron_mesh.checkpoint.save import Saver
 from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import Config
@@ -53,17 +51,7 @@ def load_and_go_on(directory: Path, case: dict[str, Any]) -> list[float]:
     config = replace(config, checkpoint=replace(config.checkpoint, load=str(directory)))
     with model_parallel_groups(config):
         parts = _build(config)
-        checkpoint = first_whole(candidates(config.checkpoint), fallback=False)
-        assert checkpoint is not None
-        load_checkpoint(checkpoint, config, *parts)
+        found = Search(config.checkpoint).next()
+        assert found is not None
+        assert load_checkpoint(found, config, *parts) == ""
         return _train(config, *parts, last=6)
-
-
-def without_repair(directory: Path, case: dict[str, Any]) -> list[float]:
-    """``save_and_go_on`` with the faults of Megatron-core's distributed optimizer in saving."""
-    original = distributed_optimizer._Unpadded.__call__
-    distributed_optimizer._Unpadded.__call__ = lambda self, *a, **k: self.original(*a, **k)  # type: ignore
-    try:
-        return save_and_go_on(directory, case)
-    finally:
-        distributed_optimizer._Unpadded.__call__ = original  # type: ignore[method-assign]

@@ -12,15 +12,13 @@ from megatron_mesh.hf.bring_in import bring_in
 from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.recurrence import SCHEMES
 from megatron_mesh.runtime.distributed import model_parallel_groups
-from tests.exports import TOKENS, export_config, saved_with_logits
+from tests.exports import TOKENS, export_config, load_weights, saved_with_logits
 from tests.helpers import relative_error
 from tests.parallel.pool import pool
 
 
 def save(directory: Path, settings: dict, source: Path) -> None:
     """Load the weights of ``source`` on this layout and save them from it; in workers."""
-    from megatron_mesh.checkpoint import safe
-    from megatron_mesh.checkpoint.content import sharded_state
     from megatron_mesh.checkpoint.save import Saver
     from megatron_mesh.checkpoint.state import TrainState
     from megatron_mesh.parallel import build_stage
@@ -30,8 +28,7 @@ def save(directory: Path, settings: dict, source: Path) -> None:
     with model_parallel_groups(config):
         stage = build_stage(config)
         optimizer = build_optimizer(config, stage)
-        wanted = sharded_state(stage, None, with_generators=False, checkpoint=source)
-        stage.load_state_dict(safe.load(wanted, source)["model"])
+        load_weights(stage, source, optimizer)
         state = TrainState(build_schedule(config.optimizer, optimizer), step=3)
         Saver(config).save(stage, optimizer, state)
 

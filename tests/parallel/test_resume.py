@@ -40,12 +40,3 @@ def test_another_kind_of_optimizer_goes_on_alike(first: str, second: str, bf16: 
     expected = pool(ranks).run(resume.save_and_go_on, tmp_path, {**model, **settings})[0]
     found = pool(other_ranks).run(resume.load_and_go_on, tmp_path, {**model, **other_settings})[0]
     np.testing.assert_allclose(found, expected, rtol=1e-3 if bf16 else 1e-5)
-
-
-def test_the_repair_is_needed(tmp_path) -> None:
-    """If this fails, Megatron-core saves several buckets rightly, and the repair can go."""
-    processes, settings = LAYOUTS["pp2-dp2-overlap"]
-    case = {**MODEL, **settings}
-    expected = pool(processes).run(resume.without_repair, tmp_path, case)[0]
-    found = pool(processes).run(resume.load_and_go_on, tmp_path, case)[0]
-    assert not np.allclose(found, expected, rtol=1e-5)

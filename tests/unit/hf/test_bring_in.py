@@ -147,10 +147,8 @@ def test_weights_that_cannot_be_read(tmp_path) -> None:
 
 def test_megatron_computes_the_same(tmp_path) -> None:
     """The logits of Megatron's model with the weights of a stock one."""
-    from megatron_mesh.checkpoint import safe
-    from megatron_mesh.checkpoint.content import sharded_state
     from megatron_mesh.parallel import build_stage
-    from tests.exports import export_config
+    from tests.exports import export_config, load_weights
     from tests.helpers import one_process
 
     model = stock(tmp_path / "stock", num_hidden_layers=3)
@@ -161,8 +159,7 @@ def test_megatron_computes_the_same(tmp_path) -> None:
     with one_process(ours), torch.no_grad():
         with torch.enable_grad():
             stage = build_stage(ours)
-        wanted = sharded_state(stage, None, with_generators=False, checkpoint=tmp_path)
-        stage.load_state_dict(safe.load(wanted, tmp_path / "megatron")["model"])
+        load_weights(stage, tmp_path / "megatron")
         positions = torch.arange(16).expand_as(TOKENS)
         logits = stage.modules[0](TOKENS, positions, None)
     with torch.no_grad():

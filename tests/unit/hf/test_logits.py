@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
-from megatron_mesh.checkpoint.safe import read_metadata
-from megatron_mesh.checkpoint.slices import read_slices
+from megatron_mesh.checkpoint.content import NOT_WEIGHTS
+from megatron_mesh.checkpoint.offline import open_index
+from megatron_mesh.checkpoint.reader import read_whole
 from megatron_mesh.hf import folding
 from megatron_mesh.hf.bring_in import bring_in
 from megatron_mesh.hf.export import export_checkpoint
@@ -52,9 +53,8 @@ def load(directory: Path, **options):
 
 def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the model, whole."""
-    stored = read_metadata(checkpoint).state_dict_metadata
-    keys = [key for key in stored if not key.startswith(("optimizer.", "rng"))]
-    return read_slices(checkpoint, {key: (key, None) for key in keys})
+    index = open_index(checkpoint)
+    return {key: read_whole(index, key) for key in index.entries if not key.startswith(NOT_WEIGHTS)}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['recurrence']}-{c['layers']}-{len(c)}")

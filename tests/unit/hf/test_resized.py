@@ -9,8 +9,6 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import GPTNeoXForCausalLM
 
-from megatron_mesh.checkpoint import safe
-from megatron_mesh.checkpoint.content import sharded_state
 from megatron_mesh.checkpoint.offline import whole_checkpoint
 from megatron_mesh.config.check_parallel import check_tensor_parallel
 from megatron_mesh.config.derived import padded_vocab_size
@@ -18,7 +16,7 @@ from megatron_mesh.config.schema import ParallelConfig
 from megatron_mesh.hf.bring_in import bring_in
 from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.parallel import build_stage
-from tests.exports import export_config
+from tests.exports import export_config, load_weights
 from tests.helpers import one_process, relative_error
 from tests.unit.hf.test_bring_in import stock
 from tests.unit.hf.test_logits import load, weights_of
@@ -96,8 +94,7 @@ def loss_of_run(tmp_path: Path) -> torch.Tensor:
     config = export_config(tmp_path / "run", **vars(model))
     with one_process(config):
         stage = build_stage(config)
-        wanted = sharded_state(stage, None, with_generators=False, checkpoint=tmp_path)
-        stage.load_state_dict(safe.load(wanted, tmp_path / "megatron")["model"])
+        load_weights(stage, tmp_path / "megatron")
         positions = torch.arange(15).expand(3, 15)
         with torch.no_grad():
             return stage.modules[0](TOKENS[:, :-1], positions, None, labels=TOKENS[:, 1:].contiguous())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mesh.checkpoint.directory import candidates
+from megatron_mesh.checkpoint.load import Search
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data.indexed import IndexedWriter
 from megatron_mesh.runtime.distributed import process_groups
@@ -81,7 +81,7 @@ def run(config: Config) -> Outcome:
     """Train as ``config`` says, without output directory."""
     outcome = Outcome()
     with process_groups(config) as health:
-        parts = build(config, candidates(config.checkpoint))
+        parts = build(config, Search(config.checkpoint))
         stop = StopRequests(config.checkpoint, time.monotonic())
         outcome.ending = train(parts, Log([outcome]), health, stop)
         inner = parts.optimizer.optimizer

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_mesh.checkpoint.directory import candidates, read_checkpoint
+from megatron_mesh.checkpoint.load import Search
 from megatron_mesh.checkpoint.save import Saver
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.runtime.distributed import process_groups
@@ -92,7 +93,7 @@ def test_what_is_on_disk(tiny, saved):
     assert (directory / "latest_checkpointed_iteration.txt").read_text() == "6"
     assert sorted(p.name for p in directory.iterdir() if p.is_dir()) == ["iter_0000003", "iter_0000006"]
     state = json.loads((directory / "iter_0000006" / "state.json").read_text())
-    assert state["format_version"] == 2
+    assert state["format_version"] == 3
     assert state["versions"]["megatron_core"] == "0.16.1"
     assert state["train_state"]["step"] == 6
     assert state["train_state"]["consumed_samples"] == 48
@@ -108,7 +109,7 @@ def test_an_interrupted_save_is_not_seen(tiny, saved, tmp_path):
     config = tiny(save=str(tmp_path), load=str(tmp_path), save_interval=3, train_iters=3, lr_decay_iters=6)
     left = tmp_path / "iter_0000003.partial"
     left.mkdir()
-    (left / "common.pt").write_text("half")
+    (left / "__0_0.distcp").write_text("half")
     assert candidates(config.checkpoint) == []
     run(config)
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["iter_0000003"]
@@ -184,5 +185,5 @@ def test_generators_of_all_kinds(tiny, saved, tmp_path):
         with process_groups(config):
             random.seed(6)
             np.random.seed(6)
-            build(resumed, candidates(resumed.checkpoint))
+            build(resumed, Search(resumed.checkpoint))
             assert (draws() == expected) == load_rng

@@ -1,0 +1,194 @@
+"""Which box of which tensor lies where in which file of a checkpoint.
+
+On disk that is ``.metadata`` of torch's distributed checkpoints, which torch's own readers take too. It is a
+pickle, and people load other people's checkpoints: it goes through an unpickler that knows the few classes
+it needs. The tensors themselves are read with ``weights_only=True``.
+"""
+
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_mesh.checkpoint.boxes import Shape
+from megatron_mesh.checkpoint.integrity import Digests
+from megatron_mesh.errors import UserError
+
+INDEX_FILE = ".metadata"
+
+_DTYPES = {str(x).removeprefix("torch.") for x in vars(torch).values() if isinstance(x, torch.dtype)}
+
+# What torch.distributed.checkpoint writes to .metadata; none of it does anything when it is made.
+_KNOWN = {
+    "torch": {"Size", *_DTYPES},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+}
+
+
+class Piece(NamedTuple):
+    """A box of a tensor on the disk: a file of ``torch.save`` inside a larger file."""
+
+    offset: Shape
+    sizes: Shape
+    file: str
+    start: int
+    """First byte."""
+    length: int
+    """In bytes."""
+    sha256: str | None
+    """None in checkpoints of format 2, which have one checksum for a whole file."""
+
+
+class Written(NamedTuple):
+    """A piece that was just written, and of what."""
+
+    key: str
+    shape: Shape
+    dtype: torch.dtype
+    piece: Piece
+
+
+@dataclass
+class Entry:
+    """A tensor of a checkpoint."""
+
+    shape: Shape
+    dtype: torch.dtype
+    pieces: list[Piece] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Index:
+    """The tensors of the checkpoint in ``directory`` by key."""
+
+    directory: Path
+    entries: dict[str, Entry]
+
+
+def index_of(directory: Path, written: Iterable[Written]) -> Index:
+    """The index of what all ranks have written to ``directory``."""
+    entries: dict[str, Entry] = {}
+    for key, shape, dtype, piece in written:
+        entries.setdefault(key, Entry(shape, dtype)).pieces.append(piece)
+    return Index(directory, entries)
+
+
+def write_index(index: Index) -> None:
+    """Write ``.metadata``."""
+    tensors: dict[str, Any] = {}
+    places = {}
+    for key, entry in index.entries.items():
+        chunks = [ChunkStorageMetadata(torch.Size(p.offset), torch.Size(p.sizes)) for p in entry.pieces]
+        tensors[key] = TensorStorageMetadata(
+            TensorProperties(dtype=entry.dtype), torch.Size(entry.shape), chunks
+        )
+        for number, piece in enumerate(entry.pieces):
+            place = MetadataIndex(key, piece.offset, number)
+            places[place] = _StorageInfo(piece.file, piece.start, piece.length)
+    paths = {key: (key,) for key in tensors}
+    metadata = Metadata(tensors, planner_data=paths, storage_data=places)
+    with (index.directory / INDEX_FILE).open("wb") as file:
+        pickle.dump(metadata, file)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _KNOWN.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+
+
+def read_index(directory: Path, digests: Digests | None = None) -> Index:
+    """Read ``.metadata``.
+
+    Args:
+        directory: of the checkpoint.
+        digests: of its files, if what is read is to be compared with them.
+
+    Raises:
+        UserError: it is missing, damaged, or holds something that is no metadata.
+    """
+    path = directory / INDEX_FILE
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        if not isinstance(metadata, Metadata) or not metadata.storage_data:
+            raise pickle.UnpicklingError("it is no list of tensors")
+        return _index(directory, metadata, digests or {})
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {directory} is no complete checkpoint") from None
+    # A damaged pickle raises whatever its bytes happen to lead to.
+    except Exception as error:
+        raise UserError(f"{path} cannot be trusted: {error}; take another checkpoint") from error
+
+
+def _index(directory: Path, metadata: Metadata, digests: Digests) -> Index:
+    sums = {
+        (file, start): (length, sha256)
+        for file, pieces in digests.items()
+        for start, length, sha256 in _with_starts(pieces)
+    }
+    entries: dict[str, Entry] = {}
+    for index, place in metadata.storage_data.items():
+        if len(PurePosixPath(place.relative_path).parts) != 1 or place.relative_path == "..":
+            raise pickle.UnpicklingError(f"it names a file elsewhere, {place.relative_path}")
+        tensor = metadata.state_dict_metadata[index.fqn]
+        if not isinstance(tensor, TensorStorageMetadata):
+            continue
+        entry = entries.setdefault(index.fqn, Entry(tuple(tensor.size), tensor.properties.dtype))
+        length, sha256 = sums.get((place.relative_path, place.offset), (None, None))
+        entry.pieces.append(
+            Piece(
+                tuple(index.offset or ()),
+                _sizes(tensor, index),
+                place.relative_path,
+                place.offset,
+                place.length,
+                sha256 if length == place.length else None,
+            )
+        )
+    return Index(directory, entries)
+
+
+def _with_starts(pieces: Iterable[tuple[int, str]]) -> Iterable[tuple[int, int, str]]:
+    start = 0
+    for length, sha256 in pieces:
+        yield start, length, sha256
+        start += length
+
+
+def _sizes(tensor: TensorStorageMetadata, index: MetadataIndex) -> Shape:
+    offset = torch.Size(index.offset or ())
+    hint = index.index
+    if hint is not None and hint < len(tensor.chunks) and tensor.chunks[hint].offsets == offset:
+        return tuple(tensor.chunks[hint].sizes)
+    return next(tuple(chunk.sizes) for chunk in tensor.chunks if chunk.offsets == offset)
