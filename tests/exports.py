@@ -1,16 +1,16 @@
 """Checkpoints of models with nothing at zero, and what Megatron makes of them: to compare exports with."""
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_mesh.checkpoint.content import Content
+from megatron_mesh.checkpoint.integrity import Digests, sha256, write_checksums
+from megatron_mesh.checkpoint.load import take
 from megatron_mesh.checkpoint.offline import open_index
-from megatron_mesh.checkpoint.reader import fill
 from megatron_mesh.checkpoint.save import Saver
-from megatron_mesh.checkpoint.shares import spread
 from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import Config
 from megatron_mesh.model import build_model
@@ -41,9 +41,18 @@ def save_checkpoint(config: Config) -> Path:
 
 def load_weights(stage: Stage, checkpoint: Path, optimizer: Any = None) -> None:
     """Take the weights of a checkpoint (within process groups)."""
-    content = Content(stage, optimizer)
-    fill(open_index(checkpoint), content.to_read(with_optimizer=False))
-    spread(stage, optimizer, content.shares, with_optimizer=False)
+    assert take(open_index(checkpoint), stage, optimizer) == ""
+
+
+def renew_checksums(checkpoint: Path) -> None:
+    """Make the checksums right again after a change to the files."""
+    with (checkpoint / ".metadata").open("rb") as file:
+        places = {(p.relative_path, p.offset, p.length) for p in pickle.load(file).storage_data.values()}
+    known: Digests = {}
+    for name, start, length in sorted(places):
+        content = (checkpoint / name).read_bytes()[start : start + length]
+        known.setdefault(name, []).append((length, sha256(content)))
+    write_checksums(checkpoint, known)
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ class Content:
         """Everything, with the state of this rank's random number generators."""
         for share in self.shares:
             yield from share.to_write()
-        states = fp8_state.to_save(self.weights) if fp8_state.is_kept(self.stage.config) else {}
+        states = fp8_state.to_save(self.weights, self.stage.config)
         for tensor in (*self._buffers, *states.values()):
             if not any(tensor.replica_id):
                 yield from whole_as_boxes(tensor)

@@ -31,9 +31,11 @@ def is_kept(config: TransformerConfig) -> bool:
     return bool(config.fp8) and config.fp8_recipe == "delayed"
 
 
-def to_save(weights: Weights) -> dict[str, ShardedTensor]:
+def to_save(weights: Weights, config: TransformerConfig) -> dict[str, ShardedTensor]:
     """The modules' states, by chunk, module and tensor; a module that has not run in FP8 has none."""
     found: dict[str, ShardedTensor] = {}
+    if not is_kept(config):
+        return found
     for name, state in _extra_states(weights).items():
         packed = state.data
         if packed is not None and packed.numel():
@@ -45,6 +47,8 @@ def to_save(weights: Weights) -> dict[str, ShardedTensor]:
 def to_fill(weights: Weights, index: Index, config: TransformerConfig) -> dict[str, ShardedTensor]:
     """The same for modules that have not run yet, if the checkpoint has states with histories as long."""
     wanted: dict[str, ShardedTensor] = {}
+    if not is_kept(config):
+        return wanted
     for name, state in _extra_states(weights).items():
         entries = {key: index.entries.get(f"{state.key}.{key}") for key in _TENSORS}
         sizes = {key: entry.shape[1:] for key, entry in entries.items() if entry is not None}

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_mesh.checkpoint.boxes import Shape
-from megatron_mesh.checkpoint.integrity import Digests
+from megatron_mesh.checkpoint.integrity import CHECKSUMS_FILE, Digests
 from megatron_mesh.errors import UserError
 
 INDEX_FILE = ".metadata"
@@ -132,23 +132,30 @@ def read_index(directory: Path, digests: Digests | None = None) -> Index:
 
     Args:
         directory: of the checkpoint.
-        digests: of its files, if what is read is to be compared with them.
+        digests: of its files' pieces, with which what is read later is compared; None for format 2, where
+            there are none, and for those who read no tensors.
 
     Raises:
-        UserError: it is missing, damaged, or holds something that is no metadata.
+        UserError: it is missing, damaged, holds something that is no metadata, or a piece has no digest.
     """
     path = directory / INDEX_FILE
     try:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
-        if not isinstance(metadata, Metadata) or not metadata.storage_data:
+        if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError("it is no list of tensors")
-        return _index(directory, metadata, digests or {})
+        index = _index(directory, metadata, digests or {})
+        if not index.entries:
+            raise pickle.UnpicklingError("it is no list of tensors")
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {directory} is no complete checkpoint") from None
     # A damaged pickle raises whatever its bytes happen to lead to.
     except Exception as error:
         raise UserError(f"{path} cannot be trusted: {error}; take another checkpoint") from error
+    pieces = (piece for entry in index.entries.values() for piece in entry.pieces)
+    if digests is not None and any(piece.sha256 is None for piece in pieces):
+        raise UserError(f"{directory / CHECKSUMS_FILE} lacks pieces of tensors; take another checkpoint")
+    return index
 
 
 def _index(directory: Path, metadata: Metadata, digests: Digests) -> Index:

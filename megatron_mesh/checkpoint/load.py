@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_mesh.checkpoint import fp8_state, integrity
-from megatron_mesh.checkpoint.boxes import whole_as_boxes
+from megatron_mesh.checkpoint.boxes import Box, whole_as_boxes
 from megatron_mesh.checkpoint.content import Content, empty_generators
 from megatron_mesh.checkpoint.directory import (
     OLD_FORMAT_VERSION,
@@ -17,7 +17,8 @@ from megatron_mesh.checkpoint.directory import (
     candidates,
     read_checkpoint,
 )
-from megatron_mesh.checkpoint.index import Index, read_index
+from megatron_mesh.checkpoint.index import Index
+from megatron_mesh.checkpoint.offline import open_index
 from megatron_mesh.checkpoint.reader import Damaged, fill, read_plain
 from megatron_mesh.checkpoint.shares import set_updates_done, spread
 from megatron_mesh.checkpoint.state import TrainState
@@ -101,7 +102,7 @@ def _open(path: Path) -> Found | str:
     """Read what a checkpoint says of itself and of its tensors; or what is wrong with that, in words."""
     if found := integrity.damage_before_reading(path):
         return "; ".join(found)
-    return Found(read_checkpoint(path), read_index(path, integrity.read_checksums(path)))
+    return Found(read_checkpoint(path), open_index(path))
 
 
 def _old_damage(path: Path) -> list[str]:
@@ -131,26 +132,61 @@ def load_checkpoint(
     if with_generators and not checkpoint.same_layout(config, dist.get_world_size()):
         logger.info("the random number generators start anew: the checkpoint is of another layout of ranks")
         with_generators = False
-    content = Content(stage, optimizer)
-    boxes = list(content.to_read(with_optimizer=with_optimizer))
-    states = {}
-    if fp8_state.is_kept(stage.config):
-        states = fp8_state.to_fill(content.weights, found.index, stage.config)
-        boxes += [box for tensor in states.values() for box in whole_as_boxes(tensor)]
-    if with_generators:
-        boxes.append(empty_generators(found.index))
-    if damage := complaints(_trouble(lambda: fill(found.index, boxes))):
-        return "; ".join(damage)
-    spread(stage, optimizer, content.shares, with_optimizer=with_optimizer)
-    for chunk, extra in fp8_state.extra_states(states, stage.config).items():
-        stage.modules[int(chunk)].load_state_dict(extra, strict=False)
+    damage = take(
+        found.index,
+        stage,
+        optimizer,
+        with_optimizer=with_optimizer,
+        with_generators=with_generators,
+    )
+    if damage:
+        return damage
     if with_optimizer:
         set_updates_done(optimizer, updates_of(checkpoint))
     if not settings.finetune:
         state.load_state_dict(checkpoint.train_state, with_schedule=with_optimizer)
-    if with_generators:
-        unpack_generators(boxes[-1].data)
     logger.info("loaded %s", checkpoint.path)
+    return ""
+
+
+def take(
+    index: Index,
+    stage: Stage,
+    optimizer: MegatronOptimizer | None,
+    *,
+    with_optimizer: bool = False,
+    with_generators: bool = False,
+) -> str:
+    """Take over the tensors of a checkpoint; a collective operation.
+
+    Args:
+        index: of the checkpoint.
+        stage: gets the weights, and the state of FP8.
+        optimizer: gets main parameters; its moments only ``with_optimizer``. None if there is none.
+        with_optimizer: read the optimizer's state, not the weights alone.
+        with_generators: also the state of random number generators, of as many ranks.
+
+    Returns:
+        What any rank found damaged, after which the state of the parts is undefined; "" if all is well.
+    """
+    content = Content(stage, optimizer)
+    states = fp8_state.to_fill(content.weights, index, stage.config)
+    packed: list[Box] = []
+
+    def read() -> None:
+        boxes = list(content.to_read(with_optimizer=with_optimizer))
+        boxes += [box for tensor in states.values() for box in whole_as_boxes(tensor)]
+        if with_generators:
+            packed.append(empty_generators(index))
+        fill(index, boxes + packed)
+
+    if damage := complaints(_trouble(read)):
+        return "; ".join(damage)
+    spread(stage, optimizer, content.shares, with_optimizer=with_optimizer)
+    for chunk, extra in fp8_state.extra_states(states, stage.config).items():
+        stage.modules[int(chunk)].load_state_dict(extra, strict=False)
+    for box in packed:
+        unpack_generators(box.data)
     return ""
 
 

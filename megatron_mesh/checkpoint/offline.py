@@ -46,10 +46,13 @@ def open_index(path: Path) -> Index:
     Raises:
         UserError: the lists of tensors or of checksums are damaged.
     """
+    if names.read_checkpoint(path).format_version == names.OLD_FORMAT_VERSION:
+        return read_index(path)
     try:
-        return read_index(path, integrity.read_checksums(path))
+        digests = integrity.read_checksums(path)
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}; take another checkpoint") from None
+    return read_index(path, digests)
 
 
 def write(save: Path, boxes: Iterable[Box], config: str, description: dict[str, Any]) -> None:

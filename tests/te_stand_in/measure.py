@@ -13,13 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from transformer_engine.pytorch.fp8 import FP8_MAX, FP8GlobalStateManager
 
-from megatron_mesh.checkpoint import fp8_state, safe
-from megatron_mesh.checkpoint.content import sharded_state
+from megatron_mesh.checkpoint import fp8_state
+from megatron_mesh.checkpoint.content import Content
+from megatron_mesh.checkpoint.index import Index
+from megatron_mesh.checkpoint.load import take
+from megatron_mesh.checkpoint.offline import open_index, write
+from megatron_mesh.checkpoint.save import description
 from megatron_mesh.model import te_layers
-from megatron_mesh.parallel import build_stage
+from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.parallel.ring import ring_chunks
 from megatron_mesh.runtime.distributed import model_parallel_groups
 from megatron_mesh.train.step import loss_per_token, run_batch
@@ -172,6 +176,13 @@ def history() -> list[dict[str, Any]]:
     return found
 
 
+def saved(stage: Stage, directory: Path) -> Index:
+    """A checkpoint of a stage without an optimizer."""
+    path = directory / "saved"
+    write(path, Content(stage, None).to_write(), "", description({}))
+    return open_index(path)
+
+
 def checkpoints() -> dict[str, Any]:
     """Losses of a local model, and of each implementation's from the other's checkpoint."""
     found: dict[str, Any] = {}
@@ -183,17 +194,12 @@ def checkpoints() -> dict[str, Any]:
         stage, config = stages[source], configure(transformer_impl=target, seed=7)
         loaded = build_stage(config)
         with tempfile.TemporaryDirectory() as path:
-            written = sharded_state(stage, None, with_generators=False)
-            dist_checkpointing.save(written, path)
-            tensors = safe.load(
-                sharded_state(loaded, None, with_generators=False, checkpoint=Path(path)), Path(path)
-            )
-        loaded.load_state_dict(tensors["model"])
+            index = saved(stage, Path(path))
+            assert take(index, loaded, None) == ""
         totals = [
             run_batch(s, batches(5), config.training, forward_only=True)[0].item() for s in (stage, loaded)
         ]
-        keys = sorted(tensor.key for tensor in written["model"]["0"].values())
-        found[f"{source} to {target}"] = {"losses": totals, "keys": keys}
+        found[f"{source} to {target}"] = {"losses": totals, "keys": sorted(index.entries)}
     return found
 
 
@@ -204,26 +210,24 @@ def delayed() -> dict[str, Any]:
     for step in (1, 2):
         train_step(stage, config, step)
     with tempfile.TemporaryDirectory() as path:
-        written = sharded_state(stage, None, with_generators=False)
-        dist_checkpointing.save(written, path)
+        index = saved(stage, Path(path))
+        states = [key for key in index.entries if "scale" in key or "amax_history" in key]
         expected = train_step(stage, config, 3)
         found = {}
         for label in ("kept", "left out"):
             resumed = build_stage(config)
-            loaded = safe.load(
-                sharded_state(resumed, None, with_generators=False, checkpoint=Path(path)), Path(path)
-            )
-            if label == "kept":
-                fp8_state.put_back(loaded["model"], loaded["fp8"], resumed.config)
-            resumed.load_state_dict(loaded["model"])
-            kept = len(sharded_state(resumed, None, with_generators=False)["fp8"])
-            found[f"saved again, {label}"] = kept / len(written["fp8"])
+            given = index
+            if label == "left out":
+                entries = {key: entry for key, entry in index.entries.items() if key not in states}
+                given = replace(index, entries=entries)
+            assert take(given, resumed, None) == ""
+            kept = fp8_state.to_save(resumed.sharded_state_dict(), resumed.config)
+            found[f"saved again, {label}"] = len(kept) / len(states)
             again = train_step(resumed, config, 3)
             found[label] = max(relative_error(again[name], expected[name]) for name in expected)
         longer = build_stage(replace(config, precision=replace(config.precision, fp8_amax_history_len=4)))
-        wanted = sharded_state(longer, None, with_generators=False, checkpoint=Path(path))
-    keys = sorted(tensor.key for tensor in written["fp8"].values())
-    return {"errors": found, "keys": keys, "of another length": len(wanted["fp8"])}
+        wanted = fp8_state.to_fill(longer.sharded_state_dict(), index, longer.config)
+    return {"errors": found, "keys": sorted(states), "of another length": len(wanted)}
 
 
 def main() -> None:

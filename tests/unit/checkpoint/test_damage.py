@@ -1,14 +1,18 @@
 """Whatever happens to a file of a checkpoint is noticed, named, and survived."""
 
 import errno
+import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
-from megatron_mesh.checkpoint import integrity
+from megatron_mesh.checkpoint.index import read_index
 from megatron_mesh.checkpoint.integrity import damage
 from megatron_mesh.errors import UserError
 from tests.unit.train.conftest import run
+from tools.checkpoint import main
 
 
 def flip(path: Path) -> None:
@@ -23,8 +27,7 @@ def truncate(path: Path) -> None:
 
 
 HARM = {"flipped": flip, "truncated": truncate, "deleted": Path.unlink}
-FILES = [".metadata", "__0_0.distcp", "__0_1.distcp", "common.pt", "config.yaml", "metadata.json"]
-FILES += ["state.json"]
+FILES = [".metadata", "__0_0.distcp", "config.yaml", "state.json"]
 
 
 def test_a_checkpoint_has_these_files_and_is_whole(checkpoints):
@@ -42,14 +45,6 @@ def test_damage_is_named(checkpoints, name, harm):
     assert name in found
 
 
-def test_shares_together_see_everything(checkpoints):
-    newest = checkpoints / "iter_0000006"
-    for name in FILES:
-        flip(newest / name)
-    seen = [sentence for share in range(3) for sentence in damage(newest, share, 3)]
-    assert len(seen) == len(set(seen)) == len(FILES)
-
-
 @pytest.mark.parametrize("harm", HARM)
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "checksums.json"])
 def test_the_one_before_is_used(tiny, straight, checkpoints, name, harm, caplog):
@@ -59,39 +54,67 @@ def test_the_one_before_is_used(tiny, straight, checkpoints, name, harm, caplog)
     assert "iter_0000006 is damaged" in caplog.text and name in caplog.text
 
 
-def test_a_foreign_file_is_noticed(tiny, checkpoints):
-    (checkpoints / "iter_0000006" / "__7_0.distcp").write_bytes(b"foreign")
-    with pytest.raises(UserError, match=r"__7_0.distcp is not part of it.*--no-load-fallback"):
-        run(tiny(load=str(checkpoints), load_fallback=False))
-    assert len(run(tiny(load=str(checkpoints))).values("loss")) == 2
+FOREIGN = [".nfs000000000004a2b100000001", ".DS_Store", "README.md", "__7_0.distcp"]
+
+
+def test_files_that_are_no_part_of_it_are_ignored(tiny, straight, checkpoints, capsys):
+    for name in FOREIGN:
+        (checkpoints / name).write_bytes(b"foreign")
+        (checkpoints / "iter_0000004" / name).write_bytes(b"foreign")
+    (checkpoints / "iter_0000009").write_bytes(b"a file of that name")
+    shutil.rmtree(checkpoints / "iter_0000006")
+    assert damage(checkpoints / "iter_0000004") == []
+    assert main(["verify", str(checkpoints)]) == 0 and main(["list", str(checkpoints)]) == 0
+    assert run(tiny(load=str(checkpoints))).values("loss") == straight.values("loss")[4:]
 
 
 def test_a_file_that_cannot_be_read_is_damage_too(tiny, checkpoints, monkeypatch, caplog):
-    original = integrity.digest
+    original = os.pread
 
-    def bad_sector(path: Path) -> list:
-        if path.match("iter_0000006/__0_0.distcp"):
+    def bad_sector(handle: int, length: int, start: int) -> bytes:
+        if os.readlink(f"/proc/self/fd/{handle}").endswith("iter_0000006/__0_0.distcp"):
             raise OSError(errno.EIO, "Input/output error")
-        return original(path)
+        return original(handle, length, start)
 
-    monkeypatch.setattr(integrity, "digest", bad_sector)
+    monkeypatch.setattr(os, "pread", bad_sector)
     assert len(run(tiny(load=str(checkpoints))).values("loss")) == 2
-    assert "iter_0000006 is damaged: __0_0.distcp cannot be read (Input/output error)" in caplog.text
+    assert re.search(r"iter_0000006 is damaged: .*__0_0.distcp cannot be read \(Input/output", caplog.text)
 
 
-def test_every_file_is_read_once(tiny, checkpoints, monkeypatch):
-    read = []
-    original = integrity.digest
-    monkeypatch.setattr(integrity, "digest", lambda path: read.append(path) or original(path))
-    for path in checkpoints.glob("iter_*"):
-        flip(path / "common.pt")
-    with pytest.raises(UserError, match="no earlier one is whole"):
-        run(tiny(load=str(checkpoints)))
-    assert sorted(read) == sorted(path for path in checkpoints.glob("iter_*/*") if path.name in FILES)
+def test_every_piece_is_read_once_and_no_other_checkpoint(tiny, checkpoints, monkeypatch):
+    """Reading is checking: nothing is read for its checksum alone."""
+    read: dict[str, list[tuple[int, int]]] = {}
+    original = os.pread
+
+    def counted(handle: int, length: int, start: int) -> bytes:
+        read.setdefault(os.readlink(f"/proc/self/fd/{handle}"), []).append((start, length))
+        return original(handle, length, start)
+
+    monkeypatch.setattr(os, "pread", counted)
+    run(tiny(load=str(checkpoints)))
+    (path,) = read
+    assert path == str(checkpoints / "iter_0000006" / "__0_0.distcp")
+    index = read_index(Path(path).parent)
+    pieces = sorted((p.start, p.length) for entry in index.entries.values() for p in entry.pieces)
+    assert sorted(read[path]) == pieces
+
+
+def test_checksums_are_made_while_writing(tiny, tmp_path, monkeypatch):
+    opened = []
+    original = Path.open
+
+    def watched(path: Path, mode: str = "r", *arguments, **more):
+        if path.suffix == ".distcp":
+            opened.append(mode)
+        return original(path, mode, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", watched)
+    run(tiny(save=str(tmp_path), save_interval=3))
+    assert opened == ["xb", "xb"]
 
 
 def test_nothing_whole_is_an_error_that_says_so(tiny, checkpoints):
     for path in checkpoints.glob("iter_*"):
-        flip(path / "common.pt")
-    with pytest.raises(UserError, match=r"iter_0000006 is damaged \(common.pt .*no earlier one is whole"):
+        flip(path / "state.json")
+    with pytest.raises(UserError, match=r"iter_0000006 is damaged \(state.json .*no earlier one is whole"):
         run(tiny(load=str(checkpoints)))

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from megatron_mesh.checkpoint import writer
+from megatron_mesh.checkpoint import offline
 from megatron_mesh.checkpoint.integrity import damage
 from megatron_mesh.errors import UserError
 from tests.unit.train.conftest import run
@@ -35,7 +35,7 @@ def test_a_rewrite_leaves_nothing_half_done(checkpoints, tmp_path, monkeypatch):
     (left / "half").touch()
     command = ["reshard", str(checkpoints / "iter_0000004"), "--save", str(target)]
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "digest", full_disk)
+        patch.setattr(offline, "write_file", full_disk)
         with pytest.raises(UserError, match=r"new cannot be written .*No space left on device"):
             main(command)
     assert not target.exists() and not left.exists()
@@ -44,19 +44,19 @@ def test_a_rewrite_leaves_nothing_half_done(checkpoints, tmp_path, monkeypatch):
     assert main(command) == 0 and damage(target) == []
 
 
-def full_disk(path):
+def full_disk(path, boxes):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_verify(checkpoints, capsys):
     newest = checkpoints / "iter_0000006"
     assert main(["verify", str(newest)]) == 0
-    assert "is whole: 7 files" in capsys.readouterr().out
-    (newest / "common.pt").write_bytes(b"x")
+    assert "is whole: 4 files" in capsys.readouterr().out
+    (newest / "state.json").write_bytes(b"x")
     (newest / "__0_0.distcp").unlink()
     assert main(["verify", str(newest)]) == 1
     out = capsys.readouterr().out
-    assert "common.pt has 1 bytes" in out and "__0_0.distcp is missing" in out and out.count("damaged") == 2
+    assert "state.json has 1 bytes" in out and "__0_0.distcp is missing" in out and out.count("damaged") == 2
 
 
 def test_a_run_stands_for_its_newest(checkpoints, tmp_path, capsys):

@@ -11,11 +11,18 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from megatron_mesh.checkpoint.integrity import CHECKSUMS_FILE, write_checksums
-from megatron_mesh.checkpoint.safe import read_metadata
+from megatron_mesh.checkpoint import save as save_module
+from megatron_mesh.checkpoint.index import read_index
 from megatron_mesh.errors import UserError
+from tests.exports import renew_checksums
+from tests.unit.checkpoint import old_format
 from tests.unit.train.conftest import run
+
+
+def read_metadata(newest: Path) -> Metadata:
+    return pickle.loads((newest / ".metadata").read_bytes())  # written by this test's own run
 
 
 class Bomb:
@@ -34,10 +41,6 @@ def plant_in_metadata(newest: Path, bomb: Bomb) -> None:
     (newest / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def plant_in_common(newest: Path, bomb: Bomb) -> None:
-    torch.save({"optimizer": bomb}, newest / "common.pt")
-
-
 def plant_in_tensors(newest: Path, bomb: Bomb) -> None:
     """In the place of every tensor."""
     buffer = io.BytesIO()
@@ -51,8 +54,6 @@ def plant_in_tensors(newest: Path, bomb: Bomb) -> None:
 
 def plant_an_object(newest: Path, bomb: Bomb) -> None:
     """A Megatron ShardedObject, stored as bytes, in place of a tensor of the same name."""
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
-
     plant_in_tensors(newest, bomb)
     metadata = read_metadata(newest)
     for key in list(metadata.state_dict_metadata):
@@ -67,16 +68,10 @@ def plant_in_yaml(newest: Path, bomb: Bomb) -> None:
 
 REFUSALS = {
     plant_in_metadata: "names posix.mkdir, which no checkpoint needs",
-    plant_in_common: "common.pt cannot be trusted: it holds more than tensors",
-    plant_in_tensors: "iter_0000006 cannot be read: it holds more than tensors",
-    plant_an_object: "BytesStorageMetadata",
+    plant_in_tensors: "__0_0.distcp cannot be trusted: it holds more than tensors",
+    plant_an_object: "it is no list of tensors",
     plant_in_yaml: "could not determine a constructor",
 }
-
-
-def with_right_checksums(newest: Path) -> None:
-    (newest / CHECKSUMS_FILE).unlink()
-    write_checksums(newest, {})
 
 
 @pytest.mark.parametrize("plant", REFUSALS)
@@ -85,25 +80,39 @@ def test_a_planted_pickle_does_not_run(tiny, checkpoints, plant, tmp_path, monke
     newest = checkpoints / "iter_0000006"
     mark = tmp_path / "it-ran"
     plant(newest, Bomb(mark))
-    with_right_checksums(newest)
+    renew_checksums(newest)
+    if mark.exists():  # this test's own reading ran it
+        mark.rmdir()
     with pytest.raises(UserError, match=REFUSALS[plant]):
         run(tiny(load=str(newest)))
     assert not mark.exists()
 
 
-def test_nothing_is_loaded_that_trusts_its_contents(tiny, checkpoints):
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("planted", ["a class", "an array"])
+def test_plain_values_of_the_old_format(tiny, tmp_path, monkeypatch, planted):
     """Megatron-core has torch allow NumPy's arrays, whose pickles may hold addresses."""
-    newest = checkpoints / "iter_0000006"
-    torch.save({"optimizer": np.zeros(3, np.uint32)}, newest / "common.pt")
-    assert torch.load(newest / "common.pt", weights_only=True)["optimizer"].shape == (3,)
-    with_right_checksums(newest)
+    mark = tmp_path / "it-ran"
+    with monkeypatch.context() as patch:
+        patch.setattr(save_module.Saver, "save", old_format.save)
+        run(tiny(save=str(tmp_path), save_interval=6))
+    newest = tmp_path / "iter_0000006"
+    value = Bomb(mark) if planted == "a class" else np.zeros(3, np.uint32)
+    torch.save({"optimizer": value}, newest / "common.pt")
+    old_format.write_checksums(newest)
     with pytest.raises(UserError, match="it holds more than tensors and plain values"):
         run(tiny(load=str(newest)))
+    assert not mark.exists()
+    if planted == "an array":
+        assert torch.load(newest / "common.pt", weights_only=True)["optimizer"].shape == (3,)
+    else:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+        TorchCommonLoadStrategy().load_common(newest)
+        assert mark.exists()
 
 
 STOCK_READERS = {
     plant_in_metadata: lambda newest: FileSystemReader(newest).read_metadata(),
-    plant_in_common: lambda newest: TorchCommonLoadStrategy().load_common(newest),
     plant_in_tensors: lambda newest: torch.load(newest / "__0_0.distcp"),
 }
 
@@ -126,13 +135,18 @@ def test_a_path_outside_is_refused(checkpoints):
     next(iter(metadata.storage_data.values())).relative_path = "../iter_0000004/__0_0.distcp"
     (newest / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(UserError, match="names a file elsewhere"):
-        read_metadata(newest)
+        read_index(newest)
 
 
 def test_only_tensors_are_stored(checkpoints):
-    """No object of Megatron's, and no zip entry of a pickle but torch's own lists of tensors."""
-    metadata = read_metadata(checkpoints / "iter_0000006")
+    """No object of Megatron's; every pickle in the file is torch's of one tensor."""
+    newest = checkpoints / "iter_0000006"
+    metadata = read_metadata(newest)
     kinds = {type(entry).__name__ for entry in metadata.state_dict_metadata.values()}
     assert kinds == {"TensorStorageMetadata"}
-    with zipfile.ZipFile(checkpoints / "iter_0000006" / "common.pt") as file:
-        assert len([name for name in file.namelist() if name.endswith("data.pkl")]) == 1
+    content = (newest / "__0_0.distcp").read_bytes()
+    for place in metadata.storage_data.values():
+        piece = io.BytesIO(content[place.offset : place.offset + place.length])
+        assert isinstance(torch.load(piece, weights_only=True), torch.Tensor)
+        with zipfile.ZipFile(piece) as file:
+            assert len([name for name in file.namelist() if name.endswith("data.pkl")]) == 1

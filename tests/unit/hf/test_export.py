@@ -12,14 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
-from megatron_mesh.checkpoint.integrity import write_checksums
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf import export as export_module
 from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.hf.names import entries
 from megatron_mesh.hf.ship import sources
 from megatron_mesh.hf.versions import TESTED
-from tests.exports import export_config, saved_with_logits
+from tests.exports import export_config, renew_checksums, saved_with_logits
 from tests.unit.hf.test_open_model import TOKENIZER
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -115,7 +114,7 @@ def with_tokenizer(checkpoint: Path, directory: Path, tokenizer: Path) -> Path:
     copy = shutil.copytree(checkpoint, directory / checkpoint.name)
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace("tokenizer_model: null", f"tokenizer_model: {tokenizer}"))
-    write_checksums(copy, {})
+    renew_checksums(copy)
     return copy
 
 
