@@ -1,12 +1,13 @@
 """Saving in the background, on a full disk, with few checkpoints kept; and stopping on request."""
 
 import errno
-import io
 import multiprocessing
 import os
-import queue
+import re
 import signal
+import socket
 import sys
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -14,13 +15,15 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 import pretrain_mesh
 from megatron_mesh.checkpoint import save as save_module
 from megatron_mesh.checkpoint import writer
-from megatron_mesh.checkpoint.directory import prune, publish, remove_unfinished, saved_steps
+from megatron_mesh.checkpoint.boxes import Box
+from megatron_mesh.checkpoint.directory import outdated, publish, remove_unfinished, saved_steps
+from megatron_mesh.checkpoint.index import index_of
 from megatron_mesh.checkpoint.integrity import damage
+from megatron_mesh.checkpoint.reader import read_whole
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.runtime import exits, stopping
 from megatron_mesh.train import loop
@@ -57,108 +60,74 @@ def test_a_slow_save_is_warned_of(tiny, tmp_path, caplog):
     assert "--exit-grace-seconds leaves" in caplog.text
 
 
-@pytest.mark.parametrize("background", [False, True])
-def test_copies_from_the_gpu_live_until_they_are_written(tiny, tmp_path, monkeypatch, background):
-    """They are in pinned memory: a writer shares it with the trainer, which would use it for other things."""
-    copies, alive = [], []
-
-    def copied(buckets, non_blocking=True):
-        staged = [(*file, (data, [(item, x.clone()) for item, x in xs])) for *file, (data, xs) in buckets]
-        copies.extend(weakref.ref(x) for *_, (_, xs) in staged for _, x in xs)
-        return staged
-
-    def complete(saver):
-        alive.append(all(copy() is not None for copy in copies))
-        finish(saver)
-
-    finish = save_module.Saver._complete
-    monkeypatch.setattr(FileSystemWriterAsync, "preload_tensors", staticmethod(copied))
-    monkeypatch.setattr(save_module.Saver, "_complete", complete)
-    run(tiny(save=str(tmp_path), async_save=background))
-    assert copies and alive == [True]
-    assert not any(copy() is not None for copy in copies)
-
-
 def test_no_writer_outlives_the_run(tiny, tmp_path):
     run(tiny(save=str(tmp_path), save_interval=2, async_save=True))
-    assert [p for p in psutil.Process().children() if p.name() == writer.WRITER_NAME] == []
+    assert [p for p in psutil.Process().children() if "python" in p.name()] == []
+
+
+def test_copies_leave_memory_as_they_are_written(monkeypatch, tmp_path):
+    alive, copied = [], []
+    boxes = [Box("x", (8,), (2 * i,), torch.full((2,), float(i))) for i in range(4)]
+    original = writer._serialized
+
+    def watched(data):
+        alive.append(sum(copy() is not None for copy in copied))
+        return original(data)
+
+    def copy_to_host(tensor):
+        copy = tensor.clone()
+        copied.append(weakref.ref(copy))
+        return copy
+
+    monkeypatch.setattr(writer, "_serialized", watched)
+    monkeypatch.setattr(writer.device, "copy_to_host", copy_to_host)
+    future = writer.BackgroundWriter().start(tmp_path / "file", boxes)
+    for box in boxes:
+        box.data.zero_()  # training goes on
+    written = future.result()
+    assert alive == [4, 3, 2, 1]
+    index = index_of(tmp_path, written)
+    assert read_whole(index, "x").tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+FAULTS = {
+    "no space": OSError(errno.ENOSPC, "No space left on device"),
+    "no permission": PermissionError(errno.EACCES, "Permission denied"),
+    "host memory": MemoryError("cannot allocate"),
+    "the GPU's memory": torch.OutOfMemoryError("CUDA out of memory."),
+    "torch": RuntimeError("an error of torch's"),
+}
+PLACES = ["write_file", "complete", "make_empty", "Content"]
 
 
 @pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("where", ["tensors", "small files"])
-def test_a_full_disk_costs_one_checkpoint(tiny, straight, tmp_path, monkeypatch, caplog, where, background):
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("place", PLACES)
+def test_whatever_fails_costs_one_checkpoint(
+    tiny, straight, tmp_path, monkeypatch, caplog, place, fault, background
+):
     """The save of step 4 fails; training goes on, the one of step 2 stays, that of step 6 is tried."""
     count = 0
-    full = OSError(errno.ENOSPC, "No space left on device")
+    module = writer if background and place == "write_file" else save_module
+    original = getattr(module, place)
 
-    def once(original):
-        def call(*arguments, **more):
-            nonlocal count
-            count += 1
-            if count == 2:
-                raise full
-            return original(*arguments, **more)
+    def second_fails(*arguments, **more):
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise FAULTS[fault]
+        return original(*arguments, **more)
 
-        return call
-
-    if where == "tensors":
-        # In the process that writes, so counted where it is planned.
-        plan = save_module.plan
-
-        def plan_with_fault(*arguments):
-            nonlocal count
-            count += 1
-            request, common = plan(*arguments)
-            if count == 2:
-                request = request._replace(async_fn_args=[*request.async_fn_args[:2], _Full(request)])
-            return request, common
-
-        monkeypatch.setattr(save_module, "plan", plan_with_fault)
-    else:
-        monkeypatch.setattr(save_module, "complete", once(save_module.complete))
+    monkeypatch.setattr(module, place, second_fails)
     outcome = run(tiny(save=str(tmp_path), save_interval=2, async_save=background))
     assert outcome.values("loss") == straight.values("loss")
     assert outcome.ending == exits.DONE
     assert steps(tmp_path) == [2, 6]
-    assert "No space left on device; earlier ones are kept" in caplog.text
+    said = f"rank 0 on {socket.gethostname()}: .*{re.escape(str(FAULTS[fault]))}; earlier ones are kept"
+    assert re.search(said, caplog.text)
     assert not list(tmp_path.glob("*.partial"))
-
-
-class _Full:
-    """Takes the place of the list of what was written: the disk was full."""
-
-    def __init__(self, request):
-        self.results = request.async_fn_args[2]
-
-    def put(self, item):
-        self.results.put(OSError(errno.ENOSPC, "No space left on device"))
-
-
-def test_a_writer_killed_at_its_last_word_costs_one_checkpoint():
-    """Half a list of what was written is none: the save has failed, and training goes on."""
-    results = writer._Results()
-    with pytest.raises(queue.Empty):
-        results.get_nowait()
-    written = {0: ["tensor"] * 100}
-    results.put(written)
-    assert results.get_nowait() == written
-    results._file.truncate(20)
-    with pytest.raises(queue.Empty):
-        results.get_nowait()
-
-
-class _SmallDisk(io.BytesIO):
-    def write(self, data):
-        if self.tell() + len(data) > 1000:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return super().write(data)
-
-
-def test_torch_s_complaint_of_a_full_disk_is_told_as_one():
-    with pytest.raises(RuntimeError) as caught:
-        torch.save({"x": torch.zeros(10_000)}, _SmallDisk())
-    assert "No space" not in str(caught.value)
-    assert writer._cause(caught.value) == "[Errno 28] No space left on device"
+    # Bugs keep their traceback.
+    assert ("Traceback" in caplog.text) == (not isinstance(FAULTS[fault], OSError))
 
 
 def test_a_run_whose_last_save_failed_says_so(tiny, tmp_path, monkeypatch):
@@ -182,7 +151,7 @@ def test_deletion_and_publication_leave_no_half_checkpoint(tmp_path):
     (partial / "new").touch()
     publish(partial, tmp_path / "iter_0000003", 3)
     assert (tmp_path / "iter_0000003" / "new").exists()
-    prune(tmp_path, 3, 2, None)
+    assert outdated(tmp_path, 3, 2, None) == [tmp_path / "iter_0000001.deleting"]
     assert steps(tmp_path) == [2, 3]
     for suffix in ("partial", "replaced", "deleting"):
         (tmp_path / f"iter_0000009.{suffix}").mkdir()
@@ -196,17 +165,34 @@ def test_what_is_damaged_does_not_count_as_kept(tiny, tmp_path):
     settings = {"save": str(tmp_path), "load": str(tmp_path), "keep_last": 1}
     run(tiny(**settings, save_interval=2, keep_every=2))
     for step in (4, 6):
-        (tmp_path / f"iter_{step:07d}" / "common.pt").unlink()
+        (tmp_path / f"iter_{step:07d}" / "state.json").unlink()
     stopped = run(tiny(**settings, exit_interval=3))
     assert stopped.ending == exits.STOPPED and steps(tmp_path) == [3, 4, 6]
     assert damage(tmp_path / "iter_0000003") == []
+
+
+def test_old_checkpoints_are_deleted_while_training_goes_on(tiny, tmp_path, monkeypatch):
+    """By a thread of their own; the run's end waits for it."""
+    threads = []
+    original = save_module.shutil.rmtree
+
+    def slow(path, **more):
+        if path.suffix == ".deleting":
+            threads.append(threading.current_thread().name)
+            time.sleep(0.2)
+        original(path, **more)
+
+    monkeypatch.setattr(save_module.shutil, "rmtree", slow)
+    run(tiny(save=str(tmp_path), save_interval=1, keep_last=1))
+    assert len(threads) == 5 and all(name.startswith("ckpt-pruner") for name in threads)
+    assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000006"]
 
 
 def test_old_checkpoints_that_stay_do_not_fail_a_save(tiny, tmp_path, monkeypatch, caplog):
     def busy(*arguments):
         raise OSError(errno.EBUSY, "Device or resource busy")
 
-    monkeypatch.setattr(save_module.names, "prune", busy)
+    monkeypatch.setattr(save_module.names, "outdated", busy)
     assert run(tiny(save=str(tmp_path), save_interval=3, keep_last=1)).ending == exits.DONE
     assert steps(tmp_path) == [3, 6] and "cannot be deleted" in caplog.text
 
@@ -231,9 +217,11 @@ def test_contents_reach_the_disk_before_names(tmp_path, monkeypatch):
     partial.mkdir()
     for name in ("state.json", "checksums.json"):
         (partial / name).write_text("{}")
+    writer.write_file(partial / "__0_0.distcp", [])
     publish(partial, final, 3)
     named = events.index(f"{final} named")
-    assert {str(partial), f"{partial}/state.json", f"{partial}/checksums.json"} <= set(events[:named])
+    files = {f"{partial}/{name}" for name in ("state.json", "checksums.json", "__0_0.distcp")}
+    assert {str(partial), *files} <= set(events[:named])
     assert events[named + 1] == str(tmp_path)
     tracker = f"{tmp_path}/latest_checkpointed_iteration"
     assert events[named + 2 :] == [f"{tracker}.partial", f"{tracker}.txt named"]

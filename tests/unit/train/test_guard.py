@@ -62,13 +62,13 @@ def test_a_good_step_starts_the_count_again(tiny, poisoned):
 
 
 def test_a_checkpoint_on_its_way_is_the_last_good_one(tiny, poisoned, tmp_path, monkeypatch, caplog):
-    original = writer._write_digests
+    original = writer.write_file
 
     def slow(*arguments):
         time.sleep(1.0)
-        original(*arguments)
+        return original(*arguments)
 
-    monkeypatch.setattr(writer, "_write_digests", slow)
+    monkeypatch.setattr(writer, "write_file", slow)
     poisoned({3, 4})
     config = tiny(max_skipped_steps=2, save=str(tmp_path), save_interval=2, async_save=True)
     assert run(config).ending == exits.DIVERGED
