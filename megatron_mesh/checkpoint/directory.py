@@ -127,7 +127,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{path} is not a complete checkpoint ({error}); --load another one") from None
     if version not in (OLD_FORMAT_VERSION, FORMAT_VERSION):
         raise UserError(
-            f"{path} has checkpoint format {version}, and this version reads formats {OLD_FORMAT_VERSION} and "
+            f"{path} has checkpoint format {version}, and this version reads {OLD_FORMAT_VERSION} and "
             f"{FORMAT_VERSION}; use the version of megatron_mesh that wrote it"
         )
     config = with_values(Config(), read_yaml(path / CONFIG_FILE))

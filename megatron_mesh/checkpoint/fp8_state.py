@@ -62,7 +62,7 @@ def to_fill(weights: Weights, index: Index, config: TransformerConfig) -> dict[s
 
 
 def extra_states(filled: dict[str, ShardedTensor], config: TransformerConfig) -> Weights:
-    """The modules' extra states from what was read into ``to_fill``, for ``load_state_dict`` of the chunks."""
+    """Extra states of modules from what was read into ``to_fill``, for ``load_state_dict`` of each chunk."""
     found: Weights = {}
     for name in {name.rpartition(".")[0] for name in filled}:
         state: dict[str, Any] = {key: filled[f"{name}.{key}"].data for key in _TENSORS}

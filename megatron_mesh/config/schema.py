@@ -206,7 +206,7 @@ class CheckpointConfig:
     load_fallback: bool = True
     """Take the newest earlier checkpoint where the newest one is damaged."""
     async_save: bool = False
-    """Write checkpoints from a process of their own while training goes on."""
+    """Write checkpoints from a copy in host memory while training goes on."""
     keep_last: int | None = None
     """Keep so many of the newest checkpoints; all if unset."""
     keep_every: int | None = None

@@ -107,7 +107,7 @@ def test_checkpoint_of_another_format(tiny, saved, refused, tmp_path):
     content = json.loads(state.read_text())
     state.write_text(json.dumps({**content, "format_version": 99}))
     renew_checksums(copy)
-    refused(tiny(load=str(copy.parent)), "checkpoint format 99, .* reads formats 2 and 3; use the version")
+    refused(tiny(load=str(copy.parent)), "checkpoint format 99, .* reads 2 and 3; use the version")
 
 
 def test_missing_data_and_tokenizer(tiny, refused, tmp_path):

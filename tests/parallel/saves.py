@@ -1,0 +1,81 @@
+"""Saves and loads in which something goes wrong on one rank alone: in workers."""
+
+import errno
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_mesh.checkpoint import save as save_module
+from megatron_mesh.checkpoint import writer
+from megatron_mesh.checkpoint.directory import saved_steps
+from megatron_mesh.checkpoint.load import Search
+from megatron_mesh.checkpoint.save import Saver
+from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.distributed import model_parallel_groups
+from tests.helpers import tiny_config
+from tests.parallel.resume import _build, _train
+from tests.parallel.training import settings_of
+
+
+class _Heard(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def one_rank_fails(directory: Path, case: dict[str, Any], victim: int, background: bool) -> dict[str, Any]:
+    """Train and save after every step; the second save fails on ``victim``. What this rank has seen."""
+    config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
+    settings = replace(config.checkpoint, save=str(directory), async_save=background)
+    config = replace(config, checkpoint=settings)
+    heard = _Heard()
+    logging.getLogger("megatron_mesh").addHandler(heard)
+    module = writer if background else save_module
+    original = module.write_file
+
+    def full(path: Path, boxes: Any) -> Any:
+        if dist.get_rank() == victim and path.parent.name.startswith("iter_0000002"):
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(path, boxes)
+
+    failed = []
+    try:
+        with model_parallel_groups(config), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "write_file", full)
+            parts = _build(config)
+            saver = Saver(config)
+            losses = []
+            for step in (1, 2, 3):
+                losses += _train(config, *parts, last=step)
+                saver.save(*parts)
+                saver.finish()
+                failed.append(saver.failed)
+    finally:
+        logging.getLogger("megatron_mesh").removeHandler(heard)
+    return {
+        "losses": losses,
+        "failed": failed,
+        "steps": list(saved_steps(directory)),
+        "heard": heard.messages,
+    }
+
+
+def one_rank_is_blind(directory: Path, victim: int) -> str:
+    """Search for a checkpoint that ``victim`` does not see; what the search says there."""
+    config = tiny_config(world_size=dist.get_world_size())
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == victim:
+            patch.setattr(Path, "is_dir", lambda path: False)
+        try:
+            Search(replace(config.checkpoint, load=str(directory))).next()
+        except UserError as error:
+            return str(error)
+    return ""
