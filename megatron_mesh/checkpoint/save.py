@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ class Saver:
     def _start(
         self, partial: Path, stage: Stage, optimizer: MegatronOptimizer
     ) -> "list[Written] | Future[list[Written]]":
+        partial.mkdir(parents=True, exist_ok=True)  # a node may not know yet that rank 0 has made it
         path = partial / file_of(dist.get_rank())
         boxes = Content(stage, optimizer).to_write()
         if self.config.checkpoint.async_save:
@@ -167,6 +169,10 @@ class Saver:
                 reason,
             )
             shutil.rmtree(partial, ignore_errors=True)
+        elif partial.exists():  # rank 0 is removing it, or it is on a disk of this node's own
+            with suppress(OSError):
+                (partial / file_of(dist.get_rank())).unlink(missing_ok=True)
+                partial.rmdir()
 
 
 def _caught(work: Callable[[], Any]) -> "Future[list[Written]]":

@@ -79,3 +79,19 @@ def one_rank_is_blind(directory: Path, victim: int) -> str:
         except UserError as error:
             return str(error)
     return ""
+
+
+def disks_of_their_own(directory: Path, case: dict[str, Any]) -> tuple[list[str], bool]:
+    """Save to a directory that is another on every rank, as on nodes without a common disk."""
+    config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
+    own = directory / str(dist.get_rank())
+    config = replace(config, checkpoint=replace(config.checkpoint, save=str(own)))
+    heard = _Heard()
+    logging.getLogger("megatron_mesh").addHandler(heard)
+    try:
+        with model_parallel_groups(config):
+            saver = Saver(config)
+            saver.save(*_build(config))
+    finally:
+        logging.getLogger("megatron_mesh").removeHandler(heard)
+    return heard.messages, any(own.iterdir())

@@ -55,3 +55,11 @@ def test_stock_torch_reads_the_same(layout: str, tmp_path) -> None:
         weight = stock.get(key.removeprefix("optimizer.state.fp32_param."))
         if weight is not None and weight is not tensor:
             assert torch.equal(tensor.bfloat16(), weight), key
+
+
+def test_disks_that_are_not_shared(tmp_path) -> None:
+    processes, settings = LAYOUTS["dp2-distopt"]
+    found = pool(processes).run(saves.disks_of_their_own, tmp_path, {**MODEL, **settings})
+    assert "__1_0.distcp is missing" in found[0][0][0]
+    assert "--save must be on a disk that all nodes share" in found[0][0][0]
+    assert [left for _, left in found] == [False, False]
