@@ -70,7 +70,10 @@ def warnings() -> Iterator[list[str]]:
     handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("transformers.megatron_mesh")
     logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # whatever verbosity other tests have left to transformers
     yield texts
+    logger.setLevel(level)
     logger.removeHandler(handler)
 
 
