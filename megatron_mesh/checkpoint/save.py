@@ -57,7 +57,7 @@ class _Pending:
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time. Every method is a collective operation.
+    """Writes the checkpoints of a run, one at a time. Every method but ``written`` is a collective operation.
 
     A checkpoint that cannot be written costs the run nothing but that checkpoint: the reason is logged,
     the earlier ones are kept, and the next ``save`` tries again. ``failed`` tells of the last one.
@@ -91,10 +91,20 @@ class Saver:
             write_now(request)
             self._complete()
 
-    def poll(self) -> None:
-        """Publish the checkpoint in the background, if all ranks have written theirs. Between two steps."""
-        if self._pending is not None and self._caller.is_current_async_call_done(blocking=False):
-            self._complete()
+    @property
+    def pending(self) -> bool:
+        """Whether a background save is under way: the same on all ranks."""
+        return self._pending is not None
+
+    def written(self) -> bool:
+        """Whether this rank's part of the background save is done, or there is none. Not collective."""
+        process = self._caller.process
+        return process is None or not process.is_alive()
+
+    def complete(self) -> None:
+        """Publish the background save, which all ranks have ``written``."""
+        self._caller.is_current_async_call_done(blocking=True, no_dist=True)
+        self._complete()
 
     def finish(self) -> None:
         """Wait for the checkpoint in the background, if there is one, and publish it."""

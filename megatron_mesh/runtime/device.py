@@ -10,6 +10,7 @@ import logging
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -168,6 +169,23 @@ def synchronize() -> None:
     """Wait for the device (nothing to wait for on a CPU)."""
     if has_gpu():
         torch.cuda.synchronize()
+
+
+def moment() -> Any:
+    """The moment when the device has finished the work it was given so far; does not wait for it."""
+    if not has_gpu():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Any, end: Any) -> float:
+    """Seconds from one ``moment`` to another; waits for the device to reach ``end``."""
+    if not has_gpu():
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def peak_memory_bytes() -> int:

@@ -27,6 +27,7 @@ from megatron_mesh.config.settings import with_values
 from megatron_mesh.errors import UserError
 from megatron_mesh.model import build_model, implementation
 from megatron_mesh.planner.report import make_plan
+from megatron_mesh.runtime import ranges
 from tests.helpers import one_process
 
 S, B, H, LOOPS = 16, 2, 32, 3
@@ -131,27 +132,26 @@ def test_parameters_and_states_kept(report: dict) -> None:
 
 def test_parts_of_a_step_and_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that only the parts move: clearing 1 s, forward-backward 5 s, of which the reduction has
-    2 s, and the optimizer's step 4 s."""
+    2 s, and the optimizer 4 s, of which the agreement of the ranks has 1 s."""
     now = 0.0
 
     class Part:
         """A variant; whatever is called takes its time."""
 
         def __init__(self, name: str):
-            self.name, self.done = name, []
+            self.name = name
 
-        def clear(self) -> None:
-            self.done = ["clear"]
-            advance(1)
-
-        def forward_backward(self, batches: list) -> float:
-            self.done.append("forward_backward")
-            advance(5)
-            return 2.0
-
-        def update(self) -> None:
-            assert self.done == ["clear", "forward_backward"]
-            advance(4)
+        def step(self, batches: list) -> None:
+            with ranges.named("clear"):
+                advance(1)
+            with ranges.named("forward-backward"):
+                advance(3)
+                with ranges.named("communication"):
+                    advance(2)
+            with ranges.named("agreement"), ranges.named("of no interest"):
+                advance(1)
+            with ranges.named("update"):
+                advance(3)
 
     def advance(seconds: float) -> None:
         nonlocal now
