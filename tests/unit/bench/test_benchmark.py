@@ -20,7 +20,7 @@ from megatron_mesh.bench.report import COMPARED, PARTS, Report, Result, ratios
 from megatron_mesh.bench.settings import Settings, complete
 from megatron_mesh.bench.shapes import SHAPES
 from megatron_mesh.bench.tables import as_markdown
-from megatron_mesh.bench.timing import Times, measure
+from megatron_mesh.bench.timing import Times, measure, timed_step
 from megatron_mesh.bench.variants import batches_of, build_variant, kind_of, variant_config
 from megatron_mesh.config.derived import layout, non_embedding_parameters, padded_vocab_size
 from megatron_mesh.config.settings import with_values
@@ -29,6 +29,7 @@ from megatron_mesh.model import build_model, implementation
 from megatron_mesh.planner.report import make_plan
 from megatron_mesh.runtime import ranges
 from tests.helpers import one_process
+from tests.parallel.watch import IN_HOST_MEMORY, Watch
 
 S, B, H, LOOPS = 16, 2, 32, 3
 TOY = Settings(
@@ -182,6 +183,18 @@ def test_a_measured_step_is_a_training_step() -> None:
         assert all(not torch.equal(p, before[name]) for name, p in variant.model.named_parameters())
         assert min(times["mesh"].communication) > 0, "the reduction must be timed by itself"
         assert {int(state["step"]) for state in moments.values()} == {3}
+
+
+def test_only_the_agreement_waits_for_the_device_in_a_measured_step() -> None:
+    config = variant_config(TOY, "mesh")
+    with one_process(config):
+        variant = build_variant("mesh", config)
+        with Watch() as watch:
+            timed_step(variant, batches_of(TOY), Times())
+    waits = {where: n for where, n in watch.seen.waits.items() if where not in IN_HOST_MEMORY}
+    assert waits.pop("bench/timing.py: timed_step") == 1  # before the step
+    assert waits.pop("embeddings/rotary_pos_embedding.py: RotaryEmbedding.get_emb") == 1  # in the first step
+    assert waits == {"train/agreement.py: agree": 1}
 
 
 def test_plain_is_megatron_core_itself_and_computes_what_vanilla_does() -> None:
