@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -16,7 +17,8 @@ from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import Config
 from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule
-from megatron_mesh.train.step import run_batch
+from megatron_mesh.train.step import train_step
+from megatron_mesh.train.vote import Outcome, Vote
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,9 @@ def measure(config: Config, directory: Path, rounds: int) -> Figures:
     )
     times: dict[str, list[float]] = {name: [] for name in ("step", "sync", "async", "stall", "load", "copy")}
 
-    def step() -> None:
-        stage.zero_grad_buffer()
-        optimizer.zero_grad()
-        run_batch(stage, iter(batches), config.training)
-        optimizer.step()
-        state.advance(config.training.global_batch_size or 1)
+    def step(written: bool = True) -> Outcome:
+        vote = partial(Vote, written=written)
+        return train_step(stage, optimizer, state, iter(batches), config.training, vote=vote)
 
     step()
     size = 0
@@ -87,16 +86,15 @@ def measure(config: Config, directory: Path, rounds: int) -> Figures:
 
 
 def _save(
-    config: Config, directory: Path, parts: tuple, step: Callable[[], None], *, background: bool = False
+    config: Config, directory: Path, parts: tuple, step: Callable[..., Outcome], *, background: bool = False
 ) -> Saved:
     saved: list[Saved] = []
     settings = replace(config.checkpoint, save=str(directory), async_save=background)
     saver = Saver(replace(config, checkpoint=settings), saved.append)
     step()
     saver.save(*parts)
-    while not saved:  # training goes on while it is written
-        step()
-        if saver.pending and saver.written():
+    while saver.pending:  # training continues in the meantime
+        if step(saver.written()).all_written:
             saver.complete()
     return saved[0]
 

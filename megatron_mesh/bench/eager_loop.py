@@ -25,7 +25,7 @@ from megatron_mesh.bench.variants import Variant
 from megatron_mesh.config.derived import layout, padded_vocab_size
 from megatron_mesh.config.schema import Config, ModelConfig
 from megatron_mesh.data import Batch
-from megatron_mesh.runtime import device
+from megatron_mesh.runtime import device, ranges
 
 
 class EagerLoop(nn.Module):
@@ -104,17 +104,15 @@ class EagerVariant(Variant):
             logits = self.model(tokens)
             return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
-    def clear(self) -> None:
-        self.optimizer.zero_grad()
-
-    def forward_backward(self, batches: Sequence[Batch]) -> float:
-        for batch in batches:
-            (self.losses(batch) / len(batches)).backward()
-        return 0.0
-
-    def update(self) -> None:
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad)
-        self.optimizer.step()
+    def step(self, batches: Sequence[Batch]) -> None:
+        with ranges.named("clear"):
+            self.optimizer.zero_grad()
+        with ranges.named("forward-backward"):
+            for batch in batches:
+                (self.losses(batch) / len(batches)).backward()
+        with ranges.named("update"):
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad)
+            self.optimizer.step()
 
     @property
     def layers(self) -> Iterable[nn.Module]:

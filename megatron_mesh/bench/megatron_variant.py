@@ -1,15 +1,14 @@
-"""Variants that train as the training loop does: our models, and Megatron-core's own GPT."""
+"""Variants that take the training loop's own step: our models, and Megatron-core's own GPT."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from megatron_mesh.bench.clock import now
 from megatron_mesh.bench.variants import Variant
+from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.derived import padded_vocab_size
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data import Batch
@@ -18,13 +17,13 @@ from megatron_mesh.model.implementation import choose
 from megatron_mesh.model.init import init_weights
 from megatron_mesh.model.layers import final_norm, layer_spec
 from megatron_mesh.parallel import plain_stage
-from megatron_mesh.runtime import device, ranges
-from megatron_mesh.train.optimizer import build_optimizer
-from megatron_mesh.train.step import run_batch
+from megatron_mesh.runtime import device
+from megatron_mesh.train.optimizer import build_optimizer, build_schedule
+from megatron_mesh.train.step import train_step
 
 
 class MegatronVariant(Variant):
-    """Megatron's schedule over the micro-batches, its DistributedDataParallel and its optimizer."""
+    """A model with Megatron's DistributedDataParallel and optimizer, trained by ``train_step``."""
 
     def __init__(self, name: str, config: Config, plain: bool = False):
         """``plain``: Megatron-core's GPT instead of the model that ``config`` names."""
@@ -32,35 +31,19 @@ class MegatronVariant(Variant):
         self.model = build_plain(config) if plain else build_model(config)
         self.stage = plain_stage([self.model], config)
         self.optimizer = build_optimizer(config, self.stage)
-        self._reduce = self.stage.config.finalize_model_grads_func
-        self.stage.config.finalize_model_grads_func = self._timed_reduce
-        self._seconds_reducing = 0.0
+        self.state = TrainState(build_schedule(config.optimizer, self.optimizer))
 
     def losses(self, batch: Batch) -> Tensor:
         where = device.device()
         tokens, positions, labels = (x.to(where) for x in (batch.tokens, batch.position_ids, batch.labels))
         return self.model(tokens, positions, attention_mask=None, labels=labels)
 
-    def clear(self) -> None:
-        self.stage.zero_grad_buffer()
-        self.optimizer.zero_grad()
-
-    def forward_backward(self, batches: Sequence[Batch]) -> float:
-        run_batch(self.stage, iter(batches), self.config.training)
-        return self._seconds_reducing
-
-    def update(self) -> None:
-        self.optimizer.step()
+    def step(self, batches: Sequence[Batch]) -> None:
+        train_step(self.stage, self.optimizer, self.state, iter(batches), self.config.training)
 
     @property
     def layers(self) -> Iterator[nn.Module]:
         return (module for module in self.model.modules() if isinstance(module, TransformerLayer))
-
-    def _timed_reduce(self, *args: Any, **kwargs: Any) -> None:
-        start = now()
-        with ranges.named("communication"):
-            self._reduce(*args, **kwargs)
-        self._seconds_reducing = now() - start
 
 
 def build_plain(config: Config) -> GPTModel:

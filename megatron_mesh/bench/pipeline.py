@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 
 from megatron_mesh.bench.variants import random_batches
+from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import Config
 from megatron_mesh.parallel import build_stage
 from megatron_mesh.planner.costs import Cost
@@ -20,7 +21,8 @@ from megatron_mesh.planner.order import Step, schedule_order
 from megatron_mesh.planner.report import make_plan
 from megatron_mesh.planner.simulate import Span, Timeline, simulate
 from megatron_mesh.runtime import device
-from megatron_mesh.train.step import run_batch
+from megatron_mesh.train.optimizer import build_optimizer, build_schedule
+from megatron_mesh.train.step import train_step
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def measure_bubble(config: Config, steps: int) -> Bubbles:
     world, training = dist.get_world_size(), config.training
     plan = make_plan(config, world)
     stage = build_stage(config)
+    optimizer = build_optimizer(config, stage)
+    state = TrainState(build_schedule(config.optimizer, optimizer))
     batches = random_batches(
         plan.pipeline.micro_batches,
         training.micro_batch_size,
@@ -77,11 +81,10 @@ def measure_bubble(config: Config, steps: int) -> Bubbles:
     order = schedule_order(plan.pipeline)
     shares, costs = [], defaultdict(list)
     for number in range(steps + 1):
-        stage.zero_grad_buffer()
         spans: list[tuple[bool, float, float]] = []
         dist.barrier()
         with recorded(spans):
-            run_batch(stage, iter(batches), training)
+            train_step(stage, optimizer, state, iter(batches), training)
         timeline = Timeline(_of_all_ranks(spans, order))
         if number:
             shares.append(_share(timeline))

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from torch.profiler import profile
 
-from megatron_mesh.bench.timing import Times, train_step
 from megatron_mesh.bench.variants import Variant
 from megatron_mesh.data import Batch
 from megatron_mesh.runtime import ranges
@@ -20,7 +19,7 @@ def write_traces(variants: Sequence[Variant], batches: Sequence[Batch], director
     written = []
     for variant in variants:
         with profile() as profiler, ranges.marking():
-            train_step(variant, batches, Times())
+            variant.step(batches)
         path = directory / f"{variant.name}.json"
         profiler.export_chrome_trace(str(path))
         written.append(path)

@@ -4,11 +4,11 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from megatron_mesh.bench.clock import now
+from megatron_mesh.bench.clock import Stopwatch
 from megatron_mesh.bench.memory import MemoryMeter
 from megatron_mesh.bench.variants import Variant
 from megatron_mesh.data import Batch
-from megatron_mesh.runtime import ranges
+from megatron_mesh.runtime import device, ranges
 
 
 @dataclass
@@ -18,9 +18,9 @@ class Times:
     forward_backward: list[float] = field(default_factory=list)
     """All micro-batches of the step."""
     communication: list[float] = field(default_factory=list)
-    """Reduction of the gradients over ranks (here: one), and their scaling by the number of tokens."""
+    """Reducing the gradients over ranks (here: one), and dividing them by the number of tokens."""
     optimizer: list[float] = field(default_factory=list)
-    """Clearing the gradients, clipping, AdamW."""
+    """Clearing the gradients, their norm and what else ranks agree on, clipping, AdamW, schedule."""
 
     @property
     def step(self) -> list[float]:
@@ -41,12 +41,12 @@ def measure(
 ) -> dict[str, Times]:
     """Train every variant for ``warmup + steps`` steps, a step of each per round.
 
-    The order within a round is drawn anew each time. What else runs on the machine, and how warm it is,
-    then meets all variants alike, and the quotient of two times of one round is fair.
+    The order within a round is drawn anew each time. Other load on the machine and its temperature then
+    affect all variants alike, so the quotient of two times of one round is fair.
 
     Args:
         batches: the micro-batches of a step, the same ones for every step and variant.
-        memory: is told of every step.
+        memory: charged with what each step allocates.
         on_step: called after each step with the variant's name and a ``Times`` whose last entries are the
             step's.
     """
@@ -56,23 +56,18 @@ def measure(
         for variant in order.sample(variants, len(variants)):
             measured = times[variant.name] if round_index >= warmup else Times()
             with memory.charged(variant.name, measured=round_index >= warmup):
-                train_step(variant, batches, measured)
+                timed_step(variant, batches, measured)
             on_step(variant.name, measured)
     return times
 
 
-def train_step(variant: Variant, batches: Sequence[Batch], times: Times) -> None:
-    """One step as the training loop does it; appends its parts to ``times``."""
-    start = now()
-    with ranges.named("clear"):
-        variant.clear()
-    cleared = now()
-    with ranges.named("forward-backward"):
-        communication = variant.forward_backward(batches)
-    differentiated = now()
-    with ranges.named("optimizer"):
-        variant.update()
-    updated = now()
-    times.forward_backward.append(differentiated - cleared - communication)
-    times.communication.append(communication)
-    times.optimizer.append(cleared - start + updated - differentiated)
+def timed_step(variant: Variant, batches: Sequence[Batch], times: Times) -> None:
+    """Take one step and append the times of its parts to ``times``; no part waits for the device."""
+    watch = Stopwatch("clear", "forward-backward", "communication", "agreement", "update")
+    device.synchronize()
+    with ranges.watched_by(watch.watch):
+        variant.step(batches)
+    seconds = watch.seconds()
+    times.forward_backward.append(seconds["forward-backward"] - seconds["communication"])
+    times.communication.append(seconds["communication"])
+    times.optimizer.append(seconds["clear"] + seconds["agreement"] + seconds["update"])

@@ -35,7 +35,7 @@ _TAKEN_OVER = (
 
 
 class Variant(ABC):
-    """A model under test with its optimizer; its step is ``clear``, ``forward_backward``, ``update``."""
+    """A model under test with its optimizer."""
 
     name: str
     config: Config
@@ -47,20 +47,12 @@ class Variant(ABC):
         """A forward pass over one micro-batch, on the device: its loss, whole or by token."""
 
     @abstractmethod
-    def clear(self) -> None:
-        """Forget the gradients of the step before."""
+    def step(self, batches: Sequence[Batch]) -> None:
+        """Take an optimizer step on the loss per token of all ``batches``.
 
-    @abstractmethod
-    def forward_backward(self, batches: Sequence[Batch]) -> float:
-        """Leave the gradients of the loss per token of all ``batches``.
-
-        Returns:
-            Seconds of it between the last backward pass and the end: reduction over ranks and scaling.
+        Its stretches "clear", "forward-backward", "communication" (in forward-backward), "agreement" and
+        "update" are named for stopwatches and profilers; one that a variant does not have takes no time.
         """
-
-    @abstractmethod
-    def update(self) -> None:
-        """Clip the gradients and take a step of AdamW."""
 
     @property
     @abstractmethod

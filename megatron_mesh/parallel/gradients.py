@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_mesh.config.schema import ParallelConfig
 from megatron_mesh.model import MeshGPTModel
+from megatron_mesh.runtime import ranges
 
 
 class WeightGroup(MegatronModule):
@@ -106,23 +107,42 @@ def finalize(
     num_tokens: Tensor | None = None,
     **kwargs: Any,
 ) -> None:
-    """Megatron-core's ``finalize_model_grads`` on the weight groups, and the sums that it leaves out.
+    """Run Megatron-core's ``finalize_model_grads`` on the weight groups, and the reductions it leaves out.
 
     Args:
         groups: own the weights.
-        _chunks: what the schedule ran, which it hands on; several of them may be views of one group.
-        num_tokens: tokens of this rank's micro-batches, by whose sum the gradients are divided.
+        _chunks: the chunks that the schedule ran, passed by the schedule. Unused: several of them may be
+            views of one group.
+        num_tokens: tokens of this rank's micro-batches. The gradients are divided by their sum over all
+            ranks.
     """
-    finalize_model_grads(groups, num_tokens, **kwargs)
-    _sum_over_tensor_parallel(groups)
+    with ranges.named("communication"):
+        finalize_model_grads(groups, None, **kwargs)
+        if num_tokens is not None:
+            _divide_by_tokens(groups, num_tokens)
+        _sum_over_tensor_parallel(groups)
+
+
+def _divide_by_tokens(groups: Sequence[DistributedDataParallel], num_tokens: Tensor) -> None:
+    """Divide the gradients by the number of tokens in the global batch, without waiting for the device.
+
+    ``finalize_model_grads`` would read ``num_tokens > 0`` on the host once per group, and use two
+    collectives. Here one all-reduce over all ranks is enough: only the last pipeline stage counts tokens, and
+    the ranks of a tensor-parallel group count the same ones. Without any token the gradients are zero
+    already.
+    """
+    dist.all_reduce(num_tokens)
+    scale = parallel_state.get_tensor_model_parallel_world_size() / num_tokens.clamp(min=1)
+    for group in groups:
+        group.scale_gradients(scale)
 
 
 def _sum_over_tensor_parallel(groups: Sequence[DistributedDataParallel]) -> None:
     """Sum gradients of weights that see sequence shards without sequence parallelism (see block.py).
 
-    All that was done to the gradients so far is linear, so it may come last; clipping comes later. With the
-    distributed optimizer each rank has reduced gradients of its shard only, and the ranks of a
-    tensor-parallel group have the same shard.
+    This may come after the other reductions because all of them are linear; clipping comes later. With the
+    distributed optimizer each rank holds reduced gradients of its own shard only, but all ranks of a
+    tensor-parallel group hold the same shard.
     """
     grads = [
         parameter.main_grad

@@ -10,6 +10,7 @@ import logging
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -174,6 +175,23 @@ def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in host memory; from a GPU into pinned memory, and complete after ``synchronize``."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return copy.copy_(tensor.detach(), non_blocking=True)
+
+
+def moment() -> Any:
+    """The moment when the device has finished the work it was given so far; does not wait for it."""
+    if not has_gpu():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Any, end: Any) -> float:
+    """Seconds from one ``moment`` to another; waits for the device to reach ``end``."""
+    if not has_gpu():
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def peak_memory_bytes() -> int:

@@ -1,25 +1,42 @@
-"""Names for stretches of the forward pass, which profiles show; they cost nothing unless somebody looks."""
+"""Named stretches of a step, for profilers and stopwatches; they cost nothing while nobody watches."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 from megatron_mesh.runtime import device
 
+Watcher = Callable[[str], AbstractContextManager[None]]
+
 _NOTHING = nullcontext()
-_marking = False
+_watchers: list[Watcher] = []
 
 
 @contextmanager
-def marking() -> Iterator[None]:
-    """Ranges are marked inside: for torch's profiler, and by NVTX for Nsight Systems."""
-    global _marking
-    before, _marking = _marking, True
+def watched_by(watcher: Watcher) -> Iterator[None]:
+    """Enter ``watcher(name)`` around every stretch inside. Adding the same watcher twice has no effect."""
+    if watcher in _watchers:
+        yield
+        return
+    _watchers.append(watcher)
     try:
         yield
     finally:
-        _marking = before
+        _watchers.remove(watcher)
+
+
+def marking() -> AbstractContextManager[None]:
+    """Mark the stretches inside for torch's profiler, and as NVTX ranges for Nsight Systems."""
+    return watched_by(device.marked)
 
 
 def named(name: str) -> AbstractContextManager[None]:
-    """What runs inside has this name in a profile, if ``marking``."""
-    return device.marked(name) if _marking else _NOTHING
+    """Give what runs inside a name."""
+    return _watched(name) if _watchers else _NOTHING
+
+
+@contextmanager
+def _watched(name: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        for watcher in _watchers:
+            stack.enter_context(watcher(name))
+        yield

@@ -1,6 +1,7 @@
-"""Requests to stop, between two steps, with a checkpoint: signals, a file, a time, a step.
+"""Requests to stop after a step, with a checkpoint: a signal, the stop file, a time limit, an interval.
 
-A signal may reach one rank only, and the others must end the same step. So all ranks vote once a step.
+A signal may reach only one rank, but all ranks must stop after the same step. So each rank votes in every
+step (``train/agreement.py``).
 """
 
 import logging
@@ -13,11 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
 from megatron_mesh.config.schema import CheckpointConfig
-from megatron_mesh.runtime import device
 from megatron_mesh.runtime.distributed import is_rank_zero
 
 logger = logging.getLogger(__name__)
@@ -26,35 +23,35 @@ STOP_FILE = "stop"
 STATUS_FILE = "run_status.txt"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO_SECONDS = 5.0
-"""A signal that comes so soon after the first is the same request: launchers pass on what ranks got too."""
+"""A signal this soon after the first is the same request: launchers repeat signals that ranks got already."""
 
 URGENT = ("the stop file", "SIGINT", "SIGTERM", "SIGUSR1")
-"""Reasons to stop after which a kill may follow: nothing may come between the step and its checkpoint."""
-# What ranks vote with; the highest wins.
-_REASONS = ("", "--exit-interval", "--exit-duration-in-mins", *URGENT)
+"""Reasons to stop that a kill may follow: the checkpoint is saved right after the step."""
+REASONS = ("--exit-interval", "--exit-duration-in-mins", *URGENT)
+"""All reasons to stop. If ranks have different ones, the last in this order counts."""
 
 
 class StopRequests:
     """Reasons to stop that this rank knows of.
 
     Args:
-        directory: where the stop file may appear (``--save``), or None.
-        started: ``time.monotonic()`` at which the job began.
+        settings: the stop file appears in ``settings.save``.
+        started: ``time.monotonic()`` when the job began.
     """
 
     def __init__(self, settings: CheckpointConfig, started: float):
         self._settings = settings
         self._started = started
         self._file = Path(settings.save) / STOP_FILE if settings.save else None
-        self._signalled = 0
+        self._signalled = ""
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals; a second request ends the process at once (status 128 + the signal's number).
+        """Handle the signals; a second request ends the process at once (status 128 + the signal's number).
 
-        Python's handlers wait until the main thread is back from what it called, and that may be a
-        collective operation that never returns. So a thread reads the signals' numbers too, from a pipe
-        that is written at once (``signal.set_wakeup_fd``).
+        Python runs its handlers only when the main thread returns from the call it is in, which may be a
+        collective that never returns. So a thread also reads the signals' numbers, from a pipe that is
+        written at once (``signal.set_wakeup_fd``).
         """
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
@@ -62,7 +59,7 @@ class StopRequests:
         wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
         if self._file is not None and is_rank_zero():
-            self._file.unlink(missing_ok=True)  # it was meant for an earlier run
+            self._file.unlink(missing_ok=True)  # left over from an earlier run
         try:
             yield
         finally:
@@ -72,44 +69,35 @@ class StopRequests:
             os.close(writing)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = self._signalled or _REASONS.index(signal.Signals(number).name)
+        self._signalled = self._signalled or signal.Signals(number).name
 
-    def agreed(self, step: int, *, faulty: bool) -> tuple[str, bool]:
-        """Why all ranks stop after ``step`` ("" if they do not), and whether any rank's step is ``faulty``.
-
-        A collective operation, once a step.
-        """
-        vote = torch.tensor([self._vote(step), int(faulty)], device=device.device())
-        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-        reason, any_faulty = vote.tolist()
-        return _REASONS[reason], bool(any_faulty)
-
-    def honoured(self) -> None:
-        """The run has stopped: the next one need not."""
-        if self._file is not None and is_rank_zero():
-            self._file.unlink(missing_ok=True)
-
-    def _vote(self, step: int) -> int:
+    def reason(self, step: int) -> str:
+        """Why this rank wants to stop after ``step``: one of ``REASONS``, or "" to continue."""
         if self._signalled:
             return self._signalled
         if self._file is not None and is_rank_zero() and self._file.exists():
-            return _REASONS.index("the stop file")
+            return "the stop file"
         minutes, interval = self._settings.exit_duration_in_mins, self._settings.exit_interval
         if minutes is not None and time.monotonic() - self._started > minutes * 60:
-            return _REASONS.index("--exit-duration-in-mins")
+            return "--exit-duration-in-mins"
         if interval is not None and step % interval == 0:
-            return _REASONS.index("--exit-interval")
-        return 0
+            return "--exit-interval"
+        return ""
+
+    def honoured(self) -> None:
+        """Remove the stop file after the run has stopped, so that the next run does not stop too."""
+        if self._file is not None and is_rank_zero():
+            self._file.unlink(missing_ok=True)
 
 
 def _end_at_second_request(pipe: int) -> None:
-    """End this process once a second request comes in.
+    """End this process at the second request.
 
-    No second request are echoes (``ECHO_SECONDS``), and further SIGTERMs in a SLURM job: SLURM sends them by
-    itself when a grace time is over, and after KillWait it kills whoever has not ended.
+    Two things do not count as a second request: echoes (``ECHO_SECONDS``), and another SIGTERM in a SLURM
+    job. SLURM sends SIGTERM itself when a grace time is over, and kills the job after KillWait anyway.
     """
     first = None
-    while number := os.read(pipe, 1):  # nothing is read when the other end is closed
+    while number := os.read(pipe, 1):  # empty once the other end is closed
         if number[0] not in SIGNALS:
             continue
         if first is None:
@@ -122,9 +110,12 @@ def _end_at_second_request(pipe: int) -> None:
 
 
 def write_status(directory: str | None, status: str) -> None:
-    """Say in ``directory/run_status.txt``, in one word, how the run stands: for scripts that start it again.
+    """Write the state of the run to ``directory/run_status.txt``, for scripts that restart it.
 
-    ``running``, ``stopped`` (on request, with a checkpoint), ``done`` or ``failed``. Rank 0 writes.
+    Args:
+        status: ``running``, ``stopped`` (on request, with a checkpoint), ``done`` or ``failed``.
+
+    Rank 0 writes.
     """
     if directory is None or not is_rank_zero():
         return

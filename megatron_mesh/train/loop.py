@@ -26,11 +26,11 @@ from megatron_mesh.runtime.logging import Log, check_trackers
 from megatron_mesh.runtime.memory import explained, remedies
 from megatron_mesh.runtime.stopping import URGENT, StopRequests, write_status
 from megatron_mesh.train.data import open_batches, open_datasets, open_vocabulary
-from megatron_mesh.train.guard import guarded_step, record_skipped
 from megatron_mesh.train.metrics import RouterMeter, SpeedMeter, perplexity
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule, tell_of_idle_steps
 from megatron_mesh.train.output import check_writable, open_outputs, position, summary
-from megatron_mesh.train.step import evaluate, loss_per_token, run_batch
+from megatron_mesh.train.step import evaluate, train_step
+from megatron_mesh.train.vote import Outcome, Vote
 
 logger = logging.getLogger(__name__)
 
@@ -120,28 +120,28 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
     saver = open_saver(config, log)
     first, reason = state.step + 1, ""
 
+    def vote() -> Vote:
+        return Vote(stop.reason(state.step + 1), written=saver is None or saver.written())
+
     while state.step < last and not reason:
         step = state.step + 1
         health.beat(f"step {step}")
         logged = step == 1 or due(step, config.logging.log_interval, last)
-        stage.zero_grad_buffer()
-        optimizer.zero_grad()
-        with routers.observing(logged):
-            totals = run_batch(stage, batches, config.training, beat=health.beat)
         lr = get_canonical_lr_for_logging(optimizer.param_groups)
-        grad_norm, taken, reason = guarded_step(optimizer, totals, stop, step)
-        if taken:
-            state.skipped = 0
-        else:
-            record_skipped(log, state, totals, grad_norm, batch_size)
-        state.advance(batch_size)
+        with routers.observing(logged):
+            outcome = train_step(
+                stage, optimizer, state, batches, config.training, vote=vote, beat=health.beat
+            )
+        reason = outcome.stop
         log.tick(step)
         if step == first:
             logger.info("step %d was done %.1f s after the start of the process", step, process_age())
 
-        if logged and taken:
-            state.train_loss = loss_per_token(totals)
-            numbers = {"loss": state.train_loss, "lr": lr, "grad_norm": grad_norm, **speed.read(step)}
+        if not outcome.taken:
+            record_skipped(log, state, outcome, batch_size)
+        elif logged:
+            state.train_loss = outcome.loss
+            numbers = {"loss": outcome.loss, "lr": lr, "grad_norm": outcome.grad_norm, **speed.read(step)}
             log.record("train", step, **numbers, **position(config, state), **routers.read())
         if state.skipped >= config.training.max_skipped_steps:
             return diverged(config, state, saver)
@@ -150,12 +150,12 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
             with speed.paused():
                 state.valid_loss = evaluate(stage, config, run.data.valid, health)
             log.record("valid", step, loss=state.valid_loss, perplexity=perplexity(state.valid_loss))
-        if saver is not None:
+        if saver is not None and saver.pending and outcome.all_written:
+            with speed.paused(), health.busy(f"publishing a checkpoint after step {step}"):
+                saver.complete()
+        if saver is not None and (reason or due(step, config.checkpoint.save_interval, last)):
             with speed.paused(), health.busy(f"the save after step {step}"):
-                if saver.pending and saver.written():
-                    saver.complete()
-                if reason or due(step, config.checkpoint.save_interval, last):
-                    saver.save(stage, optimizer, state)
+                saver.save(stage, optimizer, state)
     return finish(run, log, health, stop, saver, reason)
 
 
@@ -195,6 +195,13 @@ def open_saver(config: Config, log: Log) -> Saver | None:
             )
 
     return Saver(config, on_saved)
+
+
+def record_skipped(log: Log, state: TrainState, outcome: Outcome, batch_size: int) -> None:
+    """Log a step that was not taken, with the samples it held; call it after ``state`` has advanced."""
+    end = state.consumed_samples
+    samples = {"first_sample": end - batch_size, "last_sample": end - 1}
+    log.record("skipped", state.step, loss=outcome.loss, grad_norm=outcome.grad_norm, **samples)
 
 
 def diverged(config: Config, state: TrainState, saver: Saver | None) -> int:

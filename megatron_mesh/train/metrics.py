@@ -1,4 +1,4 @@
-"""What a run measures of itself: speed, memory, and where the routers write and read."""
+"""Metrics of a run: speed, memory, and where the routers write and read."""
 
 import math
 import time
@@ -23,7 +23,7 @@ def perplexity(loss: float) -> float:
 
 
 class SpeedMeter:
-    """Time per step since the last reading (first: since construction), without what runs in ``paused``."""
+    """Measures the time per step since the last ``read`` or construction; ``paused`` stops the clock."""
 
     def __init__(self, config: Config, step: int):
         assert config.training.global_batch_size is not None
@@ -34,7 +34,7 @@ class SpeedMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count what runs inside."""
+        """Exclude what runs inside from the time per step; waits for the device before and after."""
         device.synchronize()
         stopped = time.perf_counter()
         yield
@@ -42,9 +42,10 @@ class SpeedMeter:
         self._start += time.perf_counter() - stopped
 
     def read(self, step: int) -> dict[str, float]:
-        """Speed of the steps up to ``step``, and the most memory that any rank has held; collective.
+        """Return the speed of the steps up to ``step`` and the peak memory of the fullest rank.
 
-        Tokens/s count the whole job; TFLOP/s are those of the unrolled network, per device.
+        Tokens/s are those of the whole job, TFLOP/s those of the unrolled network per device. Collective;
+        waits for the device.
         """
         device.synchronize()
         now = time.perf_counter()
@@ -52,7 +53,7 @@ class SpeedMeter:
         self._start, self._step = now, step
         tokens_per_second = self.tokens_per_step / seconds
         flops = self.flops_per_token * tokens_per_second / dist.get_world_size()
-        memory = torch.tensor(float(device.peak_memory_bytes()), dtype=torch.float64, device=device.device())
+        memory = torch.full((), device.peak_memory_bytes(), dtype=torch.float64, device=device.device())
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
         speed = {
             "step_seconds": seconds,
@@ -65,9 +66,9 @@ class SpeedMeter:
 
 
 class RouterMeter:
-    """Mean write and read weight per cycle and slot, and the routers' entropy, over all tokens seen.
+    """Mean write and read weight per cycle and slot, and the routers' entropy, over all tokens.
 
-    Nothing is computed outside ``observing``.
+    Costs nothing outside ``observing``.
     """
 
     def __init__(self, scheme: Scheme | None, enabled: bool = True):
@@ -99,7 +100,9 @@ class RouterMeter:
         self._sums[cycle] = self._sums[cycle] + sums if cycle in self._sums else sums
 
     def read(self) -> dict[str, Any]:
-        """Means over tokens, micro-batches and ranks of the last ``observing``; a collective operation.
+        """Return means over tokens, micro-batches and ranks of the last ``observing``.
+
+        Collective on the ranks that hold the routers; waits for the device.
 
         Returns:
             ``{"router": {"write": [cycle][slot], "read": [cycle][slot], "write_entropy": [cycle] (nats),
@@ -112,8 +115,8 @@ class RouterMeter:
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         dist.all_reduce(sums, group=parallel_state.get_tensor_model_parallel_group())
         means = sums[..., :-1] / sums[..., -1:]
-        router = {}
-        for index, kind in enumerate(("write", "read")):
-            router[kind] = means[:, index, :-1].tolist()
-            router[f"{kind}_entropy"] = means[:, index, -1].tolist()
+        router: dict[str, Any] = {}
+        for kind, cycles in zip(("write", "read"), means.transpose(0, 1).tolist(), strict=True):
+            router[kind] = [weights for *weights, _ in cycles]
+            router[f"{kind}_entropy"] = [entropy for *_, entropy in cycles]
         return {"router": router}

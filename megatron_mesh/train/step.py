@@ -1,4 +1,4 @@
-"""A global batch through Megatron-core's schedule: its loss, and its gradients."""
+"""One training step, and its parts: a global batch through Megatron-core's schedule, and evaluation."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -7,50 +7,93 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 from torch import Tensor
 
+from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import Config, TrainingConfig
 from megatron_mesh.data import Batch, SampleStream
 from megatron_mesh.errors import UserError
 from megatron_mesh.parallel import Stage
-from megatron_mesh.runtime import device
+from megatron_mesh.runtime import device, ranges
 from megatron_mesh.runtime.health import Health
 from megatron_mesh.train.data import open_batches
+from megatron_mesh.train.vote import Outcome, Vote, agree, clip
 
-# What the schedules take from a loss function: the sum to differentiate, the number of tokens to divide
-# the gradients by, and a report that they collect.
+# What the schedules expect of a loss function: the sum to differentiate, the number of tokens to divide the
+# gradients by, and a report that they collect.
 LossReport = tuple[Tensor, Tensor, Tensor]
 
 
+def train_step(
+    stage: Stage,
+    optimizer: MegatronOptimizer,
+    state: TrainState,
+    batches: Iterator[Batch],
+    training: TrainingConfig,
+    *,
+    vote: Callable[[], Vote] = Vote,
+    beat: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Take one optimizer step over a global batch, unless its loss or gradients are not finite on any rank.
+
+    Either way ``state`` advances: a step that is not taken uses up its samples and its learning rate.
+    Collective. The host waits for the device once, in ``agree``.
+
+    Args:
+        batches: this rank's micro-batches.
+        training: resolved settings; of these, the sizes of the batches are used.
+        vote: what this rank tells the others. Called after the forward and backward passes, so that a signal
+            that arrives during them still counts for this step.
+        beat: called before every micro-batch, to show that this rank is making progress.
+    """
+    assert training.global_batch_size is not None
+    with ranges.named("clear"):
+        stage.zero_grad_buffer()
+        optimizer.zero_grad()
+    with ranges.named("forward-backward"):
+        totals = run_batch(stage, batches, training, beat=beat)
+    with ranges.named("agreement"):
+        optimizer.prepare_grads()
+        outcome = agree(optimizer, totals, vote())
+    with ranges.named("update"):
+        if outcome.taken:
+            clip(optimizer, outcome.grad_norm)
+            optimizer.step_with_ready_grads()
+        state.skipped = 0 if outcome.taken else state.skipped + 1
+        state.advance(training.global_batch_size)
+    return outcome
+
+
 def masked_loss(loss_mask: Tensor, losses: Tensor) -> LossReport:
-    """Sum of those losses [B, S] whose mask [B, S] is 1, their number, and both again as a report [2]."""
+    """Sum the losses [B, S] whose mask [B, S] is 1; return sum, number, and both as a report [2]."""
     total = (losses.float() * loss_mask).sum()
     tokens = loss_mask.sum()
-    # The schedule scales the loss in place; the report has memory of its own.
+    # The schedule scales the loss in place, so the report must not share its memory.
     return total, tokens.to(torch.int), torch.stack([total.detach(), tokens])
 
 
 def forward_step(
     beat: Callable[[], None], batches: Iterator[Batch | None], chunk: torch.nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], LossReport] | None]:
-    """The schedules' ``forward_step_func``: run the next micro-batch through a chunk of the model.
+    """Run the next micro-batch through a chunk of the model: the schedules' ``forward_step_func``.
 
     Args:
-        beat: called to say that the rank goes on.
+        beat: called first, to show that this rank is making progress.
 
     Returns:
-        Losses [B, S] and how to sum them; from a chunk that does not end the model, what it hands on.
+        Losses [B, S] and the function that sums them. A chunk that does not end the model returns its hidden
+        states instead.
     """
     beat()
     batch = next(batches)
     if batch is None:
         return chunk(None, None, attention_mask=None), None
     model = unwrap_model(chunk)
-    _check_ids(
-        batch, getattr(model, "unpadded_vocab_size", model.vocab_size)
-    )  # Megatron's own GPTModel, in benchmarks
+    # Megatron's own GPTModel, in benchmarks, knows only its vocab_size.
+    _check_ids(batch, getattr(model, "unpadded_vocab_size", model.vocab_size))
     there = {name: x.to(device.device(), non_blocking=True) for name, x in vars(batch).items()}
     there = get_batch_on_this_cp_rank(there)
     losses = chunk(there["tokens"], there["position_ids"], attention_mask=None, labels=there["labels"])
@@ -58,7 +101,10 @@ def forward_step(
 
 
 def _check_ids(batch: Batch, entries: int) -> None:
-    """Raise UserError for an id outside the vocabulary, which would crash deep inside or spoil the loss."""
+    """Raise UserError for an id outside the vocabulary, which would crash a kernel or spoil the loss.
+
+    The batch is still in host memory, so this does not wait for the device.
+    """
     largest = max(int(batch.tokens.max()), int(batch.labels.max()))
     if largest >= entries:
         raise UserError(
@@ -75,12 +121,13 @@ def run_batch(
     forward_only: bool = False,
     beat: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Run this rank's micro-batches of one global batch.
+    """Run this rank's micro-batches of one global batch through Megatron-core's schedule.
 
-    Unless ``forward_only``, the gradients of the loss per token, over all ranks, are in ``main_grad`` then.
+    Unless ``forward_only``, ``main_grad`` then holds the gradients of the loss per token over all ranks.
 
     Returns:
-        [2], float64: the sum of the losses and the number of tokens in it, where the model ends; else 0.
+        [2], float64, on the device: this rank's sum of losses and number of tokens; zeros on the ranks that
+        do not hold the end of the model.
     """
     assert training.global_batch_size is not None
     share = training.global_batch_size // parallel_state.get_data_parallel_world_size()
@@ -99,8 +146,8 @@ def run_batch(
 
 
 def loss_per_token(totals: Tensor) -> float:
-    """Loss per token in nats, from every rank's ``run_batch``; a collective operation."""
-    # All ranks of a tensor-parallel group add the same numbers, which the quotient does not see.
+    """Loss per token in nats, from ``run_batch`` on all ranks. Collective; waits for the device."""
+    # All ranks of a tensor-parallel group add the same numbers. The quotient is not affected.
     dist.all_reduce(totals)
     total, tokens = totals.tolist()
     return total / tokens if tokens else math.nan
@@ -108,7 +155,7 @@ def loss_per_token(totals: Tensor) -> float:
 
 @torch.no_grad()
 def evaluate(stage: Stage, config: Config, dataset: SampleStream, health: Health) -> float:
-    """Loss per token in nats over the first ``eval_iters`` global batches of ``dataset``."""
+    """Return the loss per token in nats over the first ``eval_iters`` global batches of ``dataset``."""
     batches = open_batches(config, dataset)
     totals = []
     stage.train(False)

@@ -10,9 +10,9 @@ from megatron.core import parallel_state
 from megatron_mesh.model.naming import whole_model_parameters
 from megatron_mesh.parallel import build_stage
 from megatron_mesh.runtime.distributed import model_parallel_groups
-from megatron_mesh.train.step import run_batch
+from megatron_mesh.train.step import train_step
 from tests.helpers import tiny_config
-from tests.parallel.training import batches_of, settings_of
+from tests.parallel.training import batches_of, build, settings_of
 
 
 def initial_weights(case: dict[str, Any]) -> dict[str, tuple[np.ndarray, int | None, int]]:
@@ -37,7 +37,7 @@ def elements_sent(case: dict[str, Any]) -> dict[str, Any]:
     config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
     sent: Counter[str] = Counter()
     with model_parallel_groups(config):
-        stage = build_stage(config)
+        stage, optimizer, state = build(config)
         group = parallel_state.get_pipeline_model_parallel_group()
         from megatron.core.pipeline_parallel import p2p_communication
 
@@ -71,7 +71,7 @@ def elements_sent(case: dict[str, Any]) -> dict[str, Any]:
         p2p_communication._p2p_ops = counting
         dist.isend, dist.irecv = isend, irecv  # type: ignore[assignment]
         try:
-            run_batch(stage, batches_of(config, 0), config.training)
+            train_step(stage, optimizer, state, batches_of(config, 0), config.training)
         finally:
             p2p_communication._p2p_ops = original
             dist.isend, dist.irecv = plain["isend"], plain["irecv"]  # type: ignore[assignment]

@@ -27,7 +27,7 @@ class Pool:
         # Forks of a process that has imported everything, and done nothing else.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["megatron_mesh.train"])
-        port = _free_port()
+        port = free_port()
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(size):
@@ -87,7 +87,7 @@ def close_all() -> None:
         each.close()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -122,4 +122,5 @@ def _work(rank: int, size: int, port: int, connection: Connection) -> None:
         except BaseException:
             connection.send((False, traceback.format_exc()))
         gc.collect()  # models refer to their groups in circles
-        dist.destroy_process_group()
+        if dist.is_initialized():  # the case may have ended it
+            dist.destroy_process_group()

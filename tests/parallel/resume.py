@@ -10,28 +10,18 @@ from megatron_mesh.checkpoint.load import Search, load_checkpoint
 from megatron_mesh.checkpoint.save import Saver
 from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import Config
-from megatron_mesh.parallel import Stage, build_stage
+from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime.distributed import model_parallel_groups
-from megatron_mesh.train.optimizer import build_optimizer, build_schedule
-from megatron_mesh.train.step import loss_per_token, run_batch
+from megatron_mesh.train.step import train_step
 from tests.helpers import tiny_config
-from tests.parallel.training import batches_of, settings_of
-
-
-def _build(config: Config) -> tuple[Stage, Any, TrainState]:
-    stage = build_stage(config)
-    optimizer = build_optimizer(config, stage)
-    return stage, optimizer, TrainState(build_schedule(config.optimizer, optimizer))
+from tests.parallel.training import batches_of, build, settings_of
 
 
 def _train(config: Config, stage: Stage, optimizer: Any, state: TrainState, last: int) -> list[float]:
     losses = []
     while state.step < last:
-        stage.zero_grad_buffer()
-        optimizer.zero_grad()
-        losses.append(loss_per_token(run_batch(stage, batches_of(config, state.step), config.training)))
-        optimizer.step()
-        state.advance(8)
+        batches = batches_of(config, state.step)
+        losses.append(train_step(stage, optimizer, state, batches, config.training).loss)
     return losses
 
 
@@ -39,7 +29,7 @@ def save_and_go_on(directory: Path, case: dict[str, Any]) -> list[float]:
     """Train three steps, save, and train three more: the losses of those."""
     config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
     with model_parallel_groups(config):
-        parts = _build(config)
+        parts = build(config)
         _train(config, *parts, last=3)
         Saver(replace(config, checkpoint=replace(config.checkpoint, save=str(directory)))).save(*parts)
         return _train(config, *parts, last=6)
@@ -50,7 +40,7 @@ def load_and_go_on(directory: Path, case: dict[str, Any]) -> list[float]:
     config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
     config = replace(config, checkpoint=replace(config.checkpoint, load=str(directory)))
     with model_parallel_groups(config):
-        parts = _build(config)
+        parts = build(config)
         found = Search(config.checkpoint).next()
         assert found is not None
         assert load_checkpoint(found, config, *parts) == ""

@@ -17,8 +17,8 @@ from megatron_mesh.checkpoint.save import Saver
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.distributed import model_parallel_groups
 from tests.helpers import tiny_config
-from tests.parallel.resume import _build, _train
-from tests.parallel.training import settings_of
+from tests.parallel.resume import _train
+from tests.parallel.training import build, settings_of
 
 
 class _Heard(logging.Handler):
@@ -50,7 +50,7 @@ def one_rank_fails(directory: Path, case: dict[str, Any], victim: int, backgroun
     try:
         with model_parallel_groups(config), pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "write_file", full)
-            parts = _build(config)
+            parts = build(config)
             saver = Saver(config)
             losses = []
             for step in (1, 2, 3):
@@ -91,7 +91,7 @@ def disks_of_their_own(directory: Path, case: dict[str, Any]) -> tuple[list[str]
     try:
         with model_parallel_groups(config):
             saver = Saver(config)
-            saver.save(*_build(config))
+            saver.save(*build(config))
     finally:
         logging.getLogger("megatron_mesh").removeHandler(heard)
     return heard.messages, any(own.iterdir())

@@ -1,7 +1,7 @@
 """A short training on any layout of ranks, and what it leaves to compare."""
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,15 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
+from megatron_mesh.checkpoint.state import TrainState
+from megatron_mesh.config.schema import Config
 from megatron_mesh.data import Batch
 from megatron_mesh.model.naming import whole_model_parameters
 from megatron_mesh.parallel import Stage, build_stage
+from megatron_mesh.runtime import ranges
 from megatron_mesh.runtime.distributed import model_parallel_groups
-from megatron_mesh.train.optimizer import build_optimizer
-from megatron_mesh.train.step import loss_per_token, run_batch
+from megatron_mesh.train.optimizer import build_optimizer, build_schedule
+from megatron_mesh.train.step import train_step
 from tests.helpers import randomise, tiny_config
 
 STEPS = 10
@@ -69,22 +72,30 @@ def train(directory: Path, case: dict[str, Any], steps: int = STEPS, fault: Any 
     config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
     outcome = Outcome()
     with model_parallel_groups(config):
-        stage = build_stage(config)
-        optimizer = build_optimizer(config, stage)
+        stage, optimizer, state = build(config)
         load(stage, optimizer, directory)
-        with fault(stage) if fault is not None else nullcontext():
+
+        @contextmanager
+        def keep_gradients(name: str) -> Iterator[None]:
+            if name == "agreement" and state.step == 0:  # what follows may scale them
+                outcome.gradients = whole_gradients(stage, config.parallel.use_distributed_optimizer)
+            yield
+
+        with fault(stage) if fault is not None else nullcontext(), ranges.watched_by(keep_gradients):
             for step in range(steps):
-                stage.zero_grad_buffer()
-                optimizer.zero_grad()
-                totals = run_batch(stage, batches_of(config, step), config.training)
-                if step == 0:
-                    outcome.gradients = whole_gradients(stage, config.parallel.use_distributed_optimizer)
-                _, grad_norm, _ = optimizer.step()
-                outcome.losses.append(loss_per_token(totals))
-                outcome.grad_norms.append(float(grad_norm))
+                taken = train_step(stage, optimizer, state, batches_of(config, step), config.training)
+                outcome.losses.append(taken.loss)
+                outcome.grad_norms.append(taken.grad_norm)
         with stage.parameters_gathered():
             outcome.weights = whole(stage, lambda parameter: parameter.data)
     return outcome
+
+
+def build(config: Config) -> tuple[Stage, Any, TrainState]:
+    """This rank's share of a run. Megatron's process groups must exist."""
+    stage = build_stage(config)
+    optimizer = build_optimizer(config, stage)
+    return stage, optimizer, TrainState(build_schedule(config.optimizer, optimizer))
 
 
 def load(stage: Stage, optimizer: Any, directory: Path) -> None:

@@ -20,14 +20,16 @@ from megatron_mesh.bench.report import COMPARED, PARTS, Report, Result, ratios
 from megatron_mesh.bench.settings import Settings, complete
 from megatron_mesh.bench.shapes import SHAPES
 from megatron_mesh.bench.tables import as_markdown
-from megatron_mesh.bench.timing import Times, measure
+from megatron_mesh.bench.timing import Times, measure, timed_step
 from megatron_mesh.bench.variants import batches_of, build_variant, kind_of, variant_config
 from megatron_mesh.config.derived import layout, non_embedding_parameters, padded_vocab_size
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.errors import UserError
 from megatron_mesh.model import build_model, implementation
 from megatron_mesh.planner.report import make_plan
+from megatron_mesh.runtime import ranges
 from tests.helpers import one_process
+from tests.parallel.watch import IN_HOST_MEMORY, Watch
 
 S, B, H, LOOPS = 16, 2, 32, 3
 TOY = Settings(
@@ -131,27 +133,26 @@ def test_parameters_and_states_kept(report: dict) -> None:
 
 def test_parts_of_a_step_and_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that only the parts move: clearing 1 s, forward-backward 5 s, of which the reduction has
-    2 s, and the optimizer's step 4 s."""
+    2 s, and the optimizer 4 s, of which the agreement of the ranks has 1 s."""
     now = 0.0
 
     class Part:
         """A variant; whatever is called takes its time."""
 
         def __init__(self, name: str):
-            self.name, self.done = name, []
+            self.name = name
 
-        def clear(self) -> None:
-            self.done = ["clear"]
-            advance(1)
-
-        def forward_backward(self, batches: list) -> float:
-            self.done.append("forward_backward")
-            advance(5)
-            return 2.0
-
-        def update(self) -> None:
-            assert self.done == ["clear", "forward_backward"]
-            advance(4)
+        def step(self, batches: list) -> None:
+            with ranges.named("clear"):
+                advance(1)
+            with ranges.named("forward-backward"):
+                advance(3)
+                with ranges.named("communication"):
+                    advance(2)
+            with ranges.named("agreement"), ranges.named("of no interest"):
+                advance(1)
+            with ranges.named("update"):
+                advance(3)
 
     def advance(seconds: float) -> None:
         nonlocal now
@@ -182,6 +183,18 @@ def test_a_measured_step_is_a_training_step() -> None:
         assert all(not torch.equal(p, before[name]) for name, p in variant.model.named_parameters())
         assert min(times["mesh"].communication) > 0, "the reduction must be timed by itself"
         assert {int(state["step"]) for state in moments.values()} == {3}
+
+
+def test_only_the_agreement_waits_for_the_device_in_a_measured_step() -> None:
+    config = variant_config(TOY, "mesh")
+    with one_process(config):
+        variant = build_variant("mesh", config)
+        with Watch() as watch:
+            timed_step(variant, batches_of(TOY), Times())
+    waits = {where: n for where, n in watch.seen.waits.items() if where not in IN_HOST_MEMORY}
+    assert waits.pop("bench/timing.py: timed_step") == 1  # before the step
+    assert waits.pop("embeddings/rotary_pos_embedding.py: RotaryEmbedding.get_emb") == 1  # in the first step
+    assert waits == {"train/agreement.py: agree": 1}
 
 
 def test_plain_is_megatron_core_itself_and_computes_what_vanilla_does() -> None:

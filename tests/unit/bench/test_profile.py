@@ -32,7 +32,7 @@ def test_passes_and_cycles_are_named_in_the_trace(tmp_path: Path) -> None:
     assert path == tmp_path / "traces" / "mesh.json"
     events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("cat") == "user_annotation"]
     counts = Counter(event["name"] for event in events)
-    once = ("clear", "forward-backward", "communication", "optimizer")
+    once = ("clear", "forward-backward", "communication", "agreement", "update")
     assert {name: counts[name] for name in once} == dict.fromkeys(once, 1)
     passes = ("pass 0: prelude", "pass 1: core", "pass 2: core", "pass 3: coda")
     inside = (*passes, "embedding kept", "cycle 0", "cycle 1", "cycle 2")

@@ -26,7 +26,7 @@ from megatron_mesh.checkpoint.integrity import damage
 from megatron_mesh.checkpoint.reader import read_whole
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.runtime import exits, stopping
-from megatron_mesh.train import loop
+from megatron_mesh.train import step as step_module
 from tests.unit.train.conftest import run
 
 
@@ -260,7 +260,7 @@ def test_a_run_that_is_over_is_done_even_if_it_is_told_to_stop(tiny, tmp_path):
 
 def start(arguments: list[str], requests: list[str], stop_file: Path, environment: dict[str, str]) -> None:
     """The entry point, in a process of its own, to which ``requests`` come in the middle of step 3."""
-    original = loop.run_batch
+    original = step_module.run_batch
     count = 0
 
     def run_batch(*arguments, **more):
@@ -278,7 +278,7 @@ def start(arguments: list[str], requests: list[str], stop_file: Path, environmen
     os.environ |= environment
     stopping.ECHO_SECONDS = 0.5
     torch.set_num_threads(1)
-    loop.run_batch = run_batch
+    step_module.run_batch = run_batch
     sys.exit(pretrain_mesh.main(arguments))
 
 

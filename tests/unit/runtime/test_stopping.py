@@ -34,9 +34,9 @@ with stopping.StopRequests(CheckpointConfig(), 0.0).listening():
 def test_control_c_is_a_request_like_others(tmp_path) -> None:
     stop = StopRequests(CheckpointConfig(save=str(tmp_path)), 0.0)
     with one_process(tiny_config()), stop.listening():
-        assert stop.agreed(1, faulty=False) == ("", False)
+        assert stop.reason(1) == ""
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.agreed(2, faulty=False) == ("SIGINT", False)
+        assert stop.reason(2) == "SIGINT"
 
 
 def status(*pauses: float) -> int:

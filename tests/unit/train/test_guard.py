@@ -8,7 +8,7 @@ import torch
 
 from megatron_mesh.checkpoint import writer
 from megatron_mesh.runtime import exits
-from megatron_mesh.train import loop
+from megatron_mesh.train import step
 from tests.unit.train.conftest import run
 
 
@@ -18,7 +18,7 @@ def poisoned(monkeypatch):
 
     def poison(nan_gradients: set[int], infinite_loss: frozenset[int] = frozenset()) -> None:
         count = 0
-        original = loop.run_batch
+        original = step.run_batch
 
         def run_batch(stage, batches, training, **more):
             nonlocal count
@@ -28,7 +28,7 @@ def poisoned(monkeypatch):
                 next(iter(stage.modules[0].parameters())).main_grad[0] = math.nan
             return totals * math.inf if count in infinite_loss else totals
 
-        monkeypatch.setattr(loop, "run_batch", run_batch)
+        monkeypatch.setattr(step, "run_batch", run_batch)
 
     return poison
 

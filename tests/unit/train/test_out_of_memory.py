@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mesh.bench import timing
 from megatron_mesh.errors import OutOfMemory
 from megatron_mesh.runtime import exits, health
 from megatron_mesh.runtime.health import Health, failures_reported
 from megatron_mesh.runtime.memory import explained, remedies
-from megatron_mesh.train import loop, pretrain
+from megatron_mesh.train import pretrain, step
 from tests.helpers import tiny_config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -25,7 +24,7 @@ def full(*arguments: object, **keywords: object) -> None:
 
 
 def test_a_training_run(tiny, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(loop, "run_batch", full)
+    monkeypatch.setattr(step, "run_batch", full)
     with pytest.raises(
         OutOfMemory, match=f"out of memory: {SAID}\nwhat helps: --micro-batch-size 1"
     ) as error:
@@ -37,8 +36,7 @@ def test_a_training_run(tiny, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("script", ["pretrain_mesh.py", "tools/benchmark.py"])
 def test_the_command_ends_with_the_message_alone(script, tmp_path, monkeypatch, capsys, corpus) -> None:
     torch.set_num_threads(1)
-    monkeypatch.setattr(loop, "run_batch", full)
-    monkeypatch.setattr(timing, "train_step", full)
+    monkeypatch.setattr(step, "run_batch", full)
     sizes = "--layers 1+1R2+1 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --vocab-size 128"
     own = {
         "pretrain_mesh.py": f"--data-path {corpus} --train-iters 2 --output-dir {tmp_path / 'run'}",

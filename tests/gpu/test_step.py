@@ -1,0 +1,71 @@
+"""In a step on a GPU the host waits once, as CUDA's own check of torch sees it."""
+
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_mesh.bench.settings import Settings
+from megatron_mesh.bench.timing import Times, timed_step
+from megatron_mesh.bench.variants import Variant, batches_of, build_variant, variant_config
+from megatron_mesh.data import Batch
+from megatron_mesh.runtime import device
+from tests.helpers import one_process
+
+TOY = Settings(
+    layers="1+1R2+1",
+    hidden_size=64,
+    num_attention_heads=2,
+    vocab_size=128,
+    seq_length=32,
+    micro_batch_size=2,
+    num_micro_batches=2,
+)
+
+
+@pytest.fixture(autouse=True)
+def _there() -> None:
+    if not device.has_gpu():
+        pytest.skip("there is no GPU")
+
+
+def waits(variant: Variant, batches: list[Batch]) -> Counter[str]:
+    """Where the host waits in one step, by file and line; synchronize() itself is not seen."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            variant.step(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    synchronizing = [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
+    return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in synchronizing)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["plain", "mesh"])
+def test_the_host_waits_once(name: str, bf16: bool) -> None:
+    settings = Settings(**{**vars(TOY), "bf16": bf16})
+    config = variant_config(settings, name)
+    batches = [
+        Batch(**{field: x.contiguous().pin_memory() for field, x in vars(batch).items()})
+        for batch in batches_of(settings)
+    ]
+    with one_process(config):
+        variant = build_variant(name, config)
+        for _ in range(2):  # the first steps allocate and compile
+            variant.step(batches)
+        found = waits(variant, batches)
+    assert sum(found.values()) == 1 and next(iter(found)).startswith("agreement.py:"), found
+
+
+def test_parts_of_a_step_add_up_without_waiting_in_between() -> None:
+    config = variant_config(TOY, "mesh")
+    times = Times()
+    with one_process(config):
+        variant = build_variant("mesh", config)
+        for _ in range(3):
+            timed_step(variant, batches_of(TOY), times)
+    assert min(*times.forward_backward, *times.communication, *times.optimizer) > 0

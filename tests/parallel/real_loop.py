@@ -1,0 +1,169 @@
+"""The real loop in workers, watched step by step or with a fault; and the ranks' agreement alone."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_mesh.config.schema import Config
+from megatron_mesh.parallel import Stage
+from megatron_mesh.runtime.distributed import model_parallel_groups
+from megatron_mesh.runtime.health import Health
+from megatron_mesh.runtime.logging import Log
+from megatron_mesh.runtime.stopping import StopRequests
+from megatron_mesh.train import loop, pretrain
+from megatron_mesh.train import step as step_module
+from megatron_mesh.train.vote import Vote, agree
+from tests.helpers import tiny_config
+from tests.parallel.training import batches_of, build, settings_of
+from tests.parallel.watch import Seen, Watch
+
+
+def config_of(corpus: str, case: dict[str, Any]) -> Config:
+    """A tiny run on ``corpus`` that logs every third step."""
+    data = {"data_path": [corpus], "num_workers": 0, "log_interval": 3, "eval_interval": 0}
+    return tiny_config(world_size=dist.get_world_size(), **settings_of({**data, **case}))
+
+
+class _StepByStep(Health):
+    """Starts a new count with every step."""
+
+    def __init__(self, watch: Watch):
+        super().__init__(dist.get_rank(), dist.get_world_size(), None)
+        self.watch = watch
+        self.steps: dict[int, Seen] = {}
+
+    def beat(self, where: str | None = None) -> None:
+        super().beat(where)
+        if where is not None and where.startswith("step "):
+            self.steps[int(where.split()[1])] = self.watch.seen = Seen()
+
+
+class BackgroundSave:
+    """In place of the Saver: a background save of which this rank's part takes ``steps`` steps."""
+
+    def __init__(self, steps: int):
+        self.pending, self.failed = True, False
+        self.completed_after: list[int] = []
+        """How many votes had been cast when the save was completed."""
+        self._steps, self._votes = steps, 0
+
+    def written(self) -> bool:
+        self._votes += 1
+        return self._votes > self._steps
+
+    def complete(self) -> None:
+        self.completed_after.append(self._votes)
+        self.pending = False
+
+    def save(self, *parts: Any) -> None:
+        """The save after the last step."""
+
+    def finish(self) -> None:
+        """The end of the run."""
+
+
+def watch_steps(corpus: str, case: dict[str, Any]) -> tuple[dict[int, Seen], list[int]]:
+    """Train 6 steps while a checkpoint is written in the background, on the last rank until the fifth step.
+
+    Returns:
+        By step, what this rank did, and after which step it completed the checkpoint.
+    """
+    config = config_of(corpus, {"train_iters": 6, **case})
+    saver = BackgroundSave(4 if dist.get_rank() == dist.get_world_size() - 1 else 0)
+    with model_parallel_groups(config), patch.object(loop, "open_saver", lambda *parts: saver):
+        run = loop.build(config)
+        with Watch() as watch:
+            health = _StepByStep(watch)
+            loop.train(run, Log(), health, StopRequests(config.checkpoint, time.monotonic()))
+    return health.steps, saver.completed_after
+
+
+@contextmanager
+def poisoned(kind: str, step: int) -> Iterator[None]:
+    """In step ``step`` (from 1), something on this rank is not finite.
+
+    Args:
+        kind: "loss" (the reported loss; the gradients are fine), "own gradient" (before the reduction; the
+            reported loss is fine), or "reduced gradient" (after it, so that no other replica has it).
+    """
+    count, run_batch, masked_loss = 0, step_module.run_batch, step_module.masked_loss
+
+    def nan_gradient(loss_mask: Tensor, losses: Tensor) -> step_module.LossReport:
+        total, tokens, report = masked_loss(loss_mask, losses)
+        return (total * math.nan if count == step else total), tokens, report
+
+    def run(stage: Stage, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal count
+        count += 1
+        totals = run_batch(stage, *args, **kwargs)
+        if count == step and kind == "reduced gradient":
+            for buffer in (buffer for group in stage.groups for buffer in group.buffers):
+                buffer.grad_data.fill_(math.nan)
+        return totals * math.inf if count == step and kind == "loss" else totals
+
+    loss = nan_gradient if kind == "own gradient" else masked_loss
+    with patch.object(step_module, "run_batch", run), patch.object(step_module, "masked_loss", loss):
+        yield
+
+
+def pretrained(
+    corpus: str, port: int, case: dict[str, Any], directory: Path, fault: tuple[str, int] | None
+) -> tuple[int, dict[str, Tensor], list[dict[str, Any]]]:
+    """``pretrain()`` on all processes, the last of which has a fault.
+
+    Args:
+        port: a free one, where the ranks meet.
+        fault: of ``poisoned``.
+
+    Returns:
+        How the run ended, this rank's weights, and the records of metrics.jsonl.
+    """
+    config = config_of(corpus, {**case, "log_interval": 1, "output_dir": str(directory)})
+    last = dist.get_rank() == dist.get_world_size() - 1
+    dist.barrier()  # a rank that leaves before all are connected would be missed
+    dist.destroy_process_group()  # the run makes its own
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    weights: dict[str, Tensor] = {}
+    train = loop.train
+
+    def train_and_keep(run: loop.Run, *args: Any) -> int:
+        ending = train(run, *args)
+        with run.stage.parameters_gathered():
+            for module in run.stage.modules:
+                weights.update((name, p.detach().clone()) for name, p in module.named_parameters())
+        return ending
+
+    with patch.object(loop, "train", train_and_keep), poisoned(*fault) if fault and last else nullcontext():
+        ending = pretrain(config)
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return ending, weights, [json.loads(line) for line in lines]
+
+
+def agreement(case: dict[str, Any]) -> dict[str, Any]:
+    """Gradient norms, ours and Megatron-core's; and outcomes of votes in which the ranks differ."""
+    config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
+    first, last = dist.get_rank() == 0, dist.get_rank() == dist.get_world_size() - 1
+    with model_parallel_groups(config):
+        stage, optimizer, _ = build(config)
+        totals = step_module.run_batch(stage, batches_of(config, 0), config.training)
+        optimizer.prepare_grads()
+        split = agree(
+            optimizer, totals, Vote("--exit-interval" if first else "SIGINT" if last else "", first)
+        )
+        return {
+            "ours": split.grad_norm,
+            "Megatron's": optimizer.get_grad_norm(),
+            "loss": (split.loss, step_module.loss_per_token(totals)),
+            "split": (split.stop, split.all_written),
+            "one": agree(optimizer, totals, Vote("the stop file" if last else "")).stop,
+            "none": agree(optimizer, totals, Vote()),
+        }

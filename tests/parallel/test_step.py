@@ -1,0 +1,171 @@
+"""A step of the real loop: every collective, every wait for the device, and steps that all ranks skip."""
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_mesh.data.indexed import IndexedWriter
+from megatron_mesh.runtime import exits
+from tests.parallel.layouts import LAYOUTS
+from tests.parallel.pool import free_port, pool
+from tests.parallel.real_loop import agreement, pretrained, watch_steps
+from tests.parallel.watch import IN_HOST_MEMORY
+
+OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+
+# layout -> (processes, settings, for each rank the collectives of a step and what a logged step adds)
+# Each rank has two micro-batches of two sequences, and 1+1R2+1 layers or a part of them.
+STEP: dict[str, tuple[int, dict[str, Any], list[tuple[dict[str, int], dict[str, int]]]]] = {
+    "one rank": (1, {"global_batch_size": 4}, [({}, {})]),
+    "data parallel": (
+        2,
+        {"global_batch_size": 8},
+        # The gradients; the number of tokens, and the agreement. Logged: peak memory; means of the routers.
+        [({"allreduce_coalesced data": 1, "allreduce world": 2}, {"allreduce world": 1, "allreduce data": 1})]
+        * 2,
+    ),
+    "tensor parallel": (
+        2,
+        {"global_batch_size": 4, "tensor_model_parallel_size": 2},
+        # 21 + 8 of the layers, the memory and the loss for each micro-batch, and the routers' gradients.
+        [
+            (
+                {"allreduce tensor": 2 * 21 + 1, "allgather_base tensor": 2 * 8, "allreduce world": 2},
+                {"allreduce world": 1, "allreduce tensor": 1},
+            )
+        ]
+        * 2,
+    ),
+    "ring": (
+        2,
+        {"global_batch_size": 4, "pipeline_model_parallel_size": 2},
+        # The 4 passes of a micro-batch go from rank to rank 7 times, and back. On two ranks Megatron-core has
+        # a group for each direction. The second rank has no routers.
+        [
+            (
+                {"send pipeline": 2 * 7, "recv world": 2 * 7, "allreduce world": 2},
+                {"allreduce world": 1},
+            ),
+            (
+                {"recv pipeline": 2 * 7, "send world": 2 * 7, "allreduce world": 2},
+                {"allreduce world": 1},
+            ),
+        ],
+    ),
+    "distributed optimizer": (
+        2,
+        {"global_batch_size": 8, **OVERLAP},
+        # The gradients; the weights, which the next forward pass gathers; number of tokens, and agreement.
+        [
+            (
+                {
+                    "reduce_scatter_tensor_coalesced data": 1,
+                    "allgather_into_tensor_coalesced data": 1,
+                    "allreduce world": 2,
+                },
+                {"allreduce world": 1, "allreduce data": 1},
+            )
+        ]
+        * 2,
+    ),
+}
+
+# The waits of a step, and what others add.
+WAIT = {"train/agreement.py: agree": 1}
+LOGGED = {"train/metrics.py: SpeedMeter.read": 2}  # for the end of the step, and for the peak memory
+ROUTERS = {"train/metrics.py: RouterMeter.read": 1}  # on ranks that have them
+SAVED = {"train/metrics.py: SpeedMeter.paused": 2}  # before and after
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> str:
+    """Prefix of 200 documents of skewed random ids below 96."""
+    prefix = str(tmp_path_factory.mktemp("corpus") / "text")
+    random = np.random.default_rng(0)
+    documents = [random.zipf(1.3, size=40) % 96 for _ in range(200)]
+    with IndexedWriter(prefix, np.uint16) as writer:
+        writer.add(np.concatenate(documents).astype(np.uint16), np.array([len(d) for d in documents]))
+        writer.commit()
+    return prefix
+
+
+@pytest.mark.parametrize("layout", STEP)
+def test_every_collective_and_every_wait_of_a_step(layout: str, corpus: str) -> None:
+    processes, settings, ranks = STEP[layout]
+    results = pool(processes).run(watch_steps, corpus, {"layers": "1+1R2+1", **settings})
+    for rank, (steps, completed_after) in enumerate(results):
+        collectives, logged = map(Counter, ranks[rank])
+        waits = {number: without_host_memory(step.waits) for number, step in steps.items()}
+        # Steps 2 and 4 only train, while a checkpoint is being written in the background.
+        for number in (2, 4):
+            assert steps[number].collectives == collectives
+            assert waits[number] == WAIT
+        # Step 3 is logged.
+        assert steps[3].collectives == collectives + logged
+        has_routers = (layout, rank) != ("ring", 1)
+        assert waits[3] == WAIT | LOGGED | (ROUTERS if has_routers else {})
+        # In step 5 the last rank has written its part, so all ranks complete the checkpoint after it.
+        assert completed_after == [5]
+        assert steps[5].collectives == collectives
+        assert waits[5] == WAIT | SAVED
+
+
+def without_host_memory(waits: Counter[str]) -> dict[str, int]:
+    return {where: count for where, count in waits.items() if where not in IN_HOST_MEMORY}
+
+
+@pytest.mark.parametrize(
+    ("layout", "bf16", "kind"),
+    [
+        ("dp2", False, "reduced gradient"),
+        ("dp2", True, "loss"),
+        ("dp2-gather", False, "own gradient"),
+        ("dp2-gather", True, "reduced gradient"),
+        ("tp2-dp2-distopt", True, "loss"),
+        ("pp2-dp2-overlap", False, "reduced gradient"),
+        ("pp2-dp2-overlap", True, "own gradient"),
+    ],
+)
+def test_all_ranks_skip_what_is_not_finite_on_one(layout, bf16, kind, corpus, tmp_path) -> None:
+    """The last step of three is skipped: every rank has the weights of a run of two steps, bit for bit."""
+    two = train(corpus, layout, tmp_path / "two", train_iters=2, bf16=bf16)
+    three = train(corpus, layout, tmp_path / "three", (kind, 3), train_iters=3, bf16=bf16)
+    for (_, expected, _), (ending, weights, records) in zip(two, three, strict=True):
+        assert ending == exits.DONE
+        assert expected and weights.keys() == expected.keys()
+        assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+        steps = [(record["kind"], record["step"]) for record in records if record["kind"] != "summary"]
+        assert steps == [("train", 1), ("train", 2), ("skipped", 3)]
+        assert not math.isfinite(records[2]["loss" if kind == "loss" else "grad_norm"])
+
+
+def train(corpus: str, layout: str, directory: Path, fault: Any = None, **case: Any) -> list[Any]:
+    """What ``pretrained`` returns on each rank."""
+    processes, settings = LAYOUTS[layout]
+    case = {"layers": "1+1R2+1", "lr": 1e-2, "lr_decay_style": "constant", **settings, **case}
+    return pool(processes).run(pretrained, corpus, free_port(), case, directory, fault, timeout=120)
+
+
+def test_the_skipped_step_would_have_changed_the_weights(corpus, tmp_path) -> None:
+    """Otherwise the test above could not fail."""
+    (_, two, _), _ = train(corpus, "dp2", tmp_path / "two", train_iters=2)
+    (_, three, _), _ = train(corpus, "dp2", tmp_path / "three", train_iters=3)
+    assert not any(torch.equal(weight, three[name]) for name, weight in two.items())
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2-dp2-distopt", "pp2-dp2-overlap"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_all_ranks_agree_on_norm_loss_and_votes(layout: str, bf16: bool) -> None:
+    processes, settings = LAYOUTS[layout]
+    results = pool(processes).run(agreement, {"bf16": bf16, **settings})
+    for result in results:
+        assert result["ours"] == results[0]["ours"] == pytest.approx(result["Megatron's"], rel=1e-6)
+        assert result["loss"][0] == result["loss"][1]
+        assert result["split"] == ("SIGINT", False)  # the more urgent reason; one rank still writes
+        assert result["one"] == "the stop file"
+        assert (result["none"].stop, result["none"].all_written, result["none"].taken) == ("", True, True)

@@ -1,0 +1,153 @@
+"""What a rank does in each step of the real loop: its collectives, and its waits for the device. In workers.
+
+A wait is whatever makes the host wait until a GPU has finished earlier work:
+
+- Python reads a value of a tensor: ``item``, ``tolist``, ``numpy``, ``float``, ``int``, ``if tensor``;
+- the size of a result depends on values, as with ``nonzero`` or an index that is a mask;
+- a copy between host and device is not ``non_blocking``; ``torch.tensor(..., device=...)`` is such a copy;
+- ``device.synchronize``.
+
+Collectives and ``Work.wait`` are not waits: NCCL queues them on the device. On a CPU all memory is host
+memory, so a read of a tensor that a GPU run keeps in host memory too is seen as well; tests have to tell such
+places apart. ``tests/gpu/test_step.py`` asks CUDA itself.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_mesh.runtime import device
+
+# What is behind ``item``, and operations whose result's size depends on values.
+READS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_consecutive",
+    "unique_dim",
+)
+# Reads of tensors that are in host memory on a GPU too: a batch from the loader, AdamW's counts of steps.
+IN_HOST_MEMORY = {
+    "train/step.py: _check_ids",
+    "optim/adam.py: Adam._init_group",
+    "optim/optimizer.py: _get_value",
+}
+CALLERS = ("/megatron_mesh/", "/megatron/core/", "/torch/optim/")
+
+
+@dataclass
+class Seen:
+    """Of one step."""
+
+    collectives: Counter[str] = field(default_factory=Counter)
+    """For example "allreduce data": the operation and the group; groups of one rank are left out."""
+    waits: Counter[str] = field(default_factory=Counter)
+    """For example "train/agreement.py: agree": the file and the function."""
+
+
+class Watch(TorchDispatchMode):
+    """Counts into ``seen``, which may be replaced at any time, what this thread does inside ``with``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = Seen()
+        self._patches = ExitStack()
+
+    def __enter__(self) -> "Watch":
+        tensor = torch.Tensor
+        for owner, name, waits in (
+            (tensor, "tolist", _always),
+            (tensor, "numpy", _always),
+            (tensor, "cpu", _always),
+            (tensor, "cuda", _is_blocking),
+            (tensor, "to", _is_blocking_copy),
+            (torch, "tensor", _has_device),
+            (torch, "as_tensor", _has_device),
+            (device, "synchronize", _always),
+        ):
+            self._patches.enter_context(
+                patch.object(owner, name, self._counting(getattr(owner, name), waits))
+            )
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patches.close()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "c10d":
+            self._collective(name.strip("_"), args)
+        elif name in READS or (name in ("index", "index_put_") and _counts_a_mask(name, args)):
+            self._wait()
+        return func(*args, **(kwargs or {}))
+
+    def _collective(self, name: str, args: tuple[Any, ...]) -> None:
+        group = dist.ProcessGroup.unbox(next(arg for arg in args if isinstance(arg, torch.ScriptObject)))
+        if group.size() > 1:
+            self.seen.collectives[f"{name} {_label(group)}"] += 1
+
+    def _counting(self, original: Callable[..., Any], waits: Callable[..., bool]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1).f_code.co_filename
+            # torch's own functions copy to where their arguments are already.
+            if waits(*args, **kwargs) and "/torch/" not in caller:
+                self._wait()
+            return original(*args, **kwargs)
+
+        return call
+
+    def _wait(self) -> None:
+        """Count a wait at the innermost place in our code, Megatron-core's or torch's optimizers."""
+        frame = sys._getframe(1)
+        while frame.f_back is not None and not any(part in frame.f_code.co_filename for part in CALLERS):
+            frame = frame.f_back
+        path = Path(frame.f_code.co_filename)
+        self.seen.waits[f"{path.parent.name}/{path.name}: {frame.f_code.co_qualname}"] += 1
+
+
+def _always(*args: Any, **kwargs: Any) -> bool:
+    return True
+
+
+def _has_device(*args: Any, device: Any = None, **kwargs: Any) -> bool:
+    return device is not None
+
+
+def _is_blocking(*args: Any, non_blocking: bool = False, **kwargs: Any) -> bool:
+    return not non_blocking
+
+
+def _is_blocking_copy(*args: Any, device: Any = None, non_blocking: bool = False, **kwargs: Any) -> bool:
+    elsewhere = device is not None or any(isinstance(arg, torch.device | str) for arg in args[1:])
+    return elsewhere and not non_blocking
+
+
+def _counts_a_mask(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether an index is a mask. To write one number wherever it is true, torch need not count."""
+    masked = any(index is not None and index.dtype == torch.bool for index in args[1])
+    return masked and not (name == "index_put_" and args[2].numel() == 1)
+
+
+def _label(group: dist.ProcessGroup) -> str:
+    """What Megatron-core calls a group."""
+    groups = {
+        "world": dist.group.WORLD,
+        "data": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "tensor": parallel_state.get_tensor_model_parallel_group(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_group(),
+        "model": parallel_state.get_model_parallel_group(),
+    }
+    names = {known.group_name: label for label, known in groups.items()}
+    return names.get(group.group_name, group.group_name)
