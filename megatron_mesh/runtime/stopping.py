@@ -1,7 +1,7 @@
 """Requests to stop after a step, with a checkpoint: a signal, the stop file, a time limit, an interval.
 
 A signal may reach only one rank, but all ranks must stop after the same step. So each rank votes in every
-step (``train/agreement.py``).
+step (``train/vote.py``).
 """
 
 import logging

@@ -76,7 +76,7 @@ STEP: dict[str, tuple[int, dict[str, Any], list[tuple[dict[str, int], dict[str, 
 }
 
 # The waits of a step, and what others add.
-WAIT = {"train/agreement.py: agree": 1}
+WAIT = {"train/vote.py: agree": 1}
 LOGGED = {"train/metrics.py: SpeedMeter.read": 2}  # for the end of the step, and for the peak memory
 ROUTERS = {"train/metrics.py: RouterMeter.read": 1}  # on ranks that have them
 SAVED = {"train/metrics.py: SpeedMeter.paused": 2}  # before and after
