@@ -19,12 +19,12 @@ from megatron_mesh.config.schema import Config
 from megatron_mesh.data import Datasets
 from megatron_mesh.model.implementation import choose
 from megatron_mesh.parallel import Stage, build_stage
-from megatron_mesh.runtime import exits
+from megatron_mesh.runtime import exits, phases
 from megatron_mesh.runtime.distributed import is_rank_zero, process_groups
-from megatron_mesh.runtime.environment import process_age
 from megatron_mesh.runtime.health import Health
 from megatron_mesh.runtime.logging import Log, check_trackers
 from megatron_mesh.runtime.memory import explained, remedies
+from megatron_mesh.runtime.start_times import STARTED
 from megatron_mesh.runtime.stopping import URGENT, StopRequests, write_status
 from megatron_mesh.train.data import open_batches, open_datasets, open_vocabulary
 from megatron_mesh.train.guard import guarded_step, record_skipped
@@ -88,7 +88,7 @@ def build(config: Config, paths: Sequence[Path] = ()) -> Run:
         check_same_run(checkpoint, config)
         step, consumed_samples = checkpoint.position(config)
     data = open_datasets(config, tokenizer, step, consumed_samples)
-    stage = build_stage(config)
+    stage = build_stage(config, initial_weights=checkpoint is None)
     optimizer = build_optimizer(config, stage)
     override = config.checkpoint.override_opt_param_scheduler
     state = TrainState(build_schedule(config.optimizer, optimizer, override=override))
@@ -125,7 +125,7 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
         state.advance(batch_size)
         log.tick(step)
         if step == first:
-            logger.info("step %d was done %.1f s after the start of the process", step, process_age())
+            phases.enter(STARTED)
 
         if logged and taken:
             state.train_loss = loss_per_token(totals)
