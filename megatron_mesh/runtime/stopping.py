@@ -19,11 +19,11 @@ import torch.distributed as dist
 from megatron_mesh.config.schema import CheckpointConfig
 from megatron_mesh.runtime import device
 from megatron_mesh.runtime.distributed import is_rank_zero
+from megatron_mesh.runtime.failures import STATUS_FILE
 
 logger = logging.getLogger(__name__)
 
 STOP_FILE = "stop"
-STATUS_FILE = "run_status.txt"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO_SECONDS = 5.0
 """A signal that comes so soon after the first is the same request: launchers pass on what ranks got too."""
@@ -124,7 +124,8 @@ def _end_at_second_request(pipe: int) -> None:
 def write_status(directory: str | None, status: str) -> None:
     """Say in ``directory/run_status.txt``, in one word, how the run stands: for scripts that start it again.
 
-    ``running``, ``stopped`` (on request, with a checkpoint), ``done`` or ``failed``. Rank 0 writes.
+    ``running``, ``stopped`` (on request, with a checkpoint), ``done`` or ``failed``. Rank 0 writes. When the
+    run fails, ``failures.py`` adds why.
     """
     if directory is None or not is_rank_zero():
         return

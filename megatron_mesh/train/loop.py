@@ -61,12 +61,15 @@ def pretrain(config: Config) -> int:
             tell_of_idle_steps(config)
         with health.busy("the preparations"):
             check_trackers(config.logging)
+            phases.enter("loading a checkpoint")
             paths = candidates(config.checkpoint)
             check_writable(config)
             run = build(config, paths)
         stop = StopRequests(config.checkpoint, started)
         with open_outputs(run.config, run.state) as log, stop.listening():
             write_status(config.checkpoint.save, "running")
+            health.failures.running = True
+            phases.enter("step")
             ending = train(run, log, health, stop)
             log.record("summary", run.state.step, **summary(run.config, run.state, log))
         write_status(config.checkpoint.save, STATUS[ending])
@@ -82,17 +85,20 @@ def build(config: Config, paths: Sequence[Path] = ()) -> Run:
     checkpoint = first_whole(paths, fallback=config.checkpoint.load_fallback)
     if config.checkpoint.save is not None and is_rank_zero():
         remove_unfinished(Path(config.checkpoint.save))
+    phases.enter("data")
     config, tokenizer = open_vocabulary(config)
     step, consumed_samples = 0, 0
     if checkpoint is not None:
         check_same_run(checkpoint, config)
         step, consumed_samples = checkpoint.position(config)
     data = open_datasets(config, tokenizer, step, consumed_samples)
+    phases.enter("model")
     stage = build_stage(config, initial_weights=checkpoint is None)
     optimizer = build_optimizer(config, stage)
     override = config.checkpoint.override_opt_param_scheduler
     state = TrainState(build_schedule(config.optimizer, optimizer, override=override))
     if checkpoint is not None:
+        phases.enter("loading a checkpoint")
         load_checkpoint(checkpoint, config, stage, optimizer, state)
     return Run(config, data, stage, optimizer, state)
 
