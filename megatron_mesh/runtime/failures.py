@@ -27,8 +27,8 @@ class Failures:
         save: the run's directory (``--save``), or None.
 
     Attributes:
-        running: whether this run has said ``running`` in ``run_status.txt``. Before that, the file that is
-            there belongs to another run, and stays.
+        running: whether this run has said ``running`` in ``run_status.txt``. Before that, a directory with
+            such a file or with checkpoints may belong to another run, and is left alone.
     """
 
     def __init__(self, store: Any = None, save: str | None = None) -> None:
@@ -98,10 +98,17 @@ class Failures:
                 partial = path.with_suffix(".partial")
                 partial.write_text(f"{word}\n{line}", encoding="utf-8")
                 os.replace(partial, path)
-            else:
+            elif not _is_another_runs(path.parent):
                 with path.open("x", encoding="utf-8") as file:
                     file.write(f"{word}\n{line}")
+            else:
+                return
             if self._store is not None:
                 self._store.set(_STATUS_NOTED, "")
         except (OSError, RuntimeError):  # stderr has it
             return
+
+
+def _is_another_runs(save: Path) -> bool:
+    """Whether ``save`` holds checkpoints. A job that ``submit_slurm.py`` has sent owns it all the same."""
+    return any(save.glob("iter_*")) and not (save / "slurm" / "owner").exists()

@@ -13,6 +13,7 @@ import pytest
 from tests.end_to_end.runs import ROOT, write_settings
 
 HOST = socket.gethostname()
+NO_WATCHDOG = ["--watchdog-timeout-minutes", 0]
 Ended = tuple[list[int], list[str], float]
 
 
@@ -117,7 +118,7 @@ def test_help_is_shown_once() -> None:
 
 
 def test_a_rank_that_does_not_come_is_named(good) -> None:
-    line = [*good, "--distributed-timeout-minutes", 0.2]
+    line = [*good, "--global-batch-size", 6, "--distributed-timeout-minutes", 0.2, *NO_WATCHDOG]
     codes, errors, _ = job(line, line, line, present=[0, 2])
     assert codes == [1, 1]
     ((_, text),) = told(errors)
@@ -125,7 +126,7 @@ def test_a_rank_that_does_not_come_is_named(good) -> None:
 
 
 def test_no_rank_zero(good) -> None:
-    line = [*good, "--distributed-timeout-minutes", 0.05]
+    line = [*good, "--distributed-timeout-minutes", 0.05, *NO_WATCHDOG]
     codes, errors, _ = job(line, line, present=[1])
     assert codes == [1]
     assert told(errors)[0][1].startswith("rank 0 does not answer at 127.0.0.1:")
