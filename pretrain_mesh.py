@@ -5,45 +5,54 @@ python pretrain_mesh.py --config examples/configs/pythia-160m-mesh.yaml --data-p
 torchrun --nproc-per-node 8 pretrain_mesh.py --config examples/configs/pythia-1b-mesh.yaml --data-path D
 """
 
+import io
 import sys
-import time
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 
-from megatron_mesh.arguments import parse_args
+from megatron_mesh.arguments import Arguments, parse_args
 from megatron_mesh.config.checks import resolve
-from megatron_mesh.errors import OutOfMemory, UserError
+from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.console import show_messages
+from megatron_mesh.runtime.entry import failures_told
 from megatron_mesh.runtime.environment import rank_from_environment, world_size_from_environment
+from megatron_mesh.runtime.start_times import log_start_times
 
 
 def main(argv: Sequence[str]) -> int:
     """Parse, then plan or train; returns the exit status (``megatron_mesh/runtime/exits.py``)."""
-    arguments = parse_args(argv)
     world_size = world_size_from_environment()
+    arguments = parse_args(argv) if world_size == 1 else _parse_quietly(argv)
     config = resolve(arguments.config, world_size=world_size)
     # Megatron-core takes seconds to import, and --help and mistakes do not need it.
     if arguments.dry_run:
         from megatron_mesh.planner.dry_run import dry_run_text
 
-        print(dry_run_text(config, world_size))
+        if rank_from_environment() == 0:
+            print(dry_run_text(config, world_size))
         return exits.DONE
     from megatron_mesh.train import pretrain
 
     return pretrain(config)
 
 
-if __name__ == "__main__":  # saving a checkpoint starts processes that import this file
-    speaks = rank_from_environment() == 0
-    show_messages(speaks)
+def _parse_quietly(argv: Sequence[str]) -> Arguments:
+    """``parse_args`` on one of many ranks: only rank 0 shows help, and errors are raised, not printed."""
+    shown, said = io.StringIO(), io.StringIO()
     try:
+        with redirect_stdout(shown), redirect_stderr(said):
+            return parse_args(argv)
+    except SystemExit as end:
+        if end.code:
+            raise UserError("\n".join(map(str.rstrip, said.getvalue().strip().splitlines()))) from None
+        if rank_from_environment() == 0:
+            print(shown.getvalue(), end="")
+        raise
+
+
+if __name__ == "__main__":  # saving a checkpoint starts processes that import this file
+    show_messages(rank_from_environment() == 0)
+    log_start_times()
+    with failures_told(sys.argv[1:]):
         sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        if speaks:
-            print(f"error: {error}", file=sys.stderr)
-        else:  # where one rank ends the launcher ends the others, and the first has to say why
-            time.sleep(3)
-        sys.exit(exits.BAD_INPUT)
-    except OutOfMemory as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(exits.CRASHED)

@@ -14,3 +14,10 @@ class OutOfMemory(RuntimeError):
 
     Nothing is wrong with the input as such, so entry points exit with code 1, and without a traceback.
     """
+
+
+class RanksLost(RuntimeError):
+    """Other ranks of the job cannot be reached. The message says which, and where to look.
+
+    The same command may succeed the next time, so entry points exit with code 1, and without a traceback.
+    """

@@ -144,6 +144,8 @@ again() {
 decide() {
     local ended state
     ended=$(word_in "$RUN/run_status.txt")
+    # Further lines say why the run failed, and on which rank and host.
+    tail -n +2 "$RUN/run_status.txt" 2>/dev/null | while IFS= read -r cause; do say "cause: $cause"; done
     owned || { say "another start has taken over; nothing to do"; exit 1; }
     # The ranks have agreed to end, so nobody is left who writes.
     case $ended in done | stopped) rm -f "$RUN/slurm/owner" ;; esac

@@ -1,22 +1,23 @@
-"""Training, validation and test data from .bin/.idx prefixes, on Megatron's GPTDataset and index cache."""
+"""The three data sets of a run, from .bin/.idx prefixes, on Megatron's GPTDataset and an index cache."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+import socket
+from collections.abc import Mapping
+from typing import NamedTuple
 
-import numpy as np
-import torch.distributed as dist
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_mesh.config.schema import DataConfig
-from megatron_mesh.data.blend import Share, parse_blend, parse_split
-from megatron_mesh.data.indexed import inspect_prefix
+from megatron_mesh.data import cache
+from megatron_mesh.data.blend import parse_blend, parse_split
+from megatron_mesh.data.epoch import Epoch
+from megatron_mesh.data.indexed import file_sizes
+from megatron_mesh.data.plan import Planner, Source, StreamPlan
 from megatron_mesh.data.stream import Part, SampleStream
 from megatron_mesh.data.tokenizer import Tokenizer
 from megatron_mesh.errors import UserError
-
-_Result = TypeVar("_Result")
+from megatron_mesh.runtime.agreement import from_every_rank, from_rank_zero, on_every_rank, rank
 
 
 class Datasets(NamedTuple):
@@ -25,16 +26,6 @@ class Datasets(NamedTuple):
     train: SampleStream
     valid: SampleStream | None
     test: SampleStream | None
-
-
-class Source(NamedTuple):
-    """Where one of the three data sets comes from: the words of ``flag``, and a share of their documents."""
-
-    flag: str
-    words: list[str]
-    split: str
-    share: Share
-    required: bool
 
 
 def build_datasets(
@@ -46,15 +37,17 @@ def build_datasets(
     train_samples: int,
     eval_samples: int,
 ) -> Datasets:
-    """Open the data of a run; with torch.distributed, every rank must call this.
+    """Open the data of a run; with torch.distributed, a collective operation.
 
     Training is the first ``train_samples`` samples of a stream that ``seed`` alone orders; validation and
     test are the first ``eval_samples`` of theirs, the same at every evaluation (read again from the start
     where there are fewer). A test share too small for one sequence is left out.
 
-    Rank 0 builds the index cache, then the others load it.
-    Raises UserError, on every rank, for malformed settings, missing or damaged files, too little data,
-    or a cache that cannot be written or is absent on this node.
+    Rank 0 inspects the data and builds what the index cache lacks. On nodes that don't see its cache, one
+    rank per node builds it. Every rank then memory-maps the cache, and reads nothing else.
+
+    Raises UserError, on every rank, for malformed settings, missing or damaged files, too little data, a
+    cache that cannot be written, or data that differ between nodes.
     """
     sources = _sources(data)
     if sources[Split.train] is None:
@@ -62,20 +55,95 @@ def build_datasets(
             "No training data: give --data-path (with a training share in --split) or --train-data-path."
         )
     sizes = {Split.train: train_samples, Split.valid: eval_samples, Split.test: eval_samples}
+    planner = Planner(data.data_cache_path, seq_length, seed)
 
-    def build() -> list[SampleStream | None]:
-        return [
-            _build_stream(
-                source, split, sizes[split], _megatron_config(data, source, tokenizer, seq_length, seed)
-            )
+    def planned() -> dict[Split, StreamPlan | None]:
+        plans = {
+            split: planner.stream(source, split, sizes[split])
             if source is not None and (split is Split.train or eval_samples > 0)
             else None
             for split, source in sources.items()
-        ]
+        }
+        planner.build(plan for plan in plans.values() if plan is not None)
+        return plans
 
-    train, valid, test = _rank_zero_first(build)
-    assert train is not None
-    return Datasets(train, valid, test)
+    plans = from_rank_zero(planned)
+    opener = _Opener(
+        {
+            split: _megatron_config(data, source, tokenizer, seq_length, seed)
+            for split, source in sources.items()
+            if source is not None
+        },
+        seed,
+    )
+    streams = _open_everywhere(opener, planner, {s: plan for s, plan in plans.items() if plan is not None})
+    return Datasets(streams[Split.train], streams.get(Split.valid), streams.get(Split.test))
+
+
+class _Opener:
+    """Opens streams; the three share one reader of each prefix."""
+
+    def __init__(self, configs: Mapping[Split, GPTDatasetConfig], seed: int) -> None:
+        self._configs, self._seed = configs, seed
+        self._data: dict[str, IndexedDataset] = {}
+
+    def stream(self, plan: StreamPlan, split: Split) -> SampleStream | None:
+        """The stream, or None if the cache entries that it needs aren't whole, or not visible here.
+
+        Raises:
+            UserError: the data files are missing here, or aren't those that rank 0 sees.
+        """
+        config = self._configs[split]
+        parts = []
+        for part in plan.parts:
+            if (sizes := file_sizes(part.prefix)) != part.facts.sizes:
+                raise UserError(
+                    f"{part.prefix}.idx and .bin have {sizes[0]:,} and {sizes[1]:,} bytes, and rank 0 sees "
+                    f"{part.facts.sizes[0]:,} and {part.facts.sizes[1]:,}; copy the same files to every node"
+                )
+            index = cache.load(part.index)
+            if index is None:
+                return None
+            if part.prefix not in self._data:
+                self._data[part.prefix] = IndexedDataset(part.prefix)
+            data = self._data[part.prefix]
+            parts.append(
+                Part(part.prefix, part.weight, Epoch(data, part.prefix, part.documents, index, split, config))
+            )
+        blend = None if plan.blend is None else cache.load(plan.blend)
+        if plan.blend is not None and blend is None:
+            return None
+        return SampleStream(parts, self._seed, plan.num_samples, blend)
+
+
+def _open_everywhere(
+    opener: _Opener, planner: Planner, plans: Mapping[Split, StreamPlan]
+) -> dict[Split, SampleStream]:
+    """Open the streams on every rank. Where a node doesn't see the cache, its first such rank builds it."""
+    streams, blind = _attempt(opener, plans)
+    if not blind:
+        return streams
+    host = socket.gethostname()
+    builds = rank() == min((r for r, where in blind.items() if where == host), default=None)
+    on_every_rank(lambda: planner.build(plans.values()) if builds else None)
+    streams, blind = _attempt(opener, plans)
+    if blind:
+        lost = min(blind)
+        raise UserError(
+            f"Rank {lost} on host {blind[lost]} doesn't see the index cache that a rank of the same host has "
+            "just built; put --data-cache-path where all processes of a node see it."
+        )
+    return streams
+
+
+def _attempt(
+    opener: _Opener, plans: Mapping[Split, StreamPlan]
+) -> tuple[dict[Split, SampleStream], dict[int, str]]:
+    """The streams that open here, and the hosts of the ranks where not all of them do, by rank."""
+    opened = on_every_rank(lambda: {split: opener.stream(plan, split) for split, plan in plans.items()})
+    streams = {split: stream for split, stream in opened.items() if stream is not None}
+    seen = from_every_rank((socket.gethostname(), len(streams) == len(plans)))
+    return streams, {r: host for r, (host, complete) in enumerate(seen) if not complete}
 
 
 def _sources(data: DataConfig) -> dict[Split, Source | None]:
@@ -122,68 +190,3 @@ def _megatron_config(
         eod_mask_loss=data.eod_mask_loss,
         create_attention_mask=False,  # the attention is causal by itself; a mask costs [S, S] per sample
     )
-
-
-def _build_stream(source: Source, split: Split, size: int, config: GPTDatasetConfig) -> SampleStream | None:
-    parts = []
-    for part in parse_blend(source.words, source.flag):
-        dataset = _build_epoch(part.prefix, source, split, config)
-        if dataset is None:
-            return None
-        parts.append(Part(part.prefix, part.weight, dataset))
-    return SampleStream(parts, config.random_seed, size)
-
-
-def _build_epoch(prefix: str, source: Source, split: Split, config: GPTDatasetConfig) -> GPTDataset | None:
-    """One epoch of one prefix; None if it is not required and has less than one sequence."""
-    facts = inspect_prefix(prefix)
-    first, last = (round(edge * facts.sequences) for edge in source.share)  # as BlendedMegatronDatasetBuilder
-    documents = np.arange(first, last, dtype=np.int32)
-    low_level = GPTDataset.build_low_level_dataset(prefix, config) if facts.sequences else None
-    tokens = 0 if low_level is None else int(low_level.sequence_lengths[documents].sum())
-    if low_level is None or tokens < config.sequence_length + 1:
-        if not source.required:
-            return None
-        raise UserError(
-            f"The {split.name} part of {prefix} has {tokens:,} tokens in {len(documents):,} of "
-            f"{facts.sequences:,} documents; one sequence takes {config.sequence_length + 1:,} (--seq-length "
-            "and a last label). Give more data, a shorter sequence, or another --split (0 leaves a part out)."
-        )
-    # The name is only a part of the cache's key: content instead of place, so that data written anew is
-    # never read through an old index, and a cache built on another mount point is found.
-    name = f"{Path(prefix).name}-{facts.fingerprint}"
-    try:
-        return GPTDataset(low_level, name, documents, None, split, config)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(_cache_problem(error, config.path_to_cache or f"{prefix}/cache")) from error
-
-
-def _cache_problem(error: Exception, cache: str) -> str:
-    if isinstance(error, FileNotFoundError) and dist.is_initialized() and dist.get_rank() != 0:
-        return (
-            f"The index cache {cache} is not on the node of rank {dist.get_rank()}: put --data-cache-path on "
-            "a disk that all nodes share, or run tools/build_data_index.py on every node first."
-        )
-    if isinstance(error, OSError):
-        return f"The index cache {cache} cannot be used: {error}; give a writable --data-cache-path."
-    return f"The index cache {cache} is damaged ({error}); delete that directory and start again."
-
-
-def _rank_zero_first(build: Callable[[], _Result]) -> _Result:
-    """Run ``build`` on rank 0, then on the other ranks; bad input on rank 0 is raised on all of them.
-
-    Megatron's build_generic_dataset leaves the other ranks waiting at a barrier when rank 0 fails.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return build()
-    outcome: list[Any] = [None]
-    result = None
-    if dist.get_rank() == 0:
-        try:
-            result = build()
-        except UserError as error:
-            outcome = [str(error)]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise UserError(outcome[0])
-    return build() if result is None else result

@@ -22,6 +22,7 @@ from megatron.core.datasets.indexed_dataset import (
 from megatron_mesh.errors import UserError
 
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+_SAMPLES, _SAMPLE_BYTES = 63, 4096
 
 
 class _NumpyIndexWriter(_IndexWriter):
@@ -78,30 +79,26 @@ class IndexedWriter:
 
 
 class IndexedFacts(NamedTuple):
-    """What a pair of files says of itself: sequences, bytes per token, a fingerprint of the content."""
+    """What a pair of files says of itself."""
 
     sequences: int
     token_bytes: int
     fingerprint: str
+    """Of the lengths of all documents and of samples of the tokens: what an index is built from."""
+    sizes: tuple[int, int]
+    """Bytes of the .idx and the .bin file."""
 
 
 def inspect_prefix(prefix: str) -> IndexedFacts:
-    """Check the pair PREFIX.bin, PREFIX.idx in constant time.
+    """Check the pair PREFIX.bin, PREFIX.idx. Reads 4 bytes a document, and at most 256 KiB of the tokens.
 
     Raises UserError when one is missing, the index is truncated or of another format, or the data are
     shorter than the index says. Megatron's reader would stop with an assertion or read past the end.
     """
     idx, bin_ = Path(get_idx_path(prefix)), Path(get_bin_path(prefix))
-    for path in (idx, bin_):
-        if not path.is_file():
-            hint = ", without .bin or .idx" if prefix.endswith((".bin", ".idx")) else ""
-            raise UserError(
-                f"Data file {path} does not exist: --data-path takes the prefix of a .bin and .idx pair{hint}"
-                ", as tools/preprocess_data.py prints it."
-            )
-    idx_bytes, bin_bytes = idx.stat().st_size, bin_.stat().st_size
+    idx_bytes, bin_bytes = sizes = file_sizes(prefix)
     with open(idx, "rb") as file:
-        start = file.read(1 << 20)
+        start = file.read(_HEADER.size)
     remedy = "write it again with tools/preprocess_data.py."
     if len(start) < _HEADER.size or not start.startswith(_INDEX_HEADER):
         raise UserError(f"{idx} is truncated or no Megatron index; {remedy}")
@@ -115,8 +112,43 @@ def inspect_prefix(prefix: str) -> IndexedFacts:
     tokens = _end_of_last_sequence(idx, sequences, token_bytes)
     if bin_bytes != tokens:
         raise UserError(f"{bin_} has {bin_bytes:,} bytes, but {idx} describes {tokens:,}; {remedy}")
-    digest = hashlib.sha256(start + struct.pack("<QQ", idx_bytes, bin_bytes)).hexdigest()
-    return IndexedFacts(sequences, token_bytes, digest[:16])
+    digest = hashlib.blake2b(start + struct.pack("<QQ", *sizes), digest_size=16)
+    _add_lengths(digest, idx, sequences)
+    _add_samples(digest, bin_, bin_bytes)
+    return IndexedFacts(sequences, token_bytes, digest.hexdigest(), sizes)
+
+
+def file_sizes(prefix: str) -> tuple[int, int]:
+    """Bytes of PREFIX.idx and PREFIX.bin, without opening them. Raises UserError if one is missing."""
+    paths = get_idx_path(prefix), get_bin_path(prefix)
+    for path in paths:
+        if not os.path.isfile(path):
+            hint = ", without .bin or .idx" if prefix.endswith((".bin", ".idx")) else ""
+            raise UserError(
+                f"Data file {path} does not exist: --data-path takes the prefix of a .bin and .idx pair{hint}"
+                ", as tools/preprocess_data.py prints it."
+            )
+    return os.path.getsize(paths[0]), os.path.getsize(paths[1])
+
+
+def _add_lengths(digest: "hashlib.blake2b", idx: Path, sequences: int) -> None:
+    """Add the lengths of all documents: the index of samples depends on each, and on their order."""
+    left = 4 * sequences
+    with open(idx, "rb") as file:
+        file.seek(_HEADER.size)
+        while left and (block := file.read(min(left, 1 << 22))):
+            digest.update(block)
+            left -= len(block)
+
+
+def _add_samples(digest: "hashlib.blake2b", bin_: Path, size: int) -> None:
+    """Add blocks of the tokens from all over the file (all of a small one); reading all would take hours."""
+    with open(bin_, "rb") as file:
+        for offset in sorted(
+            {size * i // _SAMPLES for i in range(_SAMPLES)} | {max(0, size - _SAMPLE_BYTES)}
+        ):
+            file.seek(offset)
+            digest.update(file.read(_SAMPLE_BYTES))
 
 
 def _end_of_last_sequence(idx: Path, sequences: int, token_bytes: int) -> int:

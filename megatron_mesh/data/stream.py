@@ -5,14 +5,19 @@ the run, which changes the order of all samples when a run is extended; here eve
 one epoch, and the stream repeats the epochs, each in an order of its own.
 """
 
+import json
 import math
+from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset
+
+from megatron_mesh.data.cache import Arrays, Key
 
 
 class Origin(NamedTuple):
@@ -31,25 +36,38 @@ class Part(NamedTuple):
     dataset: GPTDataset
 
 
+def blend_key(cache: Path, weights: Sequence[float], num_samples: int) -> Key:
+    """The cache entry of a blend: which data set each sample comes from."""
+    description = {"index": "blend", "weights": list(weights), "samples": num_samples}
+    return Key(cache, "blend", json.dumps(description))
+
+
+def blend_index(weights: Sequence[float], num_samples: int) -> Arrays:
+    """The data set of each sample [num_samples] int16, and its number within that one [num_samples] int64.
+
+    Each sample comes from the data set that lags furthest behind its weight. Megatron's
+    build_blending_indices is greedy, so a longer stream begins with the shorter one.
+    """
+    part_of = np.zeros(num_samples, np.int16)
+    sample_of = np.zeros(num_samples, np.int64)
+    helpers.build_blending_indices(part_of, sample_of, np.array(weights), len(weights), num_samples, False)
+    return {"part_of": part_of, "sample_of": sample_of}
+
+
 class SampleStream(torch.utils.data.Dataset):
     """The first ``num_samples`` samples of the stream.
 
-    A blend takes the data set that lags furthest behind its weight (Megatron's build_blending_indices, which
-    is greedy: a longer stream begins with the shorter one). The choice costs 10 bytes a sample.
+    Args:
+        blend: what ``blend_index`` returned, memory-mapped: 10 bytes a sample, which the processes of a node
+            share. None for a single part.
     """
 
-    def __init__(self, parts: list[Part], seed: int, num_samples: int) -> None:
+    def __init__(self, parts: list[Part], seed: int, num_samples: int, blend: Arrays | None = None) -> None:
+        assert (len(parts) > 1) == (blend is not None)
         self.parts = parts
         self.seed = seed
         self.num_samples = num_samples
-        self._part_of: np.ndarray | None = None
-        if len(parts) > 1:
-            self._part_of = np.zeros(num_samples, np.int16)
-            self._sample_of = np.zeros(num_samples, np.int64)
-            weights = np.array([part.weight for part in parts])
-            helpers.build_blending_indices(
-                self._part_of, self._sample_of, weights, len(parts), num_samples, False
-            )
+        self._blend = blend
 
     def __len__(self) -> int:
         return self.num_samples
@@ -68,8 +86,9 @@ class SampleStream(torch.utils.data.Dataset):
         if not 0 <= sample < self.num_samples:
             raise IndexError(f"sample {sample} of {self.num_samples}")
         part = self.parts[0]
-        if self._part_of is not None:
-            part, sample = self.parts[self._part_of[sample]], int(self._sample_of[sample])
+        if self._blend is not None:
+            part = self.parts[self._blend["part_of"][sample]]
+            sample = int(self._blend["sample_of"][sample])
         epoch, offset = divmod(sample, len(part.dataset))
         stride, shift = epoch_order(self.seed, epoch, len(part.dataset))
         return part, epoch, (offset * stride + shift) % len(part.dataset)

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from megatron_mesh.config.derived import padded_vocab_size
 from megatron_mesh.config.placement import Part
@@ -11,24 +13,41 @@ from megatron_mesh.config.schema import Config
 from megatron_mesh.model.config import transformer_config
 from megatron_mesh.model.gpt import MeshGPTModel
 from megatron_mesh.model.implementation import LOCAL, Implementation, choose
-from megatron_mesh.model.init import init_weights
+from megatron_mesh.model.init import init_weights, zero_weights
 from megatron_mesh.model.layers import layer_spec
 from megatron_mesh.runtime import device
 
 
-def build_model(config: Config, part: Part | None = None, **stage: Any) -> MeshGPTModel:
-    """The model of this rank, initialised from the seed. Megatron's process groups must exist.
+def build_model(
+    config: Config, part: Part | None = None, *, initial_weights: bool = True, **stage: Any
+) -> MeshGPTModel:
+    """Build this rank's model. Megatron's process groups must exist; no global generator advances.
 
     Args:
-        part: what a pipeline rank holds of a looped model.
-        stage: for a chunk of a plain one, ``pre_process``, ``post_process`` and ``vp_stage``.
+        part: the part of a looped model that a pipeline rank holds.
+        initial_weights: draw the weights from the seed. If False they are zero, for a checkpoint to fill.
+        stage: for a chunk of a plain model, ``pre_process``, ``post_process`` and ``vp_stage``.
     """
     implementation = choose(config.precision, config.parallel)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    with device.device():
+    with device.device(), _NothingDrawn():
         model = _construct(config, groups, part, implementation, **stage)
-    init_weights(model, config.training.seed, config.model.depth_scaled_init)
+    if initial_weights:
+        init_weights(model, config.training.seed, config.model.depth_scaled_init)
+    else:
+        zero_weights(model)
     return model
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Skip the values that torch's modules draw for themselves; ours are set afterwards."""
+
+    _DRAWS = (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._DRAWS:
+            return (*args, *(kwargs or {}).values())[0]
+        return func(*args, **(kwargs or {}))
 
 
 def build_on_meta(

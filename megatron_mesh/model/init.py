@@ -45,6 +45,13 @@ def init_weights(model: MeshGPTModel, seed: int, depth_scaled: bool = True) -> N
         )
 
 
+@torch.no_grad()
+def zero_weights(model: MeshGPTModel) -> None:
+    """Set every parameter to zero, for a checkpoint to fill; it need not hold the padded vocabulary rows."""
+    for parameter in model.parameters():
+        parameter.zero_()
+
+
 def drawn(shape: Sequence[int], key: str, std: float) -> Tensor:
     """The whole tensor that ``key`` names, from N(0, std)."""
     digest = hashlib.sha256(key.encode()).digest()

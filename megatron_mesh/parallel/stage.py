@@ -86,14 +86,18 @@ def chunk_reads(chunk: Any) -> bool:
     return model.pre_process or model.post_process
 
 
-def build_stage(config: Config) -> Stage:
-    """Build this rank's share. Megatron's process groups must exist."""
+def build_stage(config: Config, *, initial_weights: bool = True) -> Stage:
+    """Build this rank's share. Megatron's process groups must exist.
+
+    Args:
+        initial_weights: draw the weights. If False they are zero, for a checkpoint to fill.
+    """
     ranks = config.parallel.pipeline_model_parallel_size
     if ranks == 1:
-        return plain_stage([build_model(config)], config)
+        return plain_stage([build_model(config, initial_weights=initial_weights)], config)
     if SCHEMES[config.model.recurrence].has_loop:
-        return _ring(config)
-    return plain_stage(_plain_chunks(config), config)
+        return _ring(config, initial_weights)
+    return plain_stage(_plain_chunks(config, initial_weights), config)
 
 
 def plain_stage(modules: list[Any], config: Config) -> Stage:
@@ -102,17 +106,18 @@ def plain_stage(modules: list[Any], config: Config) -> Stage:
     return _with_schedule(Stage(modules, list(groups), groups), config)
 
 
-def _ring(config: Config) -> Stage:
+def _ring(config: Config, initial_weights: bool) -> Stage:
     rank = parallel_state.get_pipeline_model_parallel_rank()
     part = placement(config.model, config.parallel).part(rank)
     stages = virtual_stages(config.model, config.parallel)
     assert stages is not None
-    model = build_model(config, part, vp_stage=0 if part.first else stages - 1)
+    stage = 0 if part.first else stages - 1
+    model = build_model(config, part, initial_weights=initial_weights, vp_stage=stage)
     groups = wrap(ring_groups(model), config.parallel)
     return _with_schedule(Stage([model], ring_chunks(model), groups), config)
 
 
-def _plain_chunks(config: Config) -> list[MeshGPTModel]:
+def _plain_chunks(config: Config, initial_weights: bool) -> list[MeshGPTModel]:
     """Megatron's own pipeline of a plain model."""
     rank = parallel_state.get_pipeline_model_parallel_rank()
     last = config.parallel.pipeline_model_parallel_size - 1
@@ -120,6 +125,7 @@ def _plain_chunks(config: Config) -> list[MeshGPTModel]:
     return [
         build_model(
             config,
+            initial_weights=initial_weights,
             pre_process=(rank, stage) == (0, 0),
             post_process=(rank, stage) == (last, stages - 1),
             vp_stage=stage if stages > 1 else None,

@@ -1,4 +1,4 @@
-"""One rank works or looks, all ranks know; any rank complains, all ranks hear it."""
+"""What ranks tell each other at start and in saves, as Python objects: one's result, or a word from each."""
 
 import socket
 from collections.abc import Callable
@@ -11,33 +11,72 @@ from megatron_mesh.errors import UserError
 _Result = TypeVar("_Result")
 
 
-def from_rank_zero(work: Callable[[], _Result]) -> _Result:
-    """What ``work`` returns on rank 0; a collective operation.
+def from_rank_zero(make: Callable[[], _Result]) -> _Result:
+    """What ``make`` returns on rank 0, on every rank; a collective operation.
 
     Raises:
-        UserError: on all ranks, if rank 0's work raises it.
+        UserError: ``make`` raised it on rank 0; every rank raises it.
     """
+    if _alone():
+        return make()
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            box = [work(), None]
+            box[0] = make()
         except UserError as error:
-            box = [None, str(error)]
+            box[1] = str(error)
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         raise UserError(box[1])
     return box[0]
 
 
+def from_every_rank(value: _Result) -> list[_Result]:
+    """``value`` of each rank, in the order of ranks; a collective operation."""
+    if _alone():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def complaints(reason: str | None) -> list[str]:
-    """What any ranks complain of, each distinct reason once, with the first rank and host that has it.
+    """What any ranks complain of: each distinct reason once, with the first rank and host that has it.
 
     A collective operation; every rank gives its own ``reason``, or None.
     """
-    gathered: list[tuple[str, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, None if reason is None else (reason, socket.gethostname()))
     found: dict[str, str] = {}
-    for rank, complaint in enumerate(gathered):
+    gathered = from_every_rank(None if reason is None else (reason, socket.gethostname()))
+    for number, complaint in enumerate(gathered):
         if complaint is not None:
-            found.setdefault(complaint[0], f"{complaint[0]} (rank {rank} on {complaint[1]})")
+            said, host = complaint
+            found.setdefault(said, f"{said} (rank {number} on {host})")
     return list(found.values())
+
+
+def on_every_rank(make: Callable[[], _Result]) -> _Result:
+    """Call ``make`` on each rank; a collective operation.
+
+    Raises:
+        UserError: ``make`` raised it, or an OSError, on some rank. Every rank raises the first of these,
+            which names its host and rank.
+    """
+    result, problem = None, ""
+    try:
+        result = make()
+    except (UserError, OSError) as error:
+        if _alone() and isinstance(error, UserError):
+            raise
+        problem = f"{error} (rank {rank()} on host {socket.gethostname()})"
+    if problem := next(filter(None, from_every_rank(problem)), ""):
+        raise UserError(problem)
+    return result  # type: ignore[return-value]
+
+
+def rank() -> int:
+    """Index of this process, 0 without torch.distributed."""
+    return 0 if _alone() else dist.get_rank()
+
+
+def _alone() -> bool:
+    return not dist.is_initialized() or dist.get_world_size() == 1

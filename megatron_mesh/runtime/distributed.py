@@ -1,5 +1,6 @@
 """Processes and their groups: start, layout, end."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -7,17 +8,19 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from torch.distributed.rendezvous import rendezvous
 
 from megatron_mesh.config.placement import virtual_stages
 from megatron_mesh.config.schema import Config
-from megatron_mesh.runtime import device
+from megatron_mesh.errors import RanksLost
+from megatron_mesh.runtime import device, exits, phases
 from megatron_mesh.runtime.environment import (
     find_rendezvous,
     rank_from_environment,
     world_size_from_environment,
 )
+from megatron_mesh.runtime.failures import RUNNING, Failures, place
 from megatron_mesh.runtime.health import Health, failures_reported, watched
+from megatron_mesh.runtime.meeting import Meeting
 
 
 @contextmanager
@@ -27,26 +30,44 @@ def process_groups(config: Config) -> Iterator[Health]:
     Plain python is a world of one process, which needs no address of anybody. Inside, a rank that fails
     or hangs ends the job (``health.py``).
     """
+    phases.enter("groups")
     device.prepare()
     if config.training.deterministic_mode:
         device.be_deterministic()
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     world, rank = world_size_from_environment(), rank_from_environment()
-    store: dist.Store = dist.HashStore()
-    if world > 1:
-        find_rendezvous()
-        store, rank, world = next(rendezvous("env://", rank, world, timeout=timeout))
-    dist.init_process_group(device.backend(), store=store, rank=rank, world_size=world, timeout=timeout)
-    health = Health(rank, world, store)
+    store = shared_store(config, rank, world, timeout) if world > 1 else dist.HashStore()
+    # A connection of its own: the watchdog asks while this thread may wait for an answer.
+    health = Health(rank, world, store.clone(), config.checkpoint.save)
     try:
-        with (
-            watched(health, config.parallel.watchdog_timeout_minutes),
-            failures_reported(health),
-            model_parallel_groups(config),
-        ):
-            yield health
+        with watched(health, config.parallel.watchdog_timeout_minutes), failures_reported(health):
+            dist.init_process_group(
+                device.backend(), store=store, rank=rank, world_size=world, timeout=timeout
+            )
+            with model_parallel_groups(config):
+                yield health
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def shared_store(config: Config, rank: int, world: int, timeout: timedelta) -> dist.Store:
+    """The store of a job whose ranks have all come.
+
+    Raises:
+        UserError: the ranks are not told where to meet, or cannot meet there.
+        SystemExit: not all have come, or one has come with an error. It has been told.
+    """
+    find_rendezvous()
+    meeting = None
+    try:
+        meeting = Meeting(rank, world, timeout)
+        meeting.start()
+        return meeting.store
+    except RanksLost as error:
+        failures = Failures(meeting.store if meeting else None, config.checkpoint.save)
+        failures.tell(place(rank, world), str(error), RUNNING)
+        sys.exit(exits.CRASHED)
 
 
 @contextmanager

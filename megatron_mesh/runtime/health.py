@@ -13,21 +13,25 @@ import torch.distributed as dist
 
 from megatron_mesh.errors import OutOfMemory, UserError
 from megatron_mesh.runtime import exits
+from megatron_mesh.runtime.failures import FAILED, RUNNING, Failures, place
 
 _LOST_RANK = " (a lost connection: look for a rank that was killed; it could not say so itself)"
-_KEY = "megatron_mesh/first_failure"
+FOLLOW_SECONDS = 20.0
+"""How long after another rank's failure this one may still find its own end."""
 
 
 class Health:
-    """What one rank knows of its progress, and the place where all note who failed first.
+    """What one rank knows of its progress, and of the failures of others.
 
     Args:
         rank, world_size: this process in the job.
         store: shared by all ranks; None for a single process.
+        save: the run's directory, whose ``run_status.txt`` says why the run failed; None if it has none.
     """
 
-    def __init__(self, rank: int, world_size: int, store: dist.Store | None):
-        self.rank, self.world_size, self._store = rank, world_size, store
+    def __init__(self, rank: int, world_size: int, store: dist.Store | None, save: str | None = None):
+        self.rank, self.world_size = rank, world_size
+        self.failures = Failures(store, save)
         self._where, self._last = "the start", time.monotonic()
         self._watched = True
 
@@ -52,51 +56,70 @@ class Health:
         return time.monotonic() - self._last if self._watched else 0.0
 
     def __str__(self) -> str:
-        return f"rank {self.rank} of {self.world_size} in {self._where}"
+        return f"{place(self.rank, self.world_size)} in {self._where}"
 
-    def first_failure(self) -> str:
-        """Note that this rank fails, unless another has noted so before; returns the first one."""
-        if self._store is None:
-            return str(self)
-        try:
-            return self._store.compare_set(_KEY, "", str(self)).decode()
-        except dist.DistError:
-            return "the rank that holds the job's store"
+    def end(self, cause: str, word: str, status: int, details: str = "") -> None:
+        """End this process, and say why, unless another rank has said the same."""
+        who = str(self)
+        _, status = self.failures.first(who, status)
+        self.failures.tell(who, cause, word, details)
+        _exit(status)
+
+    def follow(self, first: tuple[str, int]) -> None:
+        """End this process because another rank has failed, which one of those that follow says."""
+        name, status = first
+        if self.failures.is_new(f"after {name}"):
+            print(f"error: {self} ends, because {name} failed", file=sys.stderr, flush=True)
+        _exit(status)
+
+
+def _exit(status: int) -> None:
+    # A launcher that sees this process end may kill the others: first let them say what is wrong with them.
+    time.sleep(1)
+    os._exit(status)
 
 
 @contextmanager
 def failures_reported(health: Health) -> Iterator[None]:
-    """A rank's failure is told once, first where it happened, and no rank waits for the others.
+    """A rank's failure is told once per cause, where it happened, and no rank waits for the others.
 
-    The process ends here, since taking down the process groups would wait for ranks that still work.
+    With several ranks the process ends here, since taking down the process groups would wait for ranks that
+    still work. All ranks have the exit status of the first that failed.
     """
-    if health.world_size == 1:
-        yield
-        return
     try:
         yield
-    except UserError as error:
-        if health.first_failure() == str(health):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(exits.BAD_INPUT)
-    except OutOfMemory as error:
-        if health.first_failure() == str(health):
-            print(f"error: {health}: {error}", file=sys.stderr, flush=True)
-        os._exit(exits.CRASHED)
     except Exception as error:
-        first = health.first_failure()
-        if first == str(health):
-            hint = _LOST_RANK if isinstance(error, RuntimeError) and "onnection" in str(error) else ""
-            print(f"error: {health} failed{hint}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        else:
-            print(f"error: {health} ends, because {first} failed", file=sys.stderr, flush=True)
-        os._exit(exits.CRASHED)
+        cause = "".join(traceback.format_exception_only(error)).strip()
+        if health.world_size == 1:
+            refused = isinstance(error, UserError)
+            health.failures.note(FAILED if refused else RUNNING, str(error) if refused else cause)
+            raise
+        if isinstance(error, UserError):
+            health.end(str(error), FAILED, exits.BAD_INPUT)
+        if isinstance(error, OutOfMemory):
+            health.end(str(error), RUNNING, exits.CRASHED)
+        lost = _is_lost_connection(error)
+        if lost and (first := health.failures.someone()) is not None:
+            health.follow(first)
+        details = f"failed{_LOST_RANK if lost else ''}:\n{traceback.format_exc()}"
+        # All ranks that lose a connection at once have one cause, though each names another peer.
+        health.end("lost connection" if lost else cause, RUNNING, exits.CRASHED, details)
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or "onnection" in str(error)
+    )
 
 
 @contextmanager
 def watched(health: Health, minutes: float) -> Iterator[None]:
-    """End this process, with its stacks, when ``health`` has not beaten for ``minutes`` (0: never)."""
-    if not minutes:
+    """End this process when another rank has failed, or, with its stacks, when it hangs.
+
+    Args:
+        minutes: how long ``health`` may go without a beat (0: for ever).
+    """
+    if not minutes and health.world_size == 1:
         yield
         return
     done = threading.Event()
@@ -111,13 +134,15 @@ def watched(health: Health, minutes: float) -> Iterator[None]:
 
 
 def _watch(health: Health, seconds: float, done: threading.Event) -> None:
-    while not done.wait(min(seconds / 4, 5.0)):
-        if health.seconds_waiting > seconds:
-            print(
-                f"error: {health} has not gone on for {health.seconds_waiting:.0f} s "
-                "(--watchdog-timeout-minutes); its stacks:",
-                file=sys.stderr,
-                flush=True,
-            )
+    failed_since = None
+    while not done.wait(min(seconds / 4, 5.0) if seconds else 5.0):
+        if seconds and health.seconds_waiting > seconds:
+            waited = f"has not gone on for {health.seconds_waiting:.0f} s (--watchdog-timeout-minutes)"
+            print(f"error: {health} {waited}; its stacks:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
+            health.failures.note(RUNNING, f"{health} {waited}")
             os._exit(exits.HUNG)
+        first = health.failures.someone()
+        failed_since = failed_since or (time.monotonic() if first else None)
+        if first and failed_since and time.monotonic() - failed_since > FOLLOW_SECONDS:
+            health.follow(first)

@@ -16,11 +16,11 @@ from types import FrameType
 
 from megatron_mesh.config.schema import CheckpointConfig
 from megatron_mesh.runtime.distributed import is_rank_zero
+from megatron_mesh.runtime.failures import STATUS_FILE
 
 logger = logging.getLogger(__name__)
 
 STOP_FILE = "stop"
-STATUS_FILE = "run_status.txt"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO_SECONDS = 5.0
 """A signal this soon after the first is the same request: launchers repeat signals that ranks got already."""
@@ -115,7 +115,7 @@ def write_status(directory: str | None, status: str) -> None:
     Args:
         status: ``running``, ``stopped`` (on request, with a checkpoint), ``done`` or ``failed``.
 
-    Rank 0 writes.
+    Rank 0 writes. When the run fails, ``failures.py`` adds why.
     """
     if directory is None or not is_rank_zero():
         return

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_mesh.config.sources import read_yaml
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.failures import STATUS_FILE
 from megatron_mesh.slurm.commands import RUNNING, WAITING, known_jobs, slurm, submit
 from megatron_mesh.slurm.site import read_site
 from megatron_mesh.slurm.submission import JOBS, SCRIPT, STARTS, folder, note_jobs
@@ -28,7 +29,7 @@ def jobs_of(run: Path) -> list[int]:
 
 def status_text(run: Path) -> str:
     """How the run and its jobs stand: the last step, its loss, the time of a save."""
-    rows = [("run", str(run)), ("state", run_status(run))]
+    rows = [("run", str(run)), ("state", run_status(run)), *(("cause", cause) for cause in causes(run))]
     known = known_jobs(jobs_of(run))
     rows += [(f"job {number}", _job_text(job)) for number, job in known.items()]
     if not known:
@@ -51,8 +52,17 @@ def status_text(run: Path) -> str:
 
 def run_status(run: Path) -> str:
     """The word in ``run_status.txt``."""
-    path = run / "run_status.txt"
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else "not started"
+    return (_status_lines(run) or ["not started"])[0]
+
+
+def causes(run: Path) -> list[str]:
+    """Why the run failed: the further lines of ``run_status.txt``."""
+    return _status_lines(run)[1:]
+
+
+def _status_lines(run: Path) -> list[str]:
+    path = run / STATUS_FILE
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
 
 
 def last_records(run: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

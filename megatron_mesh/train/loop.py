@@ -18,12 +18,12 @@ from megatron_mesh.config.schema import Config
 from megatron_mesh.data import Datasets
 from megatron_mesh.model.implementation import choose
 from megatron_mesh.parallel import Stage, build_stage
-from megatron_mesh.runtime import exits
+from megatron_mesh.runtime import exits, phases
 from megatron_mesh.runtime.distributed import is_rank_zero, process_groups
-from megatron_mesh.runtime.environment import process_age
 from megatron_mesh.runtime.health import Health
 from megatron_mesh.runtime.logging import Log, check_trackers
 from megatron_mesh.runtime.memory import explained, remedies
+from megatron_mesh.runtime.start_times import STARTED
 from megatron_mesh.runtime.stopping import URGENT, StopRequests, write_status
 from megatron_mesh.train.data import open_batches, open_datasets, open_vocabulary
 from megatron_mesh.train.metrics import RouterMeter, SpeedMeter, perplexity
@@ -60,12 +60,15 @@ def pretrain(config: Config) -> int:
             tell_of_idle_steps(config)
         with health.busy("the preparations"):
             check_trackers(config.logging)
+            phases.enter("loading a checkpoint")
             search = Search(config.checkpoint)
             check_writable(config)
             run = build(config, search)
         stop = StopRequests(config.checkpoint, started)
         with open_outputs(run.config, run.state) as log, stop.listening():
             write_status(config.checkpoint.save, "running")
+            health.failures.running = True
+            phases.enter("step")
             ending = train(run, log, health, stop)
             log.record("summary", run.state.step, **summary(run.config, run.state, log))
         write_status(config.checkpoint.save, STATUS[ending])
@@ -81,10 +84,12 @@ def build(config: Config, search: Search | None = None) -> Run:
     found = search.next() if search is not None else None
     if config.checkpoint.save is not None and is_rank_zero():
         remove_unfinished(Path(config.checkpoint.save))
+    phases.enter("data")
     config, tokenizer = open_vocabulary(config)
     position = start_position(config, found)
     data = open_datasets(config, tokenizer, *position)
-    stage = build_stage(config)
+    phases.enter("model")
+    stage = build_stage(config, initial_weights=found is None)
     optimizer = build_optimizer(config, stage)
     override = config.checkpoint.override_opt_param_scheduler
     state = TrainState(build_schedule(config.optimizer, optimizer, override=override))
@@ -135,7 +140,7 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
         reason = outcome.stop
         log.tick(step)
         if step == first:
-            logger.info("step %d was done %.1f s after the start of the process", step, process_age())
+            phases.enter(STARTED)
 
         if not outcome.taken:
             record_skipped(log, state, outcome, batch_size)

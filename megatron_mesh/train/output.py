@@ -18,14 +18,17 @@ from megatron_mesh.train.metrics import perplexity
 
 
 def check_writable(config: Config) -> None:
-    """Make the directories that the settings name, and raise UserError where one cannot be written."""
+    """Make the directories that the settings name, and raise UserError where one cannot be written.
+
+    Every rank writes to --save; rank 0 alone writes to the others, so it alone checks them.
+    """
     directories = {
         "--save": config.checkpoint.save,
         "--output-dir": config.logging.output_dir,
         "--tensorboard-dir": config.logging.tensorboard_dir,
     }
     for flag, directory in directories.items():
-        if directory is None:
+        if directory is None or not (flag == "--save" or is_rank_zero()):
             continue
         try:
             Path(directory).mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+HOST = socket.gethostname()
 
 SCRIPT = """
 import os, signal, sys, time
@@ -21,16 +22,19 @@ config = Config(parallel=ParallelConfig(watchdog_timeout_minutes=float(sys.argv[
 with process_groups(config) as health:
     health.beat("step 17")
     dist.barrier()
+    {before}
     if rank_from_environment() == 1:
         {action}
     dist.barrier()
 """
 
 
-def job(tmp_path: Path, action: str, watchdog_minutes: float = 0.0) -> tuple[list[int], list[str], float]:
+def job(
+    tmp_path: Path, action: str, watchdog_minutes: float = 0.0, before_the_barrier: str = "pass"
+) -> tuple[list[int], list[str], float]:
     """Run two ranks, started by hand so that no launcher ends the survivor: codes, errors, seconds."""
     script = tmp_path / "job.py"
-    script.write_text(SCRIPT.replace("{action}", action))
+    script.write_text(SCRIPT.replace("{action}", action).replace("{before}", before_the_barrier))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -55,23 +59,44 @@ def job(tmp_path: Path, action: str, watchdog_minutes: float = 0.0) -> tuple[lis
 def test_a_failure_is_told_where_it_happened(tmp_path) -> None:
     codes, errors, _ = job(tmp_path, "raise RuntimeError('out of cheese')")
     assert codes == [1, 1]
-    assert "error: rank 1 of 2 in step 17 failed:\nTraceback" in errors[1]
+    assert f"error: rank 1 of 2 on host {HOST} in step 17: failed:\nTraceback" in errors[1]
     assert "out of cheese" in errors[1]
-    assert "error: rank 0 of 2 in step 17 ends, because rank 1 of 2 in step 17 failed" in errors[0]
+    because = f"because rank 1 of 2 on host {HOST} in step 17 failed"
+    assert f"error: rank 0 of 2 on host {HOST} in step 17 ends, {because}" in errors[0]
     assert "Traceback" not in errors[0]
 
 
 def test_a_mistake_is_told_once(tmp_path) -> None:
     codes, errors, seconds = job(tmp_path, "raise UserError('no such file')")
-    assert codes == [1, 2] and seconds < 100
-    assert "error: no such file" in errors[1] and "Traceback" not in errors[1]
-    assert "no such file" not in errors[0] and "because rank 1 of 2 in step 17 failed" in errors[0]
+    assert codes == [2, 2] and seconds < 100
+    assert errors[1] == f"error: rank 1 of 2 on host {HOST} in step 17: no such file\n"
+    assert "no such file" not in errors[0] and f"because rank 1 of 2 on host {HOST} in step 17" in errors[0]
+
+
+def test_each_cause_is_told_once(tmp_path) -> None:
+    both = "raise UserError('the same')"
+    codes, errors, _ = job(tmp_path, "pass", before_the_barrier=both)
+    assert codes == [2, 2] and "".join(errors).count("the same") == 1
+    each = "raise UserError(f'number {rank_from_environment()}')"
+    codes, errors, _ = job(tmp_path, "pass", before_the_barrier=each)
+    assert codes == [2, 2]
+    for rank, text in enumerate(errors):
+        assert text == f"error: rank {rank} of 2 on host {HOST} in step 17: number {rank}\n"
+
+
+def test_a_rank_that_only_waits_ends_too(tmp_path) -> None:
+    """Nothing else may notice: on GPUs a collective operation doesn't, and here rank 0 just sleeps."""
+    sleeps = "time.sleep(1000) if rank_from_environment() == 0 else None"
+    codes, errors, seconds = job(tmp_path, "pass", before_the_barrier=f"{sleeps}\n    raise UserError('bad')")
+    assert codes == [2, 2] and seconds < 100
+    assert f"ends, because rank 1 of 2 on host {HOST} in step 17 failed" in errors[0]
 
 
 def test_a_killed_rank_does_not_leave_the_other_waiting(tmp_path) -> None:
     codes, errors, seconds = job(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
     assert codes == [1, -9]
-    assert "error: rank 0 of 2 in step 17 failed (a lost connection: look for a rank" in errors[0]
+    lost = f"error: rank 0 of 2 on host {HOST} in step 17: failed (a lost connection: look for a rank"
+    assert lost in errors[0]
     assert seconds < 100
 
 
@@ -79,6 +104,6 @@ def test_the_watchdog_ends_a_job_that_hangs(tmp_path) -> None:
     codes, errors, _ = job(tmp_path, "time.sleep(1000)", watchdog_minutes=0.05)
     assert codes == [3, 3]
     for rank, text in enumerate(errors):
-        assert f"error: rank {rank} of 2 in step 17 has not gone on for" in text
+        assert f"error: rank {rank} of 2 on host {HOST} in step 17 has not gone on for" in text
         assert "--watchdog-timeout-minutes" in text and "Current thread" in text
     assert "barrier" in errors[0]

@@ -1,6 +1,5 @@
 """Data sets: what sample j is, blends, splits, the index cache, errors."""
 
-import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 
 from megatron_mesh.config.schema import DataConfig
 from megatron_mesh.data import build_datasets, build_tokenizer
@@ -151,7 +149,7 @@ def test_prebuilt_cache(make_data, tmp_path: Path, hf_model: str, run_tool, caps
     assert run_tool("build_data_index", *command, "--tokenizer-model", hf_model) == 0
     assert "train: " in capsys.readouterr().out
     files = set(cache.iterdir())
-    assert len({path.name for path in files if "shuffle" in path.name}) == 2
+    assert len(files) == 2  # training and validation
     config = DataConfig(data_path=[prefix], split="90,10,0", data_cache_path=str(cache))
     tokenizer = build_tokenizer(None, hf_model)
     build_datasets(config, tokenizer, seq_length=16, seed=1, train_samples=300, eval_samples=9)
@@ -160,39 +158,11 @@ def test_prebuilt_cache(make_data, tmp_path: Path, hf_model: str, run_tool, caps
     assert capsys.readouterr().err.startswith("error: The train part")
 
 
-def test_unwritable_or_damaged_cache(make_data, tmp_path: Path) -> None:
+def test_unwritable_cache(make_data, tmp_path: Path) -> None:
     prefix = make_data("a")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--data-cache-path"):
         build(prefix, data_cache_path=str(tmp_path / "file"))
-    cache = tmp_path / "cache"
-    build(prefix, data_cache_path=str(cache))
-    index = next(cache.glob("*shuffle_index.npy"))
-    os.truncate(index, index.stat().st_size - 8)
-    with pytest.raises(UserError, match="is damaged"):
-        build(prefix, data_cache_path=str(cache))
-
-
-def test_node_without_the_cache(make_data, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a rank other than 0 Megatron only loads; nothing is there on a node that shares no disk."""
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_rank", lambda group=None: 1)
-    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
-    monkeypatch.setattr(dist, "broadcast_object_list", lambda outcome, src: None)
-    with pytest.raises(UserError, match=r"node of rank 1.*tools/build_data_index\.py"):
-        build(make_data("a"))
-
-
-def test_bad_input_on_rank_0_is_raised_everywhere(make_data, monkeypatch: pytest.MonkeyPatch) -> None:
-    def told_by_rank_0(outcome: list[Any], src: int) -> None:
-        outcome[0] = "what rank 0 found"
-
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_rank", lambda group=None: 1)
-    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
-    monkeypatch.setattr(dist, "broadcast_object_list", told_by_rank_0)
-    with pytest.raises(UserError, match="what rank 0 found"):
-        build(make_data("a"))
 
 
 def test_bad_input(make_data) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import socket
 import sys
 from pathlib import Path
 
@@ -95,4 +96,5 @@ def test_one_of_many_ranks_says_it(monkeypatch, capsys) -> None:
         with pytest.raises(Ended, match=str(exits.CRASHED)), failures_reported(Health(rank, 8, store)):
             raise OutOfMemory("out of memory: what helps: less")
     said = capsys.readouterr().err
-    assert said == "error: rank 3 of 8 in the start: out of memory: what helps: less\n"
+    place = f"rank 3 of 8 on host {socket.gethostname()}"
+    assert said == f"error: {place} in the start: out of memory: what helps: less\n"

@@ -1,0 +1,137 @@
+"""The index cache: arrays that are built once, published atomically, and memory-mapped by every process.
+
+An entry is a directory of .npy files and a manifest. It is written under a temporary name and then renamed,
+so it appears whole or not at all, and whoever publishes first wins: an entry in use is never replaced.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+_MANIFEST = "manifest.json"
+_EDGE_BYTES = 1 << 16
+_PARTIAL = ".partial-"
+_ABANDONED_SECONDS = 86_400
+
+Arrays = dict[str, np.ndarray]
+Make = Callable[[], Arrays]
+
+
+class Key(NamedTuple):
+    """The name of an entry: ``kind``, for people, and everything that its content depends on."""
+
+    directory: Path
+    kind: str
+    description: str
+
+    @property
+    def path(self) -> Path:
+        """The directory of the entry."""
+        return self.directory / f"{self.kind}-{hashlib.sha256(self.description.encode()).hexdigest()[:32]}"
+
+
+def load(key: Key) -> Arrays | None:
+    """Memory-map an entry. Opens the manifest and each array once.
+
+    Returns None if the entry is absent, or isn't what was published under this key: truncated, partly
+    overwritten or copied from elsewhere. The check reads the manifest and both ends of each array.
+    """
+    try:
+        manifest = json.loads((key.path / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["description"] != key.description:
+            return None
+        arrays = {name: _map(key.path / f"{name}.npy") for name in manifest["arrays"]}
+        whole = all(_seal(array) == manifest["arrays"][name] for name, array in arrays.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+        return None
+    return arrays if whole else None
+
+
+def build(key: Key, make: Make) -> None:
+    """Publish what ``make`` returns as an entry, unless another process is faster or it is there already.
+
+    A damaged entry is replaced. Raises OSError if the directory cannot be written.
+    """
+    if load(key) is not None:
+        return
+    key.directory.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(key.directory)
+    partial = key.path.with_name(f"{key.path.name}{_PARTIAL}{socket.gethostname()}-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        _write(partial, key.description, make())
+        _publish(partial, key)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(directory: Path, description: str, arrays: Arrays) -> None:
+    seals = {name: _seal(array) for name, array in arrays.items()}
+    for name, array in arrays.items():
+        with open(directory / f"{name}.npy", "wb") as file:
+            np.save(file, array)
+            file.flush()
+            os.fsync(file.fileno())
+    with open(directory / _MANIFEST, "w", encoding="utf-8") as text:
+        json.dump({"description": description, "arrays": seals}, text)
+        text.flush()
+        os.fsync(text.fileno())
+
+
+def _publish(partial: Path, key: Key) -> None:
+    """Rename ``partial`` to its final name. Renaming never replaces a directory that has files in it."""
+    while load(key) is None:
+        try:
+            partial.rename(key.path)
+            return
+        except OSError:
+            if not key.path.exists():
+                raise
+        # The entry is damaged. It goes by renaming too: another process may be about to look at it.
+        aside = partial.with_name(f"{partial.name}-damaged")
+        try:
+            key.path.rename(aside)
+        except FileNotFoundError:
+            continue
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        else:
+            aside.unlink()
+
+
+def _map(path: Path) -> np.ndarray:
+    """The array in a .npy file, memory-mapped. Opens the file once; ``numpy.load`` opens it three times."""
+    with open(path, "rb") as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{path} is not an array that this module wrote")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        return np.memmap(file, dtype, "r", file.tell(), shape)
+
+
+def _seal(array: np.ndarray) -> list[object]:
+    """Type, shape, and a checksum of both ends of an array."""
+    data = array.reshape(-1).view(np.uint8)
+    ends = zlib.crc32(data[-_EDGE_BYTES:], zlib.crc32(data[:_EDGE_BYTES]))
+    return [array.dtype.str, list(array.shape), ends]
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove what builders left that were killed more than a day ago."""
+    for path in directory.glob(f"*{_PARTIAL}*"):
+        try:
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(path)
+        except OSError:  # another process removes it too
+            continue

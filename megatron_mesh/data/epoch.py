@@ -1,0 +1,88 @@
+"""One epoch of one data set, as Megatron's GPTDataset reads it, with its index in our cache."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets import helpers
+from megatron.core.datasets.gpt_dataset import (
+    GPTDataset,
+    GPTDatasetConfig,
+    _build_document_index,
+    _build_shuffle_index,
+)
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from megatron_mesh.data.cache import Arrays, Key
+
+_EXTRA_TOKEN = 1  # a sample has one token more than its sequence, for the last label
+
+
+def epoch_key(cache: Path, name: str, fingerprint: str, documents: range, seq_length: int, seed: int) -> Key:
+    """The entry that holds the index of ``documents``. It names the data by content, not by place.
+
+    So data written anew are never read through an old index, and a cache that was built where the data are
+    mounted elsewhere is found.
+    """
+    description = {
+        "index": "one epoch",
+        "data": fingerprint,
+        "documents": [documents.start, documents.stop],
+        "sequence_length": seq_length,
+        "seed": seed,
+    }
+    return Key(cache, name, json.dumps(description))
+
+
+def tokens_in(data: IndexedDataset, documents: range) -> int:
+    """Number of tokens of ``documents``."""
+    return int(data.sequence_lengths[documents.start : documents.stop].sum(dtype=np.int64))
+
+
+def epoch_index(data: IndexedDataset, documents: range, seq_length: int, seed: int) -> Arrays:
+    """The three arrays that GPTDataset builds for one epoch, equal to the last bit.
+
+    GPTDataset itself builds on rank 0 only, and writes in place.
+    """
+    random = np.random.RandomState(seed)
+    order = _build_document_index(
+        np.arange(documents.start, documents.stop, dtype=np.int32), 1, random, False
+    )
+    lengths = data.sequence_lengths
+    if 2 * len(order) > len(lengths):
+        lengths = lengths.copy()  # read the file in one go, before C++ takes the GIL
+    samples = helpers.build_sample_idx(
+        lengths, order, seq_length, 1, tokens_in(data, documents), True, _EXTRA_TOKEN
+    )
+    count = samples.shape[0] - 1
+    return {
+        "document_index": order,
+        "sample_index": samples,
+        "shuffle_index": _build_shuffle_index(count, count, random),
+    }
+
+
+class Epoch(GPTDataset):
+    """One epoch of samples.
+
+    Args:
+        index: what ``epoch_index`` returned, memory-mapped.
+    """
+
+    def __init__(
+        self,
+        data: IndexedDataset,
+        name: str,
+        documents: range,
+        index: Arrays,
+        split: Split,
+        config: GPTDatasetConfig,
+    ) -> None:
+        self._index = index
+        super().__init__(data, name, documents, None, split, config)
+
+    def _build_document_sample_shuffle_indices(self) -> Any:
+        index = self._index
+        return index["document_index"], index["sample_index"], index["shuffle_index"]

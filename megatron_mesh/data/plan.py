@@ -1,0 +1,132 @@
+"""What the data of a run consist of. Rank 0 finds out, and the other ranks only open what it names."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from megatron_mesh.data import cache
+from megatron_mesh.data.blend import Share, parse_blend
+from megatron_mesh.data.epoch import epoch_index, epoch_key, tokens_in
+from megatron_mesh.data.indexed import IndexedFacts, inspect_prefix
+from megatron_mesh.data.stream import blend_index, blend_key
+from megatron_mesh.errors import UserError
+
+
+class Source(NamedTuple):
+    """Where one of the three data sets comes from: the words of ``flag``, and a share of their documents."""
+
+    flag: str
+    words: list[str]
+    split: str
+    share: Share
+    required: bool
+
+
+class PartPlan(NamedTuple):
+    """One prefix of a stream, as rank 0 sees it."""
+
+    prefix: str
+    weight: float
+    facts: IndexedFacts
+    documents: range
+    index: cache.Key
+
+
+class StreamPlan(NamedTuple):
+    """The parts of a stream, and where the choice between them is cached (None for a single part)."""
+
+    parts: list[PartPlan]
+    num_samples: int
+    blend: cache.Key | None
+
+
+class Planner:
+    """Makes the plans of one run's streams; inspects each prefix once.
+
+    Args:
+        cache_path: --data-cache-path; by default the index of a prefix is in ``PREFIX/cache``.
+    """
+
+    def __init__(self, cache_path: str | None, seq_length: int, seed: int) -> None:
+        self._cache_path, self._seq_length, self._seed = cache_path, seq_length, seed
+        self._facts: dict[str, IndexedFacts] = {}
+
+    def stream(self, source: Source, split: Split, num_samples: int) -> StreamPlan | None:
+        """The plan of one stream; None if it isn't required and a part has less than one sequence.
+
+        Raises:
+            UserError: files are missing or damaged, or a required part has less than one sequence.
+        """
+        parts = []
+        for prefix, weight in parse_blend(source.words, source.flag):
+            part = self._part(prefix, weight, source)
+            if cache.load(part.index) is None and (tokens := _tokens(part)) <= self._seq_length:
+                if not source.required:
+                    return None
+                raise UserError(self._too_few(part, split, tokens))
+            parts.append(part)
+        if len(parts) == 1:
+            return StreamPlan(parts, num_samples, None)
+        directory = parts[0].index.directory
+        return StreamPlan(parts, num_samples, blend_key(directory, _weights(parts), num_samples))
+
+    def _part(self, prefix: str, weight: float, source: Source) -> PartPlan:
+        facts = self._facts.get(prefix) or self._facts.setdefault(prefix, inspect_prefix(prefix))
+        first, last = (round(edge * facts.sequences) for edge in source.share)  # as Megatron's builder does
+        documents = range(first, last)
+        directory = Path(self._cache_path or f"{prefix}/cache")
+        key = epoch_key(
+            directory, Path(prefix).name, facts.fingerprint, documents, self._seq_length, self._seed
+        )
+        return PartPlan(prefix, weight, facts, documents, key)
+
+    def _too_few(self, part: PartPlan, split: Split, tokens: int) -> str:
+        return (
+            f"The {split.name} part of {part.prefix} has {tokens:,} tokens in {len(part.documents):,} of "
+            f"{part.facts.sequences:,} documents; one sequence takes {self._seq_length + 1:,} (--seq-length "
+            "and a last label). Give more data, a shorter sequence, or another --split (0 leaves a part out)."
+        )
+
+    def build(self, streams: Iterable[StreamPlan]) -> None:
+        """Build the cache entries of ``streams`` that this process doesn't see.
+
+        Raises:
+            UserError: the cache cannot be written, or the data here are not those of the plan.
+        """
+        for stream in streams:
+            for part in stream.parts:
+                if cache.load(part.index) is None:
+                    self._build_epoch(part)
+            if stream.blend is not None:
+                weights, count = _weights(stream.parts), stream.num_samples
+                _build(stream.blend, lambda weights=weights, count=count: blend_index(weights, count))
+
+    def _build_epoch(self, part: PartPlan) -> None:
+        facts = self._facts.get(part.prefix) or inspect_prefix(part.prefix)
+        if facts != part.facts:
+            raise UserError(
+                f"The data {part.prefix} differ from those that rank 0 sees; copy the same files to all "
+                "nodes."
+            )
+        data = IndexedDataset(part.prefix)
+        _build(part.index, lambda: epoch_index(data, part.documents, self._seq_length, self._seed))
+
+
+def _build(key: cache.Key, make: cache.Make) -> None:
+    try:
+        cache.build(key, make)
+    except OSError as error:
+        raise UserError(
+            f"The index cache {key.directory} cannot be used: {error}; give a writable --data-cache-path."
+        ) from error
+
+
+def _weights(parts: list[PartPlan]) -> list[float]:
+    return [part.weight for part in parts]
+
+
+def _tokens(part: PartPlan) -> int:
+    return tokens_in(IndexedDataset(part.prefix), part.documents) if len(part.documents) else 0

@@ -1,0 +1,53 @@
+"""What ranks do with the index cache, on one node or on several that share no disk."""
+
+import os
+import socket
+from pathlib import Path
+from unittest import mock
+
+from megatron_mesh.config.schema import DataConfig
+from megatron_mesh.data import build_datasets, cache
+from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.agreement import rank
+from tests.unit.data.corpora import NumberTokenizer
+
+
+def open_data(root: Path, words: list[str], ranks_per_node: int, shared: bool) -> tuple[int, list[int]]:
+    """Open the data, with prefixes relative to a node's own disk unless ``shared``.
+
+    Returns the number of cache entries that this rank wrote, and the first token of some samples.
+    """
+    node = rank() // ranks_per_node
+    written = []
+
+    def write(directory: Path, *args: object) -> None:
+        written.append(directory)
+        real_write(directory, *args)
+
+    real_write, here = cache._write, os.getcwd()
+    os.chdir(root if shared else root / f"node{node}")
+    try:
+        with (
+            mock.patch.object(socket, "gethostname", lambda: f"node{node}"),
+            mock.patch.object(cache, "_write", write),
+        ):
+            datasets = build_datasets(
+                DataConfig(data_path=words, split="90,10,0", data_cache_path="cache"),
+                NumberTokenizer(),  # type: ignore[arg-type]
+                seq_length=16,
+                seed=1,
+                train_samples=300,
+                eval_samples=4,
+            )
+        return len(written), [int(datasets.train[i]["tokens"][0]) for i in range(0, 300, 7)]
+    finally:
+        os.chdir(here)
+
+
+def refusal(*args: object) -> str:
+    """The message with which ``open_data`` ends."""
+    try:
+        open_data(*args)  # type: ignore[arg-type]
+    except UserError as error:
+        return str(error)
+    return "none"
