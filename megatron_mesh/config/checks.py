@@ -83,7 +83,7 @@ def check_data(data: DataConfig) -> None:
 def check_checkpoint(checkpoint: CheckpointConfig) -> None:
     """Saving needs a place to save to; taking only the weights needs something to load."""
     at_least(1, checkpoint, "save_interval", "keep_last", "keep_every", "exit_interval")
-    for name in ("exit_duration_in_mins", "exit_grace_seconds"):
+    for name in ("exit_duration_in_mins", "exit_grace_seconds", "save_timeout_minutes"):
         positive(checkpoint, name)
     for name in ("async_save", "keep_last", "exit_grace_seconds"):
         if getattr(checkpoint, name) and checkpoint.save is None:

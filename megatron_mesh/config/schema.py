@@ -207,6 +207,9 @@ class CheckpointConfig:
     """Take the newest earlier checkpoint where the newest one is damaged."""
     async_save: bool = False
     """Write checkpoints from a copy in host memory while training goes on."""
+    save_timeout_minutes: float = 25.0
+    """End the job, with the stack of every rank, when a save keeps training waiting for so long (with
+    --watchdog-timeout-minutes 0: never)."""
     keep_last: int | None = None
     """Keep so many of the newest checkpoints; all if unset."""
     keep_every: int | None = None
@@ -254,8 +257,8 @@ class ParallelConfig:
     distributed_timeout_minutes: float = 30.0
     """Longest wait of a collective operation."""
     watchdog_timeout_minutes: float = 20.0
-    """End the job, with the stack of every rank, when a rank runs no forward pass for so long (saving and
-    preparing the data aside); 0 turns it off."""
+    """End the job, with the stack of every rank, when a rank runs no forward pass for so long (preparations
+    aside; saves have --save-timeout-minutes); 0 turns it off."""
 
 
 @dataclass

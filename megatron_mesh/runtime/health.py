@@ -1,6 +1,7 @@
 """A job of many processes that ends when one of them cannot go on, and says which and where."""
 
 import faulthandler
+import math
 import os
 import sys
 import threading
@@ -33,27 +34,33 @@ class Health:
         self.rank, self.world_size = rank, world_size
         self.failures = Failures(store, save)
         self._where, self._last = "the start", time.monotonic()
-        self._watched = True
+        self._limit: float | None = None
 
     def beat(self, where: str | None = None) -> None:
         """This rank goes on, with ``where`` (for example "step 17") as its next work, if that is new."""
         self._where, self._last = where or self._where, time.monotonic()
 
     @contextmanager
-    def busy(self, where: str) -> Iterator[None]:
-        """Work of which nobody knows how long it takes; the watchdog looks away."""
+    def busy(self, where: str, minutes: float = math.inf) -> Iterator[None]:
+        """A save, with a limit of its own (--save-timeout-minutes), or the preparations, without one."""
         self.beat(where)
-        self._watched = False
+        self._limit = minutes * 60
         try:
             yield
         finally:
-            self._watched = True
+            self._limit = None
             self.beat(where)
 
     @property
-    def seconds_waiting(self) -> float:
-        """Time since the last ``beat``; 0 while this rank is ``busy``."""
-        return time.monotonic() - self._last if self._watched else 0.0
+    def limit(self) -> str:
+        """Name of the setting that says how long this rank may go without a beat."""
+        return "--watchdog-timeout-minutes" if self._limit is None else "--save-timeout-minutes"
+
+    def overdue(self, seconds: float) -> float:
+        """How long this rank has not gone on, if longer than ``seconds`` or its work's own limit; else 0."""
+        waiting = time.monotonic() - self._last
+        limit = seconds if self._limit is None else self._limit
+        return waiting if waiting > limit else 0.0
 
     def __str__(self) -> str:
         return f"{place(self.rank, self.world_size)} in {self._where}"
@@ -136,8 +143,8 @@ def watched(health: Health, minutes: float) -> Iterator[None]:
 def _watch(health: Health, seconds: float, done: threading.Event) -> None:
     failed_since = None
     while not done.wait(min(seconds / 4, 5.0) if seconds else 5.0):
-        if seconds and health.seconds_waiting > seconds:
-            waited = f"has not gone on for {health.seconds_waiting:.0f} s (--watchdog-timeout-minutes)"
+        if seconds and (waiting := health.overdue(seconds)):
+            waited = f"has not gone on for {waiting:.0f} s ({health.limit})"
             print(f"error: {health} {waited}; its stacks:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
             health.failures.note(RUNNING, f"{health} {waited}")

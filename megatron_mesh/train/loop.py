@@ -123,7 +123,7 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
     routers = RouterMeter(stage.recurrence, enabled=config.logging.log_routers)
     batches = open_batches(config, run.data.train, state.consumed_samples)
     saver = open_saver(config, log)
-    first, reason = state.step + 1, ""
+    first, reason, saving = state.step + 1, "", config.checkpoint.save_timeout_minutes
 
     def vote() -> Vote:
         return Vote(stop.reason(state.step + 1), written=saver is None or saver.written())
@@ -156,10 +156,10 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
                 state.valid_loss = evaluate(stage, config, run.data.valid, health)
             log.record("valid", step, loss=state.valid_loss, perplexity=perplexity(state.valid_loss))
         if saver is not None and saver.pending and outcome.all_written:
-            with speed.paused(), health.busy(f"publishing a checkpoint after step {step}"):
+            with speed.paused(), health.busy(f"publishing a checkpoint after step {step}", saving):
                 saver.complete()
         if saver is not None and (reason or due(step, config.checkpoint.save_interval, last)):
-            with speed.paused(), health.busy(f"the save after step {step}"):
+            with speed.paused(), health.busy(f"the save after step {step}", saving):
                 saver.save(stage, optimizer, state)
     return finish(run, log, health, stop, saver, reason)
 
@@ -168,7 +168,7 @@ def finish(run: Run, log: Log, health: Health, stop: StopRequests, saver: Saver 
     """What comes after the last step: the test, unless the run was stopped, and the checkpoint on its way."""
     state = run.state
     if saver is not None:
-        with health.busy("the last save"):
+        with health.busy("the last save", run.config.checkpoint.save_timeout_minutes):
             saver.finish()
     if reason:
         logger.info("stopped after step %d: %s", state.step, reason)
