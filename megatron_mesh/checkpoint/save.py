@@ -144,7 +144,7 @@ class Saver:
         """On rank 0, with what each rank has written or why it could not."""
         reasons = [reason for _, reason in gathered if reason is not None]
         if reasons:
-            raise OSError("; ".join(dict.fromkeys(reasons)))
+            raise _PartsMissing("; ".join(reasons))
         partial = final.with_suffix(".partial")
         complete(
             partial, [w for written, _ in gathered for w in written], dump_config(self.config), described
@@ -175,6 +175,10 @@ class Saver:
                 partial.rmdir()
 
 
+class _PartsMissing(OSError):
+    """Ranks have not written their parts; the message names them."""
+
+
 def _caught(work: Callable[[], Any]) -> "Future[list[Written]]":
     """What ``work`` returns, or raises, as a future; what is one stays it."""
     future: Future[list[Written]] = Future()
@@ -195,6 +199,8 @@ def _outcome(part: "Future[list[Written]]") -> tuple[list[Written], str | None]:
     error = part.exception()
     if error is None:
         return part.result(), None
+    if isinstance(error, _PartsMissing):
+        return [], str(error)
     if not isinstance(error, OSError):
         logger.error("this rank's part of a checkpoint was not written", exc_info=error)
     return [], f"rank {dist.get_rank()} on {socket.gethostname()}: {_in_words(error)}"

@@ -1,6 +1,5 @@
 """A save that fails on one rank fails on all, and costs nothing else; what is written, stock torch reads."""
 
-import re
 import socket
 
 import pytest
@@ -24,9 +23,9 @@ def test_one_rank_fails(layout: str, victim: int, background: bool, tmp_path) ->
     for seen in found:
         assert seen["failed"] == [False, True, False] and seen["steps"] == [1, 3]
         assert seen["losses"] == found[0]["losses"]
-    place = f"rank {victim} on {socket.gethostname()}: .*No space left on device; earlier ones are kept"
+    place = f"rank {victim} on {socket.gethostname()}: [Errno 28] No space left on device"
     (said,) = found[0]["heard"]
-    assert re.search(place, said)
+    assert said.startswith(f"no checkpoint was written to {tmp_path}: {place}; earlier ones are kept")
     assert not [message for seen in found[1:] for message in seen["heard"]]
     assert not list(tmp_path.glob("*.partial"))
 
