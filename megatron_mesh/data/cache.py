@@ -123,7 +123,7 @@ def _map(path: Path) -> np.ndarray:
 def _seal(array: np.ndarray) -> list[object]:
     """Type, shape, and a checksum of both ends of an array."""
     data = array.reshape(-1).view(np.uint8)
-    ends = zlib.crc32(data[-_EDGE_BYTES:], zlib.crc32(data[:_EDGE_BYTES]))
+    ends = zlib.crc32(data[-_EDGE_BYTES:].tobytes(), zlib.crc32(data[:_EDGE_BYTES].tobytes()))
     return [array.dtype.str, list(array.shape), ends]
 
 

@@ -101,7 +101,7 @@ class _Opener:
                     f"{part.prefix}.idx and .bin have {sizes[0]:,} and {sizes[1]:,} bytes, and rank 0 sees "
                     f"{part.facts.sizes[0]:,} and {part.facts.sizes[1]:,}; copy the same files to every node"
                 )
-            index = cache.load(part.index)
+            index = cache.load(part.key)
             if index is None:
                 return None
             if part.prefix not in self._data:

@@ -1,6 +1,7 @@
 """What the data of a run consist of. Rank 0 finds out, and the other ranks only open what it names."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ class PartPlan(NamedTuple):
     weight: float
     facts: IndexedFacts
     documents: range
-    index: cache.Key
+    key: cache.Key
 
 
 class StreamPlan(NamedTuple):
@@ -63,14 +64,14 @@ class Planner:
         parts = []
         for prefix, weight in parse_blend(source.words, source.flag):
             part = self._part(prefix, weight, source)
-            if cache.load(part.index) is None and (tokens := _tokens(part)) <= self._seq_length:
+            if cache.load(part.key) is None and (tokens := _tokens(part)) <= self._seq_length:
                 if not source.required:
                     return None
                 raise UserError(self._too_few(part, split, tokens))
             parts.append(part)
         if len(parts) == 1:
             return StreamPlan(parts, num_samples, None)
-        directory = parts[0].index.directory
+        directory = parts[0].key.directory
         return StreamPlan(parts, num_samples, blend_key(directory, _weights(parts), num_samples))
 
     def _part(self, prefix: str, weight: float, source: Source) -> PartPlan:
@@ -98,11 +99,11 @@ class Planner:
         """
         for stream in streams:
             for part in stream.parts:
-                if cache.load(part.index) is None:
+                if cache.load(part.key) is None:
                     self._build_epoch(part)
             if stream.blend is not None:
                 weights, count = _weights(stream.parts), stream.num_samples
-                _build(stream.blend, lambda weights=weights, count=count: blend_index(weights, count))
+                _build(stream.blend, partial(blend_index, weights, count))
 
     def _build_epoch(self, part: PartPlan) -> None:
         facts = self._facts.get(part.prefix) or inspect_prefix(part.prefix)
@@ -112,7 +113,7 @@ class Planner:
                 "nodes."
             )
         data = IndexedDataset(part.prefix)
-        _build(part.index, lambda: epoch_index(data, part.documents, self._seq_length, self._seed))
+        _build(part.key, partial(epoch_index, data, part.documents, self._seq_length, self._seed))
 
 
 def _build(key: cache.Key, make: cache.Make) -> None:

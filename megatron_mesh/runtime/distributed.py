@@ -38,7 +38,8 @@ def process_groups(config: Config) -> Iterator[Health]:
     world, rank = world_size_from_environment(), rank_from_environment()
     store = shared_store(config, rank, world, timeout) if world > 1 else dist.HashStore()
     # A connection of its own: the watchdog asks while this thread may wait for an answer.
-    health = Health(rank, world, store.clone(), config.checkpoint.save)
+    own_store = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
+    health = Health(rank, world, own_store, config.checkpoint.save)
     try:
         with watched(health, config.parallel.watchdog_timeout_minutes), failures_reported(health):
             dist.init_process_group(

@@ -1,0 +1,54 @@
+"""A resumed run computes no initial weights, which the checkpoint would replace."""
+
+import pytest
+import torch
+
+from megatron_mesh.checkpoint.directory import candidates
+from megatron_mesh.model import init
+from megatron_mesh.parallel import build_stage
+from megatron_mesh.runtime.distributed import process_groups
+from megatron_mesh.runtime.random import pack_generators
+from megatron_mesh.train.loop import build
+from tests.unit.train.conftest import run
+
+
+@pytest.fixture
+def nothing_is_drawn(monkeypatch):
+    """Fail where an initial weight is drawn, ours or one of torch's modules."""
+
+    def drawn(*args, **kwargs):
+        pytest.fail("an initial weight is drawn")
+
+    def start() -> None:
+        monkeypatch.setattr(init, "drawn", drawn)
+        monkeypatch.setattr(torch.Tensor, "normal_", drawn)
+        monkeypatch.setattr(torch.Tensor, "uniform_", drawn)
+
+    return start
+
+
+@pytest.mark.parametrize("recurrence", ["mesh", "dynamic", "vanilla"])
+def test_a_resumed_run_draws_nothing(tiny, tmp_path, nothing_is_drawn, recurrence) -> None:
+    layers = "4" if recurrence == "vanilla" else "1+1R2+1"
+    saved = run(tiny(recurrence, layers, save=str(tmp_path), train_iters=2, lr_decay_iters=6))
+    config = tiny(recurrence, layers, load=str(tmp_path), save=str(tmp_path))
+    with process_groups(config):
+        nothing_is_drawn()
+        parts = build(config, candidates(config.checkpoint))
+        found = dict(parts.stage.modules[0].named_parameters())
+        assert found.keys() == saved.weights.keys()
+        for name, weight in saved.weights.items():
+            assert torch.equal(found[name], weight), name
+        assert torch.equal(pack_generators(), saved.rng)
+
+
+@pytest.mark.parametrize("initial_weights", [True, False])
+def test_building_leaves_the_generators_alone(tiny, initial_weights) -> None:
+    """Fresh or resumed, on whatever layout, a run has the generators that its seed gives."""
+    config = tiny()
+    with process_groups(config):
+        before = pack_generators()
+        stage = build_stage(config, initial_weights=initial_weights)
+        assert torch.equal(pack_generators(), before)
+        zero = all(not parameter.any() for parameter in stage.modules[0].parameters())
+        assert zero == (not initial_weights)
