@@ -43,11 +43,12 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--directory", type=Path, required=True, help="where to save; must not exist")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, help="start this many processes and count what each of them does")
+    parser.add_argument("--ranks", type=int, help="start this many processes, and count what each does")
     options, settings = parser.parse_known_args(argv)
     for name in ("rounds", "ranks"):
-        if (getattr(options, name) or 1) < 1 or getattr(options, name) == 0:
-            raise UserError(f"--{name} {getattr(options, name)} must be at least 1")
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} must be at least 1")
     if options.directory.exists():
         raise UserError(f"--directory {options.directory} exists already; choose another")
     config = resolve(parse_args(settings, prog=parser.prog).config, world_size=options.ranks or 1)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Memory, traffic, schedule and checkpoints of a run, from its settings alone: no GPU, no process group, no data.
+"""Plan a run from its settings alone, without GPU or data: memory, traffic, schedule, checkpoints.
 
 python tools/inspect_config.py --config examples/configs/pythia-6.9b-5+11R2+5-mesh.yaml \\
     --nodes 4 --gpus-per-node 8 --tensor-model-parallel-size 2 --sequence-parallel \\
@@ -18,7 +18,6 @@ from megatron_mesh.arguments import parse_args
 from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import UserError
-
 
 _SPEEDS = {
     "disk_gb_per_s": (5.0, "GB/s that the shared file system takes from all ranks together"),

@@ -170,16 +170,16 @@ def other_layout(config: Config, ranks: int) -> Config | None:
 
 
 def summary(by_rank: list[list[Figures]]) -> list[list[str]]:
-    """A table: a line for each operation and rank, medians of the seconds, and the most bytes of any round."""
+    """A table with a line for each operation and rank: median seconds, and the most bytes of any round."""
     head = ["", "rank", "seconds", "waiting", "written", "read", "memory", "sent", "received", "files opened"]
     rows = [head]
     kinds = list(dict.fromkeys(figures.kind for figures in by_rank[0]))
     for kind in kinds:
         for rank, every in enumerate(by_rank):
             chosen = [figures for figures in every if figures.kind == kind]
-            seconds, stall = (median(getattr(f, name) for f in chosen) for name in ("seconds", "stall_seconds"))
+            seconds = [median(getattr(f, name) for f in chosen) for name in ("seconds", "stall_seconds")]
             names = ("written", "read", "memory", "sent", "received")
             sizes = [size(max(getattr(f, name) for f in chosen)) for name in names]
             opened = str(max(f.opened for f in chosen))
-            rows.append([kind, str(rank), f"{seconds:.2f}", f"{stall:.2f}", *sizes, opened])
+            rows.append([kind, str(rank), *(f"{each:.2f}" for each in seconds), *sizes, opened])
     return rows

@@ -1,4 +1,4 @@
-"""What one process does inside a block: bytes of a checkpoint's files, host memory, collectives, opened files.
+"""Count what one process does inside a block: a checkpoint's bytes, host memory, collectives, opened files.
 
 Everything is counted from outside the code that is measured: by the kernel, by Python's audit events and by
 torch's dispatcher.
@@ -36,6 +36,8 @@ class Counts:
     """Tensors that collectives filled, besides those that were handed to them."""
     tensors_read: int = 0
     """What ``read`` and its like returned while boxes were filled."""
+    filled: int = 0
+    """What ``fill`` itself says that it has read."""
     reads: list[str] = field(default_factory=list)
     """Names of the files that were opened for reading."""
     writes: list[str] = field(default_factory=list)
@@ -142,11 +144,13 @@ def _reads_of_tensors(counts: Counts) -> Iterator[None]:
     def counting(*args: Any) -> int:
         before = _read_so_far()
         try:
-            return fill(*args)
+            filled = fill(*args)
         finally:
             counts.tensors_read += _read_so_far() - before
+        counts.filled += filled
+        return filled
 
-    load.fill = counting
+    load.fill = counting  # type: ignore[assignment]
     try:
         yield
     finally:
