@@ -1,11 +1,19 @@
 #!/usr/bin/env python
-"""Stall, speed of saving and speed of loading of a model's checkpoints, beside a copy of the same files.
+"""Measure how checkpoints are saved and loaded, beside a copy of the same files.
+
+In one process: how long training waits, and the speeds of saving and loading.
 
 python tools/bench_checkpoint.py --config examples/configs/pythia-160m-mesh.yaml --seq-length 128 \\
     --global-batch-size 8 --micro-batch-size 1 --directory runs/bench
 
-Takes every setting of pretrain_mesh.py; data are random; one process. Needs twice the checkpoint's size on
-the disk.
+With --ranks N the tool starts N processes here. It prints seconds, bytes and memory of each rank: for saving,
+saving in the background, loading on the same layout, and loading with tensor parallelism (or without, if the
+settings have it).
+
+python tools/bench_checkpoint.py --ranks 4 --config examples/configs/pythia-160m-mesh.yaml --seq-length 128 \\
+    --global-batch-size 8 --micro-batch-size 1 --use-distributed-optimizer --directory runs/bench
+
+The tool takes every setting of pretrain_mesh.py. It needs three times the checkpoint's size on the disk.
 """
 
 import argparse
@@ -15,11 +23,18 @@ from pathlib import Path
 
 from megatron_mesh.arguments import parse_args
 from megatron_mesh.config.checks import resolve
+from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import UserError
+
+_NOTES = """\
+Seconds and waiting are medians over the rounds; waiting is the part in which training stands still. The other
+columns are the most of any round. Memory: peak of the resident memory (VmHWM) above what was resident before.
+Sent and received: tensors given to, and filled by, collectives. After loading, ranks send each other weights.
+Not a step is trained, and files are read from the page cache if they fit there."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure and print a line for each figure."""
+    """Measure, and print a line for each figure or rank."""
     parser = argparse.ArgumentParser(
         prog="bench_checkpoint.py",
         description=__doc__,
@@ -27,20 +42,33 @@ def main(argv: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--directory", type=Path, required=True, help="where to save; must not exist")
-    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, help="start this many processes, and count what each does")
     options, settings = parser.parse_known_args(argv)
+    for name in ("rounds", "ranks"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} must be at least 1")
     if options.directory.exists():
         raise UserError(f"--directory {options.directory} exists already; choose another")
-    config = resolve(parse_args(settings, prog=parser.prog).config)
+    config = resolve(parse_args(settings, prog=parser.prog).config, world_size=options.ranks or 1)
     # Megatron-core takes seconds to import, and --help and mistakes do not need it.
-    from megatron_mesh.bench.checkpoints import measure
     from megatron_mesh.planner.dry_run import with_vocabulary
+
+    config = resolve(with_vocabulary(config), world_size=options.ranks or 1)
+    options.directory.mkdir(parents=True)
+    if options.ranks is None:
+        _measure_one(config, options.directory, options.rounds)
+    else:
+        _measure_ranks(config, options.directory, options.rounds, options.ranks)
+
+
+def _measure_one(config: Config, directory: Path, rounds: int) -> None:
+    from megatron_mesh.bench.checkpoints import measure
     from megatron_mesh.runtime.distributed import process_groups
 
-    config = resolve(with_vocabulary(config))
-    options.directory.mkdir(parents=True)
     with process_groups(config):
-        found = measure(config, options.directory, options.rounds)
+        found = measure(config, directory, rounds)
     speeds = {"save": found.sync_seconds, "load": found.load_seconds, "copy": found.copy_seconds}
     print(f"checkpoint {found.gigabytes:.2f} GB; a step takes {found.step_seconds:.2f} s")
     for name, seconds in speeds.items():
@@ -49,6 +77,20 @@ def main(argv: Sequence[str]) -> None:
     stall, whole = found.async_stall_seconds, found.async_seconds
     print(f"in the background {whole:.2f} s, of which training waits {stall:.2f} s: ", end="")
     print(f"{stall / found.sync_seconds:.1%} of a save in the foreground")
+
+
+def _measure_ranks(config: Config, directory: Path, rounds: int, ranks: int) -> None:
+    from megatron_mesh.bench.checkpoint_ranks import load_only, other_layout, save_and_load, summary
+    from megatron_mesh.bench.launch import on_ranks
+    from megatron_mesh.planner.text import table
+
+    by_rank = on_ranks(ranks, save_and_load, config, directory, rounds)
+    other = other_layout(config, ranks)
+    if other is not None:
+        loads = on_ranks(ranks, load_only, other, directory, rounds)
+        by_rank = [figures + more for figures, more in zip(by_rank, loads, strict=True)]
+    print(table(summary(by_rank)))
+    print(f"\n{_NOTES}")
 
 
 if __name__ == "__main__":

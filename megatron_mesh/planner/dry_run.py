@@ -10,8 +10,11 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.model import build_on_meta, flops_per_token
 from megatron_mesh.model.count import count_parameters
 from megatron_mesh.planner.report import Plan, make_plan, ranks_text
+from megatron_mesh.planner.saving import Disk
+from megatron_mesh.planner.text import saving_rows
 from megatron_mesh.recurrence import SCHEMES
 
+_RANKS_PER_NODE = 8
 _EMBEDDINGS = ("embedding", "output projection")
 
 
@@ -26,6 +29,7 @@ def dry_run_text(config: Config, world_size: int = 1) -> str:
     counts = count_parameters(build_on_meta(one_rank))
     plan = make_plan(config, world_size)
     rows = [*_model_rows(config), *_parameter_rows(counts), *_run_rows(plan), *_memory_rows(plan)]
+    rows += saving_rows(plan, Disk(), _RANKS_PER_NODE)
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
 

@@ -33,6 +33,14 @@ def replicated_in_layer(model: ModelConfig) -> int:
     return 6 * model.hidden_size
 
 
+def replicated_parameters(config: Config, pipeline: Pipeline, rank: int) -> int:
+    """Parameters of pipeline rank ``rank`` that each of its tensor-parallel ranks holds whole."""
+    model = config.model
+    final_norm = 2 * model.hidden_size * any(chunk.head for chunk in pipeline.chunks[rank])
+    layers = pipeline.layers[rank] * replicated_in_layer(model)
+    return layers + final_norm + own_parameters(config, pipeline, rank)
+
+
 def embedding_parameters(config: Config) -> int:
     """Embedding, or output projection, on one tensor-parallel rank."""
     rows = padded_vocab_size(config.model) // config.parallel.tensor_model_parallel_size

@@ -9,6 +9,7 @@ from megatron_mesh.planner.layer_memory import MemoryEstimate
 from megatron_mesh.planner.memory import InFlight, rank_memory
 from megatron_mesh.planner.order import schedule_order
 from megatron_mesh.planner.parameters import rank_parameters
+from megatron_mesh.planner.saving import Saving, rank_saving
 from megatron_mesh.planner.simulate import Timeline, simulate
 from megatron_mesh.planner.stages import Pipeline, pipeline
 from megatron_mesh.planner.traffic import Traffic, rank_traffic
@@ -24,6 +25,7 @@ class RankReport:
     memory: MemoryEstimate
     in_flight: InFlight
     traffic: Traffic
+    saving: Saving
     busy_share: float
     """Time in which it computes over the step's time."""
 
@@ -85,6 +87,7 @@ def plan_for(config: Config, stages: Pipeline, world_size: int) -> Plan:
             memory=memory,
             in_flight=held,
             traffic=rank_traffic(config, stages, rank, replicas),
+            saving=rank_saving(config, stages, rank, replicas),
             busy_share=timeline.busy[rank] / timeline.step_time,
         )
 

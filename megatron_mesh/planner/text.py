@@ -7,6 +7,7 @@ from typing import Any
 from megatron_mesh.config.derived import layout, padded_vocab_size
 from megatron_mesh.config.settings import flag
 from megatron_mesh.planner.report import Plan, RankReport, ranks_text
+from megatron_mesh.planner.saving import Disk, seconds
 from megatron_mesh.planner.speed import Hardware
 from megatron_mesh.planner.suggest import Suggestion
 from megatron_mesh.recurrence import SCHEMES
@@ -25,16 +26,47 @@ width where layers are in FP8; casts of their weights are among the weights (ten
 (blockwise, delayed). The bubble is the share of the ranks' time in which they wait: 1 - busy / (ranks x
 step), from the schedule's order with costs in FLOPs.
 In flight: the most chunks whose activations a rank holds, and of how many micro-batches.
+Checkpoint: with the optimizer's state. Saving needs host memory for a box of a tensor and its file; in the
+background, for a copy of the rank's part as well.
 Sent: by one GPU in a step; collectives as ring algorithms (of n bytes in a group of g, an all-gather or a
 reduce-scatter sends n (g-1)/g, an all-reduce twice that)."""
 
 
-def plan_text(plan: Plan) -> str:
+def plan_text(plan: Plan, disk: Disk | None = None, gpus_per_node: int = 8) -> str:
     """Head, memory, traffic, and what the numbers mean."""
-    rows = _head(plan)
+    rows = [*_head(plan), *saving_rows(plan, disk or Disk(), gpus_per_node)]
     width = max(len(label) for label, _ in rows)
     head = "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
     return "\n\n".join([head, table(_memory_rows(plan)), table(_traffic_rows(plan)), _NOTES])
+
+
+def saving_rows(plan: Plan, disk: Disk, gpus_per_node: int) -> list[tuple[str, str]]:
+    """What a checkpoint takes, as labels and values.
+
+    Args:
+        gpus_per_node: ranks that share a host's memory; fewer if the run is smaller.
+    """
+    savings = [rank.saving for rank in plan.ranks]
+    most = max(savings, key=lambda saving: saving.largest)
+    on_host = min(gpus_per_node, plan.world_size)
+    plain, copied = (most.host_memory(background=background) for background in (False, True))
+    return [
+        (
+            "checkpoint",
+            f"{size(sum(saving.together for saving in savings))}; at most {size(most.largest)} by a rank "
+            f"(pipeline rank {savings.index(most)})",
+        ),
+        (
+            "  host memory",
+            f"{size(plain)} a rank while saving; with --async-save {size(copied)}, "
+            f"{size(on_host * copied)} a host with {on_host}",
+        ),
+        (
+            "  time to save",
+            f"{seconds(savings, disk):,.1f} s at {disk.gb_per_s:g} GB/s of the file system and at most "
+            f"{disk.rank_gb_per_s:g} GB/s of a rank",
+        ),
+    ]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

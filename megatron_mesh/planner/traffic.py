@@ -14,7 +14,7 @@ from megatron_mesh.planner.parameters import (
     embedding_parameters,
     own_parameters,
     rank_parameters,
-    replicated_in_layer,
+    replicated_parameters,
     tied_over_pipeline,
 )
 from megatron_mesh.planner.stages import Chunk, Pipeline
@@ -130,12 +130,10 @@ def data_parallel_bytes(config: Config, pipeline: Pipeline, rank: int, replicas:
 
 def _summed_gradients(config: Config, pipeline: Pipeline, rank: int) -> float:
     """All-reduce, once a step, of gradients that each tensor-parallel rank has for its tokens alone."""
-    tp, model = config.parallel.tensor_model_parallel_size, config.model
-    own = own_parameters(config, pipeline, rank)
-    summed = own if own_exchange(config) else 0
+    tp = config.parallel.tensor_model_parallel_size
+    summed = own_parameters(config, pipeline, rank) if own_exchange(config) else 0
     if config.parallel.sequence_parallel:
-        final_norm = 2 * model.hidden_size * any(chunk.head for chunk in pipeline.chunks[rank])
-        summed = own + final_norm + pipeline.layers[rank] * replicated_in_layer(model)
+        summed = replicated_parameters(config, pipeline, rank)
     return 2 * summed * _GRADIENT * (tp - 1) / tp
 
 

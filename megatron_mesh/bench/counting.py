@@ -1,0 +1,194 @@
+"""Count what one process does inside a block: a checkpoint's bytes, host memory, collectives, opened files.
+
+Everything is counted from outside the code that is measured: by the kernel, by Python's audit events and by
+torch's dispatcher.
+"""
+
+import ctypes
+import gc
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_mesh.bench.clock import now
+from megatron_mesh.checkpoint import load
+from megatron_mesh.errors import UserError
+
+
+@dataclass
+class Counts:
+    """Of one process. All sizes are in bytes."""
+
+    seconds: float = 0.0
+    memory: int = 0
+    """Resident memory at its peak (``VmHWM``) above what was resident at the start."""
+    sent: int = 0
+    """Tensors that were handed to collectives."""
+    received: int = 0
+    """Tensors that collectives filled, besides those that were handed to them."""
+    tensors_read: int = 0
+    """What ``read`` and its like returned while boxes were filled."""
+    filled: int = 0
+    """What ``fill`` itself says that it has read."""
+    reads: list[str] = field(default_factory=list)
+    """Names of the files that were opened for reading."""
+    writes: list[str] = field(default_factory=list)
+    """Names of the files that were opened for writing."""
+    others: list[str] = field(default_factory=list)
+    """Names of the files and directories that were opened by ``os.open``, to make them durable."""
+
+    @property
+    def opened(self) -> int:
+        """How often a file was opened."""
+        return len(self.reads) + len(self.writes) + len(self.others)
+
+    def written(self, checkpoint: Path) -> int:
+        """Size of the files in ``checkpoint`` that this process has written."""
+        return _sizes(checkpoint, self.writes)
+
+    def read(self, checkpoint: Path) -> int:
+        """Bytes of ``checkpoint`` that this process has read; small files count as a whole."""
+        small = [name for name in self.reads if not name.endswith(".distcp")]
+        return self.tensors_read + _sizes(checkpoint, small)
+
+
+@contextmanager
+def counted(directory: Path) -> Iterator[Counts]:
+    """Count what this process does inside, with files under ``directory``.
+
+    Raises:
+        UserError: the kernel does not tell the peak of resident memory.
+    """
+    counts = Counts()
+    _release_free_memory()
+    _reset_peak()
+    before = _status("VmRSS")
+    with _Collectives(counts), _opened_files(directory, counts), _reads_of_tensors(counts):
+        start = now()
+        yield counts
+        counts.seconds = now() - start
+    counts.memory = _status("VmHWM") - before
+
+
+def _sizes(checkpoint: Path, names: list[str]) -> int:
+    paths = [checkpoint / name for name in set(names)]
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+class _Collectives(TorchDispatchMode):
+    """Adds up the tensors of collective operations: in the end all are calls of ``torch.ops.c10d``."""
+
+    def __init__(self, counts: Counts):
+        super().__init__()
+        self._counts = counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            given: Mapping[str, Any] = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
+            for name, value in given.items():
+                size = sum(t.nbytes for t in tree_leaves(value) if hasattr(t, "nbytes"))
+                if name.startswith("output"):
+                    self._counts.received += size
+                else:
+                    self._counts.sent += size
+        return func(*args, **(kwargs or {}))
+
+
+_watch: Callable[[str, Any], None] | None = None
+"""What is told of the files that are opened. A hook on audit events stays for ever, so there is only one."""
+
+
+def _audit(event: str, args: tuple) -> None:
+    if event == "open" and _watch is not None and isinstance(args[0], str | bytes | os.PathLike):
+        _watch(os.fsdecode(args[0]), args[1])
+
+
+_hooked = False
+
+
+@contextmanager
+def _opened_files(directory: Path, counts: Counts) -> Iterator[None]:
+    global _watch, _hooked
+    inside = str(directory.resolve())
+
+    def note(path: str, mode: str | None) -> None:
+        if os.path.abspath(path).startswith(inside):
+            writes = mode is not None and re.search("[wxa+]", mode)
+            (counts.writes if writes else counts.reads if mode else counts.others).append(
+                os.path.basename(path)
+            )
+
+    if not _hooked:
+        sys.addaudithook(_audit)
+        _hooked = True
+    _watch = note
+    try:
+        yield
+    finally:
+        _watch = None
+
+
+@contextmanager
+def _reads_of_tensors(counts: Counts) -> Iterator[None]:
+    """Ask the kernel how much is read by ``fill``: outside it sockets are read as well."""
+    fill = load.fill
+
+    def counting(*args: Any) -> int:
+        before = _read_so_far()
+        try:
+            filled = fill(*args)
+        finally:
+            counts.tensors_read += _read_so_far() - before
+        counts.filled += filled
+        return filled
+
+    load.fill = counting  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        load.fill = fill
+
+
+def _read_so_far() -> int:
+    return _field(Path("/proc/self/io"), "rchar")
+
+
+def _status(name: str) -> int:
+    return _field(Path("/proc/self/status"), name) * 1024
+
+
+def _field(path: Path, name: str) -> int:
+    try:
+        found = re.search(rf"^{name}:\s+(\d+)", path.read_text(), re.MULTILINE)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); count on Linux") from None
+    assert found is not None, name
+    return int(found[1])
+
+
+def _release_free_memory() -> None:
+    """Return freed memory to the system: a save that used it again would seem to need none."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _reset_peak() -> None:
+    """Let ``VmHWM`` begin with what is resident now."""
+    path = Path("/proc/self/clear_refs")
+    try:
+        path.write_text("5")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): the peak of resident memory is not known here; "
+            "count on a Linux machine, outside a sandbox"
+        ) from None

@@ -1,0 +1,90 @@
+"""What each rank writes, reads, holds and sends while a checkpoint is saved and loaded: in workers."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from megatron_mesh.bench.checkpoint_ranks import Run, build
+from megatron_mesh.bench.counting import Counts
+from megatron_mesh.checkpoint.boxes import Box
+from megatron_mesh.checkpoint.content import Content, generators
+from megatron_mesh.config.schema import Config
+from megatron_mesh.runtime.distributed import model_parallel_groups
+from megatron_mesh.runtime.random import pack_generators
+
+
+@dataclass
+class Save:
+    """Of one rank."""
+
+    path: Path
+    counts: Counts
+    written: int
+
+
+@dataclass
+class Load:
+    """Of one rank."""
+
+    counts: Counts
+    read: int
+    asked: int
+    """Elements of main parameters and moments that it reads for itself and its replicas."""
+    overlapping: int
+    """Bytes of the stored pieces that hold any of these elements, each piece once."""
+    generators: int
+    """Bytes of the random number generators' piece that it reads, on the same layout."""
+    filled: int
+    """Bytes that ``fill`` says it has read."""
+
+
+def save_and_load(config: Config, directory: Path) -> tuple[Save, Save, Load]:
+    """Save in the foreground, save in the background, load the second checkpoint."""
+    with model_parallel_groups(config):
+        run, saves = build(config), []
+        for background in (False, True):
+            counts, saved = run.save(directory, background=background)
+            saves.append(Save(saved.path, counts, counts.written(saved.path)))
+        return saves[0], saves[1], _load(run, saves[1].path, same_layout=True)
+
+
+def load_only(config: Config, checkpoint: Path) -> Load:
+    """Load a checkpoint of another layout."""
+    with model_parallel_groups(config):
+        return _load(build(config), checkpoint, same_layout=False)
+
+
+def _load(run: Run, checkpoint: Path, *, same_layout: bool) -> Load:
+    counts = run.load(checkpoint)
+    boxes = list(Content(run.stage, run.optimizer).to_read(with_optimizer=True))
+    state = generators(pack_generators())
+    return Load(
+        counts,
+        counts.read(checkpoint),
+        asked=sum(box.data.numel() for box in boxes),
+        overlapping=overlapping_bytes(checkpoint, boxes),
+        generators=overlapping_bytes(checkpoint, [state]) if same_layout else 0,
+        filled=counts.filled,
+    )
+
+
+def overlapping_bytes(checkpoint: Path, boxes: Iterable[Box]) -> int:
+    """By torch's own reader of ``.metadata``, pair by pair."""
+    metadata = FileSystemReader(str(checkpoint)).read_metadata()
+    found = {}
+    for box in boxes:
+        tensor = metadata.state_dict_metadata[box.key]
+        assert isinstance(tensor, TensorStorageMetadata)
+        for number, chunk in enumerate(tensor.chunks):
+            if _overlap(box.offset, box.data.shape, chunk.offsets, chunk.sizes):
+                found[box.key, number] = MetadataIndex(box.key, chunk.offsets, number)
+    return sum(metadata.storage_data[index].length for index in found.values())
+
+
+def _overlap(offset, sizes, other_offset, other_sizes) -> bool:
+    return all(
+        a < d + e and d < a + b for a, b, d, e in zip(offset, sizes, other_offset, other_sizes, strict=True)
+    )
