@@ -4,15 +4,16 @@
 python tools/fault_test.py --output-dir runs/faults              # 100 kills, spread over phases and victims
 python tools/fault_test.py --output-dir runs/faults --aim "rename x rank 0" --aim "latest x all"
 
-First the run is trained undisturbed. Then it is started, killed (SIGKILL) in a phase that is aimed at, and
-started again by the same command, until all kills are done and the run has ended. Every loss must be the
-undisturbed run's, bit for bit; after each start no unfinished checkpoint may be left; and no more steps may be
-repeated than two save intervals: one, and one while a write is under way. Further runs are stopped for a while
-(SIGSTOP), stopped for longer than the watchdog waits, or have a disk that is full in the middle of a save.
+The run is first trained undisturbed. Then it is killed (SIGKILL) in a phase that is aimed at, and started
+again by the same command, until all kills are done and the run has ended. Every loss must be the
+undisturbed run's, bit for bit; no start may leave an unfinished checkpoint; and no more steps may be
+repeated than two save intervals: one, and one while a write is under way. Further runs are stopped for a
+while (SIGSTOP), stopped for longer than the watchdog waits, or have a disk that is full in the middle of a
+save.
 
-A kill is aimed: the victim stands in the phase when the signal comes, since each rank reports the phases that
-it enters and is held in that one. Victims: one rank (other than 0), all, rank 0, or the writer: a rank that is
-in the middle of writing its file. A line for each kill goes to stderr, a table to stdout.
+Kills are aimed: each rank reports the phases that it enters, and holds in the one in which it is to be
+killed. Victims: one rank (other than 0), all, rank 0, or the writer, which is a rank in the middle of
+writing its file. A line for each kill goes to stderr, a table to stdout.
 """
 
 import argparse
@@ -24,12 +25,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.faults.aims import START, Target, parse, spread
+from megatron_mesh.faults.aims import START, parse, spread
 from megatron_mesh.faults.job import Job
 from megatron_mesh.faults.kills import Kills
 from megatron_mesh.faults.mishaps import Mishap, Mishaps
 from megatron_mesh.faults.report import table
 from megatron_mesh.faults.runs import Setup, write_inputs
+
+_D = "default: %(default)s"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,10 +54,9 @@ def main(argv: Sequence[str]) -> int:
     if skipped:
         print(f"not done: filling the disk, because {skipped}")
     repeated = max((kill.repeated for kill in kills), default=0)
-    print(
-        f"{len(kills)} kills and {len(mishaps.done)} mishaps in {time.monotonic() - began:.0f} s; undisturbed the "
-        f"run takes {calm:.0f} s; every loss is the undisturbed run's; at most {repeated} steps were repeated"
-    )
+    seconds = time.monotonic() - began
+    print(f"{len(kills)} kills and {len(mishaps.done)} mishaps in {seconds:.0f} s; undisturbed: {calm:.0f} s")
+    print(f"every loss is the undisturbed run's, bit for bit; at most {repeated} steps were repeated")
     return 0
 
 
@@ -64,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--output-dir", type=Path, required=True, help="an empty directory")
-    add("--kills", type=int, default=100, help="how often to kill (default: %(default)s)")
+    add("--kills", type=int, default=100, help=f"how often to kill ({_D})")
     add(
         "--aim",
         action="append",
@@ -84,9 +86,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_D = "default: %(default)s"
-
-
 def _setup(arguments: argparse.Namespace) -> Setup:
     directory: Path = arguments.output_dir
     setup = Setup(directory.resolve(), arguments.ranks, arguments.steps, arguments.save_interval)
@@ -101,8 +100,8 @@ def _setup(arguments: argparse.Namespace) -> Setup:
     saves = setup.saves_after(0)
     if saves < max(5, 2 * arguments.full_disks, 2 * arguments.stops):
         raise UserError(
-            f"--steps {arguments.steps} with --save-interval {arguments.save_interval} are {saves} saves, too few "
-            "to hurt; raise --steps to at least 5 intervals, and to 2 for each of --stops and --full-disks"
+            f"--steps {setup.steps} with --save-interval {setup.save_interval} makes {saves} saves, too few; "
+            "raise --steps to 5 intervals or more, and to 2 for each of --stops and --full-disks"
         )
     directory.mkdir(parents=True, exist_ok=True)
     return setup

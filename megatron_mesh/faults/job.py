@@ -1,6 +1,5 @@
 """The ranks of a run as processes that are watched, without a launcher that would tidy up."""
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -8,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 
 from megatron_mesh.faults.rank import BEGINS, Aim, Report, run_rank
@@ -37,7 +37,8 @@ class Job:
         fresh: bool = False,
         namespace: int | None = None,
     ):
-        context = multiprocessing.get_context("spawn" if fresh else "forkserver")
+        context: ForkServerContext | SpawnContext
+        context = SpawnContext() if fresh else ForkServerContext()
         if not fresh:
             context.set_forkserver_preload(["megatron_mesh.train", "megatron_mesh.arguments"])
         self.log, self._log_start = log, log.stat().st_size if log.exists() else 0
@@ -117,13 +118,15 @@ class Job:
     def signal(self, ranks: Iterable[int], number: signal.Signals) -> None:
         """Send a signal to ranks; not to their loaders' processes, as a scheduler would."""
         for rank in ranks:
-            if self.processes[rank].exitcode is None:
-                os.kill(self.processes[rank].pid, number)
+            process = self.processes[rank]
+            if process.exitcode is None and process.pid is not None:
+                os.kill(process.pid, number)
 
     def close(self) -> None:
         """End what is left, with the processes that the ranks have started."""
         for process in self.processes:
             process.kill()
+            assert process.pid is not None
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.join()

@@ -1,4 +1,4 @@
-"""Kills, each in its phase: a run is killed and started again until it is at its end, and then another one."""
+"""Kills, each in its phase: a run is killed and started again until it is at its end, then another one."""
 
 import math
 import random
@@ -114,10 +114,9 @@ class HurtRun:
             kill = Kill(target)
             job.signal(hit, SIGKILL)
             job.go(range(self.setup.ranks))
-            if len(hit) < self.setup.ranks and not job.until_ended(
-                1.0 if target.phase is START else _PATIENCE
-            ):
-                kill.notes.append(f"the others were still there {_PATIENCE:.0f} s later")
+            # At the rendezvous the others wait for whoever is missing.
+            if not job.until_ended(1.0 if target.phase is START else _PATIENCE) and target.phase is not START:
+                kill.notes.append(f"the others had to be ended after {_PATIENCE:.0f} s")
         kill.step, kill.resumes_at = (steps(self.save) or [0])[-1], newest_step(self.save)
         self._waiting.append(kill)
         return kill

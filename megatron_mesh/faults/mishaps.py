@@ -92,7 +92,7 @@ class Mishaps:
             run.finish()
 
     def fill_disk(self, times: int) -> str:
-        """Fill the disk in the middle of a save, again and again in one run: it trains on, without that checkpoint.
+        """Fill the disk in the middle of a save, again and again in one run: only that checkpoint is lost.
 
         Returns:
             Why this was not done, or "".

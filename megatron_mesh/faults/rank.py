@@ -1,6 +1,6 @@
 """Inside a rank that is watched: it reports every phase, and holds in the one that is aimed at.
 
-Nothing of this is in the product but ``phases.enter``: the listener below blocks the thread that enters a phase.
+Nothing of this is in the product but ``phases.enter``: the listener below blocks whoever enters a phase.
 """
 
 import os
@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,7 +34,7 @@ class Aim:
     Args:
         phase: as the product enters it; "" if the writer alone is to hold.
         occurrence: the how-manieth time from now on, or from when the writer is held.
-        writing: the how-manieth save from now on, in the middle of whose file the writer holds first; 0: none.
+        writing: the how-manieth save from now on. The writer holds first, in the middle of its file; 0: none.
     """
 
     phase: str
@@ -53,48 +54,59 @@ class Report:
 
 
 class Watched:
-    """The listener. ``connection`` carries reports out; ``Aim`` (hold) and None (go on) in."""
+    """The listener. ``connection`` carries reports out, and in an ``Aim`` (hold there) or None (go on)."""
 
     def __init__(self, connection: Connection, save: Path):
         self._connection, self._save = connection, save
         self._lock = threading.Lock()
-        self._go = threading.Event()
-        self._aim: Aim | None = None
-        self._counts: Counter[str] = Counter()
-        self._writer_held = False
-        self._boxes = 0
-        """Entered by the writer of the file that is aimed at."""
         self._stepped = False
+        self._goes = 0
+        self._aim_at(None)
+
+    def _aim_at(self, aim: Aim | None) -> None:
+        self._aim = aim
+        self._counts: Counter[str] = Counter()
+        self._boxes = 0
+        """Written to the file that is aimed at."""
+        self._armed = self._writer_held = False
 
     def __call__(self, phase: str) -> None:
         with self._lock:
             self._take_orders()
+            aim, goes = self._aim, self._goes
+            # A slow writer must not let this thread wait for it in the next save, where none would go on.
+            awaits_writer = self._armed and aim is not None and aim.phase and not phase.startswith("writing")
+        if awaits_writer:
+            self._wait_until(lambda: self._writer_held or self._goes > goes)
+        with self._lock:
             self._counts[phase] += 1
             self._send(Report(phase, unfinished=self._unfinished(phase)))
             holds, complete = self._is_aimed(phase)
             if complete:
                 self._send(Report(phase, held=True))
         if holds:
-            self._hold()
+            self._wait_until(lambda: self._goes > goes)
 
     def _is_aimed(self, phase: str) -> tuple[bool, bool]:
         """Whether this thread holds here, and whether with it all that was aimed at is held."""
-        aim, counts = self._aim, self._counts
+        aim = self._aim
         if aim is None:
             return False, False
         if aim.writing and not self._writer_held:
-            self._boxes += phase == "writing a box" and counts["writing in the background"] == aim.writing
+            self._armed = self._armed or (phase == "planning a save" and self._counts[phase] == aim.writing)
+            self._boxes += self._armed and phase == "writing a box"
             if self._boxes < _MIDDLE:
                 return False, False
             self._writer_held = True
-            counts.clear()
+            self._counts.clear()
             return True, not aim.phase
-        here = phase == aim.phase and counts[phase] == aim.occurrence
+        here = phase == aim.phase and self._counts[phase] == aim.occurrence
         return here, here
 
-    def _hold(self) -> None:
+    def _wait_until(self, done: Callable[[], bool]) -> None:
         deadline = time.monotonic() + HOLD_SECONDS
-        while not self._go.wait(0.01):
+        while not done():
+            time.sleep(0.005)
             with self._lock:
                 self._take_orders()
             if time.monotonic() > deadline:
@@ -103,13 +115,9 @@ class Watched:
     def _take_orders(self) -> None:
         try:
             while self._connection.poll():
-                self._aim = self._connection.recv()
-                self._counts.clear()
-                self._writer_held, self._boxes = False, 0
-                if self._aim is None:
-                    self._go.set()
-                else:
-                    self._go.clear()
+                aim = self._connection.recv()
+                self._goes += aim is None
+                self._aim_at(aim)
         except (EOFError, OSError):  # the tool has ended
             os._exit(_GAVE_UP)
 
@@ -134,7 +142,7 @@ def run_rank(
     save: Path,
     namespace: int | None,
 ) -> None:
-    """The life of a rank: a process group of its own, output to ``log``, then the program as a user starts it.
+    """The life of a rank: a process group of its own, output to ``log``, and the program as a user starts it.
 
     Args:
         namespace: a process whose mounts this one is to see, or None.

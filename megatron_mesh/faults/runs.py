@@ -60,7 +60,7 @@ def write_inputs(setup: Setup) -> None:
 
     Evaluations come between any two saves.
     """
-    # Imports Megatron-core, which the processes of ranks, that import this file, are to do when they are watched.
+    # It imports Megatron-core. Ranks import this file too, and are to import that when they are watched.
     from megatron_mesh.data.indexed import IndexedWriter
 
     generator = np.random.default_rng(0)
