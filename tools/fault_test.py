@@ -1,141 +1,62 @@
 #!/usr/bin/env python
-"""Kill a small pretraining again and again, and see that nothing is lost.
+"""Hurt a small pretraining in every phase, again and again, and see that nothing is lost.
 
-python tools/fault_test.py --kills 100 --ranks 2 --output-dir runs/faults
+python tools/fault_test.py --output-dir runs/faults              # 100 kills, spread over phases and victims
+python tools/fault_test.py --output-dir runs/faults --aim "rename x rank 0" --aim "latest x all"
 
-First the run is trained undisturbed. Then it is started, killed at a random moment (SIGKILL to one rank, to
-the process that writes a checkpoint, or to all) and started again, until it has been killed so often and has
-ended. Every step's loss must be the undisturbed run's, bit for bit; after each start no unfinished checkpoint
-may be left; and no more steps may be repeated than two save intervals: one, and one while a write is under
-way. Data are random ids; about ten seconds a kill.
+The run is first trained undisturbed. Then it is killed (SIGKILL) in a phase that is aimed at, and started
+again by the same command, until all kills are done and the run has ended. Every loss must be the
+undisturbed run's, bit for bit; no start may leave an unfinished checkpoint; and no more steps may be
+repeated than two save intervals: one, and one while a write is under way. Further runs are stopped for a
+while (SIGSTOP), stopped for longer than the watchdog waits, or have a disk that is full in the middle of a
+save.
+
+Kills are aimed: each rank reports the phases that it enters, and holds in the one in which it is to be
+killed. Victims: one rank (other than 0), all, rank 0, or the writer, which is a rank in the middle of
+writing its file. A line for each kill goes to stderr, a table to stdout.
 """
 
 import argparse
-import json
 import os
 import random
-import shutil
-import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import psutil
-from rich.console import Console
-from rich.progress import Progress
-
-from megatron_mesh.checkpoint.writer import WRITER_NAME
 from megatron_mesh.errors import UserError
+from megatron_mesh.faults.aims import START, parse, spread
+from megatron_mesh.faults.job import Job
+from megatron_mesh.faults.kills import Kills
+from megatron_mesh.faults.mishaps import Mishap, Mishaps
+from megatron_mesh.faults.report import table
+from megatron_mesh.faults.runs import Setup, write_inputs
 
-ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = """\
-recurrence: mesh
-layers: 1+1R2+1
-hidden_size: 32
-num_attention_heads: 2
-seq_length: 16
-vocab_size: 128
-micro_batch_size: 2
-global_batch_size: 8
-lr: 1e-2
-lr_warmup_iters: 1
-split: 100,0,0
-num_workers: 1
-eval_interval: 0
-log_interval: 1
-progress: false
-async_save: true
-keep_last: 2
-"""
-# Seconds after which ranks that were not killed are, as a launcher does it: they may wait for one that was
-# killed before the ranks knew of each other.
-_PATIENCE = 10.0
-
-
-@dataclass(frozen=True)
-class Faults:
-    """What happened to the disturbed run."""
-
-    kills: dict[str, int]
-    """By victim."""
-    most_repeated: int
-    """Steps done twice, at most, after one kill."""
-
-
-class Job:
-    """A run's ranks as processes of this one, without a launcher that would tidy up."""
-
-    def __init__(self, ranks: int, flags: Sequence[str], log: Path):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.log = log.open("a", encoding="utf-8")
-        self.ranks = []
-        for rank in range(ranks):
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-            command = [sys.executable, str(ROOT / "pretrain_mesh.py"), *flags]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", **address, **place}
-            self.ranks.append(
-                psutil.Popen(command, env=environment, stdout=self.log, stderr=self.log, cwd=ROOT)
-            )
-
-    def writers(self) -> list[psutil.Process]:
-        """Processes that write checkpoints."""
-        found = []
-        for rank in self.ranks:
-            try:
-                found += [child for child in rank.children() if child.name() == WRITER_NAME]
-            except psutil.Error:  # it has ended
-                continue
-        return found
-
-    def kill(self, victim: str) -> bool:
-        """SIGKILL to ``victim``; False if there is none."""
-        targets = {"all": self.ranks, "writer": self.writers()}.get(victim, [random.choice(self.ranks)])
-        for process in targets:
-            try:
-                process.send_signal(signal.SIGKILL)
-            except psutil.Error:
-                return False
-        return bool(targets)
-
-    def wait(self, timeout: float | None) -> bool:
-        """Whether all ranks ended within ``timeout`` seconds (None: wait for ever)."""
-        _, alive = psutil.wait_procs(self.ranks, timeout)
-        return not alive
-
-    def close(self) -> None:
-        """End what is left."""
-        for process in [*self.writers(), *self.ranks]:
-            try:
-                process.kill()
-            except psutil.Error:
-                continue
-        psutil.wait_procs(self.ranks)
-        self.log.close()
+_D = "default: %(default)s"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train undisturbed and disturbed, compare, and print what happened."""
+    """Train undisturbed and hurt, compare, and print what happened."""
     arguments = _parser().parse_args(argv)
-    directory: Path = arguments.output_dir
-    if directory.exists() and any(directory.iterdir()):
-        raise UserError(f"--output-dir {directory} is not empty; choose another")
-    if min(arguments.kills, arguments.ranks, arguments.steps, arguments.save_interval) < 1:
-        raise UserError("--kills, --ranks, --steps and --save-interval must be at least 1")
-    directory.mkdir(parents=True, exist_ok=True)
-    random.seed(arguments.seed)
-    config = write_inputs(directory, arguments.steps, arguments.save_interval)
-    calm = train_calmly(directory / "calm", config, arguments.ranks)
-    faults = disturb(directory / "disturbed", config, arguments)
-    compare(losses(directory / "calm"), losses(directory / "disturbed"), arguments.steps)
-    print(f"{sum(faults.kills.values())} kills ({faults.kills}); undisturbed the run takes {calm:.0f} s")
-    print(f"every step's loss is the undisturbed run's; at most {faults.most_repeated} steps were repeated")
+    rng = random.Random(arguments.seed)
+    targets = [parse(text) for text in arguments.aim] or spread(arguments.kills, rng)
+    setup = _setup(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks' parent imports torch
+    write_inputs(setup)
+    calm, imports = train_calmly(setup, fresh=any(target.phase is START for target in targets))
+    began = time.monotonic()
+    kills = Kills(setup, targets, rng, imports).run()
+    mishaps = Mishaps(setup, rng, _show)
+    mishaps.stop(arguments.stops)
+    mishaps.hang(arguments.hangs)
+    skipped = mishaps.fill_disk(arguments.full_disks)
+    print(table(kills, mishaps.done))
+    if skipped:
+        print(f"not done: filling the disk, because {skipped}")
+    repeated = max((kill.repeated for kill in kills), default=0)
+    seconds = time.monotonic() - began
+    print(f"{len(kills)} kills and {len(mishaps.done)} mishaps in {seconds:.0f} s; undisturbed: {calm:.0f} s")
+    print(f"every loss is the undisturbed run's, bit for bit; at most {repeated} steps were repeated")
     return 0
 
 
@@ -143,139 +64,67 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fault_test.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output-dir", type=Path, required=True, help="an empty directory")
-    parser.add_argument("--kills", type=int, default=100, help="how often to kill (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, default=2, help="data-parallel ranks (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="steps of the run (default: %(default)s)")
-    parser.add_argument("--save-interval", type=int, default=5, help="in steps (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and victims")
+    add = parser.add_argument
+    add("--output-dir", type=Path, required=True, help="an empty directory")
+    add("--kills", type=int, default=100, help=f"how often to kill ({_D})")
+    add(
+        "--aim",
+        action="append",
+        default=[],
+        metavar="'PHASE x VICTIM'",
+        help="kill here instead; may be given several times, and a kill is done for each",
+    )
+    add("--stops", type=int, default=5, help=f"times to stop ranks for a while ({_D})")
+    add(
+        "--hangs", type=int, default=2, help=f"times to stop a rank for longer than the watchdog waits ({_D})"
+    )
+    add("--full-disks", type=int, default=4, help=f"times to fill the disk in the middle of a save ({_D})")
+    add("--ranks", type=int, default=2, help=f"data-parallel ranks ({_D})")
+    add("--steps", type=int, default=40, help=f"steps of the run ({_D})")
+    add("--save-interval", type=int, default=4, help=f"in steps ({_D})")
+    add("--seed", type=int, default=0, help=f"of the order, and of which rank and which save is hit ({_D})")
     return parser
 
 
-def write_inputs(directory: Path, steps: int, save_interval: int) -> Path:
-    """A corpus of skewed random ids, and the configuration."""
-    from megatron_mesh.data.indexed import IndexedWriter
-
-    generator = np.random.default_rng(0)
-    documents = [generator.zipf(1.3, size=40) % 128 for _ in range(500)]
-    with IndexedWriter(str(directory / "text"), np.uint16) as writer:
-        writer.add(np.concatenate(documents).astype(np.uint16), np.array([len(d) for d in documents]))
-        writer.commit()
-    path = directory / "settings.yaml"
-    lengths = f"train_iters: {steps}\nsave_interval: {save_interval}\n"
-    path.write_text(f"{SETTINGS}{lengths}data_path: {directory.resolve() / 'text'}\n", encoding="utf-8")
-    return path
-
-
-def train_calmly(save: Path, config: Path, ranks: int) -> float:
-    """The undisturbed run; returns its seconds."""
-    started = time.monotonic()
-    job = Job(ranks, ["--config", str(config), "--save", str(save)], save.with_suffix(".log"))
-    job.wait(None)
-    codes = [process.returncode for process in job.ranks]
-    job.close()
-    assert codes == [0] * ranks, f"the undisturbed run ended with {codes}; see {save.with_suffix('.log')}"
-    return time.monotonic() - started
+def _setup(arguments: argparse.Namespace) -> Setup:
+    directory: Path = arguments.output_dir
+    setup = Setup(directory.resolve(), arguments.ranks, arguments.steps, arguments.save_interval)
+    if directory.exists() and any(directory.iterdir()):
+        raise UserError(f"--output-dir {directory} is not empty; choose another")
+    if min(arguments.kills, arguments.stops, arguments.hangs, arguments.full_disks) < 0:
+        raise UserError("--kills, --stops, --hangs and --full-disks must be at least 0")
+    if arguments.ranks < 2:
+        raise UserError(f"--ranks {arguments.ranks} leaves no other rank to kill; give at least 2")
+    if arguments.save_interval < 2:
+        raise UserError(f"--save-interval {arguments.save_interval} leaves no room; give at least 2")
+    saves = setup.saves_after(0)
+    if saves < max(5, 2 * arguments.full_disks, 2 * arguments.stops):
+        raise UserError(
+            f"--steps {setup.steps} with --save-interval {setup.save_interval} makes {saves} saves, too few; "
+            "raise --steps to 5 intervals or more, and to 2 for each of --stops and --full-disks"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    return setup
 
 
-def disturb(save: Path, config: Path, arguments: argparse.Namespace) -> Faults:
-    """Start, kill and start again; the last start is left alone."""
-    flags = ["--config", str(config), "--save", str(save), "--load", str(save)]
-    kills: dict[str, int] = {}
-    most_repeated, rewound = 0, False
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("kills", total=arguments.kills)
-        while sum(kills.values()) < arguments.kills:
-            found = records(save)
-            # Right after a rewind the steps that come are repeated by order, not by accident.
-            before, logged = 0 if rewound or not found else found[-1]["step"], len(found)
-            job = Job(arguments.ranks, flags, save.with_suffix(".log"))
-            victim = kill_once(job)
-            job.wait(_PATIENCE if victim else None)
-            job.close()
-            most_repeated = max(most_repeated, repeated(save, before, logged))
-            rewound = rewound and len(records(save)) == logged
-            if victim:
-                kills[victim] = kills.get(victim, 0) + 1
-                progress.advance(task)
-                if not console.is_terminal:
-                    done = f"kill {sum(kills.values())} of {arguments.kills}"
-                    print(f"{done}: {victim}, at step {last_step(save)}", file=sys.stderr, flush=True)
-                continue
-            assert last_step(save) == arguments.steps, f"the run ended by itself; see {job.log.name}"
-            forget_the_end(save, arguments.steps // 2)  # it was done before its time came: once more
-            rewound = True
-        job = Job(arguments.ranks, flags, save.with_suffix(".log"))
-        job.wait(None)
-        job.close()
-    assert not unfinished(save), f"left over: {unfinished(save)}"
-    assert most_repeated <= 2 * arguments.save_interval, f"{most_repeated} steps were repeated"
-    return Faults(kills, most_repeated)
+def train_calmly(setup: Setup, *, fresh: bool) -> tuple[float, float]:
+    """The undisturbed run.
 
-
-def kill_once(job: Job) -> str:
-    """Kill a random victim at a random moment after the start; "" if the run ended before."""
-    victim = random.choice(["one rank", "writer", "all"])
-    moment = time.monotonic() + random.uniform(0.0, 16.0)
-    while not job.wait(0.002):
-        if time.monotonic() > moment and job.kill(victim):
-            return victim
-    return ""
-
-
-def forget_the_end(save: Path, step: int) -> None:
-    """Take a finished run back to an earlier checkpoint, to have more to kill."""
-    for path in save.glob("iter_*"):
-        if int(path.name.removeprefix("iter_").split(".")[0]) > step:
-            shutil.rmtree(path)
-
-
-def unfinished(save: Path) -> list[str]:
-    """Directories on their way in or out."""
-    return [path.name for path in save.glob("iter_*") if path.suffix]
-
-
-def records(save: Path) -> list[dict]:
-    """The lines of the metrics; a killed run may leave half a line.
-
-    A start that finds no checkpoint keeps what an earlier one wrote as metrics.1.jsonl and so on.
+    Returns:
+        Its seconds, and, if ``fresh``, those in which its ranks imported the program.
     """
-    kept = sorted(save.glob("metrics.*.jsonl"), key=lambda path: int(path.name.split(".")[1]))
-    texts = [path.read_text(encoding="utf-8") for path in (*kept, save / "metrics.jsonl") if path.exists()]
-    found = []
-    for line in "\n".join(texts).splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return [record for record in found if record["kind"] == "train"]
+    save = setup.directory / "calm"
+    log, began = save.with_suffix(".log"), time.monotonic()
+    with Job(setup.ranks, setup.flags(save), save, log, fresh=fresh) as job:
+        job.until(lambda: job.imported)
+        imported = time.monotonic() - began
+        job.until_ended()
+        assert job.codes == [0] * setup.ranks, f"the undisturbed run ended with {job.codes}; see {log}"
+    return time.monotonic() - began, imported
 
 
-def last_step(save: Path) -> int:
-    """The last step logged."""
-    return max((record["step"] for record in records(save)), default=0)
-
-
-def repeated(save: Path, before: int, logged: int) -> int:
-    """Steps up to ``before`` that a start did again, whose records are those after the first ``logged``."""
-    steps = [record["step"] for record in records(save)[logged:]]
-    return max(0, before - steps[0] + 1) if steps else 0
-
-
-def losses(save: Path) -> dict[int, set[float]]:
-    """Every loss that was ever logged for a step."""
-    found: dict[int, set[float]] = {}
-    for record in records(save):
-        found.setdefault(record["step"], set()).add(record["loss"])
-    return found
-
-
-def compare(calm: dict[int, set[float]], disturbed: dict[int, set[float]], steps: int) -> None:
-    """Raise AssertionError unless both runs have every step, with one and the same loss."""
-    assert sorted(calm) == list(range(1, steps + 1))
-    different = [step for step in calm if disturbed.get(step) != calm[step]]
-    assert not different, f"other losses than the undisturbed run's, in steps {different}"
+def _show(mishap: Mishap) -> None:
+    print(f"{mishap.kind}: {mishap.target}; {mishap.outcome}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

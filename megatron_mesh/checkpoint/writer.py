@@ -35,6 +35,7 @@ def write_file(path: Path, boxes: Iterable[Box]) -> list[Written]:
     written: list[Written] = []
     with path.open("xb") as file:
         for box in boxes:
+            phases.enter("writing a box")
             content = _serialized(box.data)
             piece = Piece(
                 box.offset, tuple(box.data.shape), path.name, file.tell(), len(content), sha256(content)

@@ -68,8 +68,8 @@ def pretrain(config: Config) -> int:
         with open_outputs(run.config, run.state) as log, stop.listening():
             write_status(config.checkpoint.save, "running")
             health.failures.running = True
-            phases.enter("step")
             ending = train(run, log, health, stop)
+            phases.enter("the end")
             log.record("summary", run.state.step, **summary(run.config, run.state, log))
         write_status(config.checkpoint.save, STATUS[ending])
     return ending
@@ -131,6 +131,7 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
     while state.step < last and not reason:
         step = state.step + 1
         health.beat(f"step {step}")
+        phases.enter("step")
         logged = step == 1 or due(step, config.logging.log_interval, last)
         lr = get_canonical_lr_for_logging(optimizer.param_groups)
         with routers.observing(logged):
@@ -168,6 +169,7 @@ def finish(run: Run, log: Log, health: Health, stop: StopRequests, saver: Saver 
     """What comes after the last step: the test, unless the run was stopped, and the checkpoint on its way."""
     state = run.state
     if saver is not None:
+        phases.enter("the last save")
         with health.busy("the last save", run.config.checkpoint.save_timeout_minutes):
             saver.finish()
     if reason:

@@ -17,7 +17,7 @@ from megatron_mesh.config.schema import Config, TrainingConfig
 from megatron_mesh.data import Batch, SampleStream
 from megatron_mesh.errors import UserError
 from megatron_mesh.parallel import Stage
-from megatron_mesh.runtime import device, ranges
+from megatron_mesh.runtime import device, phases, ranges
 from megatron_mesh.runtime.health import Health
 from megatron_mesh.train.data import open_batches
 from megatron_mesh.train.vote import Outcome, Vote, agree, clip
@@ -156,6 +156,7 @@ def loss_per_token(totals: Tensor) -> float:
 @torch.no_grad()
 def evaluate(stage: Stage, config: Config, dataset: SampleStream, health: Health) -> float:
     """Return the loss per token in nats over the first ``eval_iters`` global batches of ``dataset``."""
+    phases.enter("evaluation")
     batches = open_batches(config, dataset)
     totals = []
     stage.train(False)

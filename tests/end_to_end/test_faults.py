@@ -1,9 +1,30 @@
-"""A run that is killed again and again ends as if it had not been."""
+"""A run that is killed, stopped or out of disk space in any phase ends as if it had not been."""
+
+import pytest
 
 from tools.fault_test import main
 
+AIMS = [
+    "writing in the background x the writer",
+    "between data and .metadata x rank 0",
+    "rename x rank 0",
+    "latest x all",
+    "pruning x one rank",
+    "loading x one rank",
+]
 
-def test_five_kills(tmp_path, capsys) -> None:
-    assert main(["--kills", "5", "--steps", "100", "--output-dir", str(tmp_path / "faults")]) == 0
+
+def test_chosen_faults(tmp_path, capsys) -> None:
+    aims = [word for aim in AIMS for word in ("--aim", aim)]
+    mishaps = ["--stops", "1", "--hangs", "0", "--full-disks", "1"]
+    assert main([*aims, *mishaps, "--steps", "24", "--output-dir", str(tmp_path / "faults")]) == 0
     out = capsys.readouterr().out
-    assert "5 kills" in out and "every step's loss is the undisturbed run's" in out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line[0] == "|"][
+        2:
+    ]
+    assert {f"{phase} x {victim}" for phase, victim, *_ in rows} >= set(AIMS)
+    assert all(said == "resumes" for phase, victim, *_, said in rows if f"{phase} x {victim}" in AIMS)
+    assert "every loss is the undisturbed run's" in out and "SIGSTOP" in out
+    if "not done: filling the disk" in out:
+        pytest.skip(out.splitlines()[-2])
+    assert any(phase.startswith("the disk is full") and "No space left" in said for phase, *_, said in rows)

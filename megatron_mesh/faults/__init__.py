@@ -1,0 +1,1 @@
+"""Hurting a small run on purpose: the parts of ``tools/fault_test.py``."""

@@ -1,0 +1,127 @@
+"""What can be hit: phases of a run x victims, and how a number of kills is spread over them."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+
+from megatron_mesh.errors import UserError
+
+ONE, ALL, RANK_ZERO, WRITER = "one rank", "all", "rank 0", "the writer"
+"""A rank other than 0; all ranks; rank 0 alone; a rank that is in the middle of writing its file."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of a run.
+
+    Args:
+        name: for people.
+        entered: the name with which the product enters it (``runtime/phases.py``).
+        on_all: whether all ranks enter it; otherwise rank 0 does.
+        with_writer: whether a rank's writer thread can be writing at the same time.
+        saving: whether it belongs to a periodic save.
+        at_end: whether it comes once, after the last step.
+    """
+
+    name: str
+    entered: str
+    on_all: bool = True
+    with_writer: bool = False
+    saving: bool = False
+    at_end: bool = False
+
+    @property
+    def victims(self) -> list[str]:
+        """Who can be hit in it."""
+        return [ONE, ALL, RANK_ZERO, *([WRITER] if self.with_writer else [])]
+
+
+START, LOADING = Phase("start", "groups"), Phase("loading", "loading a checkpoint")
+STEP, EVALUATION = (
+    Phase("a step", "step", with_writer=True),
+    Phase("evaluation", "evaluation", with_writer=True),
+)
+WRITING = Phase("writing in the background", "writing in the background", with_writer=True, saving=True)
+CHECKS = Phase("checks", "checks", on_all=False, saving=True)
+PHASES = (
+    START,
+    LOADING,
+    STEP,
+    EVALUATION,
+    Phase("planning a save", "planning a save", saving=True),
+    WRITING,
+    Phase("between data and .metadata", "between data and .metadata", saving=True),
+    CHECKS,
+    Phase("rename", "rename", on_all=False, saving=True),
+    Phase("latest", "latest", on_all=False, saving=True),
+    Phase("pruning", "pruning", on_all=False, saving=True),
+    Phase("the last save", "the last save", with_writer=True, at_end=True),
+    Phase("the end", "the end", at_end=True),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kill to come."""
+
+    phase: Phase
+    victim: str
+
+    def __str__(self) -> str:
+        return f"{self.phase.name} x {self.victim}"
+
+    def ranks_hit(self, ranks: int, rng: random.Random) -> list[int]:
+        """The ranks that get the signal."""
+        if self.victim == ALL:
+            return list(range(ranks))
+        if self.victim == RANK_ZERO:
+            return [0]
+        return [rng.randrange(ranks) if self.victim == WRITER else rng.randrange(1, ranks)]
+
+    def ranks_held(self, hit: Sequence[int]) -> list[int]:
+        """The ranks that stand in the phase when the signal comes."""
+        return list(hit) if self.phase.on_all else [0]
+
+
+def spread(kills: int, rng: random.Random) -> list[Target]:
+    """So many kills, evenly over the phases and, within a phase, over its victims; in random order."""
+    turns: dict[Phase, Iterator[str]] = {phase: cycle(phase.victims) for phase in PHASES}
+    targets = [Target(phase, next(turns[phase])) for phase in islice(cycle(PHASES), kills)]
+    rng.shuffle(targets)
+    return targets
+
+
+def parse(text: str) -> Target:
+    """``"rename x rank 0"`` as a target.
+
+    Raises:
+        UserError: there is no such phase, or no such victim in it.
+    """
+    phase_name, _, victim = text.partition(" x ")
+    by_name = {phase.name: phase for phase in PHASES}
+    if phase_name not in by_name:
+        raise UserError(
+            f"--aim {text!r} names no phase; write PHASE x VICTIM, PHASE one of: {', '.join(by_name)}"
+        )
+    phase = by_name[phase_name]
+    if victim not in phase.victims:
+        raise UserError(
+            f"--aim {text!r} names no victim; of {phase_name!r} they are: {', '.join(phase.victims)}"
+        )
+    return Target(phase, victim)
+
+
+@dataclass
+class Kill:
+    """A kill that was done."""
+
+    target: Target
+    step: int = 0
+    """The last step the run had logged."""
+    resumes_at: int = 0
+    """The step of the newest complete checkpoint after it."""
+    notes: list[str] = field(default_factory=list)
+    repeated: int = 0
+    said: str = ""
+    """What the next start said."""

@@ -1,0 +1,83 @@
+"""A small disk that can be filled: a tmpfs, mounted where only the ranks that use it see it."""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from megatron_mesh.errors import UserError
+
+_CLONE_NEWUSER, _CLONE_NEWNS = 0x10000000, 0x00020000
+_FILLER = "filler"
+
+
+class NoDisk(UserError):
+    """No file system can be mounted here; the message says why."""
+
+
+class SmallDisk:
+    """``megabytes`` at ``path``, in a mount namespace that a waiting shell keeps alive; nobody need be root.
+
+    Raises:
+        NoDisk: the system does not allow it.
+    """
+
+    def __init__(self, path: Path, megabytes: int):
+        if shutil.which("unshare") is None:
+            raise NoDisk("the command unshare (util-linux) is not there")
+        path.mkdir(parents=True, exist_ok=True)
+        mount = 'mount -t tmpfs -o "size=$1m" tmpfs "$2" && echo mounted && read -r line'
+        self._holder = subprocess.Popen(
+            [
+                "unshare",
+                "--user",
+                "--map-root-user",
+                "--mount",
+                "sh",
+                "-c",
+                mount,
+                "sh",
+                str(megabytes),
+                str(path),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._holder.stdout is not None and self._holder.stderr is not None
+        if self._holder.stdout.readline() != "mounted\n":
+            reason = self._holder.stderr.read().strip()
+            self.close()
+            raise NoDisk(f"no tmpfs can be mounted in a namespace of its own ({reason})")
+        self.namespace = self._holder.pid
+        # Seen from outside.
+        self.path = Path(f"/proc/{self.namespace}/root{path.resolve()}")
+
+    def fill(self) -> None:
+        """Leave no block free."""
+        with (self.path / _FILLER).open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"\0" * 4096)
+
+    def empty(self) -> None:
+        """Free what ``fill`` has taken."""
+        (self.path / _FILLER).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let go of the disk; it ends with the last rank that uses it."""
+        with contextlib.suppress(BrokenPipeError):
+            self._holder.communicate()
+
+
+def join_namespace(process: int) -> None:
+    """Let this process, which has one thread, see what ``process`` has mounted."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    handles = [os.open(f"/proc/{process}/ns/{kind}", os.O_RDONLY) for kind in ("user", "mnt")]
+    for handle, kind in zip(handles, (_CLONE_NEWUSER, _CLONE_NEWNS), strict=True):
+        if libc.setns(handle, kind):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        os.close(handle)

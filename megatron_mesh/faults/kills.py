@@ -1,0 +1,186 @@
+"""Kills, each in its phase: a run is killed and started again until it is at its end, then another one."""
+
+import math
+import random
+import sys
+from collections.abc import Iterator
+from signal import SIGKILL
+
+from megatron_mesh.faults.aims import LOADING, PHASES, START, STEP, WRITER, WRITING, Kill, Target
+from megatron_mesh.faults.job import Job
+from megatron_mesh.faults.rank import Aim
+from megatron_mesh.faults.runs import Setup, compare, newest_step, steps, unfinished, what_it_said
+
+_PATIENCE = 10.0
+"""Seconds after which ranks that were not killed are, as a launcher does it."""
+_END_ZONE = 3
+"""Saves before the end from which on only kills at the end are aimed."""
+
+
+class Kills:
+    """Does ``targets`` to one run after the other.
+
+    Args:
+        imports_seconds: how long a fresh rank imports, if any target is a start.
+    """
+
+    def __init__(self, setup: Setup, targets: list[Target], rng: random.Random, imports_seconds: float = 0.0):
+        self.setup, self.rng, self.imports_seconds = setup, rng, imports_seconds
+        self.done: list[Kill] = []
+        self._targets, self._planned = list(targets), len(targets)
+        at_end = sum(target.phase.at_end for target in targets)
+        saves = setup.saves_after(0)
+        # A save or two a kill: so many runs, over which the kills at the end are spread.
+        self._at_end_per_run = (
+            math.ceil(at_end / math.ceil((len(targets) - at_end + 1) / saves)) if at_end else 0
+        )
+
+    def run(self) -> list[Kill]:
+        """All of them.
+
+        Raises:
+            AssertionError: something was lost, repeated too often, or left over.
+        """
+        number = 0
+        while self._targets:
+            number += 1
+            run = HurtRun(self.setup, f"run-{number}", self.rng, self.imports_seconds)
+            for target in self._chosen(run):
+                kill = run.kill(target)
+                self.done.append(kill)
+                self._show(run.told())
+            run.finish()
+            self._show(run.told())
+        return self.done
+
+    def _chosen(self, run: "HurtRun") -> Iterator[Target]:
+        """Targets that can be had where the run stands, each taken from the list."""
+        at_end = 0
+        while self._targets:
+            middle = [target for target in self._targets if not target.phase.at_end]
+            # A kill at the very end leaves nothing to save, so those in the last save come first.
+            ends = sorted((t for t in self._targets if t.phase.at_end), key=lambda t: PHASES.index(t.phase))
+            near = self.setup.saves_after(newest_step(run.save)) < _END_ZONE
+            if middle and not near:
+                target = middle[0]
+            elif ends and (at_end < self._at_end_per_run or not middle):
+                target = ends[0]
+                at_end += 1
+            else:
+                return
+            self._targets.remove(target)
+            yield target
+
+    def _show(self, told: list[Kill]) -> None:
+        for kill in told:
+            number = 1 + next(i for i, each in enumerate(self.done) if each is kill)
+            notes = "".join(f"; {note}" for note in kill.notes)
+            print(
+                f"kill {number} of {self._planned}: {kill.target}, at step {kill.step}; "
+                f"the next start: {kill.said}; {kill.repeated} steps repeated{notes}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+class HurtRun:
+    """A run from its first step to its last, killed in between."""
+
+    def __init__(self, setup: Setup, name: str, rng: random.Random, imports_seconds: float = 0.0):
+        self.setup, self._rng, self._imports_seconds = setup, rng, imports_seconds
+        self.save, self.log = setup.directory / name, setup.directory / f"{name}.log"
+        self._waiting: list[Kill] = []
+        """Kills after which no start has said anything yet."""
+        self._told: list[Kill] = []
+        self._started_at = 0
+
+    def kill(self, target: Target) -> Kill:
+        """Start the run, and kill it in the target's phase."""
+        if target.phase is LOADING and not newest_step(self.save):
+            self._train_a_little()
+        hit = target.ranks_hit(self.setup.ranks, self._rng)
+        held = target.ranks_held(hit)
+        aim = self._aim(target)
+        # Half of the kills at the start hit the imports, of real new interpreters; the others the rendezvous.
+        while_importing = target.phase is START and self._rng.random() < 0.5
+        with self._start(
+            {} if while_importing else dict.fromkeys(held, aim), fresh=target.phase is START
+        ) as job:
+            if while_importing:
+                job.until(lambda: job.imported, self._rng.uniform(0.05, 0.9) * self._imports_seconds)
+            elif not job.until_held(held):
+                raise AssertionError(f"{target}: the run did not get there: {job.codes}; see {self.log}")
+            self._hear(job)
+            kill = Kill(target)
+            job.signal(hit, SIGKILL)
+            job.go(range(self.setup.ranks))
+            # At the rendezvous the others wait for whoever is missing.
+            if not job.until_ended(1.0 if target.phase is START else _PATIENCE) and target.phase is not START:
+                kill.notes.append(f"the others had to be ended after {_PATIENCE:.0f} s")
+        kill.step, kill.resumes_at = (steps(self.save) or [0])[-1], newest_step(self.save)
+        self._waiting.append(kill)
+        return kill
+
+    def finish(self) -> None:
+        """Start the run once more, let it come to its end, and compare it with the undisturbed one."""
+        with self._start({}) as job:
+            assert job.until_ended(), f"the last start has not ended in time; see {self.log}"
+            assert job.codes == [0] * self.setup.ranks, (
+                f"the last start ended with {job.codes}; see {self.log}"
+            )
+            self._hear(job, ended=True)
+        assert not unfinished(self.save), f"left over in {self.save}: {unfinished(self.save)}"
+        compare(self.setup.directory / "calm", self.save)
+
+    def told(self) -> list[Kill]:
+        """Kills of which the next start has told since the last call."""
+        told, self._told = self._told, []
+        return told
+
+    def _aim(self, target: Target) -> Aim:
+        phase, rng = target.phase, self._rng
+        left = self.setup.saves_after(newest_step(self.save))
+        save = rng.randint(1, min(2, left)) if left else 1
+        if phase is WRITING and target.victim == WRITER:
+            return Aim("", writing=save)
+        if target.victim == WRITER and phase.at_end:
+            # With no step left to do nothing is written, and the end alone can be aimed at.
+            return Aim(phase.entered, writing=left)
+        if target.victim == WRITER:
+            return Aim(phase.entered, writing=min(save, max(1, left - 1)))
+        occurrences = {STEP: 2 * self.setup.save_interval}.get(phase, 2 if phase.saving else 1)
+        most = min(occurrences, left) if phase.saving else occurrences
+        return Aim(phase.entered, occurrence=rng.randint(1, max(1, most)))
+
+    def _start(self, aims: dict[int, Aim], *, fresh: bool = False, more: tuple[str, ...] = ()) -> Job:
+        self._started_at = len(steps(self.save))
+        flags = [*self.setup.flags(self.save), *more]
+        return Job(self.setup.ranks, flags, self.save, self.log, aims, fresh=fresh)
+
+    def _train_a_little(self) -> None:
+        """Train to the first checkpoint, if there is none to load."""
+        with self._start({}, more=("--exit-interval", str(self.setup.save_interval))) as job:
+            job.until_ended()
+            assert newest_step(self.save), f"no checkpoint was written: {job.codes}; see {self.log}"
+            self._hear(job, ended=True)
+
+    def _hear(self, job: Job, *, ended: bool = False) -> None:
+        """Note what this start has said and repeated, for the kills before it."""
+        assert not job.unfinished, f"left over after a start: {job.unfinished}; see {self.log}"
+        said = what_it_said(job.text, job.steps[0] > 0 or ended)
+        for kill in self._waiting:
+            kill.said = kill.said or said
+        done = steps(self.save)[self._started_at :]
+        if not self._waiting or not (done or ended):
+            return
+        if done:  # starts between the first of these kills and this one did no step
+            first = self._waiting[0]
+            first.repeated = max(0, first.step - done[0] + 1)
+            limit = 2 * self.setup.save_interval
+            assert first.repeated <= limit, f"{first.repeated} steps were repeated; see {self.log}"
+        for kill in self._waiting:
+            expected = f"resumes at {kill.resumes_at}" if kill.resumes_at else "a new run"
+            if not kill.said.endswith(expected):
+                kill.notes.append(f"the checkpoint of step {kill.resumes_at} was complete")
+        self._told += self._waiting
+        self._waiting = []

@@ -1,0 +1,163 @@
+"""Inside a rank that is watched: it reports every phase, and holds in the one that is aimed at.
+
+Nothing of this is in the product but ``phases.enter``: the listener below blocks whoever enters a phase.
+"""
+
+import os
+import runpy
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from megatron_mesh.faults.disk import join_namespace
+from megatron_mesh.runtime import phases
+
+ENTRY = Path(__file__).resolve().parents[2] / "pretrain_mesh.py"
+HOLD_SECONDS = 120.0
+"""A rank that is held longer gives up: the tool is gone."""
+_GAVE_UP = 98
+BEGINS = "begins"
+"""The first report of a rank, before it imports anything of weight."""
+_MIDDLE = 3
+"""The box of a file at which the writer holds when it is to be in the middle."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """Where a rank is to hold.
+
+    Args:
+        phase: as the product enters it; "" if the writer alone is to hold.
+        occurrence: the how-manieth time from now on, or from when the writer is held.
+        writing: the how-manieth save from now on. The writer holds first, in the middle of its file; 0: none.
+    """
+
+    phase: str
+    occurrence: int = 1
+    writing: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """A rank has entered ``phase``."""
+
+    phase: str
+    held: bool = False
+    """Whether it holds there, with all that was to be held before."""
+    unfinished: tuple[str, ...] = ()
+    """Directories on their way in or out of ``--save``, seen by rank 0 when it enters its first step."""
+
+
+class Watched:
+    """The listener. ``connection`` carries reports out, and in an ``Aim`` (hold there) or None (go on)."""
+
+    def __init__(self, connection: Connection, save: Path):
+        self._connection, self._save = connection, save
+        self._lock = threading.Lock()
+        self._stepped = False
+        self._goes = 0
+        self._aim_at(None)
+
+    def _aim_at(self, aim: Aim | None) -> None:
+        self._aim = aim
+        self._counts: Counter[str] = Counter()
+        self._boxes = 0
+        """Written to the file that is aimed at."""
+        self._armed = self._writer_held = False
+
+    def __call__(self, phase: str) -> None:
+        with self._lock:
+            self._take_orders()
+            aim, goes = self._aim, self._goes
+            # A slow writer must not let this thread wait for it in the next save, where none would go on.
+            awaits_writer = self._armed and aim is not None and aim.phase and not phase.startswith("writing")
+        if awaits_writer:
+            self._wait_until(lambda: self._writer_held or self._goes > goes)
+        with self._lock:
+            self._counts[phase] += 1
+            self._send(Report(phase, unfinished=self._unfinished(phase)))
+            holds, complete = self._is_aimed(phase)
+            if complete:
+                self._send(Report(phase, held=True))
+        if holds:
+            self._wait_until(lambda: self._goes > goes)
+
+    def _is_aimed(self, phase: str) -> tuple[bool, bool]:
+        """Whether this thread holds here, and whether with it all that was aimed at is held."""
+        aim = self._aim
+        if aim is None:
+            return False, False
+        if aim.writing and not self._writer_held:
+            self._armed = self._armed or (phase == "planning a save" and self._counts[phase] == aim.writing)
+            self._boxes += self._armed and phase == "writing a box"
+            if self._boxes < _MIDDLE:
+                return False, False
+            self._writer_held = True
+            self._counts.clear()
+            return True, not aim.phase
+        here = phase == aim.phase and self._counts[phase] == aim.occurrence
+        return here, here
+
+    def _wait_until(self, done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + HOLD_SECONDS
+        while not done():
+            time.sleep(0.005)
+            with self._lock:
+                self._take_orders()
+            if time.monotonic() > deadline:
+                os._exit(_GAVE_UP)
+
+    def _take_orders(self) -> None:
+        try:
+            while self._connection.poll():
+                aim = self._connection.recv()
+                self._goes += aim is None
+                self._aim_at(aim)
+        except (EOFError, OSError):  # the tool has ended
+            os._exit(_GAVE_UP)
+
+    def _send(self, report: Report) -> None:
+        try:
+            self._connection.send(report)
+        except OSError:
+            os._exit(_GAVE_UP)
+
+    def _unfinished(self, phase: str) -> tuple[str, ...]:
+        if phase != "step" or self._stepped or os.environ["RANK"] != "0":
+            return ()
+        self._stepped = True
+        return tuple(path.name for path in self._save.glob("iter_*") if path.suffix)
+
+
+def run_rank(
+    connection: Connection,
+    environment: dict[str, str],
+    arguments: list[str],
+    log: Path,
+    save: Path,
+    namespace: int | None,
+) -> None:
+    """The life of a rank: a process group of its own, output to ``log``, and the program as a user starts it.
+
+    Args:
+        namespace: a process whose mounts this one is to see, or None.
+    """
+    os.setsid()
+    os.environ.update(environment)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if namespace is not None:
+        join_namespace(namespace)
+    if "torch" in sys.modules:  # a fork of a process that has imported everything
+        sys.modules["torch"].set_num_threads(1)
+    watched = Watched(connection, save)
+    watched(BEGINS)
+    phases.listen(watched)
+    sys.argv = [ENTRY.name, *arguments]
+    runpy.run_path(str(ENTRY), run_name="__main__")

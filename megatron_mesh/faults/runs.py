@@ -1,0 +1,139 @@
+"""The run that is hurt: its settings and data, and what it leaves behind."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_mesh.checkpoint.directory import saved_steps
+
+SETTINGS = """\
+recurrence: mesh
+layers: 1+1R2+1
+hidden_size: 32
+num_attention_heads: 2
+seq_length: 16
+vocab_size: 128
+micro_batch_size: 2
+global_batch_size: 8
+lr: 1e-2
+lr_warmup_iters: 1
+split: 80,10,10
+num_workers: 0
+eval_iters: 1
+log_interval: 1
+progress: false
+use_distributed_optimizer: true
+async_save: true
+keep_last: 2
+"""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that is trained once undisturbed, and again while it is hurt."""
+
+    directory: Path
+    ranks: int
+    steps: int
+    save_interval: int
+
+    @property
+    def config(self) -> Path:
+        """The settings' file."""
+        return self.directory / "settings.yaml"
+
+    def flags(self, save: Path) -> list[str]:
+        """Of every start of a run in ``save``: the first and the later ones are the same command."""
+        return ["--config", str(self.config), "--save", str(save), "--load", str(save)]
+
+    def saves_after(self, step: int) -> int:
+        """Checkpoints that a run writes which resumes at ``step``."""
+        later = range(step + 1, self.steps + 1)
+        return sum(s % self.save_interval == 0 or s == self.steps for s in later)
+
+
+def write_inputs(setup: Setup) -> None:
+    """A corpus of skewed random ids, and the configuration.
+
+    Evaluations come between any two saves.
+    """
+    # It imports Megatron-core. Ranks import this file too, and are to import that when they are watched.
+    from megatron_mesh.data.indexed import IndexedWriter
+
+    generator = np.random.default_rng(0)
+    documents = [generator.zipf(1.3, size=40) % 128 for _ in range(500)]
+    prefix = setup.directory.resolve() / "text"
+    with IndexedWriter(str(prefix), np.uint16) as writer:
+        writer.add(np.concatenate(documents).astype(np.uint16), np.array([len(d) for d in documents]))
+        writer.commit()
+    lengths = {
+        "train_iters": setup.steps,
+        "save_interval": setup.save_interval,
+        "eval_interval": max(1, setup.save_interval - 1),
+        "data_path": prefix,
+    }
+    text = "".join(f"{name}: {value}\n" for name, value in lengths.items())
+    setup.config.write_text(SETTINGS + text, encoding="utf-8")
+
+
+def records(output: Path) -> list[dict]:
+    """The lines of the metrics; a killed run may leave half a line.
+
+    A start that finds no checkpoint keeps what an earlier one wrote as metrics.1.jsonl and so on.
+    """
+    kept = sorted(output.glob("metrics.*.jsonl"), key=lambda path: int(path.name.split(".")[1]))
+    texts = [path.read_text(encoding="utf-8") for path in (*kept, output / "metrics.jsonl") if path.exists()]
+    found = []
+    for line in "\n".join(texts).splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def steps(output: Path) -> list[int]:
+    """Steps in the order in which they were logged."""
+    return [record["step"] for record in records(output) if record["kind"] == "train"]
+
+
+def losses(output: Path) -> dict[tuple[str, int], set[float]]:
+    """Every loss that was ever logged, by kind (train, valid, test) and step."""
+    found: dict[tuple[str, int], set[float]] = {}
+    for record in records(output):
+        if record["kind"] in ("train", "valid", "test"):
+            found.setdefault((record["kind"], record["step"]), set()).add(record["loss"])
+    return found
+
+
+def compare(calm: Path, hurt: Path) -> None:
+    """Raise AssertionError unless a run has every loss of the undisturbed one, bit for bit, and no other."""
+    wanted, found = losses(calm), losses(hurt)
+    different = [f"{kind} {step}" for kind, step in wanted if found.get((kind, step)) != wanted[kind, step]]
+    assert not different, f"{hurt}: other losses than the undisturbed run's: {', '.join(different)}"
+    assert wanted.keys() == found.keys(), f"{hurt}: losses of steps that the undisturbed run does not have"
+
+
+def newest_step(save: Path) -> int:
+    """The step of the newest complete checkpoint; 0 if there is none."""
+    return max(saved_steps(save), default=0)
+
+
+def unfinished(save: Path) -> list[str]:
+    """Directories on their way in or out."""
+    return [path.name for path in save.glob("iter_*") if path.suffix]
+
+
+def what_it_said(text: str, stepped: bool) -> str:
+    """What a start said of where it starts, from its output; "" if it was killed before it could.
+
+    Args:
+        stepped: whether it has begun a step.
+    """
+    complaints = [line for line in text.splitlines() if "is damaged" in line or line.startswith("error:")]
+    loaded = re.findall(r"^loaded .*iter_0*(\d+)$", text, re.MULTILINE)
+    begins = f"resumes at {loaded[-1]}" if loaded else "a new run" if stepped else ""
+    return "; ".join([*complaints, begins] if begins else complaints)

@@ -1,0 +1,87 @@
+"""Kills are spread evenly, and what a run left is read as it was meant."""
+
+import json
+import random
+from collections import Counter
+
+import pytest
+
+from megatron_mesh.errors import UserError
+from megatron_mesh.faults.aims import ALL, PHASES, Kill, parse, spread
+from megatron_mesh.faults.report import table
+from megatron_mesh.faults.runs import Setup, compare, what_it_said
+
+
+def test_a_hundred_kills_are_even_over_phases_and_victims() -> None:
+    targets = spread(100, random.Random(0))
+    phases = Counter(target.phase for target in targets)
+    assert set(phases) == set(PHASES) and min(phases.values()) == 7 and max(phases.values()) == 8
+    for phase in PHASES:
+        victims = Counter(target.victim for target in targets if target.phase is phase)
+        assert set(victims) == set(phase.victims) and max(victims.values()) - min(victims.values()) <= 1
+
+
+@pytest.mark.parametrize("text", ["rename", "renaming x all", "rename x the writer", ""])
+def test_unknown_aims_are_a_user_s_mistake(text) -> None:
+    with pytest.raises(UserError, match="names no"):
+        parse(text)
+
+
+def test_who_is_held_and_who_is_hit() -> None:
+    rng = random.Random(0)
+    rename, step = parse("rename x one rank"), parse("a step x all")
+    assert all(rename.ranks_hit(4, rng) != [0] for _ in range(50))
+    assert rename.ranks_held([3]) == [0]  # rank 0 stands there when rank 3 is killed
+    assert step.ranks_held(step.ranks_hit(4, rng)) == [0, 1, 2, 3]
+    assert {parse("a step x the writer").ranks_hit(3, rng)[0] for _ in range(50)} == {0, 1, 2}
+
+
+def test_saves_that_are_left(tmp_path) -> None:
+    setup = Setup(tmp_path, ranks=2, steps=10, save_interval=4)
+    assert [setup.saves_after(step) for step in (0, 3, 4, 8, 9, 10)] == [3, 3, 2, 1, 1, 0]
+
+
+def test_what_a_start_said() -> None:
+    loaded = "noise\nloaded /runs/x/iter_0000012\n"
+    assert what_it_said(loaded, stepped=False) == "resumes at 12"
+    assert (
+        what_it_said("noise\n", stepped=True) == "a new run" and what_it_said("noise\n", stepped=False) == ""
+    )
+    damaged = "the checkpoint /runs/x/iter_0000016 is damaged: no .metadata"
+    assert what_it_said(f"{damaged}\n{loaded}", stepped=True) == f"{damaged}; resumes at 12"
+
+
+def test_another_loss_is_noticed(tmp_path) -> None:
+    calm, hurt = tmp_path / "calm", tmp_path / "hurt"
+    for directory in (calm, hurt):
+        directory.mkdir()
+
+    def write(directory, name, *losses):
+        lines = [json.dumps({"kind": "train", "step": step, "loss": loss}) for step, loss in losses]
+        (directory / name).write_text("\n".join(lines))
+
+    write(calm, "metrics.jsonl", (1, 3.0), (2, 2.5))
+    write(hurt, "metrics.1.jsonl", (1, 3.0))
+    write(hurt, "metrics.jsonl", (1, 3.0), (2, 2.5))
+    compare(calm, hurt)
+    write(hurt, "metrics.1.jsonl", (1, 3.0000001))  # before it was killed
+    with pytest.raises(AssertionError, match="train 1"):
+        compare(calm, hurt)
+    write(hurt, "metrics.1.jsonl", (1, 3.0), (3, 2.0))
+    with pytest.raises(AssertionError, match="does not have"):
+        compare(calm, hurt)
+    write(hurt, "metrics.jsonl", (1, 3.0))
+    with pytest.raises(AssertionError, match="train 2"):
+        compare(calm, hurt)
+
+
+def test_the_table_counts_by_phase_and_victim() -> None:
+    rename = parse("rename x all")
+    kills = [
+        Kill(rename, 9, 8, repeated=5, said="resumes at 4"),
+        Kill(parse("start x all"), 2, 0, repeated=0, said="a new run"),
+        Kill(rename, 13, 12, repeated=1, said="resumes at 12"),
+    ]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(kills, []).splitlines()]
+    assert rows[2] == ["start", ALL, "1", "0", "a new run"]
+    assert rows[3] == ["rename", ALL, "2", "1 to 5", "resumes"]
