@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_mesh.checkpoint.directory import candidates
+from megatron_mesh.checkpoint.load import Search
 from megatron_mesh.model import init
 from megatron_mesh.parallel import build_stage
 from megatron_mesh.runtime.distributed import process_groups
@@ -34,7 +34,7 @@ def test_a_resumed_run_draws_nothing(tiny, tmp_path, nothing_is_drawn, recurrenc
     config = tiny(recurrence, layers, load=str(tmp_path), save=str(tmp_path))
     with process_groups(config):
         nothing_is_drawn()
-        parts = build(config, candidates(config.checkpoint))
+        parts = build(config, Search(config.checkpoint))
         found = dict(parts.stage.modules[0].named_parameters())
         assert found.keys() == saved.weights.keys()
         for name, weight in saved.weights.items():
