@@ -73,7 +73,7 @@ def test_files_opened_at_the_start(root: Path) -> None:
         "few again": run(root, 4, "few again", train_iters=2),
         "many again": run(root, 2, "many again", train_iters=8),
         "few": run(root, 2, "few", train_iters=8, load=str(root / "few/save")),
-        "many": run(root, 2, "many", train_iters=10, load=str(root / "many/save")),
+        "many": run(root, 4, "many", train_iters=10, load=str(root / "many/save")),
     }
     for name, starts in [("many", many), ("few", few), *warm.items()]:
         for each in starts[1:]:
@@ -87,9 +87,25 @@ def test_files_opened_at_the_start(root: Path) -> None:
     assert counts(root, "few again", warm["few again"][0]) == counts(
         root, "many again", warm["many again"][0]
     )
+    check_checkpoints(root, few=warm["few"], many=warm["many"])
     fresh, resumed = warm["many again"][0], warm["few"][0]
     check_breakdown(fresh.messages, checkpoint=False)
     check_breakdown(resumed.messages, checkpoint=True)
+
+
+def check_checkpoints(root: Path, *, few: list[Start], many: list[Start]) -> None:
+    """From one checkpoint of two ranks, and from the last of four checkpoints of four ranks.
+
+    On the same layout each rank reads the file that it wrote. Rank 0 looks for checkpoints and reads what the
+    last one says of itself; a file without a name on each rank shows that the directory can be written.
+    """
+    writable = 2  # its opening is counted as that of the directory, and of a file
+    for name, starts in (("few", few), ("many", many)):
+        for rank, each in enumerate(starts[1:], start=1):
+            own = [path for path in each.opened if path.endswith(".distcp")]
+            assert [Path(path).name for path in own] == [f"__{rank}_0.distcp"]
+            assert each.count(root / name / "save") == 1 + writable
+    assert few[0].count(root / "few/save") == many[0].count(root / "many/save") <= 20
 
 
 def check_breakdown(messages: list[str], *, checkpoint: bool) -> None:
