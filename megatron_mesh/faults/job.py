@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -44,7 +45,8 @@ class Job:
         self.log, self._log_start = log, log.stat().st_size if log.exists() else 0
         self.unfinished: list[str] = []
         """What was left on its way in or out when rank 0 began its first step."""
-        self.steps = [0] * ranks
+        self.entered: Counter[str] = Counter()
+        """Phases of rank 0."""
         self.imported = False
         """Whether a rank has imported the program."""
         self._held: set[int] = set()
@@ -158,7 +160,7 @@ class Job:
             self._held.add(rank)
             return
         self.imported = self.imported or report.phase != BEGINS
-        self.steps[rank] += report.phase == "step"
+        self.entered[report.phase] += rank == 0
         self.unfinished += report.unfinished
 
 

@@ -77,7 +77,7 @@ class Kills:
             notes = "".join(f"; {note}" for note in kill.notes)
             print(
                 f"kill {number} of {self._planned}: {kill.target}, at step {kill.step}; "
-                f"the next start: {kill.said}; {kill.repeated} steps repeated{notes}",
+                f"the next start: {kill.said}; steps repeated: {kill.repeated}{notes}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -93,6 +93,8 @@ class HurtRun:
         """Kills after which no start has said anything yet."""
         self._told: list[Kill] = []
         self._started_at = 0
+        self._loads = 1
+        """How often a start that resumes enters the phase of loading."""
 
     def kill(self, target: Target) -> Kill:
         """Start the run, and kill it in the target's phase."""
@@ -148,7 +150,8 @@ class HurtRun:
             return Aim(phase.entered, writing=left)
         if target.victim == WRITER:
             return Aim(phase.entered, writing=min(save, max(1, left - 1)))
-        occurrences = {STEP: 2 * self.setup.save_interval}.get(phase, 2 if phase.saving else 1)
+        several = {STEP: 2 * self.setup.save_interval, LOADING: self._loads}
+        occurrences = several.get(phase, 2 if phase.saving else 1)
         most = min(occurrences, left) if phase.saving else occurrences
         return Aim(phase.entered, occurrence=rng.randint(1, max(1, most)))
 
@@ -167,10 +170,12 @@ class HurtRun:
     def _hear(self, job: Job, *, ended: bool = False) -> None:
         """Note what this start has said and repeated, for the kills before it."""
         assert not job.unfinished, f"left over after a start: {job.unfinished}; see {self.log}"
-        said = what_it_said(job.text, job.steps[0] > 0 or ended)
+        said = what_it_said(job.text, bool(job.entered[STEP.entered]) or ended)
         for kill in self._waiting:
             kill.said = kill.said or said
         done = steps(self.save)[self._started_at :]
+        if done and said.startswith("resumes"):
+            self._loads = job.entered[LOADING.entered]
         if not self._waiting or not (done or ended):
             return
         if done:  # starts between the first of these kills and this one did no step
