@@ -80,15 +80,13 @@ def _measure_one(config: Config, directory: Path, rounds: int) -> None:
 
 
 def _measure_ranks(config: Config, directory: Path, rounds: int, ranks: int) -> None:
-    from megatron_mesh.bench.checkpoint_ranks import load_only, other_layout, save_and_load, summary
+    from megatron_mesh.bench.checkpoint_ranks import measure, summary
+    from megatron_mesh.bench.counting import check_kernel
     from megatron_mesh.bench.launch import on_ranks
     from megatron_mesh.planner.text import table
 
-    by_rank = on_ranks(ranks, save_and_load, config, directory, rounds)
-    other = other_layout(config, ranks)
-    if other is not None:
-        loads = on_ranks(ranks, load_only, other, directory, rounds)
-        by_rank = [figures + more for figures, more in zip(by_rank, loads, strict=True)]
+    check_kernel()
+    by_rank = on_ranks(ranks, measure, config, directory, rounds)
     print(table(summary(by_rank)))
     print(f"\n{_NOTES}")
 

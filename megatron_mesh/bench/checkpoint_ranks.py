@@ -22,7 +22,7 @@ from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.planner.text import size
-from megatron_mesh.runtime.distributed import is_rank_zero
+from megatron_mesh.runtime.distributed import is_rank_zero, model_parallel_groups
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule
 
 SAVE, BACKGROUND, COPY = "save", "save in the background", "copy of its file"
@@ -93,8 +93,19 @@ def build(config: Config) -> Run:
     return Run(config, stage, optimizer, TrainState(build_schedule(config.optimizer, optimizer)))
 
 
-def save_and_load(config: Config, directory: Path, rounds: int) -> list[Figures]:
-    """Save in both ways, load and copy in turn. The last checkpoint stays. Megatron's groups must exist."""
+def measure(config: Config, directory: Path, rounds: int) -> list[Figures]:
+    """Save in both ways, load and copy in turn, then load on another layout; in the ranks of a new world."""
+    with model_parallel_groups(config):
+        found = _save_and_load(config, directory, rounds)
+    other = other_layout(config, dist.get_world_size())
+    if other is not None:
+        with model_parallel_groups(other):
+            found += _load(other, directory, rounds)
+    return found
+
+
+def _save_and_load(config: Config, directory: Path, rounds: int) -> list[Figures]:
+    """Of the checkpoints the last one stays."""
     run, found, copies = build(config), [], directory / "copy"
     for number in range(1, rounds + 1):
         progress(f"round {number} of {rounds}: saving")
@@ -114,8 +125,8 @@ def save_and_load(config: Config, directory: Path, rounds: int) -> list[Figures]
     return found
 
 
-def load_only(config: Config, directory: Path, rounds: int) -> list[Figures]:
-    """Load the one checkpoint in ``directory``, of another layout. Megatron's groups must exist."""
+def _load(config: Config, directory: Path, rounds: int) -> list[Figures]:
+    """Load the one checkpoint in ``directory``."""
     run, (checkpoint,) = build(config), list(directory.glob("iter_*"))
     found = []
     for number in range(1, rounds + 1):

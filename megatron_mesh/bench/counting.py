@@ -78,6 +78,16 @@ def counted(directory: Path) -> Iterator[Counts]:
     counts.memory = _status("VmHWM") - before
 
 
+def check_kernel() -> None:
+    """Check that ``counted`` can work here.
+
+    Raises:
+        UserError: as ``counted``.
+    """
+    _reset_peak()
+    _status("VmHWM")
+
+
 def _sizes(checkpoint: Path, names: list[str]) -> int:
     paths = [checkpoint / name for name in set(names)]
     return sum(path.stat().st_size for path in paths if path.is_file())

@@ -5,17 +5,18 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch.distributed as dist
 from torch.distributed.launcher import LaunchConfig, elastic_launch
 
-from megatron_mesh.config.schema import Config
+from megatron_mesh.runtime import device
 from megatron_mesh.runtime.console import show_messages
-from megatron_mesh.runtime.distributed import is_rank_zero, process_groups
+from megatron_mesh.runtime.distributed import is_rank_zero
 
 Result = TypeVar("Result")
 
 
-def on_ranks(ranks: int, work: Callable[..., Result], config: Config, *args: object) -> list[Result]:
-    """Call ``work(config, *args)`` in as many new processes, inside Megatron's groups.
+def on_ranks(ranks: int, work: Callable[..., Result], *args: object) -> list[Result]:
+    """Call ``work(*args)`` in as many new processes, where torch.distributed is initialized.
 
     Args:
         work: a function of a module, which the processes import.
@@ -38,7 +39,7 @@ def on_ranks(ranks: int, work: Callable[..., Result], config: Config, *args: obj
         max_restarts=0,
         monitor_interval=0.1,
     )
-    results = elastic_launch(settings, _work)(work, config, *args)
+    results = elastic_launch(settings, _work)(work, *args)
     return [results[rank] for rank in range(ranks)]
 
 
@@ -48,7 +49,11 @@ def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _work(work: Callable[..., Result], config: Config, *args: object) -> Result:
-    with process_groups(config):
-        show_messages(speaks=False)
-        return work(config, *args)
+def _work(work: Callable[..., Result], *args: object) -> Result:
+    show_messages(speaks=False)
+    device.prepare()
+    dist.init_process_group(device.backend())
+    try:
+        return work(*args)
+    finally:
+        dist.destroy_process_group()

@@ -130,5 +130,6 @@ def test_plan_of_a_preset() -> None:
         "4+8R2+4 (unrolled: 24 layers, 16",
         "tensor 2 x pipeline 1 x data 4",
         "2,097,152",
+        "13.19 GiB; at most 1.65 GiB by a rank",
     ):
         assert part in plan, plan
