@@ -166,9 +166,12 @@ def publish(partial: Path, final: Path, step: int) -> Path | None:
     phases.enter("latest")
     tracker = final.parent / TRACKER_FILE
     temporary = tracker.with_suffix(".partial")
-    temporary.write_text(str(step), encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, tracker)
+    try:
+        temporary.write_text(str(step), encoding="utf-8")
+        _sync(temporary)
+        os.replace(temporary, tracker)
+    except OSError as error:  # the checkpoint is complete all the same, and runs look for its name
+        logger.error("%s cannot name step %d: %s", tracker, step, error)
     return replaced if again else None
 
 

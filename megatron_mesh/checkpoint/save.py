@@ -158,7 +158,7 @@ class Saver:
         except OSError as error:  # the new one is complete all the same
             logger.error("old checkpoints in %s cannot be deleted: %s", self.directory, error)
         for path in filter(None, leaving):
-            self._pruner.submit(shutil.rmtree, path, ignore_errors=True)
+            self._pruner.submit(_delete, path)
 
     def _give_up(self, partial: Path, reason: str) -> None:
         self.failed = True
@@ -173,6 +173,11 @@ class Saver:
             with suppress(OSError):
                 (partial / file_of(dist.get_rank())).unlink(missing_ok=True)
                 partial.rmdir()
+
+
+def _delete(path: Path) -> None:
+    phases.enter("deleting")
+    shutil.rmtree(path, ignore_errors=True)
 
 
 class _PartsMissing(OSError):

@@ -56,6 +56,7 @@ PHASES = (
     Phase("rename", "rename", on_all=False, saving=True),
     Phase("latest", "latest", on_all=False, saving=True),
     Phase("pruning", "pruning", on_all=False, saving=True),
+    Phase("deleting", "deleting", on_all=False, saving=True),
     Phase("the last save", "the last save", with_writer=True, at_end=True),
     Phase("the end", "the end", at_end=True),
 )
