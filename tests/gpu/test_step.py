@@ -58,7 +58,7 @@ def test_the_host_waits_once(name: str, bf16: bool) -> None:
         for _ in range(2):  # the first steps allocate and compile
             variant.step(batches)
         found = waits(variant, batches)
-    assert sum(found.values()) == 1 and next(iter(found)).startswith("agreement.py:"), found
+    assert sum(found.values()) == 1 and next(iter(found)).startswith("vote.py:"), found
 
 
 def test_parts_of_a_step_add_up_without_waiting_in_between() -> None:
