@@ -5,8 +5,8 @@
 #                   (PYTEST_ARGS='-m versions': only those that depend on the version most)
 # make test-vllm    serve exports with vLLM on the CPU and compare with transformers (PYTEST_ARGS='-m short';
 #                   make vllm-env only installs vLLM, into .venv-vllm)
-# make test-scale   count what each of 2, 4 and 8 ranks writes, reads and holds for a 160M model's checkpoint (minutes;
-#                   16 GB of memory, 6 GB of disk)
+# make test-scale   count what each of 2, 4 and 8 ranks writes, reads and holds for a 160M model's checkpoint (minutes,
+#                   12 GB of memory, 4 GB of disk)
 # make test-slurm   run jobs on a real SLURM that the tests start (as root; make slurm-env installs Debian's packages)
 #
 # Every target sets up its environment by itself. Override the interpreter, the torch build or the package index:

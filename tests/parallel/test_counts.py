@@ -1,6 +1,6 @@
 """Every rank writes and reads what it owns, shown by counting: bytes, memory, collectives, opened files.
 
-The whole matrix of the 160M model takes minutes and up to 16 GB of memory: ``make test-scale``.
+The whole matrix of the 160M model takes minutes and up to 12 GB of memory: ``make test-scale``.
 """
 
 import os
