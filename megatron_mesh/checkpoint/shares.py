@@ -84,6 +84,8 @@ class Share:
     def broadcast(self, *, with_optimizer: bool) -> None:
         """Hand this rank's run to the others that hold the same, and take theirs; a collective operation."""
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        if group.size() == 1:
+            return
         for tensor in (self.main, *(self.moments.values() if with_optimizer else ())):
             for rank, (start, end) in self.runs.items():
                 dist.broadcast(tensor[start:end], dist.get_global_rank(group, rank), group)

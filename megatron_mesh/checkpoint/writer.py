@@ -3,8 +3,9 @@
 import io
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def write_file(path: Path, boxes: Iterable[Box]) -> list[Written]:
         OSError: the disk will not have them.
     """
     written: list[Written] = []
-    with path.open("xb") as file:
+    with path.open("xb") as file, _without_crc32():
         for box in boxes:
             phases.enter("writing a box")
             content = _serialized(box.data)
@@ -45,6 +46,17 @@ def write_file(path: Path, boxes: Iterable[Box]) -> list[Written]:
         file.flush()
         os.fsync(file.fileno())
     return written
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Keep torch from computing a second checksum, which takes longer than the one that we need."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _serialized(data: torch.Tensor) -> memoryview:
