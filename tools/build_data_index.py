@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Build the index cache of a run's data in advance: on every node where the nodes share no disk.
+"""Build the index cache of a run's data in advance, so that no GPU waits for it.
 
 python tools/build_data_index.py --config examples/configs/pythia-160m-mesh.yaml \\
     --data-path data/corpus_text_document --data-cache-path /local/cache --tokenizer-model tokenizer.json
 
-Takes the settings of pretrain_mesh.py, of which it uses those of the data, --seq-length and --seed. The cache
-serves any number of steps, ranks and loader processes, and wherever the data lie on the node.
+Takes the settings of pretrain_mesh.py and uses those of the data, --seq-length and --seed. The index serves
+any number of steps, ranks and loader processes, wherever the data are mounted. The table of a blend depends
+on the length of the run, so the run builds it.
 """
 
 import sys
@@ -23,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
         print(__doc__)
         return
     config = parse_args(argv).config
-    tokenizer: Tokenizer = IdsOnly(0)  # as a run that gives --vocab-size alone; it is part of the cache's key
+    tokenizer: Tokenizer = IdsOnly(0)
     if config.data.tokenizer_model is not None:
         tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
     seq_length = config.model.seq_length

@@ -4,6 +4,8 @@ An entry is a directory of .npy files and a manifest. It is written under a temp
 so it appears whole or not at all, and whoever publishes first wins: an entry in use is never replaced.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -12,6 +14,7 @@ import socket
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +24,7 @@ _MANIFEST = "manifest.json"
 _EDGE_BYTES = 1 << 16
 _PARTIAL = ".partial-"
 _ABANDONED_SECONDS = 86_400
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 Arrays = dict[str, np.ndarray]
 Make = Callable[[], Arrays]
@@ -94,19 +98,32 @@ def _publish(partial: Path, key: Key) -> None:
         try:
             partial.rename(key.path)
             return
-        except OSError:
-            if not key.path.exists():
+        except OSError as error:
+            if error.errno not in _TAKEN:
                 raise
-        # The entry is damaged. It goes by renaming too: another process may be about to look at it.
-        aside = partial.with_name(f"{partial.name}-damaged")
-        try:
+        _remove_damaged(key, partial.with_name(f"{partial.name}-damaged"))
+
+
+def _remove_damaged(key: Key, aside: Path) -> None:
+    """Remove an entry that is not whole, by way of the name ``aside``.
+
+    While it stands nobody can publish, and who removes it holds a lock. So it can't have been replaced by a
+    good one meanwhile.
+    """
+    handle = os.open(key.directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no locks on directories
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if load(key) is not None or not key.path.exists():
+            return
+        with suppress(FileNotFoundError):  # another host was faster
             key.path.rename(aside)
-        except FileNotFoundError:
-            continue
-        if aside.is_dir():
-            shutil.rmtree(aside)
-        else:
-            aside.unlink()
+    finally:
+        os.close(handle)
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    else:
+        aside.unlink(missing_ok=True)
 
 
 def _map(path: Path) -> np.ndarray:

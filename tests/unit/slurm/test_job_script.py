@@ -107,6 +107,12 @@ def test_endings(job, tmp_path, trainer, state, code, requeued, said) -> None:
     assert (tmp_path / "requeued").exists() == requeued
 
 
+def test_the_log_says_why_a_run_failed(job) -> None:
+    trainer = 'printf "failed\\nrank 3 of 8 on host n2: no such file\\n" >$RUN/run_status.txt; exit 2'
+    ended = job(trainer)
+    assert "cause: rank 3 of 8 on host n2: no such file" in ended.stdout and ended.returncode == 2
+
+
 def test_the_early_warning_stops_the_run_and_requeues(job, tmp_path) -> None:
     """The stop file comes again when a run that is just starting removes an old one."""
     trainer = """\

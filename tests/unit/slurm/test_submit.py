@@ -129,6 +129,17 @@ def test_status_of_a_running_job(lab, capsys, monkeypatch) -> None:
     assert "70.0 s: more than the site file's SAVE_SECONDS=60" in text
 
 
+def test_status_says_why_a_run_failed(lab, capsys, monkeypatch) -> None:
+    submit(lab)
+    (lab / "run" / "run_status.txt").write_text("failed\nrank 3 of 8 on host n2: no such file\n")
+    monkeypatch.setenv("JOB", "JobState=FAILED Reason=NonZeroExitCode")
+    capsys.readouterr()
+    main(["--status", str(lab / "run")])
+    rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert ["state", "failed"] in rows
+    assert ["cause", "rank 3 of 8 on host n2: no such file"] in rows
+
+
 def test_requeue_saves_waits_or_submits(lab, capsys, monkeypatch) -> None:
     submit(lab)
     run = str(lab / "run")
