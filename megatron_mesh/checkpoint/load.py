@@ -1,6 +1,7 @@
 """Loading: which checkpoint is whole, and taking it over on this layout of ranks."""
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class Search:
     """
 
     def __init__(self, settings: CheckpointConfig):
-        self._paths = from_rank_zero(lambda: candidates(settings))
+        self._paths = from_rank_zero(lambda: _candidates(settings))
         self._fallback = settings.load_fallback
         self._first_damage = ""
         self._number = 0
@@ -71,7 +72,7 @@ class Search:
             path = self._paths[self._number]
             self._number += 1
             found = from_rank_zero(lambda path=path: _open(path))  # type: ignore[misc]
-            unseen = None if path.is_dir() else f"the checkpoint {path} is not there"
+            unseen = None if os.path.isdir(path) else f"the checkpoint {path} is not there"
             if others := complaints(unseen):
                 raise UserError(
                     f"{'; '.join(others)}; --load and --save must be on a disk that all nodes share"
@@ -96,6 +97,13 @@ class Search:
             raise UserError(
                 f"{self._first_damage}, and --no-load-fallback rules out earlier ones; --load another one"
             )
+
+
+def _candidates(settings: CheckpointConfig) -> list[Path]:
+    try:
+        return candidates(settings)
+    except OSError as error:
+        raise UserError(f"checkpoints cannot be looked for ({error}); check --load and --save") from None
 
 
 def _open(path: Path) -> Found | str:

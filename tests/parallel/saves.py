@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def one_rank_is_blind(directory: Path, victim: int) -> str:
     config = tiny_config(world_size=dist.get_world_size())
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == victim:
-            patch.setattr(Path, "is_dir", lambda path: False)
+            patch.setattr(os.path, "isdir", lambda path: False)
         try:
             Search(replace(config.checkpoint, load=str(directory))).next()
         except UserError as error:
