@@ -51,7 +51,7 @@ def _parse_quietly(argv: Sequence[str]) -> Arguments:
         raise
 
 
-if __name__ == "__main__":  # saving a checkpoint starts processes that import this file
+if __name__ == "__main__":  # loader processes may import this file
     show_messages(rank_from_environment() == 0)
     log_start_times()
     with failures_told(sys.argv[1:]):

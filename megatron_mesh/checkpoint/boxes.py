@@ -102,4 +102,4 @@ def cut(key: str, shape: Shape, data: Tensor, offset: Shape | None = None) -> It
 def whole_as_boxes(place: ShardedTensor) -> Iterator[Box]:
     """A rank's whole tensor, which ``place`` holds, as boxes."""
     data = place.data
-    yield from run_as_boxes(place.key, place, 0, data.numel(), data.detach().reshape(-1))
+    yield from run_as_boxes(place.key, place, 0, data.numel(), data.detach().view(-1))

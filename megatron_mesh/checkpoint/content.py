@@ -11,6 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_mesh.checkpoint import fp8_state
 from megatron_mesh.checkpoint.boxes import Box, whole_as_boxes
 from megatron_mesh.checkpoint.index import Index
+from megatron_mesh.checkpoint.reader import Damaged
 from megatron_mesh.checkpoint.shares import Share, shares_of
 from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime.random import pack_generators
@@ -63,6 +64,8 @@ def generators(packed: torch.Tensor) -> Box:
 
 def empty_generators(index: Index) -> Box:
     """The same to be filled, from a checkpoint of as many ranks."""
+    if GENERATORS not in index.entries:
+        raise Damaged("it has no states of random number generators")
     length = index.entries[GENERATORS].shape[0] // dist.get_world_size()
     return generators(torch.empty(length, dtype=torch.uint8))
 

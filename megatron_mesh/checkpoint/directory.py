@@ -143,7 +143,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def publish(partial: Path, final: Path, step: int) -> Path | None:
-    """Give a complete checkpoint its name, then name it in the tracker file; each at one stroke.
+    """Give a complete checkpoint its name, then name it in the tracker file; each step is atomic.
 
     What a name stands for is on the disk before the name is: earlier checkpoints may be deleted after this.
     The files of tensors were made last by those who wrote them.
@@ -162,11 +162,11 @@ def publish(partial: Path, final: Path, step: int) -> Path | None:
     if again:
         final.rename(replaced)
     partial.rename(final)
-    _sync(final.parent)
     phases.enter("latest")
     tracker = final.parent / TRACKER_FILE
     temporary = tracker.with_suffix(".partial")
     try:
+        _sync(final.parent)
         temporary.write_text(str(step), encoding="utf-8")
         _sync(temporary)
         os.replace(temporary, tracker)
@@ -179,7 +179,7 @@ def outdated(directory: Path, newest: int, keep_last: int | None, keep_every: in
     """Take the names of all but the last ``keep_last`` checkpoints up to step ``newest``, which was just
     written, and those of steps divisible by ``keep_every``; what is returned can be deleted.
 
-    Later ones are damaged, if this run went on from one before them, and stand for none that are not.
+    Checkpoints after ``newest`` are not counted: the run resumed before them because they were damaged.
     """
     if keep_last is None:
         return []

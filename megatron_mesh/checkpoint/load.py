@@ -204,8 +204,6 @@ def _trouble(work: Callable[[], object]) -> str | None:
         work()
     except Damaged as error:
         return str(error)
-    except KeyError as error:
-        return f"it has no tensor {error}"
     return None
 
 

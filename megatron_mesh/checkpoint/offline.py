@@ -56,7 +56,7 @@ def open_index(path: Path) -> Index:
 
 
 def write(save: Path, boxes: Iterable[Box], config: str, description: dict[str, Any]) -> None:
-    """Write a checkpoint to ``save``, at one stroke.
+    """Write a checkpoint; ``save`` appears when it is complete.
 
     Args:
         save: where; it must not exist.

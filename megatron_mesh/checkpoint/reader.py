@@ -1,6 +1,7 @@
 """Reading boxes from a checkpoint: each stored piece once, compared with its checksum by whoever reads it."""
 
 import io
+import math
 import os
 import pickle
 from collections import defaultdict
@@ -47,7 +48,6 @@ def fill(index: Index, boxes: Iterable[Box]) -> int:
     has nothing.
 
     Raises:
-        KeyError: the checkpoint has no such tensor.
         Damaged: what was to be read is not all there, or was changed after it was written.
     """
     wanted: dict[str, list[Box]] = defaultdict(list)
@@ -55,6 +55,8 @@ def fill(index: Index, boxes: Iterable[Box]) -> int:
         wanted[box.key].append(box)
     files: dict[str, dict[Piece, list[_Copy]]] = defaultdict(lambda: defaultdict(list))
     for key, targets in wanted.items():
+        if key not in index.entries:
+            raise Damaged(f"it has no tensor {key}")
         for piece, copy in _copies(key, index.entries[key], targets):
             files[piece.file][piece].append(copy)
     with _no_added_classes():
@@ -116,6 +118,8 @@ def _copies(key: str, entry: Entry, targets: list[Box]) -> Iterable[tuple[Piece,
     chunks = [ChunkStorageMetadata(torch.Size(b.offset), b.data.shape) for b in targets]
     missing = [box.data.numel() for box in targets]
     pieces = {piece.offset: piece for piece in entry.pieces}
+    if sum(math.prod(piece.sizes) for piece in entry.pieces) != math.prod(entry.shape):
+        raise Damaged(f"parts of {key} are missing")
     for box in targets:
         if box.padded:
             box.data.zero_()
@@ -170,7 +174,10 @@ def _tensor(piece: Piece, content: bytes) -> Tensor:
 
 @contextmanager
 def _no_added_classes() -> Iterator[None]:
-    """Without what libraries have had torch allow; among it NumPy's arrays, which trust what fills them."""
+    """Let torch unpickle its own classes only.
+
+    Libraries register others with it, such as NumPy's arrays, whose pickles may hold addresses.
+    """
     added = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:

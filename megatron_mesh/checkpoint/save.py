@@ -135,10 +135,12 @@ class Saver:
         self._on_saved(Saved(pending.step, final, now - pending.started, stalled))
 
     def finish(self) -> None:
-        """Publish the checkpoint on its way, if there is one, and wait until old ones are deleted."""
+        """Publish the checkpoint on its way, if there is one.
+
+        Old ones may still be being deleted; the interpreter waits for that before it exits.
+        """
         if self._pending is not None:
             self.complete()
-        self._pruner.submit(lambda: None).result()
 
     def _publish(self, final: Path, described: dict[str, Any], gathered: list[Any]) -> None:
         """On rank 0, with what each rank has written or why it could not."""
@@ -169,7 +171,7 @@ class Saver:
                 reason,
             )
             shutil.rmtree(partial, ignore_errors=True)
-        elif partial.exists():  # rank 0 is removing it, or it is on a disk of this node's own
+        else:  # rank 0 is removing it, or it is on a disk of this node's own
             with suppress(OSError):
                 (partial / file_of(dist.get_rank())).unlink(missing_ok=True)
                 partial.rmdir()

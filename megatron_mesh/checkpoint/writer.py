@@ -83,10 +83,8 @@ class BackgroundWriter:
 
 
 def copies(boxes: Iterable[Box]) -> deque[Box]:
-    """Boxes in host memory, pinned where they come from a GPU."""
-    found = deque(replace(box, data=device.copy_to_host(box.data)) for box in boxes)
-    device.synchronize()
-    return found
+    """Boxes whose elements are copied to host memory of their own."""
+    return deque(replace(box, data=device.copy_to_host(box.data)) for box in boxes)
 
 
 def _write_copies(path: Path, boxes: deque[Box]) -> list[Written]:

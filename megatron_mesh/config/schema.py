@@ -211,7 +211,7 @@ class CheckpointConfig:
     """End the job, with the stack of every rank, when a save keeps training waiting for so long (with
     --watchdog-timeout-minutes 0: never)."""
     keep_last: int | None = None
-    """Keep so many of the newest checkpoints; all if unset."""
+    """Number of newest checkpoints to keep; all if unset."""
     keep_every: int | None = None
     """With --keep-last: keep those of steps divisible by this as well."""
     exit_interval: int | None = None

@@ -65,9 +65,9 @@ class Mishaps:
     def hang(self, times: int) -> None:
         """SIGSTOP for longer than the watchdog waits: the others end, and say so; the next start goes on."""
         run = HurtRun(self.setup, "hung", self._rng)
-        for _ in range(times):
+        for victim in islice(cycle((ONE, RANK_ZERO)), times):
             minutes = ("--watchdog-timeout-minutes", str(WATCHDOG_SECONDS / 60))
-            target = Target(STEP, ONE)
+            target = Target(STEP, victim)  # rank 0 holds the store, too
             hit = target.ranks_hit(self.setup.ranks, self._rng)
             aim = Aim(STEP.entered, occurrence=self.setup.save_interval + 2)
             with Job(

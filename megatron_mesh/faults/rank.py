@@ -33,8 +33,8 @@ class Aim:
 
     Args:
         phase: as the product enters it; "" if the writer alone is to hold.
-        occurrence: the how-manieth time from now on, or from when the writer is held.
-        writing: the how-manieth save from now on. The writer holds first, in the middle of its file; 0: none.
+        occurrence: which occurrence, counted from now, or from when the writer is held.
+        writing: which save, counted from now. The writer holds first, in the middle of its file; 0: none.
     """
 
     phase: str

@@ -53,7 +53,7 @@ class Stage:
 
     @contextmanager
     def parameters_gathered(self) -> Iterator[None]:
-        """All parameters are up to date inside, for evaluation and saving, and no gathering is under way.
+        """All parameters are up to date inside, for evaluation, and no gathering is under way.
 
         With ``overlap_param_gather``, a training step leaves them to be gathered by the next forward pass.
         """

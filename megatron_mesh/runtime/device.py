@@ -162,7 +162,11 @@ def libraries() -> dict[str, str]:
     if not has_gpu():
         return {}
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    return {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version()), "NCCL": nccl}
+    try:
+        cudnn = str(torch.backends.cudnn.version())
+    except RuntimeError as error:  # another one was loaded than torch was built with
+        cudnn = str(error).partition(". ")[0]
+    return {"CUDA": str(torch.version.cuda), "cuDNN": cudnn, "NCCL": nccl}
 
 
 def synchronize() -> None:
@@ -172,9 +176,8 @@ def synchronize() -> None:
 
 
 def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory; from a GPU into pinned memory, and complete after ``synchronize``."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return copy.copy_(tensor.detach(), non_blocking=True)
+    """A copy in host memory. It is not pinned: torch keeps pinned memory that is freed, and rounds it up."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
 
 
 def moment() -> Any:

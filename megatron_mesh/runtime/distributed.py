@@ -1,5 +1,6 @@
 """Processes and their groups: start, layout, end."""
 
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ def process_groups(config: Config) -> Iterator[Health]:
     or hangs ends the job (``health.py``).
     """
     phases.enter("groups")
+    gc.collect()  # what is left of an earlier run: models and groups refer to each other
     device.prepare()
     if config.training.deterministic_mode:
         device.be_deterministic()

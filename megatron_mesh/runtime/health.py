@@ -17,6 +17,8 @@ from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.failures import FAILED, RUNNING, Failures, place
 
 _LOST_RANK = " (a lost connection: look for a rank that was killed; it could not say so itself)"
+STORE_SECONDS = 5.0
+"""How long a rank that ends waits for the store, which may not answer."""
 FOLLOW_SECONDS = 20.0
 """How long after another rank's failure this one may still find its own end."""
 
@@ -42,14 +44,14 @@ class Health:
 
     @contextmanager
     def busy(self, where: str, minutes: float = math.inf) -> Iterator[None]:
-        """A save, with a limit of its own (--save-timeout-minutes), or the preparations, without one."""
+        """Suspend the watchdog's limit during the preparations, or replace it by that of a save."""
         self.beat(where)
         self._limit = minutes * 60
         try:
             yield
         finally:
+            self.beat(where)  # first: the watchdog may look at any moment
             self._limit = None
-            self.beat(where)
 
     @property
     def limit(self) -> str:
@@ -130,25 +132,38 @@ def watched(health: Health, minutes: float) -> Iterator[None]:
         yield
         return
     done = threading.Event()
-    seconds = minutes * 60
-    thread = threading.Thread(target=_watch, args=(health, seconds, done), daemon=True, name="watchdog")
-    thread.start()
+    threads = []
+    if minutes:
+        arguments = (health, minutes * 60, done)
+        threads.append(threading.Thread(target=_watch, args=arguments, daemon=True, name="watchdog"))
+    if health.world_size > 1:
+        # Apart from the watchdog: it waits for the store, whose process may be the one that hangs.
+        threads.append(threading.Thread(target=_listen, args=(health, done), daemon=True, name="listener"))
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
         done.set()
-        thread.join()
 
 
 def _watch(health: Health, seconds: float, done: threading.Event) -> None:
-    failed_since = None
-    while not done.wait(min(seconds / 4, 5.0) if seconds else 5.0):
-        if seconds and (waiting := health.overdue(seconds)):
+    while not done.wait(min(seconds / 4, 5.0)):
+        if waiting := health.overdue(seconds):
             waited = f"has not gone on for {waiting:.0f} s ({health.limit})"
             print(f"error: {health} {waited}; its stacks:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
-            health.failures.note(RUNNING, f"{health} {waited}")
+            noting = threading.Thread(
+                target=health.failures.note, args=(RUNNING, f"{health} {waited}"), daemon=True
+            )
+            noting.start()
+            noting.join(STORE_SECONDS)
             os._exit(exits.HUNG)
+
+
+def _listen(health: Health, done: threading.Event) -> None:
+    failed_since = None
+    while not done.wait(5.0):
         first = health.failures.someone()
         failed_since = failed_since or (time.monotonic() if first else None)
         if first and failed_since and time.monotonic() - failed_since > FOLLOW_SECONDS:

@@ -86,8 +86,8 @@ def build(config: Config, search: Search | None = None) -> Run:
         remove_unfinished(Path(config.checkpoint.save))
     phases.enter("data")
     config, tokenizer = open_vocabulary(config)
-    position = start_position(config, found)
-    data = open_datasets(config, tokenizer, *position)
+    start = start_position(config, found)
+    data = open_datasets(config, tokenizer, *start)
     phases.enter("model")
     stage = build_stage(config, initial_weights=found is None)
     optimizer = build_optimizer(config, stage)
@@ -96,9 +96,9 @@ def build(config: Config, search: Search | None = None) -> Run:
     while found is not None and (damage := load_checkpoint(found, config, stage, optimizer, state)):
         assert search is not None
         found = search.next(damage)
-        if position != start_position(config, found):
-            position = start_position(config, found)
-            data = open_datasets(config, tokenizer, *position)
+        if start != start_position(config, found):
+            start = start_position(config, found)
+            data = open_datasets(config, tokenizer, *start)
     return Run(config, data, stage, optimizer, state)
 
 
@@ -150,7 +150,7 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
             numbers = {"loss": outcome.loss, "lr": lr, "grad_norm": outcome.grad_norm, **speed.read(step)}
             log.record("train", step, **numbers, **position(config, state), **routers.read())
         if state.skipped >= config.training.max_skipped_steps:
-            return diverged(config, state, saver)
+            return diverged(config, state, saver, health)
         in_a_hurry = reason in URGENT and step < last
         if run.data.valid is not None and due(step, config.training.eval_interval, last) and not in_a_hurry:
             with speed.paused():
@@ -211,16 +211,17 @@ def record_skipped(log: Log, state: TrainState, outcome: Outcome, batch_size: in
     log.record("skipped", state.step, loss=outcome.loss, grad_norm=outcome.grad_norm, **samples)
 
 
-def diverged(config: Config, state: TrainState, saver: Saver | None) -> int:
-    """Tell where to go on from, after too many steps that were not finite."""
+def diverged(config: Config, state: TrainState, saver: Saver | None, health: Health) -> int:
+    """Name the checkpoint to resume from, after too many steps that were not finite."""
     if saver is not None:
-        saver.finish()  # it may be the last good one
+        with health.busy("the last save", config.checkpoint.save_timeout_minutes):
+            saver.finish()  # it may be the last good one
     steps = saved_steps(Path(config.checkpoint.save)) if config.checkpoint.save else {}
     good = [path for step, path in steps.items() if step <= state.step - state.skipped]
     if is_rank_zero():
         logger.error(
             "%d steps in a row had a loss or gradients that are not finite (--max-skipped-steps); the last "
-            "good checkpoint: %s; go on from it with a lower --lr, or without the samples logged above",
+            "good checkpoint: %s; resume from it with a lower --lr, or without the samples logged above",
             state.skipped,
             good[-1] if good else "none",
         )

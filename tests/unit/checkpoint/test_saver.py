@@ -85,12 +85,13 @@ def test_copies_leave_memory_as_they_are_written(monkeypatch, tmp_path):
 
 
 FAULTS = {
-    "no space": OSError(errno.ENOSPC, "No space left on device"),
-    "no permission": PermissionError(errno.EACCES, "Permission denied"),
-    "host memory": MemoryError("cannot allocate"),
-    "the GPU's memory": torch.OutOfMemoryError("CUDA out of memory."),
-    "torch": RuntimeError("an error of torch's"),
+    "no space": lambda: OSError(errno.ENOSPC, "No space left on device"),
+    "no permission": lambda: PermissionError(errno.EACCES, "Permission denied"),
+    "host memory": lambda: MemoryError("cannot allocate"),
+    "the GPU's memory": lambda: torch.OutOfMemoryError("CUDA out of memory."),
+    "torch": lambda: RuntimeError("an error of torch's"),
 }
+"""Made anew each time: an exception keeps the frames that it was raised through, and so a whole run."""
 PLACES = ["write_file", "complete", "make_empty", "Content"]
 
 
@@ -109,7 +110,7 @@ def test_whatever_fails_costs_one_checkpoint(
         nonlocal count
         count += 1
         if count == 2:
-            raise FAULTS[fault]
+            raise FAULTS[fault]()
         return original(*arguments, **more)
 
     monkeypatch.setattr(module, place, second_fails)
@@ -117,11 +118,11 @@ def test_whatever_fails_costs_one_checkpoint(
     assert outcome.values("loss") == straight.values("loss")
     assert outcome.ending == exits.DONE
     assert steps(tmp_path) == [2, 6]
-    said = f"rank 0 on {socket.gethostname()}: .*{re.escape(str(FAULTS[fault]))}; earlier ones are kept"
+    said = f"rank 0 on {socket.gethostname()}: .*{re.escape(str(FAULTS[fault]()))}; earlier ones are kept"
     assert re.search(said, caplog.text)
     assert not list(tmp_path.glob("*.partial"))
     # Bugs keep their traceback.
-    assert ("Traceback" in caplog.text) == (not isinstance(FAULTS[fault], OSError))
+    assert ("Traceback" in caplog.text) == (not isinstance(FAULTS[fault](), OSError))
 
 
 def test_a_run_whose_last_save_failed_says_so(tiny, tmp_path, monkeypatch):
@@ -166,7 +167,7 @@ def test_what_is_damaged_does_not_count_as_kept(tiny, tmp_path):
 
 
 def test_old_checkpoints_are_deleted_while_training_goes_on(tiny, tmp_path, monkeypatch):
-    """By a thread of their own; the run's end waits for it."""
+    """By a thread of their own, for which the interpreter waits at its end."""
     threads = []
     original = save_module.shutil.rmtree
 
@@ -178,6 +179,8 @@ def test_old_checkpoints_are_deleted_while_training_goes_on(tiny, tmp_path, monk
 
     monkeypatch.setattr(save_module.shutil, "rmtree", slow)
     run(tiny(save=str(tmp_path), save_interval=1, keep_last=1))
+    while list(tmp_path.glob("*.deleting")):
+        time.sleep(0.01)
     assert len(threads) == 5 and all(name.startswith("ckpt-pruner") for name in threads)
     assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000006"]
 
