@@ -115,7 +115,7 @@ def describe() -> str:
     optional = {"transformer_engine": "Transformer Engine", "apex": "apex"}
     missing = [label for name, label in optional.items() if importlib.util.find_spec(name) is None]
     where = torch.cuda.get_device_name() if has_gpu() else f"CPU, {torch.get_num_threads()} threads"
-    if not missing:
+    if "Transformer Engine" not in missing:  # which brings what apex has
         return where
     return f"{where} (not installed: {', '.join(missing)}; torch's own attention, norms and AdamW are used)"
 
