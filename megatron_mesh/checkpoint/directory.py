@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3
 OLD_FORMAT_VERSION = 2
-"""Read, too: it has one checksum for each file, and plain values in ``common.pt``."""
+"""Still read. It has one checksum for each file, and plain values in ``common.pt``."""
 CONFIG_FILE = "config.yaml"
 STATE_FILE = "state.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -146,10 +146,10 @@ def publish(partial: Path, final: Path, step: int) -> Path | None:
     """Give a complete checkpoint its name, then name it in the tracker file; each step is atomic.
 
     What a name stands for is on the disk before the name is: earlier checkpoints may be deleted after this.
-    The files of tensors were made last by those who wrote them.
+    The ranks have already synchronized their files of tensors.
 
     Returns:
-        What had the name before, on its way out, if this run does a step again.
+        The earlier checkpoint of this step, renamed, for deletion; None if there was none.
     """
     for path in partial.iterdir():
         if not path.name.endswith(".distcp"):
@@ -176,9 +176,10 @@ def publish(partial: Path, final: Path, step: int) -> Path | None:
 
 
 def outdated(directory: Path, newest: int, keep_last: int | None, keep_every: int | None) -> list[Path]:
-    """Take the names of all but the last ``keep_last`` checkpoints up to step ``newest``, which was just
-    written, and those of steps divisible by ``keep_every``; what is returned can be deleted.
+    """Rename the checkpoints that are not to be kept; return them for deletion.
 
+    Kept are the last ``keep_last`` up to step ``newest``, which was just written, and those of steps
+    divisible by ``keep_every``.
     Checkpoints after ``newest`` are not counted: the run resumed before them because they were damaged.
     """
     if keep_last is None:
@@ -187,7 +188,9 @@ def outdated(directory: Path, newest: int, keep_last: int | None, keep_every: in
     leaving = []
     for step, path in written[:-keep_last]:
         if keep_every is None or step % keep_every:
-            leaving.append(path.with_name(f"{path.name}.deleting"))  # never half one under a good name
+            leaving.append(
+                path.with_name(f"{path.name}.deleting")
+            )  # so that no name stands for half a checkpoint
             path.rename(leaving[-1])
     return leaving
 

@@ -30,6 +30,7 @@ from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import Config
 from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime import phases
+from megatron_mesh.runtime.agreement import from_rank_zero
 
 logger = logging.getLogger(__name__)
 
@@ -219,11 +220,7 @@ def _in_words(error: BaseException) -> str:
 
 def _at_rank_zero(work: Callable[[], object]) -> str:
     """Let rank 0 do ``work``; returns why it could not, on all ranks, or ""."""
-    box = [""]
-    if dist.get_rank() == 0:
-        box = [_outcome(_caught(work))[1] or ""]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return from_rank_zero(lambda: _outcome(_caught(work))[1] or "")
 
 
 def complete(directory: Path, written: Iterable[Written], config: str, described: dict[str, Any]) -> None:

@@ -70,11 +70,6 @@ class Stage:
         """The weights as a checkpoint has them: its keys do not depend on the layout of the ranks."""
         return {str(i): module.sharded_state_dict() for i, module in enumerate(self.modules)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was loaded into ``sharded_state_dict``."""
-        for i, module in enumerate(self.modules):
-            module.load_state_dict(state[str(i)])
-
     def data_for_chunks(self, batches: Iterator[Batch]) -> list[Iterator[Batch | None]]:
         """Micro-batches for the chunk that takes them, None over and over for the others."""
         return [batches if chunk_reads(chunk) else repeat(None) for chunk in self.chunks]

@@ -100,7 +100,9 @@ def build(config: Config) -> tuple[Stage, Any, TrainState]:
 
 def load(stage: Stage, optimizer: Any, directory: Path) -> None:
     """Take the weights in ``directory``."""
-    stage.load_state_dict(dist_checkpointing.load(stage.sharded_state_dict(), str(directory)))
+    loaded = dist_checkpointing.load(stage.sharded_state_dict(), str(directory))
+    for index, module in enumerate(stage.modules):
+        module.load_state_dict(loaded[str(index)])
     optimizer.reload_model_params()
 
 
