@@ -62,7 +62,7 @@ def phases(config: Config, *, naive: bool = False, short: bool = False) -> dict[
     found["after evaluation"] = train_step(stage, config, 3)
     resumed = build(config, naive)
     weights = {n: v for n, v in stage.modules[0].state_dict().items() if not n.endswith("_extra_state")}
-    resumed.load_state_dict({"0": weights})
+    resumed.modules[0].load_state_dict(weights)
     found["resumed"] = train_step(resumed, config, 4)
     return found
 
