@@ -1,5 +1,6 @@
 """Megatron-core's GPT model with our decoder."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_mesh.config.placement import Part
 from megatron_mesh.model.block import MeshTransformerBlock
@@ -67,6 +69,16 @@ class MeshGPTModel(GPTModel):
             self.decoder = MeshTransformerBlock(config, transformer_layer_spec, pg_collection, part)
         self.unpadded_vocab_size = vocab_size if unpadded_vocab_size is None else unpadded_vocab_size
         self.register_load_state_dict_post_hook(_without_extra_states)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Parameter]]:
+        """As in ``torch.nn.Module``, but with the recurrence's first.
+
+        Megatron lays gradients out in the reverse of this order without gaps (unless the optimizer is
+        distributed). Routers and coefficients have odd numbers of elements, and a gradient after them would
+        not begin at a multiple of 16 bytes, without which cuBLAS cannot accumulate into it.
+        """
+        parameters = super().named_parameters(*args, **kwargs)
+        return iter(sorted(parameters, key=lambda named: "recurrence." not in named[0]))
 
     def _preprocess(
         self, input_ids: Tensor, position_ids: Tensor, decoder_input: Tensor | None = None, **kwargs: Any

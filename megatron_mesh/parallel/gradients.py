@@ -50,8 +50,9 @@ def ring_groups(model: MeshGPTModel) -> list[WeightGroup]:
     prelude, *cores, coda = [section for _, section in block.sections()]
     embedding, head = getattr(model, "embedding", None), getattr(model, "output_layer", None)
     # The routers' gradients come with every cycle; the last to come is that of pass 1.
+    # They are the first of their group for the reason in ``MeshGPTModel.named_parameters``.
     looped: list[list[torch.nn.Module | None]] = [[core] for core in cores]
-    looped[0].append(block.recurrence)
+    looped[0].insert(0, block.recurrence)
     modules = [[prelude, embedding], *looped, [coda, block.final_layernorm, head]]
     last = len(modules) - 1
     return [

@@ -76,3 +76,12 @@ def elements_sent(case: dict[str, Any]) -> dict[str, Any]:
             p2p_communication._p2p_ops = original
             dist.isend, dist.irecv = plain["isend"], plain["irecv"]  # type: ignore[assignment]
         return {**sent, "rank": group.rank()}
+
+
+def unaligned_gradients(case: dict[str, Any]) -> tuple[int, list[str]]:
+    """How many matrices this rank has outside the recurrence, and which gradients cuBLAS can't add to."""
+    config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
+    with model_parallel_groups(config):
+        named = [(n, p) for module in build_stage(config).modules for n, p in module.named_parameters()]
+        matrices = [(n, p) for n, p in named if p.dim() == 2 and "recurrence." not in n]
+        return len(matrices), [name for name, p in matrices if p.main_grad.data_ptr() % 16]

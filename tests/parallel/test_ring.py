@@ -5,7 +5,7 @@ import pytest
 
 from megatron_mesh.recurrence import SCHEMES
 from tests.parallel.layouts import LAYOUTS, model_of
-from tests.parallel.observe import elements_sent, initial_weights
+from tests.parallel.observe import elements_sent, initial_weights, unaligned_gradients
 from tests.parallel.pool import pool
 
 
@@ -57,3 +57,13 @@ def test_every_weight_has_one_home() -> None:
     parts = pool(4).run(initial_weights, {**model, **LAYOUTS["pp4"][1]})
     homes = [name for part in parts for name in part]
     assert sorted(homes) == sorted(whole)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("layout", ["one", "pp2"])
+def test_gradients_of_matrices_are_aligned(scheme: str, layout: str) -> None:
+    processes, settings = (1, {}) if layout == "one" else LAYOUTS[layout]
+    for tied in (False, True):
+        for rank in pool(processes).run(unaligned_gradients, {**model_of(scheme, 2, tied), **settings}):
+            matrices, unaligned = rank
+            assert matrices > 2 and not unaligned
