@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,14 +143,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def publish(partial: Path, final: Path, step: int) -> Path | None:
+def publish(partial: Path, final: Path, step: int) -> list[Path]:
     """Give a complete checkpoint its name, then name it in the tracker file; each step is atomic.
 
     What a name stands for is on the disk before the name is: earlier checkpoints may be deleted after this.
     The ranks have already synchronized their files of tensors.
 
     Returns:
-        The earlier checkpoint of this step, renamed, for deletion; None if there was none.
+        The earlier checkpoint of this step, if there was one, renamed, for deletion.
     """
     for path in partial.iterdir():
         if not path.name.endswith(".distcp"):
@@ -172,7 +173,7 @@ def publish(partial: Path, final: Path, step: int) -> Path | None:
         os.replace(temporary, tracker)
     except OSError as error:  # the checkpoint is complete all the same, and runs look for its name
         logger.error("%s cannot name step %d: %s", tracker, step, error)
-    return replaced if again else None
+    return [replaced] if again else []
 
 
 def outdated(directory: Path, newest: int, keep_last: int | None, keep_every: int | None) -> list[Path]:
@@ -195,11 +196,25 @@ def outdated(directory: Path, newest: int, keep_last: int | None, keep_every: in
     return leaving
 
 
-def remove_unfinished(directory: Path) -> None:
-    """Remove what a killed run left on its way in or out of ``directory``."""
+def unfinished(directory: Path) -> list[Path]:
+    """Take the names from what a killed run left on its way in or out of ``directory``.
+
+    Returns:
+        The renamed directories, for deletion: nothing that is saved later gets the name of one of them.
+    """
+    leaving = []
     for path in directory.glob("iter_*"):
-        if path.suffix in _UNFINISHED:
-            shutil.rmtree(path, ignore_errors=True)
+        if path.suffix not in _UNFINISHED:
+            continue
+        if path.suffix != ".deleting":
+            renamed = path.with_name(f"{path.name}.{time.time_ns()}.deleting")
+            try:
+                path.rename(renamed)
+            except OSError:  # a save of the same step makes room for itself
+                continue
+            path = renamed
+        leaving.append(path)
+    return leaving
 
 
 def _sync(path: Path) -> None:

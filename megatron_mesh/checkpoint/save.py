@@ -68,7 +68,7 @@ class Saver:
     """
 
     def __init__(self, config: Config, on_saved: Callable[[Saved], None] = lambda saved: None):
-        """``on_saved`` is called when a checkpoint is complete."""
+        """Begin to delete what a killed run left unfinished; ``on_saved`` is told of complete checkpoints."""
         assert config.checkpoint.save is not None
         self.config = config
         self.directory = Path(config.checkpoint.save)
@@ -77,6 +77,8 @@ class Saver:
         self._pending: _Pending | None = None
         self._writer = BackgroundWriter()
         self._pruner = ThreadPoolExecutor(1, thread_name_prefix="ckpt-pruner")
+        if dist.get_rank() == 0:
+            self._delete(names.unfinished(self.directory))
 
     def save(self, stage: Stage, optimizer: MegatronOptimizer, state: TrainState) -> None:
         """Save the run as it stands; with ``async_save`` this returns when the state is copied."""
@@ -153,14 +155,18 @@ class Saver:
             partial, [w for written, _ in gathered for w in written], dump_config(self.config), described
         )
         step = described["train_state"]["step"]
-        leaving = [names.publish(partial, final, step)]
+        leaving = names.publish(partial, final, step)
         phases.enter("pruning")
         settings = self.config.checkpoint
         try:
             leaving += names.outdated(self.directory, step, settings.keep_last, settings.keep_every)
         except OSError as error:  # the new one is complete all the same
             logger.error("old checkpoints in %s cannot be deleted: %s", self.directory, error)
-        for path in filter(None, leaving):
+        self._delete(leaving)
+
+    def _delete(self, paths: Iterable[Path]) -> None:
+        """In the background."""
+        for path in paths:
             self._pruner.submit(_delete, path)
 
     def _give_up(self, partial: Path, reason: str) -> None:

@@ -1,6 +1,6 @@
 """Writing a rank's part of a checkpoint: in the thread that trains, or in one of its own meanwhile."""
 
-import io
+import hashlib
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -8,12 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from megatron_mesh.checkpoint.boxes import Box
 from megatron_mesh.checkpoint.index import Piece, Written
-from megatron_mesh.checkpoint.integrity import sha256
 from megatron_mesh.runtime import device, phases
 
 WRITER_NAME = "ckpt-writer"
@@ -28,7 +28,7 @@ def file_of(rank: int) -> str:
 def write_file(path: Path, boxes: Iterable[Box]) -> list[Written]:
     """Write boxes one after the other to ``path``, a new file, and make them last.
 
-    Holds one box at a time besides what it was given.
+    Holds a copy of at most one box besides what it was given.
 
     Raises:
         OSError: the disk will not have them.
@@ -37,11 +37,10 @@ def write_file(path: Path, boxes: Iterable[Box]) -> list[Written]:
     with path.open("xb") as file, _without_crc32():
         for box in boxes:
             phases.enter("writing a box")
-            content = _serialized(box.data)
-            piece = Piece(
-                box.offset, tuple(box.data.shape), path.name, file.tell(), len(content), sha256(content)
-            )
-            file.write(content)
+            start, stream = file.tell(), _Stream(file)
+            stream.save(_alone(box.data))
+            sizes = tuple(box.data.shape)
+            piece = Piece(box.offset, sizes, path.name, start, stream.length, stream.sha256.hexdigest())
             written.append(Written(box.key, box.shape, box.data.dtype, piece))
         file.flush()
         os.fsync(file.fileno())
@@ -59,11 +58,42 @@ def _without_crc32() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
-def _serialized(data: torch.Tensor) -> memoryview:
-    """What ``torch.save`` writes, of the box alone and not of all the memory that it is a view of."""
-    buffer = io.BytesIO()
-    torch.save(data.detach().to("cpu", copy=True), buffer)
-    return buffer.getbuffer()
+class _Stream:
+    """Passes what ``torch.save`` writes on to a file; counts the bytes and computes their checksum."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._error: OSError | None = None
+        self.length = 0
+        self.sha256 = hashlib.sha256()
+
+    def save(self, data: torch.Tensor) -> None:
+        """Write a tensor; raises what the file raises, for which torch has another error."""
+        try:
+            torch.save(data, self)  # type: ignore[arg-type]
+        except RuntimeError:
+            if self._error is not None:
+                raise self._error from None
+            raise
+
+    def write(self, data: memoryview) -> int:
+        """Called by ``torch.save``."""
+        self.sha256.update(data)
+        self.length += len(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self._error = error
+            raise
+
+    def flush(self) -> None:
+        """Called by ``torch.save``; ``write_file`` flushes once, at its end."""
+
+
+def _alone(data: torch.Tensor) -> torch.Tensor:
+    """``data`` in host memory that holds nothing else, since ``torch.save`` writes all of it."""
+    held = data.detach().cpu()
+    return held if held.untyped_storage().nbytes() == held.nbytes else held.clone()
 
 
 class BackgroundWriter:

@@ -10,7 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
 from megatron_mesh.checkpoint.compatible import check_same_run
-from megatron_mesh.checkpoint.directory import remove_unfinished, saved_steps
+from megatron_mesh.checkpoint.directory import saved_steps
 from megatron_mesh.checkpoint.load import Found, Search, load_checkpoint
 from megatron_mesh.checkpoint.save import Saved, Saver
 from megatron_mesh.checkpoint.state import TrainState
@@ -82,8 +82,6 @@ STATUS = {exits.DONE: "done", exits.STOPPED: "stopped", exits.NOT_SAVED: "failed
 def build(config: Config, search: Search | None = None) -> Run:
     """Open the data, build model, optimizer and schedule; take over the first checkpoint that is whole."""
     found = search.next() if search is not None else None
-    if config.checkpoint.save is not None and is_rank_zero():
-        remove_unfinished(Path(config.checkpoint.save))
     phases.enter("data")
     config, tokenizer = open_vocabulary(config)
     start = start_position(config, found)

@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -19,7 +20,7 @@ import pretrain_mesh
 from megatron_mesh.checkpoint import save as save_module
 from megatron_mesh.checkpoint import writer
 from megatron_mesh.checkpoint.boxes import Box
-from megatron_mesh.checkpoint.directory import outdated, publish, remove_unfinished, saved_steps
+from megatron_mesh.checkpoint.directory import outdated, publish, saved_steps, unfinished
 from megatron_mesh.checkpoint.index import index_of
 from megatron_mesh.checkpoint.integrity import damage
 from megatron_mesh.checkpoint.reader import read_whole
@@ -62,7 +63,7 @@ def test_a_slow_save_is_warned_of(tiny, tmp_path, caplog):
 def test_copies_leave_memory_as_they_are_written(monkeypatch, tmp_path):
     alive, copied = [], []
     boxes = [Box("x", (8,), (2 * i,), torch.full((2,), float(i))) for i in range(4)]
-    original = writer._serialized
+    original = writer._alone
 
     def watched(data):
         alive.append(sum(copy() is not None for copy in copied))
@@ -73,7 +74,7 @@ def test_copies_leave_memory_as_they_are_written(monkeypatch, tmp_path):
         copied.append(weakref.ref(copy))
         return copy
 
-    monkeypatch.setattr(writer, "_serialized", watched)
+    monkeypatch.setattr(writer, "_alone", watched)
     monkeypatch.setattr(writer.device, "copy_to_host", copy_to_host)
     future = writer.BackgroundWriter().start(tmp_path / "file", boxes)
     for box in boxes:
@@ -82,6 +83,16 @@ def test_copies_leave_memory_as_they_are_written(monkeypatch, tmp_path):
     assert alive == [4, 3, 2, 1]
     index = index_of(tmp_path, written)
     assert read_whole(index, "x").tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_an_error_of_the_disk_is_not_torchs(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            writer.write_file(tmp_path / "file", [Box("x", (50_000,), (0,), torch.zeros(50_000))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 FAULTS = {
@@ -150,8 +161,9 @@ def test_deletion_and_publication_leave_no_half_checkpoint(tmp_path):
     assert steps(tmp_path) == [2, 3]
     for suffix in ("partial", "replaced", "deleting"):
         (tmp_path / f"iter_0000009.{suffix}").mkdir()
-    remove_unfinished(tmp_path)
-    names = sorted(path.name for path in tmp_path.iterdir())
+    leaving = unfinished(tmp_path)
+    assert len(leaving) == 5 and all(path.suffix == ".deleting" and path.is_dir() for path in leaving)
+    names = sorted(path.name for path in tmp_path.iterdir() if path not in leaving)
     assert names == ["iter_0000002", "iter_0000003", "latest_checkpointed_iteration.txt"]
 
 
@@ -166,7 +178,7 @@ def test_what_is_damaged_does_not_count_as_kept(tiny, tmp_path):
     assert damage(tmp_path / "iter_0000003") == []
 
 
-def test_old_checkpoints_are_deleted_while_training_goes_on(tiny, tmp_path, monkeypatch):
+def test_old_and_unfinished_checkpoints_are_deleted_while_training_goes_on(tiny, tmp_path, monkeypatch):
     """By a thread of their own, for which the interpreter waits at its end."""
     threads = []
     original = save_module.shutil.rmtree
@@ -178,10 +190,13 @@ def test_old_checkpoints_are_deleted_while_training_goes_on(tiny, tmp_path, monk
         original(path, **more)
 
     monkeypatch.setattr(save_module.shutil, "rmtree", slow)
+    killed = tmp_path / "iter_0000001.partial"
+    killed.mkdir()
+    (killed / "__0_0.distcp").touch()
     run(tiny(save=str(tmp_path), save_interval=1, keep_last=1))
     while list(tmp_path.glob("*.deleting")):
         time.sleep(0.01)
-    assert len(threads) == 5 and all(name.startswith("ckpt-pruner") for name in threads)
+    assert len(threads) == 6 and all(name.startswith("ckpt-pruner") for name in threads)
     assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000006"]
 
 
