@@ -4,12 +4,17 @@ import os
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Where transformers copies the code of models that it runs, by the name of their directory. Each process has
 # its own place, or else tests that run side by side would use each other's code.
 _code = tempfile.TemporaryDirectory(prefix="transformers-code-")
 os.environ["HF_MODULES_CACHE"] = _code.name
+
+
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

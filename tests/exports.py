@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from megatron_mesh.checkpoint.integrity import Digests, sha256, write_checksums
-from megatron_mesh.checkpoint.load import take
+from megatron_mesh.checkpoint.integrity import Digests, digest, files, sha256, write_checksums
+from megatron_mesh.checkpoint.load import load_tensors
 from megatron_mesh.checkpoint.offline import open_index
 from megatron_mesh.checkpoint.save import Saver
 from megatron_mesh.checkpoint.state import TrainState
@@ -41,7 +41,7 @@ def save_checkpoint(config: Config) -> Path:
 
 def load_weights(stage: Stage, checkpoint: Path, optimizer: Any = None) -> None:
     """Take the weights of a checkpoint (within process groups)."""
-    assert take(open_index(checkpoint), stage, optimizer) == ""
+    assert load_tensors(open_index(checkpoint), stage, optimizer) == ""
 
 
 def renew_checksums(checkpoint: Path) -> None:
@@ -52,7 +52,8 @@ def renew_checksums(checkpoint: Path) -> None:
     for name, start, length in sorted(places):
         content = (checkpoint / name).read_bytes()[start : start + length]
         known.setdefault(name, []).append((length, sha256(content)))
-    write_checksums(checkpoint, known)
+    small = {path.name: [tuple(digest(path))] for path in files(checkpoint) if path.name not in known}
+    write_checksums(checkpoint, known | small)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
 MAX_ELEMENTS = 2**21
-"""Of a box: another layout reads whole boxes, of which it may need a part. 8 MiB in float32."""
+"""Largest box (8 MiB in float32). Readers with another layout read whole boxes, so they are small."""
 
 Shape = tuple[int, ...]
 

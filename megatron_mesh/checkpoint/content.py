@@ -19,7 +19,7 @@ from megatron_mesh.runtime.random import pack_generators
 GENERATORS = "rng"
 """Key of the states of all ranks' random number generators, one after the other."""
 NOT_WEIGHTS = ("optimizer.", GENERATORS)
-"""How keys begin that are no weights."""
+"""Key prefixes of everything that isn't a weight."""
 
 
 class Content:

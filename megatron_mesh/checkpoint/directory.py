@@ -1,8 +1,8 @@
 """The checkpoints in a directory: their names, which are whole, which a run starts from, which are deleted.
 
 ``SAVE/iter_0000020/`` gets its name when it is complete, and only then is it named in
-``SAVE/latest_checkpointed_iteration.txt`` (Megatron-LM's file). Names with a suffix are on their way in or
-out, and belong to no run.
+``SAVE/latest_checkpointed_iteration.txt`` (Megatron-LM's file). Directories with a suffix are being written
+or deleted. No run reads them.
 """
 
 import json
@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,11 @@ def publish(partial: Path, final: Path, step: int) -> list[Path]:
     again = final.exists()
     if again:
         final.rename(replaced)
-    partial.rename(final)
+    try:
+        partial.rename(final)
+    except OSError:
+        put_back(final.parent)
+        raise
     phases.enter("latest")
     tracker = final.parent / TRACKER_FILE
     temporary = tracker.with_suffix(".partial")
@@ -176,24 +181,31 @@ def publish(partial: Path, final: Path, step: int) -> list[Path]:
     return [replaced] if again else []
 
 
-def outdated(directory: Path, newest: int, keep_last: int | None, keep_every: int | None) -> list[Path]:
-    """Rename the checkpoints that are not to be kept; return them for deletion.
+def put_back(directory: Path) -> None:
+    """Give checkpoints their names back that were to be replaced, by others that were not published."""
+    for path in directory.glob("iter_*.replaced"):
+        if not (final := path.with_suffix("")).exists():
+            path.rename(final)
+
+
+def outdated(directory: Path, newest: int, keep_last: int | None, keep_every: int | None) -> Iterator[Path]:
+    """Rename the checkpoints that are not to be kept, so that no name stands for half a checkpoint.
 
     Kept are the last ``keep_last`` up to step ``newest``, which was just written, and those of steps
     divisible by ``keep_every``.
     Checkpoints after ``newest`` are not counted: the run resumed before them because they were damaged.
+
+    Yields:
+        Each as soon as it is renamed, for deletion.
     """
     if keep_last is None:
-        return []
+        return
     written = [(step, path) for step, path in saved_steps(directory).items() if step <= newest]
-    leaving = []
     for step, path in written[:-keep_last]:
         if keep_every is None or step % keep_every:
-            leaving.append(
-                path.with_name(f"{path.name}.deleting")
-            )  # so that no name stands for half a checkpoint
-            path.rename(leaving[-1])
-    return leaving
+            leaving = path.with_name(f"{path.name}.deleting")
+            path.rename(leaving)
+            yield leaving
 
 
 def unfinished(directory: Path) -> list[Path]:

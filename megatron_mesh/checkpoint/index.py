@@ -69,7 +69,7 @@ class Piece(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A piece that was just written, and of what."""
+    """A piece that was just written, and the tensor that it belongs to."""
 
     key: str
     shape: Shape
@@ -102,8 +102,8 @@ def index_of(directory: Path, written: Iterable[Written]) -> Index:
     return Index(directory, entries)
 
 
-def write_index(index: Index) -> None:
-    """Write ``.metadata``."""
+def index_file(index: Index) -> bytes:
+    """Contents of ``.metadata``."""
     tensors: dict[str, Any] = {}
     places = {}
     for key, entry in index.entries.items():
@@ -116,8 +116,7 @@ def write_index(index: Index) -> None:
             places[place] = _StorageInfo(piece.file, piece.start, piece.length)
     paths = {key: (key,) for key in tensors}
     metadata = Metadata(tensors, planner_data=paths, storage_data=places)
-    with (index.directory / INDEX_FILE).open("wb") as file:
-        pickle.dump(metadata, file)
+    return pickle.dumps(metadata)
 
 
 class _MetadataUnpickler(pickle.Unpickler):

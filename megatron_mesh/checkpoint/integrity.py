@@ -8,12 +8,14 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 CHECKSUMS_FILE = "checksums.json"
 
 Digests = dict[str, list[tuple[int, str]]]
 """By file: length and SHA-256 of its pieces, in their order."""
+
+_BLOCK = 2**24
 
 _OURS = re.compile(r"\.metadata|metadata\.json|common\.pt|config\.yaml|state\.json|__\d+_\d+\.distcp")
 
@@ -34,12 +36,9 @@ def files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.iterdir() if _OURS.fullmatch(path.name))
 
 
-def write_checksums(directory: Path, known: Digests) -> None:
-    """Write ``checksums.json``: ``known`` digests, and those of the small files beside them."""
-    others: Digests = {
-        path.name: [tuple(digest(path))] for path in files(directory) if path.name not in known
-    }
-    listed = dict(sorted({**known, **others}.items()))
+def write_checksums(directory: Path, digests: Digests) -> None:
+    """Write ``checksums.json``: the digests of all other files."""
+    listed = dict(sorted(digests.items()))
     text = json.dumps({"algorithm": "sha256", "files": listed, "sha256_of_files": _of_list(listed)})
     (directory / CHECKSUMS_FILE).write_text(text, encoding="utf-8")
 
@@ -119,5 +118,14 @@ def _difference(path: Path, pieces: list[tuple[int, str]], *, read: bool) -> str
     if not read:
         return None
     with path.open("rb") as file:
-        whole = all(sha256(file.read(length)) == digest for length, digest in pieces)
-    return None if whole else "was changed after it was written (its checksum is another)"
+        whole = all(_sha256_of_next(file, length) == digest for length, digest in pieces)
+    return None if whole else "was changed after it was written (its checksum doesn't match)"
+
+
+def _sha256_of_next(file: BinaryIO, length: int) -> str:
+    """Of the next ``length`` bytes, of which a block at a time is in memory: old files are one piece."""
+    digest = hashlib.sha256()
+    while length and (block := file.read(min(length, _BLOCK))):
+        digest.update(block)
+        length -= len(block)
+    return digest.hexdigest()

@@ -16,6 +16,7 @@ from megatron_mesh.checkpoint.directory import (
     OLD_FORMAT_VERSION,
     Checkpoint,
     candidates,
+    put_back,
     read_checkpoint,
 )
 from megatron_mesh.checkpoint.index import Index
@@ -101,6 +102,8 @@ class Search:
 
 def _candidates(settings: CheckpointConfig) -> list[Path]:
     try:
+        if settings.save:
+            put_back(Path(settings.save))
         return candidates(settings)
     except OSError as error:
         raise UserError(f"checkpoints cannot be looked for ({error}); check --load and --save") from None
@@ -128,7 +131,7 @@ def load_checkpoint(
 
     As in Megatron-LM: ``finetune`` takes the weights alone; without ``load_optim`` the optimizer and the
     schedule start anew at the checkpoint's step; the generators are left as they are without ``load_rng``,
-    or if the layout of the ranks is another.
+    or if the layout of ranks differs.
 
     Returns:
         What any rank found damaged, after which the state of the parts is undefined; "" if all is well.
@@ -140,7 +143,7 @@ def load_checkpoint(
     if with_generators and not checkpoint.same_layout(config, dist.get_world_size()):
         logger.info("the random number generators start anew: the checkpoint is of another layout of ranks")
         with_generators = False
-    damage = take(
+    damage = load_tensors(
         found.index,
         stage,
         optimizer,
@@ -157,7 +160,7 @@ def load_checkpoint(
     return ""
 
 
-def take(
+def load_tensors(
     index: Index,
     stage: Stage,
     optimizer: MegatronOptimizer | None,
@@ -188,7 +191,7 @@ def take(
             packed.append(empty_generators(index))
         fill(index, boxes + packed)
 
-    if damage := complaints(_trouble(read)):
+    if damage := complaints(_damage_found_by(read)):
         return "; ".join(damage)
     spread(stage, optimizer, content.shares, with_optimizer=with_optimizer)
     for chunk, extra in fp8_state.extra_states(states, stage.config).items():
@@ -198,7 +201,7 @@ def take(
     return ""
 
 
-def _trouble(work: Callable[[], object]) -> str | None:
+def _damage_found_by(work: Callable[[], object]) -> str | None:
     """Why ``work`` cannot be done, if the checkpoint is to blame."""
     try:
         work()

@@ -9,7 +9,7 @@ from megatron_mesh.checkpoint import directory as names
 from megatron_mesh.checkpoint import integrity
 from megatron_mesh.checkpoint.boxes import Box
 from megatron_mesh.checkpoint.index import Index, read_index
-from megatron_mesh.checkpoint.save import complete, make_empty
+from megatron_mesh.checkpoint.save import make_empty, write_small_files
 from megatron_mesh.checkpoint.writer import file_of, write_file
 from megatron_mesh.errors import UserError
 
@@ -70,7 +70,7 @@ def write(save: Path, boxes: Iterable[Box], config: str, description: dict[str, 
     partial = save.with_name(f"{save.name}.partial")
     try:
         make_empty(partial)
-        complete(partial, write_file(partial / file_of(0), boxes), config, description)
+        write_small_files(partial, write_file(partial / file_of(0), boxes), config, description)
         partial.rename(save)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from megatron_mesh.checkpoint.integrity import sha256
 from megatron_mesh.errors import UserError
 
 _THREADS = 4
-"""At once; each holds one piece."""
+"""Reader threads per file; each holds one piece in memory."""
 
 
 class Damaged(UserError):
@@ -88,7 +88,7 @@ def read_piece(index: Index, piece: Piece) -> Tensor:
     path = index.directory / piece.file
     try:
         with path.open("rb") as file, _no_added_classes():
-            return _tensor(piece, os.pread(file.fileno(), piece.length, piece.start))
+            return _tensor(piece, _content(file, piece))
     except OSError as error:
         raise Damaged(f"{path} cannot be read ({error.strerror})") from error
 
@@ -143,7 +143,7 @@ def _read_file(index: Index, name: str, pieces: Mapping[Piece, list[_Copy]]) -> 
         with (index.directory / name).open("rb") as file:
 
             def read(piece: Piece) -> int:
-                tensor = _tensor(piece, os.pread(file.fileno(), piece.length, piece.start))
+                tensor = _tensor(piece, _content(file, piece))
                 for copy in pieces[piece]:
                     copy.target.copy_(_narrowed(tensor, copy.start, copy.lengths))
                 return piece.length
@@ -156,11 +156,20 @@ def _read_file(index: Index, name: str, pieces: Mapping[Piece, list[_Copy]]) -> 
         raise Damaged(f"{name} cannot be read ({error.strerror})") from error
 
 
+def _content(file: BinaryIO, piece: Piece) -> bytes:
+    """The bytes of a piece, fewer if the file ends. One call of the system reads at most 2 GiB."""
+    parts, left = [], piece.length
+    while left and (part := os.pread(file.fileno(), left, piece.start + piece.length - left)):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
 def _tensor(piece: Piece, content: bytes) -> Tensor:
     if len(content) != piece.length:
         raise Damaged(f"{piece.file} ends before byte {piece.start + piece.length:,}")
     if piece.sha256 is not None and sha256(content) != piece.sha256:
-        raise Damaged(f"{piece.file} was changed after it was written (a checksum is another)")
+        raise Damaged(f"{piece.file} was changed after it was written (its checksum doesn't match)")
     try:
         tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:

@@ -22,7 +22,7 @@ from megatron_mesh import __version__
 from megatron_mesh.checkpoint import directory as names
 from megatron_mesh.checkpoint import integrity
 from megatron_mesh.checkpoint.content import Content
-from megatron_mesh.checkpoint.index import Written, index_of, write_index
+from megatron_mesh.checkpoint.index import INDEX_FILE, Written, index_file, index_of
 from megatron_mesh.checkpoint.shares import updates_done
 from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.checkpoint.writer import BackgroundWriter, file_of, write_file
@@ -30,7 +30,7 @@ from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import Config
 from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime import phases
-from megatron_mesh.runtime.agreement import from_rank_zero
+from megatron_mesh.runtime.agreement import Reason, from_rank_zero, in_words, to_rank_zero, with_host
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Saver:
 
     A checkpoint that cannot be written, whatever fails on whichever rank, costs the run nothing but that
     checkpoint: the reason is logged with rank and host, the earlier ones are kept, and the next ``save``
-    tries again. ``failed`` tells of the last one.
+    tries again. ``failed`` says whether the last save failed.
     """
 
     def __init__(self, config: Config, on_saved: Callable[[Saved], None] = lambda saved: None):
@@ -87,12 +87,14 @@ class Saver:
         started = time.monotonic()
         phases.enter("planning a save")
         partial = names.step_directory(self.directory, state.step).with_suffix(".partial")
-        if reason := _at_rank_zero(lambda: make_empty(partial)):
+        if reason := from_rank_zero(lambda: _attempt(lambda: make_empty(partial))):
             self._give_up(partial, reason)
             return
         described = description(state.state_dict(), dist.get_world_size())
         part = _caught(lambda: self._start(partial, stage, optimizer))
-        self._pending = _Pending(state.step, part, described | {"updates": updates_done(optimizer)}, started)
+        if dist.get_rank() == 0:
+            described["updates"] = updates_done(optimizer)
+        self._pending = _Pending(state.step, part, described, started)
         if self.config.checkpoint.async_save:
             self._pending.stalled = time.monotonic() - started
         else:
@@ -123,13 +125,18 @@ class Saver:
         pending, self._pending = self._pending, None
         assert pending is not None
         began = time.monotonic()
-        written, reason = _outcome(pending.part)
-        gathered: list[Any] = [None] * dist.get_world_size()
+        outcome = _outcome(pending.part)
         phases.enter("between data and .metadata")
-        dist.gather_object((written, reason), gathered if dist.get_rank() == 0 else None)
+        gathered = to_rank_zero(outcome)
+
+        def publish() -> str:
+            missing = "; ".join(in_words([reason for _, reason in gathered]))
+            written = (entry for part, _ in gathered for entry in part)
+            return missing or _attempt(lambda: self._publish(final, pending.description, written))
+
         final = names.step_directory(self.directory, pending.step)
         partial = final.with_suffix(".partial")
-        if reason := _at_rank_zero(lambda: self._publish(final, pending.description, gathered)):
+        if reason := from_rank_zero(publish):
             self._give_up(partial, reason)
             return
         self.failed = False
@@ -145,24 +152,18 @@ class Saver:
         if self._pending is not None:
             self.complete()
 
-    def _publish(self, final: Path, described: dict[str, Any], gathered: list[Any]) -> None:
-        """On rank 0, with what each rank has written or why it could not."""
-        reasons = [reason for _, reason in gathered if reason is not None]
-        if reasons:
-            raise _PartsMissing("; ".join(reasons))
+    def _publish(self, final: Path, described: dict[str, Any], written: Iterable[Written]) -> None:
+        """On rank 0, when all ranks have written their parts."""
         partial = final.with_suffix(".partial")
-        complete(
-            partial, [w for written, _ in gathered for w in written], dump_config(self.config), described
-        )
+        write_small_files(partial, written, dump_config(self.config), described)
         step = described["train_state"]["step"]
-        leaving = names.publish(partial, final, step)
+        self._delete(names.publish(partial, final, step))
         phases.enter("pruning")
         settings = self.config.checkpoint
         try:
-            leaving += names.outdated(self.directory, step, settings.keep_last, settings.keep_every)
+            self._delete(names.outdated(self.directory, step, settings.keep_last, settings.keep_every))
         except OSError as error:  # the new one is complete all the same
             logger.error("old checkpoints in %s cannot be deleted: %s", self.directory, error)
-        self._delete(leaving)
 
     def _delete(self, paths: Iterable[Path]) -> None:
         """In the background."""
@@ -186,11 +187,12 @@ class Saver:
 
 def _delete(path: Path) -> None:
     phases.enter("deleting")
-    shutil.rmtree(path, ignore_errors=True)
-
-
-class _PartsMissing(OSError):
-    """Ranks have not written their parts; the message names them."""
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:  # somebody was faster
+        pass
+    except OSError as error:
+        logger.error("%s cannot be deleted: %s; the next start tries again", path, error)
 
 
 def _caught(work: Callable[[], Any]) -> "Future[list[Written]]":
@@ -208,29 +210,35 @@ def _caught(work: Callable[[], Any]) -> "Future[list[Written]]":
     return future
 
 
-def _outcome(part: "Future[list[Written]]") -> tuple[list[Written], str | None]:
+_Outcome = tuple[list[Written], Reason]
+
+
+def _outcome(part: "Future[list[Written]]") -> _Outcome:
     """What this rank has written, or why not."""
     error = part.exception()
     if error is None:
         return part.result(), None
-    if isinstance(error, _PartsMissing):
-        return [], str(error)
     if not isinstance(error, OSError):
         logger.error("this rank's part of a checkpoint was not written", exc_info=error)
-    return [], f"rank {dist.get_rank()} on {socket.gethostname()}: {_in_words(error)}"
+    return [], with_host(_cause(error))
 
 
-def _in_words(error: BaseException) -> str:
-    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+def _cause(error: BaseException) -> str:
+    """Without paths: those of ranks differ, and the directory is named beside."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return f"{type(error).__name__}: {error}"
 
 
-def _at_rank_zero(work: Callable[[], object]) -> str:
-    """Let rank 0 do ``work``; returns why it could not, on all ranks, or ""."""
-    return from_rank_zero(lambda: _outcome(_caught(work))[1] or "")
+def _attempt(work: Callable[[], object]) -> str:
+    """Let rank 0, which calls this, do ``work``; returns why it could not, or ""."""
+    return "; ".join(in_words([_outcome(_caught(work))[1]]))
 
 
-def complete(directory: Path, written: Iterable[Written], config: str, described: dict[str, Any]) -> None:
-    """Write the small files beside the tensors that all ranks have written, and the checksums of all.
+def write_small_files(
+    directory: Path, written: Iterable[Written], config: str, described: dict[str, Any]
+) -> None:
+    """Write the files beside the tensors that all ranks have written, and the checksums of all.
 
     Raises:
         OSError: the disk will not have them, or what the ranks wrote is not all here.
@@ -239,15 +247,20 @@ def complete(directory: Path, written: Iterable[Written], config: str, described
     listed = sorted(written, key=lambda w: (w.piece.file, w.piece.start))
     for entry in listed:
         digests.setdefault(entry.piece.file, []).append((entry.piece.length, entry.piece.sha256 or ""))
-    write_index(index_of(directory, listed))
     phases.enter("checks")
-    (directory / names.CONFIG_FILE).write_text(config, encoding="utf-8")
-    (directory / names.STATE_FILE).write_text(json.dumps(described, indent=2), encoding="utf-8")
     if missing := integrity.differences(directory, digests, read=False):
         raise OSError(
             f"{'; '.join(missing)} in {directory}: not all ranks' files are seen on {socket.gethostname()}; "
             "--save must be on a disk that all nodes share"
         )
+    small = {
+        INDEX_FILE: index_file(index_of(directory, listed)),
+        names.CONFIG_FILE: config.encode(),
+        names.STATE_FILE: json.dumps(described, indent=2).encode(),
+    }
+    for name, content in small.items():
+        (directory / name).write_bytes(content)
+        digests[name] = [(len(content), integrity.sha256(content))]
     integrity.write_checksums(directory, digests)
 
 

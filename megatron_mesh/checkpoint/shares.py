@@ -42,13 +42,14 @@ class Share:
     run: Run
     """From which element of it up to which."""
     first: int
-    """Element with which the following begin: that of the run, or 0 where the rank holds all of them."""
+    """Index of the first element in ``main`` and ``moments``: the run's start for a shard, 0 if this rank
+    holds the whole parameter."""
     main: Tensor
     """Flat. The main parameter; the weight itself, if that is float32 or there is no optimizer."""
     moments: dict[str, Tensor]
     """Flat, by the names in ``MOMENTS``; none without an optimizer."""
     runs: dict[int, Run]
-    """By data-parallel rank, where they all hold the same; else empty."""
+    """Runs of all data-parallel ranks, by rank. Empty with the distributed optimizer."""
 
     @property
     def writes(self) -> bool:
@@ -57,7 +58,7 @@ class Share:
 
     @property
     def has_main(self) -> bool:
-        """Whether the main parameter is another tensor than the weight."""
+        """Whether the optimizer keeps a separate float32 copy of the weight."""
         return self.main.dtype != self.place.dtype
 
     def to_write(self) -> Iterator[Box]:
@@ -215,10 +216,15 @@ def _even_runs(places: Sequence[ShardedTensor]) -> Iterator[tuple[ShardedTensor,
         for place in chosen:
             end = begin + place.data.numel()
             runs = {}
-            for rank in range(group.size()):
+            for rank in _overlapping(begin, end, total, group.size()):
                 cut = (total * rank // group.size(), total * (rank + 1) // group.size())
                 start, stop = max(begin, cut[0]), min(end, cut[1])
                 if start < stop:
                     runs[rank] = (start - begin, stop - begin)
             yield place, runs.get(group.rank(), (0, 0)), runs
             begin = end
+
+
+def _overlapping(begin: int, end: int, total: int, ranks: int) -> range:
+    """The ranks, of which each has an equal part of ``total`` elements, that have some of these."""
+    return range(begin * ranks // max(total, 1), -(-end * ranks // max(total, 1)))

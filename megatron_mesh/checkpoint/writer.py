@@ -1,4 +1,4 @@
-"""Writing a rank's part of a checkpoint: in the thread that trains, or in one of its own meanwhile."""
+"""Writing a rank's part of a checkpoint: in the training thread or in a background thread."""
 
 import hashlib
 import os
@@ -26,7 +26,7 @@ def file_of(rank: int) -> str:
 
 
 def write_file(path: Path, boxes: Iterable[Box]) -> list[Written]:
-    """Write boxes one after the other to ``path``, a new file, and make them last.
+    """Write boxes one after the other to ``path``, a new file, and fsync it.
 
     Holds a copy of at most one box besides what it was given.
 

@@ -1,7 +1,14 @@
-"""What ranks tell each other at start and in saves, as Python objects: one's result, or a word from each."""
+"""What ranks tell each other at start and in saves, as Python objects: one's result, or a word from each.
+
+They have a gloo group for that, apart from the groups of training: a message then needs no memory of the GPU,
+and ranks may wait for a slow one as long as a save may take.
+"""
 
 import socket
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -9,6 +16,31 @@ import torch.distributed as dist
 from megatron_mesh.errors import UserError
 
 _Result = TypeVar("_Result")
+
+Reason = tuple[str, str] | None
+"""Why a rank cannot go on, and the name of its host."""
+
+_group: dist.ProcessGroup | None = None
+"""None stands for the default group."""
+
+
+@contextmanager
+def group_apart(minutes: float) -> Iterator[None]:
+    """Inside, agreements use a gloo group of all ranks; a collective operation.
+
+    Args:
+        minutes: how long a rank waits for the others before it fails.
+    """
+    global _group
+    if _alone():
+        yield
+        return
+    before, _group = _group, dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
+    try:
+        yield
+    finally:
+        group, _group = _group, before
+        dist.destroy_process_group(group)
 
 
 def from_rank_zero(make: Callable[[], _Result]) -> _Result:
@@ -25,7 +57,7 @@ def from_rank_zero(make: Callable[[], _Result]) -> _Result:
             box[0] = make()
         except UserError as error:
             box[1] = str(error)
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_group)
     if box[1] is not None:
         raise UserError(box[1])
     return box[0]
@@ -36,22 +68,50 @@ def from_every_rank(value: _Result) -> list[_Result]:
     if _alone():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_group)
     return values
 
 
-def complaints(reason: str | None) -> list[str]:
-    """What any ranks complain of: each distinct reason once, with the first rank and host that has it.
+def to_rank_zero(value: _Result) -> list[_Result]:
+    """``value`` of each rank on rank 0, and an empty list on the others; a collective operation."""
+    if _alone():
+        return [value]
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0, group=_group)
+    return values or []
 
-    A collective operation; every rank gives its own ``reason``, or None.
+
+def with_host(reason: str | None) -> Reason:
+    """``reason`` with the name of this rank's host."""
+    return None if reason is None else (reason, socket.gethostname())
+
+
+def in_words(reasons: Sequence[Reason], at_most: int = 5) -> list[str]:
+    """Each distinct reason once, with the first rank and host that has it.
+
+    Args:
+        reasons: of all ranks, in their order.
+        at_most: how many to spell out; the rest is counted.
     """
-    found: dict[str, str] = {}
-    gathered = from_every_rank(None if reason is None else (reason, socket.gethostname()))
-    for number, complaint in enumerate(gathered):
-        if complaint is not None:
-            said, host = complaint
-            found.setdefault(said, f"{said} (rank {number} on {host})")
-    return list(found.values())
+    found: dict[str, list[str]] = defaultdict(list)
+    for number, reason in enumerate(reasons):
+        if reason is not None:
+            said, host = reason
+            found[said].append(f"rank {number} on {host}")
+    sentences = [
+        f"{said} ({places[0]}{f' and {others} more' if (others := len(places) - 1) else ''})"
+        for said, places in found.items()
+    ]
+    left = len(sentences) - at_most
+    return sentences if left <= 0 else [*sentences[:at_most], f"and {left} more reasons"]
+
+
+def complaints(reason: str | None) -> list[str]:
+    """What any ranks complain of (``in_words``); a collective operation.
+
+    Every rank gives its own ``reason``, or None.
+    """
+    return in_words(from_every_rank(with_host(reason)))
 
 
 def on_every_rank(make: Callable[[], _Result]) -> _Result:

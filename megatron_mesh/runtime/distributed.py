@@ -14,6 +14,7 @@ from megatron_mesh.config.placement import virtual_stages
 from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import RanksLost
 from megatron_mesh.runtime import device, exits, phases
+from megatron_mesh.runtime.agreement import group_apart
 from megatron_mesh.runtime.environment import (
     find_rendezvous,
     rank_from_environment,
@@ -87,7 +88,10 @@ def model_parallel_groups(config: Config) -> Iterator[None]:
     try:
         torch.manual_seed(seed)
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-        yield
+        # A save that takes too long is the watchdog's to end, with every rank's stacks.
+        slowest = max(parallel.distributed_timeout_minutes, config.checkpoint.save_timeout_minutes + 5)
+        with group_apart(slowest):
+            yield
     finally:
         parallel_state.destroy_model_parallel()
 

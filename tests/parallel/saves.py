@@ -1,13 +1,16 @@
 """Saves and loads in which something goes wrong on one rank alone: in workers."""
 
 import errno
+import itertools
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_mesh.checkpoint import save as save_module
@@ -21,6 +24,15 @@ from tests.helpers import tiny_config
 from tests.parallel.resume import _train
 from tests.parallel.training import build, settings_of
 
+FAULTS: dict[str, Callable[[], Exception]] = {
+    "no space": lambda: OSError(errno.ENOSPC, "No space left on device"),
+    "no permission": lambda: PermissionError(errno.EACCES, "Permission denied"),
+    "host memory": lambda: MemoryError("cannot allocate"),
+    "the GPU's memory": lambda: torch.OutOfMemoryError("CUDA out of memory."),
+    "torch": lambda: RuntimeError("an error of torch's"),
+}
+"""Made anew each time: an exception keeps the frames that it was raised through, and so a whole run."""
+
 
 class _Heard(logging.Handler):
     def __init__(self) -> None:
@@ -31,26 +43,34 @@ class _Heard(logging.Handler):
         self.messages.append(record.getMessage())
 
 
-def one_rank_fails(directory: Path, case: dict[str, Any], victim: int, background: bool) -> dict[str, Any]:
-    """Train and save after every step; the second save fails on ``victim``. What this rank has seen."""
+def one_rank_fails(
+    directory: Path, case: dict[str, Any], victim: int, place: str, fault: str, background: bool
+) -> dict[str, Any]:
+    """Train and save after every step; the second save fails on ``victim``. What this rank has seen.
+
+    Args:
+        place: the function of ``checkpoint/save.py`` that fails.
+        fault: one of ``FAULTS``.
+    """
     config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
     settings = replace(config.checkpoint, save=str(directory), async_save=background)
     config = replace(config, checkpoint=settings)
     heard = _Heard()
     logging.getLogger("megatron_mesh").addHandler(heard)
-    module = writer if background else save_module
-    original = module.write_file
+    module = writer if background and place == "write_file" else save_module
+    original, calls = getattr(module, place), itertools.count(1)
 
-    def full(path: Path, boxes: Any) -> Any:
-        if dist.get_rank() == victim and path.parent.name.startswith("iter_0000002"):
-            path.write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(path, boxes)
+    def second_fails(*arguments: Any) -> Any:
+        if dist.get_rank() == victim and next(calls) == 2:
+            if place == "write_file":
+                arguments[0].write_bytes(b"half")
+            raise FAULTS[fault]()
+        return original(*arguments)
 
     failed = []
     try:
         with model_parallel_groups(config), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "write_file", full)
+            patch.setattr(module, place, second_fails)
             parts = build(config)
             saver = Saver(config)
             losses = []

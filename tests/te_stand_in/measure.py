@@ -19,7 +19,7 @@ from transformer_engine.pytorch.fp8 import FP8_MAX, FP8GlobalStateManager
 from megatron_mesh.checkpoint import fp8_state
 from megatron_mesh.checkpoint.content import Content
 from megatron_mesh.checkpoint.index import Index
-from megatron_mesh.checkpoint.load import take
+from megatron_mesh.checkpoint.load import load_tensors
 from megatron_mesh.checkpoint.offline import open_index, write
 from megatron_mesh.checkpoint.save import description
 from megatron_mesh.model import te_layers
@@ -195,7 +195,7 @@ def checkpoints() -> dict[str, Any]:
         loaded = build_stage(config)
         with tempfile.TemporaryDirectory() as path:
             index = saved(stage, Path(path))
-            assert take(index, loaded, None) == ""
+            assert load_tensors(index, loaded, None) == ""
         totals = [
             run_batch(s, batches(5), config.training, forward_only=True)[0].item() for s in (stage, loaded)
         ]
@@ -220,7 +220,7 @@ def delayed() -> dict[str, Any]:
             if label == "left out":
                 entries = {key: entry for key, entry in index.entries.items() if key not in states}
                 given = replace(index, entries=entries)
-            assert take(given, resumed, None) == ""
+            assert load_tensors(given, resumed, None) == ""
             kept = fp8_state.to_save(resumed.sharded_state_dict(), resumed.config)
             found[f"saved again, {label}"] = len(kept) / len(states)
             again = train_step(resumed, config, 3)

@@ -1,6 +1,7 @@
 """Whatever happens to a file of a checkpoint is noticed, named, and survived."""
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mesh.checkpoint import integrity
 from megatron_mesh.checkpoint.index import read_index
 from megatron_mesh.checkpoint.integrity import damage
 from megatron_mesh.errors import UserError
@@ -99,18 +101,50 @@ def test_every_piece_is_read_once_and_no_other_checkpoint(tiny, checkpoints, mon
     assert sorted(read[path]) == pieces
 
 
+def test_a_piece_comes_in_parts_where_the_system_reads_less_at_once(tiny, straight, checkpoints, monkeypatch):
+    """As above 2 GiB."""
+    original = os.pread
+    monkeypatch.setattr(os, "pread", lambda handle, length, start: original(handle, min(length, 999), start))
+    path = checkpoints / "iter_0000004"
+    assert run(tiny(load=str(path))).values("loss") == straight.values("loss")[4:]
+
+
+def test_checking_a_file_keeps_a_block_of_it(checkpoints, monkeypatch):
+    monkeypatch.setattr(integrity, "_BLOCK", 999)
+    newest, sizes = checkpoints / "iter_0000006", []
+    original = hashlib.sha256
+
+    class Watched:
+        def __init__(self) -> None:
+            self.hash = original()
+
+        def update(self, block: bytes) -> None:
+            sizes.append(len(block))
+            self.hash.update(block)
+
+        def hexdigest(self) -> str:
+            return self.hash.hexdigest()
+
+    with monkeypatch.context() as patch:
+        digests = integrity.read_checksums(newest)
+        patch.setattr(hashlib, "sha256", Watched)
+        assert integrity.differences(newest, digests, read=True) == []
+    assert max(sizes) == 999 and sum(sizes) == sum(length for d in digests.values() for length, _ in d)
+
+
 def test_checksums_are_made_while_writing(tiny, tmp_path, monkeypatch):
     opened = []
     original = Path.open
 
     def watched(path: Path, mode: str = "r", *arguments, **more):
-        if path.suffix == ".distcp":
-            opened.append(mode)
+        if path.parent.name.startswith("iter_"):
+            opened.append((path.name, mode))
         return original(path, mode, *arguments, **more)
 
     monkeypatch.setattr(Path, "open", watched)
     run(tiny(save=str(tmp_path), save_interval=3))
-    assert opened == ["xb", "xb"]
+    assert opened.count(("__0_0.distcp", "xb")) == 2
+    assert len(opened) == 2 * (len(FILES) + 1) and not [name for name, mode in opened if "r" in mode]
 
 
 def test_nothing_whole_is_an_error_that_says_so(tiny, checkpoints):

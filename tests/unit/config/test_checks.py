@@ -232,7 +232,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     return {**drawn, "recurrence": scheme, "train_samples": samples}
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(configs())
 def test_resolving_twice_changes_nothing(changes: dict[str, Any]) -> None:
     once = resolve(with_values(Config(), {**GOOD, **changes}), world_size=2)

@@ -201,7 +201,7 @@ def test_after_an_interruption(tmp_path, monkeypatch) -> None:
     """Nothing is left under the name, and the same call does it."""
     model = stock(tmp_path / "stock")
     with monkeypatch.context() as patch:
-        patch.setattr(offline, "complete", lambda *arguments: raise_interrupt())
+        patch.setattr(offline, "write_small_files", lambda *arguments: raise_interrupt())
         with pytest.raises(KeyboardInterrupt):
             bring_in(tmp_path / "stock", tmp_path / "megatron")
     assert not (tmp_path / "megatron").exists()

@@ -86,7 +86,7 @@ def prompt_ids() -> Callable[[Pair, str], list[int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXTS)
 def test_any_text(pairs, kind, text) -> None:
     pair = pairs[kind]
