@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron_mesh.checkpoint.directory import saved_steps
 from megatron_mesh.checkpoint.load import Search
 from megatron_mesh.checkpoint.save import Saver
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime import agreement
 from megatron_mesh.runtime.distributed import model_parallel_groups
 from tests.helpers import tiny_config
 from tests.parallel.resume import _train
@@ -116,3 +118,11 @@ def disks_of_their_own(directory: Path, case: dict[str, Any]) -> tuple[list[str]
     finally:
         logging.getLogger("megatron_mesh").removeHandler(heard)
     return heard.messages, any(own.iterdir())
+
+
+def patience(save_timeout_minutes: float) -> timedelta:
+    """How long a rank waits for another one in a save."""
+    config = tiny_config(world_size=dist.get_world_size(), save_timeout_minutes=save_timeout_minutes)
+    with model_parallel_groups(config):
+        assert agreement._group is not None
+        return agreement._group._get_backend(torch.device("cpu")).options._timeout

@@ -1,6 +1,7 @@
 """A save that fails on one rank fails on all, and costs nothing else; what is written, stock torch reads."""
 
 import socket
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 
 from megatron_mesh.checkpoint.offline import open_index
 from megatron_mesh.checkpoint.reader import read_whole
+from megatron_mesh.config.schema import Config
 from tests.parallel import resume, saves
 from tests.parallel.layouts import LAYOUTS, model_of
 from tests.parallel.pool import pool
@@ -83,3 +85,10 @@ def test_disks_that_are_not_shared(tmp_path) -> None:
     assert "__1_0.distcp is missing" in found[0][0][0]
     assert "--save must be on a disk that all nodes share" in found[0][0][0]
     assert [left for _, left in found] == [False, False]
+
+
+@pytest.mark.parametrize("save_timeout", [10.0, 90.0])
+def test_ranks_wait_longer_for_a_save_than_the_watchdog(save_timeout: float) -> None:
+    for patience in pool(2).run(saves.patience, save_timeout):
+        assert patience > timedelta(minutes=save_timeout)
+        assert patience >= timedelta(minutes=Config().parallel.distributed_timeout_minutes)
