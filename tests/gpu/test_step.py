@@ -1,7 +1,7 @@
-"""In a step on a GPU the host waits once: as torch's check of synchronizing operations sees it, and by patches.
+"""In a step on a GPU the host waits once, both for operations that torch reports and for ``synchronize``.
 
-The check sees what operations wait for (``item``, ``nonzero``, blocking copies), but not ``synchronize`` of the
-device, an event or a stream, so these are replaced by functions that count.
+Torch reports operations that wait (``item``, ``nonzero``, blocking copies), but not ``synchronize`` of the
+device, an event or a stream. Those are patched to be counted.
 """
 
 import sys
