@@ -54,7 +54,7 @@ class Kills:
         return self.done
 
     def _chosen(self, run: "HurtRun") -> Iterator[Target]:
-        """Targets that can be had where the run stands, each taken from the list."""
+        """Pop the targets that the run can still reach."""
         at_end = 0
         while self._targets:
             middle = [target for target in self._targets if not target.phase.at_end]

@@ -1,4 +1,4 @@
-"""What is not a kill: ranks that stand still for a while or too long, and a disk that is full for a while."""
+"""Faults other than kills: stopped ranks, and a full disk."""
 
 import random
 import re
