@@ -6,10 +6,10 @@ python tools/fault_test.py --output-dir runs/faults --aim "rename x rank 0" --ai
 
 The run is first trained undisturbed. Then it is killed (SIGKILL) in a phase that is aimed at, and started
 again by the same command, until all kills are done and the run has ended. Every loss must be the
-undisturbed run's, bit for bit; no start may leave an unfinished checkpoint; and no more steps may be
-repeated than two save intervals: one, and one while a write is under way. Further runs are stopped for a
-while (SIGSTOP), stopped for longer than the watchdog waits, or have a disk that is full in the middle of a
-save.
+undisturbed run's, bit for bit. Every start must resume from the newest complete checkpoint, unless it says
+that this one is damaged, and may leave no unfinished one. No more steps may be repeated than two save
+intervals: one, and one while a write is under way. Further runs are stopped for a while (SIGSTOP), stopped
+for longer than the watchdog waits, or have a disk that is full in the middle of a save.
 
 Kills are aimed: each rank reports the phases that it enters, and holds in the one in which it is to be
 killed. Victims: one rank (other than 0), all, rank 0, or the writer, which is a rank in the middle of

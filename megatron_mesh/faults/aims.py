@@ -120,8 +120,6 @@ class Kill:
     target: Target
     step: int = 0
     """The last step the run had logged."""
-    resumes_at: int = 0
-    """The step of the newest complete checkpoint after it."""
     notes: list[str] = field(default_factory=list)
     repeated: int = 0
     said: str = ""

@@ -44,7 +44,7 @@ class Job:
             context.set_forkserver_preload(["megatron_mesh.train", "megatron_mesh.arguments"])
         self.log, self._log_start = log, log.stat().st_size if log.exists() else 0
         self.unfinished: list[str] = []
-        """What was left on its way in or out when rank 0 began its first step."""
+        """Unfinished checkpoints that were left when rank 0 began its first step."""
         self.entered: Counter[str] = Counter()
         """Phases of rank 0."""
         self.imported = False

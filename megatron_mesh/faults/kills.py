@@ -6,10 +6,19 @@ import sys
 from collections.abc import Iterator
 from signal import SIGKILL
 
+from megatron_mesh.checkpoint.directory import saved_steps
 from megatron_mesh.faults.aims import LOADING, PHASES, START, STEP, WRITER, WRITING, Kill, Target
 from megatron_mesh.faults.job import Job
 from megatron_mesh.faults.rank import Aim
-from megatron_mesh.faults.runs import Setup, compare, newest_step, steps, unfinished, what_it_said
+from megatron_mesh.faults.runs import (
+    Setup,
+    compare,
+    newest_step,
+    steps,
+    unfinished,
+    what_it_said,
+    wrong_start,
+)
 
 _PATIENCE = 10.0
 """Seconds after which ranks that were not killed are, as a launcher does it."""
@@ -39,7 +48,7 @@ class Kills:
         """All of them.
 
         Raises:
-            AssertionError: something was lost, repeated too often, or left over.
+            AssertionError: something was lost, skipped, repeated too often, or left over.
         """
         number = 0
         while self._targets:
@@ -54,7 +63,7 @@ class Kills:
         return self.done
 
     def _chosen(self, run: "HurtRun") -> Iterator[Target]:
-        """Targets that can be had where the run stands, each taken from the list."""
+        """Pop the targets that the run can still reach."""
         at_end = 0
         while self._targets:
             middle = [target for target in self._targets if not target.phase.at_end]
@@ -90,9 +99,11 @@ class HurtRun:
         self.setup, self._rng, self._imports_seconds = setup, rng, imports_seconds
         self.save, self.log = setup.directory / name, setup.directory / f"{name}.log"
         self._waiting: list[Kill] = []
-        """Kills after which no start has said anything yet."""
+        """Kills that no start has followed yet that took a step."""
         self._told: list[Kill] = []
         self._started_at = 0
+        self._complete: list[int] = []
+        """Steps of the checkpoints that were complete before the last start."""
         self._loads = 1
         """How often a start that resumes enters the phase of loading."""
 
@@ -119,7 +130,7 @@ class HurtRun:
             # At the rendezvous the others wait for whoever is missing.
             if not job.until_ended(1.0 if target.phase is START else _PATIENCE) and target.phase is not START:
                 kill.notes.append(f"the others had to be ended after {_PATIENCE:.0f} s")
-        kill.step, kill.resumes_at = (steps(self.save) or [0])[-1], newest_step(self.save)
+        kill.step = (steps(self.save) or [0])[-1]
         self._waiting.append(kill)
         return kill
 
@@ -156,7 +167,7 @@ class HurtRun:
         return Aim(phase.entered, occurrence=rng.randint(1, max(1, most)))
 
     def _start(self, aims: dict[int, Aim], *, fresh: bool = False, more: tuple[str, ...] = ()) -> Job:
-        self._started_at = len(steps(self.save))
+        self._started_at, self._complete = len(steps(self.save)), list(saved_steps(self.save))
         flags = [*self.setup.flags(self.save), *more]
         return Job(self.setup.ranks, flags, self.save, self.log, aims, fresh=fresh)
 
@@ -171,6 +182,8 @@ class HurtRun:
         """Note what this start has said and repeated, for the kills before it."""
         assert not job.unfinished, f"left over after a start: {job.unfinished}; see {self.log}"
         said = what_it_said(job.text, bool(job.entered[STEP.entered]) or ended)
+        wrong = wrong_start(said, self._complete)
+        assert not wrong, f"a start {wrong}; see {self.log}"
         for kill in self._waiting:
             kill.said = kill.said or said
         done = steps(self.save)[self._started_at :]
@@ -183,9 +196,5 @@ class HurtRun:
             first.repeated = max(0, first.step - done[0] + 1)
             limit = 2 * self.setup.save_interval
             assert first.repeated <= limit, f"{first.repeated} steps were repeated; see {self.log}"
-        for kill in self._waiting:
-            expected = f"resumes at {kill.resumes_at}" if kill.resumes_at else "a new run"
-            if not kill.said.endswith(expected):
-                kill.notes.append(f"the checkpoint of step {kill.resumes_at} was complete")
         self._told += self._waiting
         self._waiting = []

@@ -1,4 +1,4 @@
-"""What is not a kill: ranks that stand still for a while or too long, and a disk that is full for a while."""
+"""Faults other than kills: stopped ranks, and a full disk."""
 
 import random
 import re
@@ -10,12 +10,13 @@ from itertools import cycle, islice
 from pathlib import Path
 from signal import SIGCONT, SIGSTOP
 
+from megatron_mesh.checkpoint.directory import saved_steps
 from megatron_mesh.faults.aims import ALL, CHECKS, EVALUATION, ONE, RANK_ZERO, STEP, WRITER, WRITING, Target
 from megatron_mesh.faults.disk import NoDisk, SmallDisk
 from megatron_mesh.faults.job import Job
 from megatron_mesh.faults.kills import HurtRun
 from megatron_mesh.faults.rank import Aim
-from megatron_mesh.faults.runs import Setup, compare, records
+from megatron_mesh.faults.runs import Setup, compare, records, what_it_said, wrong_start
 from megatron_mesh.runtime import exits
 
 STOP_SECONDS = 3.0
@@ -70,10 +71,13 @@ class Mishaps:
             target = Target(STEP, victim)  # rank 0 holds the store, too
             hit = target.ranks_hit(self.setup.ranks, self._rng)
             aim = Aim(STEP.entered, occurrence=self.setup.save_interval + 2)
+            complete = list(saved_steps(run.save))
             with Job(
                 self.setup.ranks, [*self.setup.flags(run.save), *minutes], run.save, run.log, {hit[0]: aim}
             ) as job:
                 assert job.until_held(hit), f"{target}: the run did not get there: {job.codes}; see {run.log}"
+                wrong = wrong_start(what_it_said(job.text, stepped=True), complete)
+                assert not wrong, f"a start {wrong}; see {run.log}"
                 job.signal(hit, SIGSTOP)
                 job.go(hit)
                 others = [rank for rank in range(self.setup.ranks) if rank not in hit]

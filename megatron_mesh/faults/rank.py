@@ -50,7 +50,7 @@ class Report:
     held: bool = False
     """Whether it holds there, with all that was to be held before."""
     unfinished: tuple[str, ...] = ()
-    """Directories on their way in or out of ``--save``, seen by rank 0 when it enters its first step."""
+    """Unfinished checkpoints that rank 0 sees in ``--save`` when it enters its first step."""
 
 
 class Watched:
@@ -131,7 +131,8 @@ class Watched:
         if phase != "step" or self._stepped or os.environ["RANK"] != "0":
             return ()
         self._stepped = True
-        return tuple(path.name for path in self._save.glob("iter_*") if path.suffix)
+        # Those that are being deleted in the background have to be gone at the end of the run only.
+        return tuple(path.name for path in self._save.glob("iter_*") if path.suffix not in ("", ".deleting"))
 
 
 def run_rank(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,7 +129,7 @@ def unfinished(save: Path) -> list[str]:
 
 
 def what_it_said(text: str, stepped: bool) -> str:
-    """What a start said of where it starts, from its output; "" if it was killed before it could.
+    """Return what a start said about where it begins, from its output; "" if it was killed before.
 
     Args:
         stepped: whether it has begun a step.
@@ -137,3 +138,26 @@ def what_it_said(text: str, stepped: bool) -> str:
     loaded = re.findall(r"^loaded .*iter_0*(\d+)$", text, re.MULTILINE)
     begins = f"resumes at {loaded[-1]}" if loaded else "a new run" if stepped else ""
     return "; ".join([*complaints, begins] if begins else complaints)
+
+
+def wrong_start(said: str, complete: Sequence[int]) -> str:
+    """Return how a start failed to resume from the newest checkpoint that it did not call damaged.
+
+    Args:
+        said: what the start said, from ``what_it_said``.
+        complete: steps of the checkpoints that were complete before it, ascending.
+
+    Returns:
+        For example "resumed at 4, but 8 was complete". "" if it began where it should, or was killed before
+        it could say where.
+    """
+    begins = re.search(r"(?:resumes at (\d+)|a new run)$", said)
+    if begins is None:
+        return ""
+    step = int(begins[1] or 0)
+    how = f"resumed at {step}" if step else "began a new run"
+    if step not in (0, *complete):
+        return f"{how}, where no checkpoint was complete"
+    damaged = {int(number) for number in re.findall(r"iter_0*(\d+) is damaged", said)}
+    skipped = [newer for newer in complete if newer > step and newer not in damaged]
+    return f"{how}, but {skipped[-1]} was complete" if skipped else ""

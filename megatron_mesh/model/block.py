@@ -86,7 +86,8 @@ class MeshTransformerBlock(TransformerBlock):
         ).to(config.params_dtype)
         if kernels.available():
             scheme.mix = kernels.weighted_sum
-        # Its states are sequence shards under tensor parallelism; where the layers' are not, it makes them.
+        # Under tensor parallelism the memory is always sharded along the sequence. Without sequence
+        # parallelism we scatter its inputs and gather its outputs.
         self.shards_states = (
             get_pg_size(self.tp_group) > 1
             and not config.sequence_parallel

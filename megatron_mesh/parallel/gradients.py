@@ -1,4 +1,4 @@
-"""Gradients over the data-parallel ranks, for weights that several chunks use.
+"""Data-parallel gradient reduction for weights that several model chunks share.
 
 A pipeline rank of a looped model has its weights in groups: prelude and embedding, core and routers (one
 group per core where they are not shared), coda and head. Each group is a ``DistributedDataParallel`` of its

@@ -34,10 +34,11 @@ class _AddLeafGradient(torch.autograd.Function):
 
 
 def carry(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` for its own pass, and as later passes read it: ``LoopState.share`` between graphs.
+    """Return ``x`` twice: in this pass's graph, and as a detached leaf for later passes.
 
-    The schedule runs the passes of a micro-batch as graphs of their own, backward in descending order. So
-    later passes read a leaf, and when the backward of this pass begins, the leaf's gradient is complete.
+    The leaf's gradient is added back here. Each pass of a micro-batch is a graph of its own, and the backward
+    passes run in descending order, so the leaf's gradient is complete when the backward of this pass begins.
+    This is ``LoopState.share`` of a ring.
     """
     if not torch.is_grad_enabled():
         return x, x

@@ -22,7 +22,7 @@ from megatron_mesh.runtime import device
 
 
 class IdsOnly(Tokenizer):
-    """Stands for the tokenizer where only the number of ids is known: data that are read need no more."""
+    """Placeholder when no tokenizer is given: tokenized data needs only the vocabulary size."""
 
     eod = -2  # no id of the text, and not ``pad`` either
 

@@ -27,7 +27,7 @@ from megatron_mesh.runtime.start_times import STARTED
 from megatron_mesh.runtime.stopping import URGENT, StopRequests, write_status
 from megatron_mesh.train.data import open_batches, open_datasets, open_vocabulary
 from megatron_mesh.train.metrics import RouterMeter, SpeedMeter, perplexity
-from megatron_mesh.train.optimizer import build_optimizer, build_schedule, tell_of_idle_steps
+from megatron_mesh.train.optimizer import build_optimizer, build_schedule, warn_if_lr_reaches_zero_early
 from megatron_mesh.train.output import check_writable, open_outputs, position, summary
 from megatron_mesh.train.step import evaluate, train_step
 from megatron_mesh.train.vote import Outcome, Vote
@@ -57,7 +57,7 @@ def pretrain(config: Config) -> int:
     choose(config.precision, config.parallel)
     with process_groups(config) as health, explained(partial(remedies, config)):
         if is_rank_zero():
-            tell_of_idle_steps(config)
+            warn_if_lr_reaches_zero_early(config)
         with health.busy("the preparations"):
             check_trackers(config.logging)
             phases.enter("loading a checkpoint")
@@ -167,9 +167,7 @@ def finish(run: Run, log: Log, health: Health, stop: StopRequests, saver: Saver 
     """What comes after the last step: the test, unless the run was stopped, and the checkpoint on its way."""
     state = run.state
     if saver is not None:
-        phases.enter("the last save")
-        with health.busy("the last save", run.config.checkpoint.save_timeout_minutes):
-            saver.finish()
+        finish_saving(saver, run.config, health)
     if reason:
         logger.info("stopped after step %d: %s", state.step, reason)
         stop.honoured()
@@ -180,6 +178,13 @@ def finish(run: Run, log: Log, health: Health, stop: StopRequests, saver: Saver 
         return exits.NOT_SAVED
     nothing_left = state.step == run.config.training.train_iters and run.data.test is None
     return exits.STOPPED if reason and not nothing_left else exits.DONE
+
+
+def finish_saving(saver: Saver, config: Config, health: Health) -> None:
+    """Publish the checkpoint on its way, if there is one, within the watchdog's limit for saves."""
+    phases.enter("the last save")
+    with health.busy("the last save", config.checkpoint.save_timeout_minutes):
+        saver.finish()
 
 
 def open_saver(config: Config, log: Log) -> Saver | None:
@@ -212,8 +217,7 @@ def record_skipped(log: Log, state: TrainState, outcome: Outcome, batch_size: in
 def diverged(config: Config, state: TrainState, saver: Saver | None, health: Health) -> int:
     """Name the checkpoint to resume from, after too many steps that were not finite."""
     if saver is not None:
-        with health.busy("the last save", config.checkpoint.save_timeout_minutes):
-            saver.finish()  # it may be the last good one
+        finish_saving(saver, config, health)  # it may be the last good one
     steps = saved_steps(Path(config.checkpoint.save)) if config.checkpoint.save else {}
     good = [path for step, path in steps.items() if step <= state.step - state.skipped]
     if is_rank_zero():

@@ -36,8 +36,8 @@ def build_optimizer(settings: Config, stage: Stage) -> MegatronOptimizer:
     )
 
 
-def tell_of_idle_steps(config: Config) -> None:
-    """Say so where steps would change nothing: a longer run with the resolved settings of a shorter one."""
+def warn_if_lr_reaches_zero_early(config: Config) -> None:
+    """Warn if the schedule ends before the run does, as in a longer run with a shorter one's settings."""
     optimizer, last = config.optimizer, config.training.train_iters
     decays = optimizer.lr_decay_style != "constant" and not optimizer.min_lr
     if decays and last and optimizer.lr_decay_iters and optimizer.lr_decay_iters < last:

@@ -1,8 +1,17 @@
-"""In a step on a GPU the host waits once, as CUDA's own check of torch sees it."""
+"""In a step on a GPU the host waits once, both for operations that torch reports and for ``synchronize``.
 
+Torch reports operations that wait (``item``, ``nonzero``, blocking copies), but not ``synchronize`` of the
+device, an event or a stream. Those are patched to be counted.
+"""
+
+import sys
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +22,7 @@ from megatron_mesh.bench.variants import Variant, batches_of, build_variant, var
 from megatron_mesh.data import Batch
 from megatron_mesh.runtime import device
 from tests.helpers import one_process
+from tests.parallel.watch import SYNCHRONIZING
 
 TOY = Settings(
     layers="1+1R2+1",
@@ -32,16 +42,46 @@ def _there() -> None:
 
 
 def waits(variant: Variant, batches: list[Batch]) -> Counter[str]:
-    """Where the host waits in one step, by file and line; synchronize() itself is not seen."""
+    """Where the host waits in one step, by file and line."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, synchronizations() as found:
             warnings.simplefilter("always")
             variant.step(batches)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     synchronizing = [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
-    return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in synchronizing)
+    return found + Counter(f"{Path(w.filename).name}:{w.lineno}" for w in synchronizing)
+
+
+@contextmanager
+def synchronizations() -> Iterator[Counter[str]]:
+    """Count the calls of ``SYNCHRONIZING`` inside, by the caller's file and line."""
+    found: Counter[str] = Counter()
+
+    def counting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1)
+            found[f"{Path(caller.f_code.co_filename).name}:{caller.f_lineno}"] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for owner, name in SYNCHRONIZING:
+            stack.enter_context(patch.object(owner, name, counting(getattr(owner, name))))
+        yield found
+
+
+def test_synchronizations_are_counted() -> None:
+    event = torch.cuda.Event()
+    event.record()
+    with synchronizations() as found:
+        torch.cuda.synchronize()
+        event.synchronize()
+        torch.cuda.current_stream().synchronize()
+    assert found.total() == 3 and len(found) == 3  # on three lines
+    assert all(where.startswith("test_step.py:") for where in found)
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])

@@ -3,9 +3,12 @@
 import json
 import math
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +16,8 @@ from unittest.mock import patch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mesh.checkpoint import writer
+from megatron_mesh.checkpoint.save import Saver
 from megatron_mesh.config.schema import Config
 from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime.distributed import model_parallel_groups
@@ -21,6 +26,7 @@ from megatron_mesh.runtime.logging import Log
 from megatron_mesh.runtime.stopping import StopRequests
 from megatron_mesh.train import loop, pretrain
 from megatron_mesh.train import step as step_module
+from megatron_mesh.train.output import open_outputs
 from megatron_mesh.train.vote import Vote, agree
 from tests.helpers import tiny_config
 from tests.parallel.training import batches_of, build, settings_of
@@ -34,17 +40,19 @@ def config_of(corpus: str, case: dict[str, Any]) -> Config:
 
 
 class _StepByStep(Health):
-    """Starts a new count with every step."""
+    """Starts a new count with every step, after calling ``before`` with its number."""
 
-    def __init__(self, watch: Watch):
+    def __init__(self, watch: Watch, before: Callable[[int], None] = lambda step: None):
         super().__init__(dist.get_rank(), dist.get_world_size(), None)
-        self.watch = watch
+        self.watch, self.before = watch, before
         self.steps: dict[int, Seen] = {}
 
     def beat(self, where: str | None = None) -> None:
         super().beat(where)
         if where is not None and where.startswith("step "):
-            self.steps[int(where.split()[1])] = self.watch.seen = Seen()
+            step = int(where.split()[1])
+            self.before(step)
+            self.steps[step] = self.watch.seen = Seen()
 
 
 class BackgroundSave:
@@ -85,6 +93,79 @@ def watch_steps(corpus: str, case: dict[str, Any]) -> tuple[dict[int, Seen], lis
             health = _StepByStep(watch)
             loop.train(run, Log(), health, StopRequests(config.checkpoint, time.monotonic()))
     return health.steps, saver.completed_after
+
+
+@dataclass
+class Watched:
+    """A run with the real Saver and the real Log, on one rank."""
+
+    steps: dict[int, Seen] = field(default_factory=dict)
+    pending: list[int] = field(default_factory=list)
+    """Steps that began while a checkpoint was on its way."""
+    writing: list[int] = field(default_factory=list)
+    """Of these, the steps that began while this rank was still writing its part."""
+
+
+def watch_saves(corpus: str, case: dict[str, Any], directory: Path, release: int) -> tuple[Watched, Watched]:
+    """Train 8 steps without checkpoints; and again, saving in the background after steps 4 and 8.
+
+    The last rank's first write doesn't begin before step ``release``. It is then finished before the step
+    begins, so all ranks publish the checkpoint after that step.
+    """
+    logged = {**case, "train_iters": 8, "output_dir": str(directory / "without")}
+    saved = {"output_dir": str(directory / "with"), "save": str(directory / "with"), "async_save": True}
+    return (
+        _watched(config_of(corpus, logged), release),
+        _watched(config_of(corpus, {**logged, **saved, "save_interval": 4}), release),
+    )
+
+
+def _watched(config: Config, release: int) -> Watched:
+    found, savers = Watched(), list[Saver]()
+    with model_parallel_groups(config), _slow_writes() as (parts, released), Watch() as watch:
+        open_saver = loop.open_saver
+
+        def keep(*args: Any) -> Saver | None:
+            saver = open_saver(*args)
+            savers.extend([saver] if saver is not None else [])
+            return saver
+
+        def before(step: int) -> None:
+            if step == release:
+                released.set()
+                for part in parts:
+                    part.result()
+            if savers and savers[0].pending:
+                found.pending.append(step)
+                found.writing.extend([step] if not parts[-1].done() else [])
+
+        run, health = loop.build(config), _StepByStep(watch, before)
+        with patch.object(loop, "open_saver", keep), open_outputs(config, run.state) as log:
+            loop.train(run, log, health, StopRequests(config.checkpoint, time.monotonic()))
+    found.steps = health.steps
+    return found
+
+
+@contextmanager
+def _slow_writes() -> Iterator[tuple[list["Future[Any]"], threading.Event]]:
+    """The parts that this rank writes in the background; the last rank's wait for the event."""
+    parts: list[Future[Any]] = []
+    released = threading.Event()
+    start, write_file = writer.BackgroundWriter.start, writer.write_file
+
+    def started(*args: Any) -> "Future[Any]":
+        parts.append(start(*args))
+        return parts[-1]
+
+    def slow(*args: Any) -> Any:
+        assert dist.get_rank() < dist.get_world_size() - 1 or released.wait(60)
+        return write_file(*args)
+
+    with (
+        patch.object(writer.BackgroundWriter, "start", started),
+        patch.object(writer, "write_file", slow),
+    ):
+        yield parts, released
 
 
 @contextmanager

@@ -7,6 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+from megatron_mesh.data.indexed import IndexedWriter
+from megatron_mesh.runtime import exits
+from tests.helpers import tiny_config
+from tests.parallel.hung import HungRun
+
 ROOT = Path(__file__).resolve().parents[2]
 HOST = socket.gethostname()
 
@@ -117,7 +125,7 @@ SAVE_ON_BOTH = """
 
 
 def test_the_watchdog_has_another_limit_for_saves(tmp_path) -> None:
-    """A save that takes longer than a step may goes on; one that hangs ends the job."""
+    """A save may take longer than a step; one that hangs ends the job."""
     patient = SAVE_ON_BOTH.replace("{minutes}", "5").strip()
     codes, errors, _ = job(tmp_path, "time.sleep(8)", 0.05, patient)
     assert codes == [0, 0], errors
@@ -127,3 +135,56 @@ def test_the_watchdog_has_another_limit_for_saves(tmp_path) -> None:
     for rank, text in enumerate(errors):
         assert f"error: rank {rank} of 2 on host {HOST} in the save after step 17 has not gone on" in text
         assert "--save-timeout-minutes" in text and "Current thread" in text
+
+
+# where a rank stands still -> the phase, which rank, settings, and what the rank is at when it ends
+HUNG_SAVES = {
+    "writing in a save": ("writing a box", 1, {"train_iters": 4}, "the save after step 2"),
+    "writing in the last save": ("writing a box", 1, {"train_iters": 2, "async_save": True}, "the last save"),
+    "publishing": (
+        "checks",
+        0,
+        {"train_iters": 4, "async_save": True},
+        "publishing a checkpoint after step 3",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def hung_saves(tmp_path_factory) -> dict[str, tuple[list[int | None], list[str]]]:
+    """How the runs of ``HUNG_SAVES`` ended; they run at the same time, since they mostly wait."""
+    root = tmp_path_factory.mktemp("hung")
+    with IndexedWriter(str(root / "text"), np.uint16) as writer:
+        writer.add(np.random.default_rng(0).integers(0, 96, 4_000).astype(np.uint16), np.full(100, 40))
+        writer.commit()
+    runs = {}
+    for name, (phase, victim, settings, _) in HUNG_SAVES.items():
+        directory = root / name.replace(" ", "-")
+        directory.mkdir()
+        values = {
+            "layers": "1+1R2+1",
+            "data_path": [str(root / "text")],
+            "data_cache_path": str(directory / "cache"),
+            "num_workers": 0,
+            "eval_interval": 0,
+            "save": str(directory / "save"),
+            "save_interval": 2,
+            "watchdog_timeout_minutes": 0.25,
+            "save_timeout_minutes": 0.05,
+            **settings,
+        }
+        runs[name] = HungRun(tiny_config(world_size=2, **values), phase, victim, directory).start()
+    return {name: run.end() for name, run in runs.items()}
+
+
+@pytest.mark.parametrize("name", HUNG_SAVES)
+def test_a_run_whose_save_hangs_ends(name: str, hung_saves) -> None:
+    """In the real loop, which names the limit for saves and not the one for steps."""
+    _, victim, _, where = HUNG_SAVES[name]
+    codes, errors = hung_saves[name]
+    assert codes[victim] == exits.HUNG, errors
+    # The other rank waits for this one; it ends by its own watchdog, or because the connection is lost.
+    assert codes[1 - victim] in (exits.HUNG, exits.CRASHED), errors
+    lines = [line for line in errors[victim].splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and lines[0].endswith("s (--save-timeout-minutes); its stacks:")
+    assert lines[0].startswith(f"error: rank {victim} of 2 on host {HOST} in {where} has not gone on for ")

@@ -1,5 +1,6 @@
 """A step of the real loop: every collective, every wait for the device, and steps that all ranks skip."""
 
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_mesh.checkpoint.directory import saved_steps
 from megatron_mesh.data.indexed import IndexedWriter
 from megatron_mesh.runtime import exits
 from tests.parallel.layouts import LAYOUTS
 from tests.parallel.pool import free_port, pool
-from tests.parallel.real_loop import agreement, pretrained, watch_steps
+from tests.parallel.real_loop import agreement, pretrained, watch_saves, watch_steps
 from tests.parallel.watch import IN_HOST_MEMORY
 
 OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -113,6 +115,26 @@ def test_every_collective_and_every_wait_of_a_step(layout: str, corpus: str) -> 
         assert completed_after == [5]
         assert steps[5].collectives == collectives
         assert waits[5] == WAIT | SAVED
+
+
+def test_a_save_under_way_costs_a_step_nothing(corpus: str, tmp_path: Path) -> None:
+    """The real Saver and Log: a background save that lasts from step 4 to step 7, where it is published."""
+    processes, settings, _ = STEP["data parallel"]
+    results = pool(processes).run(
+        watch_saves, corpus, {"layers": "1+1R2+1", **settings}, tmp_path, 7, timeout=120
+    )
+    for rank, (without, saving) in enumerate(results):
+        assert without.pending == [] and saving.pending == [5, 6, 7]
+        assert rank == 0 or saving.writing == [5, 6]
+        for number in (1, 2, 3, 5, 6):  # 1, 3 and 6 are logged
+            assert saving.steps[number] == without.steps[number]
+        for number in (4, 7):  # the save begins, and is published: both talk to the other ranks
+            assert saving.steps[number].collectives > without.steps[number].collectives
+            assert saving.steps[number].waits > without.steps[number].waits + Counter(SAVED)
+    assert list(saved_steps(tmp_path / "with")) == [4, 8]
+    lines = (tmp_path / "with/metrics.jsonl").read_text().splitlines()
+    logged = [(record["kind"], record["step"]) for record in map(json.loads, lines)]
+    assert logged == [("train", 1), ("train", 3), ("train", 6), ("save", 4), ("train", 8), ("save", 8)]
 
 
 def without_host_memory(waits: Counter[str]) -> dict[str, int]:

@@ -1,18 +1,19 @@
-"""What a rank does in each step of the real loop: its collectives, and its waits for the device. In workers.
+"""Count the collectives of a rank, and its waits for the device, in each step of the real loop. In workers.
 
 A wait is whatever makes the host wait until a GPU has finished earlier work:
 
 - Python reads a value of a tensor: ``item``, ``tolist``, ``numpy``, ``float``, ``int``, ``if tensor``;
 - the size of a result depends on values, as with ``nonzero`` or an index that is a mask;
 - a copy between host and device is not ``non_blocking``; ``torch.tensor(..., device=...)`` is such a copy;
-- ``device.synchronize``.
+- the code asks for it: ``SYNCHRONIZING``, and the functions of ``runtime/device.py`` that do so on a GPU.
 
 Collectives and ``Work.wait`` are not waits: NCCL queues them on the device. On a CPU all memory is host
-memory, so a read of a tensor that a GPU run keeps in host memory too is seen as well; tests have to tell such
-places apart. ``tests/gpu/test_step.py`` asks CUDA itself.
+memory, so reads of tensors that stay in host memory on a GPU are counted too; tests have to tell such places
+apart. ``tests/gpu/test_step.py`` asks CUDA itself.
 """
 
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -28,14 +29,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_mesh.runtime import device
 
-# What is behind ``item``, and operations whose result's size depends on values.
+# What is behind ``item``; comparisons that return a bool; operations whose result's size depends on values.
 READS = (
     "_local_scalar_dense",
+    "equal",
+    "allclose",
+    "bincount",
     "nonzero",
     "masked_select",
     "_unique2",
     "unique_consecutive",
     "unique_dim",
+)
+# What waits for the device by itself. On a CPU it does nothing, or cannot even be called.
+SYNCHRONIZING: tuple[tuple[Any, str], ...] = (
+    (torch.cuda, "synchronize"),
+    (torch.cuda, "empty_cache"),
+    (torch.cuda.Event, "synchronize"),
+    (torch.cuda.Stream, "synchronize"),
+    (torch.accelerator, "synchronize"),
 )
 # Reads of tensors that are in host memory on a GPU too: a batch from the loader, AdamW's counts of steps.
 IN_HOST_MEMORY = {
@@ -48,7 +60,7 @@ CALLERS = ("/megatron_mesh/", "/megatron/core/", "/torch/optim/")
 
 @dataclass
 class Seen:
-    """Of one step."""
+    """What one step does."""
 
     collectives: Counter[str] = field(default_factory=Counter)
     """For example "allreduce data": the operation and the group; groups of one rank are left out."""
@@ -57,11 +69,15 @@ class Seen:
 
 
 class Watch(TorchDispatchMode):
-    """Counts into ``seen``, which may be replaced at any time, what this thread does inside ``with``."""
+    """Counts what this thread does inside ``with`` in ``seen``, which may be replaced at any time.
+
+    Other threads, such as the one that writes checkpoints, keep nobody waiting.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.seen = Seen()
+        self._thread = threading.get_ident()
         self._patches = ExitStack()
 
     def __enter__(self) -> "Watch":
@@ -75,6 +91,9 @@ class Watch(TorchDispatchMode):
             (torch, "tensor", _has_device),
             (torch, "as_tensor", _has_device),
             (device, "synchronize", _always),
+            (device, "seconds_between", _always),
+            (device, "copy_to_host", _always),
+            *((owner, name, _always) for owner, name in SYNCHRONIZING),
         ):
             self._patches.enter_context(
                 patch.object(owner, name, self._counting(getattr(owner, name), waits))
@@ -102,7 +121,7 @@ class Watch(TorchDispatchMode):
         def call(*args: Any, **kwargs: Any) -> Any:
             caller = sys._getframe(1).f_code.co_filename
             # torch's own functions copy to where their arguments are already.
-            if waits(*args, **kwargs) and "/torch/" not in caller:
+            if threading.get_ident() == self._thread and waits(*args, **kwargs) and "/torch/" not in caller:
                 self._wait()
             return original(*args, **kwargs)
 

@@ -7,9 +7,11 @@ from collections import Counter
 import pytest
 
 from megatron_mesh.errors import UserError
+from megatron_mesh.faults import kills as kills_module
 from megatron_mesh.faults.aims import ALL, PHASES, Kill, parse, spread
+from megatron_mesh.faults.kills import HurtRun
 from megatron_mesh.faults.report import table
-from megatron_mesh.faults.runs import Setup, compare, what_it_said
+from megatron_mesh.faults.runs import Setup, compare, what_it_said, wrong_start
 
 
 def test_a_hundred_kills_are_even_over_phases_and_victims() -> None:
@@ -51,6 +53,63 @@ def test_what_a_start_said() -> None:
     assert what_it_said(f"{damaged}\n{loaded}", stepped=True) == f"{damaged}; resumes at 12"
 
 
+DAMAGED = "the checkpoint /runs/x/iter_{:07d} is damaged: no .metadata"
+
+
+@pytest.mark.parametrize(
+    ("said", "complete", "wrong"),
+    [
+        ("resumes at 8", [4, 8], ""),
+        ("resumes at 4", [4, 8], "resumed at 4, but 8 was complete"),
+        ("resumes at 4", [4, 8, 12], "resumed at 4, but 12 was complete"),
+        (f"{DAMAGED.format(8)}; resumes at 4", [4, 8], ""),
+        (f"{DAMAGED.format(12)}; {DAMAGED.format(8)}; resumes at 4", [4, 8, 12], ""),
+        (f"{DAMAGED.format(12)}; resumes at 4", [4, 8, 12], "resumed at 4, but 8 was complete"),
+        (f"{DAMAGED.format(4)}; resumes at 4", [4, 8], "resumed at 4, but 8 was complete"),
+        ("resumes at 8", [4], "resumed at 8, where no checkpoint was complete"),
+        ("a new run", [], ""),
+        ("a new run", [4], "began a new run, but 4 was complete"),
+        (f"{DAMAGED.format(4)}; a new run", [4], ""),
+        ("", [4, 8], ""),  # killed before it said anything
+        (DAMAGED.format(8), [4, 8], ""),  # killed before it began
+    ],
+)
+def test_a_start_resumes_from_the_newest_checkpoint(said, complete, wrong) -> None:
+    assert wrong_start(said, complete) == wrong
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_tool_fails_if_a_start_skips_a_checkpoint(damaged, tmp_path, monkeypatch) -> None:
+    """The last start of a run, with ranks that only claim to have run."""
+    setup = Setup(tmp_path, ranks=2, steps=10, save_interval=4)
+    for name in ("calm", "run/iter_0000004", "run/iter_0000008"):
+        (tmp_path / name).mkdir(parents=True)
+
+    class Claims:
+        def __init__(self, *args, **settings) -> None:
+            self.codes, self.unfinished, self.entered = [0, 0], [], Counter(["step"])
+            self.text = f"loaded {tmp_path}/run/iter_0000004\n"
+            if damaged:
+                self.text = f"{DAMAGED.format(8)}\n{self.text}"
+
+        def until_ended(self) -> bool:
+            return True
+
+        def __enter__(self) -> "Claims":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    monkeypatch.setattr(kills_module, "Job", Claims)
+    run = HurtRun(setup, "run", random.Random(0))
+    if damaged:
+        run.finish()
+        return
+    with pytest.raises(AssertionError, match="resumed at 4, but 8 was complete; see"):
+        run.finish()
+
+
 def test_another_loss_is_noticed(tmp_path) -> None:
     calm, hurt = tmp_path / "calm", tmp_path / "hurt"
     for directory in (calm, hurt):
@@ -78,9 +137,9 @@ def test_another_loss_is_noticed(tmp_path) -> None:
 def test_the_table_counts_by_phase_and_victim() -> None:
     rename = parse("rename x all")
     kills = [
-        Kill(rename, 9, 8, repeated=5, said="resumes at 4"),
-        Kill(parse("start x all"), 2, 0, repeated=0, said="a new run"),
-        Kill(rename, 13, 12, repeated=1, said="resumes at 12"),
+        Kill(rename, 9, repeated=5, said="resumes at 4"),
+        Kill(parse("start x all"), 2, repeated=0, said="a new run"),
+        Kill(rename, 13, repeated=1, said="resumes at 12"),
     ]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(kills, []).splitlines()]
     assert rows[2] == ["start", ALL, "1", "0", "a new run"]

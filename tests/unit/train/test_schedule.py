@@ -6,7 +6,7 @@ import pytest
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
 from megatron_mesh.parallel import build_stage
-from megatron_mesh.train.optimizer import build_optimizer, build_schedule, tell_of_idle_steps
+from megatron_mesh.train.optimizer import build_optimizer, build_schedule, warn_if_lr_reaches_zero_early
 from tests.helpers import one_process
 
 LR, MIN_LR, WARMUP, DECAY, LAST = 1e-2, 1e-3, 4, 20, 24
@@ -80,10 +80,10 @@ def test_biases_and_norms_do_not_decay(tiny):
             assert decay[id(parameter)] == (0.0 if vector else 0.3), name
 
 
-def test_steps_after_the_decay_are_told(tiny, caplog):
+def test_warns_of_steps_after_the_decay(tiny, caplog):
     """A resolved config.yaml fixes the decay, so a longer run from it would go on at 0."""
     longer = {"train_iters": 700, "lr_decay_iters": 600}
-    tell_of_idle_steps(tiny(**longer))
+    warn_if_lr_reaches_zero_early(tiny(**longer))
     assert "the learning rate is 0 after step 600" in caplog.text
     caplog.clear()
     for settings in (
@@ -91,5 +91,5 @@ def test_steps_after_the_decay_are_told(tiny, caplog):
         {**longer, "min_lr": 1e-5},
         {**longer, "lr_decay_style": "constant"},
     ):
-        tell_of_idle_steps(tiny(**settings))
+        warn_if_lr_reaches_zero_early(tiny(**settings))
     assert not caplog.text
