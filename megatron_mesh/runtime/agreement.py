@@ -1,4 +1,4 @@
-"""What ranks tell each other at start and in saves, as Python objects: one's result, or a word from each."""
+"""Exchange Python objects between ranks, at start and in saves: from rank 0 to all, or from each to all."""
 
 import socket
 from collections.abc import Callable
@@ -12,7 +12,7 @@ _Result = TypeVar("_Result")
 
 
 def from_rank_zero(make: Callable[[], _Result]) -> _Result:
-    """What ``make`` returns on rank 0, on every rank; a collective operation.
+    """Return on every rank what ``make`` returns on rank 0; a collective operation.
 
     Raises:
         UserError: ``make`` raised it on rank 0; every rank raises it.
@@ -32,7 +32,7 @@ def from_rank_zero(make: Callable[[], _Result]) -> _Result:
 
 
 def from_every_rank(value: _Result) -> list[_Result]:
-    """``value`` of each rank, in the order of ranks; a collective operation."""
+    """Return the ``value`` of each rank, in rank order; a collective operation."""
     if _alone():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -41,9 +41,9 @@ def from_every_rank(value: _Result) -> list[_Result]:
 
 
 def complaints(reason: str | None) -> list[str]:
-    """What any ranks complain of: each distinct reason once, with the first rank and host that has it.
+    """Return each distinct complaint once, with the first rank and host that has it.
 
-    A collective operation; every rank gives its own ``reason``, or None.
+    A collective operation. Every rank passes its own ``reason``, or None.
     """
     found: dict[str, str] = {}
     gathered = from_every_rank(None if reason is None else (reason, socket.gethostname()))
