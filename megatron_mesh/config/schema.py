@@ -257,8 +257,8 @@ class ParallelConfig:
     distributed_timeout_minutes: float = 30.0
     """Longest wait of a collective operation."""
     watchdog_timeout_minutes: float = 20.0
-    """End the job, with the stack of every rank, when a rank runs no forward pass for so long (preparations
-    aside; saves have --save-timeout-minutes); 0 turns it off."""
+    """End the job, with the stack of every rank, when a rank runs no forward pass for this long; 0: never.
+    Start-up is exempt; saves use --save-timeout-minutes."""
 
 
 @dataclass

@@ -84,7 +84,7 @@ class Mishaps:
                 ended = job.until(lambda: all(job.codes[rank] is not None for rank in others), 60)  # noqa: B023
                 assert ended, f"the watchdog did not end ranks {others}; see {run.log}"
                 said = re.search(
-                    r"error: (rank .* has not gone on for .*\(--watchdog-timeout-minutes\))", job.text
+                    r"error: (rank .* has made no progress for .*\(--watchdog-timeout-minutes\))", job.text
                 )
                 assert said and exits.HUNG in job.codes, (
                     f"no message of the watchdog: {job.codes}; see {run.log}"

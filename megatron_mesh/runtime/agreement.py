@@ -1,7 +1,7 @@
-"""What ranks tell each other at start and in saves, as Python objects: one's result, or a word from each.
+"""Exchange Python objects between ranks, at start and in saves: from rank 0 to all, or from each to all.
 
-They have a gloo group for that, apart from the groups of training: a message then needs no memory of the GPU,
-and ranks may wait for a slow one as long as a save may take.
+That has a gloo group of its own, apart from those of training: a message needs no memory of the GPU, and ranks
+may wait for a slow one as long as a save may take.
 """
 
 import socket
@@ -44,7 +44,7 @@ def group_apart(minutes: float) -> Iterator[None]:
 
 
 def from_rank_zero(make: Callable[[], _Result]) -> _Result:
-    """What ``make`` returns on rank 0, on every rank; a collective operation.
+    """Return on every rank what ``make`` returns on rank 0; a collective operation.
 
     Raises:
         UserError: ``make`` raised it on rank 0; every rank raises it.
@@ -64,7 +64,7 @@ def from_rank_zero(make: Callable[[], _Result]) -> _Result:
 
 
 def from_every_rank(value: _Result) -> list[_Result]:
-    """``value`` of each rank, in the order of ranks; a collective operation."""
+    """Return the ``value`` of each rank, in rank order; a collective operation."""
     if _alone():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -73,7 +73,7 @@ def from_every_rank(value: _Result) -> list[_Result]:
 
 
 def to_rank_zero(value: _Result) -> list[_Result]:
-    """``value`` of each rank on rank 0, and an empty list on the others; a collective operation."""
+    """Return the ``value`` of each rank on rank 0, and an empty list on the others; a collective operation."""
     if _alone():
         return [value]
     values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None

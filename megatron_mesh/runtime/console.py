@@ -1,4 +1,4 @@
-"""What a run shows: a live progress bar on a terminal, plain lines elsewhere."""
+"""Show a run's progress: as a live bar on a terminal, as plain lines elsewhere."""
 
 import logging
 import sys
@@ -13,7 +13,7 @@ from megatron_mesh.runtime.records import Record, Sink
 
 
 def show_messages(speaks: bool) -> None:
-    """Send the package's messages to stderr; a process that does not ``speak`` gives warnings only."""
+    """Send the package's messages to stderr: all if this process ``speaks``, else only warnings."""
     handler = _CurrentStderr()
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("megatron_mesh")
@@ -23,7 +23,7 @@ def show_messages(speaks: bool) -> None:
 
 
 class _CurrentStderr(logging.StreamHandler):
-    """Writes to what ``sys.stderr`` is at the time: rich puts its own there while a bar is live."""
+    """Writes to the current ``sys.stderr``, which rich replaces while a bar is live."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -57,7 +57,7 @@ class Lines(Sink):
 
 
 class Bar(Sink):
-    """A live progress bar with the numbers of the last logged step; validations are lines above it."""
+    """A live progress bar with the numbers of the last logged step. Other records are lines above it."""
 
     def __init__(self, console: Console, step: int, last: int):
         self.console = console

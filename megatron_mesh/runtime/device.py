@@ -1,7 +1,7 @@
-"""The only file that says cuda or cpu: one decision per process, and everything that follows from it.
+"""The only file that names CUDA or the CPU: each process chooses its device once, here.
 
-Megatron-core 0.16.1 names CUDA in places that a CPU run reaches. ``prepare`` makes those names mean
-the CPU where there is no GPU, and does nothing where there is one; ``SEAMS`` lists each patched name.
+Megatron-core 0.16.1 names CUDA in places that a CPU run reaches. Without a GPU, ``prepare`` makes those
+names mean the CPU; with one it patches nothing. ``SEAMS`` lists each patched name.
 """
 
 import functools
@@ -90,8 +90,7 @@ def prepare(local_rank: int | None = None) -> torch.device:
 def be_deterministic() -> None:
     """Allow only operations that give the same bits every time; call it before the first of them.
 
-    The variables are read by cuBLAS, NCCL and Transformer Engine when they start; one that is set already
-    is left as it is.
+    cuBLAS, NCCL and Transformer Engine read the variables when they start. One that is already set stays.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "Ring")
@@ -131,14 +130,14 @@ def gpus() -> list[tuple[str, str]]:
 
 
 def why_no_gpu() -> str:
-    """What keeps this process from a GPU."""
+    """Why this process has no GPU."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA: training runs on the CPU, with gloo"
     return "torch finds no device (driver, or CUDA_VISIBLE_DEVICES): training runs on the CPU, with gloo"
 
 
 def why_no_fp8(recipe: str = "tensorwise") -> str | None:
-    """What keeps this machine from FP8 matrix products; None where all its GPUs have them.
+    """Why this machine has no FP8 matrix products; None if all its GPUs have them.
 
     The limits are those of Transformer Engine 2.11 (``pytorch/quantization.py``).
     """
@@ -158,7 +157,7 @@ def why_no_fp8(recipe: str = "tensorwise") -> str | None:
 
 
 def libraries() -> dict[str, str]:
-    """Versions of the libraries that torch brings for GPUs; nothing on a CPU."""
+    """Versions of the GPU libraries that come with torch; empty on a CPU."""
     if not has_gpu():
         return {}
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
@@ -176,12 +175,12 @@ def synchronize() -> None:
 
 
 def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory. It is not pinned: torch keeps pinned memory that is freed, and rounds it up."""
+    """Copy to host memory. The copy isn't pinned: torch rounds pinned memory up, and keeps what is freed."""
     return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
 
 
 def moment() -> Any:
-    """The moment when the device has finished the work it was given so far; does not wait for it."""
+    """Mark the moment when the device has finished the work queued so far. Doesn't wait for it."""
     if not has_gpu():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -198,7 +197,7 @@ def seconds_between(start: Any, end: Any) -> float:
 
 
 def peak_memory_bytes() -> int:
-    """Most memory held so far: allocated on the GPU, or resident in the process."""
+    """Peak memory so far: allocated on the GPU, or resident in the process."""
     if has_gpu():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
@@ -206,17 +205,17 @@ def peak_memory_bytes() -> int:
 
 
 def allocated_bytes() -> int | None:
-    """Memory of the GPU that tensors hold now; None on a CPU, where nobody counts."""
+    """GPU memory that tensors hold now. None on a CPU, where torch doesn't count."""
     return torch.cuda.memory_allocated() if has_gpu() else None
 
 
 def allocation_retries() -> int:
-    """How often the GPU's memory was full so far, and torch gave back what it kept for later; 0 on a CPU."""
+    """How often the allocator had to free its cache and retry, so far; 0 on a CPU."""
     return torch.cuda.memory_stats()["num_alloc_retries"] if has_gpu() else 0
 
 
 def reset_peak_memory() -> None:
-    """From now on ``peak_memory_bytes`` tells of what comes (on a CPU it cannot forget)."""
+    """Let ``peak_memory_bytes`` count from now on. No effect on a CPU."""
     if has_gpu():
         torch.cuda.reset_peak_memory_stats()
 
@@ -227,7 +226,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def peak_flops(fp8: bool = False) -> float | None:
-    """Dense bf16 or FP8 FLOP/s of the data sheet; None where it is not known: a CPU, a MIG part of a GPU."""
+    """Dense bf16 or FP8 FLOP/s from the data sheet; None if unknown, as for a CPU or a MIG slice of a GPU."""
     if not has_gpu() or (fp8 and why_no_fp8()):
         return None
     name = torch.cuda.get_device_name()
@@ -252,7 +251,7 @@ def marked(name: str) -> Iterator[None]:
 
 
 def rng_state() -> dict[str, torch.Tensor]:
-    """States of torch's generators that this process uses."""
+    """States of the torch generators that this process uses."""
     state = {"cpu": torch.get_rng_state()}
     if has_gpu():
         state["device"] = torch.cuda.get_rng_state()
@@ -260,7 +259,7 @@ def rng_state() -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Put back what ``rng_state`` gave; a state of the other kind of device is left out."""
+    """Restore the states that ``rng_state`` returned. Without a GPU, a GPU's state is ignored."""
     torch.set_rng_state(state["cpu"])
     if has_gpu() and "device" in state:
         torch.cuda.set_rng_state(state["device"])

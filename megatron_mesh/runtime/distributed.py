@@ -20,7 +20,7 @@ from megatron_mesh.runtime.environment import (
     rank_from_environment,
     world_size_from_environment,
 )
-from megatron_mesh.runtime.failures import RUNNING, Failures, place
+from megatron_mesh.runtime.failures import RUNNING, Failures, place, resumes
 from megatron_mesh.runtime.health import Health, failures_reported, watched
 from megatron_mesh.runtime.meeting import Meeting
 
@@ -42,7 +42,7 @@ def process_groups(config: Config) -> Iterator[Health]:
     store = shared_store(config, rank, world, timeout) if world > 1 else dist.HashStore()
     # A connection of its own: the watchdog asks while this thread may wait for an answer.
     own_store = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
-    health = Health(rank, world, own_store, config.checkpoint.save)
+    health = Health(rank, world, failures_of(config, own_store))
     try:
         with watched(health, config.parallel.watchdog_timeout_minutes), failures_reported(health):
             dist.init_process_group(
@@ -69,9 +69,17 @@ def shared_store(config: Config, rank: int, world: int, timeout: timedelta) -> d
         meeting.start()
         return meeting.store
     except RanksLost as error:
-        failures = Failures(meeting.store if meeting else None, config.checkpoint.save)
+        failures = failures_of(config, meeting.store if meeting else None)
         failures.tell(place(rank, world), str(error), RUNNING)
+        if meeting is not None:
+            meeting.leave()
         sys.exit(exits.CRASHED)
+
+
+def failures_of(config: Config, store: dist.Store | None) -> Failures:
+    """How the ranks of a run of ``config`` tell each other about failures."""
+    settings = config.checkpoint
+    return Failures(store, settings.save, resumes(settings.save, settings.load, settings.finetune))
 
 
 @contextmanager

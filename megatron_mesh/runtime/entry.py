@@ -1,4 +1,4 @@
-"""The end of a program that cannot go on: what it says, where, and its exit status."""
+"""Errors at the entry point: message and exit status."""
 
 import argparse
 import signal
@@ -7,20 +7,21 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megatron_mesh.config.sources import read_yaml
 from megatron_mesh.errors import OutOfMemory, RanksLost, UserError
 from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.environment import rank_from_environment, world_size_from_environment
-from megatron_mesh.runtime.failures import FAILED, RUNNING, Failures, place
+from megatron_mesh.runtime.failures import FAILED, RUNNING, Failures, place, resumes
 
 
 @contextmanager
 def failures_told(argv: Sequence[str]) -> Iterator[None]:
     """End the program with one message per cause, whichever rank has the error, and the right exit status.
 
-    In a job of several processes an error before torch.distributed has started is told to the other ranks,
-    which then end too. Bugs keep their traceback.
+    In a job of several processes, the other ranks hear of an error before torch.distributed has started, and
+    end too. Bugs keep their traceback.
 
     Args:
         argv: the command line, which names the directory of ``run_status.txt`` (see ``failures.py``).
@@ -34,16 +35,16 @@ def failures_told(argv: Sequence[str]) -> Iterator[None]:
     except Exception as error:
         cause = "".join(traceback.format_exception_only(error)).strip()
         if world_size_from_environment() == 1:
-            Failures(None, save_directory(argv)).note(RUNNING, cause)
+            failures_from(argv).note(RUNNING, cause)
             raise
         sys.exit(_tell(argv, cause, RUNNING, exits.CRASHED, traceback.format_exc()))
 
 
 def _tell(argv: Sequence[str], cause: str, word: str, status: int, details: str = "") -> int:
-    save, rank, world_size = save_directory(argv), rank_from_environment(), world_size_from_environment()
+    rank, world_size = rank_from_environment(), world_size_from_environment()
     if world_size == 1:
         print(f"error: {cause}", file=sys.stderr)
-        Failures(None, save).note(word, cause)
+        failures_from(argv).note(word, cause)
         return status
     who, told = place(rank, world_size), False
     # The launcher may end this process while it looks for the others; it has to say why all the same.
@@ -55,22 +56,34 @@ def _tell(argv: Sequence[str], cause: str, word: str, status: int, details: str 
         meeting = meet_to_fail(rank, world_size)
         if meeting is not None:
             told = True
-            return meeting.fail(Failures(meeting.store, save), who, cause, word, status, details)
+            return meeting.fail(failures_from(argv, meeting.store), who, cause, word, status, details)
     except ImportError:  # torch cannot be imported: the others cannot be told
         pass
     finally:
         if not told:
-            Failures(None, save).tell(who, cause, word, details)
+            failures_from(argv).tell(who, cause, word, details)
     return status
 
 
-def save_directory(argv: Sequence[str]) -> str | None:
-    """The value of --save on a command line, or in its YAML file. Never fails."""
+def failures_from(argv: Sequence[str], store: Any = None) -> Failures:
+    """Where to report failures, from what a command line or its YAML file says of --save. Never fails."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--save")
+    parser.add_argument("--load")
+    parser.add_argument("--finetune", action=argparse.BooleanOptionalAction)
     parser.add_argument("--config", type=Path)
     try:
-        known = parser.parse_known_args(argv)[0]
-        return known.save or (read_yaml(known.config).get("save") if known.config else None)
-    except (UserError, argparse.ArgumentError, SystemExit):
-        return None
+        given = vars(parser.parse_known_args(argv)[0])
+        config = given.pop("config")
+        settings = {**(_read(config) if config else {}), **{k: v for k, v in given.items() if v is not None}}
+    except (argparse.ArgumentError, SystemExit):
+        return Failures(store)
+    save, load = (settings.get(name) for name in ("save", "load"))
+    return Failures(store, save, resumes(save, load, bool(settings.get("finetune"))))
+
+
+def _read(config: Path) -> dict[str, Any]:
+    try:
+        return read_yaml(config)
+    except UserError:
+        return {}

@@ -1,4 +1,4 @@
-"""What torchrun, srun and the system say of this process, read without starting anything."""
+"""What torchrun, srun and the system say about this process. Reading it starts nothing."""
 
 import os
 import subprocess
@@ -22,6 +22,17 @@ def world_size_from_environment() -> int:
 def rank_from_environment() -> int:
     """Index of this process in the job."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def agent_holds_store() -> bool:
+    """Whether torchrun's agent on the first node holds the job's store. Otherwise rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def store_holder() -> str:
+    """The process that holds the job's store, in words."""
+    who = "torchrun's agent" if agent_holds_store() else "rank 0"
+    return f"{who} on host {os.environ.get('MASTER_ADDR', '?')} (MASTER_ADDR)"
 
 
 def find_rendezvous() -> None:

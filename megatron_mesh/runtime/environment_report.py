@@ -1,4 +1,4 @@
-"""What is installed and what it computes on, and what the lack of an optional part costs."""
+"""Report what is installed, the hardware, and what is lost without each optional package."""
 
 import importlib.metadata
 import os
@@ -50,12 +50,12 @@ class Row:
 
 
 def report() -> list[Row]:
-    """The machine, the packages that are needed, and those that are missed or not."""
+    """The machine, the required packages, the optional ones and the surroundings."""
     return [*_machine(), *_required(), *_optional(), *_layers(), *_surroundings()]
 
 
 def missing_required() -> list[str]:
-    """Needed packages that are not installed."""
+    """Required packages that are not installed."""
     return [name for name in REQUIRED if not _version(name)]
 
 

@@ -1,17 +1,23 @@
-"""Why a job ends, told once per cause: on stderr (SLURM's log, too), and in ``SAVE/run_status.txt``."""
+"""Report why a job ends, once per cause: on stderr (and in SLURM's log) and in ``SAVE/run_status.txt``."""
 
 import hashlib
 import os
 import socket
 import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 FAILED, RUNNING = "failed", "running"
 STATUS_FILE = "run_status.txt"
-"""Its first line is one word for scripts; further lines say why a run failed, one for each cause."""
+"""Its first line is one word for scripts. Further lines say why a run failed, one for each cause."""
+TURN_SECONDS = 5.0
+"""How long a rank that writes to the status file waits for the rank before it."""
 
-_FIRST, _STATUS_NOTED = "failures/first", "failures/status_noted"
+_FIRST, _OVER, _INFORMED, _NOTES = (f"failures/{name}" for name in ("first", "over", "informed", "notes"))
 
 
 def place(rank: int, world_size: int) -> str:
@@ -20,43 +26,91 @@ def place(rank: int, world_size: int) -> str:
 
 
 class Failures:
-    """What the ranks of a job tell about its end.
+    """What the ranks of a job tell each other about its end.
 
     Args:
         store: a ``torch.distributed.Store`` that all ranks share. Without one, a rank speaks for itself.
         save: the run's directory (``--save``), or None.
+        resumes: whether the command continues the run in ``save`` (see ``resumes``).
 
     Attributes:
         running: whether this run has said ``running`` in ``run_status.txt``. Before that, a directory with
-            such a file or with checkpoints may belong to another run, and is left alone.
+            such a file or with checkpoints may belong to another run, and is left alone unless ``resumes``.
+        is_informed: whether this rank knows how the job ends, and can do without the store.
     """
 
-    def __init__(self, store: Any = None, save: str | None = None) -> None:
-        self._store, self._save = store, save
+    def __init__(self, store: Any = None, save: str | None = None, resumes: bool = False) -> None:
+        self._store, self._save, self._resumes = store, save, resumes
         self.running = False
+        self._lock = threading.Lock()
+        self._first: tuple[str, int] | None = None
+        self._new: dict[str, bool] = {}
+        self.is_informed = False
 
     def first(self, who: str, status: int) -> tuple[str, int]:
         """Note that ``who`` ends the job with exit status ``status``, unless another has noted so before.
 
         Returns the first one noted, which is the reason why the others end.
         """
-        if self._store is None:
-            return who, status
+        if self._first is not None or self._store is None:
+            return self._first or (who, status)
         try:
-            noted = self._store.compare_set(_FIRST, "", f"{status} {who}").decode()
-        except RuntimeError:  # torch's DistError: the store has gone with its process
-            return "the rank that holds the job's store", 1
-        number, _, name = noted.partition(" ")
-        return name, int(number)
+            noted = self._store.compare_set(_FIRST, "", f"{status} {who}")
+        except RuntimeError:  # torch's DistError: the store is gone
+            return who, status
+        return self._remember(noted)
 
     def someone(self) -> tuple[str, int] | None:
-        """The first one noted, if there is one. Doesn't wait."""
-        try:
-            if self._store is None or not self._store.check([_FIRST]):
-                return None
-        except RuntimeError:
-            return None
-        return self.first("", 1)
+        """The first failure noted, if there is one. Doesn't wait.
+
+        Raises:
+            torch.distributed.DistError: the store is gone.
+        """
+        if self._first is None and self._store is not None and self._store.check([_FIRST]):
+            self._remember(self._store.get(_FIRST))
+        return self._first
+
+    def _remember(self, noted: bytes) -> tuple[str, int]:
+        number, _, name = noted.decode().partition(" ")
+        self._first = name, int(number)
+        return self._first
+
+    def end_well(self) -> None:
+        """Note that the job has ended without a failure, so that nobody misses the store."""
+        if self._store is not None:
+            with suppress(RuntimeError):
+                self._store.set(_OVER, "")
+
+    def ended_well(self) -> bool:
+        """Whether the job has ended without a failure.
+
+        Raises:
+            torch.distributed.DistError: the store is gone.
+        """
+        return self._store is not None and self._store.check([_OVER])
+
+    def informed(self) -> None:
+        """Tell the others that this rank ``is_informed``."""
+        with self._lock:
+            first_time, self.is_informed = not self.is_informed, True
+        if first_time and self._store is not None:
+            with suppress(RuntimeError):
+                self._store.add(_INFORMED, 1)
+
+    def wait_until_informed(self, ranks: int, seconds: float) -> None:
+        """Wait until ``ranks`` ranks know how the job ends, or ``seconds`` are over: some may be dead."""
+        end = time.monotonic() + seconds
+        with suppress(RuntimeError):
+            while self._store is not None and time.monotonic() < end:
+                if self._store.add(_INFORMED, 0) >= ranks:
+                    return
+                time.sleep(0.2)
+
+    def lose_store(self) -> bool:
+        """From now on this rank speaks for itself; returns whether it had a store."""
+        with self._lock:
+            store, self._store = self._store, None
+        return store is not None
 
     def tell(self, who: str, cause: str, word: str, details: str = "") -> None:
         """Print and note why ``who`` ends, unless another rank has told the same cause before.
@@ -71,7 +125,13 @@ class Failures:
             self.note(word, f"{who}: {cause}")
 
     def is_new(self, cause: str) -> bool:
-        """Whether no rank has asked about this cause before."""
+        """Whether no other rank has asked about this cause before. The same rank gets the same answer."""
+        with self._lock:
+            if cause not in self._new:
+                self._new[cause] = self._ask_first(cause)
+            return self._new[cause]
+
+    def _ask_first(self, cause: str) -> bool:
         if self._store is None:
             return True
         key = hashlib.sha256(cause.encode()).hexdigest()
@@ -81,34 +141,77 @@ class Failures:
             return True
 
     def note(self, word: str, text: str) -> None:
-        """Add a line to the status file. A file that isn't this run's stays, and no directory is made.
+        """Add a line to the status file. Another run's file stays as it is, and no directory is made.
+
+        Ranks take turns, so the first one writes the word and no line is lost.
 
         Args:
             word: the file's first line: ``failed`` if the same command would fail again, else ``running``.
         """
         if self._save is None:
             return
-        path = Path(self._save) / STATUS_FILE
-        line = " ".join(text.split()) + "\n"
-        try:
-            if self._store is not None and self._store.check([_STATUS_NOTED]):
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(line)
-            elif self.running:
-                partial = path.with_suffix(".partial")
-                partial.write_text(f"{word}\n{line}", encoding="utf-8")
-                os.replace(partial, path)
-            elif not _is_another_runs(path.parent):
-                with path.open("x", encoding="utf-8") as file:
-                    file.write(f"{word}\n{line}")
-            else:
-                return
-            if self._store is not None:
-                self._store.set(_STATUS_NOTED, "")
-        except (OSError, RuntimeError):  # stderr has it
+        path, line = Path(self._save) / STATUS_FILE, " ".join(text.split()) + "\n"
+        if self._store is None:
+            with suppress(OSError):  # stderr has it
+                self._write(path, word, line, ours=self.running)
             return
+        with suppress(RuntimeError):  # the store is gone, or the rank before takes too long
+            turn = self._store.add(_NOTES, 1)
+            ours = turn > 1 and self._wait_for_turn(turn)
+            with suppress(OSError):
+                ours = self._write(path, word, line, ours)
+            self._store.set(f"{_NOTES}/{turn}", "ours" if ours else "not ours")
+
+    def _wait_for_turn(self, turn: int) -> bool:
+        """Wait for the rank before; returns whether the status file is this run's."""
+        earlier = f"{_NOTES}/{turn - 1}"
+        self._store.wait([earlier], timedelta(seconds=TURN_SECONDS))
+        return self._store.get(earlier) == b"ours"
+
+    def _write(self, path: Path, word: str, line: str, ours: bool) -> bool:
+        """Add a line to the file if it is ``ours``, else begin it; returns whether it is this run's now."""
+        if ours:
+            _append(path, line)
+        elif self.running:
+            _replace(path, word + "\n" + line)
+        elif self._resumes and os.path.exists(path):
+            found = path.read_text(encoding="utf-8")
+            if found.partition("\n")[0] != RUNNING:
+                _replace(path, word + "\n" + line)
+            elif line not in found:
+                # Either the start before this one crashed, or it still runs and this one is a mistake.
+                _append(path, line)
+        elif self._resumes or not _is_another_runs(path.parent):
+            with path.open("x", encoding="utf-8") as file:
+                file.write(word + "\n" + line)
+        else:
+            return False
+        return True
+
+
+def resumes(save: str | None, load: str | None, finetune: bool) -> bool:
+    """Whether a command with these settings continues the run in ``save``, if there is one."""
+    if save is None or load is None or finetune:
+        return False
+    return os.path.realpath(save) == os.path.realpath(load)
+
+
+def _append(path: Path, line: str) -> None:
+    """Add a line to a file that exists."""
+    with open(path, "a", encoding="utf-8", opener=_no_new_file) as file:
+        file.write(line)
+
+
+def _no_new_file(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_CREAT)
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _is_another_runs(save: Path) -> bool:
     """Whether ``save`` holds checkpoints. A job that ``submit_slurm.py`` has sent owns it all the same."""
-    return any(save.glob("iter_*")) and not (save / "slurm" / "owner").exists()
+    return any(save.glob("iter_*")) and not os.path.exists(save / "slurm" / "owner")

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: the console, metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Log a run's numbers to the console, metrics.jsonl, TensorBoard and Weights & Biases."""
 
 import importlib.util
 import json
@@ -46,7 +46,7 @@ class Log:
             sink.tick(step)
 
     def record(self, kind: Kind, step: int, **values: Any) -> None:
-        """Log the numbers of step ``step``; they are all that a sink that fails costs the run."""
+        """Log the numbers of step ``step``. A sink that fails loses them, and the run continues."""
         for sink in self.sinks:
             with _survived(sink):
                 sink.write(Record(kind, step, values))
@@ -84,7 +84,7 @@ def check_trackers(settings: LoggingConfig) -> None:
 
 
 def open_log(config: Config, directory: Path, step: int) -> Log:
-    """The sinks that the settings name; ``step`` is where the run starts, above 0 when it resumes."""
+    """Open the sinks that the settings name. The run starts at ``step``, which is above 0 if it resumes."""
     settings, last = config.logging, config.training.train_iters
     assert last is not None
     console = Console(soft_wrap=True)

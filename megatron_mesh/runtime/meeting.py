@@ -1,7 +1,7 @@
-"""Where the ranks of a job meet before torch.distributed starts, so that none waits for one that has failed.
+"""Ranks meet here before torch.distributed starts, so that none waits for one that has failed.
 
-Every rank comes, those with an error too. If all come without one, the job starts. If not, all end at once,
-with the exit status of the first that failed.
+Every rank comes, even one with an error. If all come without an error, the job starts. Otherwise all ranks
+end at once, with the exit status of the first that failed. If some don't come in time, one rank says which.
 """
 
 import os
@@ -14,20 +14,21 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from megatron_mesh.errors import RanksLost, UserError
-from megatron_mesh.runtime.environment import find_rendezvous
+from megatron_mesh.runtime import exits
+from megatron_mesh.runtime.environment import agent_holds_store, find_rendezvous, store_holder
 from megatron_mesh.runtime.failures import Failures
 
 LINGER_SECONDS = 120.0
-"""How long a job that cannot start waits for ranks that have not come yet, to tell them."""
+"""How long a rank that cannot start waits for ranks that have not come yet, so that they hear of it."""
 
 SECONDS_TO_REACH = 30.0
 """How long a rank with an error tries to reach the others before it speaks for itself alone."""
 
-_EVERYONE, _VERDICT, _LEFT, _ALL_LEFT = (
-    "meeting/everyone",
-    "meeting/verdict",
-    "meeting/left",
-    "meeting/all_left",
+LEAVE_SECONDS = 10.0
+"""How long the rank that holds the store waits for the others to leave."""
+
+_ARRIVED, _COMPLETE, _VERDICT, _GIVEN_UP, _LEFT = (
+    f"meeting/{name}" for name in ("arrived", "complete", "verdict", "given_up", "left")
 )
 _START = "start"
 
@@ -48,8 +49,7 @@ class Meeting:
     def __init__(self, rank: int, world_size: int, timeout: timedelta) -> None:
         self.rank, self.world_size, self._timeout = rank, world_size, timeout
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self._holds_store = rank == 0 and not by_agent
+        self._holds_store = rank == 0 and not agent_holds_store()
         try:
             store = dist.TCPStore(
                 address,
@@ -77,20 +77,26 @@ class Meeting:
         """Wait until all ranks are here.
 
         Raises:
-            SystemExit: another rank has failed, and has told why.
-            RanksLost: a rank doesn't come within the timeout.
+            SystemExit: the job cannot start. Another rank has failed, or has missed some, and has said so.
+            RanksLost: a rank doesn't come within the timeout, or the store is lost.
         """
         Meeting.held = True
-        self._arrive()
         try:
-            self.store.wait([_VERDICT], self._timeout)
-        except dist.DistStoreError:
-            raise RanksLost(self._who_is_absent()) from None
+            self._arrive()
+            try:
+                self.store.wait([_VERDICT], self._timeout)
+            except dist.DistStoreError:
+                if self.store.add(_GIVEN_UP, 1) == 1:  # the others need not ask for each rank as well
+                    self._give_up()
+                self.store.wait([_VERDICT], timedelta(seconds=SECONDS_TO_REACH))
+            verdict = self.store.get(_VERDICT).decode()
         except dist.DistError:
-            sys.exit(1)  # the store's process has ended, and has told why
-        verdict = self.store.get(_VERDICT).decode()
+            raise RanksLost(
+                f"the job's store was lost before all ranks had come: {store_holder()} has ended or does not "
+                "answer; see what it said"
+            ) from None
         if verdict != _START:
-            self._leave()
+            self.leave()
             sys.exit(int(verdict))
 
     def fail(self, failures: Failures, who: str, cause: str, word: str, status: int, details: str) -> int:
@@ -103,29 +109,37 @@ class Meeting:
         failures.tell(who, cause, word, details)
         with suppress(dist.DistError):
             self._arrive()
-            self._leave()
+        self.leave()
         return status
 
     def _arrive(self) -> None:
         self.store.set(f"meeting/{self.rank}", "")
-        if self.store.add("meeting/arrived", 1) == self.world_size:
+        if self.store.add(_ARRIVED, 1) == self.world_size:
             self.store.compare_set(_VERDICT, "", _START)
-            self.store.set(_EVERYONE, "")
+            self.store.set(_COMPLETE, "")
 
-    def _leave(self) -> None:
-        """Wait until everyone has come, or nobody else seems to; the store's holder goes last."""
+    def leave(self) -> None:
+        """Wait until nobody else is expected. The rank that holds the store goes last."""
         with suppress(dist.DistError):
-            self.store.wait([_EVERYONE], timedelta(seconds=LINGER_SECONDS))
+            self.store.wait([_COMPLETE], timedelta(seconds=LINGER_SECONDS))
         with suppress(dist.DistError):
-            if self.store.add(_LEFT, 1) == self.world_size:
-                self.store.set(_ALL_LEFT, "")
-            elif self._holds_store:
-                self.store.wait([_ALL_LEFT], timedelta(seconds=10))
+            left, end = self.store.add(_LEFT, 1), time.monotonic() + LEAVE_SECONDS
+            while self._holds_store and left < self.store.add(_ARRIVED, 0) and time.monotonic() < end:
+                time.sleep(0.1)
+                left = self.store.add(_LEFT, 0)
 
-    def _who_is_absent(self) -> str:
+    def _give_up(self) -> None:
+        """End the meeting, and with it the job, without the ranks that are absent.
+
+        Raises:
+            RanksLost: there are some.
+        """
         absent = [r for r in range(self.world_size) if not self.store.check([f"meeting/{r}"])]
+        if not absent or self.store.compare_set(_VERDICT, "", str(exits.CRASHED)).decode() == _START:
+            return
+        self.store.set(_COMPLETE, "")
         named = ", ".join(map(str, absent[:16])) + (", ..." if len(absent) > 16 else "")
-        return (
+        raise RanksLost(
             f"{len(absent)} of {self.world_size} ranks did not come within "
             f"{self._timeout.total_seconds():.0f} s (--distributed-timeout-minutes): {named}; see whether "
             "they were started, and what their logs say"

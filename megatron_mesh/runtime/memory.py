@@ -1,4 +1,4 @@
-"""Memory that is full: said once, with what helps."""
+"""Report out-of-memory errors once, with remedies."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +13,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def explained(remedies: Callable[[], Sequence[str]]) -> Iterator[None]:
-    """Turn torch's error of full memory into ``OutOfMemory``; its traceback goes to the log, at debug level.
+    """Turn torch's out-of-memory error into ``OutOfMemory``. Its traceback goes to the log, at debug level.
 
     Args:
-        remedies: what to try, the cheapest first.
+        remedies: what to try, cheapest first.
     """
     try:
         yield
@@ -29,7 +29,7 @@ def explained(remedies: Callable[[], Sequence[str]]) -> Iterator[None]:
 
 
 def remedies(config: Config) -> list[str]:
-    """What a run of these (resolved) settings can still do to need less memory, the cheapest first."""
+    """What a run with these (resolved) settings can still do to need less memory, cheapest first."""
     training, parallel = config.training, config.parallel
     found = []
     size = training.micro_batch_size

@@ -13,8 +13,10 @@ from megatron_mesh.runtime import device
 
 
 def pack_generators() -> torch.Tensor:
-    """Python's, NumPy's, torch's and Megatron's generators as bytes: a uint8 tensor, of equal length on all
-    ranks of a run."""
+    """Pack the states of Python's, NumPy's, torch's and Megatron's generators into a uint8 tensor.
+
+    It has the same length on all ranks of a run.
+    """
     python_version, python_state, gauss = random.getstate()
     name, keys, position, has_gauss, cached_gauss = np.random.get_state()
     assert name == "MT19937"
@@ -34,7 +36,7 @@ def pack_generators() -> torch.Tensor:
 
 
 def unpack_generators(packed: torch.Tensor) -> None:
-    """Put back what ``pack_generators`` gave."""
+    """Restore the states that ``pack_generators`` returned."""
     with np.load(io.BytesIO(packed.numpy().tobytes()), allow_pickle=False) as arrays:
         version, *state = arrays["python"].tolist()
         gauss = float(arrays["python_gauss"])

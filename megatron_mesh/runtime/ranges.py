@@ -1,4 +1,4 @@
-"""Named stretches of a step, for profilers and stopwatches; they cost nothing while nobody watches."""
+"""Named ranges within a step, for profilers and timers. They cost nothing while nobody watches."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -13,7 +13,7 @@ _watchers: list[Watcher] = []
 
 @contextmanager
 def watched_by(watcher: Watcher) -> Iterator[None]:
-    """Enter ``watcher(name)`` around every stretch inside. Adding the same watcher twice has no effect."""
+    """Enter ``watcher(name)`` around every range inside. Adding the same watcher twice has no effect."""
     if watcher in _watchers:
         yield
         return
@@ -25,12 +25,12 @@ def watched_by(watcher: Watcher) -> Iterator[None]:
 
 
 def marking() -> AbstractContextManager[None]:
-    """Mark the stretches inside for torch's profiler, and as NVTX ranges for Nsight Systems."""
+    """Mark the ranges inside for torch's profiler, and as NVTX ranges for Nsight Systems."""
     return watched_by(device.marked)
 
 
 def named(name: str) -> AbstractContextManager[None]:
-    """Give what runs inside a name."""
+    """Name the range that runs inside."""
     return _watched(name) if _watchers else _NOTHING
 
 

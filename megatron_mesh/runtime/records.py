@@ -1,4 +1,4 @@
-"""The numbers that a run reports, and the interface of the places that take them."""
+"""The numbers that a run reports, and the interface of the sinks that take them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Where the time to the first step goes: one line in the log, from the phases that a start passes through."""
+"""Log where the time to the first step goes, in one line, from the phases of the start."""
 
 import logging
 
@@ -20,10 +20,10 @@ _LABELS = {
 
 
 class StartTimes:
-    """Adds up the seconds of each phase until the first step is done, then logs them, once.
+    """Adds up the seconds of each phase until the first step is done, then logs them once.
 
-    A phase lasts until the next one that this class knows; other phases count towards the one around them.
-    The first phase includes what came before this object: the start of the interpreter.
+    A phase lasts until the next one that this class knows. Other phases count towards the one around them.
+    The first phase includes the start of the interpreter.
     """
 
     def __init__(self) -> None:

@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 STOP_FILE = "stop"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO_SECONDS = 5.0
-"""A signal this soon after the first is the same request: launchers repeat signals that ranks got already."""
+"""A signal this soon after the first is the same request: launchers repeat signals that ranks already got."""
 
 URGENT = ("the stop file", "SIGINT", "SIGTERM", "SIGUSR1")
-"""Reasons to stop that a kill may follow: the checkpoint is saved right after the step."""
+"""Reasons to stop that may be followed by a kill: the checkpoint is saved right after the step."""
 REASONS = ("--exit-interval", "--exit-duration-in-mins", *URGENT)
 """All reasons to stop. If ranks have different ones, the last in this order counts."""
 
@@ -58,8 +58,7 @@ class StopRequests:
         threading.Thread(target=_end_at_second_request, args=(reading,), daemon=True).start()
         wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        if self._file is not None and is_rank_zero():
-            self._file.unlink(missing_ok=True)  # left over from an earlier run
+        self._remove_file()  # left over from an earlier run
         try:
             yield
         finally:
@@ -75,7 +74,8 @@ class StopRequests:
         """Why this rank wants to stop after ``step``: one of ``REASONS``, or "" to continue."""
         if self._signalled:
             return self._signalled
-        if self._file is not None and is_rank_zero() and self._file.exists():
+        # Unlike Path.exists, os.path.exists is False for a stale handle or another error of the file system.
+        if self._file is not None and is_rank_zero() and os.path.exists(self._file):
             return "the stop file"
         minutes, interval = self._settings.exit_duration_in_mins, self._settings.exit_interval
         if minutes is not None and time.monotonic() - self._started > minutes * 60:
@@ -86,8 +86,15 @@ class StopRequests:
 
     def honoured(self) -> None:
         """Remove the stop file after the run has stopped, so that the next run does not stop too."""
-        if self._file is not None and is_rank_zero():
+        self._remove_file()
+
+    def _remove_file(self) -> None:
+        if self._file is None or not is_rank_zero():
+            return
+        try:
             self._file.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s cannot be removed: %s; while it is there, runs stop", self._file, error)
 
 
 def _end_at_second_request(pipe: int) -> None:
@@ -115,7 +122,7 @@ def write_status(directory: str | None, status: str) -> None:
     Args:
         status: ``running``, ``stopped`` (on request, with a checkpoint), ``done`` or ``failed``.
 
-    Rank 0 writes. When the run fails, ``failures.py`` adds why.
+    Rank 0 writes. If the run fails, ``failures.py`` adds the cause.
     """
     if directory is None or not is_rank_zero():
         return
@@ -125,4 +132,4 @@ def write_status(directory: str | None, status: str) -> None:
         partial.write_text(f"{status}\n", encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:  # the exit status says it as well
-        logger.error("%s cannot say that the run is %s: %s", path, status, error)
+        logger.error("cannot write to %s that the run is %s: %s", path, status, error)

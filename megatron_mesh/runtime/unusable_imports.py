@@ -1,13 +1,13 @@
-"""Libraries of GPUs that are installed and cannot be used, told to Megatron-core as missing ones.
+"""Hide GPU libraries that are installed but unusable from Megatron-core.
 
-Megatron-core 0.16.1 takes optimizer, norms of gradients and much else from Transformer Engine, or else from
-apex, wherever they can be imported; on a machine without a GPU they can be, and end in the first kernel
-(Transformer Engine 2.11: ``multi_tensor_l2norm``). A container for GPUs also runs on login nodes.
+Megatron-core 0.16.1 takes the optimizer, gradient norms and much else from Transformer Engine or apex if they
+can be imported. On a machine without a GPU the import succeeds, and the first kernel fails (Transformer
+Engine 2.11: ``multi_tensor_l2norm``). This matters because a GPU container also runs on login nodes.
 
-A Transformer Engine that does not fit ends the import in ways of its own: a missing CUDA library with an
-OSError, another torch than it was compiled for with an ImportError, a wrong installation with a RuntimeError
-or an AssertionError (``transformer_engine/common/__init__.py``). Megatron-core imports it in many places and
-catches ImportError alone, in one place ModuleNotFoundError (``tensor_parallel/random.py``).
+A Transformer Engine that doesn't fit fails to import in different ways: with an OSError if a CUDA library is
+missing, an ImportError if it was compiled for another torch, a RuntimeError or AssertionError if it is badly
+installed (``transformer_engine/common/__init__.py``). Megatron-core imports it in many places and catches
+only ImportError, in one place only ModuleNotFoundError (``tensor_parallel/random.py``).
 ``model/implementation.py`` decides what such an installation means for a run.
 """
 
@@ -25,7 +25,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The module as Python finds it; running it raises ModuleNotFoundError in place of ``BROKEN``."""
+        """Find the module as Python does. Running it raises ModuleNotFoundError instead of ``BROKEN``."""
         if fullname not in _NAMES:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
@@ -48,6 +48,6 @@ class _Finder(MetaPathFinder):
 
 
 def install() -> None:
-    """Put it in front of Python's own finders, once."""
+    """Put the finder in front of Python's own, once."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

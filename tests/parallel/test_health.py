@@ -1,10 +1,13 @@
 """A job of which a rank fails, is killed or hangs: it ends, and says which rank and where."""
 
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +41,23 @@ with process_groups(config) as health:
 
 
 def job(
-    tmp_path: Path, action: str, watchdog_minutes: float = 0.0, before_the_barrier: str = "pass"
+    tmp_path: Path,
+    action: str,
+    watchdog_minutes: float = 0.0,
+    before_the_barrier: str = "pass",
+    *,
+    meanwhile: Callable[[list[subprocess.Popen]], None] | None = None,
+    script: str = SCRIPT,
 ) -> tuple[list[int], list[str], float]:
-    """Run two ranks, started by hand so that no launcher ends the survivor: codes, errors, seconds."""
-    script = tmp_path / "job.py"
-    script.write_text(SCRIPT.replace("{action}", action).replace("{before}", before_the_barrier))
+    """Run two ranks, started by hand so that no launcher ends the survivor: codes, errors, seconds.
+
+    Args:
+        action: Python code that rank 1 runs between two barriers.
+        before_the_barrier: Python code that both ranks run before ``action``.
+        meanwhile: called with the processes while they run.
+    """
+    file = tmp_path / "job.py"
+    file.write_text(script.replace("{action}", action).replace("{before}", before_the_barrier))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -58,8 +73,10 @@ def job(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        command = [sys.executable, str(script), str(rank), str(watchdog_minutes)]
+        command = [sys.executable, str(file), str(rank), str(watchdog_minutes)]
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    if meanwhile is not None:
+        meanwhile(processes)
     errors = [process.communicate(timeout=600)[1] for process in processes]
     return [process.returncode for process in processes], errors, time.monotonic() - started
 
@@ -92,12 +109,35 @@ def test_each_cause_is_told_once(tmp_path) -> None:
         assert text == f"error: rank {rank} of 2 on host {HOST} in step 17: number {rank}\n"
 
 
-def test_a_rank_that_only_waits_ends_too(tmp_path) -> None:
-    """Nothing else may notice: on GPUs a collective operation doesn't, and here rank 0 just sleeps."""
-    sleeps = "time.sleep(1000) if rank_from_environment() == 0 else None"
-    codes, errors, seconds = job(tmp_path, "pass", before_the_barrier=f"{sleeps}\n    raise UserError('bad')")
+@pytest.mark.parametrize("failing", [1, 0])
+def test_a_rank_that_only_waits_ends_too(tmp_path, failing) -> None:
+    """Nothing else may notice: on GPUs a collective operation doesn't, and here the other rank just sleeps.
+
+    Rank 0 takes the store with it.
+    """
+    waits = f"time.sleep(1000) if rank_from_environment() != {failing} else None"
+    codes, errors, seconds = job(tmp_path, "pass", before_the_barrier=f"{waits}\n    raise UserError('bad')")
     assert codes == [2, 2] and seconds < 300  # not until a timeout
-    assert f"ends, because rank 1 of 2 on host {HOST} in step 17 failed" in errors[0]
+    who = f"rank {failing} of 2 on host {HOST} in step 17"
+    assert errors[failing] == f"error: {who}: bad\n"
+    other = f"rank {1 - failing} of 2 on host {HOST} in step 17"
+    assert errors[1 - failing] == f"error: {other} ends, because {who} failed\n"
+
+
+def test_a_rank_that_only_waits_ends_when_the_store_is_lost(tmp_path) -> None:
+    """Rank 0 is killed, so nobody can tell rank 1, which sleeps."""
+    killed = "os.kill(os.getpid(), signal.SIGKILL) if rank_from_environment() == 0 else time.sleep(1000)"
+    codes, errors, seconds = job(tmp_path, "pass", before_the_barrier=killed)
+    assert codes == [-9, 1] and seconds < 300  # not until a timeout
+    lines = [line for line in errors[1].splitlines() if line.startswith("error")]
+    gone = "rank 0 on host 127.0.0.1 (MASTER_ADDR) is gone; unless it has said why, see whether it was killed"
+    assert lines == [f"error: rank 1 of 2 on host {HOST} in step 17 ends, because {gone}"]
+
+
+def test_a_rank_may_take_longer_to_end_than_the_store(tmp_path) -> None:
+    """Rank 0 has long gone when rank 1 has closed its files, and that is no failure."""
+    slow = SCRIPT.rpartition("    dist.barrier()")[0] + "    time.sleep(15 * rank_from_environment())\n"
+    assert job(tmp_path, "pass", script=slow)[:2] == ([0, 0], ["", ""])
 
 
 def test_a_killed_rank_does_not_leave_the_other_waiting(tmp_path) -> None:
@@ -112,9 +152,56 @@ def test_the_watchdog_ends_a_job_that_hangs(tmp_path) -> None:
     codes, errors, _ = job(tmp_path, "time.sleep(1000)", watchdog_minutes=0.05)
     assert codes == [3, 3]
     for rank, text in enumerate(errors):
-        assert f"error: rank {rank} of 2 on host {HOST} in step 17 has not gone on for" in text
+        assert f"error: rank {rank} of 2 on host {HOST} in step 17 has made no progress for" in text
         assert "--watchdog-timeout-minutes" in text and "Current thread" in text
     assert "barrier" in errors[0]
+
+
+STEPS = """
+    for step in range({steps}):
+        health.beat(f"step {step}")
+        print(step, file=open(sys.argv[0] + "." + sys.argv[1], "a"))
+        dist.barrier()
+        time.sleep(0.5)
+""".strip()
+
+
+def suspend(
+    ranks: list[int], log: Path, until: Callable[[list[subprocess.Popen]], object]
+) -> Callable[[list[subprocess.Popen]], None]:
+    """SIGSTOP for ``ranks`` once they are in their steps, and SIGCONT after ``until``."""
+
+    def meanwhile(processes: list[subprocess.Popen]) -> None:
+        logs = [log.with_name(f"{log.name}.{rank}") for rank in ranks]
+        while not all(path.exists() and path.read_text().count("\n") > 2 for path in logs):
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.1)
+        for rank in ranks:
+            processes[rank].send_signal(signal.SIGSTOP)
+        until(processes)
+        for rank in ranks:
+            processes[rank].send_signal(signal.SIGCONT)
+
+    return meanwhile
+
+
+def test_a_suspended_job_goes_on(tmp_path) -> None:
+    """As with ``scontrol suspend``: all ranks stand still for longer than the watchdog waits."""
+    steps = STEPS.replace("{steps}", "12")
+    meanwhile = suspend([0, 1], tmp_path / "job.py", lambda _: time.sleep(12))
+    codes, errors, _ = job(tmp_path, "pass", 0.1, steps, meanwhile=meanwhile)
+    assert codes == [0, 0], errors
+    suspensions = re.findall(r"stood still for (\d+) s", errors[0])
+    assert len(suspensions) == 1 and 9 <= int(suspensions[0]) < 60 and "error" not in "".join(errors)
+
+
+def test_a_suspended_rank_is_reported_by_the_other(tmp_path) -> None:
+    steps = STEPS.replace("{steps}", "100")
+    meanwhile = suspend([1], tmp_path / "job.py", lambda processes: processes[0].wait(300))
+    codes, errors, _ = job(tmp_path, "pass", 0.1, steps, meanwhile=meanwhile)
+    assert codes == [3, 1], errors
+    assert re.search(rf"error: rank 0 of 2 on host {HOST} in step \d+ has made no progress for", errors[0])
+    assert re.search(r"error: rank 1 .* ends, because rank 0 on host 127.0.0.1 .* is gone", errors[1])
 
 
 SAVE_ON_BOTH = """
@@ -133,7 +220,9 @@ def test_the_watchdog_has_another_limit_for_saves(tmp_path) -> None:
     codes, errors, _ = job(tmp_path, "time.sleep(1000)", 5.0, hurried)
     assert codes == [3, 3]
     for rank, text in enumerate(errors):
-        assert f"error: rank {rank} of 2 on host {HOST} in the save after step 17 has not gone on" in text
+        assert (
+            f"error: rank {rank} of 2 on host {HOST} in the save after step 17 has made no progress" in text
+        )
         assert "--save-timeout-minutes" in text and "Current thread" in text
 
 

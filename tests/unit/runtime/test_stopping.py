@@ -1,5 +1,6 @@
 """The second request to stop, which must not wait for anybody."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -50,3 +51,29 @@ def test_a_blocked_process_ends_at_the_second_request() -> None:
 
 def test_but_not_at_an_echo_of_the_first() -> None:
     assert status(0.0, 0.1) == 0
+
+
+def test_errors_of_the_stop_file_do_not_end_training(tmp_path, monkeypatch, caplog) -> None:
+    """A shared file system may answer with a stale handle or an I/O error, for this file alone."""
+    stop_file, real = str(tmp_path / "stop"), {name: getattr(os, name) for name in ("stat", "unlink")}
+    error = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def refuse(name: str):
+        def call(path, *args, **kwargs):
+            if not isinstance(path, int) and os.fspath(path) == stop_file:
+                raise error
+            return real[name](path, *args, **kwargs)
+
+        return call
+
+    stop = StopRequests(CheckpointConfig(save=str(tmp_path)), 0.0)
+    with one_process(tiny_config()):
+        for name in real:
+            monkeypatch.setattr(os, name, refuse(name))
+        with stop.listening():
+            assert stop.reason(1) == ""
+        stop.honoured()
+        assert caplog.text.count("cannot be removed: [Errno 116] Stale file handle") == 2
+        monkeypatch.undo()
+        (tmp_path / "stop").touch()
+        assert stop.reason(2) == "the stop file"

@@ -11,6 +11,7 @@ import torch
 
 from megatron_mesh.errors import OutOfMemory
 from megatron_mesh.runtime import exits, health
+from megatron_mesh.runtime.failures import Failures
 from megatron_mesh.runtime.health import Health, failures_reported
 from megatron_mesh.runtime.memory import explained, remedies
 from megatron_mesh.train import pretrain, step
@@ -91,9 +92,13 @@ def test_one_of_many_ranks_says_it(monkeypatch, capsys) -> None:
         raise Ended(code)
 
     monkeypatch.setattr(health.os, "_exit", end)
+    monkeypatch.setattr(health, "LINGER_SECONDS", 0.0)
     store = torch.distributed.HashStore()
     for rank in (3, 5):
-        with pytest.raises(Ended, match=str(exits.CRASHED)), failures_reported(Health(rank, 8, store)):
+        with (
+            pytest.raises(Ended, match=str(exits.CRASHED)),
+            failures_reported(Health(rank, 8, Failures(store))),
+        ):
             raise OutOfMemory("out of memory: what helps: less")
     said = capsys.readouterr().err
     place = f"rank 3 of 8 on host {socket.gethostname()}"
