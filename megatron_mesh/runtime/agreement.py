@@ -1,6 +1,6 @@
 """Exchange Python objects between ranks, at start and in saves: from rank 0 to all, or from each to all.
 
-That has a gloo group of its own, apart from those of training: a message needs no memory of the GPU, and ranks
+That has a gloo group of its own, apart from those of training: messages need no GPU memory, and ranks
 may wait for a slow one as long as a save may take.
 """
 
@@ -73,7 +73,7 @@ def from_every_rank(value: _Result) -> list[_Result]:
 
 
 def to_rank_zero(value: _Result) -> list[_Result]:
-    """Return the ``value`` of each rank on rank 0, and an empty list on the others; a collective operation."""
+    """Return the ``value`` of each rank on rank 0, an empty list on the others; a collective operation."""
     if _alone():
         return [value]
     values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None

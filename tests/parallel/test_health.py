@@ -276,4 +276,6 @@ def test_a_run_whose_save_hangs_ends(name: str, hung_saves) -> None:
     assert codes[1 - victim] in (exits.HUNG, exits.CRASHED), errors
     lines = [line for line in errors[victim].splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and lines[0].endswith("s (--save-timeout-minutes); its stacks:")
-    assert lines[0].startswith(f"error: rank {victim} of 2 on host {HOST} in {where} has not gone on for ")
+    assert lines[0].startswith(
+        f"error: rank {victim} of 2 on host {HOST} in {where} has made no progress for "
+    )
