@@ -1,7 +1,9 @@
 """Many ranks, as threads, meet in a real store."""
 
+import os
 import socket
 import threading
+import time
 from datetime import timedelta
 
 import pytest
@@ -26,25 +28,37 @@ def rendezvous(monkeypatch) -> None:
 
 def meet(present: set[int], timeout: timedelta) -> dict[int, object]:
     """How each rank's start ends: "started", its exit status, or an error that would have a traceback."""
-    config, outcomes, here = tiny_config(), {}, threading.Barrier(len(present))
+    config, outcomes, ended = tiny_config(), {}, threading.Barrier(len(present), timeout=120)
 
     def rank(number: int) -> None:
-        here.wait()
         try:
-            shared_store(config, number, RANKS, timeout)
+            store = shared_store(config, number, RANKS, timeout)
+            ended.wait()  # rank 0 holds the store
+            del store
             outcomes[number] = "started"
-            here.wait()  # rank 0 holds the store
         except SystemExit as end:
             outcomes[number] = end.code
         except Exception as error:
             outcomes[number] = error
 
-    threads = [threading.Thread(target=rank, args=(number,)) for number in present]
-    for thread in threads:
+    threads = [threading.Thread(target=rank, args=(number,)) for number in sorted(present)]
+    for number, thread in enumerate(threads):
         thread.start()
+        if number == 0:  # a client that looks for a store keeps Python's other threads waiting
+            listening()
     for thread in threads:
         thread.join()
     return outcomes
+
+
+def listening() -> None:
+    """Wait for rank 0's store."""
+    while True:
+        try:
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))).close()
+            return
+        except OSError:
+            time.sleep(0.05)
 
 
 def test_one_rank_says_who_is_absent(rendezvous, capfd) -> None:
