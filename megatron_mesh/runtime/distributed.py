@@ -1,6 +1,7 @@
 """Processes and their groups: start, layout, end."""
 
 import gc
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from megatron_mesh.runtime.failures import RUNNING, Failures, place, resumes
 from megatron_mesh.runtime.health import Health, failures_reported, watched
 from megatron_mesh.runtime.meeting import Meeting
 
+OPEN_FILES = 65_536
+"""Enough for 16,384 ranks."""
+
 
 @contextmanager
 def process_groups(config: Config) -> Iterator[Health]:
@@ -37,6 +41,7 @@ def process_groups(config: Config) -> Iterator[Health]:
     device.prepare()
     if config.training.deterministic_mode:
         device.be_deterministic()
+    allow_many_files()
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     world, rank = world_size_from_environment(), rank_from_environment()
     store = shared_store(config, rank, world, timeout) if world > 1 else dist.HashStore()
@@ -53,6 +58,18 @@ def process_groups(config: Config) -> Iterator[Health]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def allow_many_files() -> None:
+    """Raise this process's limit of open files, if it may.
+
+    Rank 0 has two connections to its store from every rank, and one of gloo's for each group that both are
+    in: too many at 512 ranks for the usual limit, 1,024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def shared_store(config: Config, rank: int, world: int, timeout: timedelta) -> dist.Store:

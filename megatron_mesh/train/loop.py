@@ -218,16 +218,26 @@ def diverged(config: Config, state: TrainState, saver: Saver | None, health: Hea
     """Name the checkpoint to resume from, after too many steps that were not finite."""
     if saver is not None:
         finish_saving(saver, config, health)  # it may be the last good one
-    steps = saved_steps(Path(config.checkpoint.save)) if config.checkpoint.save else {}
-    good = [path for step, path in steps.items() if step <= state.step - state.skipped]
     if is_rank_zero():
         logger.error(
             "%d steps in a row had a loss or gradients that are not finite (--max-skipped-steps); the last "
             "good checkpoint: %s; resume from it with a lower --lr, or without the samples logged above",
             state.skipped,
-            good[-1] if good else "none",
+            last_good(config, state),
         )
     return exits.DIVERGED
+
+
+def last_good(config: Config, state: TrainState) -> Path | str:
+    """The newest checkpoint from before the steps that were skipped, or what is known of it in words."""
+    if config.checkpoint.save is None:
+        return "none"
+    try:
+        steps = saved_steps(Path(config.checkpoint.save))
+    except OSError as error:  # the message is what matters here
+        return f"unknown ({error})"
+    good = [path for step, path in steps.items() if step <= state.step - state.skipped]
+    return good[-1] if good else "none"
 
 
 def due(step: int, interval: int | None, last: int) -> bool:
