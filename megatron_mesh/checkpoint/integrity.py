@@ -60,6 +60,8 @@ def read_checksums(directory: Path) -> Digests:
         if content["sha256_of_files"] != _of_list(listed):
             raise ValueError("it was changed after it was written")
         return {str(name): _pieces(entry) for name, entry in listed.items()}
+    except FileNotFoundError:
+        raise ValueError(f"{CHECKSUMS_FILE} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{CHECKSUMS_FILE} cannot be trusted ({error})") from None
 

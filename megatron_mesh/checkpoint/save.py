@@ -86,9 +86,9 @@ class Saver:
             self.complete()
         started = time.monotonic()
         phases.enter("planning a save")
-        partial = names.step_directory(self.directory, state.step).with_suffix(".partial")
+        partial = self._partial(state.step)
         if reason := from_rank_zero(lambda: _attempt(lambda: make_empty(partial))):
-            self._give_up(partial, reason)
+            self._give_up(state.step, reason)
             return
         described = description(state.state_dict(), dist.get_world_size())
         part = _caught(lambda: self._start(partial, stage, optimizer))
@@ -99,6 +99,9 @@ class Saver:
             self._pending.stalled = time.monotonic() - started
         else:
             self.complete()
+
+    def _partial(self, step: int) -> Path:
+        return names.step_directory(self.directory, step).with_suffix(".partial")
 
     def _start(
         self, partial: Path, stage: Stage, optimizer: MegatronOptimizer
@@ -135,9 +138,8 @@ class Saver:
             return missing or _attempt(lambda: self._publish(final, pending.description, written))
 
         final = names.step_directory(self.directory, pending.step)
-        partial = final.with_suffix(".partial")
         if reason := from_rank_zero(publish):
-            self._give_up(partial, reason)
+            self._give_up(pending.step, reason)
             return
         self.failed = False
         now = time.monotonic()
@@ -170,11 +172,14 @@ class Saver:
         for path in paths:
             self._pruner.submit(_delete, path)
 
-    def _give_up(self, partial: Path, reason: str) -> None:
+    def _give_up(self, step: int, reason: str) -> None:
         self.failed = True
+        partial = self._partial(step)
         if dist.get_rank() == 0:
             logger.error(
-                "no checkpoint was written to %s: %s; earlier ones are kept, and the next save tries again",
+                "no checkpoint of step %d was written to %s: %s; earlier ones are kept, and the next save "
+                "tries again",
+                step,
                 self.directory,
                 reason,
             )

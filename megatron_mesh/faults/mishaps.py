@@ -114,20 +114,23 @@ class Mishaps:
             with Job(self.setup.ranks, flags, save, log, namespace=disk.namespace) as job:
                 for target in islice(cycle(_FULL), times):
                     self._hold(job, target, log)
-                    failures = job.text.count("no checkpoint was written")
+                    failures = len(failed_saves(job.text))
                     disk.fill()
                     job.go(range(self.setup.ranks))
-                    job.until(lambda: job.text.count("no checkpoint was written") > failures, 60)  # noqa: B023
+                    job.until(lambda: len(failed_saves(job.text)) > failures, 60)  # noqa: B023
                     disk.empty()
-                    reasons = re.findall(r"no checkpoint was written to \S+: (.*); earlier", job.text)
+                    reasons = failed_saves(job.text)
                     assert len(reasons) > failures, f"{target}: the full disk was not noticed; see {log}"
-                    named = rf"rank \d+ on {re.escape(socket.gethostname())}: .*No space left"
+                    named = rf"No space left on device \(rank \d+ on {re.escape(socket.gethostname())}"
                     assert re.match(named, reasons[-1]), f"no rank and host are named: {reasons[-1]}"
                     self._note("the disk is full", target, reasons[-1])
                 self._see_the_end(job, metrics, log)
             saved = [record["step"] for record in records(metrics) if record["kind"] == "save"]
-            expected = self.setup.saves_after(0) - times
-            assert len(saved) == expected, f"checkpoints of steps {saved} instead of {expected}; see {log}"
+            # On a busy machine the next save may begin before the disk is empty again.
+            expected = self.setup.saves_after(0) - len(failed_saves(log.read_text(errors="replace")))
+            assert len(saved) == expected, (
+                f"{len(saved)} checkpoints were saved (steps {saved}), and {expected} did not fail; see {log}"
+            )
         finally:
             disk.close()
         return ""
@@ -154,3 +157,8 @@ class Mishaps:
     def _note(self, kind: str, target: Target, outcome: str) -> None:
         self.done.append(Mishap(kind, target, outcome))
         self._show(self.done[-1])
+
+
+def failed_saves(said: str) -> list[str]:
+    """Why saves have failed, of what a run said."""
+    return re.findall(r"no checkpoint of step \d+ was written to \S+: (.*); earlier", said)

@@ -36,6 +36,7 @@ def group_apart(minutes: float) -> Iterator[None]:
         yield
         return
     before, _group = _group, dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
+    dist.barrier(_group)  # a rank that leaves at once would break the connections that others still make
     try:
         yield
     finally:

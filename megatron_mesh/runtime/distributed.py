@@ -109,6 +109,7 @@ def model_parallel_groups(config: Config) -> Iterator[None]:
         context_parallel_size=parallel.context_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_stages(config.model, parallel),
         distributed_timeout_minutes=int(max(1, parallel.distributed_timeout_minutes)),
+        create_gloo_process_groups=False,  # Megatron's checkpoints use them, ours do not
     )
     try:
         torch.manual_seed(seed)

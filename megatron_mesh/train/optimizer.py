@@ -33,6 +33,7 @@ def build_optimizer(settings: Config, stage: Stage) -> MegatronOptimizer:
             overlap_param_gather=parallel.overlap_param_gather,
         ),
         stage.groups,
+        use_gloo_process_groups=False,
     )
 
 

@@ -1,5 +1,6 @@
 """The directories that a run writes to, and the configuration that it leaves there."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.distributed import is_rank_zero
 from megatron_mesh.runtime.logging import METRICS_FILE, Log, open_log
 from megatron_mesh.train.metrics import perplexity
+
+_ROOM = 2**16
+"""Bytes that must fit into a directory at the start."""
 
 
 def check_writable(config: Config) -> None:
@@ -32,8 +36,8 @@ def check_writable(config: Config) -> None:
             continue
         try:
             Path(directory).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=directory):
-                pass
+            with tempfile.TemporaryFile(dir=directory) as file:
+                file.write(bytes(_ROOM))  # a full disk still takes an empty file
         except OSError as error:
             raise UserError(
                 f"{flag} {directory} cannot be written ({error.strerror}); choose another"
@@ -51,9 +55,17 @@ def open_output_directory(config: Config) -> Path:
     directory = Path(chosen) if chosen else Path("runs") / name
     directory.mkdir(parents=True, exist_ok=True)
     path, text = directory / CONFIG_FILE, dump_config(config)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        keep_aside(path)
-    path.write_text(text, encoding="utf-8")
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            keep_aside(path)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); free the disk, or choose another"
+        ) from None
     return directory
 
 

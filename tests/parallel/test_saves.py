@@ -46,7 +46,7 @@ def test_one_rank_fails(
     told = f"{cause} (rank {victim} on {socket.gethostname()})"
     said = [message for message in found[0]["heard"] if "part of a checkpoint" not in message]
     kept = "earlier ones are kept, and the next save tries again"
-    assert said == [f"no checkpoint was written to {tmp_path}: {told}; {kept}"]
+    assert said == [f"no checkpoint of step 2 was written to {tmp_path}: {told}; {kept}"]
     # Bugs keep their traceback, on the rank that has it.
     tracebacks = [rank for rank, seen in enumerate(found) if any("part of" in m for m in seen["heard"])]
     assert tracebacks == ([] if isinstance(error, OSError) else [victim])
