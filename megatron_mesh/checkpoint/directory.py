@@ -182,7 +182,7 @@ def publish(partial: Path, final: Path, step: int) -> list[Path]:
 
 
 def put_back(directory: Path) -> None:
-    """Give checkpoints their names back that were to be replaced, by others that were not published."""
+    """Restore the names of checkpoints that were set aside for a replacement that was never published."""
     for path in directory.glob("iter_*.replaced"):
         if not (final := path.with_suffix("")).exists():
             path.rename(final)
@@ -209,10 +209,10 @@ def outdated(directory: Path, newest: int, keep_last: int | None, keep_every: in
 
 
 def unfinished(directory: Path) -> list[Path]:
-    """Take the names from what a killed run left on its way in or out of ``directory``.
+    """Rename the unfinished checkpoints that a killed run left, so that later saves can use their names.
 
     Returns:
-        The renamed directories, for deletion: nothing that is saved later gets the name of one of them.
+        The renamed directories, for deletion.
     """
     leaving = []
     for path in directory.glob("iter_*"):

@@ -68,7 +68,7 @@ class Saver:
     """
 
     def __init__(self, config: Config, on_saved: Callable[[Saved], None] = lambda saved: None):
-        """Begin to delete what a killed run left unfinished; ``on_saved`` is told of complete checkpoints."""
+        """Start deleting what a killed run left unfinished. ``on_saved`` is called for each checkpoint."""
         assert config.checkpoint.save is not None
         self.config = config
         self.directory = Path(config.checkpoint.save)
@@ -229,7 +229,7 @@ def _outcome(part: "Future[list[Written]]") -> _Outcome:
 
 
 def _cause(error: BaseException) -> str:
-    """Without paths: those of ranks differ, and the directory is named beside."""
+    """The error without its path, which differs between ranks. The message names the directory."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     return f"{type(error).__name__}: {error}"

@@ -226,5 +226,5 @@ def _even_runs(places: Sequence[ShardedTensor]) -> Iterator[tuple[ShardedTensor,
 
 
 def _overlapping(begin: int, end: int, total: int, ranks: int) -> range:
-    """The ranks, of which each has an equal part of ``total`` elements, that have some of these."""
+    """Ranks whose share of ``total`` elements, cut equally, overlaps ``begin`` to ``end``."""
     return range(begin * ranks // max(total, 1), -(-end * ranks // max(total, 1)))

@@ -26,7 +26,7 @@ _group: dist.ProcessGroup | None = None
 
 @contextmanager
 def group_apart(minutes: float) -> Iterator[None]:
-    """Inside, agreements use a gloo group of all ranks; a collective operation.
+    """Use a separate gloo group of all ranks for agreements inside; a collective operation.
 
     Args:
         minutes: how long a rank waits for the others before it fails.

@@ -64,7 +64,7 @@ def open_output_directory(config: Config) -> Path:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UserError(
-            f"{path} cannot be written ({error.strerror}); free the disk, or choose another"
+            f"{path} cannot be written ({error.strerror}); free the disk, or choose another directory"
         ) from None
     return directory
 
