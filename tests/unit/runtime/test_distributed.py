@@ -1,5 +1,6 @@
 """What a process asks of the system before it meets the others."""
 
+import os
 import resource
 
 import pytest
@@ -8,15 +9,15 @@ from megatron_mesh.runtime import distributed
 from tests.helpers import one_process, tiny_config
 
 
-@pytest.mark.parametrize("wanted, limit", [(300, 300), (10**9, None)])
-def test_a_run_may_open_as_many_files_as_the_system_lets_it(
-    monkeypatch, wanted: int, limit: int | None
-) -> None:
+@pytest.mark.parametrize("more", [50, 10**9])
+def test_a_run_may_open_as_many_files_as_the_system_lets_it(monkeypatch, more: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    monkeypatch.setattr(distributed, "OPEN_FILES", wanted)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    # Tests that ran before in this process may have left many files open; the groups need about a hundred.
+    enough = max(map(int, os.listdir("/proc/self/fd"))) + 200
+    monkeypatch.setattr(distributed, "OPEN_FILES", enough + more)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
     try:
         with one_process(tiny_config()):
-            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (limit or hard, hard)
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, enough + more), hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
