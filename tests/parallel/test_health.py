@@ -1,10 +1,9 @@
 """A job of which a rank fails, is killed or hangs: it ends, and says which rank and where."""
 
-import os
 import re
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,8 @@ import pytest
 from megatron_mesh.data.indexed import IndexedWriter
 from megatron_mesh.runtime import exits
 from tests.helpers import tiny_config
-from tests.parallel.hung import HungRun
+from tests.parallel.forked import Rank, end_ranks, start_ranks
+from tests.parallel.hung import start_hung_run
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = socket.gethostname()
@@ -26,9 +26,11 @@ import os, signal, sys, time
 import torch.distributed as dist
 from megatron_mesh.config.schema import Config, ParallelConfig
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime import health as health_module
 from megatron_mesh.runtime.distributed import process_groups
 from megatron_mesh.runtime.environment import rank_from_environment
 
+health_module.FOLLOW_SECONDS = 3.0  # a test need not wait as long as a user
 config = Config(parallel=ParallelConfig(watchdog_timeout_minutes=float(sys.argv[2])))
 with process_groups(config) as health:
     health.beat("step 17")
@@ -46,39 +48,29 @@ def job(
     watchdog_minutes: float = 0.0,
     before_the_barrier: str = "pass",
     *,
-    meanwhile: Callable[[list[subprocess.Popen]], None] | None = None,
+    meanwhile: Callable[[list[Rank]], None] | None = None,
     script: str = SCRIPT,
-) -> tuple[list[int], list[str], float]:
-    """Run two ranks, started by hand so that no launcher ends the survivor: codes, errors, seconds.
+) -> tuple[list[int | None], list[str], float]:
+    """Run two ranks, without a launcher that would end the survivor: exit codes, errors, seconds.
 
     Args:
         action: Python code that rank 1 runs between two barriers.
         before_the_barrier: Python code that both ranks run before ``action``.
-        meanwhile: called with the processes while they run.
+        meanwhile: called with the ranks while they run.
     """
     file = tmp_path / "job.py"
     file.write_text(script.replace("{action}", action).replace("{before}", before_the_barrier))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    started = time.monotonic()
-    for rank in range(2):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        command = [sys.executable, str(file), str(rank), str(watchdog_minutes)]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    started, arguments = time.monotonic(), (str(file), watchdog_minutes)
+    ranks = start_ranks(_run_script, [arguments, arguments], tmp_path)
     if meanwhile is not None:
-        meanwhile(processes)
-    errors = [process.communicate(timeout=600)[1] for process in processes]
-    return [process.returncode for process in processes], errors, time.monotonic() - started
+        meanwhile(ranks)
+    codes, errors = end_ranks(ranks)
+    return codes, errors, time.monotonic() - started
+
+
+def _run_script(rank: int, file: str, watchdog_minutes: float) -> None:
+    sys.argv = [file, str(rank), str(watchdog_minutes)]
+    runpy.run_path(file, run_name="__main__")
 
 
 def test_a_failure_is_told_where_it_happened(tmp_path) -> None:
@@ -136,7 +128,7 @@ def test_a_rank_that_only_waits_ends_when_the_store_is_lost(tmp_path) -> None:
 
 def test_a_rank_may_take_longer_to_end_than_the_store(tmp_path) -> None:
     """Rank 0 has long gone when rank 1 has closed its files, and that is no failure."""
-    slow = SCRIPT.rpartition("    dist.barrier()")[0] + "    time.sleep(15 * rank_from_environment())\n"
+    slow = SCRIPT.rpartition("    dist.barrier()")[0] + "    time.sleep(9 * rank_from_environment())\n"
     assert job(tmp_path, "pass", script=slow)[:2] == ([0, 0], ["", ""])
 
 
@@ -167,37 +159,37 @@ STEPS = """
 
 
 def suspend(
-    ranks: list[int], log: Path, until: Callable[[list[subprocess.Popen]], object]
-) -> Callable[[list[subprocess.Popen]], None]:
+    ranks: list[int], log: Path, until: Callable[[list[Rank]], object]
+) -> Callable[[list[Rank]], None]:
     """SIGSTOP for ``ranks`` once they are in their steps, and SIGCONT after ``until``."""
 
-    def meanwhile(processes: list[subprocess.Popen]) -> None:
+    def meanwhile(job: list[Rank]) -> None:
         logs = [log.with_name(f"{log.name}.{rank}") for rank in ranks]
         while not all(path.exists() and path.read_text().count("\n") > 2 for path in logs):
-            assert all(process.poll() is None for process in processes)
+            assert all(rank.process.exitcode is None for rank in job)
             time.sleep(0.1)
         for rank in ranks:
-            processes[rank].send_signal(signal.SIGSTOP)
-        until(processes)
+            job[rank].send_signal(signal.SIGSTOP)
+        until(job)
         for rank in ranks:
-            processes[rank].send_signal(signal.SIGCONT)
+            job[rank].send_signal(signal.SIGCONT)
 
     return meanwhile
 
 
 def test_a_suspended_job_goes_on(tmp_path) -> None:
     """As with ``scontrol suspend``: all ranks stand still for longer than the watchdog waits."""
-    steps = STEPS.replace("{steps}", "12")
-    meanwhile = suspend([0, 1], tmp_path / "job.py", lambda _: time.sleep(12))
+    steps = STEPS.replace("{steps}", "8")
+    meanwhile = suspend([0, 1], tmp_path / "job.py", lambda _: time.sleep(9))
     codes, errors, _ = job(tmp_path, "pass", 0.1, steps, meanwhile=meanwhile)
     assert codes == [0, 0], errors
     suspensions = re.findall(r"stood still for (\d+) s", errors[0])
-    assert len(suspensions) == 1 and 9 <= int(suspensions[0]) < 60 and "error" not in "".join(errors)
+    assert len(suspensions) == 1 and 7 <= int(suspensions[0]) < 60 and "error" not in "".join(errors)
 
 
 def test_a_suspended_rank_is_reported_by_the_other(tmp_path) -> None:
     steps = STEPS.replace("{steps}", "100")
-    meanwhile = suspend([1], tmp_path / "job.py", lambda processes: processes[0].wait(300))
+    meanwhile = suspend([1], tmp_path / "job.py", lambda job: job[0].wait(300))
     codes, errors, _ = job(tmp_path, "pass", 0.1, steps, meanwhile=meanwhile)
     assert codes == [3, 1], errors
     assert re.search(rf"error: rank 0 of 2 on host {HOST} in step \d+ has made no progress for", errors[0])
@@ -214,7 +206,7 @@ SAVE_ON_BOTH = """
 def test_the_watchdog_has_another_limit_for_saves(tmp_path) -> None:
     """A save may take longer than a step; one that hangs ends the job."""
     patient = SAVE_ON_BOTH.replace("{minutes}", "5").strip()
-    codes, errors, _ = job(tmp_path, "time.sleep(8)", 0.05, patient)
+    codes, errors, _ = job(tmp_path, "time.sleep(5)", 0.05, patient)
     assert codes == [0, 0], errors
     hurried = SAVE_ON_BOTH.replace("{minutes}", "0.05").strip()
     codes, errors, _ = job(tmp_path, "time.sleep(1000)", 5.0, hurried)
@@ -262,8 +254,8 @@ def hung_saves(tmp_path_factory) -> dict[str, tuple[list[int | None], list[str]]
             "save_timeout_minutes": 0.05,
             **settings,
         }
-        runs[name] = HungRun(tiny_config(world_size=2, **values), phase, victim, directory).start()
-    return {name: run.end() for name, run in runs.items()}
+        runs[name] = start_hung_run(tiny_config(world_size=2, **values), phase, victim, directory)
+    return {name: end_ranks(ranks, 120) for name, ranks in runs.items()}
 
 
 @pytest.mark.parametrize("name", HUNG_SAVES)

@@ -23,12 +23,28 @@ def plant(folder: Path, name: str, line: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["__init__.py", "pytorch.py"])
-@pytest.mark.parametrize("error", ["ImportError", "OSError", "RuntimeError", "AssertionError"])
-def test_every_way_to_break_is_a_missing_module(tmp_path: Path, error: str, where: str) -> None:
-    plant(tmp_path, "__init__.py", "")
-    plant(tmp_path, where, f"raise {error}('libcudart.so.13: cannot open')")
-    done = python(f"{GPU}import megatron_mesh, transformer_engine.pytorch", tmp_path)
-    assert "ModuleNotFoundError: libcudart.so.13: cannot open" in done.stderr
+def test_every_way_to_break_is_a_missing_module(tmp_path: Path, where: str) -> None:
+    """Each in a folder of its own, which is the first in sys.path while it is imported."""
+    errors = ["ImportError", "OSError", "RuntimeError", "AssertionError"]
+    for error in errors:
+        (tmp_path / error).mkdir()
+        plant(tmp_path / error, "__init__.py", "")
+        plant(tmp_path / error, where, f"raise {error}('libcudart.so.13: cannot open {error}')")
+    script = f"""{GPU}
+import sys
+import megatron_mesh
+for error in {errors}:
+    sys.path.insert(0, f"{tmp_path}/{{error}}")
+    for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
+        del sys.modules[name]
+    try:
+        import transformer_engine.pytorch
+    except Exception as raised:
+        print(f"{{type(raised).__name__}}: {{raised}}")
+"""
+    done = python(script, tmp_path)
+    expected = [f"ModuleNotFoundError: libcudart.so.13: cannot open {error}" for error in errors]
+    assert done.stdout.splitlines() == expected, done.stderr
 
 
 def test_other_mistakes_keep_their_traceback_and_a_whole_one_is_imported(tmp_path: Path) -> None:
