@@ -13,7 +13,7 @@ settings have it).
 python tools/bench_checkpoint.py --ranks 4 --config examples/configs/pythia-160m-mesh.yaml --seq-length 128 \\
     --global-batch-size 8 --micro-batch-size 1 --use-distributed-optimizer --directory runs/bench
 
-The tool takes every setting of pretrain_mesh.py. It needs three times the checkpoint's size on the disk.
+The tool takes every setting of pretrain_mesh.py. It needs twice the size of the checkpoint on the disk.
 """
 
 import argparse

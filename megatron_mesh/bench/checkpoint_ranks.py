@@ -3,13 +3,16 @@
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_mesh.bench.checkpoints import in_turn
 from megatron_mesh.bench.counting import Counts, counted
 from megatron_mesh.bench.launch import progress
 from megatron_mesh.checkpoint.load import Search, load_checkpoint
@@ -27,6 +30,7 @@ from megatron_mesh.train.optimizer import build_optimizer, build_schedule
 
 SAVE, BACKGROUND, COPY = "save", "save in the background", "copy of its file"
 LOAD, LOAD_OTHER = "load, same layout", "load, another layout"
+KINDS = (SAVE, BACKGROUND, COPY, LOAD, LOAD_OTHER)
 
 
 @dataclass(frozen=True)
@@ -105,24 +109,35 @@ def measure(config: Config, directory: Path, rounds: int) -> list[Figures]:
 
 
 def _save_and_load(config: Config, directory: Path, rounds: int) -> list[Figures]:
-    """Of the checkpoints the last one stays."""
+    """One checkpoint stays."""
     run, found, copies = build(config), [], directory / "copy"
-    for number in range(1, rounds + 1):
-        progress(f"round {number} of {rounds}: saving")
-        counts, saved = run.save(directory)
-        found.append(_figures(SAVE, counts, saved.path, saved.stall_seconds))
-        counts, saved = run.save(directory, background=True)
-        found.append(_figures(BACKGROUND, counts, saved.path, saved.stall_seconds))
-        progress(f"round {number} of {rounds}: loading and copying")
-        found.append(_figures(LOAD, run.load(saved.path), saved.path))
-        found.append(_copy(saved.path, copies))
-        dist.barrier()
-        if is_rank_zero():
-            for path in (copies, *directory.glob("iter_*")):
-                if path != saved.path or number < rounds:
-                    shutil.rmtree(path)
-        dist.barrier()
+    kept = run.save(directory)[1].path
+
+    def save(kind: str) -> Path:
+        counts, saved = run.save(directory, background=kind == BACKGROUND)
+        found.append(_figures(kind, counts, saved.path, saved.stall_seconds))
+        return saved.path
+
+    def copy() -> Path:
+        found.append(_copy(kept, copies))
+        return copies
+
+    writes: list[Callable[[], Path]] = [partial(save, SAVE), partial(save, BACKGROUND), copy]
+    for number in range(rounds):
+        progress(f"round {number + 1} of {rounds}: saving and copying")
+        for write in in_turn(writes, number):
+            _remove(write())
+        progress(f"round {number + 1} of {rounds}: loading")
+        found.append(_figures(LOAD, run.load(kept), kept))
     return found
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory that all ranks are through with."""
+    dist.barrier()
+    if is_rank_zero():
+        shutil.rmtree(path)
+    dist.barrier()
 
 
 def _load(config: Config, directory: Path, rounds: int) -> list[Figures]:
@@ -184,10 +199,11 @@ def summary(by_rank: list[list[Figures]]) -> list[list[str]]:
     """A table with a line for each operation and rank: median seconds, and the most bytes of any round."""
     head = ["", "rank", "seconds", "waiting", "written", "read", "memory", "sent", "received", "files opened"]
     rows = [head]
-    kinds = list(dict.fromkeys(figures.kind for figures in by_rank[0]))
-    for kind in kinds:
+    for kind in KINDS:
         for rank, every in enumerate(by_rank):
             chosen = [figures for figures in every if figures.kind == kind]
+            if not chosen:
+                continue
             seconds = [median(getattr(f, name) for f in chosen) for name in ("seconds", "stall_seconds")]
             names = ("written", "read", "memory", "sent", "received")
             sizes = [size(max(getattr(f, name) for f in chosen)) for name in names]

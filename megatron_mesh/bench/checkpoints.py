@@ -2,11 +2,12 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 from megatron_mesh.bench.clock import now
 from megatron_mesh.bench.variants import random_batches
@@ -19,6 +20,8 @@ from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule
 from megatron_mesh.train.step import train_step
 from megatron_mesh.train.vote import Outcome, Vote
+
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Figures:
     load_seconds: float
     """Checksums of all files, and taking the state over."""
     copy_seconds: float
-    """A copy of the same files in the same directory, with fsync."""
+    """A copy of the same files in the same directory, with fsync. It follows a training step, as saves do."""
 
 
 def measure(config: Config, directory: Path, rounds: int) -> Figures:
@@ -56,23 +59,31 @@ def measure(config: Config, directory: Path, rounds: int) -> Figures:
         vote = partial(Vote, written=written)
         return train_step(stage, optimizer, state, iter(batches), config.training, vote=vote)
 
+    def save(background: bool) -> Saved:
+        return _save(config, directory, (stage, optimizer, state), step, background=background)
+
+    def copy() -> None:
+        step()  # as before a save: the memory that files take may be slower to get after it
+        times["copy"].append(_seconds(lambda: _copy(kept, directory / "copy")))
+        shutil.rmtree(directory / "copy")
+
+    def save_and_remove(background: bool) -> None:
+        saved = save(background)
+        times["async" if background else "sync"].append(saved.seconds)
+        if background:
+            times["stall"].append(saved.stall_seconds)
+        shutil.rmtree(saved.path)
+
     step()
-    size = 0
-    for _ in range(rounds):
+    kept = save(background=False).path
+    writes: list[Callable[[], None]] = [partial(save_and_remove, False), partial(save_and_remove, True), copy]
+    for number in range(rounds):
         times["step"].append(_seconds(step))
-        sync = _save(config, directory, (stage, optimizer, state), step)
-        times["sync"].append(sync.seconds)
-        background = _save(config, directory, (stage, optimizer, state), step, background=True)
-        times["async"].append(background.seconds)
-        times["stall"].append(background.stall_seconds)
-        path = background.path
-        size = sum(file.stat().st_size for file in path.iterdir())
-        times["copy"].append(_seconds(lambda path=path: _copy(path, directory / "copy")))  # type: ignore
-        times["load"].append(
-            _seconds(lambda path=path: _load(config, path, stage, optimizer, state))  # type: ignore
-        )
-        for leftover in (sync.path, path, directory / "copy"):
-            shutil.rmtree(leftover)
+        for write in in_turn(writes, number):
+            write()
+        times["load"].append(_seconds(lambda: _load(config, kept, stage, optimizer, state)))
+    size = sum(file.stat().st_size for file in kept.iterdir())
+    shutil.rmtree(kept)
     middle = {name: median(values) for name, values in times.items()}
     return Figures(
         size / 1e9,
@@ -83,6 +94,15 @@ def measure(config: Config, directory: Path, rounds: int) -> Figures:
         middle["load"],
         middle["copy"],
     )
+
+
+def in_turn(kinds: Sequence[_Kind], number: int) -> list[_Kind]:
+    """All ``kinds``, beginning with another one in each round.
+
+    A disk may take the first gigabytes faster than those that follow.
+    """
+    first = number % len(kinds)
+    return [*kinds[first:], *kinds[:first]]
 
 
 def _save(

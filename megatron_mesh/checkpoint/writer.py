@@ -28,7 +28,7 @@ def file_of(rank: int) -> str:
 def write_file(path: Path, boxes: Iterable[Box]) -> list[Written]:
     """Write boxes one after the other to ``path``, a new file, and fsync it.
 
-    Holds a copy of at most one box besides what it was given.
+    Copies nothing that is in host memory already, and at most one box at a time from a GPU.
 
     Raises:
         OSError: the disk will not have them.
@@ -91,9 +91,14 @@ class _Stream:
 
 
 def _alone(data: torch.Tensor) -> torch.Tensor:
-    """``data`` in host memory that holds nothing else, since ``torch.save`` writes all of it."""
-    held = data.detach().cpu()
-    return held if held.untyped_storage().nbytes() == held.nbytes else held.clone()
+    """``data`` in host memory whose storage holds nothing else, since ``torch.save`` writes all of a storage.
+
+    What is in host memory already, one element after the other, is not copied.
+    """
+    held = data.detach().cpu().contiguous()
+    start = held.storage_offset() * held.element_size()
+    storage = held.untyped_storage()[start : start + held.nbytes]
+    return torch.empty(0, dtype=held.dtype).set_(storage, 0, held.shape, held.stride())
 
 
 class BackgroundWriter:
