@@ -2,7 +2,7 @@
 
 import warnings
 
-from megatron_mesh.runtime import unusable_imports
+from megatron_mesh.runtime import late_compile, unusable_imports
 
 __version__ = "0.1.0"
 
@@ -15,4 +15,6 @@ for _message in (
 ):
     warnings.filterwarnings("ignore", message=_message)
 
-unusable_imports.install()  # before anything imports Megatron-core
+# Before anything imports Megatron-core:
+unusable_imports.install()
+late_compile.install()

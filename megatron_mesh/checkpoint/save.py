@@ -177,8 +177,8 @@ class Saver:
         partial = self._partial(step)
         if dist.get_rank() == 0:
             logger.error(
-                "no checkpoint of step %d was written to %s: %s; earlier ones are kept, and the next save "
-                "tries again",
+                "no checkpoint of step %d was written to %s: %s; earlier ones are kept, and later saves "
+                "try again",
                 step,
                 self.directory,
                 reason,

@@ -52,9 +52,19 @@ class Share:
     """Runs of all data-parallel ranks, by rank. Empty with the distributed optimizer."""
 
     @property
-    def writes(self) -> bool:
-        """Whether no other tensor- or pipeline-parallel rank writes the same."""
+    def writes_weight(self) -> bool:
+        """Whether no other tensor- or pipeline-parallel rank writes the weight and its main parameter."""
         return not any(self.place.replica_id[:-1])
+
+    @property
+    def writes_moments(self) -> bool:
+        """Whether no other tensor- or pipeline-parallel rank writes the moments.
+
+        Of a tied embedding in a pipeline, the first rank writes the weight and the last one the moments.
+        """
+        tied = getattr(self.place.data, "shared_embedding", False)
+        copy, *others = self.place.replica_id[:-1]
+        return copy == int(tied) and not any(others)
 
     @property
     def has_main(self) -> bool:
@@ -63,15 +73,13 @@ class Share:
 
     def to_write(self) -> Iterator[Box]:
         """Boxes of the weight and of what the optimizer holds."""
-        if not self.writes:
-            return
-        if self.has_main:
+        if self.writes_weight and self.has_main:
             yield from self._boxes(self.place.key, self._weight())
             yield from self._boxes(state_key(MAIN, self.place.key), self._part(self.main))
-        else:
+        elif self.writes_weight:
             yield from self._boxes(self.place.key, self._part(self.main))
-        for name, moment in self.moments.items():
-            yield from self._boxes(state_key(name, self.place.key), self._part(moment))
+        if self.writes_moments:
+            yield from self._moments()
 
     def to_read(self, *, with_optimizer: bool) -> Iterator[Box]:
         """Boxes to fill: of the main parameter, which is read from the weight if need be, and the moments."""
@@ -79,8 +87,7 @@ class Share:
         key = state_key(MAIN, self.place.key) if named else self.place.key
         yield from self._boxes(key, self._part(self.main))
         if with_optimizer:
-            for name, moment in self.moments.items():
-                yield from self._boxes(state_key(name, self.place.key), self._part(moment))
+            yield from self._moments()
 
     def broadcast(self, *, with_optimizer: bool) -> None:
         """Hand this rank's run to the others that hold the same, and take theirs; a collective operation."""
@@ -96,6 +103,10 @@ class Share:
         if is_float8tensor(weight):  # a checkpoint has what it was quantized from
             return self._part(self.main).to(self.place.dtype)
         return _flat(weight)[slice(*self.run)]
+
+    def _moments(self) -> Iterator[Box]:
+        for name, moment in self.moments.items():
+            yield from self._boxes(state_key(name, self.place.key), self._part(moment))
 
     def _part(self, held: Tensor) -> Tensor:
         start, end = self.run
@@ -203,8 +214,8 @@ def _flat(tensor: Tensor) -> Tensor:
 def _even_runs(places: Sequence[ShardedTensor]) -> Iterator[tuple[ShardedTensor, Run, dict[int, Run]]]:
     """Cut what data-parallel ranks hold alike into equal parts.
 
-    All parameters are laid end to end, first those that this rank's replicas write, then those that other
-    tensor-parallel ranks write too: where these are cut must not depend on the others.
+    All parameters are laid end to end, first those whose weights this rank's replicas write, then those that
+    other ranks write too: where these are cut must not depend on the others.
 
     Yields:
         A parameter, this rank's run of its elements, and the runs by data-parallel rank.

@@ -16,6 +16,9 @@ from megatron_mesh.planner.stages import Pipeline
 BUFFERS = 2 * 4 * MAX_ELEMENTS
 """Bytes that a writing rank holds besides what it writes: a box, once as a tensor and once as a file."""
 
+MOMENTS = 8
+"""Bytes of the optimizer's two moments of a parameter."""
+
 
 @dataclass(frozen=True)
 class Disk:
@@ -45,15 +48,18 @@ def rank_saving(config: Config, pipeline: Pipeline, rank: int, replicas: int) ->
     """What pipeline rank ``rank`` writes; ``replicas`` ranks hold the same parameters and divide them evenly.
 
     A bfloat16 weight is saved with its float32 main parameter and two moments, a float32 weight with the
-    moments. The copy of a tied embedding on the last pipeline rank isn't saved.
+    moments. Of a tied embedding in a pipeline, the first rank saves the weight and the last one the moments.
     """
     tp = config.parallel.tensor_model_parallel_size
     parameters = rank_parameters(config, pipeline, rank)
-    if rank and tied_over_pipeline(config, pipeline, rank):
-        parameters -= embedding_parameters(config)
     alike = replicated_parameters(config, pipeline, rank)
-    size = 14 if config.training.bf16 else 12
-    return Saving(-(-parameters * size // replicas), (tp * (parameters - alike) + alike) * size)
+    weight = 6 if config.training.bf16 else 4
+    by_other = 0
+    if tied_over_pipeline(config, pipeline, rank):
+        by_other = embedding_parameters(config) * (weight if rank else MOMENTS)
+    size = weight + MOMENTS
+    together = (tp * (parameters - alike) + alike) * size - tp * by_other
+    return Saving(-(-(parameters * size - by_other) // replicas), together)
 
 
 def seconds(savings: Sequence[Saving], disk: Disk) -> float:

@@ -47,8 +47,14 @@ def test_files(single):
     assert len(losses(single, "test")) == 1
 
 
-def test_two_data_parallel_processes_train_as_one(settings, single, tmp_path):
-    result = launch("--config", settings, "--output-dir", tmp_path, processes=2)
+SHARDED = ["--micro-batch-size", 1, "--use-distributed-optimizer", "--ddp-bucket-size", 3000]
+SHARDED += ["--overlap-grad-reduce", "--overlap-param-gather"]
+
+
+@pytest.mark.parametrize("flags", [SHARDED, ["--pipeline-model-parallel-size", 2]], ids=["data", "ring"])
+def test_two_processes_train_as_one(settings, single, tmp_path, flags):
+    """``tests/parallel`` has many more layouts."""
+    result = launch("--config", settings, "--output-dir", tmp_path, *flags, processes=2)
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path) == pytest.approx(losses(single), abs=1e-5)
     assert losses(tmp_path, "valid") == pytest.approx(losses(single, "valid"), abs=1e-5)
@@ -72,19 +78,6 @@ def test_two_tensor_parallel_processes_train_as_one(settings, single, tmp_path):
     resumed = ["--load", str(tmp_path / "iter_0000003"), "--output-dir", str(tmp_path / "resumed")]
     main(["--config", str(settings), *resumed])
     assert losses(tmp_path / "resumed") == pytest.approx(losses(single)[3:], abs=1e-5)
-
-
-EVERYTHING = ["--pipeline-model-parallel-size", 2, "--micro-batch-size", 1, "--use-distributed-optimizer"]
-EVERYTHING += ["--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", 3000]
-
-
-def test_ring_and_distributed_optimizer_train_as_one_process(settings, single, tmp_path):
-    """Four processes. ``tests/parallel/test_resume.py`` stops such runs and resumes them."""
-    flags = ["--config", settings, *EVERYTHING, "--save", tmp_path, "--save-interval", 3]
-    result = launch(*flags, processes=4)
-    assert result.returncode == 0, result.stderr
-    assert losses(tmp_path) == pytest.approx(losses(single), abs=1e-5)
-    assert losses(tmp_path, "valid") == pytest.approx(losses(single, "valid"), abs=1e-5)
 
 
 def test_the_written_configuration_starts_the_same_run(single, tmp_path):

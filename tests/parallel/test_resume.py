@@ -31,6 +31,20 @@ def test_another_layout_goes_on_alike(other: str, tmp_path) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("second", ["pp2-dp2-overlap", "tp2"])
+@pytest.mark.parametrize("first", ["pp2", "pp2-dp2-overlap"])
+def test_a_tied_embedding_goes_on_alike(first: str, second: str, tmp_path) -> None:
+    """Its weight is written by one end of the pipeline, its moments by the other."""
+    model = {**model_of("mesh", 2, tied=True), "bf16": True}
+    (ranks, settings), (other_ranks, other_settings) = LAYOUTS[first], LAYOUTS[second]
+    expected = pool(ranks).run(resume.save_and_go_on, tmp_path, {**model, **settings})
+    found = pool(other_ranks).run(resume.load_and_go_on, tmp_path, {**model, **other_settings})
+    if first == second:
+        assert found == expected
+    else:
+        np.testing.assert_allclose(found[0], expected[0], rtol=1e-3)
+
+
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("first", "second"), [("pp2-dp2-overlap", "tp2"), ("tp2-pp2", "dp2-distopt")])
 def test_another_kind_of_optimizer_goes_on_alike(first: str, second: str, bf16: bool, tmp_path) -> None:

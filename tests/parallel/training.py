@@ -24,6 +24,7 @@ from megatron_mesh.train.step import train_step
 from tests.helpers import randomise, tiny_config
 
 STEPS = 5
+"""How many are trained, of the ten that the learning rate's schedule is for."""
 
 
 @dataclass
@@ -47,7 +48,7 @@ def settings_of(case: dict[str, Any]) -> dict[str, Any]:
         "global_batch_size": 8,
         "micro_batch_size": 2,
         "lr": 1e-3,
-        "train_iters": STEPS,
+        "train_iters": 10,
         "lr_warmup_fraction": None,
         **case,
     }

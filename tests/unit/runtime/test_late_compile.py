@@ -1,0 +1,40 @@
+"""Importing Megatron-core doesn't import torch's compiler; its fused functions are compiled all the same."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_mesh.runtime.late_compile import compiled_when_called
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_a_rank_imports_no_compiler() -> None:
+    code = (
+        "import megatron_mesh.train, sys; m = sys.modules; print('torch._inductor.compile_fx' in m, len(m))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    there, modules = done.stdout.split()
+    assert there == "False" and int(modules) < 2_900, done.stderr  # 3,353 with it
+
+
+def test_megatrons_fused_functions_are_compiled(monkeypatch) -> None:
+    from megatron.core.fusions import fused_bias_gelu
+
+    fused = compiled_when_called(fused_bias_gelu.bias_gelu.__wrapped__)  # others may have called theirs
+    compiled, compile_ = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or compile_(f, backend="eager"))
+    x, bias = torch.randn(3, 4), torch.randn(4)
+    expected = torch.nn.functional.gelu(x + bias, approximate="tanh")
+    for _ in range(2):
+        torch.testing.assert_close(fused(bias, x), expected)
+    assert [function.__name__ for function in compiled] == ["bias_gelu"]
+
+
+def test_inside_of_another_compiled_function_it_is_a_part_of_that() -> None:
+    fused = compiled_when_called(lambda x: x.sin() + 1)
+    x = torch.randn(5)
+    whole = torch.compile(lambda x: fused(x) * 2, fullgraph=True, backend="eager")
+    torch.testing.assert_close(whole(x), (x.sin() + 1) * 2)
