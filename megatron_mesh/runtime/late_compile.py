@@ -7,14 +7,11 @@ third of the time of all imports, on every rank and in every tool. Our settings 
 """
 
 import functools
-import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-_NAME = "megatron.core.jit"
+from megatron_mesh.runtime.import_hook import Execute, run_instead
 
 
 def compiled_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,30 +31,14 @@ def compiled_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-class _Finder(MetaPathFinder):
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """Find the module as Python does, and replace its decorator after it has run."""
-        if fullname != _NAME:
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            import torch
-
-            execute(module)
-            if getattr(module, "jit_fuser", None) is torch.compile:
-                module.jit_fuser = compiled_when_called  # type: ignore[attr-defined]
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
 def install() -> None:
-    """Put the finder in front of Python's own, once."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Replace Megatron-core's decorator as soon as its module is imported."""
+    run_instead(["megatron.core.jit"], _run)
+
+
+def _run(execute: Execute, module: ModuleType) -> None:
+    import torch
+
+    execute(module)
+    if getattr(module, "jit_fuser", None) is torch.compile:
+        module.jit_fuser = compiled_when_called  # type: ignore[attr-defined]

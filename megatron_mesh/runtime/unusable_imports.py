@@ -11,43 +11,25 @@ only ImportError, in one place only ModuleNotFoundError (``tensor_parallel/rando
 ``model/implementation.py`` decides what such an installation means for a run.
 """
 
-import sys
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+
+from megatron_mesh.runtime.import_hook import Execute, run_instead
 
 BROKEN = (ImportError, OSError, RuntimeError, AssertionError)
 _NAMES = ("transformer_engine", "transformer_engine.pytorch", "apex", "amp_C")
 
 
-class _Finder(MetaPathFinder):
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """Find the module as Python does. Running it raises ModuleNotFoundError instead of ``BROKEN``."""
-        if fullname not in _NAMES:
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            from megatron_mesh.runtime import device  # imports torch, which may be broken itself
-
-            try:
-                if not device.has_gpu():
-                    raise ModuleNotFoundError("there is no GPU")
-                execute(module)
-            except BROKEN as error:
-                raise ModuleNotFoundError(str(error), name=fullname) from error
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
 def install() -> None:
-    """Put the finder in front of Python's own, once."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Have them imported with ModuleNotFoundError in place of ``BROKEN``."""
+    run_instead(_NAMES, _run)
+
+
+def _run(execute: Execute, module: ModuleType) -> None:
+    from megatron_mesh.runtime import device  # imports torch, which may be broken itself
+
+    try:
+        if not device.has_gpu():
+            raise ModuleNotFoundError("there is no GPU")
+        execute(module)
+    except BROKEN as error:
+        raise ModuleNotFoundError(str(error), name=module.__name__) from error

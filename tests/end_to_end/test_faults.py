@@ -7,9 +7,7 @@ from tools.fault_test import main
 AIMS = [
     "writing in the background x the writer",
     "between data and .metadata x rank 0",
-    "rename x rank 0",
     "latest x all",
-    "pruning x one rank",
     "loading x one rank",
 ]
 

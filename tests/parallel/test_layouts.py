@@ -16,17 +16,16 @@ CHOSEN: list[Case] = [
     *(("mesh", 2, False, "none", layout) for layout in LAYOUTS),
     *((scheme, 2, False, "none", "pp2") for scheme in SCHEMES if scheme != "mesh"),
     ("mesh", 1, False, "none", "pp4"),
-    ("mesh", 3, False, "full", "pp2-dp2-overlap"),
+    ("mesh", 3, False, "full", "pp2"),
     ("mesh", 3, False, "full", "dp2-overlap"),
     ("mesh", 3, True, "selective", "tp2-sp-pp2"),
     ("mesh", 1, True, "full", "tp2"),
     ("base", 3, True, "none", "pp2-dp2-overlap"),
     ("static", 2, False, "none", "tp2"),
     ("dynamic", 2, False, "selective", "tp2-pp2"),
-    ("vanilla+mesh", 2, True, "none", "pp2-dp2-overlap"),
+    ("vanilla+mesh", 2, True, "none", "pp2"),
     ("vanilla", 2, True, "full", "tp2-pp2"),
     ("static", 2, False, "none", "dp2-gather"),
-    ("static", 2, False, "none", "pp2-dp2-overlap"),
 ]
 
 
