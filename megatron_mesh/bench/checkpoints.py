@@ -63,7 +63,7 @@ def measure(config: Config, directory: Path, rounds: int) -> Figures:
         return _save(config, directory, (stage, optimizer, state), step, background=background)
 
     def copy() -> None:
-        step()  # as before a save: the memory that files take may be slower to get after it
+        step()  # as before a save: memory for files may be slower to get after a step
         times["copy"].append(_seconds(lambda: _copy(kept, directory / "copy")))
         shutil.rmtree(directory / "copy")
 
@@ -97,7 +97,7 @@ def measure(config: Config, directory: Path, rounds: int) -> Figures:
 
 
 def in_turn(kinds: Sequence[_Kind], number: int) -> list[_Kind]:
-    """All ``kinds``, beginning with another one in each round.
+    """All ``kinds``, with a different one first in each round.
 
     A disk may take the first gigabytes faster than those that follow.
     """

@@ -28,7 +28,7 @@ def file_of(rank: int) -> str:
 def write_file(path: Path, boxes: Iterable[Box]) -> list[Written]:
     """Write boxes one after the other to ``path``, a new file, and fsync it.
 
-    Copies nothing that is in host memory already, and at most one box at a time from a GPU.
+    Boxes in host memory are not copied; those on a GPU are copied one at a time.
 
     Raises:
         OSError: the disk will not have them.
@@ -93,7 +93,7 @@ class _Stream:
 def _alone(data: torch.Tensor) -> torch.Tensor:
     """``data`` in host memory whose storage holds nothing else, since ``torch.save`` writes all of a storage.
 
-    What is in host memory already, one element after the other, is not copied.
+    Contiguous data that is in host memory already is not copied.
     """
     held = data.detach().cpu().contiguous()
     start = held.storage_offset() * held.element_size()

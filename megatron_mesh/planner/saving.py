@@ -13,8 +13,8 @@ from megatron_mesh.planner.parameters import (
 )
 from megatron_mesh.planner.stages import Pipeline
 
-BUFFERS = 2 * 4 * MAX_ELEMENTS
-"""Bytes that a writing rank holds besides what it writes: a box, once as a tensor and once as a file."""
+BUFFER = 4 * MAX_ELEMENTS
+"""Bytes of host memory that a save takes besides its copies: one box from a GPU at a time."""
 
 MOMENTS = 8
 """Bytes of the optimizer's two moments of a parameter."""
@@ -41,7 +41,7 @@ class Saving:
 
     def host_memory(self, *, background: bool) -> int:
         """Bytes on top of what the rank holds: in the background it writes a copy of its part."""
-        return BUFFERS + self.largest * background
+        return BUFFER + self.largest * background
 
 
 def rank_saving(config: Config, pipeline: Pipeline, rank: int, replicas: int) -> Saving:

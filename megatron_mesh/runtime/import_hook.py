@@ -1,4 +1,4 @@
-"""Do something else when Python runs certain modules of other packages."""
+"""Replace the way in which certain modules of other packages are imported."""
 
 import sys
 from collections.abc import Callable, Sequence

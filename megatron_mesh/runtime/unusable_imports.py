@@ -20,7 +20,7 @@ _NAMES = ("transformer_engine", "transformer_engine.pytorch", "apex", "amp_C")
 
 
 def install() -> None:
-    """Have them imported with ModuleNotFoundError in place of ``BROKEN``."""
+    """Turn any of ``BROKEN`` into a ModuleNotFoundError when one of these libraries is imported."""
     run_instead(_NAMES, _run)
 
 

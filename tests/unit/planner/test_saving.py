@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_mesh.planner.report import make_plan
-from megatron_mesh.planner.saving import BUFFERS, Disk, Saving, seconds
+from megatron_mesh.planner.saving import BUFFER, Disk, Saving, seconds
 from megatron_mesh.planner.text import saving_rows
 from tests.helpers import tiny_config
 
@@ -34,8 +34,8 @@ def test_the_slower_of_file_system_and_rank() -> None:
 def test_text() -> None:
     plan = make_plan(tiny_config(bf16=True, world_size=2, micro_batch_size=1), 2)
     saving = plan.ranks[0].saving
-    assert saving.host_memory(background=False) == BUFFERS == 2**24
-    assert saving.host_memory(background=True) == BUFFERS + saving.largest
+    assert saving.host_memory(background=False) == BUFFER == 2**23
+    assert saving.host_memory(background=True) == BUFFER + saving.largest
     rows = dict(saving_rows(plan, Disk(gb_per_s=2), 8))
     assert "at 2 GB/s" in rows["  time to save"]
     assert "a host with 2" in rows["  host memory"]  # the run has no more ranks
