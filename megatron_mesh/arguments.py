@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Union, get_args
+from typing import Annotated, Any, Union, get_args
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import NEGATED, SETTINGS, flag, flatten, unknown_setting, with_values
-from megatron_mesh.config.sources import ALTERNATIVE_NAMES, merge, read_yaml
+from megatron_mesh.config.sources import ALTERNATIVE_NAMES, PATHS, merge, read_yaml
+from megatron_mesh.config.yaml_file import expand_user
 from megatron_mesh.recurrence import SCHEMES
 
 _DESCRIPTION = f"""\
@@ -63,9 +64,17 @@ def parse_args(argv: Sequence[str], prog: str = "pretrain_mesh.py") -> Arguments
         {name: file[name] for name in ALTERNATIVE_NAMES & file.keys()},
         {name: flags[name] for name in ALTERNATIVE_NAMES & flags.keys()},
     )
-    return replace(
-        arguments, config=with_values(arguments.config, {**dict.fromkeys(ALTERNATIVE_NAMES), **chosen})
-    )
+    config = with_values(arguments.config, {**dict.fromkeys(ALTERNATIVE_NAMES), **chosen})
+    return replace(arguments, config=with_values(config, _homes(config)))
+
+
+def _homes(config: Config) -> dict[str, Any]:
+    """The paths, with ``~`` replaced: shells leave it in ``--save=~/x``."""
+    paths = {name: value for name, value in flatten(config).items() if name in PATHS and value is not None}
+    return {
+        name: [expand_user(word) for word in value] if isinstance(value, list) else expand_user(value)
+        for name, value in paths.items()
+    }
 
 
 def _config_file(argv: Sequence[str], prog: str) -> Path | None:

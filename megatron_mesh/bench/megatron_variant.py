@@ -50,7 +50,7 @@ def build_plain(config: Config) -> GPTModel:
     """Megatron-core's own model and block around our layer: no class of ours above the layer."""
     implementation = choose(config.precision, config.parallel)
     transformer = transformer_config(config, implementation)
-    layers = [layer_spec(implementation)] * transformer.num_layers
+    layers = [layer_spec(implementation, transformer.attention_backend)] * transformer.num_layers
     with device.device():
         model = GPTModel(
             transformer,

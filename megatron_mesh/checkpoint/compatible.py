@@ -1,60 +1,142 @@
-"""Whether a run can go on from a checkpoint."""
+"""Whether a run can resume from a checkpoint, and what is different from then on (``config/resuming.py``)."""
 
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Iterable
 
 from megatron_mesh.checkpoint.directory import CONFIG_FILE, Checkpoint
+from megatron_mesh.config.length import counts_samples
+from megatron_mesh.config.resuming import RESUMING, Kind, differing
 from megatron_mesh.config.schema import Config
-from megatron_mesh.config.settings import flag
+from megatron_mesh.config.settings import flag, flatten
 from megatron_mesh.errors import UserError
-
-# Model settings that do not say what a checkpoint's weights mean.
-_FREE = {"mesh_memory", "init_method_std", "router_init_std", "router_bias_init", "depth_scaled_init"}
-# The learning rate's course and the weight decay: what --override-opt-param-scheduler overrides.
-_SCHEDULE = (
-    "lr",
-    "min_lr",
-    "weight_decay",
-    "lr_decay_style",
-    "lr_decay_iters",
-    "lr_warmup_iters",
-    "lr_warmup_init",
-    "lr_wsd_decay_style",
-    "lr_wsd_decay_iters",
-)
 
 
 def check_same_run(checkpoint: Checkpoint, config: Config) -> None:
-    """Raise UserError, naming the settings that differ, if ``config`` cannot go on from ``checkpoint``."""
+    """Raise UserError, naming the settings that differ, if ``config`` cannot resume from ``checkpoint``."""
     settings, saved = config.checkpoint, checkpoint.config
     where = f"the checkpoint {checkpoint.path}"
-    free = _FREE | {"seq_length"} if settings.finetune else _FREE
-    names = [name for name in asdict(config.model) if name not in free]
-    if different := _differences(saved.model, config.model, names):
+    weights = differing(saved, config, Kind.WEIGHTS)
+    if settings.finetune and "seq_length" in weights:
+        weights.remove("seq_length")
+    if weights:
         raise UserError(
-            f"{where} is of another model: {different}; give the checkpoint's settings "
-            f"(--config {checkpoint.path / CONFIG_FILE}) or --load another checkpoint"
+            f"{where} is of another model: {_in_words(saved, config, weights)}; give the checkpoint's "
+            f"settings (--config {checkpoint.path / CONFIG_FILE}) or --load another checkpoint"
         )
     if settings.finetune or not settings.load_optim:
         return
     if checkpoint.weights_only:
         raise UserError(
             f"{where} holds weights alone; add --finetune to start a run from them, or --no-load-optim "
-            "--no-load-rng to go on at its step with a new optimizer"
+            "--no-load-rng to resume at its step with a new optimizer"
         )
-    if different := _differences(saved.training, config.training, ["bf16"]):
-        raise UserError(f"{where} has an optimizer of another precision: {different}; add --no-load-optim")
-    different = _differences(saved.optimizer, config.optimizer, _SCHEDULE)
-    if different and not settings.override_opt_param_scheduler:
+    if names := differing(saved, config, Kind.OPTIMIZER):
         raise UserError(
-            f"{where} has another learning-rate schedule: {different}; give the checkpoint's, or "
-            "--override-opt-param-scheduler to go on with this run's"
+            f"{where} has an optimizer of another precision: {_in_words(saved, config, names)}; add "
+            "--no-load-optim"
+        )
+    schedule = _schedule_differences(saved, config)
+    if schedule and not settings.override_opt_param_scheduler:
+        raise UserError(
+            f"{where} has another learning-rate schedule: {schedule}; give the checkpoint's, or "
+            "--override-opt-param-scheduler to resume with this run's"
         )
 
 
-def _differences(saved: Any, ours: Any, names: Any) -> str:
+def schedule_position(checkpoint: Checkpoint, config: Config) -> int:
+    """How far the schedule of a run of ``config`` is, in its own unit (steps or samples)."""
+    state = checkpoint.train_state
+    position = int(state["schedule"]["num_steps"])
+    before, now = counts_samples(checkpoint.config.training), counts_samples(config.training)
+    if before == now or not state["step"]:
+        return position
+    # The schedule may be behind the run, where the optimizer started anew.
+    steps_or_samples = (state["step"], state["consumed_samples"])
+    return round(position / steps_or_samples[before] * steps_or_samples[now])
+
+
+def changes(checkpoint: Checkpoint, config: Config, data_order: str) -> list[str]:
+    """What is different for a run of ``config`` from the checkpoint on; a sentence each.
+
+    Args:
+        data_order: of this run's training data (``SampleStream.order``).
+
+    Raises:
+        UserError: the samples come in another order, and ``require_same_data`` forbids that.
+    """
+    settings, saved = config.checkpoint, checkpoint.config
+    if settings.finetune:
+        return []  # a new run, of which only the weights are taken over
+    lines = _order_line(checkpoint, config, data_order)
+    by_meaning: dict[str, list[str]] = {}
+    for name in differing(saved, config, Kind.NAMED):
+        by_meaning.setdefault(RESUMING[name].meaning, []).append(name)
+    lines += [f"{_in_words(saved, config, names)}: {meaning}" for meaning, names in by_meaning.items()]
+    schedule = _schedule_differences(saved, config)
+    if not settings.load_optim:
+        precision = _in_words(saved, config, differing(saved, config, Kind.OPTIMIZER))
+        also = f" ({'; '.join(filter(None, (precision, schedule)))})" if precision or schedule else ""
+        lines.append(
+            "--no-load-optim: Adam's moments start at zero, and the learning-rate schedule at its beginning, "
+            f"at step {checkpoint.train_state['step']} of the run{also}"
+        )
+    elif schedule:
+        lines.append(f"{schedule}: this run's schedule counts from here on, as if it had always been so")
+    return lines
+
+
+def _order_line(checkpoint: Checkpoint, config: Config, data_order: str) -> list[str]:
+    before = checkpoint.train_state.get("data_order")
+    names = differing(checkpoint.config, config, Kind.ORDER)
+    words = _in_words(checkpoint.config, config, names)
+    if before == data_order or (before is None and not names):
+        return [f"{words}: the samples and their order are the same"] if names else []
+    cause = words or "the data are not those that the checkpoint was trained on (files or weights differ)"
+    sample = checkpoint.train_state["consumed_samples"]
+    if config.checkpoint.require_same_data:
+        raise UserError(
+            f"{cause}: the order of samples is another one than that of {checkpoint.path}; give the "
+            "checkpoint's data and seed, or leave out --require-same-data"
+        )
+    return [f"{cause}: the order of samples is another one; resuming at sample {sample:,} of it"]
+
+
+def _schedule_differences(saved: Config, ours: Config) -> str:
+    """The settings of the schedule that differ, in words; lengths in samples and in steps are compared."""
+    names = differing(saved, ours, Kind.SCHEDULE)
+    before, now = (counts_samples(config.training) for config in (saved, ours))
+    if before == now:
+        return _in_words(saved, ours, names)
+    same_unit = [name for name in names if not name.endswith(("_iters", "_samples"))]
+    lengths = [
+        f"--{name}-{_unit(saved)} is {a} there and --{name}-{_unit(ours)} is {b} here"
+        for name in ("lr-decay", "lr-warmup", "lr-wsd-decay")
+        if (a := _length(saved, name)) is not None
+        if (b := _length(ours, name)) is not None
+        if a * (1 if before else _batch(saved)) != b * (1 if now else _batch(ours))
+    ]
+    return ", ".join(filter(None, (_in_words(saved, ours, same_unit), *lengths)))
+
+
+def _unit(config: Config) -> str:
+    return "samples" if counts_samples(config.training) else "iters"
+
+
+def _length(config: Config, name: str) -> int | None:
+    return getattr(config.optimizer, f"{name.replace('-', '_')}_{_unit(config)}")
+
+
+def _batch(config: Config) -> int:
+    assert config.training.global_batch_size is not None
+    return config.training.global_batch_size
+
+
+def _in_words(saved: Config, ours: Config, names: Iterable[str]) -> str:
+    before, now = flatten(saved), flatten(ours)
     return ", ".join(
-        f"{flag(name)} is {getattr(saved, name)} there and {getattr(ours, name)} here"
-        for name in names
-        if getattr(saved, name) != getattr(ours, name)
+        f"{flag(name)} is {_text(before[name])} there and {_text(now[name])} here" for name in names
     )
+
+
+def _text(value: object) -> str:
+    """A value as a command line has it."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

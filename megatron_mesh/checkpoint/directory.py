@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_mesh.config.length import counts_samples, last_step
 from megatron_mesh.config.schema import CheckpointConfig, Config
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.config.sources import read_yaml
@@ -62,8 +63,9 @@ class Checkpoint:
         if config.checkpoint.finetune:
             return 0, 0
         step, samples = self.train_state["step"], self.train_state["consumed_samples"]
-        if step >= (config.training.train_iters or 0):
-            logger.info("%s is at step %d: raise --train-iters to train on", self.path, step)
+        if step >= last_step(config.training, step, samples):
+            length = "--train-samples" if counts_samples(config.training) else "--train-iters"
+            logger.info("%s is at step %d: raise %s to train on", self.path, step, length)
         return step, samples
 
 

@@ -11,6 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_mesh.checkpoint import fp8_state, integrity
 from megatron_mesh.checkpoint.boxes import Box, whole_as_boxes
+from megatron_mesh.checkpoint.compatible import schedule_position
 from megatron_mesh.checkpoint.content import Content, empty_generators
 from megatron_mesh.checkpoint.directory import (
     OLD_FORMAT_VERSION,
@@ -155,7 +156,8 @@ def load_checkpoint(
     if with_optimizer:
         set_updates_done(optimizer, updates_of(checkpoint))
     if not settings.finetune:
-        state.load_state_dict(checkpoint.train_state, with_schedule=with_optimizer)
+        position = schedule_position(checkpoint, config) if with_optimizer else 0
+        state.load_state_dict(checkpoint.train_state, position)
     logger.info("loaded %s", checkpoint.path)
     return ""
 

@@ -19,14 +19,16 @@ class TrainState:
     """Loss per token of the last logged step."""
     valid_loss: float | None = None
     """Loss per token of the last validation."""
+    data_order: str | None = None
+    """What decides the order of the samples (``SampleStream.order``)."""
     skipped: int = 0
     """Steps skipped in a row until now, since loss or gradients were not finite."""
 
-    def advance(self, samples: int) -> None:
+    def advance(self, samples: int, *, schedule_in_samples: bool = False) -> None:
         """Count an optimizer step over ``samples`` sequences and set the next one's learning rate."""
         self.step += 1
         self.consumed_samples += samples
-        self.schedule.step(1)
+        self.schedule.step(samples if schedule_in_samples else 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything as JSON has it."""
@@ -35,16 +37,17 @@ class TrainState:
             "consumed_samples": self.consumed_samples,
             "train_loss": self.train_loss,
             "valid_loss": self.valid_loss,
+            "data_order": self.data_order,
             "skipped": self.skipped,
             "schedule": self.schedule.state_dict(),
         }
 
-    def load_state_dict(self, saved: dict[str, Any], *, with_schedule: bool) -> None:
-        """Take over what ``state_dict`` gave; without ``with_schedule`` the schedule starts anew."""
+    def load_state_dict(self, saved: dict[str, Any], schedule_position: int) -> None:
+        """Take over what ``state_dict`` gave; the new schedule moves to ``schedule_position``."""
         self.step = saved["step"]
         self.consumed_samples = saved["consumed_samples"]
         self.train_loss = saved["train_loss"]
         self.valid_loss = saved["valid_loss"]
         self.skipped = saved.get("skipped", 0)
-        if with_schedule:
-            self.schedule.load_state_dict(saved["schedule"])
+        self.data_order = saved.get("data_order")
+        self.schedule.step(schedule_position)

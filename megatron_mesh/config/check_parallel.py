@@ -3,6 +3,7 @@
 import math
 
 from megatron_mesh.config.derived import layout, padded_vocab_size
+from megatron_mesh.config.length import batch_sizes
 from megatron_mesh.config.placement import Placement, microbatch_group_size, placement
 from megatron_mesh.config.ranges import at_least, positive
 from megatron_mesh.config.schema import ModelConfig, ParallelConfig, TrainingConfig
@@ -137,16 +138,17 @@ def check_pipeline(
         _check_plain_layers(parallel, layout(model).depth)
     if not looped and parallel.num_virtual_stages_per_pipeline_rank in (None, 1):
         return
-    assert training.global_batch_size is not None
     unit = training.micro_batch_size * data_parallel
-    micro_batches = training.global_batch_size // unit
-    if micro_batches < ranks:
+    smallest = batch_sizes(training)[0]
+    if smallest // unit < ranks:
+        name = "a START of --rampup-batch-size of" if training.rampup_batch_size else "--global-batch-size"
         raise UserError(
-            f"{micro_batches} micro-batches per step and data-parallel rank are too few for "
+            f"{smallest // unit} micro-batches per step and data-parallel rank are too few for "
             f"--pipeline-model-parallel-size {ranks}, which needs as many; "
-            f"use --global-batch-size {ranks * unit} or more, or a smaller --micro-batch-size"
+            f"use {name} {ranks * unit} or more, or a smaller --micro-batch-size"
         )
-    microbatch_group_size(parallel, micro_batches)
+    for batch in batch_sizes(training):
+        microbatch_group_size(parallel, batch // unit)
 
 
 def _check_parts(parts: Placement) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from megatron_mesh.config.derived import layout
+from megatron_mesh.config.length import batch_sizes, counts_samples
 from megatron_mesh.config.ranges import at_least, positive, share
 from megatron_mesh.config.schema import ModelConfig, OptimizerConfig, TrainingConfig
 from megatron_mesh.config.settings import flag
@@ -17,44 +18,61 @@ def resolve_training(training: TrainingConfig, model: ModelConfig, data_parallel
     at_least(0, training, "seed", "eval_interval", "eval_iters")
     if training.seed >= 2**32:
         raise UserError(f"--seed {training.seed} is out of range; it must be below 2^32")
-    batch = _global_batch_size(training, data_parallel)
     resolved = replace(
         training,
-        global_batch_size=batch,
-        train_iters=_train_iters(training, batch),
-        train_samples=None,
+        global_batch_size=training.global_batch_size or training.micro_batch_size * data_parallel,
         eval_interval=training.eval_interval if training.eval_iters else 0,
     )
+    _check_rampup(resolved)
+    _check_batches(resolved, data_parallel)
+    _check_length(resolved)
     return _resolve_recompute(resolved, model)
 
 
-def _global_batch_size(training: TrainingConfig, data_parallel: int) -> int:
-    unit = training.micro_batch_size * data_parallel
-    batch = unit if training.global_batch_size is None else training.global_batch_size
-    if batch % unit:
-        below = batch // unit * unit
-        near = [str(n) for n in (below, below + unit) if n]
+def _check_rampup(training: TrainingConfig) -> None:
+    """The batch sizes of a ramp-up lead from the first to ``global_batch_size``."""
+    words, batch = training.rampup_batch_size, training.global_batch_size
+    if words is None:
+        return
+    given = f"--rampup-batch-size {' '.join(map(str, words))}"
+    if len(words) != 3 or min(words) < 1:
+        raise UserError(f"{given} must be three numbers above 0, START INCREMENT SAMPLES, e.g. 32 32 1000000")
+    if training.train_samples is None:
+        raise UserError(f"{given} needs a run that counts samples; give --train-samples, not --train-iters")
+    start, increment, _ = words
+    assert batch is not None
+    if start >= batch or (batch - start) % increment:
         raise UserError(
-            f"--global-batch-size {batch} is not divisible by --micro-batch-size "
+            f"{given} must lead from START in steps of INCREMENT to --global-batch-size {batch}; "
+            f"{batch} - {start} = {batch - start} is not a positive multiple of {increment}"
+        )
+
+
+def _check_batches(training: TrainingConfig, data_parallel: int) -> None:
+    unit = training.micro_batch_size * data_parallel
+    for batch in batch_sizes(training):
+        if not batch % unit:
+            continue
+        what = "a batch of --rampup-batch-size," if training.rampup_batch_size else "--global-batch-size"
+        near = [str(n) for n in (batch // unit * unit, batch // unit * unit + unit) if n]
+        raise UserError(
+            f"{what} {batch} is not divisible by --micro-batch-size "
             f"{training.micro_batch_size} x data-parallel size {data_parallel} = {unit}; "
             f"the nearest that is: {' or '.join(near)}"
         )
-    return batch
 
 
-def _train_iters(training: TrainingConfig, batch: int) -> int:
+def _check_length(training: TrainingConfig) -> None:
     if training.train_iters is not None and training.train_samples is not None:
         raise UserError("--train-iters and --train-samples both set the length of the run; keep one")
-    if training.train_iters is not None:
-        return training.train_iters
-    if training.train_samples is None:
+    if training.train_iters is None and training.train_samples is None:
         raise UserError("the length of the run is missing; give --train-iters or --train-samples")
-    if training.train_samples < batch:
+    first = batch_sizes(training)[0]
+    if training.train_samples is not None and training.train_samples < first:
         raise UserError(
-            f"--train-samples {training.train_samples} is less than one global batch of {batch}; "
+            f"--train-samples {training.train_samples} is less than one global batch of {first}; "
             "raise it, or lower --global-batch-size"
         )
-    return training.train_samples // batch
 
 
 def _resolve_recompute(training: TrainingConfig, model: ModelConfig) -> TrainingConfig:
@@ -87,11 +105,12 @@ def _resolve_recompute(training: TrainingConfig, model: ModelConfig) -> Training
     return training
 
 
-def resolve_optimizer(optimizer: OptimizerConfig, train_iters: int) -> OptimizerConfig:
-    """See ``checks.resolve``."""
+def resolve_optimizer(optimizer: OptimizerConfig, training: TrainingConfig) -> OptimizerConfig:
+    """See ``checks.resolve``; ``training`` is resolved. The schedule is in the unit of the run's length."""
     positive(optimizer, "lr", "adam_eps")
-    at_least(0, optimizer, "min_lr", "lr_warmup_init", "lr_warmup_iters", "weight_decay", "clip_grad")
-    at_least(1, optimizer, "lr_decay_iters", "lr_wsd_decay_iters")
+    at_least(0, optimizer, "min_lr", "lr_warmup_init", "weight_decay", "clip_grad")
+    at_least(0, optimizer, "lr_warmup_iters", "lr_warmup_samples")
+    at_least(1, optimizer, *(f"{name}_{unit}" for name in _DECAYS for unit in _UNITS))
     share(optimizer, "lr_warmup_fraction")
     share(optimizer, "adam_beta1", "adam_beta2", below_one=True)
     for name in ("min_lr", "lr_warmup_init"):
@@ -100,35 +119,54 @@ def resolve_optimizer(optimizer: OptimizerConfig, train_iters: int) -> Optimizer
                 f"{flag(name)} {getattr(optimizer, name):g} is above the peak, --lr {optimizer.lr:g}; "
                 "lower it or raise --lr"
             )
-    decay = optimizer.lr_decay_iters or train_iters
-    warmup = _warmup_iters(optimizer, decay)
-    _check_wsd(optimizer, decay, warmup)
-    return replace(optimizer, lr_decay_iters=decay, lr_warmup_iters=warmup, lr_warmup_fraction=None)
+    length = training.train_samples if counts_samples(training) else training.train_iters
+    assert length is not None
+    unit, other = ("samples", "iters") if counts_samples(training) else ("iters", "samples")
+    _refuse_other_unit(optimizer, unit, other)
+    decay = getattr(optimizer, f"lr_decay_{unit}") or length
+    warmup = _warmup(optimizer, unit, decay)
+    _check_wsd(optimizer, unit, decay, warmup)
+    filled = {f"lr_decay_{unit}": decay, f"lr_warmup_{unit}": warmup}
+    return replace(optimizer, **filled, lr_warmup_fraction=None)  # type: ignore[arg-type]
 
 
-def _warmup_iters(optimizer: OptimizerConfig, decay: int) -> int:
-    fraction, iters = optimizer.lr_warmup_fraction, optimizer.lr_warmup_iters
-    if fraction is not None and iters is not None:
-        raise UserError("--lr-warmup-fraction and --lr-warmup-iters are both given; keep one")
-    warmup = int(fraction * decay) if fraction is not None else iters or 0
+_UNITS, _DECAYS = ("iters", "samples"), ("lr_decay", "lr_wsd_decay")
+_WORDS = {"iters": "steps", "samples": "samples"}
+
+
+def _refuse_other_unit(optimizer: OptimizerConfig, unit: str, other: str) -> None:
+    for name in ("lr_warmup", *_DECAYS):
+        if getattr(optimizer, f"{name}_{other}") is not None:
+            raise UserError(
+                f"{flag(f'{name}_{other}')} counts {_WORDS[other]}, and a run of --train-{unit} counts "
+                f"{_WORDS[unit]}; give {flag(f'{name}_{unit}')}"
+            )
+
+
+def _warmup(optimizer: OptimizerConfig, unit: str, decay: int) -> int:
+    fraction, given = optimizer.lr_warmup_fraction, getattr(optimizer, f"lr_warmup_{unit}")
+    if fraction is not None and given is not None:
+        raise UserError(f"--lr-warmup-fraction and --lr-warmup-{unit} are both given; keep one")
+    warmup = int(fraction * decay) if fraction is not None else given or 0
     if warmup >= decay:
         raise UserError(
-            f"the warm-up takes {warmup} steps and the schedule (--lr-decay-iters, or else --train-iters) "
-            f"has {decay}; the warm-up must be shorter"
+            f"the warm-up takes {warmup} {_WORDS[unit]} and the schedule (--lr-decay-{unit}, or else "
+            f"--train-{unit}) has {decay}; the warm-up must be shorter"
         )
     return warmup
 
 
-def _check_wsd(optimizer: OptimizerConfig, decay: int, warmup: int) -> None:
-    final = optimizer.lr_wsd_decay_iters
+def _check_wsd(optimizer: OptimizerConfig, unit: str, decay: int, warmup: int) -> None:
+    final = getattr(optimizer, f"lr_wsd_decay_{unit}")
+    name = f"--lr-wsd-decay-{unit}"
     if optimizer.lr_decay_style != "WSD":
         if final is not None:
-            raise UserError("--lr-wsd-decay-iters needs --lr-decay-style WSD; add that or leave it out")
+            raise UserError(f"{name} needs --lr-decay-style WSD; add that or leave it out")
         return
     if final is None:
-        raise UserError("--lr-decay-style WSD needs --lr-wsd-decay-iters, the steps of its final decay")
+        raise UserError(f"--lr-decay-style WSD needs {name}, the {_WORDS[unit]} of its final decay")
     if warmup + final > decay:
         raise UserError(
-            f"warm-up ({warmup} steps) and the final decay of WSD ({final}) take longer than the schedule "
-            f"({decay} steps); lower --lr-wsd-decay-iters or the warm-up"
+            f"warm-up ({warmup} {_WORDS[unit]}) and the final decay of WSD ({final}) take longer than the "
+            f"schedule ({decay}); lower {name} or the warm-up"
         )

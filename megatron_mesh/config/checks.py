@@ -13,16 +13,16 @@ from megatron_mesh.config.check_precision import resolve_precision
 from megatron_mesh.config.check_training import resolve_optimizer, resolve_training
 from megatron_mesh.config.ranges import at_least, positive
 from megatron_mesh.config.schema import CheckpointConfig, Config, DataConfig, ModelConfig
-from megatron_mesh.config.settings import flag
 from megatron_mesh.errors import UserError
 
 
 def resolve(config: Config, *, world_size: int = 1) -> Config:
     """The configuration that a run of ``world_size`` processes uses: nothing in it is left to guess.
 
-    The layers are one string, the four parts None again; the length is ``train_iters``, the warm-up
-    ``lr_warmup_iters``. Resolving a resolved configuration changes nothing. Data may be missing (a dry
-    run needs none), and ``vocab_size`` may wait for the tokenizer: resolve again once it is known.
+    The layers are one string, the four parts None again. Decay and warm-up are set in the unit of the run's
+    length: steps with ``train_iters``, samples with ``train_samples``. Resolving a resolved configuration
+    changes nothing. Data may be missing (a dry run needs none), and ``vocab_size`` may wait for the
+    tokenizer: resolve again once it is known.
 
     Raises:
         UserError: a setting is out of range or does not fit another one.
@@ -38,8 +38,7 @@ def resolve(config: Config, *, world_size: int = 1) -> Config:
     training = resolve_training(config.training, model, data_parallel)
     check_pipeline(config.parallel, model, training, data_parallel)
     precision = resolve_precision(config.precision, model, training, config.parallel)
-    assert training.train_iters is not None
-    optimizer = resolve_optimizer(config.optimizer, training.train_iters)
+    optimizer = resolve_optimizer(config.optimizer, training)
     check_checkpoint(config.checkpoint)
     at_least(1, config.logging, "log_interval")
     return replace(config, model=model, training=training, precision=precision, optimizer=optimizer)
@@ -85,12 +84,7 @@ def check_checkpoint(checkpoint: CheckpointConfig) -> None:
     at_least(1, checkpoint, "save_interval", "keep_last", "keep_every", "exit_interval")
     for name in ("exit_duration_in_mins", "exit_grace_seconds", "save_timeout_minutes"):
         positive(checkpoint, name)
-    for name in ("async_save", "keep_last", "exit_grace_seconds"):
-        if getattr(checkpoint, name) and checkpoint.save is None:
-            raise UserError(f"{flag(name)} is given without --save; give the directory for checkpoints too")
     if checkpoint.keep_every is not None and checkpoint.keep_last is None:
         raise UserError("--keep-every says what to keep beside the last ones; give --keep-last too")
-    if checkpoint.save_interval is not None and checkpoint.save is None:
-        raise UserError("--save-interval is given without --save; give the directory for checkpoints too")
     if checkpoint.finetune and checkpoint.load is None:
         raise UserError("--finetune starts from a checkpoint's weights; give its directory with --load")

@@ -73,7 +73,10 @@ class TrainingConfig:
     train_iters: int | None = None
     """Optimizer steps of the whole run."""
     train_samples: int | None = None
-    """Sequences of the whole run (instead of --train-iters)."""
+    """Sequences of the whole run (instead of --train-iters); the schedule then counts sequences, too."""
+    rampup_batch_size: list[int] | None = None
+    """START INCREMENT SAMPLES: begin with a global batch of START and increase it by INCREMENT, in equal
+    shares of the first SAMPLES sequences, up to --global-batch-size. Needs --train-samples."""
     seed: int = 1234
     """Seed of the initial weights and of the order of the data."""
     bf16: bool = False
@@ -102,13 +105,17 @@ class PrecisionConfig:
     """Precision: Transformer Engine, FP8 and fused gradients."""
 
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Modules of the layers: Transformer Engine's or torch's (local); auto: the former with a GPU and it."""
+    """Layer implementation: transformer_engine, local (torch), or auto (Transformer Engine if it is installed
+    and a GPU is present)."""
+    attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
+    """Attention of Transformer Engine's layers: flash-attention, cuDNN's (fused), unfused, torch's (local)
+    or the fastest (auto). Local layers always use torch's."""
     gradient_accumulation_fusion: bool = False
     """Add weight gradients to the float32 ones inside the matrix product (Transformer Engine or apex)."""
     fp8_format: Literal["e4m3", "hybrid"] | None = None
     """Compute in FP8: e4m3 everywhere, or e5m2 for gradients (hybrid); with Transformer Engine and --bf16."""
     fp8_recipe: Literal["tensorwise", "blockwise", "delayed"] = "tensorwise"
-    """Scales of FP8: of the tensor as it is, of its blocks, or of earlier tensors (delayed)."""
+    """FP8 scaling: per tensor from current values, per block, or delayed (from an amax history)."""
     fp8_scope: Literal["core", "all"] = "core"
     """Layers in FP8: the core's, or prelude's and coda's too; a plain model is all core."""
     fp8_param_gather: bool = False
@@ -137,16 +144,22 @@ class OptimizerConfig:
     """Shape of the decay."""
     lr_decay_iters: int | None = None
     """Steps over which the learning rate decays; --train-iters if unset."""
+    lr_decay_samples: int | None = None
+    """With --train-samples: sequences over which the learning rate decays; --train-samples if unset."""
     lr_warmup_fraction: float | None = None
-    """Share of the decay steps spent on linear warm-up."""
+    """Share of the decay (in steps or sequences) spent on linear warm-up."""
     lr_warmup_iters: int | None = None
     """Steps of linear warm-up (instead of --lr-warmup-fraction)."""
+    lr_warmup_samples: int | None = None
+    """With --train-samples: sequences of linear warm-up (instead of --lr-warmup-fraction)."""
     lr_warmup_init: float = 0.0
     """Learning rate at which the warm-up starts."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     """Shape of the final decay of WSD."""
     lr_wsd_decay_iters: int | None = None
     """Steps of the final decay of WSD."""
+    lr_wsd_decay_samples: int | None = None
+    """With --train-samples: sequences of the final decay of WSD."""
     weight_decay: float = 0.01
     """Weight decay; biases and norms have none."""
     adam_beta1: float = 0.9
@@ -192,7 +205,7 @@ class CheckpointConfig:
     save: str | None = None
     """Directory for checkpoints."""
     load: str | None = None
-    """Directory of checkpoints to go on from; may equal --save, then an empty one starts a new run."""
+    """Directory of checkpoints to resume from; may equal --save, then an empty one starts a new run."""
     save_interval: int | None = None
     """Steps between checkpoints (one is always written at the end)."""
     finetune: bool = False
@@ -203,6 +216,8 @@ class CheckpointConfig:
     """Load the state of the random number generators."""
     override_opt_param_scheduler: bool = False
     """Take learning rate, weight decay and schedule from this run's settings, not from the checkpoint."""
+    require_same_data: bool = False
+    """Refuse to resume if data or settings give the samples another order than the checkpoint's."""
     load_fallback: bool = True
     """Take the newest earlier checkpoint where the newest one is damaged."""
     async_save: bool = False
@@ -211,7 +226,7 @@ class CheckpointConfig:
     """End the job, with the stack of every rank, when a save keeps training waiting for so long (with
     --watchdog-timeout-minutes 0: never)."""
     keep_last: int | None = None
-    """Number of newest checkpoints to keep; all if unset."""
+    """Keep this many of the newest checkpoints (default: all)."""
     keep_every: int | None = None
     """With --keep-last: keep those of steps divisible by this as well."""
     exit_interval: int | None = None

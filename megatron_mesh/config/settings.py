@@ -40,7 +40,8 @@ REFUSED: dict[str, str] = {
     "num_layers": "use --layers: one number for a plain model, 4+8R2+4 for a core that runs twice",
     "hidden_dropout": "the model has no dropout",
     "attention_dropout": "the model has no dropout",
-    "rampup_batch_size": "the batch size is constant; use --global-batch-size",
+    "decrease_batch_size_if_needed": "START and INCREMENT of --rampup-batch-size must be multiples of "
+    "--micro-batch-size x data-parallel size",
 }
 
 

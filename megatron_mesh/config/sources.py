@@ -6,10 +6,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-import yaml
-
 from megatron_mesh.config.layers import parse_layers
 from megatron_mesh.config.settings import NEGATED, SETTINGS, unknown_setting
+from megatron_mesh.config.yaml_file import expand_path, load_yaml
 from megatron_mesh.errors import UserError
 
 # The setting of each part of a LayerLayout.
@@ -25,10 +24,32 @@ LAYER_PARTS = {
 ALTERNATIVES: tuple[tuple[set[str], set[str]], ...] = (
     ({"layers"}, set(LAYER_PARTS)),
     ({"train_iters"}, {"train_samples"}),
-    ({"lr_warmup_iters"}, {"lr_warmup_fraction"}),
+    ({"lr_decay_iters"}, {"lr_decay_samples"}),
+    ({"lr_warmup_iters"}, {"lr_warmup_fraction", "lr_warmup_samples"}),
+    ({"lr_warmup_samples"}, {"lr_warmup_fraction"}),
+    ({"lr_wsd_decay_iters"}, {"lr_wsd_decay_samples"}),
     ({"data_path"}, {"train_data_path", "valid_data_path", "test_data_path"}),
 )
-ALTERNATIVE_NAMES = frozenset().union(*(names for pair in ALTERNATIVES for names in pair))
+
+# A source that gives the first drops what an earlier source said of the second, which described it.
+DESCRIBES: tuple[tuple[str, str], ...] = (("tokenizer_model", "tokenizer_type"),)
+ALTERNATIVE_NAMES = frozenset().union(*(names for pair in ALTERNATIVES for names in pair), *DESCRIBES)
+
+# Settings in which a YAML file may write ~ and $VAR, as a shell lets the command line do.
+PATHS = frozenset(
+    {
+        "data_path",
+        "train_data_path",
+        "valid_data_path",
+        "test_data_path",
+        "data_cache_path",
+        "tokenizer_model",
+        "save",
+        "load",
+        "output_dir",
+        "tensorboard_dir",
+    }
+)
 
 
 def merge(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,6 +66,9 @@ def merge(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any
             kept = {name: value for name, value in kept.items() if name not in other}
         if other & later.keys():
             kept = {name: value for name, value in kept.items() if name not in one}
+    for thing, description in DESCRIBES:
+        if thing in later:
+            kept.pop(description, None)
     return {**kept, **later}
 
 
@@ -77,22 +101,33 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: {key}: expected {expected}, got {value!r}") from None
         if name in settings:
             raise UserError(f"{path}: {name} and no_{name} are both given; keep one of them")
+        if name in PATHS:
+            converted = _expanded(converted, path, name)
         settings[name] = not converted if key in NEGATED else converted
     return settings
 
 
 def _load(path: Path) -> dict[Any, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path)
     except OSError as error:
         raise UserError(f"--config {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not a YAML file: {error}") from None
+    except ValueError as error:
+        raise UserError(f"--config {path} is not a YAML file of settings: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold lines of the form 'hidden_size: 768'")
     return content
+
+
+def _expanded(value: str | list[str] | None, file: Path, name: str) -> str | list[str] | None:
+    try:
+        if isinstance(value, list):
+            return [expand_path(word) for word in value]
+        return None if value is None else expand_path(value)
+    except ValueError as error:
+        raise UserError(f"{file}: {name}: {value}: {error}") from None
 
 
 def _convert(value: Any, wanted: Any) -> Any:

@@ -113,7 +113,7 @@ class _Opener:
         blend = None if plan.blend is None else cache.load(plan.blend)
         if plan.blend is not None and blend is None:
             return None
-        return SampleStream(parts, self._seed, plan.num_samples, blend)
+        return SampleStream(parts, self._seed, plan.num_samples, blend, plan.order)
 
 
 def _open_everywhere(

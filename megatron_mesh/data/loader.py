@@ -4,7 +4,7 @@ import atexit
 import gc
 import signal
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -36,9 +36,9 @@ def sample_ids(step: int, global_batch_size: int) -> range:
 class RankSampler(Sampler[list[int]]):
     """The samples of each micro-batch of one rank, from sample ``consumed_samples`` on.
 
-    A global batch is ``global_batch_size`` consecutive samples; rank r takes the r-th of ``dp_size`` equal
-    runs of them, cut into micro-batches. An incomplete global batch at the end is left out.
-    Raises UserError when the global batch does not divide.
+    The global batch that begins after n samples is the next ``batch_size(n)`` samples; rank r takes the
+    r-th of ``dp_size`` equal runs of them, cut into micro-batches. An incomplete global batch at the end is
+    left out. Raises UserError when a global batch does not divide.
     """
 
     def __init__(
@@ -46,29 +46,31 @@ class RankSampler(Sampler[list[int]]):
         num_samples: int,
         consumed_samples: int,
         micro_batch_size: int,
-        global_batch_size: int,
+        batch_size: Callable[[int], int],
         dp_rank: int,
         dp_size: int,
     ) -> None:
         assert 0 <= dp_rank < dp_size and consumed_samples >= 0
-        if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % (micro_batch_size * dp_size):
+        self._num_samples, self._consumed, self._micro = num_samples, consumed_samples, micro_batch_size
+        self._batch_size, self._rank, self._ranks = batch_size, dp_rank, dp_size
+        self._share(consumed_samples)
+
+    def _share(self, start: int) -> int:
+        """Samples of each rank in the global batch that begins at ``start``."""
+        size = self._batch_size(start)
+        if self._micro < 1 or size < 1 or size % (self._micro * self._ranks):
             raise UserError(
-                f"--global-batch-size {global_batch_size} is no multiple of --micro-batch-size "
-                f"{micro_batch_size} x {dp_size} data-parallel ranks; change one of them."
+                f"a global batch of {size} is not a multiple of --micro-batch-size {self._micro} x "
+                f"{self._ranks} data-parallel ranks; change one of them."
             )
-        share = global_batch_size // dp_size
-        self._micro = micro_batch_size
-        self._offsets = range(dp_rank * share, (dp_rank + 1) * share, micro_batch_size)
-        self._starts = range(consumed_samples, num_samples - global_batch_size + 1, global_batch_size)
+        return size // self._ranks
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in self._starts:
-            for offset in self._offsets:
-                first = start + offset
-                yield list(range(first, first + self._micro))
-
-    def __len__(self) -> int:
-        return len(self._starts) * len(self._offsets)
+        start = self._consumed
+        while start + (share := self._share(start)) * self._ranks <= self._num_samples:
+            for offset in range(self._rank * share, (self._rank + 1) * share, self._micro):
+                yield list(range(start + offset, start + offset + self._micro))
+            start += share * self._ranks
 
 
 def build_loader(
@@ -76,7 +78,7 @@ def build_loader(
     *,
     consumed_samples: int,
     micro_batch_size: int,
-    global_batch_size: int,
+    global_batch_size: int | Callable[[int], int],
     dp_rank: int,
     dp_size: int,
     num_workers: int,
@@ -84,14 +86,15 @@ def build_loader(
 ) -> Iterator[Batch]:
     """This rank's micro-batches, from global sample ``consumed_samples`` to the end of ``dataset``.
 
-    ``num_workers`` processes read ahead (0: the caller reads); they change neither the order nor the global
-    random state. Raises UserError when the global batch does not divide.
+    ``global_batch_size`` may be a function of the samples consumed so far (a ramp-up). ``num_workers``
+    processes read ahead (0: the caller reads); they change neither the order nor the global random state.
+    Raises UserError when the global batch does not divide.
     """
     sampler = RankSampler(
         len(dataset),  # type: ignore[arg-type]
         consumed_samples,
         micro_batch_size,
-        global_batch_size,
+        global_batch_size if callable(global_batch_size) else lambda consumed: global_batch_size,
         dp_rank,
         dp_size,
     )

@@ -1,5 +1,7 @@
 """What the data of a run consist of. Rank 0 finds out, and the other ranks only open what it names."""
 
+import hashlib
+import json
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -42,6 +44,12 @@ class StreamPlan(NamedTuple):
     parts: list[PartPlan]
     num_samples: int
     blend: cache.Key | None
+
+    @property
+    def order(self) -> str:
+        """A digest of what decides the order of the samples: data, documents, weights, seed and length."""
+        parts = [(part.weight, part.key.description) for part in self.parts]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 class Planner:

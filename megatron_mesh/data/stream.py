@@ -60,13 +60,17 @@ class SampleStream(torch.utils.data.Dataset):
     Args:
         blend: what ``blend_index`` returned, memory-mapped: 10 bytes a sample, which the processes of a node
             share. None for a single part.
+        order: a digest of all that decides which samples come in which order, but for their number.
     """
 
-    def __init__(self, parts: list[Part], seed: int, num_samples: int, blend: Arrays | None = None) -> None:
+    def __init__(
+        self, parts: list[Part], seed: int, num_samples: int, blend: Arrays | None = None, order: str = ""
+    ) -> None:
         assert (len(parts) > 1) == (blend is not None)
         self.parts = parts
         self.seed = seed
         self.num_samples = num_samples
+        self.order = order
         self._blend = blend
 
     def __len__(self) -> int:

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_mesh.checkpoint.integrity import digest
+from megatron_mesh.config.yaml_file import load_yaml
 from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation.tasks import TASKS
 
@@ -66,8 +65,8 @@ def read_local_tasks(directory: Path) -> dict[str, LocalTask]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        config = load_yaml(file)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{file} cannot be read as a task file ({' '.join(str(error).split())}); with --local-data it is "
             "plain YAML, without !function"

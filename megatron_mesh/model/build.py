@@ -87,10 +87,10 @@ def _construct(
     implementation: Implementation,
     **stage: Any,
 ) -> MeshGPTModel:
-    model = config.model
+    model, transformer = config.model, transformer_config(config, implementation)
     return MeshGPTModel(
-        transformer_config(config, implementation),
-        layer_spec(implementation),
+        transformer,
+        layer_spec(implementation, transformer.attention_backend),
         vocab_size=padded_vocab_size(model),
         unpadded_vocab_size=model.vocab_size,
         max_sequence_length=model.seq_length,

@@ -4,15 +4,16 @@ import functools
 import importlib
 import importlib.util
 import logging
-import os
 from typing import Literal
 
 from megatron.core.fusions import fused_layer_norm
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.utils import is_te_min_version
 
 from megatron_mesh import kernels
 from megatron_mesh.config.schema import ParallelConfig, PrecisionConfig
 from megatron_mesh.errors import UserError
+from megatron_mesh.model.attention import attention_backend
 from megatron_mesh.runtime import device
 from megatron_mesh.runtime.distributed import is_rank_zero
 from megatron_mesh.runtime.unusable_imports import BROKEN
@@ -26,8 +27,6 @@ TRANSFORMER_ENGINE: Implementation = "transformer_engine"
 _NO_GPU = "there is no GPU"
 _INSTALL = "on a machine with CUDA: pip install --no-build-isolation -e '.[te]'"
 _REINSTALL = "install it again, for this torch and its CUDA, or pip uninstall transformer-engine"
-# Megatron-core (language_module.py: _set_attention_backend) ends with an assertion where they are not 1.
-_ATTENTION_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 _OLDEST = "2.9"  # what megatron-core 0.16.1 asks for in its own extra
 
 
@@ -37,9 +36,6 @@ def choose(precision: PrecisionConfig, parallel: ParallelConfig) -> Implementati
     Raises:
         UserError: the settings ask for something that this machine has not.
     """
-    for name in _ATTENTION_SWITCHES:
-        if (value := os.environ.get(name, "1")) != "1":
-            raise UserError(f"{name}={value} in the environment: Megatron-core sets it by itself; unset it")
     asked = precision.transformer_impl
     missing = why_no_transformer_engine()
     reason = missing or (f"--transformer-impl {asked} rules it out" if device.has_gpu() else _NO_GPU)
@@ -54,11 +50,7 @@ def choose(precision: PrecisionConfig, parallel: ParallelConfig) -> Implementati
     recipe = precision.fp8_recipe
     if precision.fp8_format and device.has_gpu() and (why := device.why_no_fp8(recipe)):
         raise UserError(f"--fp8-format with --fp8-recipe {recipe}: {why}; leave --fp8-format out")
-    if (ranks := parallel.context_parallel_size) > 1 and chosen == LOCAL:
-        raise UserError(
-            f"--context-parallel-size {ranks} needs Transformer Engine's attention: {remedy}; for long "
-            "sequences without it use --tensor-model-parallel-size with --sequence-parallel"
-        )
+    _check_attention(precision, parallel, chosen, remedy)
     if precision.gradient_accumulation_fusion and chosen == LOCAL and not has_fused_gradients():
         raise UserError(
             "--gradient-accumulation-fusion needs Transformer Engine, or apex with its CUDA extensions: "
@@ -66,6 +58,24 @@ def choose(precision: PrecisionConfig, parallel: ParallelConfig) -> Implementati
         )
     _say_once(chosen, "" if asked == chosen else reason)
     return chosen
+
+
+def _check_attention(
+    precision: PrecisionConfig, parallel: ParallelConfig, chosen: Implementation, remedy: str
+) -> None:
+    attention = attention_backend(precision.attention_backend)
+    torchs = chosen == LOCAL or attention is AttnBackend.local
+    if (ranks := parallel.context_parallel_size) > 1 and torchs:
+        why = "not --attention-backend local" if chosen == TRANSFORMER_ENGINE else remedy
+        raise UserError(
+            f"--context-parallel-size {ranks} needs Transformer Engine's attention: {why}; for long "
+            "sequences without it use --tensor-model-parallel-size with --sequence-parallel"
+        )
+    if chosen == LOCAL and attention not in (AttnBackend.auto, AttnBackend.local):
+        raise UserError(
+            f"--attention-backend {attention.name} needs Transformer Engine's layers: {remedy}; leave it "
+            "out, and torch chooses its fastest attention"
+        )
 
 
 @functools.cache

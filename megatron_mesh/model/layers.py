@@ -8,7 +8,7 @@ from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -129,13 +129,20 @@ def neox_layer_spec() -> ModuleSpec:
     return spec
 
 
-def layer_spec(implementation: Implementation) -> ModuleSpec:
-    """The layer of local modules, or of Transformer Engine's, which must be there then."""
+def layer_spec(implementation: Implementation, attention: AttnBackend = AttnBackend.auto) -> ModuleSpec:
+    """The layer of local modules, or of Transformer Engine's, which must be there then.
+
+    Args:
+        attention: of Transformer Engine's layers; ``local`` is torch's.
+    """
     if implementation == LOCAL:
         return neox_layer_spec()
     from megatron_mesh.model.te_layers import te_layer_spec
 
-    return te_layer_spec()
+    spec = te_layer_spec()
+    if attention is AttnBackend.local:
+        spec.submodules.self_attention.submodules.core_attention = SDPAttention
+    return spec
 
 
 def final_norm(config: TransformerConfig) -> type:

@@ -1,6 +1,6 @@
 """This rank's share of the model: who owns the weights, what the schedule runs, how gradients meet."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,8 @@ class Stage:
     """What the schedule runs: one, or a chunk for each virtual stage."""
     groups: list[DistributedDataParallel]
     """Hold the gradients and reduce them; every weight is in exactly one."""
+    group_size: Callable[[int], int] | None = None
+    """``microbatch_group_size`` for a number of micro-batches; None without virtual stages."""
 
     @property
     def config(self) -> MeshTransformerConfig:
@@ -40,6 +42,12 @@ class Stage:
     def recurrence(self) -> Scheme | None:
         """The scheme with its routers, on the ranks that have it."""
         return getattr(self.modules[0].decoder, "recurrence", None)
+
+    def expect(self, micro_batches: int) -> None:
+        """Tell the interleaved schedule how many micro-batches the next step has on each rank."""
+        if self.group_size is not None:
+            for settings in {id(m.config): m.config for m in self.modules}.values():
+                settings.microbatch_group_size_per_vp_stage = self.group_size(micro_batches)
 
     def zero_grad_buffer(self) -> None:
         """Set all gradients to zero."""
@@ -131,7 +139,7 @@ def _plain_chunks(config: Config, initial_weights: bool) -> list[MeshGPTModel]:
 
 def _with_schedule(stage: Stage, config: Config) -> Stage:
     """Tell the schedule how gradients are synchronised, by Megatron's hooks in its configuration."""
-    parallel, training = config.parallel, config.training
+    parallel = config.parallel
     # A looped model has one such object (its sections have copies, made before), chunks of a plain one each
     # their own. Outputs that were sent are not freed early (``deallocate_pipeline_outputs``): Megatron frees
     # some before it has waited for the send, which breaks gloo and was not tried on NCCL.
@@ -142,11 +150,7 @@ def _with_schedule(stage: Stage, config: Config) -> Stage:
         stages = virtual_stages(config.model, parallel)
         if stages is None:
             continue
-        assert training.global_batch_size is not None
-        share = training.global_batch_size // parallel_state.get_data_parallel_world_size()
-        settings.microbatch_group_size_per_vp_stage = microbatch_group_size(
-            parallel, share // training.micro_batch_size
-        )
+        stage.group_size = partial(microbatch_group_size, parallel)
         if parallel.overlap_grad_reduce:
             looped = SCHEMES[config.model.recurrence].has_loop
             settings.grad_sync_func = (

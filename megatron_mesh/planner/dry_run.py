@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.derived import layout, padded_vocab_size
+from megatron_mesh.config.length import batch_sizes, last_sample, last_step
 from megatron_mesh.config.schema import Config, ParallelConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.model import build_on_meta, flops_per_token
@@ -76,16 +77,22 @@ def _parameter_rows(counts: Counter[str]) -> list[tuple[str, str]]:
 
 def _run_rows(plan: Plan) -> list[tuple[str, str]]:
     training, model = plan.config.training, plan.config.model
-    assert training.global_batch_size is not None and training.train_iters is not None
+    assert training.global_batch_size is not None
     micro_batches = f"{plan.pipeline.micro_batches} of {training.micro_batch_size} sequences"
     per_step = training.global_batch_size * model.seq_length
-    tokens = per_step * training.train_iters
+    tokens = last_sample(training) * model.seq_length
     flops = flops_per_token(model)
+    rampup = []
+    if training.rampup_batch_size:
+        sizes, samples = batch_sizes(training), training.rampup_batch_size[2]
+        growth = f"{sizes[0]:,} to {sizes[-1]:,} in {len(sizes) - 1} increments, over {samples:,} samples"
+        rampup = [("batch size", growth)]
     return [
         ("ranks", f"{plan.world_size}: {ranks_text(plan)}"),
         ("micro-batches", f"{micro_batches} per step and rank"),
         ("tokens per step", f"{per_step:,} ({training.global_batch_size:,} x {model.seq_length:,})"),
-        ("steps", f"{training.train_iters:,} ({tokens:,} tokens)"),
+        *rampup,
+        ("steps", f"{last_step(training):,} ({tokens:,} tokens)"),
         ("FLOPs per token", f"{flops:,.0f} (forward and backward, unrolled)"),
         ("FLOPs in all", f"{flops * tokens:.3e}"),
     ]

@@ -83,10 +83,14 @@ def check_trackers(settings: LoggingConfig) -> None:
             )
 
 
-def open_log(config: Config, directory: Path, step: int) -> Log:
-    """Open the sinks that the settings name. The run starts at ``step``, which is above 0 if it resumes."""
-    settings, last = config.logging, config.training.train_iters
-    assert last is not None
+def open_log(config: Config, directory: Path, step: int, last: int) -> Log:
+    """Open the sinks that the settings name.
+
+    Args:
+        step: at which the run starts; above 0 if it resumes.
+        last: at which it ends.
+    """
+    settings = config.logging
     console = Console(soft_wrap=True)
     sinks: list[Sink] = [JsonLines(directory / METRICS_FILE)]
     if settings.tensorboard_dir:

@@ -1,12 +1,13 @@
 """What the loop reads: the run's vocabulary, its data sets, and micro-batches from a position in them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mesh.config.checks import resolve
+from megatron_mesh.config.length import last_sample
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data import (
     Batch,
@@ -60,27 +61,36 @@ def open_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
 def open_datasets(config: Config, tokenizer: Tokenizer, step: int = 0, consumed_samples: int = 0) -> Datasets:
     """Training data up to the end of a run that stands at ``step``; the others unless it never evaluates."""
     training = config.training
-    assert training.train_iters is not None and training.global_batch_size is not None
+    assert training.global_batch_size is not None
     eval_iters = training.eval_iters if training.eval_interval else 0
     return build_datasets(
         config.data,
         tokenizer,
         seq_length=config.model.seq_length,
         seed=training.seed,
-        train_samples=consumed_samples + max(0, training.train_iters - step) * training.global_batch_size,
+        train_samples=last_sample(training, step, consumed_samples),
         eval_samples=eval_iters * training.global_batch_size,
     )
 
 
-def open_batches(config: Config, dataset: SampleStream, consumed_samples: int = 0) -> Iterator[Batch]:
-    """This rank's micro-batches from a position on; the ranks of a tensor-parallel group read the same."""
+def open_batches(
+    config: Config,
+    dataset: SampleStream,
+    consumed_samples: int = 0,
+    batch_size: Callable[[int], int] | None = None,
+) -> Iterator[Batch]:
+    """This rank's micro-batches from a position on; the ranks of a tensor-parallel group read the same.
+
+    Args:
+        batch_size: the global batch size after a number of consumed samples; constant by default.
+    """
     training = config.training
     assert training.global_batch_size is not None
     return build_loader(
         dataset,
         consumed_samples=consumed_samples,
         micro_batch_size=training.micro_batch_size,
-        global_batch_size=training.global_batch_size,
+        global_batch_size=batch_size or training.global_batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         num_workers=config.data.num_workers,

@@ -9,11 +9,12 @@ from pathlib import Path
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
-from megatron_mesh.checkpoint.compatible import check_same_run
+from megatron_mesh.checkpoint.compatible import changes, check_same_run
 from megatron_mesh.checkpoint.directory import saved_steps
 from megatron_mesh.checkpoint.load import Found, Search, load_checkpoint
 from megatron_mesh.checkpoint.save import Saved, Saver
 from megatron_mesh.checkpoint.state import TrainState
+from megatron_mesh.config.length import batch_size_at, last_step
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data import Datasets
 from megatron_mesh.model.implementation import choose
@@ -28,7 +29,13 @@ from megatron_mesh.runtime.stopping import URGENT, StopRequests, write_status
 from megatron_mesh.train.data import open_batches, open_datasets, open_vocabulary
 from megatron_mesh.train.metrics import RouterMeter, SpeedMeter, perplexity
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule, warn_if_lr_reaches_zero_early
-from megatron_mesh.train.output import check_writable, open_outputs, position, summary
+from megatron_mesh.train.output import (
+    check_writable,
+    open_outputs,
+    position,
+    summary,
+    warn_if_nothing_is_saved,
+)
 from megatron_mesh.train.step import evaluate, train_step
 from megatron_mesh.train.vote import Outcome, Vote
 
@@ -58,6 +65,7 @@ def pretrain(config: Config) -> int:
     with process_groups(config) as health, explained(partial(remedies, config)):
         if is_rank_zero():
             warn_if_lr_reaches_zero_early(config)
+            warn_if_nothing_is_saved(config)
         with health.busy("the preparations"):
             check_trackers(config.logging)
             phases.enter("loading a checkpoint")
@@ -89,14 +97,18 @@ def build(config: Config, search: Search | None = None) -> Run:
     phases.enter("model")
     stage = build_stage(config, initial_weights=found is None)
     optimizer = build_optimizer(config, stage)
-    override = config.checkpoint.override_opt_param_scheduler
-    state = TrainState(build_schedule(config.optimizer, optimizer, override=override))
+    state = TrainState(build_schedule(config.optimizer, optimizer))
     while found is not None and (damage := load_checkpoint(found, config, stage, optimizer, state)):
         assert search is not None
         found = search.next(damage)
         if start != start_position(config, found):
             start = start_position(config, found)
             data = open_datasets(config, tokenizer, *start)
+    if found is not None:
+        for change in changes(found.checkpoint, config, data.train.order):
+            if is_rank_zero():
+                logger.warning("resuming: %s", change)
+    state.data_order = data.train.order
     return Run(config, data, stage, optimizer, state)
 
 
@@ -115,11 +127,11 @@ def start_position(config: Config, found: Found | None) -> tuple[int, int]:
 def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
     """The loop; returns how the run ended (``runtime/exits.py``)."""
     config, stage, optimizer, state = run.config, run.stage, run.optimizer, run.state
-    last, batch_size = config.training.train_iters, config.training.global_batch_size
-    assert last is not None and batch_size is not None
-    speed = SpeedMeter(config, state.step)
+    last = last_step(config.training, state.step, state.consumed_samples)
+    batch_size = partial(batch_size_at, config.training)
+    speed = SpeedMeter(config, state.step, state.consumed_samples)
     routers = RouterMeter(stage.recurrence, enabled=config.logging.log_routers)
-    batches = open_batches(config, run.data.train, state.consumed_samples)
+    batches = open_batches(config, run.data.train, state.consumed_samples, batch_size)
     saver = open_saver(config, log)
     first, reason, saving = state.step + 1, "", config.checkpoint.save_timeout_minutes
 
@@ -127,7 +139,7 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
         return Vote(stop.reason(state.step + 1), written=saver is None or saver.written())
 
     while state.step < last and not reason:
-        step = state.step + 1
+        step, before = state.step + 1, state.consumed_samples
         health.beat(f"step {step}")
         phases.enter("step")
         logged = step == 1 or due(step, config.logging.log_interval, last)
@@ -142,10 +154,15 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
             phases.enter(STARTED)
 
         if not outcome.taken:
-            record_skipped(log, state, outcome, batch_size)
+            record_skipped(log, state, outcome, before)
         elif logged:
             state.train_loss = outcome.loss
-            numbers = {"loss": outcome.loss, "lr": lr, "grad_norm": outcome.grad_norm, **speed.read(step)}
+            numbers = {
+                "loss": outcome.loss,
+                "lr": lr,
+                "grad_norm": outcome.grad_norm,
+                **speed.read(step, state.consumed_samples),
+            }
             log.record("train", step, **numbers, **position(config, state), **routers.read())
         if state.skipped >= config.training.max_skipped_steps:
             return diverged(config, state, saver, health)
@@ -176,7 +193,8 @@ def finish(run: Run, log: Log, health: Health, stop: StopRequests, saver: Saver 
         log.record("test", state.step, loss=loss, perplexity=perplexity(loss))
     if saver is not None and saver.failed:
         return exits.NOT_SAVED
-    nothing_left = state.step == run.config.training.train_iters and run.data.test is None
+    last = last_step(run.config.training, state.step, state.consumed_samples)
+    nothing_left = state.step == last and run.data.test is None
     return exits.STOPPED if reason and not nothing_left else exits.DONE
 
 
@@ -207,10 +225,9 @@ def open_saver(config: Config, log: Log) -> Saver | None:
     return Saver(config, on_saved)
 
 
-def record_skipped(log: Log, state: TrainState, outcome: Outcome, batch_size: int) -> None:
+def record_skipped(log: Log, state: TrainState, outcome: Outcome, first_sample: int) -> None:
     """Log a step that was not taken, with the samples it held; call it after ``state`` has advanced."""
-    end = state.consumed_samples
-    samples = {"first_sample": end - batch_size, "last_sample": end - 1}
+    samples = {"first_sample": first_sample, "last_sample": state.consumed_samples - 1}
     log.record("skipped", state.step, loss=outcome.loss, grad_norm=outcome.grad_norm, **samples)
 
 

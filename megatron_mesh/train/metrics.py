@@ -25,11 +25,10 @@ def perplexity(loss: float) -> float:
 class SpeedMeter:
     """Measures the time per step since the last ``read`` or construction; ``paused`` stops the clock."""
 
-    def __init__(self, config: Config, step: int):
-        assert config.training.global_batch_size is not None
-        self.tokens_per_step = config.training.global_batch_size * config.model.seq_length
+    def __init__(self, config: Config, step: int, consumed_samples: int):
+        self.seq_length = config.model.seq_length
         self.flops_per_token = flops_per_token(config.model)
-        self._step = step
+        self._step, self._samples = step, consumed_samples
         self._start = time.perf_counter()
 
     @contextmanager
@@ -41,17 +40,18 @@ class SpeedMeter:
         device.synchronize()
         self._start += time.perf_counter() - stopped
 
-    def read(self, step: int) -> dict[str, float]:
+    def read(self, step: int, consumed_samples: int) -> dict[str, float]:
         """Return the speed of the steps up to ``step`` and the peak memory of the fullest rank.
 
-        Tokens/s are those of the whole job, TFLOP/s those of the unrolled network per device. Collective;
-        waits for the device.
+        ``step`` ends after ``consumed_samples``. Tokens/s are those of the whole job, TFLOP/s those of the
+        unrolled network per device. Collective; waits for the device.
         """
         device.synchronize()
         now = time.perf_counter()
-        seconds = (now - self._start) / (step - self._step)
-        self._start, self._step = now, step
-        tokens_per_second = self.tokens_per_step / seconds
+        elapsed = now - self._start
+        seconds = elapsed / (step - self._step)
+        tokens_per_second = (consumed_samples - self._samples) * self.seq_length / elapsed
+        self._start, self._step, self._samples = now, step, consumed_samples
         flops = self.flops_per_token * tokens_per_second / dist.get_world_size()
         memory = torch.full((), device.peak_memory_bytes(), dtype=torch.float64, device=device.device())
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)

@@ -7,6 +7,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_mesh.config.length import counts_samples
 from megatron_mesh.config.schema import Config, OptimizerConfig
 from megatron_mesh.parallel import Stage
 
@@ -39,43 +40,47 @@ def build_optimizer(settings: Config, stage: Stage) -> MegatronOptimizer:
 
 def warn_if_lr_reaches_zero_early(config: Config) -> None:
     """Warn if the schedule ends before the run does, as in a longer run with a shorter one's settings."""
-    optimizer, last = config.optimizer, config.training.train_iters
+    optimizer, training = config.optimizer, config.training
+    if counts_samples(training):
+        what, unit, decay, last = "sample", "samples", optimizer.lr_decay_samples, training.train_samples
+    else:
+        what, unit, decay, last = "step", "iters", optimizer.lr_decay_iters, training.train_iters
     decays = optimizer.lr_decay_style != "constant" and not optimizer.min_lr
-    if decays and last and optimizer.lr_decay_iters and optimizer.lr_decay_iters < last:
+    if decays and decay is not None and last is not None and decay < last:
         logger.warning(
-            "the learning rate is 0 after step %d (--lr-decay-iters), and nothing is learned from there to "
-            "step %d; --lr-decay-iters %d --override-opt-param-scheduler makes it decay over the whole run",
-            optimizer.lr_decay_iters,
-            last,
-            last,
+            "the learning rate is 0 after %s %d (--lr-decay-%s), and nothing is learned from there to "
+            "%s %d; --lr-decay-%s %d --override-opt-param-scheduler makes it decay over the whole run",
+            *(what, decay, unit, what, last, unit, last),
         )
 
 
-def build_schedule(
-    config: OptimizerConfig, optimizer: MegatronOptimizer, *, override: bool = False
-) -> OptimizerParamScheduler:
-    """Warm-up and decay of the learning rate, counted in optimizer steps; the weight decay is constant.
+def build_schedule(config: OptimizerConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Warm-up and decay of the learning rate, in the unit of the run's length; the weight decay is constant.
 
     As in Megatron-LM the first step has ``lr_warmup_init``, by default 0, where there is a warm-up.
 
     Args:
         config: resolved.
-        override: keep these settings when a checkpoint's state is loaded (else they must be equal).
     """
+    in_samples = config.lr_decay_iters is None
+    warmup, decay, wsd = (
+        (config.lr_warmup_samples, config.lr_decay_samples, config.lr_wsd_decay_samples)
+        if in_samples
+        else (config.lr_warmup_iters, config.lr_decay_iters, config.lr_wsd_decay_iters)
+    )
     return OptimizerParamScheduler(
         optimizer,
         init_lr=config.lr_warmup_init,
         max_lr=config.lr,
         min_lr=config.min_lr,
-        lr_warmup_steps=config.lr_warmup_iters or 0,
-        lr_decay_steps=config.lr_decay_iters,
+        lr_warmup_steps=warmup or 0,
+        lr_decay_steps=decay,
         lr_decay_style=config.lr_decay_style,
-        wsd_decay_steps=config.lr_wsd_decay_iters,
+        wsd_decay_steps=wsd,
         lr_wsd_decay_style=config.lr_wsd_decay_style,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
-        wd_incr_steps=config.lr_decay_iters,
+        wd_incr_steps=decay,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=override,
     )

@@ -1,5 +1,6 @@
 """The directories that a run writes to, and the configuration that it leaves there."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -11,11 +12,15 @@ from typing import Any
 from megatron_mesh.checkpoint.directory import CONFIG_FILE
 from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.dump import dump_config
+from megatron_mesh.config.length import last_step
 from megatron_mesh.config.schema import Config
+from megatron_mesh.config.settings import flag
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.distributed import is_rank_zero
 from megatron_mesh.runtime.logging import METRICS_FILE, Log, open_log
 from megatron_mesh.train.metrics import perplexity
+
+logger = logging.getLogger(__name__)
 
 _ROOM = 2**16
 """Bytes that must fit into a directory at the start."""
@@ -31,8 +36,8 @@ def check_writable(config: Config) -> None:
         "--output-dir": config.logging.output_dir,
         "--tensorboard-dir": config.logging.tensorboard_dir,
     }
-    for flag, directory in directories.items():
-        if directory is None or not (flag == "--save" or is_rank_zero()):
+    for name, directory in directories.items():
+        if directory is None or not (name == "--save" or is_rank_zero()):
             continue
         try:
             Path(directory).mkdir(parents=True, exist_ok=True)
@@ -40,8 +45,18 @@ def check_writable(config: Config) -> None:
                 file.write(bytes(_ROOM))  # a full disk still takes an empty file
         except OSError as error:
             raise UserError(
-                f"{flag} {directory} cannot be written ({error.strerror}); choose another"
+                f"{name} {directory} cannot be written ({error.strerror}); choose another"
             ) from None
+
+
+def warn_if_nothing_is_saved(config: Config) -> None:
+    """Warn of settings of saving without ``--save``: one file may serve runs with it and without."""
+    names = ("save_interval", "async_save", "keep_last", "exit_grace_seconds")
+    idle = [flag(name) for name in names if getattr(config.checkpoint, name)]
+    if config.checkpoint.save is None and idle:
+        logger.warning(
+            "nothing is saved: %s without --save; give the directory for checkpoints", ", ".join(idle)
+        )
 
 
 def open_output_directory(config: Config) -> Path:
@@ -90,7 +105,8 @@ def open_outputs(config: Config, state: TrainState) -> Iterator[Log]:
     metrics = directory / METRICS_FILE
     if state.step == 0 and metrics.exists():
         keep_aside(metrics)
-    with open_log(config, directory, state.step) as log:
+    last = last_step(config.training, state.step, state.consumed_samples)
+    with open_log(config, directory, state.step, last) as log:
         yield log
 
 

@@ -13,6 +13,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 from torch import Tensor
 
 from megatron_mesh.checkpoint.state import TrainState
+from megatron_mesh.config.length import batch_size_at, counts_samples
 from megatron_mesh.config.schema import Config, TrainingConfig
 from megatron_mesh.data import Batch, SampleStream
 from megatron_mesh.errors import UserError
@@ -44,17 +45,17 @@ def train_step(
 
     Args:
         batches: this rank's micro-batches.
-        training: resolved settings; of these, the sizes of the batches are used.
+        training: resolved settings; of these, the sizes of the batches and the unit of the schedule are used.
         vote: what this rank tells the others. Called after the forward and backward passes, so that a signal
             that arrives during them still counts for this step.
         beat: called before every micro-batch, to show that this rank is making progress.
     """
-    assert training.global_batch_size is not None
+    batch_size = batch_size_at(training, state.consumed_samples)
     with ranges.named("clear"):
         stage.zero_grad_buffer()
         optimizer.zero_grad()
     with ranges.named("forward-backward"):
-        totals = run_batch(stage, batches, training, beat=beat)
+        totals = run_batch(stage, batches, training, batch_size, beat=beat)
     with ranges.named("agreement"):
         optimizer.prepare_grads()
         outcome = agree(optimizer, totals, vote())
@@ -63,7 +64,7 @@ def train_step(
             clip(optimizer, outcome.grad_norm)
             optimizer.step_with_ready_grads()
         state.skipped = 0 if outcome.taken else state.skipped + 1
-        state.advance(training.global_batch_size)
+        state.advance(batch_size, schedule_in_samples=counts_samples(training))
     return outcome
 
 
@@ -117,25 +118,29 @@ def run_batch(
     stage: Stage,
     batches: Iterator[Batch],
     training: TrainingConfig,
+    batch_size: int | None = None,
     *,
     forward_only: bool = False,
     beat: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Run this rank's micro-batches of one global batch through Megatron-core's schedule.
 
-    Unless ``forward_only``, ``main_grad`` then holds the gradients of the loss per token over all ranks.
+    The batch has ``batch_size`` sequences, by default ``global_batch_size``. Unless ``forward_only``,
+    ``main_grad`` then holds the gradients of the loss per token over all ranks.
 
     Returns:
         [2], float64, on the device: this rank's sum of losses and number of tokens; zeros on the ranks that
         do not hold the end of the model.
     """
-    assert training.global_batch_size is not None
-    share = training.global_batch_size // parallel_state.get_data_parallel_world_size()
+    batch_size = batch_size or training.global_batch_size
+    assert batch_size is not None
+    micro_batches = batch_size // parallel_state.get_data_parallel_world_size() // training.micro_batch_size
+    stage.expect(micro_batches)
     reports = get_forward_backward_func()(
         forward_step_func=partial(forward_step, beat),
         data_iterator=stage.data_for_chunks(batches),
         model=stage.chunks,
-        num_microbatches=share // training.micro_batch_size,
+        num_microbatches=micro_batches,
         seq_length=stage.modules[0].max_sequence_length,
         micro_batch_size=training.micro_batch_size,
         forward_only=forward_only,

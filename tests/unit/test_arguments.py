@@ -79,9 +79,21 @@ def test_both_ways_to_name_the_layers_in_one_source(tmp_path: Path, where: str) 
 
 def test_another_way_to_give_the_length(tmp_path: Path) -> None:
     path = _file(tmp_path, "train_iters: 100\nlr_warmup_fraction: 0.5")
-    config = parse_args(["--config", path, "--train-samples", "8", "--lr-warmup-iters", "2"]).config
+    config = parse_args(["--config", path, "--train-samples", "8", "--lr-warmup-samples", "2"]).config
     assert (config.training.train_iters, config.training.train_samples) == (None, 8)
-    assert (config.optimizer.lr_warmup_fraction, config.optimizer.lr_warmup_iters) == (None, 2)
+    assert (config.optimizer.lr_warmup_fraction, config.optimizer.lr_warmup_samples) == (None, 2)
+
+
+def test_the_command_line_names_another_tokenizer(tmp_path: Path) -> None:
+    path = _file(tmp_path, "tokenizer_type: HuggingFaceTokenizer\nlr: 1e-2")
+    data = parse_args(["--config", path, "--tokenizer-model", "b.model"]).config.data
+    assert (data.tokenizer_type, data.tokenizer_model) == (None, "b.model")
+    assert parse_args(["--config", path]).config.data.tokenizer_type == "HuggingFaceTokenizer"
+
+
+def test_a_home_that_the_shell_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse_args(["--save=~/x", "--data-path", "~/a"]).config.checkpoint.save == "/home/me/x"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +159,7 @@ def test_the_resolved_config_starts_the_same_run_again(tmp_path: Path) -> None:
         "--recurrence mesh --prelude-layers 1 --core-layers 2 --num-loops 2 --coda-layers 1 --vocab-size 100 "
         "--train-samples 64 --micro-batch-size 2 --lr-warmup-fraction 0.25 --data-path 0.5 a 0.5 b:c "
         "--recompute-granularity selective --no-load-rng --norm-epsilon 1e-6 --save runs/nöel "
-        "--wandb-project no"
+        "--wandb-project no --output-dir runs/$x"
     )
     first = resolve(parse_args(line.split()).config)
     text = dump_config(first)

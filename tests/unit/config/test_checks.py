@@ -78,9 +78,10 @@ def test_four_parts_become_one_string(recurrence: str, layers: str) -> None:
     assert all(config[name] is None for name in parts)
 
 
-def test_samples_become_steps() -> None:
-    config = resolved(train_iters=None, train_samples=35, global_batch_size=8)
-    assert (config["train_iters"], config["train_samples"], config["lr_decay_iters"]) == (4, None, 4)
+def test_a_run_of_samples_has_a_schedule_of_samples() -> None:
+    config = resolved(train_iters=None, train_samples=100, global_batch_size=8, lr_warmup_fraction=0.1)
+    names = ("train_iters", "train_samples", "lr_decay_iters", "lr_decay_samples", "lr_warmup_samples")
+    assert [config[name] for name in names] == [None, 100, None, 100, 10]
 
 
 def test_recompute_defaults() -> None:
@@ -102,6 +103,8 @@ def test_the_input_is_left_alone() -> None:
     resolve(config)
     assert flatten(config) == before
 
+
+RAMP = {"train_iters": None, "train_samples": 1000, "global_batch_size": 16}
 
 ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"num_attention_heads": 10}, ["--hidden-size 768", "heads 10", "8 or 12"]),
@@ -163,7 +166,7 @@ ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"lr_wsd_decay_iters": 5}, ["--lr-wsd-decay-iters needs --lr-decay-style WSD"]),
     (
         {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 95, "lr_warmup_iters": 10},
-        ["warm-up (10 steps)", "(95)", "(100 steps)"],
+        ["warm-up (10 steps)", "(95)", "(100)"],
     ),
     ({"clip_grad": -1.0}, ["--clip-grad -1.0", "at least 0"]),
     ({"adam_beta2": 1.0}, ["--adam-beta2 1.0", "below 1"]),
@@ -174,7 +177,18 @@ ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"data_path": []}, ["--data-path is empty"]),
     ({"eod_mask_loss": True}, ["--eod-mask-loss needs a tokenizer"]),
     ({"num_workers": -1}, ["--num-workers -1", "at least 0"]),
-    ({"save_interval": 5}, ["--save-interval is given without --save"]),
+    ({"train_iters": None, "train_samples": 3}, ["--train-samples 3", "one global batch of 4"]),
+    ({"train_samples": 30}, ["--train-iters and --train-samples", "keep one"]),
+    ({"rampup_batch_size": [4, 4, 100]}, ["--rampup-batch-size 4 4 100", "give --train-samples"]),
+    (RAMP | {"rampup_batch_size": [4, 100]}, ["--rampup-batch-size 4 100", "START INCREMENT SAMPLES"]),
+    (RAMP | {"rampup_batch_size": [4, 5, 100]}, ["4 5 100", "16 - 4 = 12 is not a positive multiple of 5"]),
+    (RAMP | {"rampup_batch_size": [16, 4, 100]}, ["16 - 16 = 0 is not a positive multiple"]),
+    (
+        RAMP | {"rampup_batch_size": [2, 2, 100]},
+        ["a batch of --rampup-batch-size, 2", "the nearest that is: 4"],
+    ),
+    (RAMP | {"lr_decay_iters": 5}, ["--lr-decay-iters counts steps", "give --lr-decay-samples"]),
+    ({"lr_warmup_samples": 5}, ["--lr-warmup-samples counts samples", "give --lr-warmup-iters"]),
     ({"save_interval": 0, "save": "d"}, ["--save-interval 0", "at least 1"]),
     ({"finetune": True}, ["--finetune", "--load"]),
     ({"log_interval": 0}, ["--log-interval 0", "at least 1"]),
@@ -221,14 +235,15 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "ffn_hidden_size": st.none() | st.integers(1, 2048).map(lambda n: 2 * n),
         "global_batch_size": st.none() | st.integers(1, 5).map(lambda n: 8 * n),
         "lr_warmup_fraction": st.none() | st.floats(0, 0.9),
-        "lr_decay_iters": st.none() | st.integers(20, 200),
         "recompute_granularity": st.sampled_from([None, "selective", "full"]),
         "eval_iters": st.integers(0, 2),
         "tensor_model_parallel_size": st.sampled_from([1, 2]),
         "train_iters": st.none() | st.integers(1, 1000),
     }
     drawn = {name: draw(strategy) for name, strategy in choices.items()}
-    samples = draw(st.integers(50, 1000)) if drawn["train_iters"] is None else None
+    unit = "samples" if drawn["train_iters"] is None else "iters"
+    drawn[f"lr_decay_{unit}"] = draw(st.none() | st.integers(20, 200))
+    samples = draw(st.integers(50, 1000)) if unit == "samples" else None
     return {**drawn, "recurrence": scheme, "train_samples": samples}
 
 

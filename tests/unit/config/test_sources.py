@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mesh.config.settings import REFUSED, SETTINGS
-from megatron_mesh.config.sources import merge, read_yaml
+from megatron_mesh.config.sources import PATHS, merge, read_yaml
 from megatron_mesh.errors import UserError
 
 
@@ -129,3 +129,36 @@ def test_four_parts_replace_a_whole_layout() -> None:
 def test_a_plain_depth_has_no_part_to_change() -> None:
     with pytest.raises(UserError, match="layers 24 is a plain depth"):
         merge({"layers": "24"}, {"num_loops": 3})
+
+
+def test_a_key_given_twice_names_both_lines(tmp_path: Path) -> None:
+    message = _message(tmp_path, "lr: 1e-3\nhidden_size: 64\n\nlr: 1e-2\n")
+    assert "lr is given twice, in lines 1 and 4; keep one" in message
+
+
+def test_paths_are_read_as_a_shell_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    text = "save: ~/x\nload: $SCRATCH/y\ndata_path: [0.5, '${SCRATCH}/a', 0.5, ~/b]\noutput_dir: a$$b\n"
+    assert _read(tmp_path, text) == {
+        "save": "/home/me/x",
+        "load": "/scratch/y",
+        "data_path": ["0.5", "/scratch/a", "0.5", "/home/me/b"],
+        "output_dir": "a$b",
+    }
+    assert "the environment variable NOWHERE is not set" in _message(tmp_path, "save: $NOWHERE/x")
+    assert "write $$" in _message(tmp_path, "save: a$/x")
+
+
+def test_every_setting_that_names_a_place_is_a_path() -> None:
+    endings = ("_path", "_dir", "tokenizer_model")
+    assert {name for name in SETTINGS if name.endswith(endings) or name in ("save", "load")} == PATHS
+
+
+def test_the_kind_of_a_tokenizer_goes_with_its_file() -> None:
+    """A preset's kind doesn't describe the file that the command line names."""
+    preset = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "a.json"}
+    assert merge(preset, {"tokenizer_model": "b.model"}) == {"tokenizer_model": "b.model"}
+    both = {"tokenizer_model": "b.model", "tokenizer_type": "SentencePieceTokenizer"}
+    assert merge(preset, both) == both
+    assert merge(preset, {"tokenizer_type": "SentencePieceTokenizer"})["tokenizer_model"] == "a.json"

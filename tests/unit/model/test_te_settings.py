@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from megatron_mesh.config.placement import placement
 from megatron_mesh.config.schema import ParallelConfig, PrecisionConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.model import build_model, build_on_meta, implementation, layers
+from megatron_mesh.model.attention import attention_backend
 from megatron_mesh.model.config import transformer_config
 from megatron_mesh.model.implementation import TRANSFORMER_ENGINE, choose, has_fused_norms
 from megatron_mesh.model.layers import ApexLayerNorm, LayerNorm
@@ -221,10 +223,50 @@ def test_a_broken_installation_is_not_a_traceback(monkeypatch: pytest.MonkeyPatc
         implementation.why_no_transformer_engine.cache_clear()
 
 
-def test_switches_that_megatron_asserts_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
-    with pytest.raises(UserError, match=r"NVTE_FLASH_ATTN=0 in the environment.*unset it"):
-        build_model(tiny_config())
+@pytest.mark.parametrize(
+    ("asked", "switches", "chosen"),
+    [
+        ("auto", "", "auto"),
+        ("fused", "", "fused"),
+        ("auto", "NVTE_FLASH_ATTN=1", "auto"),
+        ("auto", "NVTE_FLASH_ATTN=0 NVTE_UNFUSED_ATTN=0", "fused"),
+        ("auto", "NVTE_FUSED_ATTN=0 NVTE_UNFUSED_ATTN=0", "flash"),
+        ("auto", "NVTE_FLASH_ATTN=0 NVTE_FUSED_ATTN=0 NVTE_UNFUSED_ATTN=0", "local"),
+        ("unfused", "NVTE_FLASH_ATTN=0", "unfused"),
+    ],
+)
+def test_the_attention_that_setting_and_switches_ask_for(
+    monkeypatch: pytest.MonkeyPatch, asked: str, switches: str, chosen: str
+) -> None:
+    """Whatever an earlier model has left in the environment."""
+    given = dict(switch.split("=") for switch in switches.split())
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
+    assert attention_backend(asked, given).name == chosen
+    assert "NVTE_FUSED_ATTN" not in os.environ
+
+
+def test_switches_that_no_setting_expresses() -> None:
+    with pytest.raises(UserError, match=r"NVTE_FLASH_ATTN=0 in the environment.*give --attention-backend"):
+        attention_backend("auto", {"NVTE_FLASH_ATTN": "0"})
+
+
+def test_models_of_several_attentions_in_one_process() -> None:
+    """Megatron-core asserts on the switches of the model before."""
+    for name in ("flash", "fused", "local", "auto"):
+        model = build_on_meta(tiny_config(attention_backend=name))
+        assert model.config.attention_backend.name == name
+
+
+def test_an_attention_that_local_layers_have_not() -> None:
+    with pytest.raises(UserError, match="--attention-backend fused needs Transformer Engine's layers"):
+        build_model(tiny_config(attention_backend="fused"))
+
+
+def test_context_parallelism_needs_transformer_engines_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: None)
+    precision = PrecisionConfig(transformer_impl="transformer_engine", attention_backend="local")
+    with pytest.raises(UserError, match="not --attention-backend local"):
+        choose(precision, ParallelConfig(context_parallel_size=2))
 
 
 def test_fused_gradients_of_local_layers_beside_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,135 @@
+"""The table of all settings: what happens if one differs from the checkpoint's when a run resumes."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from megatron_mesh.config.schema import Config
+from megatron_mesh.config.settings import SETTINGS, flatten
+
+
+class Kind(Enum):
+    """What happens to a setting that differs."""
+
+    WEIGHTS = "refused: the weights of the checkpoint are of another model"
+    OPTIMIZER = "refused, unless the optimizer starts anew (--no-load-optim)"
+    SCHEDULE = "refused, unless this run's schedule is to count (--override-opt-param-scheduler)"
+    ORDER = "in force and named: the samples come in another order (--require-same-data refuses it)"
+    NAMED = "in force and named, with what it means"
+    FREE = "in force, and changes no number but by rounding"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a difference means; ``meaning`` in words for ``NAMED``."""
+
+    kind: Kind
+    meaning: str = ""
+
+
+_IDLE = "the weights come from the checkpoint, so it has no effect"
+_LOSS = "losses are not comparable with those before this step"
+_BATCH = "the steps from here on hold another number of samples"
+_ADAM = "the new value counts from here on; Adam's moments were gathered with the other one"
+_FP8 = "the layers compute in another precision from here on"
+_NAMED = {
+    **dict.fromkeys(("init_method_std", "depth_scaled_init", "router_init_std", "router_bias_init"), _IDLE),
+    **dict.fromkeys(("global_batch_size", "rampup_batch_size"), _BATCH),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_eps"), _ADAM),
+    "clip_grad": "the new value counts from here on",
+    **dict.fromkeys(
+        (
+            "fp8_format",
+            "fp8_recipe",
+            "fp8_scope",
+            "fp8_param_gather",
+            "first_last_layers_bf16",
+            "num_layers_at_start_in_bf16",
+            "num_layers_at_end_in_bf16",
+            "fp8_amax_history_len",
+            "fp8_amax_compute_algo",
+        ),
+        _FP8,
+    ),
+    "eval_iters": "validation covers another number of batches, so " + _LOSS,
+    "valid_data_path": "validation " + _LOSS,
+    "test_data_path": "the test's loss is that of other text",
+    "eod_mask_loss": "the loss counts other tokens, so " + _LOSS,
+    **dict.fromkeys(
+        ("tokenizer_model", "tokenizer_type"),
+        "the data keep the ids of the tokenizer that made them; only its size and its end-of-document id "
+        "count here",
+    ),
+}
+_SCHEDULE = (
+    "lr",
+    "min_lr",
+    "weight_decay",
+    "lr_decay_style",
+    "lr_decay_iters",
+    "lr_decay_samples",
+    "lr_warmup_iters",
+    "lr_warmup_samples",
+    "lr_warmup_init",
+    "lr_wsd_decay_style",
+    "lr_wsd_decay_iters",
+    "lr_wsd_decay_samples",
+)
+_WEIGHTS = (
+    "recurrence",
+    "layers",
+    "prelude_layers",
+    "core_layers",
+    "num_loops",
+    "coda_layers",
+    "mesh_slots",
+    "mesh_transition_query",
+    "hidden_size",
+    "num_attention_heads",
+    "ffn_hidden_size",
+    "seq_length",
+    "vocab_size",
+    "make_vocab_size_divisible_by",
+    "untie_embeddings_and_output_weights",
+    "rotary_percent",
+    "rotary_base",
+    "norm_epsilon",
+    "scale_embeddings",
+)
+_FREE = (
+    "mesh_memory",
+    "micro_batch_size",
+    "train_iters",
+    "train_samples",
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "recompute_modules",
+    "max_skipped_steps",
+    "deterministic_mode",
+    "eval_interval",
+    "transformer_impl",
+    "attention_backend",
+    "gradient_accumulation_fusion",
+    "lr_warmup_fraction",  # resolved to steps or samples
+    "data_cache_path",
+    "num_workers",
+)
+_FREE_GROUPS = ("checkpoint", "parallel", "logging")
+"""Where checkpoints and logs go, how ranks divide the work, and how long they wait."""
+
+RESUMING: dict[str, Rule] = {
+    **dict.fromkeys(_WEIGHTS, Rule(Kind.WEIGHTS)),
+    "bf16": Rule(Kind.OPTIMIZER),
+    **dict.fromkeys(_SCHEDULE, Rule(Kind.SCHEDULE)),
+    **dict.fromkeys(("data_path", "train_data_path", "split", "seed"), Rule(Kind.ORDER)),
+    **{name: Rule(Kind.NAMED, meaning) for name, meaning in _NAMED.items()},
+    **dict.fromkeys(_FREE, Rule(Kind.FREE)),
+    **{name: Rule(Kind.FREE) for name, setting in SETTINGS.items() if setting.group in _FREE_GROUPS},
+}
+"""The rule of every setting (a test compares with the schema)."""
+
+
+def differing(saved: Config, ours: Config, kind: Kind) -> list[str]:
+    """Names of the settings of one kind that differ, in the order of the schema."""
+    before, now = flatten(saved), flatten(ours)
+    return [name for name in SETTINGS if RESUMING[name].kind is kind and before[name] != now[name]]

@@ -1,0 +1,58 @@
+"""Reading YAML files, and paths in them as a shell would read them."""
+
+import os
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import yaml
+
+
+def load_yaml(path: Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8 or not YAML, or a mapping has a key twice (PyYAML takes the last one).
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is given twice, naming both lines."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if key_node.tag != "tag:yaml.org,2002:merge" and lines.setdefault(key, line) != line:
+                raise yaml.YAMLError(f"{key} is given twice, in lines {lines[key]} and {line}; keep one")
+        return super().construct_mapping(node, deep)
+
+
+def expand_path(text: str) -> str:
+    """``text`` with ``~``, ``$VAR`` and ``${VAR}`` replaced as in a shell; ``$$`` stands for ``$``.
+
+    Raises:
+        ValueError: no such variable, or a ``$`` that begins none.
+    """
+    try:
+        return expand_user(Template(text).substitute(os.environ))
+    except KeyError as error:
+        raise ValueError(f"the environment variable {error.args[0]} is not set") from None
+    except ValueError:
+        raise ValueError("a $ must begin a variable, e.g. $HOME; write $$ for the character") from None
+
+
+def expand_user(text: str) -> str:
+    """``text`` with a leading ``~`` replaced, also in NAME=PATH."""
+    name, equals, path = text.rpartition("=")
+    return f"{name}{equals}{os.path.expanduser(path)}" if path.startswith("~") else text
+
+
+def escape_path(text: str) -> str:
+    """``text`` such that ``expand_path`` gives it back."""
+    return text.replace("$", "$$")

@@ -1,0 +1,65 @@
+"""Which attention the layers compute with: ``--attention-backend``, and Transformer Engine's own switches.
+
+Megatron-core turns the setting into three environment variables that Transformer Engine reads
+(``language_module.py: _set_attention_backend``), and ends with an assertion if one of them has another value.
+Here the values that the user has set are read first, and taken for the setting that they amount to.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Mapping
+
+from megatron.core.transformer.enums import AttnBackend
+
+from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.distributed import is_rank_zero
+
+logger = logging.getLogger(__name__)
+
+_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+_MEANING = {
+    ("1", "1", "1"): "auto",
+    ("1", "0", "0"): "flash",
+    ("0", "1", "0"): "fused",
+    ("0", "0", "1"): "unfused",
+    ("0", "0", "0"): "local",
+}
+# Read once: every model that is built sets them anew.
+_FROM_USER = {name: os.environ[name] for name in _SWITCHES if name in os.environ}
+
+
+def attention_backend(asked: str, switches: Mapping[str, str] = _FROM_USER) -> AttnBackend:
+    """The attention of the next model, and room for the switches that Megatron-core sets for it.
+
+    Args:
+        asked: ``attention_backend`` of the settings.
+        switches: Transformer Engine's, as the user has set them; each is 1 where it is absent.
+
+    Raises:
+        UserError: the switches leave a choice that the setting cannot express, and it is not set.
+    """
+    for name in _SWITCHES:
+        os.environ.pop(name, None)
+    if not switches:
+        return AttnBackend[asked]
+    words = ", ".join(f"{name}={value}" for name, value in switches.items())
+    meant = _MEANING.get(tuple(switches.get(name, "1") for name in _SWITCHES))  # type: ignore[arg-type]
+    if asked != "auto":
+        if meant != asked:
+            _say_once(f"--attention-backend {asked} counts, not {words} of the environment")
+        return AttnBackend[asked]
+    if meant is None:
+        raise UserError(
+            f"{words} in the environment leaves more than one attention but not all, which Megatron-core "
+            "cannot express; give --attention-backend flash, fused, unfused, local or auto"
+        )
+    if meant != "auto":
+        _say_once(f"{words} in the environment: taken for --attention-backend {meant}")
+    return AttnBackend[meant]
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    if is_rank_zero():
+        logger.warning(text)
