@@ -112,7 +112,7 @@ def _tensors(
 
     def take(entry: Entry) -> Tensor:
         replaced = embedding if entry.key == EMBEDDING else None
-        tensor = (weights[entry.name] if replaced is None else replaced).to(dtype)
+        tensor = (weights[entry.name] if replaced is None else replaced).to(entry.dtype(dtype))
         if entry.key in VOCABULARY:
             return vocabulary.from_export(tensor, padded_vocab_size(model), kept.get(entry.key))
         return tensor

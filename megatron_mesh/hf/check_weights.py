@@ -18,6 +18,7 @@ _BUFFERS = re.compile(r"(.*\.)?(attention\.(bias|masked_bias)|rotary_emb\.inv_fr
 def check_weights(model: ModelConfig, weights: Weights, rows: int) -> torch.dtype:
     """Check names, shapes and dtypes of all tensors. Return their dtype, or float32 if they have several.
 
+    Tensors that stay in float32 in any model don't count.
     float32 holds the values of every dtype that is taken exactly.
 
     Args:
@@ -59,7 +60,8 @@ def check_weights(model: ModelConfig, weights: Weights, rows: int) -> torch.dtyp
             f"{where} holds {left[0]}, which its config.json does not ask for (number of such tensors: "
             f"{len(left)}); they may be more layers, an adapter, or another model's; it cannot be converted"
         )
-    dtypes = {weights.dtype(name) for name in names}
+    apart = {entry.name for entry in listed if entry.full_precision}
+    dtypes = {weights.dtype(name) for name in names - apart}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 

@@ -135,7 +135,7 @@ def _write_weights(
         raise UserError(f"{saved.path} lacks {absent[0]}: it is not a checkpoint of this model")
     plan = split_state_dict_into_shards_factory(
         wanted,
-        get_storage_size=lambda entry: torch.Size(entry.shape).numel() * target.itemsize,
+        get_storage_size=lambda entry: torch.Size(entry.shape).numel() * entry.dtype(target).itemsize,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
     )
@@ -164,7 +164,7 @@ def _write_shard(
             tensor = vocabulary.to_export(tensor, trained, entry.shape[0])
         if entry.factor != 1:
             tensor = tensor * entry.factor
-        converted[entry.name] = tensor.to(dtype).contiguous()
+        converted[entry.name] = tensor.to(entry.dtype(dtype)).contiguous()
     write_tensors(converted, path)
     return left_out
 

@@ -58,6 +58,12 @@ class MeshPreTrainedModel(GPTNeoXPreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache", "layer_past"]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": UnrolledLayer, "attentions": AttentionDispatcher}  # noqa: RUF012
 
+    def __init__(self, config: MeshConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        if SCHEMES[config.recurrence].full_precision:
+            # Of the instance: a model of another scheme has routers in its own type.
+            self._keep_in_fp32_modules_strict = {"recurrence"}
+
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
     ) -> None:

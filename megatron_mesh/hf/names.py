@@ -8,6 +8,8 @@ an export has one per layer. Contents are equal: the rows of query, key and valu
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from megatron_mesh.config.derived import layout, padded_vocab_size
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.hf import folding
@@ -36,6 +38,12 @@ class Entry:
     """Length of that dimension."""
     factor: float = 1.0
     """By which the checkpoint's tensor is multiplied."""
+    full_precision: bool = False
+    """Whether it stays in float32 where the others are narrower (``Scheme.full_precision``)."""
+
+    def dtype(self, others: torch.dtype) -> torch.dtype:
+        """The type of the tensor in a model whose other weights are in ``others``."""
+        return torch.promote_types(others, torch.float32) if self.full_precision else others
 
 
 def entries(model: ModelConfig, rows: int | None = None) -> list[Entry]:
@@ -110,6 +118,11 @@ def _recurrence(model: ModelConfig, body: str) -> list[Entry]:
     options = recurrence_options(model)
     scheme = build_scheme(model.recurrence, model.hidden_size, layout(model).loops, options)
     return [
-        Entry(f"{body}.recurrence.{name}", f"{RECURRENCE}{name}", tuple(parameter.shape))
+        Entry(
+            f"{body}.recurrence.{name}",
+            f"{RECURRENCE}{name}",
+            tuple(parameter.shape),
+            full_precision=scheme.full_precision,
+        )
         for name, parameter in scheme.named_parameters()
     ]

@@ -83,7 +83,9 @@ class MeshTransformerBlock(TransformerBlock):
         config = self.config
         scheme = build_scheme(
             config.recurrence, config.hidden_size, config.layout.loops, config.recurrence_options
-        ).to(config.params_dtype)
+        )
+        if not scheme.full_precision:
+            scheme = scheme.to(config.params_dtype)
         if kernels.available():
             scheme.mix = kernels.weighted_sum
         # Under tensor parallelism the memory is always sharded along the sequence. Without sequence
@@ -98,6 +100,7 @@ class MeshTransformerBlock(TransformerBlock):
             # under sequence parallelism; parallel/gradients.py those with the second.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
             parameter.sum_over_tensor_parallel = self.shards_states  # type: ignore[attr-defined]
+            parameter.no_weight_decay = scheme.full_precision  # type: ignore[attr-defined]  # optimizer.py
         return scheme
 
     @property

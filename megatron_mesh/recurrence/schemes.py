@@ -72,6 +72,8 @@ class Scheme(nn.Module):
     """False for the plain model, which is Megatron's own decoder."""
     uses_memory: ClassVar[bool] = False
     """Whether the scheme has slots and routers."""
+    full_precision: ClassVar[bool] = False
+    """Whether the parameters stay in float32 in a bfloat16 model, and have no weight decay."""
     formula: ClassVar[str] = ""
     """The next state, in the notation of the paper's tables."""
 
@@ -145,9 +147,18 @@ class Linears(nn.ModuleList):
         return cast(nn.Linear, super().__getitem__(index))
 
 
-def linears(count: int, inputs: int, outputs: int) -> Linears:
+class FloatLinear(nn.Linear):
+    """A linear map whose bias is added in float32: the product may be in the input's type, the sum is not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs], in at least float32."""
+        product = nn.functional.linear(x, self.weight.to(x.dtype))
+        return at_least_fp32(product) + at_least_fp32(self.bias)
+
+
+def linears(count: int, inputs: int, outputs: int, kind: type[nn.Linear] = nn.Linear) -> Linears:
     """``count`` maps of ``inputs`` to ``outputs`` with bias."""
-    return Linears(nn.Linear(inputs, outputs) for _ in range(count))
+    return Linears(kind(inputs, outputs) for _ in range(count))
 
 
 @register("vanilla")
@@ -237,7 +248,13 @@ class ResidualAnchorAnchorEmb(Additive):
 
 
 class Mixed(Scheme):
-    """A weighted sum of the core's output, h_0 and h_emb; starts as the base recursion."""
+    """A weighted sum of the core's output, h_0 and h_emb; starts as the base recursion.
+
+    The coefficients start at 1 and 0. In bfloat16, 1 would move in steps of 1/128, and weight decay would
+    pull it to 0.
+    """
+
+    full_precision = True
 
     @classmethod
     def forward_flops(cls, hidden_size: int, loops: int, slots: int) -> int:
@@ -298,7 +315,7 @@ class Dynamic(Mixed):
 
     def __init__(self, hidden_size: int, loops: int, options: RecurrenceOptions):
         super().__init__(hidden_size, loops, options)
-        self.maps = linears(loops, hidden_size, 3)
+        self.maps = linears(loops, hidden_size, 3, FloatLinear)
 
     @classmethod
     def num_parameters(cls, hidden_size: int, loops: int, slots: int) -> int:

@@ -3,9 +3,14 @@
 import logging
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from megatron_mesh.config.length import counts_samples
 from megatron_mesh.config.schema import Config, OptimizerConfig
@@ -18,24 +23,24 @@ def build_optimizer(settings: Config, stage: Stage) -> MegatronOptimizer:
     """AdamW; for a bfloat16 model it holds main parameters in float32. Clips to ``clip_grad`` in its step."""
     config, parallel = settings.optimizer, settings.parallel
     dtype = stage.config.params_dtype
-    return get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=config.lr,
-            min_lr=config.min_lr,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.adam_beta1,
-            adam_beta2=config.adam_beta2,
-            adam_eps=config.adam_eps,
-            clip_grad=config.clip_grad,
-            bf16=dtype == torch.bfloat16,
-            params_dtype=dtype,
-            use_distributed_optimizer=parallel.use_distributed_optimizer,
-            overlap_param_gather=parallel.overlap_param_gather,
-        ),
-        stage.groups,
-        use_gloo_process_groups=False,
+    theirs = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
     )
+    # Megatron's own rules spare biases and vectors; ours the coefficients of the recurrence (block.py).
+    rules = get_standard_config_overrides(theirs)
+    rules[ParamKey(attr="no_weight_decay")] = ParamGroupOverride(wd_mult=0.0)
+    return get_megatron_optimizer(theirs, stage.groups, config_overrides=rules, use_gloo_process_groups=False)
 
 
 def warn_if_lr_reaches_zero_early(config: Config) -> None:

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf import export as export_module
@@ -18,7 +18,7 @@ from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.hf.names import entries
 from megatron_mesh.hf.ship import sources
 from megatron_mesh.hf.versions import TESTED
-from tests.exports import export_config, renew_checksums, saved_with_logits
+from tests.exports import TOKENS, export_config, renew_checksums, saved_with_logits
 from tests.unit.hf.test_open_model import TOKENIZER
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -294,3 +294,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     weights = sum(path.stat().st_size for path in (tmp_path / "hf").glob("*.safetensors"))
     assert weights > 140e6
     assert int(ended.stdout) * 1024 < 0.6 * weights
+
+
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_coefficients_stay_in_float32(exported, scheme: str) -> None:
+    """In a bfloat16 export, and in the model that transformers makes of it."""
+    directory = exported(recurrence=scheme, layers="1+2R2+1", bf16=True)[1]
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.bfloat16)
+    dtypes = {("recurrence" in name, parameter.dtype) for name, parameter in model.named_parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+    stored = load_file(directory / "model.safetensors")
+    assert {stored[name].dtype for name in stored if "recurrence" in name} == {torch.float32}
+    assert model(TOKENS).logits.dtype == torch.bfloat16

@@ -1,0 +1,184 @@
+"""Resuming with something changed: in force, named or refused, and never in silence."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_mesh.config.length import batch_size_at, last_step
+from megatron_mesh.data.indexed import IndexedWriter
+from megatron_mesh.errors import UserError
+from tests.unit.train.conftest import run
+
+
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory: pytest.TempPathFactory):
+    """A run of 6 steps that stopped after 3."""
+    made: dict[str, Path] = {}
+
+    def get(tiny) -> str:
+        if "run" not in made:
+            made["run"] = tmp_path_factory.mktemp("three") / "run"
+            run(tiny(save=str(made["run"]), exit_interval=3))
+        return str(made["run"] / "iter_0000003")
+
+    return get
+
+
+def corpus_at(prefix: Path, seed: int) -> str:
+    random = np.random.default_rng(seed)
+    documents = [random.zipf(1.3, size=random.integers(20, 60)) % 128 for _ in range(300)]
+    with IndexedWriter(str(prefix), np.uint16) as writer:
+        writer.add(np.concatenate(documents).astype(np.uint16), np.array([len(d) for d in documents]))
+        writer.commit()
+    return str(prefix)
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    lines = [record.getMessage() for record in caplog.records if record.name == "megatron_mesh.train.loop"]
+    return [line.removeprefix("resuming: ") for line in lines if line.startswith("resuming: ")]
+
+
+def test_nothing_is_said_where_nothing_differs(tiny, three_steps, caplog) -> None:
+    run(tiny(load=three_steps(tiny), num_workers=1, log_interval=2, micro_batch_size=4, exit_interval=4))
+    assert said(caplog) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 99}, "--seed is 1234 there and 99 here: the order of samples is another one"),
+        (
+            {"split": "90,10,0"},
+            "--split is 80,10,10 there and 90,10,0 here: the order of samples is another one",
+        ),
+        ({"adam_beta2": 0.99}, "--adam-beta2 is 0.95 there and 0.99 here: the new value counts from here on"),
+        ({"adam_eps": 1e-6}, "--adam-eps is 1e-08 there and 1e-06 here: the new value counts from here on"),
+        ({"clip_grad": 0.5}, "--clip-grad is 1.0 there and 0.5 here: the new value counts from here on"),
+        (
+            {"global_batch_size": 16},
+            "--global-batch-size is 8 there and 16 here: the steps from here on hold",
+        ),
+        ({"router_init_std": 0.1}, "--router-init-std is 0.02 there and 0.1 here: the weights come from the"),
+        (
+            {"load_optim": False},
+            "--no-load-optim: Adam's moments start at zero, and the learning-rate schedule",
+        ),
+    ],
+)
+def test_what_differs_is_named_with_its_meaning(tiny, three_steps, caplog, changes, words) -> None:
+    run(tiny(load=three_steps(tiny), exit_interval=4, **changes))
+    (line,) = said(caplog)
+    assert line.startswith(words)
+    if "order" in words:
+        assert line.endswith("; resuming at sample 24 of it")
+
+
+def test_new_betas_are_in_force(tiny, three_steps) -> None:
+    """They are what config.yaml records."""
+    outcome = run(tiny(load=three_steps(tiny), adam_beta1=0.8, adam_beta2=0.99, adam_eps=1e-6))
+    assert {(tuple(group["betas"]), group["eps"]) for group in outcome.groups} == {((0.8, 0.99), 1e-6)}
+
+
+def test_another_schedule_with_override_is_named(tiny, three_steps, caplog) -> None:
+    run(tiny(load=three_steps(tiny), lr=5e-3, override_opt_param_scheduler=True, exit_interval=4))
+    (line,) = said(caplog)
+    assert (
+        line
+        == "--lr is 0.01 there and 0.005 here: this run's schedule counts from here on, as if it had "
+        + ("always been so")
+    )
+
+
+def test_data_that_changed_under_their_name(tiny, three_steps, corpus, tmp_path, caplog) -> None:
+    prefix = corpus_at(tmp_path / "text", seed=0)
+    config = tiny(save=str(tmp_path / "run"), data_path=[prefix], exit_interval=3)
+    run(config)
+    shutil.rmtree(f"{prefix}/cache")
+    corpus_at(tmp_path / "text", seed=1)
+    again = {"load": str(tmp_path / "run"), "data_path": [prefix], "exit_interval": 4}
+    run(tiny(**again))
+    (line,) = said(caplog)
+    assert line.startswith("the data are not those that the checkpoint was trained on")
+    with pytest.raises(UserError, match="leave out --require-same-data"):
+        run(tiny(**again, require_same_data=True))
+
+
+def test_data_that_moved_are_the_same(tiny, three_steps, corpus, tmp_path, caplog) -> None:
+    for ending in (".bin", ".idx"):
+        shutil.copy(corpus + ending, tmp_path / f"moved{ending}")
+    moved = str(tmp_path / "moved")
+    run(tiny(load=three_steps(tiny), data_path=[moved], exit_interval=4, require_same_data=True))
+    (line,) = said(caplog)
+    assert line == f"--data-path is {corpus} there and {moved} here: the samples and their order are the same"
+
+
+def test_a_blend_where_the_data_were_one(tiny, three_steps, corpus, tmp_path, caplog) -> None:
+    blend = ["0.5", corpus, "0.5", corpus_at(tmp_path / "other", seed=2)]
+    run(tiny(load=three_steps(tiny), data_path=blend, exit_interval=4))
+    (line,) = said(caplog)
+    assert f"--data-path is {corpus} there and {' '.join(blend)} here: the order of samples" in line
+
+
+# Runs that count samples.
+
+SCHEDULE = {"lr_decay_style": "linear", "lr_warmup_fraction": None}
+SAMPLES = {"train_iters": None, "train_samples": 100, "lr_warmup_samples": 20, **SCHEDULE}
+
+
+def rates(consumed: list[int]) -> list[float]:
+    """Of the steps that begin after these samples; warm-up over 20, linear decay to 0 at 100."""
+    return [0.01 * (n / 20 if n <= 20 else 1 - (n - 20) / 80) for n in consumed]
+
+
+@pytest.mark.parametrize("batch", [8, 4, 2])
+def test_samples_count_when_the_batch_size_changes(tiny, tmp_path, caplog, batch) -> None:
+    """Stopped after 40 of 100 samples in batches of 4: done at 100, schedule included."""
+    first = run(tiny(**SAMPLES, global_batch_size=4, save=str(tmp_path), exit_interval=10))
+    assert first.values("lr") == pytest.approx(rates(list(range(0, 40, 4))))
+    rest = run(tiny(**SAMPLES, global_batch_size=batch, load=str(tmp_path)))
+    begins = list(range(40, 100 - batch + 1, batch))
+    assert rest.values("consumed_samples") == [n + batch for n in begins]
+    assert rest.values("lr") == pytest.approx(rates(begins))
+    assert [r.step for r in rest.records][-1] == 10 + len(begins)
+    assert len(said(caplog)) == (batch != 4)
+
+
+def test_from_steps_to_samples(tiny, tmp_path) -> None:
+    """A checkpoint of a run that counted steps of 4 samples, whose schedule is the same in samples."""
+    steps = {"train_iters": 25, "lr_decay_iters": 25, "lr_warmup_iters": 5, **SCHEDULE}
+    run(tiny(**steps, global_batch_size=4, save=str(tmp_path), exit_interval=10))
+    rest = run(tiny(**SAMPLES, global_batch_size=20, load=str(tmp_path)))
+    assert rest.values("lr") == pytest.approx(rates([40, 60, 80]))
+    with pytest.raises(UserError, match="--lr-decay-iters is 25 there and --lr-decay-samples is 90 here"):
+        run(tiny(**SAMPLES, lr_decay_samples=90, global_batch_size=20, load=str(tmp_path)))
+
+
+def test_a_ramp_up_that_was_interrupted(tiny, tmp_path) -> None:
+    """The batch sizes of Megatron-LM's formula, the samples in order, and a resume bit for bit."""
+    settings = {**SAMPLES, "global_batch_size": 8, "rampup_batch_size": [2, 2, 36], "micro_batch_size": 2}
+    straight = run(tiny(**settings, save=str(tmp_path), save_interval=9))
+    consumed = [0]
+    training = tiny(**settings).training
+    while len(consumed) <= last_step(training):
+        consumed.append(consumed[-1] + batch_size_at(training, consumed[-1]))
+    assert straight.values("consumed_samples") == consumed[1:]
+    assert np.unique(np.diff(consumed)).tolist() == [2, 4, 6, 8]
+    assert straight.values("lr") == pytest.approx(rates(consumed[:-1]))
+    assert len(straight.values("tokens_per_second")) == len(consumed) - 1
+    resumed = run(tiny(**settings, load=str(tmp_path / "iter_0000009")))
+    assert resumed.values("loss") == straight.values("loss")[9:]
+    for name, weight in resumed.weights.items():
+        assert torch.equal(weight, straight.weights[name]), name
+
+
+def test_saving_settings_without_save(tiny, caplog) -> None:
+    """One file serves runs that save and runs that don't."""
+    caplog.set_level(logging.WARNING)
+    from megatron_mesh.train.output import warn_if_nothing_is_saved
+
+    warn_if_nothing_is_saved(tiny(save_interval=3, keep_last=2))
+    assert "nothing is saved: --save-interval, --keep-last without --save" in caplog.text
