@@ -55,7 +55,7 @@ def train_step(
         stage.zero_grad_buffer()
         optimizer.zero_grad()
     with ranges.named("forward-backward"):
-        totals = run_batch(stage, batches, training, batch_size, beat=beat)
+        totals = run_batch(stage, batches, training, batch_size=batch_size, beat=beat)
     with ranges.named("agreement"):
         optimizer.prepare_grads()
         outcome = agree(optimizer, totals, vote())
@@ -118,8 +118,8 @@ def run_batch(
     stage: Stage,
     batches: Iterator[Batch],
     training: TrainingConfig,
-    batch_size: int | None = None,
     *,
+    batch_size: int | None = None,
     forward_only: bool = False,
     beat: Callable[[], None] = lambda: None,
 ) -> Tensor:

@@ -82,3 +82,11 @@ def test_a_rank_whose_rows_of_the_vocabulary_are_padding(reference) -> None:
     directory, one = reference(**model)
     processes, settings = LAYOUTS["tp2"]
     assert_equal(pool(processes).run(train, directory, {**model, **settings}), one)
+
+
+def test_a_batch_size_that_grows(reference) -> None:
+    """2, 3 and 4 micro-batches a step, which pass a ring of two ranks in groups of 2, 3 and 2."""
+    ramp = {"train_iters": None, "train_samples": 100, "rampup_batch_size": [4, 2, 8]}
+    model = {**model_of("mesh", 2, tied=False), **ramp}
+    directory, one = reference(**model)
+    assert_equal(pool(2).run(train, directory, {**model, "pipeline_model_parallel_size": 2}), one)

@@ -13,6 +13,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
 from megatron_mesh.checkpoint.state import TrainState
+from megatron_mesh.config.length import batch_size_at
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data import Batch
 from megatron_mesh.model.naming import whole_model_parameters
@@ -84,7 +85,9 @@ def train(directory: Path, case: dict[str, Any], steps: int = STEPS, fault: Any 
 
         with fault(stage) if fault is not None else nullcontext(), ranges.watched_by(keep_gradients):
             for step in range(steps):
-                taken = train_step(stage, optimizer, state, batches_of(config, step), config.training)
+                size = batch_size_at(config.training, state.consumed_samples)
+                batches = batches_of(config, step, size)
+                taken = train_step(stage, optimizer, state, batches, config.training)
                 outcome.losses.append(taken.loss)
                 outcome.grad_norms.append(taken.grad_norm)
         with stage.parameters_gathered():
@@ -107,16 +110,17 @@ def load(stage: Stage, optimizer: Any, directory: Path) -> None:
     optimizer.reload_model_params()
 
 
-def batches_of(config: Any, step: int) -> Iterator[Batch]:
+def batches_of(config: Any, step: int, batch_size: int | None = None) -> Iterator[Batch]:
     """This rank's micro-batches of a global batch that is the same on every layout."""
     model, training = config.model, config.training
+    batch_size = batch_size or training.global_batch_size
     generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(0, 96, (training.global_batch_size, model.seq_length + 1), generator=generator)
+    ids = torch.randint(0, 96, (batch_size, model.seq_length + 1), generator=generator)
     mask = (torch.rand(ids[:, 1:].shape, generator=generator) < 0.7).float()
     ranks = parallel_state.get_data_parallel_world_size()
     rank = parallel_state.get_data_parallel_rank()
     size = training.micro_batch_size
-    for start in range(rank * size, training.global_batch_size, ranks * size):
+    for start in range(rank * size, batch_size, ranks * size):
         rows = slice(start, start + size)
         positions = torch.arange(model.seq_length).expand(size, -1)
         yield Batch(ids[rows, :-1], ids[rows, 1:], mask[rows], positions)

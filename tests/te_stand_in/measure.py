@@ -230,13 +230,26 @@ def delayed() -> dict[str, Any]:
     return {"errors": found, "keys": sorted(states), "of another length": len(wanted)}
 
 
+def attention() -> dict[str, Any]:
+    """With torch's attention in Transformer Engine's layers: which classes attend, and the loss."""
+    found: dict[str, Any] = {}
+    for name in ("auto", "local"):
+        config = configure(transformer_impl="transformer_engine", attention_backend=name)
+        stage = build_stage(config)
+        layers = stage.modules[0].decoder.layers
+        classes = {type(layer.self_attention.core_attention).__name__ for layer in layers}
+        loss = run_batch(stage, batches(1), config.training, forward_only=True)[0].item()
+        found[name] = {"classes": sorted(classes), "loss": loss}
+    return found
+
+
 def main() -> None:
     """Print one JSON object: what each of the functions above found, alone or as one of two ranks."""
     if sys.argv[1:]:
         with one_process(configure(world_size=2, pipeline_model_parallel_size=2)):
             json.dump({function.__name__: function() for function in (ring, context)}, sys.stdout)
         return
-    wanted = [casts, contexts, marks, marked, history, delayed, checkpoints]
+    wanted = [casts, contexts, marks, marked, history, delayed, checkpoints, attention]
     with one_process(configure()):
         found = {"gradients": gradients(ALWAYS_CAST)}
         json.dump(found | {function.__name__: function() for function in wanted}, sys.stdout)

@@ -183,3 +183,13 @@ def test_losses_of_other_weights_differ(measured) -> None:
     """Else the test above would prove nothing: each model loaded over weights of another seed."""
     one, other = (found["losses"][0] for found in measured["checkpoints"].values())
     assert abs(one - other) > 1e-3 * one
+
+
+def test_torchs_attention_in_transformer_engines_layers(measured) -> None:
+    """``--attention-backend local``: the same loss from another class."""
+    found = measured["attention"]
+    assert [found[name]["classes"] for name in ("auto", "local")] == [
+        ["TEDotProductAttention"],
+        ["SDPAttention"],
+    ]
+    assert found["local"]["loss"] == pytest.approx(found["auto"]["loss"], rel=1e-3)
