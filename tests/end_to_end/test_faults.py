@@ -5,9 +5,7 @@ import pytest
 from tools.fault_test import main
 
 AIMS = [
-    "writing in the background x the writer",
     "between data and .metadata x rank 0",
-    "latest x all",
     "loading x one rank",
 ]
 
