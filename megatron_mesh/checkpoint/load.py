@@ -3,9 +3,10 @@
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
@@ -23,7 +24,7 @@ from megatron_mesh.checkpoint.directory import (
 from megatron_mesh.checkpoint.index import Index
 from megatron_mesh.checkpoint.offline import open_index
 from megatron_mesh.checkpoint.reader import Damaged, fill, read_plain
-from megatron_mesh.checkpoint.shares import set_updates_done, spread
+from megatron_mesh.checkpoint.shares import MAIN, set_updates_done, spread, state_key
 from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import CheckpointConfig, Config
 from megatron_mesh.errors import UserError
@@ -188,6 +189,8 @@ def load_tensors(
 
     def read() -> None:
         boxes = list(content.to_read(with_optimizer=with_optimizer))
+        if with_optimizer:
+            boxes = [_most_precise(box, index) for box in boxes]
         boxes += [box for tensor in states.values() for box in whole_as_boxes(tensor)]
         if with_generators:
             packed.append(empty_generators(index))
@@ -201,6 +204,15 @@ def load_tensors(
     for box in packed:
         unpack_generators(box.data)
     return ""
+
+
+def _most_precise(box: Box, index: Index) -> Box:
+    """A float32 weight comes from the main parameter, where the checkpoint has the weight in bfloat16.
+
+    Weights that are in float32 today may have been in bfloat16 (``Scheme.full_precision``).
+    """
+    main = state_key(MAIN, box.key)
+    return replace(box, key=main) if box.data.dtype == torch.float32 and main in index.entries else box
 
 
 def _damage_found_by(work: Callable[[], object]) -> str | None:

@@ -11,6 +11,7 @@ from megatron_mesh.checkpoint.directory import candidates, read_checkpoint
 from megatron_mesh.checkpoint.load import Search
 from megatron_mesh.checkpoint.save import Saver
 from megatron_mesh.config.settings import with_values
+from megatron_mesh.recurrence.schemes import Mixed
 from megatron_mesh.runtime.distributed import process_groups
 from megatron_mesh.train.loop import build
 from tests.unit.train import fused_adam
@@ -96,6 +97,23 @@ def test_resuming_is_bitwise(tiny, saved, kind):
         dtypes = {w.dtype for name, w in straight.weights.items() if ".recurrence." not in name or routers}
         assert dtypes == {torch.bfloat16}
         assert {t.dtype for t in straight.optimizer} == {torch.float32}
+
+
+def test_coefficients_that_were_saved_in_bfloat16(tiny, tmp_path, monkeypatch):
+    """Before they stayed in float32: a resume takes their main parameters, not the rounded weights."""
+    settings = {"recurrence": "static", "bf16": True, "save": str(tmp_path), "lr": 1e-3}
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Mixed, "full_precision", False)
+        run(tiny(**settings, exit_interval=3))
+        before = run(tiny(**settings, load=str(tmp_path), exit_interval=1, train_iters=3, lr_decay_iters=6))
+    (name,) = (name for name in before.weights if ".recurrence." in name)
+    with process_groups(config := tiny(**settings, load=str(tmp_path))):
+        (coefficients,) = (
+            build(config, Search(config.checkpoint)).stage.modules[0].decoder.recurrence.parameters()
+        )
+        assert coefficients.dtype == torch.float32
+        assert torch.equal(coefficients.bfloat16(), before.weights[name])
+        assert not torch.equal(coefficients.bfloat16().float(), coefficients)
 
 
 def test_what_is_on_disk(tiny, saved):
