@@ -82,7 +82,7 @@ class _ZstdFrames(io.RawIOBase):
 
 _OPENERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
     ".gz": lambda raw: cast(IO[bytes], gzip.GzipFile(fileobj=raw)),
-    ".xz": lambda raw: cast(IO[bytes], lzma.open(raw)),
+    ".xz": lambda raw: cast(IO[bytes], lzma.LZMAFile(raw)),  # noqa: SIM115
     ".zst": lambda raw: io.BufferedReader(_ZstdFrames(raw), 1 << 17),
 }
 SUFFIXES = tuple(_OPENERS)

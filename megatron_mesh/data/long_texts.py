@@ -4,6 +4,7 @@ Tokenizers take 20 to 120 bytes of memory for a byte of text. So a long text is 
 overlap, and two neighbours are joined where both have the same tokens at the same places. For byte-pair
 encoding two such tokens in a row prove that the result is the encoding of the whole: a sequence of tokens
 is the encoding of its word exactly if each pair of neighbours is. We ask for agreement over many more.
+A unigram model may choose otherwise between two divisions of the same score, as it does by rounding.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,8 @@ _OVERLAP = 1 << 13
 _MARGIN = 1 << 10
 """At the end of a window tokens may be others, for want of the text that follows. As many characters before
 them must have the same tokens in both windows."""
+_TRIES = 4
+"""Tokens at which a window tries to start. Some tokenizers divide long numbers in threes from their start."""
 
 
 def encode_texts(encoder: Encoder, texts: list[str], window: int = WINDOW) -> Encoded:
@@ -68,15 +71,18 @@ def _join_windows(
     while left is not None and start + window < len(text):
         end = start + window
         overlap = left.starts[np.searchsorted(left.starts, end - min(_OVERLAP, window // 2)) :]
-        start = int(overlap[0]) if len(overlap) else end
-        right = locate(text[start : start + window])
-        if right is None:
-            return None
-        right = Located(right.ids, right.starts + start)
-        joint = _joint(left, right, start, end - min(_MARGIN, window // 8))
-        if joint is None:
+        for start in map(int, overlap[:_TRIES] if len(overlap) else [end]):
+            right = locate(text[start : start + window])
+            if right is None:
+                return None
+            right = Located(right.ids, right.starts + start)
+            joint = _joint(left, right, start, end - min(_MARGIN, window // 8))
+            if joint is not None:
+                break
+        else:
             joint = int(np.searchsorted(left.starts, start)), 0
             cuts += 1
+        assert right is not None
         pieces.append(left.ids[: joint[0]])
         left = Located(right.ids[joint[1] :], right.starts[joint[1] :])
     return None if left is None else (np.concatenate([*pieces, left.ids]), cuts)
