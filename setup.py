@@ -53,7 +53,7 @@ setup(
         "numpy>=2.0,<3",
         "packaging>=24.2",
         "psutil>=5.9",  # megatron-core needs it to save a checkpoint and does not declare it
-        "sentencepiece>=0.2",
+        "sentencepiece>=0.2.2",
         "tokenizers>=0.21",
         "PyYAML>=6.0",
         "zstandard>=0.23",

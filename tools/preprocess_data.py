@@ -93,6 +93,13 @@ def _report(done: Progress, settings: PreprocessSettings) -> None:
         print(f"skipped: {problem}")
     if done.broken:
         print(f"skipped {len(done.broken):,} broken documents")
+    if done.cut:
+        print(
+            f"cut {len(done.cut):,} documents that are too long to be encoded whole; their ids may be others "
+            f"at the cuts (the first: {done.cut[0]})"
+        )
+    if done.checked:
+        print(f"spot-checked {done.checked:,} of {done.chunks:,} chunks: gigatoken's ids are the tokenizer's")
     for key in settings.json_keys:
         print(f"wrote {settings.prefix(key)}.bin and .idx")
 

@@ -1,21 +1,20 @@
 """Reading raw text: JSON Lines and plain text, also compressed, in chunks that other processes can parse."""
 
 import glob
-import gzip
 import json
-import lzma
+import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, cast
 
-import zstandard
-
+from megatron_mesh.data.compressed import SUFFIXES as _COMPRESSED
+from megatron_mesh.data.compressed import open_file
 from megatron_mesh.errors import UserError
 
 _JSONL = (".jsonl", ".json", ".ndjson")
 _TEXT = (".txt", ".text")
-_COMPRESSED = (".gz", ".xz", ".zst")
+_CATS = {".gz": "zcat", ".xz": "xzcat", ".zst": "zstdcat --long=31"}
 _FORMATS = f"{', '.join(_JSONL)} (a JSON object per line) and {', '.join(_TEXT)} (a document per file)"
 
 
@@ -31,6 +30,12 @@ class Chunk:
     disk_bytes: int
     """Bytes read from the disk (compressed, perhaps) since the chunk before."""
 
+    @property
+    def place(self) -> str:
+        """File and lines, for people."""
+        lines = self.data.rstrip(b"\n").count(b"\n")
+        return f"{self.path}, line {self.first_line}" + (f" to {self.first_line + lines}" if lines else "")
+
 
 @dataclass
 class ParsedChunk:
@@ -44,7 +49,7 @@ class ParsedChunk:
 def expand_inputs(patterns: list[str]) -> list[Path]:
     """Files named by paths and globs, in the order given; the matches of a glob are sorted.
 
-    Raises UserError for what matches nothing, is no file, or has a name that does not tell its format.
+    Raises UserError for a pattern without a match, a directory, and a name that does not tell the format.
     """
     paths: list[Path] = []
     for pattern in patterns:
@@ -64,27 +69,26 @@ def expand_inputs(patterns: list[str]) -> list[Path]:
 
 
 def read_chunks(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
-    """Cut a file into chunks of about ``chunk_bytes`` of decompressed text.
+    """Cut a file into chunks of about ``chunk_bytes`` of decompressed text, or of one line if that is longer.
 
     Raises UserError when the file cannot be read or decompressed.
     """
     is_jsonl = _format_suffix(path) in _JSONL
-    first_line, carried, reported = 1, b"", 0
-    try:
-        with open(path, "rb") as raw, _decompressed(raw, path) as file:
-            while block := file.read(chunk_bytes if is_jsonl else -1):
-                cut = block.rfind(b"\n") + 1 if is_jsonl else len(block)
-                if cut == 0:  # a line longer than a chunk
-                    carried += block
-                    continue
-                data, carried = carried + block[:cut], block[cut:]
-                yield Chunk(path, first_line, data, is_jsonl, raw.tell() - reported)
-                first_line += data.count(b"\n")
-                reported = raw.tell()
-            if carried:
-                yield Chunk(path, first_line, carried, is_jsonl, raw.tell() - reported)
-    except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
-        raise UserError(f"Cannot read {path}: {error}. Is the file complete?") from error
+    first_line, reported = 1, 0
+    begun: list[bytes] = []  # the start of a line that is longer than a block
+    with open_file(path) as (raw, file):
+        while block := file.read(chunk_bytes if is_jsonl else -1):
+            cut = block.rfind(b"\n") + 1 if is_jsonl else len(block)
+            if cut == 0:
+                begun.append(block)
+                continue
+            data = b"".join([*begun, block[:cut]])
+            begun = [block[cut:]]
+            yield Chunk(path, first_line, data, is_jsonl, raw.tell() - reported)
+            first_line += data.count(b"\n")
+            reported = raw.tell()
+        if data := b"".join(begun):
+            yield Chunk(path, first_line, data, is_jsonl, raw.tell() - reported)
 
 
 def parse_chunk(chunk: Chunk, keys: list[str], *, skip_broken: bool) -> ParsedChunk:
@@ -101,6 +105,8 @@ def parse_chunk(chunk: Chunk, keys: list[str], *, skip_broken: bool) -> ParsedCh
                 texts.append(text)
         except ValueError as error:
             problem = f"{chunk.path}, line {_line_of(error, line, number)}: {error}"
+            if remedy := "" if parsed.broken else _say_how_to_convert(chunk):
+                raise UserError(f"{problem}. {remedy}") from None
             if not skip_broken:
                 raise UserError(
                     f"{problem}. Correct it, or leave such documents out with --skip-broken."
@@ -142,12 +148,45 @@ def _fields(line: str | bytes, keys: list[str], is_jsonl: bool) -> list[str]:
     texts = []
     for key in keys:
         if not isinstance(document.get(key), str):
-            raise ValueError(f"no text under the key {key!r} (--json-keys)")
+            keys_here = ", ".join(map(repr, document)) or "none"
+            raise ValueError(f"no text under the key {key!r} (--json-keys); the keys here: {keys_here:.200}")
         texts.append(document[key])
     if "\\ud" in line or "\\uD" in line:  # half of a surrogate pair passes json but is no text
         for text in texts:
             text.encode()
     return texts
+
+
+def _say_how_to_convert(chunk: Chunk) -> str:
+    """How to make JSON Lines of a JSON array or of objects over several lines; "" if the file is neither.
+
+    Only the start of the file can tell.
+    """
+    if chunk.first_line != 1 or not chunk.is_jsonl:
+        return ""
+    start = chunk.data.decode(errors="replace").lstrip("\ufeff \t\r\n")
+    if re.match(r"\[\s*(\{|$)", start):
+        kind, program = "a JSON array", ".[]"
+    elif _spans_lines(start):
+        kind, program = "JSON objects over several lines", "."
+    else:
+        return ""
+    path, ending = chunk.path, chunk.path.suffix.lower()
+    source = f"{_CATS[ending]} {shlex.quote(str(path))} | jq" if ending in _CATS else "jq"
+    name = path.name[: path.name.lower().rindex(_format_suffix(path))]
+    return (
+        f"The file holds {kind}; a line must hold one object. To convert it: {source} -c {program!r} "
+        f"{'' if ending in _CATS else shlex.quote(str(path)) + ' '}> {shlex.quote(name + '.lines.jsonl')}"
+    )
+
+
+def _spans_lines(text: str) -> bool:
+    """Whether a text begins with a JSON object over several lines."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):  # perhaps it is larger than a chunk
+        return text.partition("\n")[0].rstrip() == "{"
+    return "\n" in text[:end]
 
 
 def _line_of(error: ValueError, line: str | bytes, number: int) -> int:
@@ -158,15 +197,8 @@ def _line_of(error: ValueError, line: str | bytes, number: int) -> int:
 
 
 def _format_suffix(path: Path) -> str:
-    suffixes = path.suffixes[-2:] if path.suffix in _COMPRESSED else path.suffixes[-1:]
-    return suffixes[0] if suffixes else ""
-
-
-def _decompressed(raw: IO[bytes], path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-    if path.suffix == ".xz":
-        return cast(IO[bytes], lzma.LZMAFile(raw))
-    if path.suffix == ".zst":
-        return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False)
-    return raw
+    """The ending that tells the format, in small letters: of ``A.JSONL.gz`` it is ``.jsonl``."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""

@@ -16,9 +16,10 @@ from datatrove.utils.batching import batched
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, get_bin_path
 
 from megatron_mesh.data.corpus import parse_chunk, read_chunks
-from megatron_mesh.data.encode import choose_encoder
+from megatron_mesh.data.encode import choose_encoder, spot_check
 from megatron_mesh.data.indexed import IndexedWriter, inspect_prefix
-from megatron_mesh.data.preprocess import CHUNK_BYTES
+from megatron_mesh.data.long_texts import encode_texts
+from megatron_mesh.data.preprocess import CHUNK_BYTES, CHUNKS_PER_CHECK
 from megatron_mesh.data.tokenizer import build_tokenizer
 from megatron_mesh.errors import UserError
 
@@ -64,8 +65,15 @@ class EncodeShard(MegatronDocumentTokenizer):
         sample = [document.text[:_SAMPLE_CHARACTERS] for document in islice(first, _SAMPLE_DOCUMENTS)]
         encoder, _ = choose_encoder(tokenizer, sample)
         eod = [tokenizer.eod] if self.append_eod else []
-        for batch in chain([first] if first else [], batches):
-            encoded = encoder.encode([document.text for document in batch])
+        for number, batch in enumerate(chain([first] if first else [], batches)):
+            texts = [document.text for document in batch]
+            if number % CHUNKS_PER_CHECK == 0 and (part := spot_check(encoder, texts)):
+                raise UserError(
+                    f"gigatoken gives other ids than Hugging Face's tokenizers for {part!r}; use "
+                    "tools/preprocess_data.py with --encoder reference."
+                )
+            encoded = encode_texts(encoder, texts)
+            self.stat_update("cut", value=encoded.cut)
             for ids in np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1]):
                 if len(ids):
                     file.write(np.append(ids, eod))

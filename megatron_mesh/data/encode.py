@@ -1,9 +1,10 @@
-"""Encoding many texts at once. gigatoken is fast, Hugging Face's tokenizers is right: where both agree on a
-sample of the corpus and on awkward text, gigatoken does the work.
+"""Encoding many texts at once. gigatoken is fast, Hugging Face's tokenizers is right. Where both agree on a
+sample of the corpus and on awkward text, gigatoken does the work, and is compared again on the way.
 
 Each encoder stays in the thread that calls it: worker processes divide the work between cores.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -27,6 +28,10 @@ _PROBES = [
 ]
 
 
+CHECKED_CHARACTERS = 1 << 20
+"""Of a text that is spot-checked: the start, so that a text of any size takes about a second."""
+
+
 class Encoded(NamedTuple):
     """Documents as ids, one after the other."""
 
@@ -34,12 +39,30 @@ class Encoded(NamedTuple):
     """[sum(lengths)]"""
     lengths: np.ndarray
     """[documents] int32"""
+    cut: int = 0
+    """Documents that had to be cut (``long_texts.py``): some ids may differ from those of the whole."""
+
+
+class Located(NamedTuple):
+    """The tokens of one text and their places."""
+
+    ids: np.ndarray
+    """[tokens]"""
+    starts: np.ndarray
+    """[tokens] int64: the character at which each token starts, or of which it is a part."""
+
+
+Locate = Callable[[str], Located | None]
 
 
 class Encoder(Protocol):
     """Turns texts into ids, without start or end tokens."""
 
-    def encode(self, texts: list[str]) -> Encoded: ...
+    def encode(self, texts: list[str]) -> Encoded:
+        """Encode many texts."""
+
+    def locators(self) -> list[Locate]:
+        """Ways to encode a text with the places of its tokens. None means no; the last way takes any text."""
 
 
 class GigatokenEncoder:
@@ -52,12 +75,28 @@ class GigatokenEncoder:
         import gigatoken
 
         self._backend = gigatoken.Tokenizer.from_json(tokenizer.path.read_bytes())
+        self.reference = HuggingFaceEncoder(tokenizer)
+        self._bytes = _token_bytes(tokenizer)
 
     def encode(self, texts: list[str]) -> Encoded:
         import awkward
 
         rows = self._backend.encode_batch(texts, parallel=False)
         return Encoded(awkward.to_numpy(awkward.flatten(rows)), awkward.to_numpy(awkward.num(rows)))
+
+    def locators(self) -> list[Locate]:
+        return [self._locate, *self.reference.locators()]
+
+    def _locate(self, text: str) -> Located | None:
+        """gigatoken doesn't say where its tokens are, but they have the bytes of the text, unless it is
+        normalized."""
+        ids = self.encode([text]).ids
+        ends = np.cumsum(self._bytes[ids])
+        data = np.frombuffer(text.encode(), np.uint8)
+        if len(ids) == 0 or ends[-1] != len(data):
+            return None
+        character = np.cumsum((data & 0xC0) != 0x80) - 1
+        return Located(ids, character[np.concatenate([[0], ends[:-1]])])
 
 
 class HuggingFaceEncoder:
@@ -69,6 +108,14 @@ class HuggingFaceEncoder:
     def encode(self, texts: list[str]) -> Encoded:
         return _joined([row.ids for row in self._backend.encode_batch_fast(texts, add_special_tokens=False)])
 
+    def locators(self) -> list[Locate]:
+        return [self.locate]
+
+    def locate(self, text: str) -> Located:
+        """Encode a text with the places of its tokens."""
+        row = self._backend.encode(text, add_special_tokens=False)
+        return Located(np.array(row.ids, np.int32), np.array(row.offsets, np.int64).reshape(-1, 2)[:, 0])
+
 
 class SentencePieceEncoder:
     """sentencepiece's own batch encoder."""
@@ -78,6 +125,24 @@ class SentencePieceEncoder:
 
     def encode(self, texts: list[str]) -> Encoded:
         return _joined(self._backend.encode(texts, num_threads=1))
+
+    def locators(self) -> list[Locate]:
+        return [self._locate]
+
+    def _locate(self, text: str) -> Located:
+        found = self._backend.encode(text, return_type="offset_mapping")
+        starts = np.array(found["offsets"], np.int64).reshape(-1, 2)[:, 0]
+        return Located(np.array(found["ids"], np.int32), starts)
+
+
+def _token_bytes(tokenizer: HuggingFaceTokenizer) -> np.ndarray[Any, Any]:
+    """[vocabulary] int64: bytes of each token, for byte-level tokenizers: they spell a byte as a letter."""
+    sizes = np.zeros(tokenizer.vocab_size, np.int64)
+    for token, number in tokenizer.backend.get_vocab(with_added_tokens=True).items():
+        sizes[number] = len(token)
+    for number, added in tokenizer.backend.get_added_tokens_decoder().items():
+        sizes[number] = len(added.content.encode())
+    return sizes
 
 
 def _joined(rows: list[list[int]]) -> Encoded:
@@ -89,7 +154,8 @@ def _joined(rows: list[list[int]]) -> Encoded:
 def choose_encoder(tokenizer: Tokenizer, sample: list[str], *, fast: bool = True) -> tuple[Encoder, str]:
     """The fastest encoder with the tokenizer's own ids, and a line for the console on which it is and why.
 
-    ``sample``: texts from the corpus; a few KB are compared.
+    Args:
+        sample: texts from the corpus; a few KB are compared.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
         return SentencePieceEncoder(tokenizer), "sentencepiece, the library of this tokenizer"
@@ -116,6 +182,24 @@ def first_difference(candidate: Encoder, reference: Encoder, texts: list[str]) -
     a, b = candidate.encode(texts), reference.encode(texts)
     rows = zip(texts, _rows(a), _rows(b), strict=True)
     return next((text for text, left, right in rows if not np.array_equal(left, right)), None)
+
+
+def spot_check(encoder: Encoder, texts: list[str]) -> str | None:
+    """The part of a text for which ``encoder`` gives other ids than its reference; None if there is none.
+
+    Compares the first ``CHECKED_CHARACTERS`` of each text. Encoders without a reference are right.
+    """
+    if not isinstance(encoder, GigatokenEncoder) or not texts:
+        return None
+    text = first_difference(encoder, encoder.reference, [text[:CHECKED_CHARACTERS] for text in texts])
+    if text is None:
+        return None
+    found, expected = encoder.encode([text]).ids, encoder.reference.locate(text)
+    shared = min(len(found), len(expected.ids))
+    differing = np.flatnonzero(found[:shared] != expected.ids[:shared])
+    token = int(differing[0]) if len(differing) else shared
+    place = int(expected.starts[token]) if token < len(expected.starts) else len(text)
+    return text[max(0, place - 20) : place + 40]
 
 
 def _rows(encoded: Encoded) -> list[np.ndarray[Any, Any]]:

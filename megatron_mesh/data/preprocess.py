@@ -12,19 +12,22 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
 
 from megatron_mesh.data.corpus import Chunk, expand_inputs, parse_chunk, read_chunks
-from megatron_mesh.data.encode import Encoded, Encoder, choose_encoder
+from megatron_mesh.data.encode import Encoded, Encoder, GigatokenEncoder, choose_encoder, spot_check
 from megatron_mesh.data.indexed import IndexedWriter
+from megatron_mesh.data.long_texts import encode_texts
 from megatron_mesh.data.tokenizer import Tokenizer
 from megatron_mesh.errors import UserError
 
 CHUNK_BYTES = 2 << 20
 """Text per task: some 20 ms of encoding, so that passing it between processes costs little."""
+CHUNKS_PER_CHECK = 1000
+"""gigatoken's ids are compared with the reference in one chunk of this many; the first is always one."""
 SAMPLE_FILES, SAMPLE_PIECES, PIECE_CHARACTERS = 8, 64, 2048
 """The sample on which encoders are compared: pieces of the first documents of the first files."""
 
@@ -59,6 +62,12 @@ class Progress:
     """Documents written, of all keys together; documents without a token are left out."""
     tokens: int = 0
     broken: list[str] = field(default_factory=list)
+    """What was wrong with the documents left out."""
+    cut: list[str] = field(default_factory=list)
+    """Where documents were too long to be encoded whole and had to be cut (``long_texts.py``)."""
+    chunks: int = 0
+    checked: int = 0
+    """Chunks in which gigatoken's ids were compared with the reference."""
     seconds: float = 0.0
     """Since the first chunk was read."""
 
@@ -66,6 +75,14 @@ class Progress:
     def speed(self) -> float:
         """MB (10^6 bytes) of decompressed input per second."""
         return self.text_bytes / 1e6 / max(self.seconds, 1e-9)
+
+
+class _Result(NamedTuple):
+    """What comes of a chunk: ids for each key, and for the console."""
+
+    encoded: list[Encoded]
+    broken: list[str]
+    checked: bool
 
 
 @dataclass(frozen=True)
@@ -78,21 +95,27 @@ class _Task:
     dtype: type[np.number[Any]]
     skip_broken: bool
 
-    def __call__(self, chunk: Chunk) -> tuple[list[Encoded], list[str]]:
+    def __call__(self, chunk: Chunk, number: int) -> _Result:
         parsed = parse_chunk(chunk, self.keys, skip_broken=self.skip_broken)
-        return [self._encode(texts) for texts in parsed.texts], parsed.broken
+        check = number % CHUNKS_PER_CHECK == 0 and isinstance(self.encoder, GigatokenEncoder)
+        if check and (part := spot_check(self.encoder, [t for texts in parsed.texts for t in texts if t])):
+            raise UserError(
+                f"gigatoken gives other ids than Hugging Face's tokenizers for {part!r} ({chunk.place}). "
+                "Nothing was written; run again with --encoder reference."
+            )
+        return _Result([self._encode(texts) for texts in parsed.texts], parsed.broken, check)
 
     def _encode(self, texts: list[str]) -> Encoded:
         texts = [text for text in texts if text]
         if not texts:
             return Encoded(np.zeros(0, self.dtype), np.zeros(0, np.int32))
-        ids, lengths = self.encoder.encode(texts)
+        ids, lengths, cut = encode_texts(self.encoder, texts)
         lengths = lengths[lengths > 0].astype(np.int32)
         ids = ids.astype(self.dtype)
         if self.eod is not None:
             ids = np.insert(ids, np.cumsum(lengths), self.eod)
             lengths += 1
-        return Encoded(ids, lengths)
+        return Encoded(ids, lengths, cut)
 
 
 def preprocess(
@@ -107,7 +130,8 @@ def preprocess(
     ``on_start`` hears which encoder is used and why, and the size of the input on disk; ``on_progress``
     hears of every chunk that was written.
     Raises UserError for bad input, outputs that exist (unless ``overwrite``) and a corpus without a token;
-    nothing is left or changed on disk then.
+    nothing is left or changed on disk then. It also raises where gigatoken's ids are not the tokenizer's, as
+    far as they are compared: in the first chunk and one of every ``CHUNKS_PER_CHECK``.
     """
     paths = expand_inputs(settings.input)
     _check_outputs(settings)
@@ -131,15 +155,18 @@ def _run(
     with ExitStack() as stack:
         writers = [stack.enter_context(IndexedWriter(settings.prefix(key), task.dtype)) for key in task.keys]
         tokens = [0] * len(writers)
-        for chunk, (encoded, broken) in _map_in_order(task, chunks, settings.workers):
-            for number, (writer, documents) in enumerate(zip(writers, encoded, strict=True)):
+        for chunk, result in _map_in_order(task, chunks, settings.workers):
+            for number, (writer, documents) in enumerate(zip(writers, result.encoded, strict=True)):
                 writer.add(documents.ids, documents.lengths)
                 tokens[number] += len(documents.ids)
                 progress.documents += len(documents.lengths)
+                progress.cut += [chunk.place] * documents.cut
+            progress.chunks += 1
+            progress.checked += result.checked
             progress.disk_bytes += chunk.disk_bytes
             progress.text_bytes += len(chunk.data)
             progress.tokens = sum(tokens)
-            progress.broken += broken
+            progress.broken += result.broken
             progress.seconds = time.perf_counter() - start
             on_progress(progress)
         for key, count in zip(task.keys, tokens, strict=True):
@@ -152,27 +179,31 @@ def _run(
     return progress
 
 
-_Result = tuple[Chunk, tuple[list[Encoded], list[str]]]
 _task: _Task | None = None
 """In a worker process: its task, inherited by fork with the tokenizer loaded and nothing to pickle."""
 
 
-def _map_in_order(task: _Task, chunks: Iterable[Chunk], workers: int) -> Iterator[_Result]:
-    """Results in the order of the chunks, with a bounded number of chunks in memory."""
+def _map_in_order(task: _Task, chunks: Iterable[Chunk], workers: int) -> Iterator[tuple[Chunk, _Result]]:
+    """Results in the order of the chunks, with a bounded number of chunks and bytes in memory."""
     if workers == 1:
-        yield from ((chunk, task(chunk)) for chunk in chunks)
+        yield from ((chunk, task(chunk, number)) for number, chunk in enumerate(chunks))
         return
-    context = get_context("fork")
-    pending: deque[tuple[Chunk, Future[Any]]] = deque()
-    pool: Executor = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(task,))
+    pending: deque[tuple[Chunk, Future[_Result]]] = deque()
+    waiting_bytes, most = 0, 3 * workers
+    pool: Executor = ProcessPoolExecutor(
+        workers, get_context("fork"), initializer=_start_worker, initargs=(task,)
+    )
     try:
-        for chunk in chunks:
-            pending.append((chunk, pool.submit(_work, chunk)))
-            if len(pending) > 3 * workers:
+        for number, chunk in enumerate(chunks):
+            pending.append((chunk, pool.submit(_work, chunk, number)))
+            waiting_bytes += len(chunk.data)
+            while len(pending) > most or (len(pending) > 1 and waiting_bytes > most * 2 * CHUNK_BYTES):
                 first, future = pending.popleft()
+                waiting_bytes -= len(first.data)
                 yield first, future.result()
-        for chunk, future in pending:
-            yield chunk, future.result()
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
     except BrokenProcessPool as error:
         raise UserError(
             "A worker process was killed, most likely for lack of memory: use fewer --workers."
@@ -187,9 +218,9 @@ def _start_worker(task: _Task) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches them too; the main process ends them
 
 
-def _work(chunk: Chunk) -> tuple[list[Encoded], list[str]]:
+def _work(chunk: Chunk, number: int) -> _Result:
     assert _task is not None
-    return _task(chunk)
+    return _task(chunk, number)
 
 
 def _sample(paths: list[Path], keys: list[str]) -> list[str]:

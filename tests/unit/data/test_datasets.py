@@ -1,5 +1,7 @@
 """Data sets: what sample j is, blends, splits, the index cache, errors."""
 
+import multiprocessing
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -12,6 +14,7 @@ from megatron_mesh.config.schema import DataConfig
 from megatron_mesh.data import build_datasets, build_tokenizer
 from megatron_mesh.data.blend import parse_blend, parse_split
 from megatron_mesh.data.datasets import Datasets
+from megatron_mesh.data.indexed import IndexedWriter
 from megatron_mesh.data.stream import SampleStream, epoch_order
 from megatron_mesh.errors import UserError
 from tests.unit.data.corpora import NumberTokenizer
@@ -91,8 +94,6 @@ def test_reading_order_and_repetition_change_nothing(make_data) -> None:
 
 
 def test_end_of_document_can_be_left_out_of_the_loss(tmp_path: Path) -> None:
-    from megatron_mesh.data.indexed import IndexedWriter
-
     with IndexedWriter(str(tmp_path / "eod"), np.uint16) as writer:
         writer.add(np.tile([5, 6, 7, 0], 50), np.full(50, 4))
         writer.commit()
@@ -140,6 +141,78 @@ def test_cache_is_used_and_follows_the_content(make_data, tmp_path: Path) -> Non
     make_data("a", documents=30)
     build(prefix, data_cache_path=str(cache))
     assert len(list(cache.iterdir())) == 2 * len(files)
+
+
+@pytest.mark.parametrize("name", ["document_index", "sample_index", "shuffle_index", "manifest"])
+def test_a_truncated_index_file_is_rebuilt(make_data, tmp_path: Path, name: str) -> None:
+    """Case 10: each file of the index in turn is cut to a half, as by a kill in the first build."""
+    prefix, cache = make_data("a"), tmp_path / "cache"
+    before = first_tokens(build(prefix, data_cache_path=str(cache)).train)
+    (path,) = cache.glob(f"*/{name}.*")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert first_tokens(build(prefix, data_cache_path=str(cache)).train) == before
+    assert path.read_bytes() == whole
+
+
+def test_a_corpus_remade_in_another_order_gets_its_own_index(tmp_path: Path) -> None:
+    """Case 11: the first documents, the number of documents and all sizes stay as they were."""
+    random = np.random.default_rng(0)
+    documents = [np.full(length, i + 1) for i, length in enumerate(random.integers(1, 60, 3000))]
+
+    def write(order: np.ndarray) -> None:
+        lengths = [len(documents[i]) for i in order]
+        with IndexedWriter(str(tmp_path / "text"), np.uint16) as writer:
+            writer.add(np.concatenate([documents[i] for i in order]), np.array(lengths))
+            writer.commit()
+
+    def read(cache: str) -> list[list[int]]:
+        stream = build(str(tmp_path / "text"), data_cache_path=str(tmp_path / cache), train=300).train
+        return [stream[i]["tokens"].tolist() for i in range(300)]
+
+    write(np.arange(3000))
+    old = read("cache")
+    write(np.concatenate([np.arange(1500), 1500 + random.permutation(1500)]))
+    assert read("cache") == read("a new cache") != old
+
+
+def _run_when_all_are_ready(run_tool, command: list[str], barrier) -> None:
+    barrier.wait(60)
+    os._exit(run_tool("build_data_index", *command))
+
+
+def test_four_builds_of_one_index_at_once(make_data, tmp_path: Path, run_tool) -> None:
+    """Case 12: all succeed, and what they leave equals what one alone leaves, to the byte."""
+    make_data("a", documents=400, length=90)
+    blend = [
+        "--data-path",
+        "0.7",
+        str(tmp_path / "a"),
+        "0.3",
+        make_data("b", documents=99),
+        "--split",
+        "8,1,1",
+    ]
+    common = [*blend, "--seq-length", "16", "--vocab-size", "60000", "--data-cache-path"]
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(4)
+    jobs = [
+        context.Process(
+            target=_run_when_all_are_ready, args=(run_tool, [*common, str(tmp_path / "four")], barrier)
+        )
+        for _ in range(4)
+    ]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(120)
+    assert [job.exitcode for job in jobs] == [0] * 4
+    assert run_tool("build_data_index", *common, str(tmp_path / "one")) == 0
+    four, one = (
+        {path.relative_to(root): path.read_bytes() for path in sorted(root.rglob("*.*"))}
+        for root in (tmp_path / "four", tmp_path / "one")
+    )
+    assert four == one and len(one) == 6 * 4 + 3  # two sources in three splits, and a blend
 
 
 def test_prebuilt_cache(make_data, tmp_path: Path, hf_model: str, run_tool, capsys) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from megatron_mesh.data import build_tokenizer
 from megatron_mesh.data import preprocess as module
+from megatron_mesh.data.corpus import read_chunks
 from megatron_mesh.data.encode import (
     Encoded,
     GigatokenEncoder,
@@ -158,7 +160,7 @@ def test_bad_input(hf_model: str, tmp_path: Path) -> None:
         (str(tmp_path), {}, "is a directory"),
         (str(tmp_path / "table.csv"), {}, "does not tell the format"),
         (str(tmp_path / "empty.jsonl"), {}, "corpus is empty"),
-        (str(tmp_path / "short.jsonl.xz"), {}, "Cannot read .*short.jsonl.xz"),
+        (str(tmp_path / "short.jsonl.xz"), {}, "short.jsonl.xz is truncated"),
         (str(tmp_path / "wrong.jsonl.gz"), {}, "Cannot read .*wrong.jsonl.gz"),
         (good, {"workers": 0}, "--workers"),
         (good, {"json_keys": ["text", "text"]}, "twice"),
@@ -196,13 +198,74 @@ def test_one_different_id_brings_the_reference_back(hf_model: str, monkeypatch: 
     right = GigatokenEncoder.encode
 
     def wrong(self: GigatokenEncoder, texts: list[str]) -> Encoded:
-        ids, lengths = right(self, texts)
+        ids, lengths, _ = right(self, texts)
         return Encoded(np.where(np.arange(len(ids)) == len(ids) - 1, 3, ids), lengths)
 
     monkeypatch.setattr(GigatokenEncoder, "encode", wrong)
     encoder, reason = choose_encoder(build_tokenizer(None, hf_model), ["the fox"])
     assert isinstance(encoder, HuggingFaceEncoder)
     assert "other ids for 'the fox'" in reason
+
+
+def _wrong_for(word: str, right):
+    """gigatoken, with another id for the last token of each text that has ``word`` in it."""
+
+    def encode(self: GigatokenEncoder, texts: list[str]) -> Encoded:
+        ids, lengths, _ = right(self, texts)
+        wrong = np.cumsum(lengths)[[word in text for text in texts]] - 1
+        return Encoded(np.where(np.isin(np.arange(len(ids)), wrong), 3, ids), lengths)
+
+    return encode
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_wrong_id_within_the_corpus_ends_preprocessing(
+    hf_model: str, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch, run_tool, capsys
+) -> None:
+    """The choice of the encoder sees only the first pieces; the spot-check sees the rest of a chunk."""
+    pytest.importorskip("gigatoken", reason="gigatoken, an optional dependency, is not installed")
+    right = GigatokenEncoder.encode
+    monkeypatch.setattr(GigatokenEncoder, "encode", _wrong_for("zebra", right))
+    corpus = write_jsonl(tmp_path / "c.jsonl", [*sentences(200), "a" * 3000 + " and a zebra", "the end"])
+    command = ["--input", corpus, "--output-prefix", str(tmp_path / "out"), "--tokenizer-model", hf_model]
+    command += ["--workers", str(workers)]
+    assert run_tool("preprocess_data", *command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: gigatoken gives other ids") and "and a zebra'" in error
+    assert f"{corpus}, line 1 to 202" in error and len(error) < 400 and "--encoder reference" in error
+    assert not list(tmp_path.glob("out*"))
+    assert run_tool("preprocess_data", *command, "--encoder", "reference") == 0
+
+
+def test_one_chunk_in_a_thousand_is_compared(
+    hf_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_tool, capsys
+) -> None:
+    pytest.importorskip("gigatoken", reason="gigatoken, an optional dependency, is not installed")
+    assert module.CHUNKS_PER_CHECK == 1000
+    monkeypatch.setattr(module, "CHUNK_BYTES", 512)
+    texts = sentences(200)
+    command = ["--output-prefix", str(tmp_path / "out"), "--tokenizer-model", hf_model, "--overwrite"]
+    command += ["--input", write_jsonl(tmp_path / "c.jsonl", texts)]
+    monkeypatch.setattr(module, "CHUNKS_PER_CHECK", 10)
+    for workers in ("1", "3"):
+        assert run_tool("preprocess_data", *command, "--workers", workers) == 0
+        output = capsys.readouterr().out
+        checked, chunks = re.search(r"spot-checked (\d+) of (\d+) chunks", output).groups()
+        assert int(chunks) > 50 and int(checked) == (int(chunks) + 9) // 10
+    # Of two words that gigatoken gets wrong, the one in chunk 9 passes and the one in chunk 10 is found.
+    monkeypatch.setattr(GigatokenEncoder, "encode", _wrong_for("zebra", GigatokenEncoder.encode))
+    path, chunks = tmp_path / "c.jsonl", list(read_chunks(tmp_path / "c.jsonl", 512))
+    start, data = sum(len(chunk.data) for chunk in chunks[:10]), path.read_bytes()
+    assert b"quick" in chunks[9].data and b"brown" in chunks[10].data
+    place = data.rindex(b"quick", 0, start)
+    path.write_bytes(data[:place] + b"zebra" + data[place + 5 :])
+    assert run_tool("preprocess_data", *command, "--workers", "1") == 0
+    place = data.index(b"brown", start)
+    path.write_bytes(data[:place] + b"zebra" + data[place + 5 :])
+    assert run_tool("preprocess_data", *command, "--workers", "1") == 2
+    assert f"{path}, line {chunks[10].first_line} to" in capsys.readouterr().err
+    assert run_tool("preprocess_data", *command, "--workers", "1", "--encoder", "reference") == 0
+    assert "spot-checked" not in capsys.readouterr().out
 
 
 def test_neox_ids_of_real_and_odd_text(shared_dir: Path) -> None:

@@ -1,0 +1,88 @@
+"""Reading compressed files: .gz, .xz and .zst, of several members each, and no truncated file in silence."""
+
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, cast
+
+import zstandard
+
+from megatron_mesh.errors import UserError
+
+_ZSTD_WINDOW = 1 << 31
+"""The largest window that zstd knows (``zstd --ultra --long=31``): as many bytes of memory."""
+_ZSTD_INPUT = 1 << 14
+"""Compressed bytes at a time. Highly repetitive text grows several thousand times."""
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Open a file and yield its bytes on the disk and its content, decompressed as the name says.
+
+    Raises UserError, also while the content is read, if the file cannot be read, is truncated, damaged or of
+    another format.
+    """
+    suffix = path.suffix.lower()
+    open_content = _OPENERS.get(suffix, lambda raw: raw)
+    try:
+        with open(path, "rb") as raw:
+            yield raw, open_content(raw)
+    except EOFError as error:
+        raise UserError(
+            f"{path} is truncated: it ends in the middle of its {suffix} data; copy or download it again."
+        ) from error
+    except zstandard.ZstdError as error:
+        if "too much memory" in str(error):
+            raise UserError(
+                f"{path} was compressed with a window of more than 2 GiB, which zstd does not read either; "
+                "compress it again, e.g. with zstd --long=31 or less."
+            ) from error
+        raise UserError(f"Cannot read {path}: {error}; is it a complete {suffix} file?") from error
+    except (OSError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"Cannot read {path}: {error}; is it complete and as its name says?") from error
+
+
+class _ZstdFrames(io.RawIOBase):
+    """The content of all frames. zstandard's own stream reader takes a truncated file for a complete one.
+
+    Raises EOFError if the file ends within a frame.
+    """
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._input = b""
+        self._output = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._output:
+            self._input = self._input or self._raw.read(_ZSTD_INPUT)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("the file ends within a frame")
+                return 0
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
+            self._output = memoryview(self._frame.decompress(self._input))
+            self._input = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._output))
+        buffer[:count] = self._output[:count]
+        self._output = self._output[count:]
+        return count
+
+
+_OPENERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
+    ".gz": lambda raw: cast(IO[bytes], gzip.GzipFile(fileobj=raw)),
+    ".xz": lambda raw: cast(IO[bytes], lzma.LZMAFile(raw)),  # noqa: SIM115
+    ".zst": lambda raw: io.BufferedReader(_ZstdFrames(raw), 1 << 17),
+}
+SUFFIXES = tuple(_OPENERS)

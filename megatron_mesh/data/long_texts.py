@@ -1,0 +1,105 @@
+"""Encoding texts of any length in bounded memory, with the ids that the tokenizer gives the whole text.
+
+Tokenizers take 20 to 120 bytes of memory for a byte of text. So a long text is encoded in windows that
+overlap, and two neighbours are joined where both have the same tokens at the same places. For byte-pair
+encoding two such tokens in a row prove that the result is the encoding of the whole: a sequence of tokens
+is the encoding of its word exactly if each pair of neighbours is. We ask for agreement over many more.
+A unigram model may choose otherwise between two divisions of the same score, as it does by rounding.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from megatron_mesh.data.encode import Encoded, Encoder, Located
+
+WINDOW = 1 << 20
+"""Characters that are encoded at once."""
+_OVERLAP = 1 << 13
+_MARGIN = 1 << 10
+"""At the end of a window tokens may be others, for want of the text that follows. As many characters before
+them must have the same tokens in both windows."""
+_TRIES = 4
+"""Tokens at which a window tries to start. Some tokenizers divide long numbers in threes from their start."""
+
+
+def encode_texts(encoder: Encoder, texts: list[str], window: int = WINDOW) -> Encoded:
+    """Encode texts of any length; see ``Encoded`` for those whose windows didn't agree."""
+    if all(len(text) <= window for text in texts):
+        return encoder.encode(texts)
+    rows: list[np.ndarray[Any, Any]] = []
+    short: list[str] = []
+    cut = 0
+    for text in texts:
+        if len(text) <= window:
+            short.append(text)
+            continue
+        rows += _encode_short(encoder, short)
+        short = []
+        ids, joints = _encode_long(encoder, text, window)
+        rows.append(ids)
+        cut += joints > 0
+    rows += _encode_short(encoder, short)
+    lengths = np.array([len(row) for row in rows], np.int64)
+    return Encoded(np.concatenate(rows), lengths, cut)
+
+
+def _encode_short(encoder: Encoder, texts: list[str]) -> list[np.ndarray[Any, Any]]:
+    if not texts:
+        return []
+    encoded = encoder.encode(texts)
+    return np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])
+
+
+def _encode_long(encoder: Encoder, text: str, window: int) -> tuple[np.ndarray[Any, Any], int]:
+    """The ids of a text, and how many joints there are at which its windows disagree."""
+    for locate in encoder.locators():
+        result = _join_windows(locate, text, window)
+        if result is not None:
+            return result
+    raise AssertionError("the last way to locate tokens takes any text")
+
+
+def _join_windows(
+    locate: Callable[[str], Located | None], text: str, window: int
+) -> tuple[np.ndarray[Any, Any], int] | None:
+    """As ``_encode_long``; None if the tokens of a window cannot be located."""
+    pieces: list[np.ndarray[Any, Any]] = []
+    start, cuts = 0, 0
+    left = locate(text[:window])
+    while left is not None and start + window < len(text):
+        end = start + window
+        overlap = left.starts[np.searchsorted(left.starts, end - min(_OVERLAP, window // 2)) :]
+        for start in map(int, overlap[:_TRIES] if len(overlap) else [end]):
+            right = locate(text[start : start + window])
+            if right is None:
+                return None
+            right = Located(right.ids, right.starts + start)
+            joint = _joint(left, right, start, end - min(_MARGIN, window // 8))
+            if joint is not None:
+                break
+        else:
+            joint = int(np.searchsorted(left.starts, start)), 0
+            cuts += 1
+        assert right is not None
+        pieces.append(left.ids[: joint[0]])
+        left = Located(right.ids[joint[1] :], right.starts[joint[1] :])
+    return None if left is None else (np.concatenate([*pieces, left.ids]), cuts)
+
+
+def _joint(left: Located, right: Located, start: int, end: int) -> tuple[int, int] | None:
+    """Indices in two windows from which both have the same tokens up to character ``end``; None: they differ.
+
+    ``start``: where ``right`` starts.
+    """
+    first, last = np.searchsorted(left.starts, [start, end])
+    until = int(np.searchsorted(right.starts, end))
+    length = min(last - first, until)
+    a, b = slice(last - length, last), slice(until - length, until)
+    same = (left.ids[a] == right.ids[b]) & (left.starts[a] == right.starts[b])
+    differing = np.flatnonzero(~same)
+    common = int(length if not len(differing) else length - 1 - differing[-1])
+    if common < 2 or left.starts[last - common] > (start + end) // 2:
+        return None
+    return int(last - common), until - common
