@@ -12,9 +12,9 @@
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # An element of an array acts on itself. SLURM_JOB_ID of the last element is the whole array's.
-job=$SLURM_JOB_ID
-[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-token=$job.${SLURM_RESTART_COUNT:-0}
+this_job=$SLURM_JOB_ID
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || this_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+token=$this_job.${SLURM_RESTART_COUNT:-0}
 asked=no interrupted=no srun_pid= last_resort=
 # Exit status of a run that can be resumed, so that jobs waiting for "afterok" do not start on a half-trained model.
 # It is EX_TEMPFAIL of sysexits.h. Not the trainer's 42: sites name that one in RequeueExit.
@@ -39,7 +39,7 @@ retried() {
 }
 
 # A field of the job as SLURM has it now, such as JobState.
-job_field() { retried scontrol -o show job "$job" 2>/dev/null | grep -oPm 1 "(?<= $1=)\S+"; }
+job_field() { retried scontrol -o show job "$this_job" 2>/dev/null | grep -oPm 1 "(?<= $1=)\S+"; }
 
 # Step of the newest complete checkpoint; a directory has its name only when it is complete.
 saved_step() {
@@ -106,7 +106,7 @@ requeue_before_the_kill() {
     words="time is up, and the ranks do not end; requeued, to resume from step $(saved_step)"
     say "$words"
     note resumes "$words"
-    scontrol requeue "$job"
+    scontrol requeue "$this_job"
 }
 
 # Starts one task per GPU, and returns srun's status: the highest of the ranks.
@@ -168,7 +168,7 @@ again() {
     [ -z "$last_resort" ] || kill "$last_resort"
     trap 'interrupted=leaving' TERM
     trap '' USR1
-    retried scontrol requeue "$job" || finish failed 1 "error: SLURM did not requeue the job"
+    retried scontrol requeue "$this_job" || finish failed 1 "error: SLURM did not requeue the job"
     hook resumes
     if [ $interrupted != leaving ] && [ "$(job_field JobState)" = RUNNING ]; then
         sleep 60 & # SLURM ends this script

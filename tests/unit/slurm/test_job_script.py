@@ -205,7 +205,9 @@ def test_a_first_start_takes_the_given_checkpoint(job, tmp_path) -> None:
 
 
 def test_the_log_names_where_a_start_begins(job) -> None:
-    assert "start on node1 from the checkpoint in /other\n" in job(ending("stopped", 42), LOAD="/other").stdout
+    assert (
+        "start on node1 from the checkpoint in /other\n" in job(ending("stopped", 42), LOAD="/other").stdout
+    )
     assert "start on node1 from step 0\n" in job(ending("stopped", 42, 10)).stdout
     assert "start on node1 from step 10\n" in job(ending("stopped", 42), LOAD="/other").stdout
 
