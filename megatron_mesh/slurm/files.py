@@ -149,10 +149,11 @@ def _newest_records(
             continue  # cut off: the last line, which is being written, or one at which the run was killed
         if kind == "train":
             train = train or record
-        elif kind == "save_failed":
+        elif kind == "save_failed" and save is None:
             failed.insert(0, record)
         elif kind == "save":
-            save = record
+            save = save or record
+        if train and save:
             break
     return train, save, failed
 

@@ -1,7 +1,7 @@
 """Pretraining jobs on a real SLURM, and all that can happen to them.
 
 A run resumes by itself where it should and only there, and ends with the losses and weights of the run that
-nothing disturbed, bit for bit. One of the tests runs always; MESH_TEST_SLURM=1 runs all (``make test-slurm``).
+nothing disturbed, bit for bit. One test always runs; MESH_TEST_SLURM=1 runs all (``make test-slurm``).
 """
 
 import os

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-# JOB is what SLURM knows of every job, JOB_41 of that one: state|reason|nodes|time|limit|restarts|wait status.
+# JOB is what SLURM knows of all jobs, JOB_41 of that one: state|reason|nodes|time|limit|restarts|wait status.
 SLURM = {
     "sbatch": """\
 echo "$@" >>"$LAB/sbatch"

@@ -115,5 +115,5 @@ def test_runs_that_cannot_be_changed(lab, run) -> None:
     (run / "run_status.txt").write_text("done\n")
     with pytest.raises(UserError, match="trained to the end"):
         main(["--change", str(run), "--lr", "1"])
-    with pytest.raises(UserError, match="was not submitted with submit_slurm.py"):
+    with pytest.raises(UserError, match=r"was not submitted with submit_slurm\.py"):
         main(["--change", str(lab), "--lr", "1"])

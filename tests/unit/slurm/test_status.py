@@ -121,6 +121,8 @@ def test_failing_saves_and_what_is_at_risk(run, status) -> None:
     assert rows["failed saves"] == "2 since then, at step 15: No space left on device"
     assert rows["at risk"] == "9 steps since the newest checkpoint" and rows["last save"] == "2.0 s"
     assert [each["step"] for each in status("--json")["failed_saves"]] == [10, 15]
+    log_steps(run, *steps(17), failed[2], saved)
+    assert "failed saves" not in status() and status()["step"].startswith("17 of 10")
 
 
 def test_the_last_save_stays_after_a_mebibyte_of_steps(run, status) -> None:
@@ -210,7 +212,7 @@ def test_requeue_saves_waits_or_submits(lab, run, capsys, monkeypatch) -> None:
 def test_a_suspended_job_is_called_suspended(run, monkeypatch) -> None:
     """SLURM, case 11."""
     monkeypatch.setenv("JOB", SUSPENDED)
-    with pytest.raises(UserError, match="job 41 is suspended .*scontrol resume 41"):
+    with pytest.raises(UserError, match=r"job 41 is suspended .*scontrol resume 41"):
         main(["--requeue", str(run)])
     assert (run / "slurm/jobs.txt").read_text() == "41\n"
 

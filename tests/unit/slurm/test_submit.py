@@ -122,7 +122,7 @@ def test_a_full_disk_is_one_line(lab) -> None:
     if mounted.returncode:
         pytest.skip("mounting needs root")
     try:
-        with pytest.raises(UserError, match="cannot be written .No space left on device."):
+        with pytest.raises(UserError, match=r"cannot be written .No space left on device."):
             submit(lab, "--save", str(place / "run"))
         assert not list(place.iterdir()) and not (lab / "sbatch").exists()
     finally:
