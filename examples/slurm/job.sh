@@ -4,16 +4,26 @@
 #   CODE      directory of pretrain_mesh.py and the package
 #   SITE      file of the site's choices (site.sh)
 #   SETTINGS  array of settings for pretrain_mesh.py, without --save and --load
-#   optional: LOAD              checkpoint to start from, where RUN has none yet
-#             REQUEUE           yes (default), or no where another job of a chain goes on
-#             STARTS_PER_STEP   times (2) that the run may start from the same step before it is given up
+#   optional: LOAD              checkpoint to start from if RUN has none yet
+#             REQUEUE           yes (default), or no if another job of a chain resumes
+#             FAILURES_PER_STEP times (2) that the run may fail at the same step before it is given up
+#             HOOK_SECONDS      time (20) for the site's on_end_hook
 #             FENCE_SECONDS     time (12) for an earlier start's processes to end: task.sh looks every 5 s
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-token=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+# An element of an array acts on itself. SLURM_JOB_ID of the last element is the whole array's.
+this_job=$SLURM_JOB_ID
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || this_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+token=$this_job.${SLURM_RESTART_COUNT:-0}
 asked=no interrupted=no srun_pid= last_resort=
+# Exit status of a run that can be resumed, so that jobs waiting for "afterok" do not start on a half-trained model.
+# It is EX_TEMPFAIL of sysexits.h. Not the trainer's 42: sites name that one in RequeueExit.
+readonly UNFINISHED=75
 
 say() { echo "[$(date '+%F %T') $token] $*"; }
+
+# For --status: TOKEN STEP EVENT TIME TEXT. The event is start, or what finish takes.
+note() { echo "$token $(saved_step) $1 $(date -Is) $2" >>"$RUN/slurm/starts.txt"; }
 
 word_in() { head -n 1 "$1" 2>/dev/null; }
 
@@ -29,7 +39,7 @@ retried() {
 }
 
 # A field of the job as SLURM has it now, such as JobState.
-job_field() { retried scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | grep -oPm 1 "(?<= $1=)\S+"; }
+job_field() { retried scontrol -o show job "$this_job" 2>/dev/null | grep -oPm 1 "(?<= $1=)\S+"; }
 
 # Step of the newest complete checkpoint; a directory has its name only when it is complete.
 saved_step() {
@@ -56,41 +66,47 @@ take_over() {
     fi
 }
 
-# Whether the last starts were all from step $1: another one would bring nothing either.
+# Whether the run has failed at step $1 so often that another start would bring nothing either. Preemption, a lost
+# node and the time limit are no failures of the run's, so they do not count.
 stuck_at() {
-    local starts
-    starts=$(awk -v step="$1" '{ n = $2 == step ? n + 1 : 0 } END { print n + 0 }' "$RUN/slurm/starts.txt")
-    [ "$starts" -ge "${STARTS_PER_STEP:-2}" ]
+    local failures
+    failures=$(awk -v step="$1" '
+        $1 == "by-hand" { n = 0 }
+        $3 == "failed" { n = $2 == step ? n + 1 : 0 }
+        END { print n + 0 }' "$RUN/slurm/starts.txt")
+    [ "$failures" -ge "${FAILURES_PER_STEP:-${STARTS_PER_STEP:-2}}" ] # the second is its name in older site files
 }
 
 # SLURM's early warning. The file, not a signal: a signal during the start of python would end it, and the
 # next one, at the time limit, must not count as the second. Written again and again, since a run that is
 # just starting removes what an earlier one left.
 on_warning() {
-    say "asked to stop: saving"
     asked=yes interrupted=yes
-    [ -z "$srun_pid" ] ||
-        (while kill -0 "$srun_pid" && touch "$RUN/stop"; do sleep 2; done) 2>/dev/null &
+    [ -n "$srun_pid" ] || { say "asked to stop before the start; there is nothing to save"; return; }
+    say "asked to stop; the ranks save what they have trained"
+    (while kill -0 "$srun_pid" && touch "$RUN/stop"; do sleep 2; done) 2>/dev/null &
 }
 
-# Time is up, or the job is to leave. The tasks are told too; what comes next is decided when they have ended.
+# Time is up, or the job has to leave. The tasks are told too; what comes next is decided when they have ended.
 on_end() {
     interrupted=yes
-    [ -n "$srun_pid" ] || exit 143
+    [ -n "$srun_pid" ] || finish ended 143 "ended by SLURM before the start"
     [ "$(job_field Reason)" = TimeLimit ] && [ -z "$last_resort" ] || return
     requeue_before_the_kill &
     last_resort=$!
 }
 
-# A save that is slower than SLURM's patience ends with a SIGKILL for this script too: shortly before that, the
-# job is requeued, to go on from an earlier checkpoint.
+# A save that is slower than SLURM's patience ends with a SIGKILL for this script too. Shortly before that, the
+# job is requeued, to resume from an earlier checkpoint.
 requeue_before_the_kill() {
-    local patience
+    local patience words
     patience=$(scontrol show config | grep -oP '^KillWait\s*=\s*\K\d+')
     sleep $((patience > 10 ? patience - 5 : patience / 2))
     owned && [ "${REQUEUE:-yes}" = yes ] || return
-    say "time is up, and the ranks do not end; requeued, to go on from step $(saved_step)"
-    scontrol requeue "$SLURM_JOB_ID"
+    words="time is up, and the ranks do not end; requeued, to resume from step $(saved_step)"
+    say "$words"
+    note resumes "$words"
+    scontrol requeue "$this_job"
 }
 
 # Starts one task per GPU, and returns srun's status: the highest of the ranks.
@@ -109,7 +125,8 @@ train() {
         apptainer) inside=(apptainer exec --nv --bind "$(mounts)" --pwd "$PWD" "$CONTAINER") ;;
         *) say "error: ENVIRONMENT=$ENVIRONMENT in $SITE; take venv, pyxis or apptainer"; exit 2 ;;
     esac
-    srun "${options[@]}" bash "$here/task.sh" "$RUN/slurm/owner" "$token" \
+    # Everything by its full name and with all variables: the site may submit with --export=NONE.
+    srun "${options[@]}" --export=ALL /bin/bash "$here/task.sh" "$RUN/slurm/owner" "$token" \
         "${inside[@]}" "$PYTHON" -u "$CODE/pretrain_mesh.py" "${SETTINGS[@]}" --save "$RUN" "${load[@]}" &
     srun_pid=$!
     [ $asked = no ] || on_warning # it came a moment ago
@@ -124,61 +141,99 @@ mounts() {
         sed 's/.*/&:&/' | paste -sd,
 }
 
-# Puts the job back in the queue; in a chain its next job goes on instead.
+# Ends this start: says why ($3), for --status too, calls the site's hook and exits with status $2. $1 is done,
+# stopped (--requeue resumes), failed (not requeued), given-up (failed too often), ended (by SLURM) or resumes
+# (requeued, or by the next job of a chain).
+finish() {
+    say "$3"
+    note "$1" "$3"
+    hook "$1"
+    exit "$2"
+}
+
+# The site's on_end_hook, in a shell of its own: whatever it does, the job ends as it would without it.
+hook() {
+    declare -F on_end_hook >/dev/null || return 0
+    (trap '' TERM USR1 && exec timeout -s KILL "${HOOK_SECONDS:-20}" bash -c '. "$1" && shift && on_end_hook "$@"' \
+        bash "$SITE" "$1" "$(saved_step)" "$RUN" </dev/null) ||
+        say "on_end_hook failed with exit status $? (137: it was ended after ${HOOK_SECONDS:-20} s)"
+}
+
+# Puts the job back in the queue. In a chain the next job resumes instead.
 again() {
-    if [ "${REQUEUE:-yes}" = no ]; then
-        say "$1; the next job of the chain goes on from step $(saved_step)"
-        exit 0
-    fi
-    say "$1; requeued, to go on from step $(saved_step)"
+    [ "${REQUEUE:-yes}" = yes ] ||
+        finish resumes $UNFINISHED "$1; the next job of the chain resumes from step $(saved_step)"
+    say "$1; requeued, to resume from step $(saved_step)"
+    note resumes "$1; requeued"
     [ -z "$last_resort" ] || kill "$last_resort"
-    trap 'exit 1' TERM
+    trap 'interrupted=leaving' TERM
     trap '' USR1
-    retried scontrol requeue "$SLURM_JOB_ID" || { say "error: SLURM did not requeue the job"; exit 1; }
-    [ "$(job_field JobState)" != RUNNING ] || sleep 60 & # SLURM ends this script, if it is not at that already
-    wait $!
+    retried scontrol requeue "$this_job" || finish failed 1 "error: SLURM did not requeue the job"
+    hook resumes
+    if [ $interrupted != leaving ] && [ "$(job_field JobState)" = RUNNING ]; then
+        sleep 60 & # SLURM ends this script
+        wait $!
+    fi
     exit 1
+}
+
+# Why SLURM ends the job, as far as it tells: its state is COMPLETING now, whatever the cause.
+cause_of_end() {
+    local restarts down
+    restarts=$(job_field Restarts)
+    down=$(sinfo -h -n "$SLURM_JOB_NODELIST" -t down,fail -o %N 2>/dev/null | paste -sd,)
+    case $1 in
+        *held*) echo "requeued and held" ;;
+        OUT_OF_MEMORY/*) echo "out of memory" ;;
+        *) if [ -n "$down" ]; then
+            echo "node $down is down"
+        elif [ "${restarts:-0}" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
+            echo "preempted or requeued"
+        elif [ -z "${1%/*}" ]; then
+            echo "the controller does not say why"
+        else
+            echo "cancelled"
+        fi ;;
+    esac
 }
 
 # What comes after srun has ended with status $1.
 decide() {
-    local ended state
+    local ended state words
     ended=$(word_in "$RUN/run_status.txt")
     # Further lines say why the run failed, and on which rank and host.
     tail -n +2 "$RUN/run_status.txt" 2>/dev/null | while IFS= read -r cause; do say "cause: $cause"; done
     owned || { say "another start has taken over; nothing to do"; exit 1; }
     # The ranks have agreed to end, so nobody is left who writes.
     case $ended in done | stopped) rm -f "$RUN/slurm/owner" ;; esac
-    [ "$ended" != done ] || { say "trained to the end"; exit 0; }
+    [ "$ended" != done ] || finish done 0 "trained to the end"
     state=$(job_field JobState)/$(job_field Reason)
     case $state in
         RUNNING/*) ;;
         */TimeLimit) again "time is up" ;;
-        *) say "ended by SLURM ($state) at step $(saved_step)"; exit "$1" ;; # scancel, requeue or preemption
+        *) finish ended "$1" "ended by SLURM at step $(saved_step): $(cause_of_end "$state")" ;;
     esac
+    # Preemption with a grace time: only the tasks are told, and without a requeue the job would be over.
+    case $(job_field PreemptTime) in None | '') ;; *) again "preempted" ;; esac
     if [ "$ended" = stopped ]; then
         [ $asked = no ] || again "stopped early"
-        # Preemption with a grace time: only the tasks are told, and without a requeue the job would be over.
-        case $(job_field PreemptTime) in None | '') ;; *) again "preempted" ;; esac
-        say "stopped on request at step $(saved_step); submit_slurm.py --requeue goes on"
-        exit 0
+        finish stopped $UNFINISHED "stopped on request at step $(saved_step); submit_slurm.py --requeue resumes"
     fi
     case $1 in # the exit statuses of pretrain_mesh.py that would come again
-        2) say "error: the settings were refused; not requeued"; exit 2 ;;
-        4) say "error: the last checkpoint could not be saved; not requeued"; exit 4 ;;
-        5) say "error: the loss diverged; not requeued"; exit 5 ;;
+        2) finish failed 2 "error: the settings were refused; not requeued" ;;
+        4) finish failed 4 "error: the last checkpoint could not be saved; not requeued" ;;
+        5) finish failed 5 "error: the loss diverged; not requeued" ;;
     esac
-    stuck_at "$(saved_step)" || again "failed with exit status $1"
-    say "error: failed with exit status $1; the restart brought no new step, so this was the last one"
-    exit "$1"
+    words="failed with exit status $1"
+    note failed "$words"
+    stuck_at "$(saved_step)" || again "$words"
+    finish given-up "$1" "error: $words; the restart brought no new step, so this was the last one"
 }
 
 main() {
-    local from
+    local from=0 origin
     trap on_warning USR1
     trap on_end TERM
-    # What the shell that submitted the job had for a run of its own.
-    unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT
     mkdir -p "$RUN/slurm"
     touch "$RUN/slurm/starts.txt"
     prepare
@@ -186,17 +241,23 @@ main() {
     [ "$(word_in "$RUN/run_status.txt")" != done ] || { say "was trained to the end before"; exit 0; }
     [ $asked = no ] || again "stopped before the start"
     from=$(saved_step)
-    if stuck_at "$from"; then
-        say "error: given up: the last starts, all from step $from, brought no later checkpoint"
-        exit 1
-    fi
-    echo "$token $from" >>"$RUN/slurm/starts.txt"
+    ! stuck_at "$from" ||
+        finish given-up 1 "error: given up: the run failed at step $from again and again; --requeue tries once more"
     rm -f "$RUN/run_status.txt" "$RUN/stop"
     owned || exit 1
-    say "start on $SLURM_JOB_NODELIST from step $from"
+    origin="from step $from"
+    [ "$from" != 0 ] || [ -z "${LOAD:-}" ] || origin="from the checkpoint in $LOAD"
+    say "start on $SLURM_JOB_NODELIST $origin"
+    note start "on $SLURM_JOB_NODELIST $origin"
     train
     decide $?
 }
 
+if [ -n "${SLURM_HET_SIZE:-}" ]; then
+    say "error: a heterogeneous job ($SLURM_HET_SIZE parts) cannot hold a run; submit one part, with nodes that are alike"
+    exit 2
+fi
+. "$here/environment.sh"
+forget_another_job
 . "$SITE"
 main

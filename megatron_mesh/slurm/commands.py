@@ -1,59 +1,156 @@
 """SLURM's commands."""
 
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mesh.errors import UserError
 
-WAITING, RUNNING = ("PENDING", "REQUEUED", "SUSPENDED"), ("RUNNING", "CONFIGURING", "COMPLETING")
+WAITING, RUNNING = (
+    ("PENDING", "REQUEUED", "REQUEUE_HOLD"),
+    ("RUNNING", "CONFIGURING", "COMPLETING", "STAGE_OUT"),
+)
+SUSPENDED = ("SUSPENDED", "STOPPED")
+STATUS_SECONDS = 5.0
+"""How long --status waits for an answer; without one it says what the files say."""
+
+_KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+_FIELDS = (
+    "JobArrayID",
+    "State",
+    "Reason",
+    "NodeList",
+    "TimeUsed",
+    "TimeLimit",
+    "RestartCnt",
+    "exit_code",
+    "JobID",
+)
 
 
-def slurm(*command: str) -> str:
-    """The output of one command.
+@dataclass(frozen=True)
+class Job:
+    """What SLURM says of a job. ``number`` is ARRAY_INDEX for an element of an array."""
+
+    number: str
+    state: str
+    reason: str
+    nodes: str
+    run_time: str
+    time_limit: str
+    restarts: int
+    exit_status: int
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is in the queue."""
+        return self.state in WAITING
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has nodes and its processes may run."""
+        return self.state in RUNNING
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether its processes are there and stand still."""
+        return self.state in SUSPENDED
+
+    @property
+    def is_over(self) -> bool:
+        """Whether SLURM is through with it."""
+        return not (self.waits or self.runs or self.is_suspended)
+
+
+def slurm(*command: str, seconds: float = 60) -> str:
+    """The output of one command, started without the variables of a job that this process belongs to.
 
     Raises:
-        UserError: it is not installed here, fails, or does not answer within a minute.
+        UserError: it is not installed here, fails, or does not answer within ``seconds``.
     """
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        ended = subprocess.run(
+            command, env=_environment(), capture_output=True, text=True, errors="replace", timeout=seconds
+        )
     except FileNotFoundError:
-        raise UserError(f"{command[0]} is not on this machine; go where SLURM's commands are") from None
+        raise UserError(f"{command[0]} is not on this machine; go to one that has SLURM's commands") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]} does not answer; look at SLURM's controller with sinfo") from None
+        raise UserError(
+            f"{command[0]} did not answer within {seconds:g} s; sinfo shows whether SLURM's controller is up"
+        ) from None
     if ended.returncode:
         reason = (ended.stderr.strip() or "no reason given").splitlines()[0]
         raise UserError(f"{command[0]} refused: {reason}")
     return ended.stdout
 
 
-def submit(script: Path, chain: int) -> list[int]:
+def _environment() -> dict[str, str]:
+    """Ours without what would override the batch script: variables of an outer job, and options of sbatch."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in _KEPT or not name.startswith(("SLURM_", "SLURMD_", "SRUN_", "SBATCH_"))
+    }
+
+
+def tell_unused_options() -> None:
+    """Print which options of sbatch the environment holds, since the site file alone decides."""
+    for name, value in os.environ.items():
+        if name.startswith("SBATCH_"):
+            print(
+                f"note: {name}={value} is not used; the site file's SBATCH_OPTIONS says what a job needs",
+                file=sys.stderr,
+            )
+
+
+def submit(script: Path, chain: int, *options: str) -> list[str]:
     """Submit a batch script ``chain`` times, each job to start after the one before; their numbers."""
-    jobs: list[int] = []
+    jobs: list[str] = []
     for _ in range(chain):
         # By number, not by "singleton": another run of the same name need not wait.
         after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
         try:
-            answer = slurm("sbatch", "--parsable", *after, str(script))
+            answer = slurm("sbatch", "--parsable", *options, *after, str(script))
         except UserError:
-            for job in jobs:
-                slurm("scancel", str(job))
+            withdraw(jobs)
             raise
-        jobs.append(int(answer.split(";")[0]))
+        jobs.append(answer.strip().split(";")[0])
     return jobs
 
 
-def known_jobs(jobs: Sequence[int]) -> dict[int, dict[str, str]]:
-    """The fields that ``scontrol show job`` gives, of those jobs that SLURM still knows."""
+def withdraw(jobs: Sequence[str]) -> None:
+    """Cancel jobs, the last ones first: none of a chain starts because the one before it is gone."""
+    for job in reversed(jobs):
+        slurm("scancel", job)
+
+
+def known_jobs(jobs: Sequence[str], seconds: float = 60) -> dict[str, Job]:
+    """Those of ``jobs`` that SLURM still knows, in the same order; one question for all of them.
+
+    Raises:
+        UserError: SLURM does not answer within ``seconds``.
+    """
+    if not jobs:
+        return {}
+    columns = ",".join(f"{name}:|" for name in _FIELDS)
+    # squeue refuses a single number that it does not know, and leaves it out of several.
+    asked = ",".join([*jobs, jobs[0]])
+    try:
+        answer = slurm("squeue", "-h", "-r", "-t", "all", "-j", asked, "-O", columns, seconds=seconds)
+    except UserError as error:
+        if "Invalid job id" in str(error):
+            return {}
+        raise
     found = {}
-    for job in jobs:
-        try:
-            found[job] = _fields(slurm("scontrol", "-o", "show", "job", str(job)))
-        except UserError as error:
-            if "Invalid job id" not in str(error):
-                raise
-    return found
+    for line in filter(None, map(str.strip, answer.splitlines())):
+        number, state, reason, nodes, used, limit, restarts, status, _ = line.split("|")[: len(_FIELDS)]
+        exit_status = int(status) >> 8 & 255 if status.isdecimal() else 0
+        found[number] = Job(number, state, reason, nodes, used, limit, int(restarts or 0), exit_status)
+    return {number: found[number] for number in jobs if number in found}
 
 
 def seconds_to_leave(partition: str | None) -> tuple[int, int]:

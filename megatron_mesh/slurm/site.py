@@ -1,4 +1,4 @@
-"""A site file (``examples/slurm/site.sh``), read by bash as the jobs will read it."""
+"""A site file (``examples/slurm/site.sh``), read by bash just as jobs read it."""
 
 import re
 import shutil
@@ -33,7 +33,7 @@ class Site:
     cpus_per_task: int
     time_limit: str
     save_seconds: int
-    """Longest time that a save takes."""
+    """The longest time that saving a checkpoint takes."""
     sbatch_options: tuple[str, ...]
 
     @property
@@ -52,10 +52,10 @@ def read_site(path: Path) -> Site:
     """Read a site file.
 
     Raises:
-        UserError: it cannot be read, a value is missing, or one is not what it should be.
+        UserError: the file cannot be read, a value is missing, or a value is wrong.
     """
     if not path.is_file():
-        raise UserError(f"--site {path} is no file; copy examples/slurm/site.sh and fill it in")
+        raise UserError(f"--site {path} is not a file; copy examples/slurm/site.sh and fill it in")
     wanted = " ".join(f'"${{{name}-}}"' for name in _NAMES)
     command = ["bash", "-c", _PRINT_ALL.format(wanted), "bash", str(path.resolve())]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -93,7 +93,9 @@ def seconds_of(time_limit: str) -> int:
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time_limit)
     if match is None:
-        raise UserError(f"the time limit {time_limit} is no time of SLURM's; write D-HH:MM:SS or HH:MM:SS")
+        raise UserError(
+            f"the time limit {time_limit} is not a time that sbatch takes; write D-HH:MM:SS or HH:MM:SS"
+        )
     days, *parts = (int(part) if part else None for part in match.groups())
     given = [part for part in parts if part is not None]
     units = [3600, 60, 1] if days is not None or len(given) == 3 else [60, 1]

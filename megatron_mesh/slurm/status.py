@@ -1,128 +1,201 @@
-"""Runs that have been submitted: how they stand, and how they go on."""
+"""How runs stand: their files first, then what SLURM adds, if it answers within seconds."""
 
-import json
-import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mesh.config.sources import read_yaml
 from megatron_mesh.errors import UserError
-from megatron_mesh.runtime.failures import STATUS_FILE
-from megatron_mesh.slurm.commands import RUNNING, WAITING, known_jobs, slurm, submit
+from megatron_mesh.runtime import strict_json
+from megatron_mesh.runtime.failures import RUNNING
+from megatron_mesh.slurm.commands import STATUS_SECONDS, Job, known_jobs
+from megatron_mesh.slurm.files import RunFiles, read_files
+from megatron_mesh.slurm.script import folder
 from megatron_mesh.slurm.site import read_site
-from megatron_mesh.slurm.submission import JOBS, SCRIPT, STARTS, folder, note_jobs
+from megatron_mesh.slurm.submission import SITE_FILE
 
-_TAIL_BYTES = 1 << 20
+UNFINISHED = 75
+"""Exit status of a job whose run was stopped before its end (``examples/slurm/job.sh``)."""
+_ENDS = {"done": "done", "stopped": "stopped", "failed": "failed", "given-up": "failed"}
 
 
-def jobs_of(run: Path) -> list[int]:
-    """Numbers of the jobs that a run has had.
+@dataclass(frozen=True)
+class Status:
+    """A run by its files and by SLURM.
+
+    Attributes:
+        jobs: those that SLURM still knows.
+        silence: why SLURM said nothing; "" if it answered.
+    """
+
+    files: RunFiles
+    jobs: list[Job]
+    silence: str
+
+    @property
+    def state(self) -> str:
+        """One word: not started, waiting, running, suspended, stopped, failed, done or interrupted.
+
+        A run is interrupted if its jobs are gone and it has not said how it ended: killed, or cancelled.
+        """
+        if self.files.word == "done":
+            return "done"
+        for state, is_so in (
+            ("running", [job.runs for job in self.jobs]),
+            ("suspended", [job.is_suspended for job in self.jobs]),
+            ("waiting", [job.waits for job in self.jobs]),
+        ):
+            if any(is_so):
+                return state
+        if self.files.word not in (RUNNING, "not started") or self.silence or not self.files.jobs:
+            return self.files.word
+        return _ENDS.get(self.files.event.kind, "interrupted") if self.files.event else self.files.word
+
+
+def statuses(runs: Sequence[Path]) -> list[Status]:
+    """How runs stand. SLURM is asked once for all of them.
 
     Raises:
-        UserError: it has not been submitted.
+        UserError: one of them is not a run's directory.
     """
-    path = folder(run) / JOBS
-    if not path.is_file():
-        raise UserError(f"{run} was not submitted with submit_slurm.py: it has no {path.relative_to(run)}")
-    return [int(line) for line in path.read_text(encoding="utf-8").split()]
+    found = [read_files(run) for run in runs]
+    known: dict[str, Job] = {}
+    silence = ""
+    try:
+        known = known_jobs([job for files in found for job in files.jobs], seconds=STATUS_SECONDS)
+    except UserError as error:
+        silence = str(error)
+    return [Status(files, [known[job] for job in files.jobs if job in known], silence) for files in found]
 
 
-def status_text(run: Path) -> str:
-    """How the run and its jobs stand: the last step, its loss, the time of a save."""
-    rows = [("run", str(run)), ("state", run_status(run)), *(("cause", cause) for cause in causes(run))]
-    known = known_jobs(jobs_of(run))
-    rows += [(f"job {number}", _job_text(job)) for number, job in known.items()]
-    if not known:
-        rows.append(("jobs", "none that SLURM still knows"))
-    last, saved = last_records(run)
-    settings = read_yaml(folder(run) / "config.yaml")
-    if last is None:
-        rows.append(("step", f"none yet, of {settings['train_iters']:,}"))
+def as_json(found: Sequence[Status]) -> str:
+    """A list with one object for each run."""
+    return strict_json.dumps([_object(status) for status in found], indent=2, ensure_ascii=False)
+
+
+def _object(status: Status) -> dict[str, Any]:
+    files, train, event = status.files, status.files.train or {}, status.files.event
+    return {
+        "run": str(files.run),
+        "state": status.state,
+        "causes": files.causes,
+        "step": train.get("step"),
+        "loss": train.get("loss"),
+        "train_iters": files.settings.get("train_iters"),
+        "updated": files.updated.isoformat(timespec="seconds") if files.updated else None,
+        "checkpoint": files.checkpoint,
+        "steps_at_risk": files.steps_at_risk,
+        "last_save_seconds": (files.save or {}).get("seconds"),
+        "failed_saves": [
+            {"step": each.get("step"), "reason": each.get("reason")} for each in files.failed_saves
+        ],
+        "last_event": event
+        and {"job": event.job, "kind": event.kind, "time": event.time, "text": event.text},
+        "jobs": [
+            {
+                "job": job.number,
+                "state": job.state,
+                "reason": job.reason,
+                "nodes": job.nodes,
+                "run_time": job.run_time,
+                "time_limit": job.time_limit,
+                "restarts": job.restarts,
+                "exit_status": job.exit_status,
+            }
+            for job in status.jobs
+        ],
+        "forgotten_jobs": []
+        if status.silence
+        else sorted({*files.jobs} - {job.number for job in status.jobs}),
+        "slurm": status.silence or "answered",
+    }
+
+
+def as_text(status: Status) -> str:
+    """One run, a line for each thing."""
+    files = status.files
+    rows = [("run", str(files.run)), ("state", status.state), *(("cause", cause) for cause in files.causes)]
+    if files.event:
+        rows.append(("last event", f"{files.event.text} (job {files.event.job}, {files.event.time})"))
+    rows += [(f"job {job.number}", _job_text(job)) for job in status.jobs]
+    if status.silence:
+        rows.append(("slurm", f"{status.silence}; this is what the files say"))
+    elif not status.jobs:
+        forgotten = f"SLURM no longer knows {', '.join(files.jobs[-3:])}"
+        rows.append(("jobs", forgotten if files.jobs else "none: this run was not started on SLURM"))
+    return "\n".join(_aligned([*rows, *_progress(files)]))
+
+
+def _progress(files: RunFiles) -> list[tuple[str, str]]:
+    total = f" of {files.settings['train_iters']:,}" if files.settings.get("train_iters") else ""
+    if files.train is None:
+        rows = [("step", f"none yet{total}")]
     else:
-        rows.append(("step", f"{last['step']:,} of {settings['train_iters']:,}, loss {last['loss']:.4f}"))
-    saved_steps = [int(path.name[5:]) for path in run.glob("iter_*") if path.name[5:].isdecimal()]
-    rows.append(("checkpoint", f"step {max(saved_steps):,}" if saved_steps else "none yet"))
-    if saved is not None:
-        limit = read_site(folder(run) / "site.sh").save_seconds
-        hint = f": more than the site file's SAVE_SECONDS={limit}, raise it"
-        rows.append(("last save", f"{saved['seconds']:.1f} s{hint if saved['seconds'] > limit else ''}"))
-    width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+        loss = files.train.get("loss")
+        shown = "not finite" if loss is None else f"{loss:.4f}"
+        rows = [("step", f"{files.train['step']:,}{total}, loss {shown}, at {files.updated:%F %T}")]
+    rows.append(("checkpoint", "none yet" if files.checkpoint is None else f"step {files.checkpoint:,}"))
+    rows.append(("at risk", f"{files.steps_at_risk:,} steps since the newest checkpoint"))
+    if files.save is not None:
+        rows.append(("last save", f"{files.save['seconds']:.1f} s{_save_hint(files)}"))
+    if files.failed_saves:
+        newest = files.failed_saves[-1]
+        rows.append(
+            (
+                "failed saves",
+                f"{len(files.failed_saves)} since then, at step {newest['step']:,}: {newest['reason']}",
+            )
+        )
+    return rows
 
 
-def run_status(run: Path) -> str:
-    """The word in ``run_status.txt``."""
-    return (_status_lines(run) or ["not started"])[0]
+def _save_hint(files: RunFiles) -> str:
+    path = folder(files.run) / SITE_FILE
+    if files.save is None or not path.is_file():
+        return ""
+    try:
+        limit = read_site(path).save_seconds
+    except UserError:
+        return ""  # it may not be readable on this machine, and matters little here
+    return (
+        f": more than the site file's SAVE_SECONDS={limit}, raise it" if files.save["seconds"] > limit else ""
+    )
 
 
-def causes(run: Path) -> list[str]:
-    """Why the run failed: the further lines of ``run_status.txt``."""
-    return _status_lines(run)[1:]
+def as_table(found: Sequence[Status]) -> str:
+    """Several runs, a line for each."""
+    rows = [("run", "state", "step", "of", "loss", "checkpoint", "at risk", "jobs")]
+    for status in found:
+        files, train = status.files, status.files.train or {}
+        loss = train.get("loss")
+        jobs = [f"{job.number} {job.state}" for job in status.jobs if not job.is_over] or files.jobs[-1:]
+        values = (train.get("step"), files.settings.get("train_iters"), loss, files.checkpoint)
+        step, total, _, checkpoint = ("-" if value is None else f"{value:,}" for value in values)
+        shown = "-" if loss is None else f"{loss:.4f}"
+        failed = f" ({len(files.failed_saves)} saves failed)" if files.failed_saves else ""
+        risk = f"{files.steps_at_risk:,}{failed}"
+        rows.append(
+            (str(files.run), status.state, step, total, shown, checkpoint, risk, ", ".join(jobs) or "-")
+        )
+    lines = _aligned(rows)
+    silence = next((status.silence for status in found if status.silence), "")
+    return "\n".join([*lines, *([f"slurm: {silence}; this is what the files say"] if silence else [])])
 
 
-def _status_lines(run: Path) -> list[str]:
-    path = run / STATUS_FILE
-    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
-def last_records(run: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The newest lines of kind "train" and "save" in metrics.jsonl; None where there is none.
-
-    Only the file's last mebibyte is read. Lines may be cut off: the last, which is being written, and those
-    at which the run was killed.
-    """
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        return None, None
-    with path.open("rb") as file:
-        start = max(0, path.stat().st_size - _TAIL_BYTES)
-        file.seek(start)
-        lines = file.read().splitlines(keepends=True)[1 if start else 0 :]
-    newest: dict[str, dict[str, Any]] = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        newest[record["kind"]] = record
-    return newest.get("train"), newest.get("save")
-
-
-def requeue(run: Path, chain: int) -> str:
-    """Put a run back in the queue without losing a step; what was done, in words.
-
-    A running job saves first, a waiting one is left alone, and one that is over is submitted again.
-
-    Raises:
-        UserError: the run is trained to the end.
-    """
-    for number, job in known_jobs(jobs_of(run)).items():
-        state = job.get("JobState", "")
-        if state in WAITING:
-            return f"job {number} is in the queue already ({state}, {job.get('Reason')})"
-        if state in RUNNING:
-            # The batch script's early warning: it has the run saved, and requeues itself.
-            slurm("scancel", "--batch", "--signal=USR1", str(number))
-            return f"job {number} is told to save and to go back to the queue; see --status {run}"
-    if run_status(run) == "done":
-        raise UserError(f"{run} is trained to the end; for more steps start a new run with --load {run}")
-    with (folder(run) / STARTS).open("a", encoding="utf-8") as file:
-        file.write("by-hand -\n")  # whoever asks for another start has seen why the last one ended
-    jobs = submit(folder(run) / SCRIPT, chain)
-    note_jobs(run, jobs)
-    return f"submitted job {', '.join(map(str, jobs))}"
-
-
-def _job_text(job: dict[str, str]) -> str:
-    state, reason = job.get("JobState", "?"), job.get("Reason", "None")
-    parts = [state if reason == "None" else f"{state} ({reason})"]
-    if state in RUNNING:
-        parts.append(f"on {job.get('NodeList')}, {job.get('RunTime')} of {job.get('TimeLimit')}")
-    if job.get("Restarts", "0") != "0":
-        parts.append(f"restarted {job['Restarts']} times")
+def _job_text(job: Job) -> str:
+    parts = [job.state if job.reason in ("None", "") else f"{job.state} ({job.reason})"]
+    if job.is_over and job.exit_status == UNFINISHED:
+        parts = [f"{job.state}: ended before the run did (exit status {UNFINISHED})"]
+    if job.runs:
+        parts.append(f"on {job.nodes}, {job.run_time} of {job.time_limit}")
+    if job.restarts:
+        parts.append(f"restarted {job.restarts} times")
     return ", ".join(parts)
-
-
-def run_directory(path: Path) -> Path:
-    """The absolute path without following links: nodes may see the target elsewhere."""
-    return Path(os.path.abspath(path))

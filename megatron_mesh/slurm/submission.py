@@ -1,10 +1,9 @@
 """A run's directory, made ready for its jobs: code, settings and batch script in ``RUN/slurm``."""
 
-import math
-import re
-import shlex
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,18 +12,23 @@ from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import CheckpointConfig, Config
 from megatron_mesh.errors import UserError
-from megatron_mesh.slurm.commands import submit
-from megatron_mesh.slurm.site import Site, seconds_of
+from megatron_mesh.slurm.commands import submit, withdraw
+from megatron_mesh.slurm.script import SCRIPT, Shape, batch_script, folder
+from megatron_mesh.slurm.site import Site
 
-SCRIPT, JOBS, STARTS = "job.sbatch", "jobs.txt", "starts.txt"
-_SHELL_FILES = ("job.sh", "task.sh")
+JOBS, STARTS, SETTINGS_FILE, SITE_FILE = "jobs.txt", "starts.txt", "config.yaml", "site.sh"
+_SHELL_FILES = ("job.sh", "environment.sh", "task.sh")
 _ROOT = Path(megatron_mesh.__file__).resolve().parents[1]
 _EXAMPLES = _ROOT / "examples/slurm"
 
 
-def folder(run: Path) -> Path:
-    """Where a run keeps what its jobs need."""
-    return run / "slurm"
+def check_clone(started_from: Path) -> None:
+    """Raise UserError unless this package is in the clone whose tool was started: its code gets copied."""
+    if started_from != _ROOT:
+        raise UserError(
+            f"{started_from} was started, but python found the package in {_ROOT}, whose code would be "
+            f"submitted; start {_ROOT}/tools/submit_slurm.py, or put the whole clone in {started_from}"
+        )
 
 
 def prepared(config: Config, run: Path, site: Site, nodes: int) -> Config:
@@ -46,8 +50,8 @@ def prepared(config: Config, run: Path, site: Site, nodes: int) -> Config:
         )
     if checkpoint.save_interval is None:
         raise UserError(
-            "--save-interval is not set, so a lost node would lose everything; a save should come more often "
-            "than you would mind to repeat"
+            "--save-interval is not set, so a lost node would lose everything; save as often as you are "
+            "willing to repeat the steps in between"
         )
     return config
 
@@ -72,97 +76,107 @@ def check_memory(config: Config, world_size: int, limit_gib: float | None) -> fl
     return gib
 
 
-def batch_script(config: Config, run: Path, site: Site, nodes: int, *, chained: bool) -> str:
-    """The text of the batch script.
-
-    Raises:
-        UserError: the early warning takes all of the time, or ``run`` cannot stand in a script.
-    """
-    if not re.fullmatch(r"[\w./+,=@-]+", str(run)):
-        raise UserError(f"--save {run}: SLURM's options take no blanks or special characters; rename it")
-    if seconds_of(site.time_limit) <= site.warning_seconds:
-        raise UserError(
-            f"the time limit {site.time_limit} is used up by the early warning, which comes "
-            f"{site.warning_seconds} s before (2 x SAVE_SECONDS + 60); raise --time"
-        )
-    options = [
-        f"--job-name={run.name}",
-        f"--nodes={nodes}",
-        f"--ntasks-per-node={site.gpus_per_node}",
-        f"--gpus-per-node={site.gpus_per_node}",
-        f"--cpus-per-task={site.cpus_per_task}",
-        f"--time={site.time_limit}",
-        "--requeue",
-        "--open-mode=append",
-        f"--signal=B:USR1@{site.warning_seconds}",
-        f"--output={folder(run)}/%j.log",
-        f"--chdir={shlex.quote(str(Path.cwd()))}",
-        *site.sbatch_options,
-    ]
-    lines = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in options)]
-    lines += [f"RUN={run}", "CODE=$RUN/slurm/code", "SITE=$RUN/slurm/site.sh"]
-    lines += ['SETTINGS=(--config "$RUN/slurm/config.yaml")']
-    if config.checkpoint.load != str(run):
-        lines += [f"LOAD={shlex.quote(str(config.checkpoint.load))}"]
-    if chained:
-        lines += ["REQUEUE=no # the next job of the chain goes on"]
-    return "\n".join([*lines, '. "$RUN/slurm/job.sh"', ""])
-
-
 def check_new(run: Path) -> None:
     """Raise UserError if ``run`` has been submitted before."""
     if folder(run).exists():
         raise UserError(
-            f"{run} was submitted before, with code and settings of its own; --requeue {run} goes on with "
-            "it, another --save starts another run"
+            f"{run} was submitted before, with code and settings of its own; --requeue {run} resumes it, "
+            f"--change {run} changes its nodes or settings, another --save starts another run"
         )
 
 
-def write_and_submit(config: Config, run: Path, site: Site, script: str, chain: int) -> list[int]:
-    """Write ``RUN/slurm`` and submit; the jobs' numbers. A refused submission leaves nothing behind."""
+def write_run(config: Config, run: Path, site: Site, script: str, *, with_code: bool = True) -> None:
+    """Write the files of ``RUN/slurm``, an empty directory."""
     target = folder(run)
-    target.mkdir(parents=True)
+    if with_code:
+        copy_code(target / "code")
+    for name in _SHELL_FILES:
+        shutil.copy(_EXAMPLES / name, target)
+    shutil.copy(site.path, target / SITE_FILE)
+    (target / SETTINGS_FILE).write_text(dump_config(config), encoding="utf-8")
+    (target / "version.txt").write_text(f"{_version()}\n", encoding="utf-8")
+    (target / SCRIPT).write_text(script, encoding="utf-8")
+
+
+def write_and_submit(config: Config, run: Path, site: Site, shape: Shape) -> list[str]:
+    """Write ``RUN/slurm`` and submit; the jobs' numbers.
+
+    Raises:
+        UserError: SLURM refuses, or the directory cannot be written. Then nothing is left behind.
+    """
+    script = batch_script(run, config.checkpoint.load, site, shape)
+    with new_directories(folder(run)):
+        write_run(config, run, site, script)
+        return submit_and_note(folder(run) / SCRIPT, shape.chain, lambda jobs: {run: jobs})
+
+
+def submit_and_note(
+    script: Path, chain: int, runs: Callable[[list[str]], dict[Path, list[str]]]
+) -> list[str]:
+    """Submit, and add the jobs to the lists of their runs; jobs that cannot be noted are cancelled."""
+    jobs = submit(script, chain)
     try:
-        _copy_code(target / "code")
-        for name in _SHELL_FILES:
-            shutil.copy(_EXAMPLES / name, target)
-        shutil.copy(site.path, target / "site.sh")
-        (target / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        (target / "version.txt").write_text(f"{_version()}\n", encoding="utf-8")
-        (target / SCRIPT).write_text(script, encoding="utf-8")
-        jobs = submit(target / SCRIPT, chain)
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        raise
-    note_jobs(run, jobs)
+        for run, theirs in runs(jobs).items():
+            note_jobs(run, theirs)
+    except OSError as error:
+        withdraw(jobs)
+        raise cannot_write(script.parent, error) from None
     return jobs
 
 
-def note_jobs(run: Path, jobs: list[int]) -> None:
+def note_jobs(run: Path, jobs: Sequence[str]) -> None:
     """Add jobs to the list of those that the run has had."""
     with (folder(run) / JOBS).open("a", encoding="utf-8") as file:
         file.writelines(f"{job}\n" for job in jobs)
 
 
-def save_note(site: Site, seconds: tuple[int, int]) -> str | None:
-    """What to say if a save cannot end in what SLURM leaves a job; ``seconds``: at its end, at preemption."""
-    kill_wait, grace = seconds
-    if site.save_seconds <= kill_wait:
-        return None
-    preempted = f", {kill_wait + grace} s at preemption" if grace else ""
-    return (
-        f"a save takes up to {site.save_seconds} s, and SLURM leaves {kill_wait} s (KillWait){preempted}; "
-        "where that is too little, only the checkpoints of --save-interval count, and those of the early "
-        f"warning, {math.ceil(site.warning_seconds / 60)} minutes before the time limit"
+@contextmanager
+def new_directories(*targets: Path) -> Iterator[None]:
+    """Make directories, and remove them with all that they hold, and new ones above them, if the body fails.
+
+    Raises:
+        UserError: the disk is full, a directory cannot be written, or somebody else has just made it.
+    """
+    made: list[Path] = []
+    try:
+        for target in targets:
+            for path in (*reversed(target.parents), target):
+                if path == target or not path.exists():
+                    path.mkdir(exist_ok=path != target)
+                    made.append(path)
+        yield
+    except BaseException as error:
+        for path in reversed(made):
+            if path in targets:
+                shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):  # others may have put something there
+                path.rmdir()
+        if isinstance(error, OSError):
+            raise cannot_write(targets[0], error) from None
+        raise
+
+
+def cannot_write(target: Path, error: OSError) -> UserError:
+    """The error for a directory that cannot be written."""
+    return UserError(
+        f"{error.filename or target} cannot be written ({error.strerror}); nothing was submitted; "
+        "fix that or choose another --save"
     )
 
 
-def _copy_code(target: Path) -> None:
+def copy_code(target: Path) -> None:
     """The code as it is now, changes that are not committed included."""
     target.mkdir()
     shutil.copy(_ROOT / "pretrain_mesh.py", target)
-    without = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(_ROOT / "megatron_mesh", target / "megatron_mesh", ignore=without)
+    for path in sorted((_ROOT / "megatron_mesh").rglob("*")):  # copytree would make one error of many
+        copy = target / path.relative_to(_ROOT)
+        if "__pycache__" in path.parts:
+            continue
+        if path.is_dir():
+            copy.mkdir()
+        else:
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(path, copy)
 
 
 def _version() -> str:

@@ -144,7 +144,7 @@ class Cluster:
         ended = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
         return ended.stdout if ended.returncode == 0 else ""
 
-    def job(self, job: int) -> dict[str, str]:
+    def job(self, job: int | str) -> dict[str, str]:
         """The fields of a job, as ``scontrol show job`` names them."""
         words = self.call("scontrol", "-o", "show", "job", str(job)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)

@@ -56,7 +56,7 @@ class Job:
 
     cluster: Cluster
     run: Path
-    number: int
+    number: int | str
 
     @property
     def fields(self) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Pretraining jobs on a real SLURM, and all that can happen to them.
 
 A run resumes by itself where it should and only there, and ends with the losses and weights of the run that
-nothing disturbed, bit for bit. Two of the tests are quick; MESH_TEST_SLURM=1 runs all (``make test-slurm``).
+nothing disturbed, bit for bit. One test always runs; MESH_TEST_SLURM=1 runs all (``make test-slurm``).
 """
 
 import os
@@ -78,6 +78,7 @@ def test_early_warning(start, undisturbed) -> None:
     assert_same(job, undisturbed)
 
 
+@every_event
 def test_scancel(start, undisturbed, cluster) -> None:
     """Saved, and gone for good until somebody asks."""
     job = start()
@@ -122,7 +123,7 @@ def test_time_limit_without_warning(start, undisturbed) -> None:
     job.wait_for_restart()
     assert job.wait_for_end() == "COMPLETED"
     assert "time is up; requeued" in job.log
-    assert "go on from step 0" not in job.log
+    assert "resume from step 0" not in job.log
     assert_same(job, undisturbed)
 
 
@@ -135,7 +136,7 @@ def test_time_limit_and_ranks_that_do_not_end(start, undisturbed) -> None:
     with standing_still(ranks):
         job.wait_for_restart()
     assert job.wait_for_end() == "COMPLETED"
-    assert "the ranks do not end; requeued, to go on from step 20" in job.log
+    assert "the ranks do not end; requeued, to resume from step 20" in job.log
     assert_same(job, undisturbed, repeated=None)
 
 
@@ -232,8 +233,8 @@ def test_a_stop_file_ends_the_run(start) -> None:
     job = start()
     job.wait_for_step(10)
     (job.run / "stop").touch()
-    assert job.wait_for_end() == "COMPLETED"
-    assert job.status() == "stopped" and stays(job, "COMPLETED")
+    assert job.wait_for_end() == "FAILED" and job.fields["ExitCode"] == "75:0"
+    assert job.status() == "stopped" and stays(job, "FAILED")
     assert not (job.run / "stop").exists()
 
 

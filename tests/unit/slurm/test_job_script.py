@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+UNFINISHED = 75
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples/slurm"
 
 # The job as "scontrol show job" has it is in JOB; "scontrol requeue" ends the batch script as SLURM does.
@@ -21,10 +22,12 @@ case $1 in
     requeue) echo "$2" >>"$LAB/requeued"; kill -TERM $PPID ;;
 esac""",
     "squeue": 'echo "$QUEUE"',
+    "sinfo": 'echo "$DOWN"',
     "sleep": "exec /bin/sleep 0.01",
     "srun": """\
 printf '%s\\n' "$@" >"$LAB/srun"
 printf '%s\\n' "$MASTER_ADDR" "$MASTER_PORT" $RANK $WORLD_SIZE >"$LAB/rendezvous"
+env | grep -E '^(SLURM|SRUN|SBATCH)_' | sort >"$LAB/environment"
 . "$LAB/trainer"
 """,
 }
@@ -34,6 +37,7 @@ PYTHON=python
 CONTAINER=image
 CONTAINER_MOUNTS=(/data)
 prepare() { :; }
+eval "$HOOK"
 """
 RUNNING = "JobState=RUNNING Reason=None PreemptTime=None"
 
@@ -62,6 +66,8 @@ def job(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             "LAB": str(tmp_path),
             "JOB": state,
             "QUEUE": "",
+            "DOWN": "",
+            "HOOK": "",
             "SLURM_JOB_ID": "7",
             "SLURM_JOB_NODELIST": "node1",
             **variables,
@@ -88,11 +94,14 @@ PREEMPTED = "JobState=RUNNING Reason=None PreemptTime=2026-01-01T00:00:00"
     "trainer,state,code,requeued,said",
     [
         (ending("done", 0, 20), RUNNING, 0, False, "trained to the end"),
-        (ending("stopped", 42, 20), TIME_IS_UP, 1, True, "time is up; requeued, to go on from step 20"),
+        (ending("stopped", 42, 20), TIME_IS_UP, 1, True, "time is up; requeued, to resume from step 20"),
         (ending("running", 137), TIME_IS_UP, 1, True, "from step 0"),
         (ending("stopped", 42, 20), PREEMPTED, 1, True, "preempted; requeued"),
-        (ending("stopped", 42, 20), CANCELLED, 42, False, "ended by SLURM (COMPLETING/None) at step 20"),
-        (ending("stopped", 42, 20), RUNNING, 0, False, "stopped on request at step 20"),
+        (ending("running", 143, 20), PREEMPTED, 1, True, "preempted; requeued"),
+        (ending("stopped", 42, 20), CANCELLED, 42, False, "ended by SLURM at step 20: cancelled"),
+        (ending("running", 1), f"{CANCELLED} Restarts=1", 1, False, "step 0: preempted or requeued"),
+        (ending("running", 1), "", 1, False, "the controller does not say why"),
+        (ending("stopped", 42, 20), RUNNING, UNFINISHED, False, "stopped on request at step 20"),
         (ending("running", 137, 20), RUNNING, 1, True, "failed with exit status 137; requeued"),
         (ending("running", 137, 20), CANCELLED, 137, False, "ended by SLURM"),
         ("exit 2", RUNNING, 2, False, "the settings were refused; not requeued"),
@@ -101,10 +110,17 @@ PREEMPTED = "JobState=RUNNING Reason=None PreemptTime=2026-01-01T00:00:00"
     ],
 )
 def test_endings(job, tmp_path, trainer, state, code, requeued, said) -> None:
+    """The exit status of a run that stopped early is no success to jobs that wait for it (SLURM, case 8)."""
     ended = job(trainer, state)
     assert said in ended.stdout
     assert ended.returncode == code
     assert (tmp_path / "requeued").exists() == requeued
+
+
+def test_a_lost_node_is_named(job) -> None:
+    """SLURM, case 17."""
+    ended = job(ending("running", 1, 20), f"{CANCELLED} Restarts=1", DOWN="node2")
+    assert "ended by SLURM at step 20: node node2 is down" in ended.stdout
 
 
 def test_the_log_says_why_a_run_failed(job) -> None:
@@ -124,26 +140,41 @@ mkdir $RUN/iter_0000008
 echo stopped >$RUN/run_status.txt
 exit 42"""
     ended = job(trainer)
-    assert "asked to stop: saving" in ended.stdout and "stopped early; requeued" in ended.stdout
+    assert "asked to stop; the ranks save" in ended.stdout and "stopped early; requeued" in ended.stdout
     assert (tmp_path / "requeued").read_text() == "7\n"
 
 
 def test_it_stops_when_a_restart_brings_no_new_step(job, tmp_path) -> None:
     crash = "echo running >$RUN/run_status.txt; exit 1"
-    assert "requeued, to go on from step 0" in job(crash).stdout
+    assert "requeued, to resume from step 0" in job(crash).stdout
     # Before the restart's first save: it brought nothing.
     ended = job(crash, SLURM_RESTART_COUNT="1")
     assert ended.returncode == 1 and "the restart brought no new step" in ended.stdout
     assert not (tmp_path / "requeued").exists()
     # SLURM itself might start it again.
     ended = job(ending("done", 0), SLURM_RESTART_COUNT="2")
-    assert ended.returncode == 1 and "given up: the last starts, all from step 0" in ended.stdout
+    assert ended.returncode == 1 and "given up: the run failed at step 0" in ended.stdout
+
+
+def test_only_failures_of_its_own_count(job, tmp_path) -> None:
+    """A queue that preempts during every start, and nodes that fail (SLURM, case 7)."""
+    died = "echo running >$RUN/run_status.txt; exit 143"
+    for restart, state in enumerate([PREEMPTED, CANCELLED, TIME_IS_UP] * 2):
+        assert job(died, state, SLURM_RESTART_COUNT=str(restart)).returncode in (1, 143)
+    assert "failed with exit status 143; requeued" in job(died, SLURM_RESTART_COUNT="6").stdout
+    assert "preempted; requeued" in job(died, PREEMPTED, SLURM_RESTART_COUNT="7").stdout
+    ended = job(died, SLURM_RESTART_COUNT="8", FAILURES_PER_STEP="3")
+    assert "failed with exit status 143; requeued" in ended.stdout
+    with (tmp_path / "run/slurm/starts.txt").open("a") as file:
+        file.write("by-hand -\n")  # --requeue
+    assert "requeued" in job(died, SLURM_RESTART_COUNT="9").stdout
+    assert "the last one" in job(died, SLURM_RESTART_COUNT="10").stdout
 
 
 def test_new_steps_are_worth_another_start(job) -> None:
     for restart in range(5):
         ended = job(ending("running", 1, 10 * (restart + 1)), SLURM_RESTART_COUNT=str(restart))
-        assert f"requeued, to go on from step {10 * (restart + 1)}" in ended.stdout
+        assert f"requeued, to resume from step {10 * (restart + 1)}" in ended.stdout
 
 
 def test_every_start_has_its_own_port_and_goes_on(job, tmp_path) -> None:
@@ -173,15 +204,94 @@ def test_a_first_start_takes_the_given_checkpoint(job, tmp_path) -> None:
     assert (tmp_path / "srun").read_text().split()[-2:] == ["--load", "/other"]
 
 
-def test_a_chain_goes_on_by_its_next_job(job, tmp_path) -> None:
+def test_the_log_names_where_a_start_begins(job) -> None:
+    assert (
+        "start on node1 from the checkpoint in /other\n" in job(ending("stopped", 42), LOAD="/other").stdout
+    )
+    assert "start on node1 from step 0\n" in job(ending("stopped", 42, 10)).stdout
+    assert "start on node1 from step 10\n" in job(ending("stopped", 42), LOAD="/other").stdout
+
+
+def test_a_chain_resumes_in_its_next_job(job, tmp_path) -> None:
     ended = job(ending("stopped", 42, 10), TIME_IS_UP, REQUEUE="no")
-    assert ended.returncode == 0 and "the next job of the chain goes on from step 10" in ended.stdout
+    assert ended.returncode == UNFINISHED and "the next job of the chain resumes from step 10" in ended.stdout
     assert not (tmp_path / "requeued").exists()
     job(ending("done", 0), SLURM_JOB_ID="8")
     (tmp_path / "srun").unlink()
     ended = job(ending("done", 0), SLURM_JOB_ID="9")
     assert ended.returncode == 0 and "was trained to the end before" in ended.stdout
     assert not (tmp_path / "srun").exists()
+
+
+def test_an_element_of_an_array_acts_on_itself(job, tmp_path) -> None:
+    """The last element's SLURM_JOB_ID is the whole array's (SLURM, case 1)."""
+    job(ending("running", 1, 10), SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2")
+    assert (tmp_path / "requeued").read_text() == "7_2\n"
+    assert (tmp_path / "run/slurm/starts.txt").read_text().startswith("7_2.0 0 start ")
+
+
+def test_a_heterogeneous_job_is_refused(job, tmp_path) -> None:
+    ended = job(ending("done", 0), SLURM_HET_SIZE="2")
+    assert ended.returncode == 2 and "a heterogeneous job (2 parts) cannot hold a run" in ended.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_variables_of_another_job_do_not_reach_srun(job, tmp_path) -> None:
+    """Submitted inside srun or salloc, or with --export=NONE (SLURM, cases 4 and 5)."""
+    own = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURM_HINT": "nomultithread"}
+    leaked = {"SLURM_CPU_BIND": "quiet,cores", "SLURM_MEM_PER_CPU": "10", "SLURM_MEM_PER_NODE": "20"}
+    leaked |= {"SLURM_EXPORT_ENV": "NONE", "SRUN_DEBUG": "3", "SBATCH_TIMELIMIT": "1"}
+    assert "another job" not in job(ending("done", 0), **own, **leaked).stdout
+
+    def environment() -> dict[str, str]:
+        lines = (tmp_path / "environment").read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines)
+
+    assert own.items() <= environment().items() and not leaked.keys() & environment().keys()
+    assert "--export=ALL\n/bin/bash\n" in (tmp_path / "srun").read_text()
+    leaked |= {"SLURM_SRUN_COMM_PORT": "1", "SLURM_STEP_ID": "0", "SLURM_DISTRIBUTION": "cyclic"}
+    (tmp_path / "run/run_status.txt").unlink()
+    ended = job(ending("done", 0), **own, **leaked, SLURM_NTASKS="2", SLURM_NPROCS="2")
+    assert "submitted from inside another job" in ended.stdout and "SLURM_DISTRIBUTION" in ended.stdout
+    assert not (leaked | {"SLURM_HINT": ""}).keys() & environment().keys()
+    assert environment()["SLURM_NTASKS"] == environment()["SLURM_NPROCS"] == "16"
+
+
+HOOK = 'on_end_hook() { printf "%s\\n" "$@" "$PYTHON" >>"$LAB/hook"; '
+
+
+@pytest.mark.parametrize(
+    "trainer,state,code,event",
+    [
+        (ending("done", 0, 20), RUNNING, 0, "done"),
+        (ending("stopped", 42, 20), RUNNING, UNFINISHED, "stopped"),
+        (ending("stopped", 42, 20), TIME_IS_UP, 1, "resumes"),
+        (ending("stopped", 42, 20), CANCELLED, 42, "ended"),
+        (ending("failed", 5, 20), RUNNING, 5, "failed"),
+    ],
+)
+def test_the_sites_hook_hears_of_each_end(job, tmp_path, trainer, state, code, event) -> None:
+    """With state, step and RUN, and what else stands in the site file; --status reads the same word."""
+    assert job(trainer, state, HOOK=HOOK + "}").returncode == code
+    assert (tmp_path / "hook").read_text().split() == [event, "20", str(tmp_path / "run"), "python"]
+    token, step, noted, *_ = (tmp_path / "run/slurm/starts.txt").read_text().splitlines()[-1].split()
+    assert (token, step, noted) == ("7.0", "20", event)
+
+
+@pytest.mark.parametrize("fault,said", [("exit 3", "exit status 3"), ("/bin/sleep 60", "exit status 137")])
+def test_a_hook_that_fails_or_hangs_changes_nothing(job, tmp_path, fault, said) -> None:
+    ended = job(ending("stopped", 42, 20), TIME_IS_UP, HOOK=HOOK + fault + "; }", HOOK_SECONDS="0.2")
+    assert ended.returncode == 1 and f"on_end_hook failed with {said}" in ended.stdout
+    assert (tmp_path / "requeued").exists() and (tmp_path / "hook").exists()
+    ended = job(ending("done", 0), HOOK=HOOK + fault + "; }", HOOK_SECONDS="0.2", SLURM_RESTART_COUNT="1")
+    assert ended.returncode == 0
+
+
+def test_a_stop_before_the_start_does_not_speak_of_saving(job, tmp_path) -> None:
+    """SLURM, case 18."""
+    ended = job(ending("done", 0), HOOK="prepare() { kill -USR1 $$; }")
+    assert "asked to stop before the start; there is nothing to save" in ended.stdout
+    assert "stopped before the start; requeued" in ended.stdout and not (tmp_path / "srun").exists()
 
 
 def test_a_running_job_keeps_its_run(job, tmp_path) -> None:
@@ -205,10 +315,10 @@ def test_containers(job, tmp_path, kind) -> None:
     if kind == "pyxis":
         assert "--container-image=image" in words
         (mounts,) = [word for word in words if word.startswith("--container-mounts=")]
-        assert words.index(mounts) < words.index("bash")
+        assert words.index(mounts) < words.index("/bin/bash")
     else:
         place = words.index("apptainer")
-        assert words.index("bash") < place < words.index("python")
+        assert words.index("/bin/bash") < place < words.index("python")
         mounts = words[words.index("--bind") + 1]
     assert f"{run}:{run}" in mounts and "/data:/data" in mounts
 

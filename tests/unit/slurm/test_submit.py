@@ -1,9 +1,8 @@
-"""tools/submit_slurm.py: what it writes, submits, reports and refuses; scripts play SLURM's commands."""
+"""tools/submit_slurm.py: what it writes, submits and refuses; scripts play SLURM's commands."""
 
-import json
 import os
 import re
-import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,48 +12,11 @@ import pytest
 from megatron_mesh.arguments import parse_args
 from megatron_mesh.config.checks import resolve
 from megatron_mesh.errors import UserError
+from megatron_mesh.slurm import submission
+from megatron_mesh.slurm.script import option_of
 from megatron_mesh.slurm.site import seconds_of
-
-ROOT = Path(__file__).resolve().parents[3]
-main = runpy.run_path(str(ROOT / "tools/submit_slurm.py"))["main"]
-MODEL = ["--layers", "1+1R2+1", "--hidden-size", "32", "--num-attention-heads", "2", "--seq-length", "16"]
-MODEL += ["--vocab-size", "128", "--train-iters", "10", "--lr-warmup-iters", "1"]
-DATA = ["--data-path", "/data/corpus_text_document"]
-SAVING = ["--save-interval", "5"]
-SLURM = {
-    "sbatch": 'echo "$@" >>"$LAB/sbatch"; [ -z "$REFUSE" ] || { echo "sbatch: $REFUSE" >&2; exit 1; }\n'
-    'echo $((40 + $(wc -l <"$LAB/sbatch")))',
-    "scancel": 'echo "$@" >>"$LAB/scancel"',
-    "scontrol": """\
-case "$*" in
-    "show config") echo "KillWait                = 30 sec" ;;
-    *partition*) echo "PartitionName=gpu Default=YES GraceTime=0" ;;
-    *) [ -n "$JOB" ] || { echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; }
-       echo "JobId=41 $JOB" ;;
-esac""",
-}
-
-
-@pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Commands that answer as SLURM's do and note what they are asked; a site file."""
-    (tmp_path / "bin").mkdir()
-    for name, text in SLURM.items():
-        path = tmp_path / "bin" / name
-        path.write_text(f"#!/usr/bin/env bash\n{text}\n")
-        path.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setenv("LAB", str(tmp_path))
-    for name in ("REFUSE", "JOB"):
-        monkeypatch.setenv(name, "")
-    text = (ROOT / "examples/slurm/site.sh").read_text()
-    text = text.replace("PYTHON=$HOME/megatron_mesh/.venv/bin/python", f"PYTHON={sys.executable}")
-    (tmp_path / "site.sh").write_text(text)
-    return tmp_path
-
-
-def submit(lab: Path, *flags: str) -> None:
-    main(["--site", str(lab / "site.sh"), "--save", str(lab / "run"), *MODEL, *DATA, *SAVING, *flags])
+from tests.unit.slurm.conftest import ROOT
+from tests.unit.slurm.tool import DATA, MODEL, SAVING, main, submit
 
 
 def test_what_is_submitted_starts_from_the_snapshot(lab, capsys) -> None:
@@ -108,54 +70,108 @@ def test_a_save_longer_than_slurm_waits_is_told(lab, capsys) -> None:
     assert "a save takes up to 60 s, and SLURM leaves 30 s (KillWait)" in capsys.readouterr().err
 
 
-def test_status_of_a_running_job(lab, capsys, monkeypatch) -> None:
-    submit(lab)
-    run = lab / "run"
-    lines = [{"kind": "train", "step": n, "loss": 8.0 - n} for n in range(1, 8)]
-    lines.insert(5, {"kind": "save", "step": 5, "seconds": 70.0})
-    texts = [json.dumps(line) for line in lines]
-    texts[3:3] = ['{"kind": "train", "st']  # where the run was killed
-    (run / "metrics.jsonl").write_text("\n".join(texts) + '\n{"kind": "tra')
-    (run / "run_status.txt").write_text("running\n")
-    (run / "iter_0000005").mkdir()
-    monkeypatch.setenv(
-        "JOB", "JobState=RUNNING Reason=None NodeList=n[1-2] RunTime=01:00 TimeLimit=02:00 Restarts=3"
+@pytest.mark.parametrize(
+    "fault,message",
+    [
+        ("REFUSE=error: invalid partition specified", "sbatch refused: sbatch: error: invalid partition"),
+        ("FULL", "No space left on device"),
+        ("DENIED", "Permission denied"),
+    ],
+)
+def test_what_fails_leaves_nothing_behind(lab, monkeypatch, fault, message) -> None:
+    """Refused, a full disk, no permission: one line, and no directory that was not there (SLURM, case 16)."""
+    run = lab / "new/deep/run"
+    if fault.startswith("REFUSE"):
+        monkeypatch.setenv(*fault.split("=", 1))
+    elif fault == "FULL":
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device", "somewhere")
+
+        monkeypatch.setattr(submission, "note_jobs", full)
+    else:
+
+        def denied(path: Path, *_: object, **__: object) -> None:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "mkdir", denied)
+    with pytest.raises(UserError, match=message) as caught:
+        submit(lab, "--save", str(run))
+    assert "\n" not in str(caught.value)
+    assert not (lab / "new").exists()
+    if fault == "FULL":  # the job was submitted already
+        assert (lab / "scancel").read_text() == "41\n"
+
+
+def test_a_directory_that_was_there_stays(lab, monkeypatch) -> None:
+    (lab / "run").mkdir()
+    (lab / "run/notes").touch()
+    monkeypatch.setenv("REFUSE", "error: no")
+    with pytest.raises(UserError, match="no"):
+        submit(lab)
+    assert [path.name for path in (lab / "run").iterdir()] == ["notes"]
+
+
+def test_a_full_disk_is_one_line(lab) -> None:
+    """On a file system of 64 KiB, without a stand-in (SLURM, case 16)."""
+    place = lab / "small"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "small", str(place)], capture_output=True
     )
-    capsys.readouterr()
-    main(["--status", str(run)])
-    text = capsys.readouterr().out
-    assert "7 of 10, loss 1.0000" in text and "checkpoint  step 5\n" in text
-    assert "RUNNING, on n[1-2], 01:00 of 02:00, restarted 3 times" in text
-    assert "70.0 s: more than the site file's SAVE_SECONDS=60" in text
+    if mounted.returncode:
+        pytest.skip("mounting needs root")
+    try:
+        with pytest.raises(UserError, match=r"cannot be written .No space left on device."):
+            submit(lab, "--save", str(place / "run"))
+        assert not list(place.iterdir()) and not (lab / "sbatch").exists()
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
 
 
-def test_status_says_why_a_run_failed(lab, capsys, monkeypatch) -> None:
+def test_the_job_s_environment_is_its_own(lab, capsys, monkeypatch) -> None:
+    """Submitted inside another job, by somebody with options in the environment (SLURM, case 4)."""
+    for name in ("SLURM_CPU_BIND", "SLURM_MEM_PER_CPU", "SLURM_STEP_ID", "SRUN_DEBUG"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "5")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
     submit(lab)
-    (lab / "run" / "run_status.txt").write_text("failed\nrank 3 of 8 on host n2: no such file\n")
-    monkeypatch.setenv("JOB", "JobState=FAILED Reason=NonZeroExitCode")
-    capsys.readouterr()
-    main(["--status", str(lab / "run")])
-    rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
-    assert ["state", "failed"] in rows
-    assert ["cause", "rank 3 of 8 on host n2: no such file"] in rows
+    assert (lab / "sbatch-environment").read_text() == "SLURM_CONF=/etc/slurm.conf\n"
+    assert "SBATCH_TIMELIMIT=5 is not used; the site file's SBATCH_OPTIONS" in capsys.readouterr().err
 
 
-def test_requeue_saves_waits_or_submits(lab, capsys, monkeypatch) -> None:
-    submit(lab)
-    run = str(lab / "run")
-    monkeypatch.setenv("JOB", "JobState=RUNNING Reason=None")
-    main(["--requeue", run])
-    assert (lab / "scancel").read_text() == "--batch --signal=USR1 41\n"
-    monkeypatch.setenv("JOB", "JobState=PENDING Reason=BeginTime")
-    main(["--requeue", run])
-    assert "in the queue already (PENDING, BeginTime)" in capsys.readouterr().out
-    for state in ("JobState=FAILED Reason=NonZeroExitCode", ""):
-        monkeypatch.setenv("JOB", state)
-        main(["--requeue", run])
-    assert (lab / "run/slurm/jobs.txt").read_text().split() == ["41", "42", "43"]
-    (lab / "run/run_status.txt").write_text("done\n")
-    with pytest.raises(UserError, match="trained to the end"):
-        main(["--requeue", run])
+def test_options_and_paths_are_quoted(lab) -> None:
+    """SLURM, cases 14 and 15; tests/slurm has the same with the real sbatch."""
+    with (lab / "site.sh").open("a") as file:
+        file.write('SBATCH_OPTIONS+=(--comment="two words" --constraint="a|b" --exclusive)\n')
+    run = lab / "my own/größe 50%j's"
+    submit(lab, "--save", str(run), "--load", "/another run")
+    path = run / "slurm/job.sbatch"
+    script = path.read_text()
+    assert "#SBATCH --comment='two words'\n" in script and "#SBATCH --constraint='a|b'\n" in script
+    assert "#SBATCH --exclusive\n" in script
+    assert option_of(script, "output") == f"{run}/slurm/%j.log".replace("50%", "50%%")
+    (run / "slurm/job.sh").write_text('printf "%s\\n" "$RUN" "$CODE" "$SITE" "$LOAD" "${SETTINGS[@]}"\n')
+    said = subprocess.run(["bash", str(path)], capture_output=True, text=True, check=True).stdout
+    files = run / "slurm"
+    expected = [run, files / "code", files / "site.sh", "/another run", "--config", files / "config.yaml"]
+    assert said.splitlines() == [str(word) for word in expected]
+
+
+def test_the_code_is_that_of_the_clone_whose_tool_was_started(lab) -> None:
+    """Another clone comes first in the environment (SLURM, case 3)."""
+    clone = lab / "clone"
+    for name in ("tools/submit_slurm.py", "megatron_mesh"):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, clone / name)
+    line = f"import runpy; runpy.run_path({str(clone / 'tools/submit_slurm.py')!r})"
+    line += "; from megatron_mesh.slurm import submission; print(submission._ROOT)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", line]
+    assert subprocess.check_output(command, env=environment, text=True, timeout=120).strip() == str(clone)
+    with pytest.raises(UserError, match=f"{clone} was started, but python found the package in {ROOT}"):
+        submission.check_clone(clone)
 
 
 @pytest.mark.parametrize(
@@ -166,9 +182,11 @@ def test_requeue_saves_waits_or_submits(lab, capsys, monkeypatch) -> None:
         (["--tensor-model-parallel-size", "3"], "3"),
         (["--gpu-memory-gib", "0.0001"], "GiB of 0.0001"),
         (["--time", "2"], "used up by the early warning"),
-        (["--time", "soon"], "no time of SLURM's"),
-        (["--site", "no_such_file"], "no_such_file is no file"),
-        (["--save", "a dir"], "rename it"),
+        (["--time", "soon"], "is not a time that sbatch takes"),
+        (["--site", "no_such_file"], "no_such_file is not a file"),
+        (["--save", "a\\dir"], "has a backslash"),
+        (["--json"], "--json goes with --status"),
+        (["--at-once", "2"], "--at-once goes with --sweep"),
         (["--finetune"], "--load"),
         (["--hiden-size", "3"], "did you mean --hidden-size"),
     ],
@@ -189,8 +207,13 @@ def test_a_run_needs_its_directory_and_checkpoints(lab) -> None:
         main([*site, *DATA, "--save", str(lab / "run")])
     with pytest.raises(UserError, match="--site is missing"):
         main(MODEL)
-    with pytest.raises(UserError, match="was not submitted"):
-        main(["--status", str(lab)])
+    for command in ("--status", "--follow", "--requeue", "--cancel"):
+        with pytest.raises(UserError, match="is not a run: it has no jobs"):
+            main([command, str(lab)])
+    with pytest.raises(UserError, match="--nodes is for a new run, not for --status"):
+        main(["--status", str(lab), "--nodes", "2"])
+    with pytest.raises(UserError, match="--lr is for a new run, not for --cancel"):
+        main(["--cancel", str(lab), "--lr", "1"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,83 @@
+"""What can be done with a run that has been submitted: put it back in the queue, or cancel it."""
+
+import os
+from pathlib import Path
+
+from megatron_mesh.errors import UserError
+from megatron_mesh.slurm.commands import Job, known_jobs, slurm, submit, withdraw
+from megatron_mesh.slurm.files import read_files
+from megatron_mesh.slurm.script import SCRIPT, folder
+from megatron_mesh.slurm.submission import STARTS, note_jobs
+
+
+def requeue(run: Path, chain: int) -> str:
+    """Put a run back in the queue without losing a step; returns what was done, in words.
+
+    A running job saves first, a waiting one is left alone, and one that is over is submitted again.
+
+    Raises:
+        UserError: the run is trained to the end, or a job of it is suspended.
+    """
+    files = read_files(run)
+    for job in known_jobs(files.jobs).values():
+        if job.waits:
+            return f"job {job.number} is in the queue already ({job.state}, {job.reason})"
+        if job.is_suspended:
+            raise suspended(job)
+        if job.runs:
+            # The batch script's early warning: it has the run saved, and requeues itself.
+            slurm("scancel", "--batch", "--signal=USR1", job.number)
+            return f"job {job.number} is told to save and to go back to the queue; see --status {run}"
+    if files.word == "done":
+        raise UserError(f"{run} is trained to the end; for more steps start a new run with --load {run}")
+    return f"submitted job {', '.join(submit_again(run, chain))}"
+
+
+def submit_again(run: Path, chain: int) -> list[str]:
+    """Submit the batch script in ``RUN/slurm``; the jobs' numbers.
+
+    Raises:
+        UserError: there is none, SLURM refuses, or the directory cannot be written.
+    """
+    script = folder(run) / SCRIPT
+    if not script.is_file():
+        raise UserError(f"{run} was not submitted with submit_slurm.py; submit its script again with sbatch")
+    try:
+        with (folder(run) / STARTS).open("a", encoding="utf-8") as file:
+            file.write("by-hand -\n")  # whoever asks for another start has seen why the last one ended
+        jobs = submit(script, chain)
+        try:
+            note_jobs(run, jobs)
+        except OSError:
+            withdraw(jobs)
+            raise
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be written ({error.strerror}), so nothing was submitted; fix that"
+        ) from None
+    return jobs
+
+
+def cancel(run: Path) -> str:
+    """Cancel the jobs of a run, those that wait for others first; returns what was done, in words.
+
+    A running job saves if it can within KillWait.
+    """
+    jobs = [job for job in known_jobs(read_files(run).jobs).values() if not job.is_over]
+    if not jobs:
+        return f"{run} has no job in the queue"
+    withdraw([job.number for job in sorted(jobs, key=lambda job: job.waits)])
+    return "cancelled " + ", ".join(f"job {job.number} ({job.state})" for job in jobs)
+
+
+def suspended(job: Job) -> UserError:
+    """The error for a job that cannot act because it is suspended."""
+    return UserError(
+        f"job {job.number} is suspended ({job.state}), so it cannot save; let it run again with "
+        f"scontrol resume {job.number}"
+    )
+
+
+def run_directory(path: Path) -> Path:
+    """The absolute path without following links: nodes may see the target elsewhere."""
+    return Path(os.path.abspath(path))

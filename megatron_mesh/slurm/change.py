@@ -1,0 +1,190 @@
+"""Change the nodes or the settings of a run that has been submitted."""
+
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_mesh.arguments import parse_args
+from megatron_mesh.config.dump import dump_config
+from megatron_mesh.config.schema import Config
+from megatron_mesh.config.settings import flatten
+from megatron_mesh.errors import UserError
+from megatron_mesh.slurm.actions import suspended
+from megatron_mesh.slurm.commands import Job, known_jobs, slurm, submit, withdraw
+from megatron_mesh.slurm.files import read_files
+from megatron_mesh.slurm.script import SCRIPT, Shape, batch_script, folder, option_of
+from megatron_mesh.slurm.site import Site, read_site
+from megatron_mesh.slurm.submission import SETTINGS_FILE, SITE_FILE, STARTS, note_jobs, prepared
+
+_SHAPE_OPTIONS = ("nodes", "gpus-per-node", "cpus-per-task", "time")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks for; None stays as it is."""
+
+    settings: Sequence[str]
+    site: Path | None = None
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    time: str | None = None
+    chain: int = 1
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change that fits, not yet made.
+
+    Attributes:
+        differences: what changes, a line each.
+        waiting: the jobs in the queue.
+        keeps_jobs: the batch script stays the same, so that jobs in the queue can stay there.
+    """
+
+    run: Path
+    config: Config
+    site: Site
+    shape: Shape
+    script: str
+    differences: list[str]
+    waiting: list[Job]
+    keeps_jobs: bool
+
+
+def plan_change(run: Path, wanted: Wanted, prog: str) -> Change:
+    """Check a change as a new submission is checked. Writes nothing.
+
+    Raises:
+        UserError: it changes nothing, is refused, or the run is running, done, or not the tool's.
+    """
+    paths = [folder(run) / name for name in (SCRIPT, SETTINGS_FILE, SITE_FILE)]
+    if not all(path.is_file() for path in paths):
+        raise UserError(f"{run} was not submitted with submit_slurm.py; change its batch script instead")
+    old_script, old_site = (path.read_text(encoding="utf-8") for path in (paths[0], paths[2]))
+    waiting = _waiting_jobs(run)
+    site = _site(wanted, paths[2], old_script)
+    shape = _shape(wanted, old_script, len(waiting))
+    if any(word.split("=")[0] == "--config" for word in wanted.settings):
+        raise UserError("--change keeps the run's settings but those that are given; leave out --config")
+    before = parse_args(["--config", str(paths[1])], prog=prog).config
+    config = parse_args(["--config", str(paths[1]), *wanted.settings], prog=prog).config
+    if config.checkpoint.save != str(run):
+        raise UserError(f"--save {config.checkpoint.save} would be another run; leave it out")
+    config = prepared(config, run, site, shape.nodes)
+    script = batch_script(run, config.checkpoint.load, site, shape)
+    new_site = site.path.read_text(encoding="utf-8")
+    differences = [
+        *(f"{name}: {option_of(old_script, name)} -> {option_of(script, name)}" for name in _SHAPE_OPTIONS),
+        *(f"{n}: {old} -> {flatten(config)[n]}" for n, old in flatten(before).items()),
+    ]
+    differences = [line for line in differences if len({*line.partition(": ")[2].split(" -> ")}) > 1]
+    if new_site != old_site:
+        differences.append(f"site file: as {site.path} is now")
+    if not differences and script == old_script:
+        raise UserError(f"{run} has these nodes and settings already; nothing changes")
+    return Change(run, config, site, shape, script, differences, waiting, script == old_script)
+
+
+def _waiting_jobs(run: Path) -> list[Job]:
+    files = read_files(run)
+    if files.word == "done":
+        raise UserError(f"{run} is trained to the end; for more steps start a new run with --load {run}")
+    jobs = [job for job in known_jobs(files.jobs).values() if not job.is_over]
+    for job in jobs:
+        if job.is_suspended:
+            raise suspended(job)
+        if job.runs:
+            raise UserError(
+                f"job {job.number} of {run} is {job.state}; touch {run}/stop ends it after a save, or "
+                f"--cancel {run} at once; then change it"
+            )
+    return jobs
+
+
+def _site(wanted: Wanted, path: Path, script: str) -> Site:
+    """The site file, with the GPUs and the time that the run was submitted with."""
+    site = read_site(wanted.site or path)
+    gpus, time = option_of(script, "gpus-per-node"), option_of(script, "time")
+    return replace(
+        site,
+        gpus_per_node=wanted.gpus_per_node or int(gpus or site.gpus_per_node),
+        time_limit=wanted.time or time or site.time_limit,
+    )
+
+
+def _shape(wanted: Wanted, script: str, waiting: int) -> Shape:
+    code = re.search(r'^CODE=(?!"?\$RUN)(.*)$', script, re.MULTILINE)
+    chained = re.search("^REQUEUE=no", script, re.MULTILINE) is not None
+    return Shape(
+        nodes=wanted.nodes or int(option_of(script, "nodes") or 1),
+        chain=wanted.chain if wanted.chain > 1 or not chained else max(2, waiting),
+        code=Path(*shlex.split(code[1])) if code else None,
+        directory=Path(option_of(script, "chdir") or Path.cwd()),
+    )
+
+
+def make_change(change: Change) -> str:
+    """Make it: keep the earlier files in ``RUN/slurm/before-N``; returns what happened to the jobs, in words.
+
+    New jobs are submitted on hold before the waiting ones are withdrawn, so a refusal changes nothing.
+
+    Raises:
+        UserError: SLURM refuses, or the directory cannot be written.
+    """
+    target = folder(change.run)
+    jobs: list[str] = []
+    keeps = change.keeps_jobs and bool(change.waiting)
+    try:
+        _write_next(change, target / "next")
+        if keeps:
+            slurm("scontrol", "hold", ",".join(job.number for job in change.waiting))
+        else:
+            jobs = submit(target / "next" / SCRIPT, change.shape.chain, "--hold")
+        try:
+            aside = _swap(target)
+            note_jobs(change.run, jobs)
+            with (target / STARTS).open("a", encoding="utf-8") as file:
+                file.write("by-hand -\n")
+        except OSError:
+            withdraw(jobs)
+            raise
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be written ({error.strerror}); fix that first") from None
+    held = [job.number for job in change.waiting if "Held" not in job.reason]
+    if not keeps:
+        withdraw([job.number for job in change.waiting])
+        held = jobs
+    if held:
+        slurm("scontrol", "release", ",".join(held))
+    return f"{_words(change, jobs)}; the earlier files are in {aside}"
+
+
+def _words(change: Change, jobs: Sequence[str]) -> str:
+    old = ", ".join(job.number for job in change.waiting)
+    if not jobs:
+        return f"job {old} keeps its place in the queue"
+    return f"submitted job {', '.join(jobs)}" + (f" in place of {old}" if old else "")
+
+
+def _write_next(change: Change, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    (target / SCRIPT).write_text(change.script, encoding="utf-8")
+    (target / SETTINGS_FILE).write_text(dump_config(change.config), encoding="utf-8")
+    site = change.site.path.read_text(encoding="utf-8")
+    (target / SITE_FILE).write_text(site, encoding="utf-8")
+
+
+def _swap(target: Path) -> Path:
+    """Move the files of ``target`` to a new directory, and those of ``target/next`` in their place."""
+    number = 1
+    while (aside := target / f"before-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for name in (SCRIPT, SETTINGS_FILE, SITE_FILE):
+        os.link(target / name, aside / name)
+        os.replace(target / "next" / name, target / name)
+    (target / "next").rmdir()
+    return aside

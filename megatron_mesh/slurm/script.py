@@ -1,0 +1,122 @@
+"""Batch scripts, as text."""
+
+import math
+import re
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_mesh.errors import UserError
+from megatron_mesh.slurm.site import Site, seconds_of
+
+FOLDER, SCRIPT, ARRAY_SCRIPT = "slurm", "job.sbatch", "array.sbatch"
+_NOT_IN_PATHS = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
+"""SLURM's --output knows no way to write a backslash, and a line of a script no control characters."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a submission chooses beside the settings and the site."""
+
+    nodes: int
+    chain: int = 1
+    """Jobs, each of which resumes after the one before; a single one requeues itself."""
+    code: Path | None = None
+    """Directory of the code; None is that in ``RUN/slurm``."""
+    directory: Path = field(default_factory=Path.cwd)
+    """Working directory of the jobs: relative paths in the settings start there."""
+
+
+def folder(run: Path) -> Path:
+    """Where a run keeps what its jobs need."""
+    return run / FOLDER
+
+
+def batch_script(run: Path, load: str | None, site: Site, shape: Shape) -> str:
+    """The batch script of a run.
+
+    Args:
+        load: the checkpoint to start from (``--load``), or None.
+
+    Raises:
+        UserError: the early warning takes all of the time, or a path cannot stand in a script.
+    """
+    lines = _head(site, shape, run.name, f"{_pattern(folder(run))}/%j.log")
+    code = '"$RUN/slurm/code"' if shape.code is None else shlex.quote(str(shape.code))
+    lines += [f"RUN={shlex.quote(str(run))}", f"CODE={code}", 'SITE="$RUN/slurm/site.sh"']
+    lines += ['SETTINGS=(--config "$RUN/slurm/config.yaml")']
+    if load is not None and load != str(run):
+        lines += [f"LOAD={shlex.quote(load)}"]
+    if shape.chain > 1:
+        lines += ["REQUEUE=no # the next job of the chain resumes"]
+    return "\n".join([*lines, '. "$RUN/slurm/job.sh"', ""])
+
+
+def array_script(top: Path, elements: int, site: Site, shape: Shape, at_once: int | None) -> str:
+    """The batch script of a sweep: element N runs the script in ``top/slurm/N``, and its log is there."""
+    lines = _head(site, shape, top.name, f"{_pattern(folder(top))}/%a/%A_%a.log")
+    limit = f"%{at_once}" if at_once else ""
+    lines.insert(1, f"#SBATCH --array=0-{elements - 1}{limit}")
+    return "\n".join([*lines, f'. {shlex.quote(str(folder(top)))}/"$SLURM_ARRAY_TASK_ID"/{SCRIPT}', ""])
+
+
+def option_of(script: str, name: str) -> str | None:
+    """The first value of an option of sbatch in a script: the tool's own, not the site's."""
+    found = re.search(rf"^#SBATCH --{name}=(.*)$", script, re.MULTILINE)
+    return " ".join(shlex.split(found[1])) if found else None
+
+
+def _head(site: Site, shape: Shape, name: str, output: str) -> list[str]:
+    if seconds_of(site.time_limit) <= site.warning_seconds:
+        raise UserError(
+            f"the time limit {site.time_limit} is used up by the early warning, which comes "
+            f"{site.warning_seconds} s before it (2 x SAVE_SECONDS + 60); raise --time"
+        )
+    options = [
+        f"--job-name={name}",
+        f"--nodes={shape.nodes}",
+        f"--ntasks-per-node={site.gpus_per_node}",
+        f"--gpus-per-node={site.gpus_per_node}",
+        f"--cpus-per-task={site.cpus_per_task}",
+        f"--time={site.time_limit}",
+        "--requeue",
+        "--open-mode=append",
+        f"--signal=B:USR1@{site.warning_seconds}",
+        f"--output={output}",
+        f"--chdir={shape.directory}",
+        *site.sbatch_options,
+    ]
+    return ["#!/usr/bin/env bash", *(f"#SBATCH {line}" for line in _quoted(options))]
+
+
+def _quoted(options: Iterable[str]) -> Iterable[str]:
+    """Options as sbatch reads them in a script: words in quotes, as a shell would."""
+    for option in options:
+        if _NOT_IN_PATHS.search(option.replace("\\", "")):
+            raise UserError(f"{option!r} cannot stand in a batch script: it has control characters")
+        name, equals, value = option.partition("=")
+        yield name + equals + (shlex.quote(value) if value else "") if equals else shlex.quote(option)
+
+
+def _pattern(path: Path) -> str:
+    """A path for --output, where % begins what SLURM fills in."""
+    if _NOT_IN_PATHS.search(str(path)):
+        raise UserError(
+            f"--save {str(path.parent)!r} has a backslash or a control character, which SLURM cannot write "
+            "to; rename it"
+        )
+    return str(path).replace("%", "%%")
+
+
+def save_note(site: Site, seconds: tuple[int, int]) -> str | None:
+    """What to say if a save cannot end in what SLURM leaves a job; ``seconds``: at its end, at preemption."""
+    kill_wait, grace = seconds
+    if site.save_seconds <= kill_wait:
+        return None
+    preempted = f", {kill_wait + grace} s at preemption" if grace else ""
+    return (
+        f"a save takes up to {site.save_seconds} s, and SLURM leaves {kill_wait} s (KillWait){preempted}; "
+        "if that is too little, only the checkpoints of --save-interval count, and those of the early "
+        f"warning, {math.ceil(site.warning_seconds / 60)} minutes before the time limit"
+    )

@@ -1,0 +1,119 @@
+"""Sweeps: one run for each combination of some settings' values, submitted as one array of jobs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+from megatron_mesh.arguments import parse_args
+from megatron_mesh.config.schema import Config
+from megatron_mesh.config.settings import SETTINGS, flag, unknown_setting
+from megatron_mesh.errors import UserError
+from megatron_mesh.slurm.script import ARRAY_SCRIPT, SCRIPT, Shape, array_script, batch_script, folder
+from megatron_mesh.slurm.site import Site
+from megatron_mesh.slurm.submission import copy_code, new_directories, prepared, submit_and_note, write_run
+
+_BOOLEANS = {"true": True, "false": False}
+
+
+@dataclass(frozen=True)
+class Element:
+    """One run of a sweep."""
+
+    run: Path
+    config: Config
+
+
+def elements(
+    sweeps: Sequence[str], settings: Sequence[str], top: Path, site: Site, nodes: int, prog: str
+) -> list[Element]:
+    """The runs of a sweep, each in ``top/NAME=VALUE`` (``top/NAME=VALUE_NAME=VALUE``).
+
+    Args:
+        sweeps: texts like ``seed=1,2,3``; several make the product.
+        settings: the command line that they all share.
+
+    Raises:
+        UserError: a sweep is not of this form, or an element's settings are refused.
+    """
+    axes = [_axis(text) for text in sweeps]
+    names = [name for name, _ in axes]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--sweep {name} is given twice; write all values in one: --sweep {name}=1,2,3")
+    found = []
+    for values in product(*(values for _, values in axes)):
+        choice = dict(zip(names, values, strict=True))
+        label = "_".join(f"{name}={value}" for name, value in choice.items())
+        flags = [word for name, value in choice.items() for word in _flags(name, value)]
+        config = parse_args([*settings, *flags], prog=prog).config
+        run = top / label
+        try:
+            found.append(Element(run, prepared(config, run, site, nodes)))
+        except UserError as error:
+            raise UserError(f"{label}: {error}") from None
+    return found
+
+
+def _axis(text: str) -> tuple[str, list[str]]:
+    name, equals, values = text.partition("=")
+    name = name.removeprefix("--").replace("-", "_")
+    options = values.split(",")
+    if not equals or not all(options):
+        raise UserError(f"--sweep {text} is not a setting with values; write e.g. --sweep seed=1,2,3")
+    if name not in SETTINGS:
+        raise unknown_setting(name, SETTINGS, flag)
+    if name == "save":
+        raise UserError("--sweep save is not possible: each run has its own directory under --save anyway")
+    for value in options:
+        if "/" in value or value.startswith(".") or options.count(value) > 1:
+            raise UserError(
+                f"--sweep {text}: {value!r} cannot name a directory; leave out slashes and repetitions"
+            )
+    return name, options
+
+
+def _flags(name: str, value: str) -> list[str]:
+    if SETTINGS[name].type is not bool:
+        return [flag(name), value]
+    if value not in _BOOLEANS:
+        raise UserError(f"--sweep {name}={value}: write true or false")
+    return [flag(name if _BOOLEANS[value] else f"no_{name}")]
+
+
+def write_and_submit_sweep(
+    found: Sequence[Element], top: Path, site: Site, shape: Shape, at_once: int | None
+) -> list[str]:
+    """Write every run of the sweep and submit them as one array (``chain`` arrays); the arrays' numbers.
+
+    The runs share one copy of the code, in ``top/slurm/code``. ``top/slurm/N`` is a link to ``RUN/slurm`` of
+    element N.
+
+    Raises:
+        UserError: SLURM refuses, or the directory cannot be written. Then nothing is left behind.
+    """
+    target = folder(top)
+    shape = replace(shape, code=target / "code")
+    scripts = [batch_script(each.run, each.config.checkpoint.load, site, shape) for each in found]
+    with new_directories(target, *(folder(each.run) for each in found)):
+        copy_code(target / "code")
+        for index, (each, script) in enumerate(zip(found, scripts, strict=True)):
+            write_run(each.config, each.run, site, script, with_code=False)
+            (target / str(index)).symlink_to(Path("..", each.run.name, "slurm"))
+        script = array_script(top, len(found), site, shape, at_once)
+        (target / ARRAY_SCRIPT).write_text(script, encoding="utf-8")
+        return submit_and_note(
+            target / ARRAY_SCRIPT,
+            shape.chain,
+            lambda arrays: {
+                each.run: [f"{array}_{index}" for array in arrays] for index, each in enumerate(found)
+            },
+        )
+
+
+def runs_in(path: Path) -> list[Path]:
+    """The runs of a sweep's directory, in the order of the array; any other path is a run itself."""
+    if not (folder(path) / ARRAY_SCRIPT).is_file():
+        return [path]
+    links = [link for link in folder(path).iterdir() if link.name.isdecimal() and (link / SCRIPT).is_file()]
+    return [path / link.readlink().parent.name for link in sorted(links, key=lambda link: int(link.name))]

@@ -1,0 +1,276 @@
+"""tools/submit_slurm.py --status, --requeue, --cancel and --follow; scripts play SLURM's commands."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_mesh.errors import UserError
+from megatron_mesh.slurm.actions import run_directory
+from megatron_mesh.slurm.follow import follow
+from megatron_mesh.slurm.status import UNFINISHED
+from tests.unit.slurm.conftest import FAILED, PENDING, ROOT, RUNNING, SUSPENDED
+from tests.unit.slurm.tool import log_steps, main, submit
+
+
+@pytest.fixture
+def run(lab: Path, capsys: pytest.CaptureFixture) -> Path:
+    """A run submitted as job 41."""
+    submit(lab)
+    capsys.readouterr()
+    return lab / "run"
+
+
+@pytest.fixture
+def status(run: Path, capsys: pytest.CaptureFixture):
+    """What --status says: the rows by their names, or with --json the object."""
+
+    def ask(*flags: str) -> dict:
+        main(["--status", str(run), *flags])
+        text = capsys.readouterr().out
+        if "--json" in flags:
+            (found,) = json.loads(text, parse_constant=lambda word: pytest.fail(word))
+            return found
+        return dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines())
+
+    return ask
+
+
+def steps(*numbers: int) -> list[dict]:
+    return [{"kind": "train", "step": n, "loss": 8.0 - n} for n in numbers]
+
+
+def test_a_running_job(run, status, monkeypatch) -> None:
+    lines = [json.dumps(line) for line in steps(*range(1, 8))]
+    lines.insert(5, json.dumps({"kind": "save", "step": 5, "seconds": 70.0}))
+    lines[3:3] = ['{"kind": "train", "st']  # where the run was killed
+    (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "tra')
+    (run / "run_status.txt").write_text("running\n")
+    (run / "iter_0000005").mkdir()
+    (run / "iter_0000009.partial").mkdir()
+    monkeypatch.setenv("JOB", RUNNING)
+    rows = status()
+    assert rows["state"] == "running" and rows["step"].startswith("7 of 10, loss 1.0000, at ")
+    assert rows["checkpoint"] == "step 5" and rows["at risk"].startswith("2 steps")
+    assert rows["job 41"] == "RUNNING, on n[1-2], 01:00 of 02:00, restarted 3 times"
+    assert rows["last save"] == "70.0 s: more than the site file's SAVE_SECONDS=60, raise it"
+    found = status("--json")
+    assert (found["step"], found["steps_at_risk"], found["last_save_seconds"]) == (7, 2, 70.0)
+    assert found["jobs"][0] | {"job": "41", "restarts": 3} == found["jobs"][0]
+
+
+@pytest.mark.parametrize(
+    "word,event,job,state",
+    [
+        (None, None, PENDING, "waiting"),
+        ("running", "start", RUNNING, "running"),
+        ("running", "start", SUSPENDED, "suspended"),
+        ("running", "failed", PENDING, "waiting"),
+        ("running", "failed", FAILED, "failed"),
+        ("running", "given-up", "", "failed"),
+        ("running", "start", FAILED, "interrupted"),
+        ("running", "ended", "", "interrupted"),
+        ("stopped", "stopped", FAILED, "stopped"),
+        ("done", "done", "", "done"),
+    ],
+)
+def test_the_state_is_that_of_run_and_job(run, status, monkeypatch, word, event, job, state) -> None:
+    """A job that failed, or that SLURM has forgotten, does not run (SLURM, case 10)."""
+    if word:
+        (run / "run_status.txt").write_text(f"{word}\n")
+    if event:
+        (run / "slurm/starts.txt").write_text(f"41.0 0 {event} 2026-01-01T00:00:00+00:00 in words\n")
+    monkeypatch.setenv("JOB", job)
+    assert status()["state"] == state == status("--json")["state"]
+    if not job:
+        assert status()["jobs"] == "SLURM no longer knows 41"
+        assert status("--json")["forgotten_jobs"] == ["41"]
+    if event:
+        assert status()["last event"] == "in words (job 41, 2026-01-01T00:00:00+00:00)"
+
+
+def test_without_a_controller_the_files_speak(run, status, monkeypatch) -> None:
+    """SLURM, case 10: asked once, for seconds."""
+    monkeypatch.setenv("SILENT", "yes")
+    (run / "run_status.txt").write_text("running\n")
+    log_steps(run, *steps(1, 2, 3))
+    rows = status()
+    assert (
+        rows["state"] == "running" and rows["step"].startswith("3 of 10") and rows["at risk"].startswith("3 ")
+    )
+    assert rows["slurm"].endswith("Unable to contact slurm controller; this is what the files say")
+    assert (run.parent / "squeue").read_text() == "x\n"
+    assert "Unable to contact" in status("--json")["slurm"]
+
+
+def test_a_controller_that_hangs_is_not_waited_for(run, status, monkeypatch) -> None:
+    (run.parent / "bin/squeue").write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr("megatron_mesh.slurm.status.STATUS_SECONDS", 0.2)
+    assert "squeue did not answer within 0.2 s" in status()["slurm"]
+
+
+def test_failing_saves_and_what_is_at_risk(run, status) -> None:
+    """SLURM, case 10."""
+    failed = [{"kind": "save_failed", "step": n, "reason": "No space left on device"} for n in (5, 10, 15)]
+    saved = {"kind": "save", "step": 8, "seconds": 2.0}
+    log_steps(run, failed[0], saved, *steps(9, 10), failed[1], *steps(15), failed[2], *steps(17))
+    (run / "iter_0000008").mkdir()
+    rows = status()
+    assert rows["failed saves"] == "2 since then, at step 15: No space left on device"
+    assert rows["at risk"] == "9 steps since the newest checkpoint" and rows["last save"] == "2.0 s"
+    assert [each["step"] for each in status("--json")["failed_saves"]] == [10, 15]
+    log_steps(run, *steps(17), failed[2], saved)
+    assert "failed saves" not in status() and status()["step"].startswith("17 of 10")
+
+
+def test_the_last_save_stays_after_a_mebibyte_of_steps(run, status) -> None:
+    """SLURM, case 10; a record across the border of two blocks counts, too."""
+    record = json.dumps(steps(20)[0] | {"text": "x" * 997}) + "\n"
+    saved = '{"kind": "save", "step": 10, "seconds": 2.0}\n'
+    (run / "metrics.jsonl").write_text(saved + record * 3000)
+    assert status("--json")["last_save_seconds"] == 2.0
+    (run / "iter_0000010").mkdir()
+    (run / "metrics.jsonl").write_text("\n" + record * 3000)
+    assert "last save" not in status() and status()["checkpoint"] == "step 10"
+    assert status()["at risk"].startswith("10 steps")
+
+
+def test_a_loss_that_is_not_finite(run, status) -> None:
+    (run / "metrics.jsonl").write_text('{"kind": "train", "step": 3, "loss": NaN}\n')
+    assert status("--json")["loss"] is None
+    log_steps(run, {"kind": "train", "step": 3, "loss": None})
+    assert "3 of 10, loss not finite" in status()["step"]
+
+
+def test_a_run_submitted_by_hand(lab, capsys, monkeypatch) -> None:
+    """Known by its script's starts and the trainer's own files (SLURM, case 10)."""
+    run = lab / "by_hand"
+    (run / "slurm").mkdir(parents=True)
+    (run / "slurm/starts.txt").write_text("7_2.0 0 start 2026-01-01T00:00:00 on n1 from step 0\n")
+    (run / "config.yaml").write_text("train_iters: 30\n")
+    (run / "run_status.txt").write_text("running\n")
+    log_steps(run, *steps(1, 2))
+    monkeypatch.setenv("JOB_7_2", RUNNING)
+    main(["--status", str(run)])
+    text = capsys.readouterr().out
+    assert "job 7_2     RUNNING" in text and "2 of 30" in text and "2 steps since" in text
+    main(["--requeue", str(run)])
+    assert (lab / "scancel").read_text() == "--batch --signal=USR1 7_2\n"
+    monkeypatch.setenv("JOB_7_2", FAILED)
+    with pytest.raises(UserError, match="submit its script again with sbatch"):
+        main(["--requeue", str(run)])
+
+
+def test_several_runs_are_a_table(lab, capsys, monkeypatch) -> None:
+    for name in ("a", "b"):
+        submit(lab, "--save", str(lab / name))
+    log_steps(lab / "b", *steps(6))
+    monkeypatch.setenv("JOB_41", PENDING)
+    monkeypatch.setenv("JOB_42", RUNNING)
+    capsys.readouterr()
+    main(["--status", str(lab / "a"), str(lab / "b")])
+    head, *rows = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert head == ["run", "state", "step", "of", "loss", "checkpoint", "at risk", "jobs"]
+    assert rows[0] == [str(lab / "a"), "waiting", "-", "10", "-", "-", "0", "41 PENDING"]
+    assert rows[1] == [str(lab / "b"), "running", "6", "10", "2.0000", "-", "6", "42 RUNNING"]
+    assert (lab / "squeue").read_text() == "x\n"  # one question for all
+    main(["--status", str(lab / "a"), str(lab / "b"), "--json"])
+    assert [each["state"] for each in json.loads(capsys.readouterr().out)] == ["waiting", "running"]
+
+
+def test_status_says_why_a_run_failed(run, status, monkeypatch) -> None:
+    (run / "run_status.txt").write_text("failed\nrank 3 of 8 on host n2: no such file\n")
+    monkeypatch.setenv("JOB", FAILED)
+    assert (status()["state"], status()["cause"]) == ("failed", "rank 3 of 8 on host n2: no such file")
+
+
+def test_the_exit_status_of_a_stopped_run_is_that_of_the_job_script(run, status, monkeypatch) -> None:
+    script = (ROOT / "examples/slurm/job.sh").read_text()
+    assert f"readonly UNFINISHED={UNFINISHED}\n" in script
+    monkeypatch.setenv("JOB", FAILED.replace("256", str(UNFINISHED << 8)))
+    assert status()["job 41"] == "FAILED: ended before the run did (exit status 75)"
+
+
+def test_requeue_saves_waits_or_submits(lab, run, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("JOB", RUNNING)
+    main(["--requeue", str(run)])
+    assert (lab / "scancel").read_text() == "--batch --signal=USR1 41\n"
+    monkeypatch.setenv("JOB", PENDING)
+    main(["--requeue", str(run)])
+    assert "in the queue already (PENDING, Priority)" in capsys.readouterr().out
+    for state in (FAILED, ""):
+        monkeypatch.setenv("JOB", state)
+        main(["--requeue", str(run)])
+    assert (run / "slurm/jobs.txt").read_text().split() == ["41", "42", "43"]
+    (run / "run_status.txt").write_text("done\n")
+    with pytest.raises(UserError, match="trained to the end"):
+        main(["--requeue", str(run)])
+
+
+def test_a_suspended_job_is_called_suspended(run, monkeypatch) -> None:
+    """SLURM, case 11."""
+    monkeypatch.setenv("JOB", SUSPENDED)
+    with pytest.raises(UserError, match=r"job 41 is suspended .*scontrol resume 41"):
+        main(["--requeue", str(run)])
+    assert (run / "slurm/jobs.txt").read_text() == "41\n"
+
+
+def test_requeue_without_room_submits_nothing(run, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "jobs.txt")
+
+    monkeypatch.setattr("megatron_mesh.slurm.actions.note_jobs", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        main(["--requeue", str(run)])
+    assert (run.parent / "scancel").read_text() == "42\n"
+
+
+def test_cancel_by_directory(lab, capsys, monkeypatch) -> None:
+    """A chain's last job first, so that none starts; those that are over are left alone."""
+    submit(lab, "--chain", "3")
+    monkeypatch.setenv("JOB", PENDING)
+    monkeypatch.setenv("JOB_41", RUNNING)
+    capsys.readouterr()
+    main(["--cancel", str(lab / "run")])
+    assert capsys.readouterr().out == "cancelled job 41 (RUNNING), job 42 (PENDING), job 43 (PENDING)\n"
+    assert (lab / "scancel").read_text().split() == ["43", "42", "41"]
+    monkeypatch.setenv("JOB", FAILED)
+    monkeypatch.setenv("JOB_41", FAILED)
+    main(["--cancel", str(lab / "run")])
+    assert "has no job in the queue" in capsys.readouterr().out
+
+
+def test_follow_prints_until_the_job_is_over(run, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("megatron_mesh.slurm.follow._ASK_SECONDS", 0.0)
+    monkeypatch.setenv("JOB", PENDING)
+    log = run / "slurm/41.log"
+    log.write_text("".join(f"line {n}\n" for n in range(100)))
+    pieces = follow(run, poll_seconds=0.01)
+    assert next(pieces) == "".join(f"line {n}\n" for n in range(80, 100))
+    with log.open("a") as file:
+        file.write("größe\nhalf")
+    assert next(pieces) == "größe\n"
+    with log.open("a") as file:
+        file.write(" a line\n")
+    monkeypatch.setenv("JOB", FAILED)
+    assert list(pieces) == ["half a line\n"]
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["job 41: PENDING (Priority)", "job 41: FAILED"]
+
+
+def test_follow_without_a_controller_ends_with_the_jobs_last_word(run, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("megatron_mesh.slurm.follow._ASK_SECONDS", 0.0)
+    monkeypatch.setenv("SILENT", "yes")
+    (run / "slurm/41.log").write_text("all\n")
+    (run / "slurm/starts.txt").write_text("41.0 10 done 2026-01-01T00:00:00 trained to the end\n")
+    main(["--follow", str(run)])
+    captured = capsys.readouterr()
+    assert captured.out == "all\n" and "Unable to contact" in captured.err
+
+
+def test_run_directories_keep_their_links(lab) -> None:
+    (lab / "link").symlink_to(lab)
+    assert run_directory(lab / "link") == lab / "link"
+    assert os.path.isabs(run_directory(Path("x")))

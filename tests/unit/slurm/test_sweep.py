@@ -1,0 +1,82 @@
+"""tools/submit_slurm.py --sweep; scripts play SLURM's commands."""
+
+import subprocess
+
+import pytest
+
+from megatron_mesh.config.sources import read_yaml
+from megatron_mesh.errors import UserError
+from tests.unit.slurm.conftest import PENDING
+from tests.unit.slurm.tool import main, submit
+
+
+def test_one_array_with_a_run_for_each_combination(lab, capsys, monkeypatch) -> None:
+    """Each element is a run like any other; the code is there once."""
+    flags = ["--sweep", "seed=1,2", "--sweep", "untie-embeddings-and-output-weights=true,false"]
+    submit(lab, *flags, "--at-once", "3")
+    top = lab / "run"
+    assert (lab / "sbatch").read_text() == f"--parsable {top}/slurm/array.sbatch\n"
+    script = (top / "slurm/array.sbatch").read_text()
+    assert "#SBATCH --array=0-3%3\n" in script
+    assert f"#SBATCH --output={top}/slurm/%a/%A_%a.log\n" in script
+    name = "untie_embeddings_and_output_weights"
+    expected = [(seed, untied) for seed in (1, 2) for untied in (True, False)]
+    for index, (seed, untied) in enumerate(expected):
+        run = top / f"seed={seed}_{name}={str(untied).lower()}"
+        assert (run / "slurm/jobs.txt").read_text() == f"41_{index}\n"
+        settings = read_yaml(run / "slurm/config.yaml")
+        assert (settings["seed"], settings[name], settings["save"]) == (seed, untied, str(run))
+        # What the element's job does, with a stand-in for job.sh.
+        (run / "slurm/job.sh").write_text('echo "$RUN $CODE"\n')
+        command = ["env", f"SLURM_ARRAY_TASK_ID={index}", "bash", str(top / "slurm/array.sbatch")]
+        assert subprocess.check_output(command, text=True) == f"{run} {top}/slurm/code\n"
+        assert (top / f"slurm/{index}").resolve() == run / "slurm" and not (run / "slurm/code").exists()
+    assert (top / "slurm/code/pretrain_mesh.py").is_file()
+    monkeypatch.setenv("JOB", PENDING)
+    capsys.readouterr()
+    main(["--status", str(top)])
+    assert capsys.readouterr().out.count("waiting") == 4
+    main(["--cancel", str(top / f"seed=2_{name}=true")])
+    assert (lab / "scancel").read_text() == "41_2\n"
+
+
+def test_a_chain_of_arrays(lab) -> None:
+    submit(lab, "--sweep", "seed=1,2", "--chain", "2")
+    assert (lab / "run/seed=2/slurm/jobs.txt").read_text().split() == ["41_1", "42_1"]
+    assert "REQUEUE=no" in (lab / "run/seed=2/slurm/job.sbatch").read_text()
+    assert "afterany:41" in (lab / "sbatch").read_text().splitlines()[1]
+
+
+def test_a_dry_run_shows_the_array(lab, capsys) -> None:
+    submit(lab, "--sweep", "lr=1e-3,3e-4", "--dry-run")
+    said = capsys.readouterr().out
+    assert f"# {lab}/run/lr=1e-3\n" in said and "#SBATCH --array=0-1\n" in said
+    assert not (lab / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["seed"], "is not a setting with values"),
+        (["seed=1,,2"], "is not a setting with values"),
+        (["seed=1,1"], "cannot name a directory"),
+        (["data_path=/a,/b"], "cannot name a directory"),
+        (["sede=1"], "did you mean --seed"),
+        (["save=a,b"], "its own directory under --save"),
+        (["bf16=yes"], "write true or false"),
+        (["seed=1,2", "--sweep", "seed=3"], "is given twice"),
+        (["global_batch_size=16,17"], "global_batch_size=17: "),
+        (["seed=1,2", "--gpu-memory-gib", "0.0001"], "GiB of 0.0001"),
+    ],
+)
+def test_a_wrong_sweep_writes_nothing(lab, flags, message) -> None:
+    with pytest.raises(UserError, match=message):
+        submit(lab, "--sweep", *flags)
+    assert not (lab / "run").exists() and not (lab / "sbatch").exists()
+
+
+def test_a_refused_array_leaves_nothing(lab, monkeypatch) -> None:
+    monkeypatch.setenv("REFUSE", "error: Invalid job array specification")
+    with pytest.raises(UserError, match="Invalid job array"):
+        submit(lab, "--sweep", "seed=1,2")
+    assert not (lab / "run").exists()
