@@ -23,6 +23,7 @@ from megatron_mesh.runtime.distributed import is_rank_zero, process_groups
 from megatron_mesh.runtime.health import Health
 from megatron_mesh.runtime.logging import Log, check_trackers
 from megatron_mesh.runtime.memory import explained, remedies
+from megatron_mesh.runtime.ownership import owned
 from megatron_mesh.runtime.start_times import STARTED
 from megatron_mesh.runtime.stopping import URGENT, StopRequests, write_status
 from megatron_mesh.train.data import open_batches, open_datasets, open_vocabulary
@@ -55,7 +56,11 @@ def pretrain(config: Config) -> int:
     """
     started = time.monotonic()
     choose(config.precision, config.parallel)
-    with process_groups(config) as health, explained(partial(remedies, config)):
+    with (
+        process_groups(config) as health,
+        explained(partial(remedies, config)),
+        owned(config.checkpoint.save, health),
+    ):
         if is_rank_zero():
             warn_if_lr_reaches_zero_early(config)
         with health.busy("the preparations"):

@@ -188,11 +188,11 @@ def test_a_running_job_keeps_its_run(job, tmp_path) -> None:
     job(ending("running", 137, 10), CANCELLED)  # killed, so its token stays
     ended = job(ending("done", 0), SLURM_JOB_ID="8", QUEUE="7")
     assert ended.returncode == 2 and "error: job 7 runs in" in ended.stdout
-    assert (tmp_path / "run/slurm/owner").read_text() == "7.0\n"
+    assert (tmp_path / "run/run_owner.txt").read_text() == "7.0\n"
 
 
 def test_another_start_takes_over_the_decision(job, tmp_path) -> None:
-    ended = job(f"echo 7.1 >$RUN/slurm/owner\n{ending('running', 1, 10)}")
+    ended = job(f"echo 7.1 >$RUN/run_owner.txt\n{ending('running', 1, 10)}")
     assert "another start has taken over" in ended.stdout
     assert not (tmp_path / "requeued").exists()
 
