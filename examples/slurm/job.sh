@@ -111,9 +111,8 @@ requeue_before_the_kill() {
 train() {
     local first load=(--load "${LOAD:-$RUN}") inside=() options=(--kill-on-bad-exit=0 --wait=120)
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    # The ranks choose the port (megatron_mesh/runtime/environment.py). Containers may lack scontrol.
     export MASTER_ADDR=${MASTER_ADDR:-$first}
-    # A port of its own for each start: what is left of the last start may still hold the old one.
-    export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0}) % 12000))
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
     [ "$(saved_step)" = 0 ] || load=(--load "$RUN" --no-finetune)
     case $ENVIRONMENT in

@@ -87,7 +87,7 @@ def describe_this_process() -> dict[str, Any]:
 
 
 def given_token() -> str | None:
-    """The token that a batch script has written to the file for this start (examples/slurm/task.sh), if any."""
+    """The token that a batch script has written to the file for this start, if any (examples/slurm)."""
     return os.environ.get("MESH_RUN_TOKEN") or None
 
 

@@ -1,4 +1,4 @@
-"""Who owns a run's directory: a second start by mistake (case 16 of everyday faults), and owners that died."""
+"""Who owns a run's directory: a second start by mistake (case 16 of everyday faults), and dead owners."""
 
 import json
 import multiprocessing
