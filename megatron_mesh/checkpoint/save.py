@@ -1,6 +1,5 @@
 """Saving: each rank writes its part, rank 0 puts them together, checks, and publishes by one rename."""
 
-import json
 import logging
 import platform
 import shutil
@@ -29,7 +28,7 @@ from megatron_mesh.checkpoint.writer import BackgroundWriter, file_of, write_fil
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import Config
 from megatron_mesh.parallel import Stage
-from megatron_mesh.runtime import phases
+from megatron_mesh.runtime import phases, strict_json
 from megatron_mesh.runtime.agreement import Reason, from_rank_zero, in_words, to_rank_zero, with_host
 
 logger = logging.getLogger(__name__)
@@ -261,7 +260,7 @@ def write_small_files(
     small = {
         INDEX_FILE: index_file(index_of(directory, listed)),
         names.CONFIG_FILE: config.encode(),
-        names.STATE_FILE: json.dumps(described, indent=2).encode(),
+        names.STATE_FILE: strict_json.dumps(described, indent=2).encode(),
     }
     for name, content in small.items():
         (directory / name).write_bytes(content)

@@ -28,6 +28,11 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
+def local_rank_from_environment() -> int:
+    """Index of this process on its host; a rank that was started by hand counts as the first."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+
+
 def agent_holds_store() -> bool:
     """Whether torchrun's agent on the first node holds the job's store. Otherwise rank 0 does."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -132,6 +132,17 @@ class Failures:
             print(f"error: {who}: {details or cause}", file=sys.stderr, flush=True)
             self.note(word, f"{who}: {cause}")
 
+    def has_told(self, cause: str) -> bool:
+        """Whether this rank has told the cause."""
+        with self._lock:
+            return self._new.get(cause, False)
+
+    def leave_untold(self, cause: str) -> None:
+        """Neither this rank nor another has to tell the cause from now on."""
+        self.is_new(cause)
+        with self._lock:
+            self._new[cause] = False
+
     def is_new(self, cause: str) -> bool:
         """Whether no other rank has asked about this cause before. The same rank gets the same answer."""
         with self._lock:
