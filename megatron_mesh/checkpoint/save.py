@@ -74,6 +74,7 @@ class Saver:
         self.failed = False
         self._on_saved = on_saved
         self._pending: _Pending | None = None
+        self._published: int | None = None
         self._writer = BackgroundWriter()
         self._pruner = ThreadPoolExecutor(1, thread_name_prefix="ckpt-pruner")
         if dist.get_rank() == 0:
@@ -118,6 +119,10 @@ class Saver:
         """Whether a checkpoint is on its way; the same on all ranks."""
         return self._pending is not None
 
+    def has(self, step: int) -> bool:
+        """Whether ``step`` is saved or on its way to the disk; the same on all ranks."""
+        return step == (self._pending.step if self._pending is not None else self._published)
+
     def written(self) -> bool:
         """Whether this rank has nothing more to write of the checkpoint on its way; local."""
         return self._pending is None or self._pending.part.done()
@@ -141,6 +146,7 @@ class Saver:
             self._give_up(pending.step, reason)
             return
         self.failed = False
+        self._published = pending.step
         now = time.monotonic()
         stalled = pending.stalled + now - began if pending.stalled else now - pending.started
         self._on_saved(Saved(pending.step, final, now - pending.started, stalled))

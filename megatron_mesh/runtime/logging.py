@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -123,16 +122,15 @@ def open_log(config: Config, directory: Path, step: int) -> Log:
     assert last is not None
     console = Console(soft_wrap=True)
     sinks: list[Sink] = [JsonLines(directory / METRICS_FILE)]
-    trackers: list[partial[Sink]] = []
-    if settings.tensorboard_dir:
-        trackers.append(partial(TensorBoard, settings.tensorboard_dir, step))
+    trackers: dict[str, Callable[[], Sink]] = {}
+    if tensorboard := settings.tensorboard_dir:
+        trackers["TensorBoard"] = lambda: TensorBoard(tensorboard, step)
     if settings.wandb_project:
-        trackers.append(partial(WeightsAndBiases, config, directory, step))
-    for tracker in trackers:
+        trackers["Weights & Biases"] = lambda: WeightsAndBiases(config, directory, step)
+    for name, start in trackers.items():
         try:
-            sinks.append(tracker())
+            sinks.append(start())
         except Exception as error:  # no server, no account, a broken installation
-            name = tracker.func.__name__
             logger.error("%s cannot be started: %s; training continues without it", name, in_a_line(error))
     sinks.append(Bar(console, step, last) if settings.progress and console.is_terminal else Lines(last))
     return Log(sinks, directory)
