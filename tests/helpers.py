@@ -1,9 +1,12 @@
 """Small things that several tests need."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.schema import Config
@@ -57,3 +60,11 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     norm = b.norm().item()
     difference = (a - b).norm().item()
     return difference / norm if norm else difference
+
+
+def loss_per_token(totals: Tensor) -> float:
+    """Loss per token in nats, from ``run_batch`` on all ranks. Collective; waits for the device."""
+    # All ranks of a tensor-parallel group add the same numbers. The quotient is not affected.
+    dist.all_reduce(totals)
+    total, tokens = totals.tolist()
+    return total / tokens if tokens else math.nan

@@ -8,7 +8,6 @@ is timed in every round, and shares are of that round's copy. The default is the
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from typing import Any
 
 from megatron_mesh.bench.output import check_writable
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime import strict_json
 
 COPY_BYTES = 2**30
 
@@ -74,7 +74,7 @@ def _write(arguments: argparse.Namespace, results: dict[int, list[Any]]) -> None
         "settings": {name: value for name, value in vars(arguments).items() if name != "output"},
         "results": {terms: [asdict(row) for row in found] for terms, found in results.items()},
     }
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    arguments.output.write_text(strict_json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {arguments.output}")
 
 

@@ -31,6 +31,7 @@ from megatron_mesh.data.corpus import expand_inputs, parse_chunk, read_chunks
 from megatron_mesh.data.preprocess import CHUNK_BYTES, PreprocessSettings, preprocess
 from megatron_mesh.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime import strict_json
 
 _classic_tokenizer: Tokenizer | None = None
 
@@ -100,7 +101,7 @@ def _write_plain(inputs: list[str], path: Path, characters: int) -> None:
                 for text in parse_chunk(chunk, ["text"], skip_broken=False).texts[0]:
                     step = characters or len(text) or 1
                     for start in range(0, len(text), step):
-                        file.write(json.dumps({"text": text[start : start + step]}) + "\n")
+                        file.write(strict_json.dumps({"text": text[start : start + step]}) + "\n")
 
 
 def _check_equal(directory: str, names: list[str]) -> None:

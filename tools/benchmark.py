@@ -8,7 +8,6 @@ All models live in one process and take turns, a step each; the tables show spee
 and what each model keeps for its backward pass, as medians and quartiles, and the project's targets.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 
@@ -17,7 +16,7 @@ from rich.console import Console
 
 from megatron_mesh.bench.settings import Settings
 from megatron_mesh.errors import OutOfMemory, UserError
-from megatron_mesh.runtime import exits
+from megatron_mesh.runtime import exits, strict_json
 
 
 def main(argv: Sequence[str]) -> None:
@@ -33,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     report = run(settings)
     Console().print(as_tables(report))
     if settings.output is not None:
-        settings.output.write_text(json.dumps(as_json(report), indent=1) + "\n", encoding="utf-8")
+        settings.output.write_text(strict_json.dumps(as_json(report), indent=1) + "\n", encoding="utf-8")
         tables = settings.output.with_suffix(".md")
         tables.write_text(as_markdown(report), encoding="utf-8")
         print(f"wrote {settings.output} and {tables}")

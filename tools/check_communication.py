@@ -11,12 +11,11 @@ Exit status 1 where a result is wrong (ranks and hosts are named) or a rank cann
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
 
-from megatron_mesh.errors import UserError
+from megatron_mesh.errors import RanksLost, UserError
 from megatron_mesh.runtime.environment import (
     find_rendezvous,
     rank_from_environment,
@@ -35,19 +34,18 @@ def main(argv: Sequence[str]) -> None:
 
     from megatron_mesh.bench.communication import WrongResult, measure
     from megatron_mesh.runtime import device
+    from megatron_mesh.runtime.rendezvous import open_store
 
     device.prepare()
-    find_rendezvous()
+    rank, ranks = rank_from_environment(), world_size_from_environment()
+    timeout = timedelta(seconds=arguments.timeout)
+    place = find_rendezvous()
     try:
-        dist.init_process_group(
-            device.backend(),
-            rank=rank_from_environment(),
-            world_size=world_size_from_environment(),
-            timeout=timedelta(seconds=arguments.timeout),
-        )
-    except dist.DistError as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        sys.exit(f"error: the ranks did not meet at {address} ({str(error).splitlines()[0]})")
+        store, _ = open_store(place, rank, ranks, timeout)
+        store = dist.PrefixStore("communication", store)  # torchrun's has its own keys
+        dist.init_process_group(device.backend(), store=store, rank=rank, world_size=ranks, timeout=timeout)
+    except (RanksLost, dist.DistError) as error:
+        sys.exit(f"error: the ranks did not meet at {place.address} ({str(error).splitlines()[0]})")
     try:
         if dist.get_rank() == 0:
             print(f"{dist.get_world_size()} ranks, {device.backend()}, {device.describe()}")

@@ -10,7 +10,6 @@ size is reached. The same installation gives the same corpus.
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 import sysconfig
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime import strict_json
 
 LEAST = 8_000_000
 """Bytes of text that every installation should have."""
@@ -117,7 +117,7 @@ def write_jsonl(path: Path, documents: list[Document]) -> int:
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
         for document in documents:
-            file.write(json.dumps(document._asdict(), ensure_ascii=False) + "\n")
+            file.write(strict_json.dumps(document._asdict(), ensure_ascii=False) + "\n")
     os.replace(partial, path)
     return sum(len(document.text.encode()) for document in documents)
 

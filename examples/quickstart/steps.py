@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime import strict_json
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def run_all(steps: list[Step], notes: Path) -> None:
         if not step.output.exists():
             _run(step)
             done[step.title] = step.settings
-            notes.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
+            notes.write_text(strict_json.dumps(done, indent=2) + "\n", encoding="utf-8")
         elif done.get(step.title, step.settings) == step.settings:
             print(f"already done: {step.output}", flush=True)
         else:

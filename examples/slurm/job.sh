@@ -15,6 +15,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 this_job=$SLURM_JOB_ID
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || this_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 token=$this_job.${SLURM_RESTART_COUNT:-0}
+owner_file=$RUN/run_owner.txt
 asked=no interrupted=no srun_pid= last_resort=
 # Exit status of a run that can be resumed, so that jobs waiting for "afterok" do not start on a half-trained model.
 # It is EX_TEMPFAIL of sysexits.h. Not the trainer's 42: sites name that one in RequeueExit.
@@ -27,7 +28,7 @@ note() { echo "$token $(saved_step) $1 $(date -Is) $2" >>"$RUN/slurm/starts.txt"
 
 word_in() { head -n 1 "$1" 2>/dev/null; }
 
-owned() { [ "$(word_in "$RUN/slurm/owner")" = "$token" ]; }
+owned() { [ "$(word_in "$owner_file")" = "$token" ]; }
 
 # Runs a command again while it fails: SLURM's controller may be away for a moment.
 retried() {
@@ -48,18 +49,31 @@ saved_step() {
     echo $((10#0${newest#iter_}))
 }
 
-# Only one job writes to a run. Whoever has its token in the file "owner" is that job; the processes of any
-# other, which may live on after their node was given up, end themselves when they see it (task.sh).
+# Only one start writes to a run: the one whose token is the first line of run_owner.txt. The processes of any
+# other, which may live on after their node was given up, end themselves when they see it (task.sh). Rank 0
+# adds who it is, and a counter that rises while it lives (megatron_mesh/runtime/ownership.py).
 take_over() {
-    local before
-    before=$(word_in "$RUN/slurm/owner")
-    if [ -n "$before" ] && [ "${before%.*}" != "$SLURM_JOB_ID" ] &&
-        [ -n "$(squeue -h -j "${before%.*}" -t running,completing -o %A 2>/dev/null)" ]; then
-        say "error: job ${before%.*} runs in $RUN; scancel it first, or let this one wait for it"
+    local found before job
+    found=$(cat "$owner_file" 2>/dev/null)
+    before=${found%%$'\n'*} job=
+    [[ ! $before =~ ^[0-9]+(_[0-9]+)?\.[0-9]+$ ]] || job=${before%.*}
+    if [ -n "$job" ] && [ "$job" != "$this_job" ] &&
+        [ -n "$(squeue -h -j "$job" -t running,completing,suspended -o %A 2>/dev/null)" ]; then
+        say "error: job $job runs in $RUN; scancel it first, or let this one wait for it"
         exit 2
     fi
-    echo "$token" >"$RUN/slurm/owner"
-    if [ -n "$before" ]; then
+    if [ -n "$before" ] && [ -z "$job" ]; then # started without a batch script
+        say "waiting ${FENCE_SECONDS:=12} s to see whether the earlier start in $RUN still runs"
+        sleep "$FENCE_SECONDS" &
+        wait $!
+        if [ "$(cat "$owner_file" 2>/dev/null)" != "$found" ]; then
+            say "error: another start runs in $RUN ($(sed -n 2p "$owner_file")); stop it first"
+            exit 2
+        fi
+    fi
+    echo "$token" >"$owner_file.$token"
+    mv -f "$owner_file.$token" "$owner_file" # a new file: an earlier owner still writes to the old one
+    if [ -n "$job" ]; then
         say "waiting ${FENCE_SECONDS:=12} s for what may be left of $before to end"
         sleep "$FENCE_SECONDS" &
         wait $!
@@ -113,9 +127,8 @@ requeue_before_the_kill() {
 train() {
     local first load=(--load "${LOAD:-$RUN}") inside=() options=(--kill-on-bad-exit=0 --wait=120)
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    # The ranks choose the port (megatron_mesh/runtime/environment.py). Containers may lack scontrol.
     export MASTER_ADDR=${MASTER_ADDR:-$first}
-    # A port of its own for each start: what is left of the last start may still hold the old one.
-    export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0}) % 12000))
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
     [ "$(saved_step)" = 0 ] || load=(--load "$RUN" --no-finetune)
     case $ENVIRONMENT in
@@ -126,7 +139,7 @@ train() {
         *) say "error: ENVIRONMENT=$ENVIRONMENT in $SITE; take venv, pyxis or apptainer"; exit 2 ;;
     esac
     # Everything by its full name and with all variables: the site may submit with --export=NONE.
-    srun "${options[@]}" --export=ALL /bin/bash "$here/task.sh" "$RUN/slurm/owner" "$token" \
+    srun "${options[@]}" --export=ALL /bin/bash "$here/task.sh" "$owner_file" "$token" \
         "${inside[@]}" "$PYTHON" -u "$CODE/pretrain_mesh.py" "${SETTINGS[@]}" --save "$RUN" "${load[@]}" &
     srun_pid=$!
     [ $asked = no ] || on_warning # it came a moment ago
@@ -205,7 +218,7 @@ decide() {
     tail -n +2 "$RUN/run_status.txt" 2>/dev/null | while IFS= read -r cause; do say "cause: $cause"; done
     owned || { say "another start has taken over; nothing to do"; exit 1; }
     # The ranks have agreed to end, so nobody is left who writes.
-    case $ended in done | stopped) rm -f "$RUN/slurm/owner" ;; esac
+    case $ended in done | stopped) rm -f "$owner_file" ;; esac
     [ "$ended" != done ] || finish done 0 "trained to the end"
     state=$(job_field JobState)/$(job_field Reason)
     case $state in

@@ -1,6 +1,6 @@
 # One process of a run: task.sh OWNER_FILE TOKEN COMMAND...
 #
-# Runs COMMAND as long as OWNER_FILE names TOKEN. A node that SLURM has given up may still run its tasks; when
+# Runs COMMAND as long as the first line of OWNER_FILE is TOKEN. A node that SLURM has given up may still run its tasks; when
 # another start of the run has put its own token there, they end at once, before they can write beside it.
 
 owner_file=$1 token=$2
@@ -21,4 +21,6 @@ taken() {
     done
 ) &
 
+# Rank 0 takes over the file in this token's name (megatron_mesh/runtime/ownership.py).
+export MESH_RUN_TOKEN=$token
 exec "$@"

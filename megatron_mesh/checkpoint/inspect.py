@@ -16,6 +16,7 @@ from megatron_mesh.checkpoint.index import Index, read_index
 from megatron_mesh.checkpoint.load import updates_of
 from megatron_mesh.checkpoint.reader import read_piece
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime import strict_json
 
 
 def table(directory: Path) -> str:
@@ -50,7 +51,7 @@ def description(path: Path) -> str:
     rest = sum(tensors.values()) - weights
     head = f"{weights:,} weights, {rest:,} other numbers, in {len(tensors):,} tensors"
     config = (path / names.CONFIG_FILE).read_text(encoding="utf-8")
-    return f"{json.dumps(state, indent=2)}\n\n{head}\n\n{config}"
+    return f"{strict_json.dumps(state, indent=2)}\n\n{head}\n\n{config}"
 
 
 def verify(path: Path) -> int:

@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_mesh.runtime import strict_json
+
 CHECKSUMS_FILE = "checksums.json"
 
 Digests = dict[str, list[tuple[int, str]]]
@@ -39,13 +41,13 @@ def files(directory: Path) -> list[Path]:
 def write_checksums(directory: Path, digests: Digests) -> None:
     """Write ``checksums.json``: the digests of all other files."""
     listed = dict(sorted(digests.items()))
-    text = json.dumps({"algorithm": "sha256", "files": listed, "sha256_of_files": _of_list(listed)})
+    text = strict_json.dumps({"algorithm": "sha256", "files": listed, "sha256_of_files": _of_list(listed)})
     (directory / CHECKSUMS_FILE).write_text(text, encoding="utf-8")
 
 
 def _of_list(listed: Any) -> str:
     """Checksum of the list itself."""
-    return sha256(json.dumps(listed, sort_keys=True).encode())
+    return sha256(strict_json.dumps(listed, sort_keys=True).encode())
 
 
 def read_checksums(directory: Path) -> Digests:

@@ -1,6 +1,5 @@
 """Saving: each rank writes its part, rank 0 puts them together, checks, and publishes by one rename."""
 
-import json
 import logging
 import platform
 import shutil
@@ -29,7 +28,7 @@ from megatron_mesh.checkpoint.writer import BackgroundWriter, file_of, write_fil
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import Config
 from megatron_mesh.parallel import Stage
-from megatron_mesh.runtime import phases
+from megatron_mesh.runtime import phases, strict_json
 from megatron_mesh.runtime.agreement import Reason, from_rank_zero, in_words, to_rank_zero, with_host
 
 logger = logging.getLogger(__name__)
@@ -75,6 +74,7 @@ class Saver:
         self.failed = False
         self._on_saved = on_saved
         self._pending: _Pending | None = None
+        self._published: int | None = None
         self._writer = BackgroundWriter()
         self._pruner = ThreadPoolExecutor(1, thread_name_prefix="ckpt-pruner")
         if dist.get_rank() == 0:
@@ -119,6 +119,10 @@ class Saver:
         """Whether a checkpoint is on its way; the same on all ranks."""
         return self._pending is not None
 
+    def has(self, step: int) -> bool:
+        """Whether ``step`` is saved or on its way to the disk; the same on all ranks."""
+        return step == (self._pending.step if self._pending is not None else self._published)
+
     def written(self) -> bool:
         """Whether this rank has nothing more to write of the checkpoint on its way; local."""
         return self._pending is None or self._pending.part.done()
@@ -142,6 +146,7 @@ class Saver:
             self._give_up(pending.step, reason)
             return
         self.failed = False
+        self._published = pending.step
         now = time.monotonic()
         stalled = pending.stalled + now - began if pending.stalled else now - pending.started
         self._on_saved(Saved(pending.step, final, now - pending.started, stalled))
@@ -261,7 +266,7 @@ def write_small_files(
     small = {
         INDEX_FILE: index_file(index_of(directory, listed)),
         names.CONFIG_FILE: config.encode(),
-        names.STATE_FILE: json.dumps(described, indent=2).encode(),
+        names.STATE_FILE: strict_json.dumps(described, indent=2).encode(),
     }
     for name, content in small.items():
         (directory / name).write_bytes(content)

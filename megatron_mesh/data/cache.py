@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_mesh.runtime import strict_json
+
 _MANIFEST = "manifest.json"
 _EDGE_BYTES = 1 << 16
 _PARTIAL = ".partial-"
@@ -87,7 +89,7 @@ def _write(directory: Path, description: str, arrays: Arrays) -> None:
             file.flush()
             os.fsync(file.fileno())
     with open(directory / _MANIFEST, "w", encoding="utf-8") as text:
-        json.dump({"description": description, "arrays": seals}, text)
+        strict_json.dump({"description": description, "arrays": seals}, text)
         text.flush()
         os.fsync(text.fileno())
 

@@ -1,6 +1,5 @@
 """One epoch of one data set, as Megatron's GPTDataset reads it, with its index in our cache."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_mesh.data.cache import Arrays, Key
+from megatron_mesh.runtime import strict_json
 
 _EXTRA_TOKEN = 1  # a sample has one token more than its sequence, for the last label
 
@@ -33,7 +33,7 @@ def epoch_key(cache: Path, name: str, fingerprint: str, documents: range, seq_le
         "sequence_length": seq_length,
         "seed": seed,
     }
-    return Key(cache, name, json.dumps(description))
+    return Key(cache, name, strict_json.dumps(description))
 
 
 def tokens_in(data: IndexedDataset, documents: range) -> int:

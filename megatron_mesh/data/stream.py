@@ -5,7 +5,6 @@ the run, which changes the order of all samples when a run is extended; here eve
 one epoch, and the stream repeats the epochs, each in an order of its own.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -18,6 +17,7 @@ from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from megatron_mesh.data.cache import Arrays, Key
+from megatron_mesh.runtime import strict_json
 
 
 class Origin(NamedTuple):
@@ -39,7 +39,7 @@ class Part(NamedTuple):
 def blend_key(cache: Path, weights: Sequence[float], num_samples: int) -> Key:
     """The cache entry of a blend: which data set each sample comes from."""
     description = {"index": "blend", "weights": list(weights), "samples": num_samples}
-    return Key(cache, "blend", json.dumps(description))
+    return Key(cache, "blend", strict_json.dumps(description))
 
 
 def blend_index(weights: Sequence[float], num_samples: int) -> Arrays:

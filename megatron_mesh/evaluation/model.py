@@ -16,7 +16,7 @@ from megatron_mesh.config.schema import CheckpointConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation.engines import TRANSFORMERS, VLLM
 from megatron_mesh.hf.tokenizer import CLASS, tokenizer_of
-from megatron_mesh.runtime import device
+from megatron_mesh.runtime import device, strict_json
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -228,4 +228,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _sha256(listed: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(strict_json.dumps(listed, sort_keys=True).encode()).hexdigest()

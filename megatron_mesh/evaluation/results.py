@@ -11,6 +11,7 @@ from typing import Any
 from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation.engines import TRANSFORMERS
 from megatron_mesh.evaluation.tasks import AVERAGED, TASKS
+from megatron_mesh.runtime import strict_json
 
 RESULTS_FILE = "results.json"
 HUB = "hub"
@@ -126,7 +127,7 @@ class Results:
             "not_run": [asdict(skipped) for skipped in self.skipped],
         }
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(strict_json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, self.path)
 
 
@@ -148,6 +149,9 @@ def open_results(directory: Path, run: Mapping[str, Any]) -> Results:
     try:
         content = json.loads(text)
         saved, finished = {"engine": TRANSFORMERS, **content["run"]}, content["finished"]
+        for values in finished.values():
+            for kind in ("metrics", "stderr"):
+                values[kind] = {name: strict_json.number(value) for name, value in values[kind].items()}
         results.finished = {label: Result(**values) for label, values in finished.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a file of results ({error}); choose another --output-dir") from None

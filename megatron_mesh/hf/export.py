@@ -1,6 +1,5 @@
 """From a Megatron checkpoint to a directory for Hugging Face, shard by shard."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from megatron_mesh.hf.padding import padding_of
 from megatron_mesh.hf.tokenizer import tokenizer_of, write_tokenizer
 from megatron_mesh.hf.weights import write_tensors
 from megatron_mesh.recurrence import SCHEMES
+from megatron_mesh.runtime import strict_json
 
 SHARD_BYTES = 2 * 2**30
 """Size of a file of weights. The export needs about twice this much host memory."""
@@ -193,4 +193,4 @@ def _write_code(sources: dict[str, str], directory: Path) -> None:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(strict_json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,7 +1,8 @@
 """Fields of a config.json: which ones are harmless, and how messages show values."""
 
-import json
 from typing import Any
+
+from megatron_mesh.runtime import strict_json
 
 _LONGEST = 60
 
@@ -89,5 +90,5 @@ HARMLESS = frozenset(
 
 def shown(value: Any) -> str:
     """Return a value as config.json has it, cut to one short line."""
-    text = json.dumps(value)
+    text = strict_json.dumps(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -14,6 +14,7 @@ from megatron_mesh.hf import ship
 from megatron_mesh.hf.describe import TESTED_KEY
 from megatron_mesh.hf.versions import TESTED
 from megatron_mesh.recurrence import SCHEMES
+from megatron_mesh.runtime import strict_json
 
 REPLACED = "replaced_code"
 """Directory in an export that keeps replaced code which someone may have edited."""
@@ -136,7 +137,7 @@ def _updated(config: dict[str, Any]) -> dict[str, Any]:
 def _as_written(config: dict[str, Any], path: Path) -> str:
     """JSON in the style of the present file, so that no other line changes."""
     text = path.read_text(encoding="utf-8")
-    return json.dumps(config, indent=2, ensure_ascii=text.isascii()) + "\n" * text.endswith("\n")
+    return strict_json.dumps(config, indent=2, ensure_ascii=text.isascii()) + "\n" * text.endswith("\n")
 
 
 def _write(directory: Path, texts: dict[str, str]) -> None:

@@ -15,6 +15,7 @@ from megatron_mesh.data.tokenizer import (
 )
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.padding import Padding
+from megatron_mesh.runtime import strict_json
 
 CODE = "tokenization_mesh"
 """Module of the tokenizer class that an export brings if transformers has none with the same ids."""
@@ -68,7 +69,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int, padd
     }
     if not fast:
         settings["auto_map"] = {"AutoTokenizer": [f"{CODE}.{CLASS}", None]}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(strict_json.dumps(settings, indent=2), encoding="utf-8")
     _check(tokenizer, directory, padding)
     return not fast
 
@@ -113,7 +114,9 @@ def _write_json_tokenizer(tokenizer: HuggingFaceTokenizer, padding: Padding, dir
             token["special"] = False  # read from text as in training
         elif token["id"] in (tokenizer.eod, padding.id):
             token["special"] = True  # skipped when decoding
-    (directory / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    (directory / "tokenizer.json").write_text(
+        strict_json.dumps(content, ensure_ascii=False), encoding="utf-8"
+    )
     return split
 
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime import strict_json
 
 METRICS_FILE = "metrics.jsonl"
 LOSS_FILE = "loss.png"
@@ -38,7 +39,7 @@ def read_metrics(run: Path) -> dict[str, list[Row]]:
             rows.setdefault(row["kind"], {})[row["step"]] = row
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"{path}, line {number} is no row of a run's metrics; is the file damaged?"
+                f"{path}, line {number} is not a row of a run's metrics; is the file damaged?"
             ) from None
     return {kind: [steps[step] for step in sorted(steps)] for kind, steps in rows.items()}
 
@@ -52,10 +53,10 @@ def loss_figure(rows: dict[str, list[Row]]) -> Figure:
     axes.grid(alpha=0.3)
     for kind, name, style in (("train", "training", "-"), ("valid", "validation", "o--")):
         if found := rows.get(kind):
-            last = f"{found[-1]['loss']:.3f}"
+            steps, losses = [row["step"] for row in found], [strict_json.number(row["loss"]) for row in found]
+            last = f"{losses[-1]:.3f}"
             if kind == "valid":
-                last += f" (perplexity {found[-1]['perplexity']:.1f})"
-            steps, losses = [row["step"] for row in found], [row["loss"] for row in found]
+                last += f" (perplexity {strict_json.number(found[-1]['perplexity']):.1f})"
             axes.plot(steps, losses, style, label=f"{name}: {last} at the end")
     axes.legend()
     return figure

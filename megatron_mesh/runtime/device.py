@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from megatron_mesh.runtime.environment import local_rank_from_environment
+
 logger = logging.getLogger(__name__)
 
 # name -> why Megatron-core 0.16.1 needs it on a CPU. tests/unit/runtime checks that each still exists.
@@ -79,7 +81,7 @@ def prepare(local_rank: int | None = None) -> torch.device:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if has_gpu():
         if local_rank is None:
-            local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+            local_rank = local_rank_from_environment()
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     elif not _prepared:
         _install_seams()

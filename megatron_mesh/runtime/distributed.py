@@ -13,11 +13,10 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_mesh.config.placement import virtual_stages
 from megatron_mesh.config.schema import Config
-from megatron_mesh.errors import RanksLost
+from megatron_mesh.errors import RanksLost, UserError
 from megatron_mesh.runtime import device, exits, phases
 from megatron_mesh.runtime.agreement import group_apart
 from megatron_mesh.runtime.environment import (
-    find_rendezvous,
     rank_from_environment,
     world_size_from_environment,
 )
@@ -79,7 +78,6 @@ def shared_store(config: Config, rank: int, world: int, timeout: timedelta) -> d
         UserError: the ranks are not told where to meet, or cannot meet there.
         SystemExit: not all have come, or one has come with an error. It has been told.
     """
-    find_rendezvous()
     meeting = None
     try:
         meeting = Meeting(rank, world, timeout)
@@ -91,6 +89,10 @@ def shared_store(config: Config, rank: int, world: int, timeout: timedelta) -> d
         if meeting is not None:
             meeting.leave()
         sys.exit(exits.CRASHED)
+    except UserError:
+        if rank > 1:  # ranks 0 and 1 say so, and the ranks cannot agree on who does
+            sys.exit(exits.BAD_INPUT)
+        raise
 
 
 def failures_of(config: Config, store: dist.Store | None) -> Failures:

@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +13,15 @@ from typing import Any
 from megatron_mesh.config.sources import read_yaml
 from megatron_mesh.errors import OutOfMemory, RanksLost, UserError
 from megatron_mesh.runtime import exits
-from megatron_mesh.runtime.environment import rank_from_environment, world_size_from_environment
+from megatron_mesh.runtime.environment import (
+    local_rank_from_environment,
+    rank_from_environment,
+    world_size_from_environment,
+)
 from megatron_mesh.runtime.failures import FAILED, RUNNING, Failures, place, resumes
+
+SECONDS_ALONE = 10.0
+"""How long a rank with an error looks for the others before it says so by itself."""
 
 
 @contextmanager
@@ -47,6 +55,11 @@ def _tell(argv: Sequence[str], cause: str, word: str, status: int, details: str 
         failures_from(argv).note(word, cause)
         return status
     who, told = place(rank, world_size), False
+    alone = failures_from(argv)
+    # If the others do not come, somebody is waiting for the reason. One rank of each host is enough.
+    early = threading.Timer(SECONDS_ALONE, alone.tell, (who, cause, word, details))
+    if local_rank_from_environment() == 0:
+        early.start()
     # The launcher may end this process while it looks for the others; it has to say why all the same.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(status))
     try:
@@ -54,14 +67,19 @@ def _tell(argv: Sequence[str], cause: str, word: str, status: int, details: str 
         from megatron_mesh.runtime.meeting import meet_to_fail
 
         meeting = meet_to_fail(rank, world_size)
+        early.cancel()
         if meeting is not None:
             told = True
-            return meeting.fail(failures_from(argv, meeting.store), who, cause, word, status, details)
+            failures = failures_from(argv, meeting.store)
+            if alone.has_told(cause):
+                failures.leave_untold(cause)
+            return meeting.fail(failures, who, cause, word, status, details)
     except ImportError:  # torch cannot be imported: the others cannot be told
         pass
     finally:
-        if not told:
-            failures_from(argv).tell(who, cause, word, details)
+        early.cancel()
+        if not told and not alone.has_told(cause):
+            alone.tell(who, cause, word, details)
     return status
 
 

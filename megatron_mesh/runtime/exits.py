@@ -11,3 +11,5 @@ DIVERGED = 5
 """Too many steps in a row were not finite."""
 STOPPED = 42
 """Stopped on request, with a checkpoint: the same command resumes."""
+STOPPED_UNSAVED = 43
+"""Stopped on request, with nothing saved: there is no --save."""

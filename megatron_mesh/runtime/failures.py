@@ -11,6 +11,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from megatron_mesh.runtime.owner_file import given_token, held_by_another
+
 FAILED, RUNNING = "failed", "running"
 STATUS_FILE = "run_status.txt"
 """Its first line is one word for scripts. Further lines say why a run failed, one for each cause."""
@@ -34,6 +36,7 @@ class Failures:
         resumes: whether the command continues the run in ``save`` (see ``resumes``).
 
     Attributes:
+        token: of the start that owns ``save`` (``ownership.py``), once this one does.
         running: whether this run has said ``running`` in ``run_status.txt``. Before that, a directory with
             such a file or with checkpoints may belong to another run, and is left alone unless ``resumes``.
         is_informed: whether this rank knows how the job ends, and can do without the store.
@@ -42,6 +45,7 @@ class Failures:
     def __init__(self, store: Any = None, save: str | None = None, resumes: bool = False) -> None:
         self._store, self._save, self._resumes = store, save, resumes
         self.running = False
+        self.token: str | None = None
         self._lock = threading.Lock()
         self._first: tuple[str, int] | None = None
         self._new: dict[str, bool] = {}
@@ -112,6 +116,10 @@ class Failures:
             store, self._store = self._store, None
         return store is not None
 
+    def leave_directory(self) -> None:
+        """From now on ``save`` is another start's: write nothing there."""
+        self._save = None
+
     def tell(self, who: str, cause: str, word: str, details: str = "") -> None:
         """Print and note why ``who`` ends, unless another rank has told the same cause before.
 
@@ -123,6 +131,17 @@ class Failures:
         if self.is_new(cause):
             print(f"error: {who}: {details or cause}", file=sys.stderr, flush=True)
             self.note(word, f"{who}: {cause}")
+
+    def has_told(self, cause: str) -> bool:
+        """Whether this rank has told the cause."""
+        with self._lock:
+            return self._new.get(cause, False)
+
+    def leave_untold(self, cause: str) -> None:
+        """Neither this rank nor another has to tell the cause from now on."""
+        self.is_new(cause)
+        with self._lock:
+            self._new[cause] = False
 
     def is_new(self, cause: str) -> bool:
         """Whether no other rank has asked about this cause before. The same rank gets the same answer."""
@@ -170,6 +189,8 @@ class Failures:
 
     def _write(self, path: Path, word: str, line: str, ours: bool) -> bool:
         """Add a line to the file if it is ``ours``, else begin it; returns whether it is this run's now."""
+        if not self.running and held_by_another(path.parent, self.token):
+            return False
         if ours:
             _append(path, line)
         elif self.running:
@@ -213,5 +234,5 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _is_another_runs(save: Path) -> bool:
-    """Whether ``save`` holds checkpoints. A job that ``submit_slurm.py`` has sent owns it all the same."""
-    return any(save.glob("iter_*")) and not os.path.exists(save / "slurm" / "owner")
+    """Whether ``save`` holds checkpoints. A batch script that has claimed it owns it all the same."""
+    return any(save.glob("iter_*")) and given_token() is None

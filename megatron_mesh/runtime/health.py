@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -37,12 +37,16 @@ class Health:
     Args:
         rank, world_size: this process in the job.
         failures: with a store that all ranks share; without one for a single process.
+
+    Attributes:
+        before_exit: called before this process ends because of a failure.
     """
 
     def __init__(self, rank: int, world_size: int, failures: Failures):
         self.rank, self.world_size, self.failures = rank, world_size, failures
         self._where, self._last = "the start", time.monotonic()
         self._limit: float | None = None
+        self.before_exit: Callable[[], None] = lambda: None
 
     def beat(self, where: str | None = None) -> None:
         """This rank makes progress. Its next work is ``where`` (for example "step 17"), if that is new."""
@@ -130,6 +134,13 @@ class Health:
         telling.join(STORE_SECONDS + LINGER_SECONDS)
         os._exit(exits.HUNG)
 
+    def abandon(self, cause: str) -> None:
+        """End this process at once: it must not write anything more. The others follow."""
+        who = str(self)
+        self.failures.first(who, exits.CRASHED)
+        print(f"error: {who}: {cause}", file=sys.stderr, flush=True)
+        os._exit(exits.CRASHED)
+
     def finish(self) -> None:
         """This rank has ended its work well. It waits a little for others that still need the store."""
         if self.rank == 0:
@@ -147,6 +158,7 @@ class Health:
 
     def _exit(self, status: int) -> None:
         self.failures.informed()
+        self.before_exit()
         # A launcher that sees this process end may kill the others. First let them say what is wrong.
         time.sleep(1)
         self._linger()

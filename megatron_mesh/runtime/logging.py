@@ -1,26 +1,28 @@
 """Log a run's numbers to the console, metrics.jsonl, TensorBoard and Weights & Biases."""
 
 import importlib.util
-import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from rich.console import Console
 
 from megatron_mesh.config.schema import Config, LoggingConfig
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime import strict_json
 from megatron_mesh.runtime.console import Bar, Lines
 from megatron_mesh.runtime.records import Kind, Record, Sink
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+WANDB_ID_FILE = "wandb_run_id.txt"
+"""In the output directory: which Weights & Biases run the numbers go to after a restart, too."""
 
 
 class Log:
@@ -31,7 +33,7 @@ class Log:
     """
 
     def __init__(self, sinks: Sequence[Sink] = (), directory: Path | None = None):
-        self.sinks = sinks
+        self.sinks = [Guarded(sink) for sink in sinks]
         self.directory = directory
         self._opened = time.monotonic()
 
@@ -48,26 +50,57 @@ class Log:
     def record(self, kind: Kind, step: int, **values: Any) -> None:
         """Log the numbers of step ``step``. A sink that fails loses them, and the run continues."""
         for sink in self.sinks:
-            with _survived(sink):
-                sink.write(Record(kind, step, values))
+            sink.write(Record(kind, step, values))
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *error: object) -> None:
-        with ExitStack() as stack:  # one sink's failure must not keep another from closing
-            for sink in self.sinks:
-                stack.enter_context(_survived(sink))
-                stack.callback(sink.close)
+        for sink in self.sinks:
+            sink.close()
 
 
-@contextmanager
-def _survived(sink: Sink) -> Iterator[None]:
-    """A full disk must not end training."""
-    try:
-        yield
-    except OSError as error:
-        logger.error("%s: numbers were not logged: %s", type(sink).__name__, error)
+class Guarded(Sink):
+    """A sink whose errors, whatever they are, do not end the run: a full disk, a tracker without its server.
+
+    The first error of a series is logged, and how many records were lost when the series ends.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
+        self.name = type(sink).__name__
+        self._lost = 0
+
+    def tick(self, step: int) -> None:
+        self._survive(lambda: self.sink.tick(step))
+
+    def write(self, record: Record) -> None:
+        lost_before = self._lost
+        self._survive(lambda: self.sink.write(record))
+        if lost_before and self._lost == lost_before:
+            logger.warning("%s works again; records lost: %d", self.name, lost_before)
+            self._lost = 0
+
+    def close(self) -> None:
+        if self._lost > 1:
+            logger.error("%s is closed; records lost: %d", self.name, self._lost)
+        self._lost = 0
+        self._survive(self.sink.close)
+
+    def _survive(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            if not self._lost:
+                logger.error(
+                    "%s: numbers were not logged: %s; training continues", self.name, in_a_line(error)
+                )
+            self._lost += 1
+
+
+def in_a_line(error: Exception) -> str:
+    """An error of a library, in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def check_trackers(settings: LoggingConfig) -> None:
@@ -93,10 +126,16 @@ def open_log(config: Config, directory: Path, step: int, last: int) -> Log:
     settings = config.logging
     console = Console(soft_wrap=True)
     sinks: list[Sink] = [JsonLines(directory / METRICS_FILE)]
-    if settings.tensorboard_dir:
-        sinks.append(TensorBoard(settings.tensorboard_dir, step))
+    trackers: dict[str, Callable[[], Sink]] = {}
+    if tensorboard := settings.tensorboard_dir:
+        trackers["TensorBoard"] = lambda: TensorBoard(tensorboard, step)
     if settings.wandb_project:
-        sinks.append(WeightsAndBiases(config, directory))
+        trackers["Weights & Biases"] = lambda: WeightsAndBiases(config, directory, step)
+    for name, start in trackers.items():
+        try:
+            sinks.append(start())
+        except Exception as error:  # no server, no account, a broken installation
+            logger.error("%s cannot be started: %s; training continues without it", name, in_a_line(error))
     sinks.append(Bar(console, step, last) if settings.progress and console.is_terminal else Lines(last))
     return Log(sinks, directory)
 
@@ -115,7 +154,7 @@ class JsonLines(Sink):
             self.file.write("\n")
 
     def write(self, record: Record) -> None:
-        self.file.write(json.dumps({"kind": record.kind, "step": record.step, **record.values}) + "\n")
+        self.file.write(strict_json.dumps({"kind": record.kind, "step": record.step, **record.values}) + "\n")
 
     def close(self) -> None:
         self.file.close()
@@ -138,9 +177,9 @@ class TensorBoard(Sink):
 
 
 class WeightsAndBiases(Sink):
-    """A Weights & Biases run, with the names of ``Record.flat``."""
+    """A Weights & Biases run, with the names of ``Record.flat``. A run that resumes goes to the same one."""
 
-    def __init__(self, config: Config, directory: Path):
+    def __init__(self, config: Config, directory: Path, step: int):
         import wandb
 
         self.run = wandb.init(
@@ -148,6 +187,8 @@ class WeightsAndBiases(Sink):
             name=config.logging.wandb_exp_name,
             config=asdict(config),
             dir=directory,
+            id=wandb_run_id(directory, step),
+            resume="allow",
         )
 
     def write(self, record: Record) -> None:
@@ -155,3 +196,18 @@ class WeightsAndBiases(Sink):
 
     def close(self) -> None:
         self.run.finish()
+
+
+def wandb_run_id(directory: Path, step: int) -> str:
+    """The id of the Weights & Biases run of a start at ``step``: kept in ``directory``, and new at step 0.
+
+    WANDB_RUN_ID in the environment comes first, as in wandb itself.
+    """
+    path, given = directory / WANDB_ID_FILE, os.environ.get("WANDB_RUN_ID")
+    if given is None and step and path.exists() and (kept := path.read_text(encoding="utf-8").strip()):
+        return kept
+    number = given or uuid4().hex[:8]
+    partial_file = path.with_suffix(".partial")
+    partial_file.write_text(f"{number}\n", encoding="utf-8")
+    os.replace(partial_file, path)
+    return number

@@ -5,7 +5,6 @@ end at once, with the exit status of the first that failed. If some don't come i
 """
 
 import os
-import socket
 import sys
 import time
 from contextlib import suppress
@@ -15,8 +14,9 @@ import torch.distributed as dist
 
 from megatron_mesh.errors import RanksLost, UserError
 from megatron_mesh.runtime import exits
-from megatron_mesh.runtime.environment import agent_holds_store, find_rendezvous, store_holder
+from megatron_mesh.runtime.environment import find_rendezvous, store_holder
 from megatron_mesh.runtime.failures import Failures
+from megatron_mesh.runtime.rendezvous import open_store
 
 LINGER_SECONDS = 120.0
 """How long a rank that cannot start waits for ranks that have not come yet, so that they hear of it."""
@@ -39,8 +39,8 @@ class Meeting:
     Rank 0 holds the store, or torchrun's agent does.
 
     Raises:
-        UserError: rank 0 cannot listen at MASTER_PORT.
-        RanksLost: no store answers at MASTER_ADDR and MASTER_PORT within ``timeout``.
+        UserError: no store can be opened or found (``rendezvous.py``), or another process has this rank.
+        RanksLost: rank 0 does not show where its store is within ``timeout``.
     """
 
     held = False
@@ -48,30 +48,16 @@ class Meeting:
 
     def __init__(self, rank: int, world_size: int, timeout: timedelta) -> None:
         self.rank, self.world_size, self._timeout = rank, world_size, timeout
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._holds_store = rank == 0 and not agent_holds_store()
-        try:
-            store = dist.TCPStore(
-                address,
-                port,
-                world_size,
-                self._holds_store,
-                timeout,
-                wait_for_workers=False,
-                multi_tenant=True,
-            )
-        except dist.DistNetworkError as error:
-            if self._holds_store:
-                raise UserError(
-                    f"rank 0 cannot listen at port {port} (MASTER_PORT): {error}; choose another port"
-                ) from None
-            raise RanksLost(
-                f"rank 0 does not answer at {address}:{port} (MASTER_ADDR, MASTER_PORT) after "
-                f"{timeout.total_seconds():.0f} s; see whether it runs, and whether this host reaches it"
-            ) from None
+        store, self._signpost = open_store(find_rendezvous(), rank, world_size, timeout)
+        self._holds_store = self._signpost is not None
         # A restart by torchrun meets in the same store.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"megatron_mesh/{attempt}", store)
+        if self.store.add(f"meeting/came/{rank}", 1) > 1:
+            raise UserError(
+                f"another process is rank {rank} of this job; if there are two jobs, give each another "
+                "MASTER_PORT"
+            )
 
     def start(self) -> None:
         """Wait until all ranks are here.
@@ -98,6 +84,8 @@ class Meeting:
         if verdict != _START:
             self.leave()
             sys.exit(int(verdict))
+        if self._signpost is not None:
+            self._signpost.close()
 
     def fail(self, failures: Failures, who: str, cause: str, word: str, status: int, details: str) -> int:
         """Tell of this rank's error (see ``Failures.tell``), and wait for the others.
@@ -151,23 +139,6 @@ def meet_to_fail(rank: int, world_size: int) -> Meeting | None:
     if Meeting.held:
         return None
     try:
-        find_rendezvous()
-        if rank and not _store_answers(SECONDS_TO_REACH):
-            return None
         return Meeting(rank, world_size, timedelta(seconds=SECONDS_TO_REACH))
-    except (UserError, RanksLost, ValueError):
+    except (UserError, RanksLost):
         return None
-
-
-def _store_answers(seconds: float) -> bool:
-    """Whether something listens at MASTER_ADDR and MASTER_PORT within ``seconds``."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            with socket.create_connection(
-                (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=1
-            ):
-                return True
-        except OSError:
-            time.sleep(0.2)
-    return False

@@ -26,7 +26,7 @@ ECHO_SECONDS = 5.0
 """A signal this soon after the first is the same request: launchers repeat signals that ranks already got."""
 
 URGENT = ("the stop file", "SIGINT", "SIGTERM", "SIGUSR1")
-"""Reasons to stop that may be followed by a kill: the checkpoint is saved right after the step."""
+"""Reasons to stop that may be followed by a kill: no evaluation is begun, and one on its way is cut short."""
 REASONS = ("--exit-interval", "--exit-duration-in-mins", *URGENT)
 """All reasons to stop. If ranks have different ones, the last in this order counts."""
 
@@ -72,16 +72,22 @@ class StopRequests:
 
     def reason(self, step: int) -> str:
         """Why this rank wants to stop after ``step``: one of ``REASONS``, or "" to continue."""
-        if self._signalled:
-            return self._signalled
-        # Unlike Path.exists, os.path.exists is False for a stale handle or another error of the file system.
-        if self._file is not None and is_rank_zero() and os.path.exists(self._file):
-            return "the stop file"
+        if urgent := self.urgent():
+            return urgent
         minutes, interval = self._settings.exit_duration_in_mins, self._settings.exit_interval
         if minutes is not None and time.monotonic() - self._started > minutes * 60:
             return "--exit-duration-in-mins"
         if interval is not None and step % interval == 0:
             return "--exit-interval"
+        return ""
+
+    def urgent(self) -> str:
+        """Why this rank wants to stop as soon as possible: one of ``URGENT``, or ""."""
+        if self._signalled:
+            return self._signalled
+        # Unlike Path.exists, os.path.exists is False for a stale handle or another error of the file system.
+        if self._file is not None and is_rank_zero() and os.path.exists(self._file):
+            return "the stop file"
         return ""
 
     def honoured(self) -> None:

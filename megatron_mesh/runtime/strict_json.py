@@ -30,3 +30,8 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def number(value: float | None) -> float:
+    """A number as it was before it was written: null stands for one that was not finite."""
+    return math.nan if value is None else value

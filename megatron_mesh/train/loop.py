@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
@@ -24,6 +25,7 @@ from megatron_mesh.runtime.distributed import is_rank_zero, process_groups
 from megatron_mesh.runtime.health import Health
 from megatron_mesh.runtime.logging import Log, check_trackers
 from megatron_mesh.runtime.memory import explained, remedies
+from megatron_mesh.runtime.ownership import owned
 from megatron_mesh.runtime.start_times import STARTED
 from megatron_mesh.runtime.stopping import URGENT, StopRequests, write_status
 from megatron_mesh.train.data import open_batches, open_datasets, open_vocabulary
@@ -62,7 +64,11 @@ def pretrain(config: Config) -> int:
     """
     started = time.monotonic()
     choose(config.precision, config.parallel)
-    with process_groups(config) as health, explained(partial(remedies, config)):
+    with (
+        process_groups(config) as health,
+        explained(partial(remedies, config)),
+        owned(config.checkpoint.save, health),
+    ):
         if is_rank_zero():
             warn_if_lr_reaches_zero_early(config)
             warn_if_nothing_is_saved(config)
@@ -79,12 +85,13 @@ def pretrain(config: Config) -> int:
             ending = train(run, log, health, stop)
             phases.enter("the end")
             log.record("summary", run.state.step, **summary(run.config, run.state, log))
-        write_status(config.checkpoint.save, STATUS[ending])
+        if config.checkpoint.save is not None:
+            write_status(config.checkpoint.save, STATUS[ending])
     return ending
 
 
 STATUS = {exits.DONE: "done", exits.STOPPED: "stopped", exits.NOT_SAVED: "failed", exits.DIVERGED: "failed"}
-"""What ``run_status.txt`` says of each ending."""
+"""What ``run_status.txt`` says of each ending of a run with --save."""
 
 
 def build(config: Config, search: Search | None = None) -> Run:
@@ -166,18 +173,58 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
             log.record("train", step, **numbers, **position(config, state), **routers.read())
         if state.skipped >= config.training.max_skipped_steps:
             return diverged(config, state, saver, health)
-        in_a_hurry = reason in URGENT and step < last
-        if run.data.valid is not None and due(step, config.training.eval_interval, last) and not in_a_hurry:
-            with speed.paused():
-                state.valid_loss = evaluate(stage, config, run.data.valid, health)
-            log.record("valid", step, loss=state.valid_loss, perplexity=perplexity(state.valid_loss))
         if saver is not None and saver.pending and outcome.all_written:
             with speed.paused(), health.busy(f"publishing a checkpoint after step {step}", saving):
                 saver.complete()
         if saver is not None and (reason or due(step, config.checkpoint.save_interval, last)):
-            with speed.paused(), health.busy(f"the save after step {step}", saving):
-                saver.save(stage, optimizer, state)
+            with speed.paused():
+                save(run, saver, health)
+        in_a_hurry = reason in URGENT and step < last
+        if run.data.valid is not None and due(step, config.training.eval_interval, last) and not in_a_hurry:
+            with speed.paused():
+                interrupted = measure(run, "valid", log, health, stop, saver)
+                if interrupted and saver is not None:
+                    save(run, saver, health)
+            reason = interrupted or reason
     return finish(run, log, health, stop, saver, reason)
+
+
+def save(run: Run, saver: Saver, health: Health) -> None:
+    """Save the run as it stands, unless that has been done."""
+    if not saver.has(run.state.step):
+        with health.busy(f"the save after step {run.state.step}", run.config.checkpoint.save_timeout_minutes):
+            saver.save(run.stage, run.optimizer, run.state)
+
+
+def measure(
+    run: Run,
+    kind: Literal["valid", "test"],
+    log: Log,
+    health: Health,
+    stop: StopRequests,
+    saver: Saver | None,
+) -> str:
+    """Evaluate and log the loss. If a rank is asked to stop meanwhile, return why, without a result.
+
+    A background checkpoint is published during the evaluation, as soon as all ranks have written it.
+    """
+    state, dataset = run.state, getattr(run.data, kind)
+
+    def publish() -> None:
+        if saver is not None and saver.pending:
+            with health.busy("publishing a checkpoint", run.config.checkpoint.save_timeout_minutes):
+                saver.complete()
+
+    def vote() -> Vote:
+        return Vote(stop.urgent(), written=saver is None or saver.written())
+
+    ended = evaluate(run.stage, run.config, dataset, health, vote=vote, on_written=publish)
+    if ended.stop:
+        return ended.stop
+    log.record(kind, state.step, loss=ended.loss, perplexity=perplexity(ended.loss))
+    if kind == "valid":
+        state.valid_loss = ended.loss
+    return ""
 
 
 def finish(run: Run, log: Log, health: Health, stop: StopRequests, saver: Saver | None, reason: str) -> int:
@@ -185,17 +232,18 @@ def finish(run: Run, log: Log, health: Health, stop: StopRequests, saver: Saver 
     state = run.state
     if saver is not None:
         finish_saving(saver, run.config, health)
+    if not reason and run.data.test is not None:
+        reason = measure(run, "test", log, health, stop, saver)
     if reason:
-        logger.info("stopped after step %d: %s", state.step, reason)
+        nothing = "" if saver is not None else "; nothing was saved, since there is no --save"
+        logger.info("stopped after step %d: %s%s", state.step, reason, nothing)
         stop.honoured()
-    elif run.data.test is not None:
-        loss = evaluate(run.stage, run.config, run.data.test, health)
-        log.record("test", state.step, loss=loss, perplexity=perplexity(loss))
     if saver is not None and saver.failed:
         return exits.NOT_SAVED
     last = last_step(run.config.training, state.step, state.consumed_samples)
-    nothing_left = state.step == last and run.data.test is None
-    return exits.STOPPED if reason and not nothing_left else exits.DONE
+    if not reason or (state.step == last and run.data.test is None):
+        return exits.DONE
+    return exits.STOPPED if saver is not None else exits.STOPPED_UNSAVED
 
 
 def finish_saving(saver: Saver, config: Config, health: Health) -> None:

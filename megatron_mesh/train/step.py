@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -21,7 +21,7 @@ from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime import device, phases, ranges
 from megatron_mesh.runtime.health import Health
 from megatron_mesh.train.data import open_batches
-from megatron_mesh.train.vote import Outcome, Vote, agree, clip
+from megatron_mesh.train.vote import Outcome, Vote, agree, agree_in_evaluation, clip
 
 # What the schedules expect of a loss function: the sum to differentiate, the number of tokens to divide the
 # gradients by, and a report that they collect.
@@ -150,24 +150,50 @@ def run_batch(
     return torch.stack(reports).double().sum(0)
 
 
-def loss_per_token(totals: Tensor) -> float:
-    """Loss per token in nats, from ``run_batch`` on all ranks. Collective; waits for the device."""
-    # All ranks of a tensor-parallel group add the same numbers. The quotient is not affected.
-    dist.all_reduce(totals)
-    total, tokens = totals.tolist()
-    return total / tokens if tokens else math.nan
+@dataclass(frozen=True)
+class Evaluation:
+    """How an evaluation ended; the same on all ranks."""
+
+    loss: float
+    """Per token, in nats; of no meaning if it was interrupted."""
+    stop: str = ""
+    """Why it was interrupted (``stopping.URGENT``), or ""."""
 
 
 @torch.no_grad()
-def evaluate(stage: Stage, config: Config, dataset: SampleStream, health: Health) -> float:
-    """Return the loss per token in nats over the first ``eval_iters`` global batches of ``dataset``."""
+def evaluate(
+    stage: Stage,
+    config: Config,
+    dataset: SampleStream,
+    health: Health,
+    *,
+    vote: Callable[[], Vote] = Vote,
+    on_written: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Measure the loss over the first ``eval_iters`` global batches of ``dataset``.
+
+    Collective: one all-reduce for each batch, after which the host waits for the device.
+
+    Args:
+        vote: what this rank tells the others after each batch.
+        on_written: a collective operation, called after a batch if all ranks have written their parts of the
+            background checkpoint.
+    """
     phases.enter("evaluation")
     batches = open_batches(config, dataset)
-    totals = []
+    loss, tokens, stop = 0.0, 0.0, ""
     stage.train(False)
     with stage.parameters_gathered():
         for index in range(config.training.eval_iters):
             health.beat(f"batch {index + 1} of an evaluation")
-            totals.append(run_batch(stage, batches, config.training, forward_only=True, beat=health.beat))
+            totals = run_batch(stage, batches, config.training, forward_only=True, beat=health.beat)
+            interim = agree_in_evaluation(totals, vote())
+            loss, tokens, stop = loss + interim.loss, tokens + interim.tokens, interim.stop
+            if interim.all_written:
+                on_written()
+            if stop and index + 1 < config.training.eval_iters:
+                break
+        else:
+            stop = ""  # it is complete; the next step hears of the request
     stage.train()
-    return loss_per_token(torch.stack(totals).sum(0))
+    return Evaluation(loss / tokens if tokens else math.nan, stop)

@@ -2,7 +2,8 @@
 
 A loss or gradient that is not finite would spoil the weights for good, even if it occurs on one rank only. A
 signal to stop may reach one rank only, too. So each step has one all-reduce of a few numbers, and the host
-reads the result once: the only time in a step that it waits for the device.
+reads the result once: the only time in a step that it waits for the device. Each batch of an evaluation has
+such an all-reduce, too, since an evaluation may take longer than a job is given to end.
 """
 
 import math
@@ -51,26 +52,57 @@ def agree(optimizer: MegatronOptimizer, totals: Tensor, vote: Vote) -> Outcome:
         optimizer: its gradients are ready (``prepare_grads``).
         totals: [2], this rank's sum of losses and number of tokens, from ``run_batch``.
     """
-    # Everything is summed: unlike a maximum, a sum that includes NaN is NaN on every rank.
-    ballot = torch.zeros(4 + len(REASONS), dtype=torch.float64, device=device.device())
-    ballot[0].copy_(squared_norm(optimizer))
-    # All ranks of a tensor-parallel group add the same totals. Their quotient is not affected.
-    ballot[1:3].copy_(totals)
-    # Only votes that are cast cost a kernel; fill_ takes its value along and needs no copy to the device.
-    if not vote.written:
-        ballot[3].fill_(1)
-    if vote.stop:
-        ballot[4 + REASONS.index(vote.stop)].fill_(1)
-    dist.all_reduce(ballot)
-    squares, loss, tokens, unwritten, *stops = ballot.tolist()
-    wanted = [reason for reason, votes in zip(REASONS, stops, strict=True) if votes]
+    stop, all_written, (loss, tokens, squares) = _count(vote, totals, squared_norm(optimizer))
     return Outcome(
         loss=loss / tokens if tokens else math.nan,
         grad_norm=math.sqrt(squares),
         taken=math.isfinite(squares) and math.isfinite(loss),
-        stop=wanted[-1] if wanted else "",
-        all_written=not unwritten,
+        stop=stop,
+        all_written=all_written,
     )
+
+
+@dataclass(frozen=True)
+class Interim:
+    """A batch of an evaluation as all ranks see it."""
+
+    loss: float
+    """Sum over the tokens of all ranks, in nats."""
+    tokens: float
+    stop: str
+    """As in ``Outcome``, as is ``all_written``."""
+    all_written: bool
+
+
+def agree_in_evaluation(totals: Tensor, vote: Vote) -> Interim:
+    """Combine what all ranks know of a batch of an evaluation. Collective; waits for the device once.
+
+    Args:
+        totals: as in ``agree``.
+    """
+    stop, all_written, (loss, tokens) = _count(vote, totals)
+    return Interim(loss, tokens, stop, all_written)
+
+
+def _count(vote: Vote, totals: Tensor, *more: Tensor) -> tuple[str, bool, list[float]]:
+    """Why to stop, whether all have written, and the ranks' sums of ``totals`` [2] and ``more`` []."""
+    # Everything is summed: unlike a maximum, a sum that includes NaN is NaN on every rank.
+    numbers = 2 + len(more)
+    ballot = torch.zeros(numbers + 1 + len(REASONS), dtype=torch.float64, device=device.device())
+    # All ranks of a tensor-parallel group add the same totals. Their quotient is not affected.
+    ballot[:2].copy_(totals)
+    for index, number in enumerate(more):
+        ballot[2 + index].copy_(number)
+    # Only votes that are cast cost a kernel; fill_ takes its value along and needs no copy to the device.
+    if not vote.written:
+        ballot[numbers].fill_(1)
+    if vote.stop:
+        ballot[numbers + 1 + REASONS.index(vote.stop)].fill_(1)
+    dist.all_reduce(ballot)
+    counted = ballot.tolist()
+    unwritten, *stops = counted[numbers:]
+    wanted = [reason for reason, votes in zip(REASONS, stops, strict=True) if votes]
+    return wanted[-1] if wanted else "", not unwritten, counted[:numbers]
 
 
 def squared_norm(optimizer: MegatronOptimizer) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from megatron_mesh.train import loop, pretrain
 from megatron_mesh.train import step as step_module
 from megatron_mesh.train.output import open_outputs
 from megatron_mesh.train.vote import Vote, agree
-from tests.helpers import tiny_config
+from tests.helpers import loss_per_token, tiny_config
 from tests.parallel.training import batches_of, build, settings_of
 from tests.parallel.watch import Seen, Watch
 
@@ -68,6 +69,9 @@ class BackgroundSave:
         self._votes += 1
         return self._votes > self._steps
 
+    def has(self, step: int) -> bool:
+        return False
+
     def complete(self) -> None:
         self.completed_after.append(self._votes)
         self.pending = False
@@ -93,6 +97,37 @@ def watch_steps(corpus: str, case: dict[str, Any]) -> tuple[dict[int, Seen], lis
             health = _StepByStep(watch)
             loop.train(run, Log(), health, StopRequests(config.checkpoint, time.monotonic()))
     return health.steps, saver.completed_after
+
+
+def stop_in_evaluation(corpus: str, directory: Path) -> tuple[int, int, dict[str, int], dict[str, int]]:
+    """Evaluate 50 batches after step 2 of 4; the last rank is asked to stop in the third.
+
+    Returns:
+        How the run ended, the batches evaluated, and the collectives and waits of these.
+    """
+    settings = {"train_iters": 4, "eval_interval": 2, "eval_iters": 50, "split": "40,60,0"}
+    config = config_of(corpus, {"layers": "1+1R2+1", **settings, "save": str(directory)})
+    stop, batches = StopRequests(config.checkpoint, time.monotonic()), 0
+    seen = Seen()
+
+    class Asking(Health):
+        def beat(self, where: str | None = None) -> None:
+            nonlocal batches, seen
+            super().beat(where)
+            if where is not None and where.endswith("of an evaluation"):
+                batches += 1
+                seen = watch.seen = Seen() if batches == 1 else seen
+                if batches == 3 and dist.get_rank() == dist.get_world_size() - 1:
+                    stop._note(signal.SIGTERM, None)
+            elif where is not None and where.startswith("the save"):
+                watch.seen = Seen()
+
+    with model_parallel_groups(config), Watch() as watch:
+        run = loop.build(config)
+        with open_outputs(config, run.state) as log:
+            health = Asking(dist.get_rank(), dist.get_world_size(), None)
+            ending = loop.train(run, log, health, stop)
+    return ending, batches, dict(seen.collectives), dict(seen.waits)
 
 
 @dataclass
@@ -243,7 +278,7 @@ def agreement(case: dict[str, Any]) -> dict[str, Any]:
         return {
             "ours": split.grad_norm,
             "Megatron's": optimizer.get_grad_norm(),
-            "loss": (split.loss, step_module.loss_per_token(totals)),
+            "loss": (split.loss, loss_per_token(totals)),
             "split": (split.stop, split.all_written),
             "one": agree(optimizer, totals, Vote("the stop file" if last else "")).stop,
             "none": agree(optimizer, totals, Vote()),

@@ -71,4 +71,4 @@ def test_a_rank_that_does_not_come_is_one_message() -> None:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     done = run_tool("--timeout", "1", WORLD_SIZE="2", RANK="0", **address)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "error: the ranks did not meet at 127.0.0.1:" in done.stderr
+    assert "error: the ranks did not meet at 127.0.0.1 (" in done.stderr

@@ -1,7 +1,6 @@
 """A step of the real loop: every collective, every wait for the device, and steps that all ranks skip."""
 
 import json
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from megatron_mesh.data.indexed import IndexedWriter
 from megatron_mesh.runtime import exits
 from tests.parallel.layouts import LAYOUTS
 from tests.parallel.pool import free_port, pool
-from tests.parallel.real_loop import agreement, pretrained, watch_saves, watch_steps
+from tests.parallel.real_loop import agreement, pretrained, stop_in_evaluation, watch_saves, watch_steps
 from tests.parallel.watch import IN_HOST_MEMORY
 
 OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -78,7 +77,7 @@ STEP: dict[str, tuple[int, dict[str, Any], list[tuple[dict[str, int], dict[str, 
 }
 
 # The waits of a step, and what others add.
-WAIT = {"train/vote.py: agree": 1}
+WAIT = {"train/vote.py: _count": 1}
 LOGGED = {"train/metrics.py: SpeedMeter.read": 2}  # for the end of the step, and for the peak memory
 ROUTERS = {"train/metrics.py: RouterMeter.read": 1}  # on ranks that have them
 SAVED = {"train/metrics.py: SpeedMeter.paused": 2}  # before and after
@@ -137,6 +136,20 @@ def test_a_save_under_way_costs_a_step_nothing(corpus: str, tmp_path: Path) -> N
     assert logged == [("train", 1), ("train", 3), ("train", 6), ("save", 4), ("train", 8), ("save", 8)]
 
 
+def test_one_rank_stops_an_evaluation(corpus: str, tmp_path: Path) -> None:
+    """Case 2 on SLURM: a signal that reaches one rank in a long evaluation, which no save precedes.
+
+    All ranks leave it after the same batch, save, and agree on the ending. Each batch has one all-reduce and
+    one wait.
+    """
+    results = pool(2).run(stop_in_evaluation, corpus, tmp_path)
+    for ending, batches, collectives, waits in results:
+        assert ending == exits.STOPPED and batches == 3
+        assert collectives == {"allreduce world": 3} and waits == {"train/vote.py: _count": 3}
+    assert list(saved_steps(tmp_path)) == [2]
+    assert '"valid"' not in (tmp_path / "metrics.jsonl").read_text()
+
+
 def without_host_memory(waits: Counter[str]) -> dict[str, int]:
     return {where: count for where, count in waits.items() if where not in IN_HOST_MEMORY}
 
@@ -163,7 +176,7 @@ def test_all_ranks_skip_what_is_not_finite_on_one(layout, bf16, kind, corpus, tm
         assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
         steps = [(record["kind"], record["step"]) for record in records if record["kind"] != "summary"]
         assert steps == [("train", 1), ("train", 2), ("skipped", 3)]
-        assert not math.isfinite(records[2]["loss" if kind == "loss" else "grad_norm"])
+        assert records[2]["loss" if kind == "loss" else "grad_norm"] is None  # JSON has no NaN
 
 
 def train(corpus: str, layout: str, directory: Path, fault: Any = None, **case: Any) -> list[Any]:

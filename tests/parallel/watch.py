@@ -65,7 +65,7 @@ class Seen:
     collectives: Counter[str] = field(default_factory=Counter)
     """For example "allreduce data": the operation and the group; groups of one rank are left out."""
     waits: Counter[str] = field(default_factory=Counter)
-    """For example "train/vote.py: agree": the file and the function."""
+    """For example "train/vote.py: _count": the file and the function."""
 
 
 class Watch(TorchDispatchMode):

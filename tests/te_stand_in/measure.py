@@ -26,8 +26,8 @@ from megatron_mesh.model import te_layers
 from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.parallel.ring import ring_chunks
 from megatron_mesh.runtime.distributed import model_parallel_groups
-from megatron_mesh.train.step import loss_per_token, run_batch
-from tests.helpers import one_process, randomise, relative_error
+from megatron_mesh.train.step import run_batch
+from tests.helpers import loss_per_token, one_process, randomise, relative_error
 from tests.te_gradients import (
     EVERYWHERE,
     FP8,

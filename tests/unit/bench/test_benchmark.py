@@ -195,7 +195,7 @@ def test_only_the_agreement_waits_for_the_device_in_a_measured_step() -> None:
     assert waits.pop("bench/timing.py: timed_step") == 1  # before the step
     assert waits.pop("bench/clock.py: Stopwatch.seconds") == 5  # after it, once for each of its parts
     assert waits.pop("embeddings/rotary_pos_embedding.py: RotaryEmbedding.get_emb") == 1  # in the first step
-    assert waits == {"train/vote.py: agree": 1}
+    assert waits == {"train/vote.py: _count": 1}
 
 
 def test_plain_is_megatron_core_itself_and_computes_what_vanilla_does() -> None:

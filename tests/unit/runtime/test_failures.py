@@ -1,12 +1,16 @@
 """What failing ranks write to run_status.txt, whoever is first, and what they leave alone."""
 
+import signal
+import socket
 import threading
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from megatron_mesh.runtime.entry import failures_from
+from megatron_mesh.errors import UserError
+from megatron_mesh.runtime import entry, meeting
+from megatron_mesh.runtime.entry import failures_from, failures_told
 from megatron_mesh.runtime.failures import FAILED, RUNNING, Failures, resumes
 
 RANKS = 16
@@ -90,3 +94,28 @@ def test_the_command_line_or_its_yaml_file_tells_the_directory(tmp_path: Path) -
         failures_from(["--config", str(config), *more, "--bf16"]).note(FAILED, "no data")
         path = tmp_path / "run_status.txt"
         assert (path.read_text() if path.exists() else "") == expected
+
+
+@pytest.mark.parametrize("local_rank", ["0", "3"])
+def test_a_rank_whose_others_do_not_come_says_why(monkeypatch, capfd, local_rank: str) -> None:
+    """Case 17 of everyday faults: the first rank of a host says so while it still looks for the others."""
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(entry, "SECONDS_ALONE", 0.0)
+    said = threading.Event()
+    tell = Failures.tell
+    monkeypatch.setattr(Failures, "tell", lambda *args: (tell(*args), said.set()))
+
+    def look(*_: int) -> None:
+        """For the others, as long as this rank has said nothing."""
+        said.wait(60 if local_rank == "0" else 0.5)
+
+    monkeypatch.setattr(meeting, "meet_to_fail", look)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end, failures_told([]):
+            raise UserError("no data")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert end.value.code == 2
+    assert capfd.readouterr().err == f"error: rank 5 of 8 on host {socket.gethostname()}: no data\n"

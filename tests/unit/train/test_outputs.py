@@ -194,27 +194,105 @@ def test_live_bar():
         assert part in text, part
 
 
-def test_weights_and_biases(tiny, tmp_path, monkeypatch):
-    """A run is made with the settings, gets the flat values of each step, and is ended."""
-    calls = []
+class Wandb(ModuleType):
+    """Stands in for the package: notes the calls, and raises where it is told to."""
 
-    class Run:
-        def log(self, values, step):
-            calls.append(("log", step, values))
+    class CommError(Exception):
+        pass
 
-        def finish(self):
-            calls.append(("finish",))
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.__spec__ = ModuleSpec("wandb", None)
+        self.calls: list[tuple] = []
+        self.fails_at: set[object] = set()
 
-    package = ModuleType("wandb")
-    package.__spec__ = ModuleSpec("wandb", None)
-    package.init = lambda **settings: calls.append(("init", settings)) or Run()
+    def _call(self, name: str, *values: object) -> None:
+        self.calls.append((name, *values))
+        if self.fails_at & {name, *values[:1]} or "always" in self.fails_at:
+            raise self.CommError("no answer\nfrom the server")
+
+    def init(self, **settings: object) -> "Wandb":
+        self.calls.append(("init", settings))
+        if "init" in self.fails_at:
+            raise self.CommError("no account")
+        return self
+
+    def log(self, values: dict, step: int) -> None:
+        self._call("log", step, values)
+
+    def finish(self) -> None:
+        self._call("finish")
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> Wandb:
+    package = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", package)
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    return package
+
+
+def test_weights_and_biases(tiny, tmp_path, wandb):
+    """A run is made with the settings, gets the flat values of each step, and is ended."""
     config = tiny(wandb_project="p", train_iters=1, lr_warmup_fraction=None, output_dir=str(tmp_path))
     pretrain(config)
-    settings = {"project": "p", "name": None, "config": asdict(config), "dir": tmp_path}
-    assert calls[0] == ("init", settings)
-    assert calls[1][:2] == ("log", 1)
+    name, settings = wandb.calls[0]
+    number = settings.pop("id")
+    assert name == "init" and (tmp_path / "wandb_run_id.txt").read_text() == f"{number}\n"
+    assert settings == {
+        "project": "p",
+        "name": None,
+        "config": asdict(config),
+        "dir": tmp_path,
+        "resume": "allow",
+    }
+    assert wandb.calls[1][:2] == ("log", 1)
     record = read(tmp_path / "metrics.jsonl")[0]
-    assert calls[1][2]["train/loss"] == record["loss"]
-    assert calls[1][2]["train/router/write/cycle2/slot4"] == record["router"]["write"][2][4]
-    assert calls[-1] == ("finish",)
+    assert wandb.calls[1][2]["train/loss"] == record["loss"]
+    assert wandb.calls[1][2]["train/router/write/cycle2/slot4"] == record["router"]["write"][2][4]
+    assert wandb.calls[-1] == ("finish",)
+
+
+def test_a_resumed_run_stays_the_same_run_of_the_tracker(tiny, tmp_path, wandb, monkeypatch):
+    """Case 5 of everyday faults: one id over all restarts; a new run has a new one; the user's counts."""
+    settings = {"wandb_project": "p", "lr_decay_iters": 6, "output_dir": str(tmp_path / "out")}
+    for steps in (2, 3, 4):
+        pretrain(tiny(save=str(tmp_path / "a"), load=str(tmp_path / "a"), train_iters=steps, **settings))
+    pretrain(tiny(train_iters=2, **settings))
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    pretrain(tiny(train_iters=2, **settings))
+    first, second, third, new, given = [call[1]["id"] for call in wandb.calls if call[0] == "init"]
+    assert first == second == third != new and given == "mine"
+
+
+@pytest.mark.parametrize("fails_at", ["init", 3, "finish", "log"])
+def test_a_tracker_cannot_end_a_run(tiny, tmp_path, wandb, fails_at, caplog):
+    """Case 6 of everyday faults: init, one step, the end, or each step; one line, the run is unharmed."""
+    wandb.fails_at = {fails_at}
+    config = tiny(wandb_project="p", output_dir=str(tmp_path / "out"), save=str(tmp_path / "save"))
+    assert pretrain(config) == exits.DONE
+    assert (tmp_path / "save/run_status.txt").read_text() == "done\n"
+    assert (tmp_path / "save/iter_0000006").is_dir()
+    assert [r["step"] for r in read(tmp_path / "out/metrics.jsonl") if r["kind"] == "train"] == [*range(1, 7)]
+    errors = [record.message for record in caplog.records if "Biases" in record.message]
+    cause = "CommError: no account" if fails_at == "init" else "CommError: no answer"
+    assert len([line for line in errors if cause in line]) == 1 and "server" not in "".join(errors)
+    if fails_at == 3:
+        assert errors[1] == "WeightsAndBiases works again; records lost: 1"
+    if fails_at == "log":  # reported once, not at each of six steps; and how much is missing
+        lost = len([call for call in wandb.calls if call[0] == "log"])
+        assert lost >= 6 and errors[1:] == [f"WeightsAndBiases is closed; records lost: {lost}"]
+
+
+def test_tensorboard_cannot_end_a_run(tiny, tmp_path, monkeypatch, caplog):
+    from torch.utils import tensorboard
+
+    def broken(*args, **kwargs):
+        raise TypeError("MessageToJson() got an unexpected keyword argument")
+
+    monkeypatch.setattr(tensorboard.SummaryWriter, "add_scalar", broken)
+    assert pretrain(tiny(output_dir=str(tmp_path), tensorboard_dir=str(tmp_path / "events"))) == exits.DONE
+    assert caplog.text.count("TensorBoard: numbers were not logged: TypeError: MessageToJson()") == 1
+    monkeypatch.setattr(tensorboard, "SummaryWriter", broken)
+    assert pretrain(tiny(output_dir=str(tmp_path), tensorboard_dir=str(tmp_path / "events"))) == exits.DONE
+    assert "TensorBoard cannot be started: TypeError: MessageToJson()" in caplog.text

@@ -1,0 +1,201 @@
+"""One start at a time owns a run's directory: it alone trains, saves and deletes there.
+
+Rank 0 claims the directory before anything in it is read or changed. A second start is refused while the
+owner lives. On the same machine that is seen from the owner's process. Elsewhere the owner must let its
+counter in the file rise, so no clocks are compared. The file is created by O_EXCL and set aside by rename,
+which are atomic on NFS too.
+
+An owner that was taken for dead (a suspended machine, a lost network) ends when it sees another's token.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from megatron_mesh.errors import UserError
+from megatron_mesh.runtime import strict_json
+from megatron_mesh.runtime.agreement import from_rank_zero
+from megatron_mesh.runtime.health import Health
+from megatron_mesh.runtime.owner_file import OWNER_FILE, Owner, describe_this_process, given_token, read_owner
+
+logger = logging.getLogger(__name__)
+
+BEAT_SECONDS = 3.0
+"""How often the owner raises its counter and looks for another's token."""
+SILENCE_SECONDS = 20.0
+"""How long the counter of an owner on another machine must stand still before it counts as dead."""
+
+
+@contextmanager
+def owned(save: str | None, health: Health) -> Iterator[None]:
+    """Own the directory ``save`` inside; a collective operation. Without ``save`` there is nothing to own.
+
+    Raises:
+        UserError: another start owns it, or the file cannot be written. Nothing has been changed.
+    """
+    if save is None:
+        yield
+        return
+    ownership = Ownership(Path(save))
+    with health.busy("the look for another run in --save"):
+        health.failures.token = from_rank_zero(ownership.claim)
+
+    def lost(other: Owner) -> None:
+        health.failures.leave_directory()
+        health.abandon(f"{other} has taken over --save {save}; this start ends without writing to it")
+
+    ownership.keep(lost)
+    health.before_exit = ownership.release
+    try:
+        yield
+    finally:
+        ownership.release()
+
+
+class Ownership:
+    """A claim on ``directory``. Only rank 0 claims, keeps and releases.
+
+    Attributes:
+        token: names this start. A batch script that gives it has written it to the file already.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.path = directory, directory / OWNER_FILE
+        self.token = given_token() or uuid4().hex
+        self._given = given_token() is not None
+        self._handle: int | None = None
+        self._text = b""
+        self._made: list[Path] = []
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def claim(self) -> str:
+        """Become the owner; returns the token.
+
+        Raises:
+            UserError: another start owns the directory, or it cannot be written.
+        """
+        try:
+            self._made = [
+                path for path in (self.directory, *self.directory.parents) if not os.path.exists(path)
+            ]
+            self.directory.mkdir(parents=True, exist_ok=True)
+            while not self._create():
+                owner = read_owner(self.path)
+                if owner is None:  # it has just left
+                    continue
+                lives = owner.token != self.token and self._lives(owner)
+                if lives:
+                    raise UserError(
+                        f"--save {self.directory} belongs to {owner}; wait for its end or stop it, or choose "
+                        "another directory"
+                    )
+                if lives is False:
+                    self._set_aside(owner)
+        except OSError as error:
+            self.release()
+            reason = error.strerror or error
+            raise UserError(f"--save {self.directory} cannot be written ({reason}); choose another") from None
+        return self.token
+
+    def _create(self) -> bool:
+        """Create the file, unless there is one."""
+        try:
+            handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+        except FileExistsError:
+            return False
+        self._text = f"{self.token}\n{strict_json.dumps(describe_this_process())}\n".encode()
+        try:
+            os.write(handle, self._text + _counter(0))
+            os.fsync(handle)
+        except OSError:
+            self.path.unlink(missing_ok=True)
+            raise
+        self._handle = handle
+        return True
+
+    def _lives(self, owner: Owner) -> bool | None:
+        """Whether ``owner`` is at work; None if it no longer is the owner.
+
+        Waits for a sign of life if its process cannot be seen from here.
+        """
+        lives = owner.lives()
+        if lives is not None:
+            return lives
+        if owner.has_slurm_job():
+            return True
+        logger.info(
+            "%s belonged to %s; watching it for %.0f s to see whether that still runs",
+            self.directory,
+            owner,
+            SILENCE_SECONDS,
+        )
+        end = time.monotonic() + SILENCE_SECONDS
+        while time.monotonic() < end:
+            time.sleep(min(1.0, BEAT_SECONDS / 2))
+            now = read_owner(self.path)
+            if now is None or now.token != owner.token:
+                return None
+            if now.text != owner.text:
+                return True
+        return False
+
+    def _set_aside(self, dead: Owner) -> None:
+        """Remove the file of ``dead``, and no other that another start may have put there meanwhile."""
+        aside = self.path.with_name(f"{OWNER_FILE}.{uuid4().hex}")
+        try:
+            self.path.rename(aside)
+        except FileNotFoundError:  # somebody was faster
+            return
+        found = read_owner(aside)
+        if found is not None and found.token != dead.token:
+            with suppress(FileExistsError):
+                os.link(aside, self.path)
+        aside.unlink(missing_ok=True)
+
+    def keep(self, lost: Callable[[Owner], None]) -> None:
+        """Let the counter rise from now on, and call ``lost`` if another start has taken over."""
+        if self._handle is not None:
+            self._thread = threading.Thread(target=self._keep, args=(lost,), daemon=True, name="ownership")
+            self._thread.start()
+
+    def _keep(self, lost: Callable[[Owner], None]) -> None:
+        count = 0
+        while not self._over.wait(BEAT_SECONDS):
+            count += 1
+            with suppress(OSError):  # the file system may be away for a moment
+                owner = read_owner(self.path)
+                if owner is not None and owner.token not in ("", self.token):
+                    lost(owner)
+                    return
+                self._beat(count)
+
+    def _beat(self, count: int) -> None:
+        """Write the counter in place, into the file that this start has created: never into another's."""
+        assert self._handle is not None
+        os.pwrite(self._handle, _counter(count), len(self._text))
+        os.fsync(self._handle)
+
+    def release(self) -> None:
+        """Remove the file, unless a batch script does that, and directories that were made for nothing."""
+        if self._over.is_set():
+            return
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join(BEAT_SECONDS)
+        with suppress(OSError):
+            owner = read_owner(self.path) if self._handle is not None and not self._given else None
+            if owner is not None and owner.token == self.token:
+                self.path.unlink()
+        with suppress(OSError):  # the first that is not empty
+            for path in self._made:
+                path.rmdir()
+
+
+def _counter(count: int) -> bytes:
+    return b"%012d\n" % count

@@ -1,0 +1,148 @@
+"""Open the store at which a job's ranks meet.
+
+Rank 0 opens it at any free port, and a signpost at the first free port of a list that all ranks know
+(``environment.find_rendezvous``). The signpost tells everybody who connects which job this is, and where its
+store is. A rank that meets another job's signpost, or something else, looks at the next port of the list.
+"""
+
+import errno
+import socket
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_mesh.errors import RanksLost, UserError
+from megatron_mesh.runtime import strict_json
+from megatron_mesh.runtime.environment import Rendezvous, agent_holds_store, store_holder
+
+ANSWER_SECONDS = 5.0
+"""How long a signpost may take to answer: rank 0 may be importing."""
+FOREIGN_SECONDS = 15.0
+"""How long the one port that the user has given may belong to something else."""
+_BACKLOG = 4096
+
+
+class Signpost:
+    """Answers each connection to a port, on a thread of its own, with one line of JSON."""
+
+    def __init__(self, port: int) -> None:
+        """Raises OSError if the port is taken."""
+        try:
+            self._listener = socket.create_server(
+                ("", port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True
+            )
+        except (OSError, ValueError) as error:
+            if isinstance(error, PermissionError) or getattr(error, "errno", 0) == errno.EADDRINUSE:
+                raise
+            self._listener = socket.create_server(("", port), backlog=_BACKLOG)  # a host without IPv6
+
+    def show(self, **directions: Any) -> None:
+        """Start to answer."""
+        line = strict_json.dumps(directions).encode() + b"\n"
+        threading.Thread(target=self._answer, args=(line,), daemon=True, name="signpost").start()
+
+    def _answer(self, line: bytes) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            with connection, suppress(OSError):
+                connection.sendall(line)
+
+    def close(self) -> None:
+        """Give the port back."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread, which waits in accept
+        self._listener.close()
+
+
+def open_store(
+    place: Rendezvous, rank: int, world_size: int, timeout: timedelta
+) -> tuple[dist.Store, Signpost | None]:
+    """The job's store, and on the rank that holds it the signpost, which is of no use once all have come.
+
+    Raises:
+        UserError: no port is free, or something else is at the one that was given.
+        RanksLost: rank 0 does not show where the store is within ``timeout``.
+    """
+    if agent_holds_store():
+        return _connect(place.address, place.ports[0], world_size, timeout), None
+    if rank:
+        return _connect(place.address, _look_for_store(place, timeout), world_size, timeout), None
+    signpost = _put_up_signpost(place)
+    store = dist.TCPStore("localhost", 0, world_size, True, timeout, wait_for_workers=False)
+    signpost.show(job=place.job, port=store.port)
+    return store, signpost
+
+
+def _put_up_signpost(place: Rendezvous) -> Signpost:
+    for port in place.ports:
+        try:
+            return Signpost(port)
+        except OSError as error:
+            reason = error.strerror
+    if place.given:
+        raise UserError(
+            f"rank 0 cannot listen at port {place.ports[0]} (MASTER_PORT): {reason}; choose another port, or "
+            "leave MASTER_PORT unset"
+        )
+    tried = ", ".join(map(str, place.ports))
+    raise UserError(f"rank 0 finds no free port ({tried}: {reason}); set MASTER_PORT to one that is free")
+
+
+def _look_for_store(place: Rendezvous, timeout: timedelta) -> int:
+    """The port of the job's store, from its signpost."""
+    begin, pause, reason, foreign_since = time.monotonic(), 0.1, "", None
+    while time.monotonic() - begin < timeout.total_seconds():
+        for port in place.ports:
+            try:
+                said = _ask(place.address, port)
+            except OSError as error:
+                reason = error.strerror or str(error)
+                continue
+            if said.get("job") == place.job:
+                return int(said["port"])
+            reason = f"something else answers at port {port}"
+            foreign_since = foreign_since or time.monotonic()
+        if place.given and foreign_since and time.monotonic() - foreign_since > FOREIGN_SECONDS:
+            raise UserError(
+                f"{reason} on {place.address} (MASTER_PORT, MASTER_ADDR), not rank 0 of this job; choose "
+                "another port, or leave MASTER_PORT unset"
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, 2.0)
+    ports = ", ".join(map(str, place.ports))
+    raise RanksLost(
+        f"rank 0 does not answer at {place.address}:{ports} (MASTER_ADDR, MASTER_PORT) after "
+        f"{timeout.total_seconds():.0f} s ({reason}); see whether it runs, and whether this host reaches it"
+    )
+
+
+def _ask(address: str, port: int) -> dict[str, Any]:
+    """What a signpost says; empty if it is none.
+
+    Raises:
+        OSError: nothing answers there.
+    """
+    with socket.create_connection((address, port), timeout=ANSWER_SECONDS) as connection:
+        try:
+            with connection.makefile("rb") as answer:
+                said = strict_json.loads(answer.readline(4096))
+        except (OSError, ValueError):
+            return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _connect(address: str, port: int, world_size: int, timeout: timedelta) -> dist.Store:
+    try:
+        return dist.TCPStore(address, port, world_size, False, timeout, wait_for_workers=False)
+    except dist.DistNetworkError:
+        raise RanksLost(
+            f"{store_holder()} does not answer at port {port} after {timeout.total_seconds():.0f} s; see "
+            "whether it runs, and whether this host reaches it"
+        ) from None

@@ -1,0 +1,162 @@
+"""Who owns a run's directory: a second start by mistake (case 16 of everyday faults), and dead owners."""
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_mesh.errors import UserError
+from megatron_mesh.runtime import owner_file, ownership
+from megatron_mesh.runtime.entry import failures_from
+from megatron_mesh.runtime.failures import FAILED
+from megatron_mesh.runtime.owner_file import OWNER_FILE, Owner, held_by_another, read_owner
+from megatron_mesh.runtime.ownership import Ownership
+from megatron_mesh.train import pretrain
+from tests.helpers import tiny_config
+
+
+def _own(directory: Path, claimed) -> None:
+    mine = Ownership(directory)
+    mine.claim()
+    mine.keep(lambda other: os._exit(7))
+    claimed.set()
+    time.sleep(100)
+
+
+@pytest.fixture
+def owner(tmp_path: Path, monkeypatch) -> Iterator[multiprocessing.Process]:
+    """A process that owns ``tmp_path`` and lives."""
+    monkeypatch.setattr(ownership, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(ownership, "SILENCE_SECONDS", 2.0)
+    context = multiprocessing.get_context("fork")
+    claimed = context.Event()
+    process = context.Process(target=_own, args=(tmp_path, claimed))
+    process.start()
+    assert claimed.wait(60)
+    yield process
+    process.kill()
+    process.join()
+
+
+@pytest.fixture
+def elsewhere(monkeypatch) -> None:
+    """This process is on another machine than ``owner``, whose processes it cannot see."""
+    monkeypatch.setattr(owner_file, "_machine", lambda: "another machine")
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    """What is in ``directory``, but for the owner's counter."""
+    files = {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {str(path): content for path, content in files.items() if path.name != OWNER_FILE}
+
+
+def test_a_second_start_is_refused_and_touches_nothing(owner, tmp_path: Path, caplog) -> None:
+    """Case 16: unfinished checkpoint, status and metrics of the first one stay as they are."""
+    (tmp_path / "iter_0000004.partial").mkdir()
+    (tmp_path / "iter_0000004.partial/__0_0.distcp").write_bytes(b"half")
+    (tmp_path / "iter_0000002.replaced").mkdir()
+    (tmp_path / "run_status.txt").write_text("running\n")
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train"}\n')
+    before = tree(tmp_path)
+    who = json.loads((tmp_path / OWNER_FILE).read_text().splitlines()[1])
+    for load in (str(tmp_path), None):
+        config = tiny_config(save=str(tmp_path), load=load)
+        with pytest.raises(UserError) as refusal:
+            pretrain(config)
+    said = f"belongs to process {owner.pid} on host {who['host']}, since {who['since']}; wait for its end"
+    assert said in str(refusal.value)
+    # Nor do errors that are found before the directory is looked at.
+    failures_from(["--save", str(tmp_path), "--load", str(tmp_path)]).note(FAILED, "no data")
+    assert tree(tmp_path) == before
+    assert (tmp_path / "iter_0000002.replaced").is_dir() and owner.is_alive()
+
+
+def test_a_killed_owner_costs_no_time(owner, tmp_path: Path) -> None:
+    """On the same machine nobody waits, not even while the process has not been reaped."""
+    os.kill(owner.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)
+    assert held_by_another(tmp_path, None) is False
+    started = time.monotonic()
+    mine = Ownership(tmp_path)
+    mine.claim()
+    assert time.monotonic() - started < ownership.SILENCE_SECONDS / 2
+    assert read_owner(tmp_path / OWNER_FILE).who["pid"] == os.getpid()
+    mine.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_living_owner_on_another_machine_is_seen_by_its_counter(owner, elsewhere, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"belongs to process {owner.pid} on host"):
+        Ownership(tmp_path).claim()
+
+
+def test_a_silent_owner_on_another_machine_loses_the_directory(owner, elsewhere, tmp_path: Path) -> None:
+    """It was suspended, not dead: it ends when it wakes up, without a write to the new owner's file."""
+    os.kill(owner.pid, signal.SIGSTOP)
+    mine = Ownership(tmp_path)
+    mine.claim()
+    text = (tmp_path / OWNER_FILE).read_text()
+    os.kill(owner.pid, signal.SIGCONT)
+    owner.join(60)
+    assert owner.exitcode == 7
+    assert (tmp_path / OWNER_FILE).read_text() == text
+    mine.release()
+
+
+@pytest.mark.parametrize("stale", [b"", b"7.0\n", b"dead\n{}\n000000000001\n", b"dead\n{\n"])
+def test_one_of_many_takes_over_a_stale_file(tmp_path: Path, stale: bytes, monkeypatch) -> None:
+    """Files of owners that nobody can ask, some cut off; all starts find it stale at the same time."""
+    monkeypatch.setattr(ownership, "SILENCE_SECONDS", 0.3)
+    (tmp_path / OWNER_FILE).write_bytes(stale)
+    starts, outcomes, here = [Ownership(tmp_path) for _ in range(12)], [], threading.Barrier(12)
+
+    def claim(mine: Ownership) -> None:
+        here.wait()
+        try:
+            outcomes.append(mine.claim())
+        except UserError as refusal:
+            assert f"process {os.getpid()} on host" in str(refusal)
+
+    threads = [threading.Thread(target=claim, args=(each,)) for each in starts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) == 1 and read_owner(tmp_path / OWNER_FILE).token == outcomes[0]
+    for each in starts:
+        each.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_of_another_winner_is_put_back(tmp_path: Path) -> None:
+    """Between the judgement and the rename another start has become the owner."""
+    (tmp_path / OWNER_FILE).write_text("winner\n")
+    Ownership(tmp_path)._set_aside(Owner("dead"))
+    assert read_owner(tmp_path / OWNER_FILE).token == "winner"
+    assert [path.name for path in tmp_path.iterdir()] == [OWNER_FILE]
+
+
+def test_a_batch_script_gives_the_token_and_takes_it_back(tmp_path: Path, monkeypatch) -> None:
+    """SLURM's fence is the same file: its first line stays the token that task.sh looks for."""
+    (tmp_path / OWNER_FILE).write_text("7.1\n")
+    assert held_by_another(tmp_path, None)
+    monkeypatch.setenv("MESH_RUN_TOKEN", "7.1")
+    assert not held_by_another(tmp_path, None)
+    mine = Ownership(tmp_path)
+    assert mine.claim() == "7.1"
+    assert read_owner(tmp_path / OWNER_FILE).who["pid"] == os.getpid()
+    mine.release()
+    assert (tmp_path / OWNER_FILE).read_text().startswith("7.1\n")
+
+
+def test_a_refused_start_leaves_no_directory(tmp_path: Path) -> None:
+    config = tiny_config(save=str(tmp_path / "new/run"), load=str(tmp_path / "absent"))
+    with pytest.raises(UserError, match="no checkpoint there"):
+        pretrain(config)
+    assert list(tmp_path.iterdir()) == []

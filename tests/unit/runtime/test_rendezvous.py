@@ -1,0 +1,155 @@
+"""How the ranks of a job find their own store: ports that are taken, and jobs side by side on one host.
+
+Case 14 of everyday faults and case 6 on SLURM: two job steps of one allocation on one node.
+"""
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megatron_mesh.errors import RanksLost, UserError
+from megatron_mesh.runtime import rendezvous
+from megatron_mesh.runtime.environment import Rendezvous, find_rendezvous
+from megatron_mesh.runtime.meeting import Meeting
+from megatron_mesh.runtime.rendezvous import Signpost, open_store
+
+ROOT = Path(__file__).resolve().parents[3]
+SHORT, LONG = timedelta(seconds=2), timedelta(seconds=60)
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "1", "MASTER_ADDR": "localhost"}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "MASTER_", "TORCHELASTIC_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(rendezvous, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(rendezvous, "FOREIGN_SECONDS", 0.5)
+
+
+@pytest.fixture
+def ports() -> tuple[int, ...]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("", 0))) for _ in range(3)]
+        return tuple(probe.getsockname()[1] for probe in probes)
+
+
+def meet(*places: Rendezvous) -> list[tuple[dist.Store, int]]:
+    """Rank 0 and rank 1 of each job, all at the same time: rank 1's store, and what it finds there."""
+    found: dict[int, tuple[dist.Store, int]] = {}
+    posts = []
+
+    def rank(job: int, number: int) -> None:
+        store, post = open_store(places[job], number, 2, LONG)
+        posts.append(post)
+        if number == 0:
+            store.set("job", str(job))
+            kept.append(store)
+        else:
+            found[job] = store, int(store.get("job"))
+
+    kept: list[dist.Store] = []
+    threads = [threading.Thread(target=rank, args=(j, n)) for n in (1, 0) for j in range(len(places))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for post in filter(None, posts):
+        post.close()
+    return [found[job] for job in range(len(places))]
+
+
+def test_two_jobs_with_the_same_ports_both_meet(ports) -> None:
+    """The second takes the next port, and no rank ends up in the other's store."""
+    places = [Rendezvous("localhost", ports, False, name) for name in ("one", "two")]
+    assert [job for _, job in meet(*places)] == [0, 1]
+
+
+@pytest.fixture(params=["silent", "talks"])
+def stranger(request, ports) -> Iterator[None]:
+    """Another service at the first port."""
+    if request.param == "silent":
+        with socket.create_server(("", ports[0])):
+            yield
+        return
+    post = Signpost(ports[0])
+    post.show(job="another", port=1)
+    yield
+    post.close()
+
+
+def test_a_port_of_another_service_is_passed_over(stranger, ports) -> None:
+    assert [job for _, job in meet(Rendezvous("localhost", ports, False, "mine"))] == [0]
+
+
+def test_a_given_port_that_is_taken_is_one_clear_error(stranger, ports) -> None:
+    """On every rank, without a wait for the timeout; the port is not changed."""
+    given = Rendezvous("localhost", ports[:1], True, "mine")
+    with pytest.raises(
+        UserError, match=rf"cannot listen at port {ports[0]} \(MASTER_PORT\): Address already"
+    ):
+        open_store(given, 0, 2, LONG)
+    with pytest.raises(UserError, match=rf"something else answers at port {ports[0]} on localhost"):
+        open_store(given, 1, 2, LONG)
+
+
+def test_no_rank_zero(ports) -> None:
+    with pytest.raises(RanksLost, match=r"rank 0 does not answer at localhost:.* after 2 s .*refused"):
+        open_store(Rendezvous("localhost", ports, False, "mine"), 1, 2, SHORT)
+
+
+def test_a_rank_that_is_there_twice_is_refused(ports, monkeypatch) -> None:
+    """Two jobs that were started by hand with the same MASTER_PORT cannot be told apart otherwise."""
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(ports[0]))
+    first = Meeting(0, 2, LONG)
+    second = Meeting(1, 2, LONG)
+    with pytest.raises(UserError, match="another process is rank 1 of this job"):
+        Meeting(1, 2, LONG)
+    assert first.store.add("meeting/came/1", 0) == 2 and second.store.check(["meeting/came/0"])
+    first._signpost.close()
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "user"])
+def test_ports_follow_from_job_step_restart_and_user(monkeypatch, name: str) -> None:
+    for variable, value in SLURM.items():
+        monkeypatch.setenv(variable, value)
+    one, same = find_rendezvous(), find_rendezvous()
+    assert one == same and not one.given and len(set(one.ports)) == len(one.ports) == 8
+    assert all(20000 <= port < 32000 for port in one.ports)
+    if name == "user":
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+    else:
+        monkeypatch.setenv(name, "99")
+    other = find_rendezvous()
+    assert other.job != one.job and not set(other.ports) & set(one.ports)
+
+
+def test_a_given_port_stays(monkeypatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    assert find_rendezvous().ports == (1234,) and find_rendezvous().given
+    monkeypatch.setenv("MASTER_PORT", "http")
+    with pytest.raises(UserError, match="MASTER_PORT=http is not a port"):
+        find_rendezvous()
+
+
+def test_without_an_address_the_remedy_is_named(monkeypatch) -> None:
+    with pytest.raises(
+        UserError, match=r"MASTER_ADDR is not set .this is not a SLURM job step.; start with tor"
+    ):
+        find_rendezvous()
+
+
+def test_there_is_one_formula() -> None:
+    """The batch script computes no port of its own."""
+    for path in (ROOT / "examples/slurm").glob("*"):
+        if path.suffix in (".sh", ".sbatch"):
+            assert "MASTER_PORT=" not in path.read_text()
