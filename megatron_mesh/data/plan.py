@@ -1,7 +1,6 @@
 """What the data of a run consist of. Rank 0 finds out, and the other ranks only open what it names."""
 
 import hashlib
-import json
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_mesh.data.epoch import epoch_index, epoch_key, tokens_in
 from megatron_mesh.data.indexed import IndexedFacts, inspect_prefix
 from megatron_mesh.data.stream import blend_index, blend_key
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime import strict_json
 
 
 class Source(NamedTuple):
@@ -49,7 +49,7 @@ class StreamPlan(NamedTuple):
     def order(self) -> str:
         """A digest of what decides the order of the samples: data, documents, weights, seed and length."""
         parts = [(part.weight, part.key.description) for part in self.parts]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        return hashlib.sha256(strict_json.dumps(parts).encode()).hexdigest()[:32]
 
 
 class Planner:
