@@ -101,6 +101,7 @@ def build(config: Config, search: Search | None = None) -> Run:
     config, tokenizer = open_vocabulary(config)
     start = start_position(config, found)
     data = open_datasets(config, tokenizer, *start)
+    differences = changes(found.checkpoint, config, data.train.order) if found else []
     phases.enter("model")
     stage = build_stage(config, initial_weights=found is None)
     optimizer = build_optimizer(config, stage)
@@ -111,10 +112,10 @@ def build(config: Config, search: Search | None = None) -> Run:
         if start != start_position(config, found):
             start = start_position(config, found)
             data = open_datasets(config, tokenizer, *start)
-    if found is not None:
-        for change in changes(found.checkpoint, config, data.train.order):
-            if is_rank_zero():
-                logger.warning("resuming: %s", change)
+        differences = changes(found.checkpoint, config, data.train.order) if found else []
+    if is_rank_zero():
+        for difference in differences:
+            logger.warning("resuming: %s", difference)
     state.data_order = data.train.order
     return Run(config, data, stage, optimizer, state)
 
@@ -123,7 +124,7 @@ def start_position(config: Config, found: Found | None) -> tuple[int, int]:
     """Step and consumed samples at which the run starts.
 
     Raises:
-        UserError: the checkpoint is of a run that this one cannot go on with.
+        UserError: this run cannot resume from the checkpoint.
     """
     if found is None:
         return 0, 0
