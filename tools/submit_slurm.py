@@ -43,7 +43,7 @@ from megatron_mesh.slurm.actions import run_directory  # noqa: E402
 from megatron_mesh.slurm.change import Wanted, make_change, plan_change  # noqa: E402
 from megatron_mesh.slurm.commands import seconds_to_leave, tell_unused_options  # noqa: E402
 from megatron_mesh.slurm.follow import follow  # noqa: E402
-from megatron_mesh.slurm.script import Shape, array_script, batch_script, save_note  # noqa: E402
+from megatron_mesh.slurm.script import Shape, array_script, batch_script, folder, save_note  # noqa: E402
 from megatron_mesh.slurm.site import Site, read_site  # noqa: E402
 from megatron_mesh.slurm.submission import (  # noqa: E402
     check_clone,
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
         _show(_runs(options.status), options.json)
     elif options.follow is not None:
         with suppress(KeyboardInterrupt):
-            for text in follow(run_directory(options.follow)):
+            for text in follow(_one_run(options.follow)):
                 print(text, end="", flush=True)
     elif options.requeue is not None:
         for run in _runs(options.requeue):
@@ -152,6 +152,13 @@ def _runs(paths: Sequence[Path]) -> list[Path]:
     return [run for path in paths for run in runs_in(run_directory(path))]
 
 
+def _one_run(path: Path) -> Path:
+    run, *others = _runs([path])
+    if others:
+        raise UserError(f"{path} is a sweep; name one of its runs, such as {run}")
+    return run
+
+
 def _show(runs: Sequence[Path], as_json: bool) -> None:
     found = status.statuses(runs)
     if as_json:
@@ -162,7 +169,7 @@ def _show(runs: Sequence[Path], as_json: bool) -> None:
 
 def _change(options: argparse.Namespace, settings: Sequence[str], prog: str) -> None:
     wanted = Wanted(settings, options.site, options.nodes, options.gpus_per_node, options.time, options.chain)
-    change = plan_change(run_directory(options.change), wanted, prog)
+    change = plan_change(_one_run(options.change), wanted, prog)
     gib = check_memory(change.config, change.shape.nodes * change.site.gpus_per_node, options.gpu_memory_gib)
     print(f"the fullest rank needs about {gib:.1f} GiB", file=sys.stderr)
     for line in change.differences:
@@ -206,12 +213,16 @@ def _sweep(
 ) -> list[str]:
     """Submit a sweep; its arrays' numbers, or none after a dry run."""
     found = elements(options.sweep, settings, top, site, shape.nodes, prog)
+    shape = replace(shape, code=folder(top) / "code")
     world = shape.nodes * site.gpus_per_node
     _tell_memory(max(check_memory(each.config, world, options.gpu_memory_gib) for each in found))
     if options.dry_run:
         for each in found:
             print(f"# {each.run}")
-        print(array_script(top, len(found), site, shape, options.at_once), end="")
+        print(array_script(top, len(found), site, shape, options.at_once))
+        print("# Each run has a script of its own, which the array's script starts. That of the first is:")
+        first = found[0]
+        print(batch_script(first.run, first.config.checkpoint.load, site, shape), end="")
         return []
     _tell_before_submission(site)
     return write_and_submit_sweep(found, top, site, shape, options.at_once)

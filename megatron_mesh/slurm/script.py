@@ -42,6 +42,8 @@ def batch_script(run: Path, load: str | None, site: Site, shape: Shape) -> str:
     Raises:
         UserError: the early warning takes all of the time, or a path cannot stand in a script.
     """
+    if site.environment != "venv" and re.search("[:,]", str(run)):
+        raise UserError(f"--save {run}: a container cannot mount a path with a colon or a comma; rename it")
     lines = _head(site, shape, run.name, f"{_pattern(folder(run))}/%j.log")
     code = '"$RUN/slurm/code"' if shape.code is None else shlex.quote(str(shape.code))
     lines += [f"RUN={shlex.quote(str(run))}", f"CODE={code}", 'SITE="$RUN/slurm/site.sh"']

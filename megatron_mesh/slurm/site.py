@@ -32,6 +32,8 @@ class Site:
     gpus_per_node: int
     cpus_per_task: int
     time_limit: str
+    environment: str
+    """One of ``ENVIRONMENTS``: where python comes from."""
     save_seconds: int
     """The longest time that saving a checkpoint takes."""
     sbatch_options: tuple[str, ...]
@@ -77,6 +79,7 @@ def read_site(path: Path) -> Site:
         gpus_per_node=_number(path, "GPUS_PER_NODE", found),
         cpus_per_task=_number(path, "CPUS_PER_TASK", found),
         time_limit=found["TIME_LIMIT"],
+        environment=found["ENVIRONMENT"],
         save_seconds=_number(path, "SAVE_SECONDS", found),
         sbatch_options=options,
     )

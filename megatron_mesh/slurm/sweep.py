@@ -1,7 +1,7 @@
 """Sweeps: one run for each combination of some settings' values, submitted as one array of jobs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -86,14 +86,13 @@ def write_and_submit_sweep(
 ) -> list[str]:
     """Write every run of the sweep and submit them as one array (``chain`` arrays); the arrays' numbers.
 
-    The runs share one copy of the code, in ``top/slurm/code``. ``top/slurm/N`` is a link to ``RUN/slurm`` of
-    element N.
+    The runs share one copy of the code, in ``top/slurm/code``, which is ``shape.code``. ``top/slurm/N`` is a
+    link to ``RUN/slurm`` of element N.
 
     Raises:
         UserError: SLURM refuses, or the directory cannot be written. Then nothing is left behind.
     """
     target = folder(top)
-    shape = replace(shape, code=target / "code")
     scripts = [batch_script(each.run, each.config.checkpoint.load, site, shape) for each in found]
     with new_directories(target, *(folder(each.run) for each in found)):
         copy_code(target / "code")

@@ -67,8 +67,12 @@ def test_other_nodes(start, undisturbed, cluster) -> None:
     answer = cluster.call("sbatch", "--parsable", f"--dependency=afterok:{job.number}", "--wrap", "true")
     dependant = int(answer)
     job.wait_for_step(25)
+    for rank in job.ranks():
+        rank.suspend()  # the tool takes longer than the run
     assert "touch" in tool(cluster, "--change", job.run, "--nodes", 2, code=2)
     (job.run / "stop").touch()
+    for rank in job.ranks():
+        rank.resume()
     assert job.wait_for_end() == "FAILED" and job.fields["ExitCode"] == "75:0"
     assert "stopped on request" in job.log.splitlines()[-1]
     text = tool(cluster, "--status", job.run)
@@ -96,7 +100,7 @@ def test_odd_paths_and_options(cluster, settings, tmp_path) -> None:
     assert "Comment=two words" in cluster.call("scontrol", "show", "job", job.number)
     assert job.status() == "done" and "trained to the end" in job.log
     assert (run / "hook").read_text() == f"done 5 {run}\n"
-    assert tool(cluster, "--follow", run).splitlines()[-1] == job.log.splitlines()[-1]
+    assert job.log.splitlines()[-1] in tool(cluster, "--follow", run).splitlines()
     cluster.clear()
 
 

@@ -158,6 +158,13 @@ def test_options_and_paths_are_quoted(lab) -> None:
     assert said.splitlines() == [str(word) for word in expected]
 
 
+def test_a_container_needs_a_path_that_it_can_mount(lab) -> None:
+    with (lab / "site.sh").open("a") as file:
+        file.write("ENVIRONMENT=pyxis CONTAINER=image\n")
+    with pytest.raises(UserError, match="cannot mount a path with a colon or a comma"):
+        submit(lab, "--save", str(lab / "a,b"))
+
+
 def test_the_code_is_that_of_the_clone_whose_tool_was_started(lab) -> None:
     """Another clone comes first in the environment (SLURM, case 3)."""
     clone = lab / "clone"

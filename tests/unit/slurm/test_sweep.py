@@ -36,6 +36,9 @@ def test_one_array_with_a_run_for_each_combination(lab, capsys, monkeypatch) -> 
     capsys.readouterr()
     main(["--status", str(top)])
     assert capsys.readouterr().out.count("waiting") == 4
+    for command in ("--follow", "--change"):
+        with pytest.raises(UserError, match=r"is a sweep; name one of its runs, such as .*/seed=1"):
+            main([command, str(top)])
     main(["--cancel", str(top / f"seed=2_{name}=true")])
     assert (lab / "scancel").read_text() == "41_2\n"
 
@@ -51,6 +54,7 @@ def test_a_dry_run_shows_the_array(lab, capsys) -> None:
     submit(lab, "--sweep", "lr=1e-3,3e-4", "--dry-run")
     said = capsys.readouterr().out
     assert f"# {lab}/run/lr=1e-3\n" in said and "#SBATCH --array=0-1\n" in said
+    assert f"RUN={lab}/run/lr=1e-3\nCODE={lab}/run/slurm/code\n" in said
     assert not (lab / "run").exists()
 
 
