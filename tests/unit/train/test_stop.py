@@ -1,4 +1,4 @@
-"""Requests to stop: in an evaluation that outlasts the time a job has, and where nothing can be saved."""
+"""Requests to stop: in an evaluation, which may outlast a job's time, and where nothing can be saved."""
 
 import os
 import signal
