@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,12 +146,14 @@ def test_one_rank_stops_an_evaluation(corpus: str, tmp_path: Path) -> None:
     results = pool(2).run(stop_in_evaluation, corpus, tmp_path)
     for ending, batches, collectives, waits in results:
         assert ending == exits.STOPPED and batches == 3
-        assert collectives == {"allreduce world": 3} and waits == {"train/vote.py: _count": 3}
+        assert collectives == {"allreduce world": 3}
+        waits.pop("data/loader.py: _batches", None)  # the loader's start, in host memory
+        assert without_host_memory(waits) == {"train/vote.py: _count": 3}
     assert list(saved_steps(tmp_path)) == [2]
     assert '"valid"' not in (tmp_path / "metrics.jsonl").read_text()
 
 
-def without_host_memory(waits: Counter[str]) -> dict[str, int]:
+def without_host_memory(waits: Mapping[str, int]) -> dict[str, int]:
     return {where: count for where, count in waits.items() if where not in IN_HOST_MEMORY}
 
 
