@@ -5,6 +5,8 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
@@ -26,6 +28,7 @@ from megatron_mesh.runtime.memory import explained, remedies
 from megatron_mesh.runtime.start_times import STARTED
 from megatron_mesh.runtime.stopping import URGENT, StopRequests, write_status
 from megatron_mesh.train.data import open_batches, open_datasets, open_vocabulary
+from megatron_mesh.train.data_report import say_what_data, sources_in_words
 from megatron_mesh.train.metrics import RouterMeter, SpeedMeter, perplexity
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule, warn_if_lr_reaches_zero_early
 from megatron_mesh.train.output import check_writable, open_outputs, position, summary
@@ -64,6 +67,8 @@ def pretrain(config: Config) -> int:
             search = Search(config.checkpoint)
             check_writable(config)
             run = build(config, search)
+            if is_rank_zero():
+                say_what_data(run.config, run.data, run.state.consumed_samples)
         stop = StopRequests(config.checkpoint, started)
         with open_outputs(run.config, run.state) as log, stop.listening():
             write_status(config.checkpoint.save, "running")
@@ -142,7 +147,7 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
             phases.enter(STARTED)
 
         if not outcome.taken:
-            record_skipped(log, state, outcome, batch_size)
+            record_skipped(log, run, outcome)
         elif logged:
             state.train_loss = outcome.loss
             numbers = {"loss": outcome.loss, "lr": lr, "grad_norm": outcome.grad_norm, **speed.read(step)}
@@ -150,10 +155,9 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
         if state.skipped >= config.training.max_skipped_steps:
             return diverged(config, state, saver, health)
         in_a_hurry = reason in URGENT and step < last
-        if run.data.valid is not None and due(step, config.training.eval_interval, last) and not in_a_hurry:
+        if run.data.validation and due(step, config.training.eval_interval, last) and not in_a_hurry:
             with speed.paused():
-                state.valid_loss = evaluate(stage, config, run.data.valid, health)
-            log.record("valid", step, loss=state.valid_loss, perplexity=perplexity(state.valid_loss))
+                validate(run, log, health)
         if saver is not None and saver.pending and outcome.all_written:
             with speed.paused(), health.busy(f"publishing a checkpoint after step {step}", saving):
                 saver.complete()
@@ -161,6 +165,14 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
             with speed.paused(), health.busy(f"the save after step {step}", saving):
                 saver.save(stage, optimizer, state)
     return finish(run, log, health, stop, saver, reason)
+
+
+def validate(run: Run, log: Log, health: Health) -> None:
+    """Take and log the validation loss: with several sets, each one's and their mean."""
+    losses = evaluate(run.stage, run.config, run.data.validation, health)
+    loss = run.state.valid_loss = fmean(losses.values())
+    sets = {"sets": losses} if run.data.valid_sets else {}
+    log.record("valid", run.state.step, loss=loss, perplexity=perplexity(loss), **sets)
 
 
 def finish(run: Run, log: Log, health: Health, stop: StopRequests, saver: Saver | None, reason: str) -> int:
@@ -172,7 +184,7 @@ def finish(run: Run, log: Log, health: Health, stop: StopRequests, saver: Saver 
         logger.info("stopped after step %d: %s", state.step, reason)
         stop.honoured()
     elif run.data.test is not None:
-        loss = evaluate(run.stage, run.config, run.data.test, health)
+        loss = evaluate(run.stage, run.config, {"": run.data.test}, health)[""]
         log.record("test", state.step, loss=loss, perplexity=perplexity(loss))
     if saver is not None and saver.failed:
         return exits.NOT_SAVED
@@ -207,11 +219,14 @@ def open_saver(config: Config, log: Log) -> Saver | None:
     return Saver(config, on_saved)
 
 
-def record_skipped(log: Log, state: TrainState, outcome: Outcome, batch_size: int) -> None:
-    """Log a step that was not taken, with the samples it held; call it after ``state`` has advanced."""
-    end = state.consumed_samples
-    samples = {"first_sample": end - batch_size, "last_sample": end - 1}
-    log.record("skipped", state.step, loss=outcome.loss, grad_norm=outcome.grad_norm, **samples)
+def record_skipped(log: Log, run: Run, outcome: Outcome) -> None:
+    """Log a step that was not taken, with the samples it held; call it after the state has advanced."""
+    end, batch_size = run.state.consumed_samples, run.config.training.global_batch_size
+    assert batch_size is not None
+    samples: dict[str, Any] = {"first_sample": end - batch_size, "last_sample": end - 1}
+    if is_rank_zero():
+        samples["sources"] = sources_in_words(run.data.train, range(end - batch_size, end))
+    log.record("skipped", run.state.step, loss=outcome.loss, grad_norm=outcome.grad_norm, **samples)
 
 
 def diverged(config: Config, state: TrainState, saver: Saver | None, health: Health) -> int:

@@ -1,7 +1,7 @@
 """One training step, and its parts: a global batch through Megatron-core's schedule, and evaluation."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -145,24 +145,30 @@ def run_batch(
     return torch.stack(reports).double().sum(0)
 
 
-def loss_per_token(totals: Tensor) -> float:
-    """Loss per token in nats, from ``run_batch`` on all ranks. Collective; waits for the device."""
-    # All ranks of a tensor-parallel group add the same numbers. The quotient is not affected.
+def losses_per_token(totals: Tensor) -> list[float]:
+    """Losses per token in nats, from sums of ``run_batch`` [sets, 2]. Collective; waits for the device."""
+    # All ranks of a tensor-parallel group add the same numbers. The quotients are not affected.
     dist.all_reduce(totals)
-    total, tokens = totals.tolist()
-    return total / tokens if tokens else math.nan
+    return [total / tokens if tokens else math.nan for total, tokens in totals.tolist()]
 
 
 @torch.no_grad()
-def evaluate(stage: Stage, config: Config, dataset: SampleStream, health: Health) -> float:
-    """Return the loss per token in nats over the first ``eval_iters`` global batches of ``dataset``."""
+def evaluate(
+    stage: Stage, config: Config, datasets: Mapping[str, SampleStream], health: Health
+) -> dict[str, float]:
+    """Return the loss per token in nats over the first ``eval_iters`` global batches of each of ``datasets``.
+
+    Collective, with one all-reduce for all of them.
+    """
     phases.enter("evaluation")
-    batches = open_batches(config, dataset)
     totals = []
     stage.train(False)
     with stage.parameters_gathered():
-        for index in range(config.training.eval_iters):
-            health.beat(f"batch {index + 1} of an evaluation")
-            totals.append(run_batch(stage, batches, config.training, forward_only=True, beat=health.beat))
+        for name, dataset in datasets.items():
+            batches, sums = open_batches(config, dataset), []
+            for index in range(config.training.eval_iters):
+                health.beat(f"batch {index + 1} of an evaluation" + (f" on {name}" if name else ""))
+                sums.append(run_batch(stage, batches, config.training, forward_only=True, beat=health.beat))
+            totals.append(torch.stack(sums).sum(0))
     stage.train()
-    return loss_per_token(torch.stack(totals).sum(0))
+    return dict(zip(datasets, losses_per_token(torch.stack(totals)), strict=True))

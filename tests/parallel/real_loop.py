@@ -243,7 +243,7 @@ def agreement(case: dict[str, Any]) -> dict[str, Any]:
         return {
             "ours": split.grad_norm,
             "Megatron's": optimizer.get_grad_norm(),
-            "loss": (split.loss, step_module.loss_per_token(totals)),
+            "loss": (split.loss, step_module.losses_per_token(totals[None])[0]),
             "split": (split.stop, split.all_written),
             "one": agree(optimizer, totals, Vote("the stop file" if last else "")).stop,
             "none": agree(optimizer, totals, Vote()),

@@ -173,6 +173,7 @@ ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"test_data_path": ["b"]}, ["--test-data-path is given without --train-data-path"]),
     ({"data_path": []}, ["--data-path is empty"]),
     ({"eod_mask_loss": True}, ["--eod-mask-loss needs a tokenizer"]),
+    ({"eod_mask_loss_of": "eod"}, ["--eod-mask-loss-of eod is given without --eod-mask-loss"]),
     ({"num_workers": -1}, ["--num-workers -1", "at least 0"]),
     ({"save_interval": 5}, ["--save-interval is given without --save"]),
     ({"save_interval": 0, "save": "d"}, ["--save-interval 0", "at least 1"]),

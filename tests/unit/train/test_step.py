@@ -10,7 +10,7 @@ from megatron_mesh.model import build_model
 from megatron_mesh.parallel import plain_stage
 from megatron_mesh.train.data import open_batches
 from megatron_mesh.train.loop import build
-from megatron_mesh.train.step import evaluate, loss_per_token, run_batch
+from megatron_mesh.train.step import evaluate, losses_per_token, run_batch
 from tests.helpers import one_process, randomise, relative_error
 from tests.unit.train.conftest import run
 
@@ -41,7 +41,8 @@ def test_loss_and_gradients_per_token(tiny):
         model, plain = build_model(config), build_model(config)
         for each in (model, plain):
             randomise(each)
-        loss = loss_per_token(run_batch(plain_stage([model], config), iter(batches), config.training))
+        totals = run_batch(plain_stage([model], config), iter(batches), config.training)
+        (loss,) = losses_per_token(totals[None])
         expected = direct_loss(plain, batches)
         expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-6)
@@ -74,12 +75,12 @@ def test_evaluation_is_the_mean_over_the_fixed_samples(tiny):
         parts = build(config)
         model = parts.stage.modules[0]
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        loss = evaluate(parts.stage, config, parts.data.valid, health)
+        loss = evaluate(parts.stage, config, parts.data.validation, health)[""]
         with torch.no_grad():
             expected = direct_loss(model, list(open_batches(config, parts.data.valid)))
         assert len(parts.data.valid) == 16
         assert loss == pytest.approx(expected.item(), rel=1e-6)
-        assert evaluate(parts.stage, config, parts.data.valid, health) == loss
+        assert evaluate(parts.stage, config, parts.data.validation, health) == {"": loss}
         assert model.training
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
