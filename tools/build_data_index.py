@@ -1,12 +1,16 @@
 #!/usr/bin/env python
 """Build the index cache of a run's data in advance, so that no GPU waits for it.
 
-python tools/build_data_index.py --config examples/configs/pythia-160m-mesh.yaml \\
-    --data-path data/corpus_text_document --data-cache-path /local/cache --tokenizer-model tokenizer.json
+usage: build_data_index.py [--config FILE] --data-path PREFIX [--data-cache-path DIR] [SETTING ...]
 
-Takes the settings of pretrain_mesh.py and uses those of the data, --seq-length and --seed. The index serves
-any number of steps, ranks and loader processes, wherever the data are mounted. The table of a blend depends
-on the length of the run, so the run builds it.
+example:
+  python tools/build_data_index.py --config examples/configs/pythia-160m-mesh.yaml \\
+      --data-path data/corpus_text_document --data-cache-path /local/cache --tokenizer-model tokenizer.json
+
+Takes every setting of pretrain_mesh.py (see its --help). Give the run's own: the data, --split, --seq-length
+and --seed decide which index is built; the others change nothing. The index serves any number of steps, ranks
+and loader processes, wherever the data are mounted. Several of these may run at once. The table of a blend
+depends on the length of the run, so the run builds it.
 """
 
 import sys
@@ -36,10 +40,11 @@ def main(argv: Sequence[str]) -> None:
         train_samples=1,
         eval_samples=1,
     )
-    for name, stream in datasets._asdict().items():
-        if stream is None:
-            print(f"{name}: none")
-            continue
+    streams = datasets.named()
+    for kind in ("valid", "test"):
+        if not any(name.startswith(kind) for name in streams):
+            print(f"{kind}: none")
+    for name, stream in streams.items():
         for part in stream.parts:
             samples = len(part.dataset)
             tokens = samples * seq_length

@@ -77,6 +77,10 @@ def check_data(data: DataConfig) -> None:
         raise UserError(
             "--eod-mask-loss needs a tokenizer, which names the end-of-document token; give --tokenizer-model"
         )
+    if data.eod_mask_loss_of is not None and not data.eod_mask_loss:
+        raise UserError(
+            f"--eod-mask-loss-of {data.eod_mask_loss_of} is given without --eod-mask-loss; give that too"
+        )
 
 
 def check_checkpoint(checkpoint: CheckpointConfig) -> None:

@@ -183,7 +183,8 @@ class DataConfig:
     train_data_path: list[str] | None = None
     """Prefix or blend for training (instead of --data-path)."""
     valid_data_path: list[str] | None = None
-    """Prefix or blend for validation."""
+    """Prefix or blend for validation; or several sets NAME=PREFIX ..., each with a loss of its own (the
+    validation loss is then their mean)."""
     test_data_path: list[str] | None = None
     """Prefix or blend for the test at the end."""
     data_cache_path: str | None = None
@@ -191,7 +192,11 @@ class DataConfig:
     num_workers: int = 2
     """Data-loader processes per rank; they do not change the order of the samples."""
     eod_mask_loss: bool = False
-    """Leave end-of-document tokens out of the loss."""
+    """Don't train on what follows an end-of-document token (Megatron's meaning; the token itself is
+    predicted). See --eod-mask-loss-of."""
+    eod_mask_loss_of: Literal["next", "eod", "both"] | None = None
+    """With --eod-mask-loss: leave out predicting the token after an end-of-document token (next), that token
+    itself (eod), or both; next if unset."""
     tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"] | None = None
     """Kind of the tokenizer; from the name of --tokenizer-model if unset."""
     tokenizer_model: str | None = None

@@ -11,6 +11,8 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 
 from megatron_mesh.errors import UserError
 
+_RESERVED = ("loss", "perplexity")
+
 Share = tuple[float, float]
 """From where to where, in fractions of the documents."""
 
@@ -36,6 +38,37 @@ def parse_blend(words: list[str], flag: str) -> list[Part]:
         )
     weights = [_weight(word, flag) for word in words[::2]]
     return [Part(prefix, weight / sum(weights)) for prefix, weight in zip(words[1::2], weights, strict=True)]
+
+
+def parse_sets(words: list[str], flag: str) -> dict[str, list[str]]:
+    """The sets that ``flag`` names, each with the words of its blend.
+
+    ``[NAME=PREFIX, ...]`` gives several; anything else is one set, whose name is "". A name holds letters,
+    digits and ``._-``, so a path with ``=`` after a ``/`` is no name.
+
+    Raises UserError when a name is given twice or means something else in the log, or when only some of the
+    words have a name.
+    """
+    named = [match.groups() for word in words if (match := re.fullmatch(r"([\w.-]+)=(.+)", word))]
+    names = [name for name, _ in named]
+    if len(named) < len(words):
+        if named and not _is_blend(words):
+            raise UserError(
+                f"{flag} mixes NAME=PREFIX ({names[0]}=...) with other words; name all sets or none"
+            )
+        return {"": words}
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{flag} gives the name {name} twice; each set needs a name of its own")
+        if name in _RESERVED:
+            raise UserError(
+                f"{flag}: a set cannot be named {name}, which has a meaning in the log; rename it"
+            )
+    return {name: [prefix] for name, prefix in named}
+
+
+def _is_blend(words: list[str]) -> bool:
+    return len(words) % 2 == 0 and not any("=" in word for word in words[::2])
 
 
 def parse_split(split: str) -> list[Share | None]:

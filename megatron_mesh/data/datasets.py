@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
@@ -10,7 +11,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_mesh.config.schema import DataConfig
 from megatron_mesh.data import cache
-from megatron_mesh.data.blend import parse_blend, parse_split
+from megatron_mesh.data.blend import parse_blend, parse_sets, parse_split
 from megatron_mesh.data.epoch import Epoch
 from megatron_mesh.data.indexed import file_sizes
 from megatron_mesh.data.plan import Planner, Source, StreamPlan
@@ -19,13 +20,29 @@ from megatron_mesh.data.tokenizer import Tokenizer
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.agreement import from_every_rank, from_rank_zero, on_every_rank, rank
 
+_Name = tuple[Split, str]
+"""What a stream is for, and its name if there are several such."""
+
 
 class Datasets(NamedTuple):
-    """The three streams; validation and test are None where the settings name no data for them."""
+    """The streams of a run; validation and test are None where the settings name no data for them."""
 
     train: SampleStream
     valid: SampleStream | None
     test: SampleStream | None
+    valid_sets: Mapping[str, SampleStream] = MappingProxyType({})
+    """Validation sets by name, if the settings name several; ``valid`` is None then."""
+
+    @property
+    def validation(self) -> Mapping[str, SampleStream]:
+        """The sets on which a run validates, by name; the name of a single one is ""."""
+        return {"": self.valid} if self.valid is not None else self.valid_sets
+
+    def named(self) -> dict[str, SampleStream]:
+        """Every stream by its name: train, valid or valid/NAME ..., test."""
+        streams = {"train": self.train, "valid": self.valid, "test": self.test}
+        sets = {f"valid/{name}": stream for name, stream in self.valid_sets.items()}
+        return {name: stream for name, stream in {**streams, **sets}.items() if stream is not None}
 
 
 def build_datasets(
@@ -50,53 +67,62 @@ def build_datasets(
     cache that cannot be written, or data that differ between nodes.
     """
     sources = _sources(data)
-    if sources[Split.train] is None:
+    if not any(source.kind is Split.train for source in sources.values()):
         raise UserError(
             "No training data: give --data-path (with a training share in --split) or --train-data-path."
         )
-    sizes = {Split.train: train_samples, Split.valid: eval_samples, Split.test: eval_samples}
     planner = Planner(data.data_cache_path, seq_length, seed)
 
-    def planned() -> dict[Split, StreamPlan | None]:
-        plans = {
-            split: planner.stream(source, split, sizes[split])
-            if source is not None and (split is Split.train or eval_samples > 0)
-            else None
-            for split, source in sources.items()
-        }
-        planner.build(plan for plan in plans.values() if plan is not None)
+    def planned() -> dict[_Name, StreamPlan]:
+        plans = {}
+        for name, source in sources.items():
+            count = train_samples if source.kind is Split.train else eval_samples
+            if (source.kind is Split.train or count > 0) and (plan := planner.stream(source, count)):
+                plans[name] = plan
+        planner.build(plans.values())
         return plans
 
     plans = from_rank_zero(planned)
     opener = _Opener(
         {
-            split: _megatron_config(data, source, tokenizer, seq_length, seed)
-            for split, source in sources.items()
-            if source is not None
+            name: (source, _megatron_config(data, source, tokenizer, seq_length, seed))
+            for name, source in sources.items()
         },
         seed,
+        data.eod_mask_loss and data.eod_mask_loss_of in ("eod", "both"),
     )
-    streams = _open_everywhere(opener, planner, {s: plan for s, plan in plans.items() if plan is not None})
-    return Datasets(streams[Split.train], streams.get(Split.valid), streams.get(Split.test))
+    streams = _open_everywhere(opener, planner, plans)
+    return Datasets(
+        streams[Split.train, ""],
+        streams.get((Split.valid, "")),
+        streams.get((Split.test, "")),
+        {name: stream for (split, name), stream in streams.items() if split is Split.valid and name},
+    )
 
 
 class _Opener:
-    """Opens streams; the three share one reader of each prefix."""
+    """Opens streams, which share one reader of each prefix.
 
-    def __init__(self, configs: Mapping[Split, GPTDatasetConfig], seed: int) -> None:
-        self._configs, self._seed = configs, seed
+    Args:
+        leave_out_eod: don't count predictions of end-of-document tokens.
+    """
+
+    def __init__(
+        self, sources: Mapping[_Name, tuple[Source, GPTDatasetConfig]], seed: int, leave_out_eod: bool
+    ) -> None:
+        self._sources, self._seed, self._leave_out_eod = sources, seed, leave_out_eod
         self._data: dict[str, IndexedDataset] = {}
 
-    def stream(self, plan: StreamPlan, split: Split) -> SampleStream | None:
+    def stream(self, plan: StreamPlan, name: _Name) -> SampleStream | None:
         """The stream, or None if the cache entries that it needs aren't whole, or not visible here.
 
         Raises:
             UserError: the data files are missing here, or aren't those that rank 0 sees.
         """
-        config = self._configs[split]
+        source, config = self._sources[name]
         parts = []
         for part in plan.parts:
-            if (sizes := file_sizes(part.prefix)) != part.facts.sizes:
+            if (sizes := file_sizes(part.prefix, source.flag)) != part.facts.sizes:
                 raise UserError(
                     f"{part.prefix}.idx and .bin have {sizes[0]:,} and {sizes[1]:,} bytes, and rank 0 sees "
                     f"{part.facts.sizes[0]:,} and {part.facts.sizes[1]:,}; copy the same files to every node"
@@ -107,9 +133,16 @@ class _Opener:
             if part.prefix not in self._data:
                 self._data[part.prefix] = IndexedDataset(part.prefix)
             data = self._data[part.prefix]
-            parts.append(
-                Part(part.prefix, part.weight, Epoch(data, part.prefix, part.documents, index, split, config))
+            epoch = Epoch(
+                data,
+                part.prefix,
+                part.documents,
+                index,
+                source.kind,
+                config,
+                leave_out_eod=self._leave_out_eod,
             )
+            parts.append(Part(part.prefix, part.weight, epoch))
         blend = None if plan.blend is None else cache.load(plan.blend)
         if plan.blend is not None and blend is None:
             return None
@@ -117,8 +150,8 @@ class _Opener:
 
 
 def _open_everywhere(
-    opener: _Opener, planner: Planner, plans: Mapping[Split, StreamPlan]
-) -> dict[Split, SampleStream]:
+    opener: _Opener, planner: Planner, plans: Mapping[_Name, StreamPlan]
+) -> dict[_Name, SampleStream]:
     """Open the streams on every rank. Where a node doesn't see the cache, its first such rank builds it."""
     streams, blind = _attempt(opener, plans)
     if not blind:
@@ -137,16 +170,16 @@ def _open_everywhere(
 
 
 def _attempt(
-    opener: _Opener, plans: Mapping[Split, StreamPlan]
-) -> tuple[dict[Split, SampleStream], dict[int, str]]:
+    opener: _Opener, plans: Mapping[_Name, StreamPlan]
+) -> tuple[dict[_Name, SampleStream], dict[int, str]]:
     """The streams that open here, and the hosts of the ranks where not all of them do, by rank."""
-    opened = on_every_rank(lambda: {split: opener.stream(plan, split) for split, plan in plans.items()})
-    streams = {split: stream for split, stream in opened.items() if stream is not None}
+    opened = on_every_rank(lambda: {name: opener.stream(plan, name) for name, plan in plans.items()})
+    streams = {name: stream for name, stream in opened.items() if stream is not None}
     seen = from_every_rank((socket.gethostname(), len(streams) == len(plans)))
     return streams, {r: host for r, (host, complete) in enumerate(seen) if not complete}
 
 
-def _sources(data: DataConfig) -> dict[Split, Source | None]:
+def _sources(data: DataConfig) -> dict[_Name, Source]:
     separate = {
         Split.train: ("--train-data-path", data.train_data_path),
         Split.valid: ("--valid-data-path", data.valid_data_path),
@@ -154,20 +187,22 @@ def _sources(data: DataConfig) -> dict[Split, Source | None]:
     }
     if data.data_path is None:
         return {
-            split: Source(flag, words, _all_of(split), (0.0, 1.0), required=True) if words else None
-            for split, (flag, words) in separate.items()
+            (kind, name): Source(kind, flag, blend, _all_of(kind), (0.0, 1.0), required=True)
+            for kind, (flag, words) in separate.items()
+            if words
+            for name, blend in (parse_sets(words, flag) if kind is Split.valid else {"": words}).items()
         }
     for flag, words in separate.values():
         if words:
             raise UserError(
                 f"--data-path and {flag} are both given: use --data-path with --split, or the three others."
             )
-    shares = parse_split(data.split)
     return {
-        split: Source("--data-path", data.data_path, data.split, share, required=split is not Split.test)
+        (kind, ""): Source(
+            kind, "--data-path", data.data_path, data.split, share, required=kind is not Split.test
+        )
+        for kind, share in zip(Split, parse_split(data.split), strict=True)
         if share is not None
-        else None
-        for split, share in zip(Split, shares, strict=True)
     }
 
 
@@ -187,6 +222,6 @@ def _megatron_config(
         tokenizer=tokenizer,
         reset_position_ids=False,
         reset_attention_mask=False,
-        eod_mask_loss=data.eod_mask_loss,
+        eod_mask_loss=data.eod_mask_loss and data.eod_mask_loss_of != "eod",
         create_attention_mask=False,  # the attention is causal by itself; a mask costs [S, S] per sample
     )

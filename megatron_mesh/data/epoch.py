@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import (
     GPTDataset,
@@ -69,6 +70,8 @@ class Epoch(GPTDataset):
 
     Args:
         index: what ``epoch_index`` returned, memory-mapped.
+        leave_out_eod: don't count predictions of end-of-document tokens. (``eod_mask_loss`` of Megatron's
+            config leaves out those of the tokens that follow them.)
     """
 
     def __init__(
@@ -79,9 +82,18 @@ class Epoch(GPTDataset):
         index: Arrays,
         split: Split,
         config: GPTDatasetConfig,
+        *,
+        leave_out_eod: bool = False,
     ) -> None:
-        self._index = index
+        self._index, self._leave_out_eod = index, leave_out_eod
         super().__init__(data, name, documents, None, split, config)
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(idx)
+        if self._leave_out_eod:
+            # Not in place: GPTDataset keeps the mask of the first sample for the others.
+            sample["loss_mask"] = sample["loss_mask"] * (sample["labels"] != self.config.tokenizer.eod)
+        return sample
 
     def _build_document_sample_shuffle_indices(self) -> Any:
         index = self._index

@@ -89,14 +89,15 @@ class IndexedFacts(NamedTuple):
     """Bytes of the .idx and the .bin file."""
 
 
-def inspect_prefix(prefix: str) -> IndexedFacts:
-    """Check the pair PREFIX.bin, PREFIX.idx. Reads 4 bytes a document, and at most 256 KiB of the tokens.
+def inspect_prefix(prefix: str, flag: str = "--data-path") -> IndexedFacts:
+    """Check the pair PREFIX.bin, PREFIX.idx, which ``flag`` names. Reads 4 bytes a document, and at most
+    256 KiB of the tokens.
 
     Raises UserError when one is missing, the index is truncated or of another format, or the data are
     shorter than the index says. Megatron's reader would stop with an assertion or read past the end.
     """
     idx, bin_ = Path(get_idx_path(prefix)), Path(get_bin_path(prefix))
-    idx_bytes, bin_bytes = sizes = file_sizes(prefix)
+    idx_bytes, bin_bytes = sizes = file_sizes(prefix, flag)
     with open(idx, "rb") as file:
         start = file.read(_HEADER.size)
     remedy = "write it again with tools/preprocess_data.py."
@@ -118,14 +119,14 @@ def inspect_prefix(prefix: str) -> IndexedFacts:
     return IndexedFacts(sequences, token_bytes, digest.hexdigest(), sizes)
 
 
-def file_sizes(prefix: str) -> tuple[int, int]:
+def file_sizes(prefix: str, flag: str = "--data-path") -> tuple[int, int]:
     """Bytes of PREFIX.idx and PREFIX.bin, without opening them. Raises UserError if one is missing."""
     paths = get_idx_path(prefix), get_bin_path(prefix)
     for path in paths:
         if not os.path.isfile(path):
             hint = ", without .bin or .idx" if prefix.endswith((".bin", ".idx")) else ""
             raise UserError(
-                f"Data file {path} does not exist: --data-path takes the prefix of a .bin and .idx pair{hint}"
+                f"Data file {path} does not exist: {flag} takes the prefix of a .bin and .idx pair{hint}"
                 ", as tools/preprocess_data.py prints it."
             )
     return os.path.getsize(paths[0]), os.path.getsize(paths[1])

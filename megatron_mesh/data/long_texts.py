@@ -7,19 +7,21 @@ is the encoding of its word exactly if each pair of neighbours is. We ask for ag
 A unigram model may choose otherwise between two divisions of the same score, as it does by rounding.
 """
 
-from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from megatron_mesh.data.encode import Encoded, Encoder, Located
+from megatron_mesh.data.encode import Encoded, Encoder, Locate, Located
+
+_Ids = np.ndarray[Any, Any]
 
 WINDOW = 1 << 20
 """Characters that are encoded at once."""
 _OVERLAP = 1 << 13
 _MARGIN = 1 << 10
-"""At the end of a window tokens may be others, for want of the text that follows. As many characters before
-them must have the same tokens in both windows."""
+"""Characters at the end of a window that are not compared: for want of the text that follows, their tokens
+may be others."""
 _TRIES = 4
 """Tokens at which a window tries to start. Some tokenizers divide long numbers in threes from their start."""
 
@@ -28,32 +30,25 @@ def encode_texts(encoder: Encoder, texts: list[str], window: int = WINDOW) -> En
     """Encode texts of any length; see ``Encoded`` for those whose windows didn't agree."""
     if all(len(text) <= window for text in texts):
         return encoder.encode(texts)
-    rows: list[np.ndarray[Any, Any]] = []
-    short: list[str] = []
+    ids: list[_Ids] = []
+    lengths: list[int] = []
     cut = 0
-    for text in texts:
-        if len(text) <= window:
-            short.append(text)
+    for long, group in groupby(texts, lambda text: len(text) > window):
+        if not long:
+            encoded = encoder.encode(list(group))
+            ids.append(encoded.ids)
+            lengths += encoded.lengths.tolist()
             continue
-        rows += _encode_short(encoder, short)
-        short = []
-        ids, joints = _encode_long(encoder, text, window)
-        rows.append(ids)
-        cut += joints > 0
-    rows += _encode_short(encoder, short)
-    lengths = np.array([len(row) for row in rows], np.int64)
-    return Encoded(np.concatenate(rows), lengths, cut)
+        for text in group:
+            pieces, joints = _encode_long(encoder, text, window)
+            ids += pieces
+            lengths.append(sum(map(len, pieces)))
+            cut += joints > 0
+    return Encoded(np.concatenate(ids), np.array(lengths, np.int32), cut)
 
 
-def _encode_short(encoder: Encoder, texts: list[str]) -> list[np.ndarray[Any, Any]]:
-    if not texts:
-        return []
-    encoded = encoder.encode(texts)
-    return np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])
-
-
-def _encode_long(encoder: Encoder, text: str, window: int) -> tuple[np.ndarray[Any, Any], int]:
-    """The ids of a text, and how many joints there are at which its windows disagree."""
+def _encode_long(encoder: Encoder, text: str, window: int) -> tuple[list[_Ids], int]:
+    """The ids of a text in pieces, and how many joints there are at which its windows disagree."""
     for locate in encoder.locators():
         result = _join_windows(locate, text, window)
         if result is not None:
@@ -61,11 +56,9 @@ def _encode_long(encoder: Encoder, text: str, window: int) -> tuple[np.ndarray[A
     raise AssertionError("the last way to locate tokens takes any text")
 
 
-def _join_windows(
-    locate: Callable[[str], Located | None], text: str, window: int
-) -> tuple[np.ndarray[Any, Any], int] | None:
+def _join_windows(locate: Locate, text: str, window: int) -> tuple[list[_Ids], int] | None:
     """As ``_encode_long``; None if the tokens of a window cannot be located."""
-    pieces: list[np.ndarray[Any, Any]] = []
+    pieces: list[_Ids] = []
     start, cuts = 0, 0
     left = locate(text[:window])
     while left is not None and start + window < len(text):
@@ -85,13 +78,13 @@ def _join_windows(
         assert right is not None
         pieces.append(left.ids[: joint[0]])
         left = Located(right.ids[joint[1] :], right.starts[joint[1] :])
-    return None if left is None else (np.concatenate([*pieces, left.ids]), cuts)
+    return None if left is None else ([*pieces, left.ids], cuts)
 
 
 def _joint(left: Located, right: Located, start: int, end: int) -> tuple[int, int] | None:
-    """Indices in two windows from which both have the same tokens up to character ``end``; None: they differ.
+    """Indices in two windows from which both have the same tokens up to character ``end``.
 
-    ``start``: where ``right`` starts.
+    None if they differ in the second half of what they share, which begins at ``start``.
     """
     first, last = np.searchsorted(left.starts, [start, end])
     until = int(np.searchsorted(right.starts, end))

@@ -19,8 +19,9 @@ from megatron_mesh.runtime import strict_json
 
 
 class Source(NamedTuple):
-    """Where one of the three data sets comes from: the words of ``flag``, and a share of their documents."""
+    """Where a data set comes from: the words of ``flag``, and a share of their documents."""
 
+    kind: Split
     flag: str
     words: list[str]
     split: str
@@ -63,7 +64,7 @@ class Planner:
         self._cache_path, self._seq_length, self._seed = cache_path, seq_length, seed
         self._facts: dict[str, IndexedFacts] = {}
 
-    def stream(self, source: Source, split: Split, num_samples: int) -> StreamPlan | None:
+    def stream(self, source: Source, num_samples: int) -> StreamPlan | None:
         """The plan of one stream; None if it isn't required and a part has less than one sequence.
 
         Raises:
@@ -75,7 +76,7 @@ class Planner:
             if cache.load(part.key) is None and (tokens := _tokens(part)) <= self._seq_length:
                 if not source.required:
                     return None
-                raise UserError(self._too_few(part, split, tokens))
+                raise UserError(self._too_few(part, source.kind, tokens))
             parts.append(part)
         if len(parts) == 1:
             return StreamPlan(parts, num_samples, None)
@@ -83,7 +84,7 @@ class Planner:
         return StreamPlan(parts, num_samples, blend_key(directory, _weights(parts), num_samples))
 
     def _part(self, prefix: str, weight: float, source: Source) -> PartPlan:
-        facts = self._facts.get(prefix) or self._facts.setdefault(prefix, inspect_prefix(prefix))
+        facts = self._facts.get(prefix) or self._facts.setdefault(prefix, inspect_prefix(prefix, source.flag))
         first, last = (round(edge * facts.sequences) for edge in source.share)  # as Megatron's builder does
         documents = range(first, last)
         directory = Path(self._cache_path or f"{prefix}/cache")

@@ -98,10 +98,13 @@ def numbers(record: Record) -> str:
     if record.kind == "skipped":
         loss, norm = values["loss"], values["grad_norm"]
         samples = f"{values['first_sample']} to {values['last_sample']}"
+        if "sources" in values:
+            samples += f": {values['sources']}"
         return f"not finite: loss {loss}, grad norm {norm}; step skipped (samples {samples})"
     if record.kind != "train":
         name = {"valid": "validation", "test": "test"}[record.kind]
-        return f"{name} loss {values['loss']:.4f} | perplexity {values['perplexity']:.2f}"
+        sets = "".join(f" | {name} {loss:.4f}" for name, loss in values.get("sets", {}).items())
+        return f"{name} loss {values['loss']:.4f} | perplexity {values['perplexity']:.2f}{sets}"
     parts = [
         f"loss {values['loss']:.4f}",
         f"lr {values['lr']:.3e}",

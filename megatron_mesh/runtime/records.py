@@ -16,14 +16,15 @@ class Record:
     values: dict[str, Any]
 
     def flat(self) -> Iterator[tuple[str, float]]:
-        """Every number by a name of its own, e.g. ``train/router/read/cycle1/slot2``."""
+        """Every number by a name of its own, e.g. ``train/router/read/cycle1/slot2`` or ``valid/code``."""
         return _flatten(self.kind, self.values, ("cycle", "slot"))
 
 
 def _flatten(name: str, value: Any, levels: tuple[str, ...]) -> Iterator[tuple[str, float]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _flatten(f"{name}/{key}", inner, levels)
+            # Validation sets stand beside the mean of their losses.
+            yield from _flatten(name if key == "sets" else f"{name}/{key}", inner, levels)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
             yield from _flatten(f"{name}/{levels[0]}{index}", inner, levels[1:])

@@ -5,7 +5,8 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from statistics import fmean
+from typing import Any, Literal
 
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
@@ -29,6 +30,7 @@ from megatron_mesh.runtime.ownership import owned
 from megatron_mesh.runtime.start_times import STARTED
 from megatron_mesh.runtime.stopping import URGENT, StopRequests, write_status
 from megatron_mesh.train.data import open_batches, open_datasets, open_vocabulary
+from megatron_mesh.train.data_report import say_what_data, sources_in_words
 from megatron_mesh.train.metrics import RouterMeter, SpeedMeter, perplexity
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule, warn_if_lr_reaches_zero_early
 from megatron_mesh.train.output import (
@@ -78,6 +80,8 @@ def pretrain(config: Config) -> int:
             search = Search(config.checkpoint)
             check_writable(config)
             run = build(config, search)
+            if is_rank_zero():
+                say_what_data(run.config, run.data, run.state.consumed_samples)
         stop = StopRequests(config.checkpoint, started)
         with open_outputs(run.config, run.state) as log, stop.listening():
             write_status(config.checkpoint.save, "running")
@@ -162,7 +166,7 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
             phases.enter(STARTED)
 
         if not outcome.taken:
-            record_skipped(log, state, outcome, before)
+            record_skipped(log, run, outcome, before)
         elif logged:
             state.train_loss = outcome.loss
             numbers = {
@@ -181,7 +185,7 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
             with speed.paused():
                 save(run, saver, health)
         in_a_hurry = reason in URGENT and step < last
-        if run.data.valid is not None and due(step, config.training.eval_interval, last) and not in_a_hurry:
+        if run.data.validation and due(step, config.training.eval_interval, last) and not in_a_hurry:
             with speed.paused():
                 interrupted = measure(run, "valid", log, health, stop, saver)
                 if interrupted and saver is not None:
@@ -207,9 +211,11 @@ def measure(
 ) -> str:
     """Evaluate and log the loss. If a rank is asked to stop meanwhile, return why, without a result.
 
-    A background checkpoint is published during the evaluation, as soon as all ranks have written it.
+    With several validation sets, each one's loss is logged, and their mean is the validation loss. A
+    background checkpoint is published during the evaluation, as soon as all ranks have written it.
     """
-    state, dataset = run.state, getattr(run.data, kind)
+    state, data = run.state, run.data
+    datasets = data.validation if kind == "valid" else {"": data.named()["test"]}
 
     def publish() -> None:
         if saver is not None and saver.pending:
@@ -219,12 +225,14 @@ def measure(
     def vote() -> Vote:
         return Vote(stop.urgent(), written=saver is None or saver.written())
 
-    ended = evaluate(run.stage, run.config, dataset, health, vote=vote, on_written=publish)
+    ended = evaluate(run.stage, run.config, datasets, health, vote=vote, on_written=publish)
     if ended.stop:
         return ended.stop
-    log.record(kind, state.step, loss=ended.loss, perplexity=perplexity(ended.loss))
+    loss = fmean(ended.losses.values())
+    sets = {"sets": ended.losses} if kind == "valid" and data.valid_sets else {}
+    log.record(kind, state.step, loss=loss, perplexity=perplexity(loss), **sets)
     if kind == "valid":
-        state.valid_loss = ended.loss
+        state.valid_loss = loss
     return ""
 
 
@@ -274,10 +282,13 @@ def open_saver(config: Config, log: Log) -> Saver | None:
     return Saver(config, on_saved)
 
 
-def record_skipped(log: Log, state: TrainState, outcome: Outcome, first_sample: int) -> None:
-    """Log a step that was not taken, with the samples it held; call it after ``state`` has advanced."""
-    samples = {"first_sample": first_sample, "last_sample": state.consumed_samples - 1}
-    log.record("skipped", state.step, loss=outcome.loss, grad_norm=outcome.grad_norm, **samples)
+def record_skipped(log: Log, run: Run, outcome: Outcome, first_sample: int) -> None:
+    """Log a step that was not taken, with the samples it held; call it after the state has advanced."""
+    end = run.state.consumed_samples
+    samples: dict[str, Any] = {"first_sample": first_sample, "last_sample": end - 1}
+    if is_rank_zero():
+        samples["sources"] = sources_in_words(run.data.train, range(first_sample, end))
+    log.record("skipped", run.state.step, loss=outcome.loss, grad_norm=outcome.grad_norm, **samples)
 
 
 def diverged(config: Config, state: TrainState, saver: Saver | None, health: Health) -> int:

@@ -1,7 +1,7 @@
 """One training step, and its parts: a global batch through Megatron-core's schedule, and evaluation."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -154,8 +154,8 @@ def run_batch(
 class Evaluation:
     """How an evaluation ended; the same on all ranks."""
 
-    loss: float
-    """Per token, in nats; of no meaning if it was interrupted."""
+    losses: dict[str, float]
+    """Per token, in nats, by set; empty if it was interrupted."""
     stop: str = ""
     """Why it was interrupted (``stopping.URGENT``), or ""."""
 
@@ -164,36 +164,42 @@ class Evaluation:
 def evaluate(
     stage: Stage,
     config: Config,
-    dataset: SampleStream,
+    datasets: Mapping[str, SampleStream],
     health: Health,
     *,
     vote: Callable[[], Vote] = Vote,
     on_written: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Measure the loss over the first ``eval_iters`` global batches of ``dataset``.
+    """Measure the loss over the first ``eval_iters`` global batches of each of ``datasets``.
 
     Collective: one all-reduce for each batch, after which the host waits for the device.
 
     Args:
+        datasets: by name; the name of a single one is "".
         vote: what this rank tells the others after each batch.
         on_written: a collective operation, called after a batch if all ranks have written their parts of the
             background checkpoint.
     """
     phases.enter("evaluation")
-    batches = open_batches(config, dataset)
-    loss, tokens, stop = 0.0, 0.0, ""
+    losses: dict[str, float] = {}
+    left, stop = len(datasets) * config.training.eval_iters, ""
     stage.train(False)
     with stage.parameters_gathered():
-        for index in range(config.training.eval_iters):
-            health.beat(f"batch {index + 1} of an evaluation")
-            totals = run_batch(stage, batches, config.training, forward_only=True, beat=health.beat)
-            interim = agree_in_evaluation(totals, vote())
-            loss, tokens, stop = loss + interim.loss, tokens + interim.tokens, interim.stop
-            if interim.all_written:
-                on_written()
-            if stop and index + 1 < config.training.eval_iters:
+        for name, dataset in datasets.items():
+            batches, loss, tokens = open_batches(config, dataset), 0.0, 0.0
+            for index in range(config.training.eval_iters):
+                health.beat(f"batch {index + 1} of an evaluation" + (f" on {name}" if name else ""))
+                totals = run_batch(stage, batches, config.training, forward_only=True, beat=health.beat)
+                interim = agree_in_evaluation(totals, vote())
+                loss, tokens, left = loss + interim.loss, tokens + interim.tokens, left - 1
+                if interim.all_written:
+                    on_written()
+                # After the last batch of all it is complete; the next step hears of the request.
+                stop = interim.stop if left else ""
+                if stop:
+                    break
+            if stop:
                 break
-        else:
-            stop = ""  # it is complete; the next step hears of the request
+            losses[name] = loss / tokens if tokens else math.nan
     stage.train()
-    return Evaluation(loss / tokens if tokens else math.nan, stop)
+    return Evaluation({} if stop else losses, stop)

@@ -176,6 +176,7 @@ ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"test_data_path": ["b"]}, ["--test-data-path is given without --train-data-path"]),
     ({"data_path": []}, ["--data-path is empty"]),
     ({"eod_mask_loss": True}, ["--eod-mask-loss needs a tokenizer"]),
+    ({"eod_mask_loss_of": "eod"}, ["--eod-mask-loss-of eod is given without --eod-mask-loss"]),
     ({"num_workers": -1}, ["--num-workers -1", "at least 0"]),
     ({"train_iters": None, "train_samples": 3}, ["--train-samples 3", "one global batch of 4"]),
     ({"train_samples": 30}, ["--train-iters and --train-samples", "keep one"]),

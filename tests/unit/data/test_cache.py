@@ -53,9 +53,8 @@ def test_the_index_is_megatrons(tmp_path: Path) -> None:
     )
     low_level = GPTDataset.build_low_level_dataset(str(tmp_path / "text"), stock)
     for stream, split, documents in zip(
-        ours, Split, (range(350), range(350, 450), range(450, 500)), strict=True
+        ours.named().values(), Split, (range(350), range(350, 450), range(450, 500)), strict=True
     ):
-        assert stream is not None
         theirs = GPTDataset(low_level, "text", np.array(documents, dtype=np.int32), None, split, stock)
         ours_epoch = stream.parts[0].dataset
         for name in ("document_index", "sample_index", "shuffle_index"):

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_mesh.config.schema import DataConfig
 from megatron_mesh.data import build_datasets, build_tokenizer
-from megatron_mesh.data.blend import parse_blend, parse_split
+from megatron_mesh.data.blend import parse_blend, parse_sets, parse_split
 from megatron_mesh.data.datasets import Datasets
 from megatron_mesh.data.indexed import IndexedWriter
 from megatron_mesh.data.stream import SampleStream, epoch_order
@@ -93,21 +94,34 @@ def test_reading_order_and_repetition_change_nothing(make_data) -> None:
         assert all((one[i][name] == backward[i][name]).all() for name in one[i])
 
 
-def test_end_of_document_can_be_left_out_of_the_loss(tmp_path: Path) -> None:
+EOD_MASKS: dict[str, tuple[dict[str, Any], list[float]]] = {
+    "everything counts": ({}, [1, 1, 1, 1, 1, 1, 1, 1]),
+    "not what follows the token": ({"eod_mask_loss": True}, [1, 1, 1, 0, 1, 1, 1, 0]),
+    "the same, said": ({"eod_mask_loss": True, "eod_mask_loss_of": "next"}, [1, 1, 1, 0, 1, 1, 1, 0]),
+    "not the token itself": ({"eod_mask_loss": True, "eod_mask_loss_of": "eod"}, [1, 1, 0, 1, 1, 1, 0, 1]),
+    "neither": ({"eod_mask_loss": True, "eod_mask_loss_of": "both"}, [1, 1, 0, 0, 1, 1, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("case", EOD_MASKS)
+def test_which_predictions_an_end_of_document_leaves_out(tmp_path: Path, case: str) -> None:
+    """Case 18. The data are 5 6 7 0, 5 6 7 0 ...; the token 0 ends a document."""
     with IndexedWriter(str(tmp_path / "eod"), np.uint16) as writer:
         writer.add(np.tile([5, 6, 7, 0], 50), np.full(50, 4))
         writer.commit()
-    for masked in (True, False):
-        sample = build(str(tmp_path / "eod"), eod_mask_loss=masked).train[2]
-        expected = (sample["tokens"] != 0).float() if masked else sample["tokens"] * 0 + 1.0
-        assert (sample["loss_mask"] == expected).all()
+    settings, mask = EOD_MASKS[case]
+    stream = build(str(tmp_path / "eod"), length=8, **settings).train
+    for i in (2, 3, 2):  # twice, since GPTDataset keeps the mask of its first sample
+        sample = stream[i]
+        assert sample["tokens"].tolist() == [5, 6, 7, 0, 5, 6, 7, 0]
+        assert sample["labels"].tolist() == [6, 7, 0, 5, 6, 7, 0, 5]
+        assert sample["loss_mask"].tolist() == mask and sample["loss_mask"].dtype == torch.float32
 
 
 def test_splits_share_no_document(make_data) -> None:
     datasets = build(make_data("a"), split="80,10,10", train=99, valid=10)
     seen = []
-    for stream in datasets:
-        assert stream is not None
+    for stream in datasets.named().values():
         tokens = {int(token) for i in range(len(stream)) for token in stream[i]["tokens"]}
         seen.append({(token - 1) // 50 for token in tokens})
     assert [max(documents) for documents in seen] == [31, 35, 39]
@@ -120,6 +134,43 @@ def test_separate_paths(make_data) -> None:
     assert datasets.valid is not None and datasets.test is None
     assert len(datasets.valid) == 5
     assert min(first_tokens(datasets.valid)) >= 5000 > max(first_tokens(datasets.train))
+
+
+def test_several_validation_sets(make_data) -> None:
+    a, b, c = make_data("a"), make_data("b", first=5000), make_data("c", first=9000)
+    both = {"train_data_path": [a], "train": 9, "valid": 5}
+    datasets = build(valid_data_path=[f"books={b}", f"web-2.code_x={c}"], **both)
+    assert datasets.valid is None and list(datasets.valid_sets) == ["books", "web-2.code_x"]
+    assert list(datasets.named()) == ["train", "valid/books", "valid/web-2.code_x"]
+    alone = build(valid_data_path=[b], **both)
+    assert alone.valid is not None and alone.validation == {"": alone.valid} and not alone.valid_sets
+    assert first_tokens(datasets.validation["books"]) == first_tokens(alone.valid)
+    assert min(first_tokens(datasets.validation["web-2.code_x"])) >= 9000
+    assert not build(valid_data_path=[f"books={b}"], train_data_path=[a], valid=0).validation
+
+
+def test_names_of_validation_sets() -> None:
+    assert parse_sets(["a=p", "b=q=r"], "--valid-data-path") == {"a": ["p"], "b": ["q=r"]}
+    for words in (["p"], ["data/lang=en/text"], ["0.3", "lang=en/text", "0.7", "q"]):
+        assert parse_sets(words, "--valid-data-path") == {"": words}
+    cases = [
+        (["a=p", "a=q"], "--valid-data-path gives the name a twice"),
+        (["a=p", "q"], "--valid-data-path mixes NAME=PREFIX"),
+        (["0.3", "a=p", "b=q"], "--valid-data-path mixes NAME=PREFIX"),
+        (["loss=p"], "cannot be named loss"),
+    ]
+    for words, message in cases:
+        with pytest.raises(UserError, match=message):
+            parse_sets(words, "--valid-data-path")
+
+
+@pytest.mark.parametrize("flag", ["train_data_path", "valid_data_path", "test_data_path"])
+def test_a_missing_file_is_named_with_its_own_flag(make_data, flag: str) -> None:
+    paths = {"train_data_path": [make_data("a")], flag: [make_data("b") + ".bin"]}
+    with pytest.raises(
+        UserError, match=f"--{flag.replace('_', '-')} takes the prefix .* without .bin or .idx"
+    ):
+        build(**paths)
 
 
 def test_without_evaluation_no_data_is_needed_for_it(make_data) -> None:

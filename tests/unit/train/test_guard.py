@@ -8,6 +8,7 @@ import torch
 
 from megatron_mesh.checkpoint import writer
 from megatron_mesh.runtime import exits
+from megatron_mesh.runtime.console import numbers
 from megatron_mesh.train import step
 from tests.unit.train.conftest import run
 
@@ -45,6 +46,7 @@ def test_a_bad_step_leaves_no_trace_in_the_weights(tiny, poisoned, bf16):
     (skipped,) = [r for r in outcome.records if r.kind == "skipped"]
     assert skipped.step == 3 and math.isnan(skipped.values["grad_norm"])
     assert (skipped.values["first_sample"], skipped.values["last_sample"]) == (16, 23)
+    assert skipped.values["sources"].startswith("8 of ") and "(epoch 1)" in numbers(skipped)
     assert math.isfinite(skipped.values["loss"])
     assert [r.step for r in outcome.records if r.kind == "train"] == [1, 2]
 

@@ -41,7 +41,8 @@ def test_loss_and_gradients_per_token(tiny):
         model, plain = build_model(config), build_model(config)
         for each in (model, plain):
             randomise(each)
-        loss = loss_per_token(run_batch(plain_stage([model], config), iter(batches), config.training))
+        totals = run_batch(plain_stage([model], config), iter(batches), config.training)
+        loss = loss_per_token(totals)
         expected = direct_loss(plain, batches)
         expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-6)
@@ -74,12 +75,12 @@ def test_evaluation_is_the_mean_over_the_fixed_samples(tiny):
         parts = build(config)
         model = parts.stage.modules[0]
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        loss = evaluate(parts.stage, config, parts.data.valid, health).loss
+        loss = evaluate(parts.stage, config, parts.data.validation, health).losses[""]
         with torch.no_grad():
             expected = direct_loss(model, list(open_batches(config, parts.data.valid)))
         assert len(parts.data.valid) == 16
         assert loss == pytest.approx(expected.item(), rel=1e-6)
-        assert evaluate(parts.stage, config, parts.data.valid, health).loss == loss
+        assert evaluate(parts.stage, config, parts.data.validation, health).losses == {"": loss}
         assert model.training
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
