@@ -53,7 +53,7 @@ _NAMED = {
     "eval_iters": "validation covers another number of batches, so " + _LOSS,
     "valid_data_path": "validation " + _LOSS,
     "test_data_path": "the test's loss is that of other text",
-    "eod_mask_loss": "the loss counts other tokens, so " + _LOSS,
+    **dict.fromkeys(("eod_mask_loss", "eod_mask_loss_of"), "the loss counts other tokens, so " + _LOSS),
     **dict.fromkeys(
         ("tokenizer_model", "tokenizer_type"),
         "the data keep the ids of the tokenizer that made them; only its size and its end-of-document id "
