@@ -44,7 +44,7 @@ def submit_again(run: Path, chain: int) -> list[str]:
         raise UserError(f"{run} was not submitted with submit_slurm.py; submit its script again with sbatch")
     try:
         with (folder(run) / STARTS).open("a", encoding="utf-8") as file:
-            file.write("by-hand -\n")  # whoever asks for another start has seen why the last one ended
+            file.write("by-hand -\n")  # the user has seen why the last start ended
         jobs = submit(script, chain)
         try:
             note_jobs(run, jobs)

@@ -76,7 +76,7 @@ def slurm(*command: str, seconds: float = 60) -> str:
         ended = subprocess.run(
             command, env=_environment(), capture_output=True, text=True, errors="replace", timeout=seconds
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise UserError(f"{command[0]} is not on this machine; go to one that has SLURM's commands") from None
     except subprocess.TimeoutExpired:
         raise UserError(
@@ -118,7 +118,7 @@ def submit(script: Path, chain: int, *options: str) -> list[str]:
         except UserError:
             withdraw(jobs)
             raise
-        jobs.append(answer.strip().split(";")[0])
+        jobs.append(answer.split()[-1].split(";")[0])
     return jobs
 
 

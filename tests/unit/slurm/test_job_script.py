@@ -230,6 +230,16 @@ def test_an_element_of_an_array_acts_on_itself(job, tmp_path) -> None:
     assert (tmp_path / "run/slurm/starts.txt").read_text().startswith("7_2.0 0 start ")
 
 
+def test_an_element_that_crashed_restarts_beside_its_siblings(job, tmp_path) -> None:
+    """Its own token is no other job's, and its siblings' numbers are not its own."""
+    element = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    job(ending("running", 137, 10), **element)
+    ended = job(ending("running", 137, 20), **element, SLURM_RESTART_COUNT="1", QUEUE="7")
+    assert "start on node1 from step 10" in ended.stdout
+    ended = job(ending("done", 0), SLURM_JOB_ID="8", QUEUE="7")
+    assert ended.returncode == 2 and "error: job 7_2 runs in" in ended.stdout
+
+
 def test_a_heterogeneous_job_is_refused(job, tmp_path) -> None:
     ended = job(ending("done", 0), SLURM_HET_SIZE="2")
     assert ended.returncode == 2 and "a heterogeneous job (2 parts) cannot hold a run" in ended.stdout

@@ -260,6 +260,19 @@ def test_follow_prints_until_the_job_is_over(run, capsys, monkeypatch) -> None:
     assert said == ["job 41: PENDING (Priority)", "job 41: FAILED"]
 
 
+def test_follow_a_job_submitted_by_hand(lab, capsys, monkeypatch) -> None:
+    """SLURM says where it prints."""
+    run = lab / "by_hand"
+    (run / "slurm").mkdir(parents=True)
+    (run / "slurm/starts.txt").write_text("7.0 0 start 2026-01-01T00:00:00 on n1 from step 0\n")
+    (lab / "a log").write_text("all\n")
+    said = f"JobId=7 StdIn=/dev/null StdOut={lab}/a log Power="
+    (lab / "bin/scontrol").write_text(f'#!/bin/sh\necho "{said}"\n')
+    monkeypatch.setenv("JOB", FAILED)
+    main(["--follow", str(run)])
+    assert capsys.readouterr().out == "all\n"
+
+
 def test_follow_without_a_controller_ends_with_the_jobs_last_word(run, capsys, monkeypatch) -> None:
     monkeypatch.setattr("megatron_mesh.slurm.follow._ASK_SECONDS", 0.0)
     monkeypatch.setenv("SILENT", "yes")
