@@ -97,7 +97,7 @@ def test_changes_of_a_waiting_job(start, cluster) -> None:
     again = Job(cluster, job.run, text.split("submitted job ")[1].split(" in place of ")[0])
     assert job.fields["JobState"] == "CANCELLED"
     assert (again.fields["JobState"], again.fields["Reason"]) == ("PENDING", "BeginTime")
-    assert again.fields["NumNodes"] == "1"
+    assert again.fields["NumNodes"] == "1-1"
     assert f"job {again.number} (PENDING)" in tool(cluster, "--cancel", job.run)
     assert again.fields["JobState"] == "CANCELLED"
 
