@@ -53,7 +53,7 @@ saved_step() {
 take_over() {
     local before
     before=$(word_in "$RUN/slurm/owner")
-    if [ -n "$before" ] && [ "${before%.*}" != "$this_job" ] &&
+    if [ -n "$before" ] && [ "${before%.*}" != "$SLURM_JOB_ID" ] &&
         [ -n "$(squeue -h -j "${before%.*}" -t running,completing -o %A 2>/dev/null)" ]; then
         say "error: job ${before%.*} runs in $RUN; scancel it first, or let this one wait for it"
         exit 2
