@@ -15,6 +15,8 @@ WAITING, RUNNING = (
     ("RUNNING", "CONFIGURING", "COMPLETING", "STAGE_OUT"),
 )
 SUSPENDED = ("SUSPENDED", "STOPPED")
+CHANGING = ("CONFIGURING", "COMPLETING")
+"""States in which a batch script does not listen: its nodes are being made ready, or it is ending."""
 STATUS_SECONDS = 5.0
 """How long --status waits for an answer; without one it says what the files say."""
 

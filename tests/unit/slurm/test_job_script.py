@@ -87,6 +87,7 @@ def ending(status: str, code: int, saved: int | None = None) -> str:
 
 TIME_IS_UP = "JobState=COMPLETING Reason=TimeLimit PreemptTime=None"
 CANCELLED = "JobState=COMPLETING Reason=None PreemptTime=None"
+HELD = "JobState=COMPLETING Reason=job_requeued_in_held_state Restarts=1"
 PREEMPTED = "JobState=RUNNING Reason=None PreemptTime=2026-01-01T00:00:00"
 
 
@@ -100,6 +101,8 @@ PREEMPTED = "JobState=RUNNING Reason=None PreemptTime=2026-01-01T00:00:00"
         (ending("running", 143, 20), PREEMPTED, 1, True, "preempted; requeued"),
         (ending("stopped", 42, 20), CANCELLED, 42, False, "ended by SLURM at step 20: cancelled"),
         (ending("running", 1), f"{CANCELLED} Restarts=1", 1, False, "step 0: preempted or requeued"),
+        (ending("running", 1), HELD, 1, False, "ended by SLURM at step 0: requeued and held"),
+        (ending("running", 9), "JobState=OUT_OF_MEMORY Reason=None", 9, False, "0: out of memory"),
         (ending("running", 1), "", 1, False, "the controller does not say why"),
         (ending("stopped", 42, 20), RUNNING, UNFINISHED, False, "stopped on request at step 20"),
         (ending("running", 137, 20), RUNNING, 1, True, "failed with exit status 137; requeued"),

@@ -217,6 +217,14 @@ def test_a_suspended_job_is_called_suspended(run, monkeypatch) -> None:
     assert (run / "slurm/jobs.txt").read_text() == "41\n"
 
 
+@pytest.mark.parametrize("state", ["CONFIGURING", "COMPLETING"])
+def test_a_job_that_cannot_listen_is_not_said_to_save(lab, run, monkeypatch, state) -> None:
+    monkeypatch.setenv("JOB", RUNNING.replace("RUNNING", state))
+    with pytest.raises(UserError, match=f"job 41 is {state}.* again in a moment"):
+        main(["--requeue", str(run)])
+    assert not (lab / "scancel").exists()
+
+
 def test_requeue_without_room_submits_nothing(run, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "jobs.txt")
