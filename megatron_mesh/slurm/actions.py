@@ -25,9 +25,7 @@ def requeue(run: Path, chain: int) -> str:
         if job.is_suspended:
             raise suspended(job)
         if job.state in CHANGING:
-            raise UserError(
-                f"job {job.number} is {job.state}, so it does not listen; ask again in a moment"
-            )
+            raise UserError(f"job {job.number} is {job.state}, so it does not listen; ask again in a moment")
         if job.runs:
             # The batch script's early warning: it has the run saved, and requeues itself.
             slurm("scancel", "--batch", "--signal=USR1", job.number)
