@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.slurm.commands import Job, known_jobs, slurm, submit, withdraw
+from megatron_mesh.slurm.commands import CHANGING, Job, known_jobs, slurm, submit, withdraw
 from megatron_mesh.slurm.files import read_files
 from megatron_mesh.slurm.script import SCRIPT, folder
 from megatron_mesh.slurm.submission import STARTS, note_jobs
@@ -16,7 +16,7 @@ def requeue(run: Path, chain: int) -> str:
     A running job saves first, a waiting one is left alone, and one that is over is submitted again.
 
     Raises:
-        UserError: the run is trained to the end, or a job of it is suspended.
+        UserError: the run is trained to the end, or a job of it is suspended, starting or ending.
     """
     files = read_files(run)
     for job in known_jobs(files.jobs).values():
@@ -24,6 +24,8 @@ def requeue(run: Path, chain: int) -> str:
             return f"job {job.number} is in the queue already ({job.state}, {job.reason})"
         if job.is_suspended:
             raise suspended(job)
+        if job.state in CHANGING:
+            raise UserError(f"job {job.number} is {job.state}, so it does not listen; ask again in a moment")
         if job.runs:
             # The batch script's early warning: it has the run saved, and requeues itself.
             slurm("scancel", "--batch", "--signal=USR1", job.number)
@@ -44,7 +46,7 @@ def submit_again(run: Path, chain: int) -> list[str]:
         raise UserError(f"{run} was not submitted with submit_slurm.py; submit its script again with sbatch")
     try:
         with (folder(run) / STARTS).open("a", encoding="utf-8") as file:
-            file.write("by-hand -\n")  # whoever asks for another start has seen why the last one ended
+            file.write("by-hand -\n")  # the user has seen why the last start ended
         jobs = submit(script, chain)
         try:
             note_jobs(run, jobs)

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,6 +138,8 @@ def make_change(change: Change) -> str:
     target = folder(change.run)
     jobs: list[str] = []
     keeps = change.keeps_jobs and bool(change.waiting)
+    # Those that the user holds stay held.
+    held = [job.number for job in change.waiting if "Held" not in job.reason] if keeps else []
     try:
         _write_next(change, target / "next")
         if keeps:
@@ -150,16 +153,21 @@ def make_change(change: Change) -> str:
                 file.write("by-hand -\n")
         except OSError:
             withdraw(jobs)
+            _release(held)
             raise
     except OSError as error:
         raise UserError(f"{error.filename} cannot be written ({error.strerror}); fix that first") from None
-    held = [job.number for job in change.waiting if "Held" not in job.reason]
+    finally:
+        shutil.rmtree(target / "next", ignore_errors=True)
     if not keeps:
         withdraw([job.number for job in change.waiting])
-        held = jobs
-    if held:
-        slurm("scontrol", "release", ",".join(held))
+    _release(held or jobs)
     return f"{_words(change, jobs)}; the earlier files are in {aside}"
+
+
+def _release(jobs: Sequence[str]) -> None:
+    if jobs:
+        slurm("scontrol", "release", ",".join(jobs))
 
 
 def _words(change: Change, jobs: Sequence[str]) -> str:
@@ -184,7 +192,6 @@ def _swap(target: Path) -> Path:
         number += 1
     aside.mkdir()
     for name in (SCRIPT, SETTINGS_FILE, SITE_FILE):
-        os.link(target / name, aside / name)
+        shutil.copy(target / name, aside)
         os.replace(target / "next" / name, target / name)
-    (target / "next").rmdir()
     return aside

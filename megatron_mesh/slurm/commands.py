@@ -15,6 +15,8 @@ WAITING, RUNNING = (
     ("RUNNING", "CONFIGURING", "COMPLETING", "STAGE_OUT"),
 )
 SUSPENDED = ("SUSPENDED", "STOPPED")
+CHANGING = ("CONFIGURING", "COMPLETING")
+"""States in which a batch script does not listen: its nodes are being made ready, or it is ending."""
 STATUS_SECONDS = 5.0
 """How long --status waits for an answer; without one it says what the files say."""
 
@@ -76,7 +78,7 @@ def slurm(*command: str, seconds: float = 60) -> str:
         ended = subprocess.run(
             command, env=_environment(), capture_output=True, text=True, errors="replace", timeout=seconds
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise UserError(f"{command[0]} is not on this machine; go to one that has SLURM's commands") from None
     except subprocess.TimeoutExpired:
         raise UserError(
@@ -118,7 +120,7 @@ def submit(script: Path, chain: int, *options: str) -> list[str]:
         except UserError:
             withdraw(jobs)
             raise
-        jobs.append(answer.strip().split(";")[0])
+        jobs.append(answer.split()[-1].split(";")[0])
     return jobs
 
 

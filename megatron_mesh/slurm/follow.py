@@ -13,7 +13,7 @@ from megatron_mesh.slurm.script import folder
 
 _LINES = 20
 """Lines of what was printed before."""
-_ASK_SECONDS = 5.0
+_ASK_SECONDS = 10.0
 
 
 def follow(run: Path, poll_seconds: float = 0.5) -> Iterator[str]:

@@ -21,6 +21,7 @@ _NAMES = (
     "PYTHON",
     "CONTAINER",
 )
+_READ_SECONDS = 60.0
 _PRINT_ALL = '. "$1" >&2 && printf "%s\\0" {} "${{SBATCH_OPTIONS[@]}}"'
 
 
@@ -60,7 +61,15 @@ def read_site(path: Path) -> Site:
         raise UserError(f"--site {path} is not a file; copy examples/slurm/site.sh and fill it in")
     wanted = " ".join(f'"${{{name}-}}"' for name in _NAMES)
     command = ["bash", "-c", _PRINT_ALL.format(wanted), "bash", str(path.resolve())]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    try:
+        ended = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_READ_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"--site {path}: bash did not come to its end within {_READ_SECONDS:g} s; put slow commands into "
+            "prepare"
+        ) from None
     if ended.returncode:
         raise UserError(f"--site {path}: bash cannot read it: {ended.stderr.strip() or 'it fails'}")
     values = ended.stdout.split("\0")[:-1]

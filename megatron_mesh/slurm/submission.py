@@ -184,6 +184,6 @@ def _version() -> str:
     command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty"]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except FileNotFoundError:
+    except (OSError, subprocess.TimeoutExpired):
         return megatron_mesh.__version__
     return ended.stdout.strip() if ended.returncode == 0 else megatron_mesh.__version__

@@ -152,6 +152,18 @@ def test_preemption(start, undisturbed, partition) -> None:
 
 
 @every_event
+def test_preemption_during_every_start_is_no_failure(start) -> None:
+    """SLURM, case 7: without a step in between."""
+    job = start("--train-iters", 5, "--lr-decay-iters", 5, site="SBATCH_OPTIONS=(--partition=nograce)\n")
+    for count in (1, 2):
+        wait_until(lambda n=count: job.log.count("start on node") == n, 120, "a start")
+        make_way(job)
+        job.wait_for_restart(count)
+    assert job.wait_for_end() == "COMPLETED"
+    assert job.log.count("ended by SLURM at step 0: preempted or requeued") == 2
+
+
+@every_event
 def test_requeue_by_the_administrator(start, undisturbed) -> None:
     job = start()
     job.wait_for_step(25)

@@ -87,6 +87,22 @@ def test_other_nodes(start, undisturbed, cluster) -> None:
 
 
 @every_event
+def test_changes_of_a_waiting_job(start, cluster) -> None:
+    """Other settings leave it in the queue, other nodes put another job there (SLURM, case 12)."""
+    job = start(site="SBATCH_OPTIONS+=(--begin=now+1hour)\n")
+    text = tool(cluster, "--change", job.run, "--lr", 0.5)
+    assert "lr: 0.01 -> 0.5" in text and "keeps its place" in text
+    assert (job.fields["JobState"], job.fields["Reason"]) == ("PENDING", "BeginTime")
+    text = tool(cluster, "--change", job.run, "--nodes", 1, "--gpus-per-node", 2)
+    again = Job(cluster, job.run, text.split("submitted job ")[1].split(" in place of ")[0])
+    assert job.fields["JobState"] == "CANCELLED"
+    assert (again.fields["JobState"], again.fields["Reason"]) == ("PENDING", "BeginTime")
+    assert again.fields["NumNodes"] == "1-1"
+    assert f"job {again.number} (PENDING)" in tool(cluster, "--cancel", job.run)
+    assert again.fields["JobState"] == "CANCELLED"
+
+
+@every_event
 def test_odd_paths_and_options(cluster, settings, tmp_path) -> None:
     """Blanks, quotes, letters of other languages and % in RUN, and an option of two words (cases 14, 15)."""
     run = tmp_path / "my own/größe 50%j's"

@@ -106,9 +106,24 @@ def test_a_change_that_sbatch_refuses_leaves_the_waiting_job(lab, run, monkeypat
     before = files(run)
     with pytest.raises(UserError, match="Node count"):
         main(["--change", str(run), "--nodes", "2"])
-    assert files(run) == before and not (lab / "scancel").exists()
+    assert files(run) == before and not (lab / "scancel").exists() and not (run / "slurm/next").exists()
     monkeypatch.setenv("REFUSE", "")
     main(["--change", str(run), "--nodes", "2"])
+
+
+@pytest.mark.parametrize("flags,undone", [(["--lr", "1"], "release 41"), (["--nodes", "2"], "")])
+def test_a_change_without_room_leaves_jobs_as_they_were(lab, run, monkeypatch, flags, undone) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "config.yaml")
+
+    monkeypatch.setattr("megatron_mesh.slurm.change._swap", full)
+    monkeypatch.setenv("JOB", PENDING)
+    with pytest.raises(UserError, match=r"config.yaml cannot be written .No space left on device."):
+        main(["--change", str(run), *flags])
+    if undone:
+        assert (lab / "scontrol").read_text().splitlines()[-1] == undone and not (lab / "scancel").exists()
+    else:
+        assert (lab / "scancel").read_text() == "42\n"  # not the one that waits
 
 
 def test_runs_that_cannot_be_changed(lab, run) -> None:

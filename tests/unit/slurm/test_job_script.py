@@ -87,6 +87,7 @@ def ending(status: str, code: int, saved: int | None = None) -> str:
 
 TIME_IS_UP = "JobState=COMPLETING Reason=TimeLimit PreemptTime=None"
 CANCELLED = "JobState=COMPLETING Reason=None PreemptTime=None"
+HELD = "JobState=COMPLETING Reason=job_requeued_in_held_state Restarts=1"
 PREEMPTED = "JobState=RUNNING Reason=None PreemptTime=2026-01-01T00:00:00"
 
 
@@ -100,6 +101,8 @@ PREEMPTED = "JobState=RUNNING Reason=None PreemptTime=2026-01-01T00:00:00"
         (ending("running", 143, 20), PREEMPTED, 1, True, "preempted; requeued"),
         (ending("stopped", 42, 20), CANCELLED, 42, False, "ended by SLURM at step 20: cancelled"),
         (ending("running", 1), f"{CANCELLED} Restarts=1", 1, False, "step 0: preempted or requeued"),
+        (ending("running", 1), HELD, 1, False, "ended by SLURM at step 0: requeued and held"),
+        (ending("running", 9), "JobState=OUT_OF_MEMORY Reason=None", 9, False, "0: out of memory"),
         (ending("running", 1), "", 1, False, "the controller does not say why"),
         (ending("stopped", 42, 20), RUNNING, UNFINISHED, False, "stopped on request at step 20"),
         (ending("running", 137, 20), RUNNING, 1, True, "failed with exit status 137; requeued"),
@@ -226,6 +229,16 @@ def test_an_element_of_an_array_acts_on_itself(job, tmp_path) -> None:
     job(ending("running", 1, 10), SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2")
     assert (tmp_path / "requeued").read_text() == "7_2\n"
     assert (tmp_path / "run/slurm/starts.txt").read_text().startswith("7_2.0 0 start ")
+
+
+def test_an_element_that_crashed_restarts_beside_its_siblings(job, tmp_path) -> None:
+    """Its own token is no other job's, and its siblings' numbers are not its own."""
+    element = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    job(ending("running", 137, 10), **element)
+    ended = job(ending("running", 137, 20), **element, SLURM_RESTART_COUNT="1", QUEUE="7")
+    assert "start on node1 from step 10" in ended.stdout
+    ended = job(ending("done", 0), SLURM_JOB_ID="8", QUEUE="7")
+    assert ended.returncode == 2 and "error: job 7_2 runs in" in ended.stdout
 
 
 def test_a_heterogeneous_job_is_refused(job, tmp_path) -> None:

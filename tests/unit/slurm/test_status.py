@@ -217,6 +217,14 @@ def test_a_suspended_job_is_called_suspended(run, monkeypatch) -> None:
     assert (run / "slurm/jobs.txt").read_text() == "41\n"
 
 
+@pytest.mark.parametrize("state", ["CONFIGURING", "COMPLETING"])
+def test_a_job_that_cannot_listen_is_not_said_to_save(lab, run, monkeypatch, state) -> None:
+    monkeypatch.setenv("JOB", RUNNING.replace("RUNNING", state))
+    with pytest.raises(UserError, match=f"job 41 is {state}.* again in a moment"):
+        main(["--requeue", str(run)])
+    assert not (lab / "scancel").exists()
+
+
 def test_requeue_without_room_submits_nothing(run, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "jobs.txt")
@@ -258,6 +266,19 @@ def test_follow_prints_until_the_job_is_over(run, capsys, monkeypatch) -> None:
     assert list(pieces) == ["half a line\n"]
     said = capsys.readouterr().err.splitlines()
     assert said == ["job 41: PENDING (Priority)", "job 41: FAILED"]
+
+
+def test_follow_a_job_submitted_by_hand(lab, capsys, monkeypatch) -> None:
+    """SLURM says where it prints."""
+    run = lab / "by_hand"
+    (run / "slurm").mkdir(parents=True)
+    (run / "slurm/starts.txt").write_text("7.0 0 start 2026-01-01T00:00:00 on n1 from step 0\n")
+    (lab / "a log").write_text("all\n")
+    said = f"JobId=7 StdIn=/dev/null StdOut={lab}/a log Power="
+    (lab / "bin/scontrol").write_text(f'#!/bin/sh\necho "{said}"\n')
+    monkeypatch.setenv("JOB", FAILED)
+    main(["--follow", str(run)])
+    assert capsys.readouterr().out == "all\n"
 
 
 def test_follow_without_a_controller_ends_with_the_jobs_last_word(run, capsys, monkeypatch) -> None:

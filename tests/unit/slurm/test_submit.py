@@ -232,9 +232,12 @@ def test_a_run_needs_its_directory_and_checkpoints(lab) -> None:
         ("GPUS_PER_NODE=", "GPUS_PER_NODE is not set"),
         ("PYTHON=/no/python", "cannot be run"),
         ("if", "bash cannot read it"),
+        ("exec sleep 60", "did not come to its end within 0.5 s; put slow commands into prepare"),
     ],
 )
-def test_a_wrong_site_file(lab, change, message) -> None:
+def test_a_wrong_site_file(lab, change, message, monkeypatch) -> None:
+    if "sleep" in change:
+        monkeypatch.setattr("megatron_mesh.slurm.site._READ_SECONDS", 0.5)
     with (lab / "site.sh").open("a") as file:
         file.write(f"\n{change}\n")
     with pytest.raises(UserError, match=message):

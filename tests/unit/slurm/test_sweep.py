@@ -41,6 +41,11 @@ def test_one_array_with_a_run_for_each_combination(lab, capsys, monkeypatch) -> 
             main([command, str(top)])
     main(["--cancel", str(top / f"seed=2_{name}=true")])
     assert (lab / "scancel").read_text() == "41_2\n"
+    main(["--change", str(run), "--nodes", "2"])  # a job of its own from now on
+    script = (run / "slurm/job.sbatch").read_text()
+    assert f"CODE={top}/slurm/code\n" in script and "#SBATCH --nodes=2\n" in script
+    assert (run / "slurm/jobs.txt").read_text() == "41_3\n42\n"
+    assert (lab / "scancel").read_text() == "41_2\n41_3\n"
 
 
 def test_a_chain_of_arrays(lab) -> None:
