@@ -28,6 +28,7 @@ from pathlib import Path
 
 from megatron_mesh.arguments import parse_args
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 from megatron_mesh.slurm.commands import seconds_to_leave
 from megatron_mesh.slurm.site import read_site
 from megatron_mesh.slurm.status import requeue, run_directory, status_text
@@ -115,7 +116,8 @@ def _submit(options: argparse.Namespace, settings: Sequence[str], prog: str) -> 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with closed_pipe_is_no_error():
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

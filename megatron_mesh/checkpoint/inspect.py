@@ -57,7 +57,7 @@ def description(path: Path) -> str:
 def verify(path: Path) -> int:
     """Compare every file with its checksum and print what is wrong; returns 1 if something is."""
     if not path.is_dir():
-        raise UserError(f"{path} is no directory; give a run's --save directory or an iter_... in it")
+        raise UserError(f"{path} is not a directory; give a run's --save directory or an iter_... in it")
     path = names.newest(path)
     if not any((path / name).exists() for name in (names.STATE_FILE, integrity.CHECKSUMS_FILE)):
         raise UserError(f"{path} holds no complete checkpoint (no iter_...); check the directory")

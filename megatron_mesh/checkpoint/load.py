@@ -156,7 +156,10 @@ def load_checkpoint(
         set_updates_done(optimizer, updates_of(checkpoint))
     if not settings.finetune:
         state.load_state_dict(checkpoint.train_state, with_schedule=with_optimizer)
-    logger.info("loaded %s", checkpoint.path)
+    if settings.finetune:
+        logger.info("starts from the weights of %s", checkpoint.path)
+    else:
+        logger.info("resumed at step %d from %s", state.step, checkpoint.path)
     return ""
 
 

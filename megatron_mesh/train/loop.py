@@ -13,7 +13,7 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron_mesh.checkpoint.compatible import check_same_run
 from megatron_mesh.checkpoint.directory import saved_steps
 from megatron_mesh.checkpoint.load import Found, Search, load_checkpoint
-from megatron_mesh.checkpoint.save import Saved, Saver
+from megatron_mesh.checkpoint.save import Saved, Saver, Unsaved
 from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data import Datasets
@@ -253,7 +253,10 @@ def open_saver(config: Config, log: Log) -> Saver | None:
                 grace,
             )
 
-    return Saver(config, on_saved)
+    def on_failed(unsaved: Unsaved) -> None:
+        log.record("save_failed", unsaved.step, reason=unsaved.reason, steps_at_risk=unsaved.steps_at_risk)
+
+    return Saver(config, on_saved, on_failed)
 
 
 def record_skipped(log: Log, state: TrainState, outcome: Outcome, batch_size: int) -> None:

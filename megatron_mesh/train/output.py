@@ -48,7 +48,7 @@ def open_output_directory(config: Config) -> Path:
     """The directory of the run's configuration and metrics: --output-dir, or --save, or runs/<scheme>-<time>.
 
     Writes ``config.yaml`` there, with which ``--config`` starts the same run again; a different one that is
-    there already goes on as ``config.1.yaml``, ``config.2.yaml`` and so on.
+    there already is kept as ``config.1.yaml``, ``config.2.yaml`` and so on.
     """
     chosen = config.logging.output_dir or config.checkpoint.save
     name = f"{config.model.recurrence}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -81,16 +81,22 @@ def keep_aside(path: Path) -> None:
 def open_outputs(config: Config, state: TrainState) -> Iterator[Log]:
     """The run's log, with its configuration and metrics in the output directory; rank 0 alone writes.
 
-    A run that resumes goes on with ``metrics.jsonl``; a new one keeps another run's as ``metrics.1.jsonl``.
+    A run that resumes adds to ``metrics.jsonl``; a new one keeps another run's as ``metrics.1.jsonl``.
     """
     if not is_rank_zero():
         yield Log()
         return
-    directory = open_output_directory(config)
-    metrics = directory / METRICS_FILE
-    if state.step == 0 and metrics.exists():
-        keep_aside(metrics)
-    with open_log(config, directory, state.step) as log:
+    try:
+        directory = open_output_directory(config)
+        metrics = directory / METRICS_FILE
+        if state.step == 0 and metrics.exists():
+            keep_aside(metrics)
+        log = open_log(config, directory, state.step)
+    except OSError as error:
+        raise UserError(
+            f"the run's output cannot be written ({error}); free the disk or choose another --output-dir"
+        ) from None
+    with log:
         yield log
 
 
