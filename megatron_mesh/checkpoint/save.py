@@ -203,8 +203,8 @@ class Saver:
             last = self._last_complete(step)
             at_risk = step - last
             logger.error(
-                "no checkpoint of step %d was written to %s: %s; earlier ones are kept (%s), so %d steps are at "
-                "risk until a later save succeeds",
+                "no checkpoint of step %d was written to %s: %s; earlier ones are kept (%s), and later saves "
+                "try again; steps at risk until then: %d",
                 step,
                 self.directory,
                 reason,

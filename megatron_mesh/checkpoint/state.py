@@ -16,9 +16,11 @@ class TrainState:
     consumed_samples: int = 0
     """Sequences trained on by all ranks: the position in the data."""
     train_loss: float | None = None
-    """Loss per token of the last logged step."""
+    """Loss per token of the last logged step, ``train_loss_step``."""
+    train_loss_step: int | None = None
     valid_loss: float | None = None
-    """Loss per token of the last validation."""
+    """Loss per token of the last validation, after ``valid_loss_step``."""
+    valid_loss_step: int | None = None
     skipped: int = 0
     """Steps skipped in a row until now, since loss or gradients were not finite."""
 
@@ -34,7 +36,9 @@ class TrainState:
             "step": self.step,
             "consumed_samples": self.consumed_samples,
             "train_loss": self.train_loss,
+            "train_loss_step": self.train_loss_step,
             "valid_loss": self.valid_loss,
+            "valid_loss_step": self.valid_loss_step,
             "skipped": self.skipped,
             "schedule": self.schedule.state_dict(),
         }
@@ -43,8 +47,8 @@ class TrainState:
         """Take over what ``state_dict`` gave; without ``with_schedule`` the schedule starts anew."""
         self.step = saved["step"]
         self.consumed_samples = saved["consumed_samples"]
-        self.train_loss = saved["train_loss"]
-        self.valid_loss = saved["valid_loss"]
+        self.train_loss, self.train_loss_step = saved["train_loss"], saved.get("train_loss_step")
+        self.valid_loss, self.valid_loss_step = saved["valid_loss"], saved.get("valid_loss_step")
         self.skipped = saved.get("skipped", 0)
         if with_schedule:
             self.schedule.load_state_dict(saved["schedule"])

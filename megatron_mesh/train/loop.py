@@ -151,7 +151,7 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
         if not outcome.taken:
             record_skipped(log, state, outcome, batch_size)
         elif logged:
-            state.train_loss = outcome.loss
+            state.train_loss, state.train_loss_step = outcome.loss, step
             numbers = {"loss": outcome.loss, "lr": lr, "grad_norm": outcome.grad_norm, **speed.read(step)}
             log.record("train", step, **numbers, **position(config, state), **routers.read())
         if state.skipped >= config.training.max_skipped_steps:
@@ -206,7 +206,7 @@ def measure(
         return ended.stop
     log.record(kind, state.step, loss=ended.loss, perplexity=perplexity(ended.loss))
     if kind == "valid":
-        state.valid_loss = ended.loss
+        state.valid_loss, state.valid_loss_step = ended.loss, state.step
     return ""
 
 

@@ -116,6 +116,8 @@ def summary(config: Config, state: TrainState, log: Log) -> dict[str, Any]:
         "seconds": log.seconds,
         "train_loss": state.train_loss,
     }
+    if state.train_loss_step not in (None, state.step):
+        values["train_loss_step"] = state.train_loss_step
     if state.valid_loss is not None:
         values |= {"valid_loss": state.valid_loss, "valid_perplexity": perplexity(state.valid_loss)}
     if config.checkpoint.save:
