@@ -17,6 +17,7 @@ from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.console import show_messages
 from megatron_mesh.runtime.entry import failures_told
 from megatron_mesh.runtime.environment import rank_from_environment, world_size_from_environment
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 from megatron_mesh.runtime.start_times import log_start_times
 
 
@@ -54,5 +55,5 @@ def _parse_quietly(argv: Sequence[str]) -> Arguments:
 if __name__ == "__main__":  # loader processes may import this file
     show_messages(rank_from_environment() == 0)
     log_start_times()
-    with failures_told(sys.argv[1:]):
+    with closed_pipe_is_no_error(), failures_told(sys.argv[1:]):
         sys.exit(main(sys.argv[1:]))

@@ -25,6 +25,7 @@ from megatron_mesh.arguments import parse_args
 from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 _NOTES = """\
 Seconds and waiting are medians over the rounds; waiting is the part in which training stands still. The other
@@ -93,7 +94,8 @@ def _measure_ranks(config: Config, directory: Path, rounds: int, ranks: int) -> 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with closed_pipe_is_no_error():
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -18,6 +18,7 @@ from typing import Any
 from megatron_mesh.bench.output import check_writable
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 COPY_BYTES = 2**30
 
@@ -99,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with closed_pipe_is_no_error():
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

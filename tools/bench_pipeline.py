@@ -16,6 +16,7 @@ from megatron_mesh.arguments import parse_args
 from megatron_mesh.config.checks import resolve
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.environment import rank_from_environment, world_size_from_environment
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 
 def main(argv: Sequence[str]) -> None:
@@ -51,7 +52,8 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with closed_pipe_is_no_error():
+            main(sys.argv[1:])
     except UserError as error:
         if rank_from_environment() == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -32,6 +32,7 @@ from megatron_mesh.data.preprocess import CHUNK_BYTES, PreprocessSettings, prepr
 from megatron_mesh.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 _classic_tokenizer: Tokenizer | None = None
 
@@ -135,7 +136,8 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with closed_pipe_is_no_error():
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

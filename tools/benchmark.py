@@ -17,6 +17,7 @@ from rich.console import Console
 from megatron_mesh.bench.settings import Settings
 from megatron_mesh.errors import OutOfMemory, UserError
 from megatron_mesh.runtime import exits, strict_json
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,7 +41,8 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with closed_pipe_is_no_error():
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(exits.BAD_INPUT)

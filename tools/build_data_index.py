@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from megatron_mesh.arguments import parse_args
 from megatron_mesh.data import Tokenizer, build_datasets, build_tokenizer
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 from megatron_mesh.train.data import IdsOnly
 
 
@@ -55,7 +56,8 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with closed_pipe_is_no_error():
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -21,6 +21,7 @@ from megatron_mesh.runtime.environment import (
     rank_from_environment,
     world_size_from_environment,
 )
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 
 def main(argv: Sequence[str]) -> None:
@@ -78,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with closed_pipe_is_no_error():
+            main(sys.argv[1:])
     except UserError as error:
         if rank_from_environment() == 0:
             print(f"error: {error}", file=sys.stderr)

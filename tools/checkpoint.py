@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.console import show_messages
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     show_messages(True)
     try:
-        sys.exit(main(sys.argv[1:]))
+        with closed_pipe_is_no_error():
+            sys.exit(main(sys.argv[1:]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.requirements import check_transformers
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 CORES = ("average", "first", "stepwise")
 
@@ -66,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with closed_pipe_is_no_error():
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.requirements import check_transformers
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -88,7 +89,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with closed_pipe_is_no_error():
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

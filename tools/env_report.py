@@ -11,6 +11,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
+
 
 def main(argv: Sequence[str]) -> None:
     """Print the report."""
@@ -31,4 +33,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with closed_pipe_is_no_error():
+        main(sys.argv[1:])

@@ -25,6 +25,7 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation.engines import ENGINES
 from megatron_mesh.evaluation.tasks import SHOTS, TASKS, choose
 from megatron_mesh.runtime.console import show_messages
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 
 def main(argv: Sequence[str]) -> None:
@@ -107,7 +108,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave no converted model behind
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
-        main(sys.argv[1:])
+        with closed_pipe_is_no_error():
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

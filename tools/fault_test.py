@@ -31,6 +31,7 @@ from megatron_mesh.faults.kills import Kills
 from megatron_mesh.faults.mishaps import Mishap, Mishaps
 from megatron_mesh.faults.report import table
 from megatron_mesh.faults.runs import Setup, write_inputs
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 _D = "default: %(default)s"
 
@@ -129,7 +130,8 @@ def _show(mishap: Mishap) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        with closed_pipe_is_no_error():
+            sys.exit(main(sys.argv[1:]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.requirements import check_transformers
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -153,7 +154,8 @@ def _parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave no converted model behind
     try:
-        main(sys.argv[1:])
+        with closed_pipe_is_no_error():
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

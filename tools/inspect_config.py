@@ -18,6 +18,7 @@ from megatron_mesh.arguments import parse_args
 from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 _SPEEDS = {
     "disk_gb_per_s": (5.0, "GB/s that the shared file system takes from all ranks together"),
@@ -110,7 +111,8 @@ def _print_suggestions(config: Config, options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with closed_pipe_is_no_error():
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

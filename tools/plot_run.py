@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.probe.figures import draw_run
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,7 +31,8 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with closed_pipe_is_no_error():
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

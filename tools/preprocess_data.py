@@ -19,6 +19,7 @@ from rich.progress import Progress as Bar
 from megatron_mesh.data import build_tokenizer
 from megatron_mesh.data.preprocess import PreprocessSettings, Progress, preprocess
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 _SECONDS_BETWEEN_LINES = 10.0
 _BROKEN_SHOWN = 10
@@ -129,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with closed_pipe_is_no_error():
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -24,6 +24,7 @@ from megatron_mesh.data import build_tokenizer
 from megatron_mesh.data.corpus import expand_inputs
 from megatron_mesh.data.datatrove_steps import EncodeShard, JoinShards, ReadCorpus
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 
 def main(argv: Sequence[str]) -> None:
@@ -119,7 +120,8 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with closed_pipe_is_no_error():
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -38,6 +38,7 @@ sys.path.insert(0, str(_ROOT))
 
 from megatron_mesh.arguments import parse_args  # noqa: E402
 from megatron_mesh.errors import UserError  # noqa: E402
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error  # noqa: E402
 from megatron_mesh.slurm import actions, status  # noqa: E402
 from megatron_mesh.slurm.actions import run_directory  # noqa: E402
 from megatron_mesh.slurm.change import Wanted, make_change, plan_change  # noqa: E402
@@ -241,7 +242,8 @@ def _tell_before_submission(site: Site) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with closed_pipe_is_no_error():
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 LEAST = 8_000_000
 """Bytes of text that every installation should have."""
@@ -175,7 +176,8 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with closed_pipe_is_no_error():
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

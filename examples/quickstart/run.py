@@ -17,6 +17,7 @@ from report import SAMPLE_FILE, report
 from steps import Step, from_here, run_all
 
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -123,7 +124,8 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with closed_pipe_is_no_error():
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

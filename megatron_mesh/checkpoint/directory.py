@@ -113,9 +113,25 @@ def candidates(settings: CheckpointConfig) -> list[Path]:
     if (load / STATE_FILE).is_file():
         return [load]
     found = list(reversed(saved_steps(load).values()))
-    if not found and (load != save or settings.finetune):
-        raise UserError(f"--load {settings.load}: no checkpoint there (no iter_...); check the directory")
+    if (not found or any(found[0].glob("mp_rank_*"))) and (load != save or settings.finetune):
+        raise UserError(f"--load {settings.load}{_what_else(load)}")
     return found if settings.load_fallback else found[:1]
+
+
+def _what_else(path: Path) -> str:
+    """What ``path`` is if it is not a checkpoint, and what to do."""
+    if path.is_file():
+        return " is a file; give the directory of a run (its --save) or of one checkpoint (iter_...)"
+    if not path.exists():
+        return ": no checkpoint there (no such directory); check the directory"
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        return (
+            f" is a Hugging Face model; tools/convert_from_hf.py --load {path} --save NEW makes a checkpoint "
+            "of it, for --load NEW --finetune"
+        )
+    if any(path.glob("iter_*/mp_rank_*")):
+        return " holds a checkpoint of Megatron-LM, in a format of its own, which cannot be read"
+    return ": no checkpoint there (no iter_...); check the directory"
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -31,15 +32,22 @@ def table(directory: Path) -> str:
         except UserError as error:
             rows.append((f"{step:,}", "", "", "", "", str(error)))
             continue
-        losses = [saved.train_state[name] for name in ("train_loss", "valid_loss")]
+        train, valid = (_loss(saved.train_state, name) for name in ("train_loss", "valid_loss"))
         size = sum(file.stat().st_size for file in integrity.files(path)) / 2**30
-        texts = ["" if loss is None else f"{loss:.4f}" for loss in losses]
-        rows.append((f"{step:,}", f"{size:,.2f}", str(saved.world_size), texts[0], texts[1], str(path)))
+        rows.append((f"{step:,}", f"{size:,.2f}", str(saved.world_size), train, valid, str(path)))
     if len(rows) == 1:
         raise UserError(f"{directory} holds no complete checkpoint (no iter_...); check the directory")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(row[:-1], widths, strict=False)) for row in rows]
     return "\n".join(f"{line}  {row[-1]}" for line, row in zip(lines, rows, strict=True))
+
+
+def _loss(state: dict[str, Any], name: str) -> str:
+    """A loss, with its step if that is an earlier one: not every step is logged or validated."""
+    if state[name] is None:
+        return ""
+    of = state.get(f"{name}_step", state["step"])
+    return f"{state[name]:.4f}" + (f" (step {of:,})" if of not in (None, state["step"]) else "")
 
 
 def description(path: Path) -> str:
@@ -57,7 +65,7 @@ def description(path: Path) -> str:
 def verify(path: Path) -> int:
     """Compare every file with its checksum and print what is wrong; returns 1 if something is."""
     if not path.is_dir():
-        raise UserError(f"{path} is no directory; give a run's --save directory or an iter_... in it")
+        raise UserError(f"{path} is not a directory; give a run's --save directory or an iter_... in it")
     path = names.newest(path)
     if not any((path / name).exists() for name in (names.STATE_FILE, integrity.CHECKSUMS_FILE)):
         raise UserError(f"{path} holds no complete checkpoint (no iter_...); check the directory")

@@ -159,7 +159,10 @@ def load_checkpoint(
     if not settings.finetune:
         position = schedule_position(checkpoint, config) if with_optimizer else 0
         state.load_state_dict(checkpoint.train_state, position)
-    logger.info("loaded %s", checkpoint.path)
+    if settings.finetune:
+        logger.info("starts from the weights of %s", checkpoint.path)
+    else:
+        logger.info("resumed at step %d from %s", state.step, checkpoint.path)
     return ""
 
 

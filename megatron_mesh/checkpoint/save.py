@@ -46,6 +46,16 @@ class Saved:
     """The part of it in which training waited."""
 
 
+@dataclass(frozen=True)
+class Unsaved:
+    """A checkpoint that could not be written."""
+
+    step: int
+    reason: str
+    steps_at_risk: int
+    """Steps since the last complete checkpoint; known on rank 0 only."""
+
+
 @dataclass
 class _Pending:
     """A checkpoint on its way to the disk."""
@@ -66,13 +76,22 @@ class Saver:
     tries again. ``failed`` says whether the last save failed.
     """
 
-    def __init__(self, config: Config, on_saved: Callable[[Saved], None] = lambda saved: None):
-        """Start deleting what a killed run left unfinished. ``on_saved`` is called for each checkpoint."""
+    def __init__(
+        self,
+        config: Config,
+        on_saved: Callable[[Saved], None] = lambda saved: None,
+        on_failed: Callable[[Unsaved], None] = lambda unsaved: None,
+    ):
+        """Start deleting what a killed run left unfinished.
+
+        Args:
+            on_saved, on_failed: called for each checkpoint, on all ranks.
+        """
         assert config.checkpoint.save is not None
         self.config = config
         self.directory = Path(config.checkpoint.save)
         self.failed = False
-        self._on_saved = on_saved
+        self._on_saved, self._on_failed = on_saved, on_failed
         self._pending: _Pending | None = None
         self._published: int | None = None
         self._writer = BackgroundWriter()
@@ -179,20 +198,32 @@ class Saver:
 
     def _give_up(self, step: int, reason: str) -> None:
         self.failed = True
-        partial = self._partial(step)
+        partial, at_risk = self._partial(step), 0
         if dist.get_rank() == 0:
+            last = self._last_complete(step)
+            at_risk = step - last
             logger.error(
-                "no checkpoint of step %d was written to %s: %s; earlier ones are kept, and later saves "
-                "try again",
+                "no checkpoint of step %d was written to %s: %s; earlier ones are kept (%s), and later saves "
+                "try again; steps at risk until then: %d",
                 step,
                 self.directory,
                 reason,
+                f"the last is of step {last}" if last else "there is none",
+                at_risk,
             )
             shutil.rmtree(partial, ignore_errors=True)
         else:  # rank 0 is removing it, or it is on a disk of this node's own
             with suppress(OSError):
                 (partial / file_of(dist.get_rank())).unlink(missing_ok=True)
                 partial.rmdir()
+        self._on_failed(Unsaved(step, reason, at_risk))
+
+    def _last_complete(self, step: int) -> int:
+        """Step of the last complete checkpoint before ``step``; 0 if there is none to be seen."""
+        try:
+            return max((saved for saved in names.saved_steps(self.directory) if saved <= step), default=0)
+        except OSError:
+            return 0
 
 
 def _delete(path: Path) -> None:

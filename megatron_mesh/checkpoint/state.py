@@ -16,9 +16,11 @@ class TrainState:
     consumed_samples: int = 0
     """Sequences trained on by all ranks: the position in the data."""
     train_loss: float | None = None
-    """Loss per token of the last logged step."""
+    """Loss per token of the last logged step, ``train_loss_step``."""
+    train_loss_step: int | None = None
     valid_loss: float | None = None
-    """Loss per token of the last validation."""
+    """Loss per token of the last validation, after ``valid_loss_step``."""
+    valid_loss_step: int | None = None
     data_order: str | None = None
     """What decides the order of the samples (``SampleStream.order``)."""
     skipped: int = 0
@@ -36,7 +38,9 @@ class TrainState:
             "step": self.step,
             "consumed_samples": self.consumed_samples,
             "train_loss": self.train_loss,
+            "train_loss_step": self.train_loss_step,
             "valid_loss": self.valid_loss,
+            "valid_loss_step": self.valid_loss_step,
             "data_order": self.data_order,
             "skipped": self.skipped,
             "schedule": self.schedule.state_dict(),
@@ -46,8 +50,8 @@ class TrainState:
         """Take over what ``state_dict`` gave; the new schedule moves to ``schedule_position``."""
         self.step = saved["step"]
         self.consumed_samples = saved["consumed_samples"]
-        self.train_loss = saved["train_loss"]
-        self.valid_loss = saved["valid_loss"]
+        self.train_loss, self.train_loss_step = saved["train_loss"], saved.get("train_loss_step")
+        self.valid_loss, self.valid_loss_step = saved["valid_loss"], saved.get("valid_loss_step")
         self.skipped = saved.get("skipped", 0)
         self.data_order = saved.get("data_order")
         self.schedule.step(schedule_position)

@@ -135,7 +135,7 @@ def what_it_said(text: str, stepped: bool) -> str:
         stepped: whether it has begun a step.
     """
     complaints = [line for line in text.splitlines() if "is damaged" in line or line.startswith("error:")]
-    loaded = re.findall(r"^loaded .*iter_0*(\d+)$", text, re.MULTILINE)
+    loaded = re.findall(r"^resumed at step (\d+) from ", text, re.MULTILINE)
     begins = f"resumes at {loaded[-1]}" if loaded else "a new run" if stepped else ""
     return "; ".join([*complaints, begins] if begins else complaints)
 

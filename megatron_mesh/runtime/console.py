@@ -41,7 +41,8 @@ class Lines(Sink):
         self.file = file
 
     def write(self, record: Record) -> None:
-        print(self.text(record), file=self.file, flush=True)
+        if record.kind != "save_failed":  # an error message has said so
+            print(self.text(record), file=self.file, flush=True)
 
     def text(self, record: Record) -> str:
         """The record in words."""
@@ -81,6 +82,8 @@ class Bar(Sink):
     def write(self, record: Record) -> None:
         if record.kind == "train":
             self.progress.update(self.task, completed=record.step, description=numbers(record))
+            return
+        if record.kind == "save_failed":
             return
         if record.kind == "summary":
             self.progress.stop()

@@ -54,6 +54,8 @@ class Rendezvous:
     """Rank 0 listens at the first that is free."""
     given: bool
     """Whether the user or torchrun has given the port, so that there is no other."""
+    spare: tuple[int, ...]
+    """Where rank 0 tells the others that it cannot listen at the port that was given."""
     job: str
     """The same for all ranks of this start of the job. Other jobs and other starts have another."""
 
@@ -71,11 +73,12 @@ def find_rendezvous() -> Rendezvous:
     parts = [os.environ.get(name, "") for name in names]
     job = "/".join([*parts, str(os.getuid()), str(world_size_from_environment())])
     address, port = os.environ.get("MASTER_ADDR") or _first_host(), os.environ.get("MASTER_PORT")
+    ports = _ports_of(job)
     if not port:
-        return Rendezvous(address, _ports_of(job), False, job)
+        return Rendezvous(address, ports, False, (), job)
     if not (port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(f"MASTER_PORT={port} is not a port; give a number from 1 to 65535, or leave it unset")
-    return Rendezvous(address, (int(port),), True, job)
+    return Rendezvous(address, (int(port),), True, ports, job)
 
 
 def _ports_of(job: str) -> tuple[int, ...]:

@@ -46,9 +46,9 @@ class Meeting:
     held = False
     """Whether this process has taken part in a meeting that could start the job."""
 
-    def __init__(self, rank: int, world_size: int, timeout: timedelta) -> None:
+    def __init__(self, rank: int, world_size: int, timeout: timedelta, *, failing: bool = False) -> None:
         self.rank, self.world_size, self._timeout = rank, world_size, timeout
-        store, self._signpost = open_store(find_rendezvous(), rank, world_size, timeout)
+        store, self._signpost = open_store(find_rendezvous(), rank, world_size, timeout, failing=failing)
         self._holds_store = self._signpost is not None
         # A restart by torchrun meets in the same store.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -139,6 +139,6 @@ def meet_to_fail(rank: int, world_size: int) -> Meeting | None:
     if Meeting.held:
         return None
     try:
-        return Meeting(rank, world_size, timedelta(seconds=SECONDS_TO_REACH))
+        return Meeting(rank, world_size, timedelta(seconds=SECONDS_TO_REACH), failing=True)
     except (UserError, RanksLost):
         return None

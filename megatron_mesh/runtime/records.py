@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["train", "skipped", "valid", "test", "save", "summary"]
+Kind = Literal["train", "skipped", "valid", "test", "save", "save_failed", "summary"]
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,10 @@ from megatron_mesh.runtime.environment import Rendezvous, agent_holds_store, sto
 
 ANSWER_SECONDS = 5.0
 """How long a signpost may take to answer: rank 0 may be importing."""
-FOREIGN_SECONDS = 15.0
-"""How long the one port that the user has given may belong to something else."""
+PATIENCE_SECONDS = 15.0
+"""How long rank 0 tries to listen at the port that was given: another job may just be starting there."""
+FOREIGN_SECONDS = 30.0
+"""How long the other ranks see something else at that port before they give up."""
 _BACKLOG = 4096
 
 
@@ -62,9 +64,12 @@ class Signpost:
 
 
 def open_store(
-    place: Rendezvous, rank: int, world_size: int, timeout: timedelta
+    place: Rendezvous, rank: int, world_size: int, timeout: timedelta, *, failing: bool = False
 ) -> tuple[dist.Store, Signpost | None]:
     """The job's store, and on the rank that holds it the signpost, which is of no use once all have come.
+
+    Args:
+        failing: this rank only wants to tell the others of an error.
 
     Raises:
         UserError: no port is free, or something else is at the one that was given.
@@ -74,18 +79,23 @@ def open_store(
         return _connect(place.address, place.ports[0], world_size, timeout), None
     if rank:
         return _connect(place.address, _look_for_store(place, timeout), world_size, timeout), None
-    signpost = _put_up_signpost(place)
+    signpost = _put_up_signpost(place, failing)
     store = dist.TCPStore("localhost", 0, world_size, True, timeout, wait_for_workers=False)
     signpost.show(job=place.job, port=store.port)
     return store, signpost
 
 
-def _put_up_signpost(place: Rendezvous) -> Signpost:
-    for port in place.ports:
-        try:
-            return Signpost(port)
-        except OSError as error:
-            reason = error.strerror
+def _put_up_signpost(place: Rendezvous, failing: bool) -> Signpost:
+    end = time.monotonic() + (PATIENCE_SECONDS if place.given and not failing else 0)
+    while True:
+        for port in place.ports + (place.spare if failing else ()):
+            try:
+                return Signpost(port)
+            except OSError as error:
+                reason = error.strerror
+        if time.monotonic() >= end:
+            break
+        time.sleep(0.5)
     if place.given:
         raise UserError(
             f"rank 0 cannot listen at port {place.ports[0]} (MASTER_PORT): {reason}; choose another port, or "
@@ -99,16 +109,18 @@ def _look_for_store(place: Rendezvous, timeout: timedelta) -> int:
     """The port of the job's store, from its signpost."""
     begin, pause, reason, foreign_since = time.monotonic(), 0.1, "", None
     while time.monotonic() - begin < timeout.total_seconds():
-        for port in place.ports:
+        for port in place.ports + place.spare:
             try:
                 said = _ask(place.address, port)
             except OSError as error:
-                reason = error.strerror or str(error)
+                if port in place.ports:
+                    reason = error.strerror or str(error)
                 continue
             if said.get("job") == place.job:
                 return int(said["port"])
-            reason = f"something else answers at port {port}"
-            foreign_since = foreign_since or time.monotonic()
+            if port in place.ports:
+                reason = f"something else answers at port {port}"
+                foreign_since = foreign_since or time.monotonic()
         if place.given and foreign_since and time.monotonic() - foreign_since > FOREIGN_SECONDS:
             raise UserError(
                 f"{reason} on {place.address} (MASTER_PORT, MASTER_ADDR), not rank 0 of this job; choose "

@@ -14,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron_mesh.checkpoint.compatible import changes, check_same_run
 from megatron_mesh.checkpoint.directory import saved_steps
 from megatron_mesh.checkpoint.load import Found, Search, load_checkpoint
-from megatron_mesh.checkpoint.save import Saved, Saver
+from megatron_mesh.checkpoint.save import Saved, Saver, Unsaved
 from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.length import batch_size_at, last_step
 from megatron_mesh.config.schema import Config
@@ -168,7 +168,7 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
         if not outcome.taken:
             record_skipped(log, run, outcome, before)
         elif logged:
-            state.train_loss = outcome.loss
+            state.train_loss, state.train_loss_step = outcome.loss, step
             numbers = {
                 "loss": outcome.loss,
                 "lr": lr,
@@ -232,7 +232,7 @@ def measure(
     sets = {"sets": ended.losses} if kind == "valid" and data.valid_sets else {}
     log.record(kind, state.step, loss=loss, perplexity=perplexity(loss), **sets)
     if kind == "valid":
-        state.valid_loss = loss
+        state.valid_loss, state.valid_loss_step = loss, state.step
     return ""
 
 
@@ -279,7 +279,10 @@ def open_saver(config: Config, log: Log) -> Saver | None:
                 grace,
             )
 
-    return Saver(config, on_saved)
+    def on_failed(unsaved: Unsaved) -> None:
+        log.record("save_failed", unsaved.step, reason=unsaved.reason, steps_at_risk=unsaved.steps_at_risk)
+
+    return Saver(config, on_saved, on_failed)
 
 
 def record_skipped(log: Log, run: Run, outcome: Outcome, first_sample: int) -> None:

@@ -63,7 +63,7 @@ def open_output_directory(config: Config) -> Path:
     """The directory of the run's configuration and metrics: --output-dir, or --save, or runs/<scheme>-<time>.
 
     Writes ``config.yaml`` there, with which ``--config`` starts the same run again; a different one that is
-    there already goes on as ``config.1.yaml``, ``config.2.yaml`` and so on.
+    there already is kept as ``config.1.yaml``, ``config.2.yaml`` and so on.
     """
     chosen = config.logging.output_dir or config.checkpoint.save
     name = f"{config.model.recurrence}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -96,17 +96,23 @@ def keep_aside(path: Path) -> None:
 def open_outputs(config: Config, state: TrainState) -> Iterator[Log]:
     """The run's log, with its configuration and metrics in the output directory; rank 0 alone writes.
 
-    A run that resumes goes on with ``metrics.jsonl``; a new one keeps another run's as ``metrics.1.jsonl``.
+    A run that resumes adds to ``metrics.jsonl``; a new one keeps another run's as ``metrics.1.jsonl``.
     """
     if not is_rank_zero():
         yield Log()
         return
-    directory = open_output_directory(config)
-    metrics = directory / METRICS_FILE
-    if state.step == 0 and metrics.exists():
-        keep_aside(metrics)
-    last = last_step(config.training, state.step, state.consumed_samples)
-    with open_log(config, directory, state.step, last) as log:
+    try:
+        directory = open_output_directory(config)
+        metrics = directory / METRICS_FILE
+        if state.step == 0 and metrics.exists():
+            keep_aside(metrics)
+        last = last_step(config.training, state.step, state.consumed_samples)
+        log = open_log(config, directory, state.step, last)
+    except OSError as error:
+        raise UserError(
+            f"the run's output cannot be written ({error}); free the disk or choose another --output-dir"
+        ) from None
+    with log:
         yield log
 
 
@@ -126,6 +132,8 @@ def summary(config: Config, state: TrainState, log: Log) -> dict[str, Any]:
         "seconds": log.seconds,
         "train_loss": state.train_loss,
     }
+    if state.train_loss_step not in (None, state.step):
+        values["train_loss_step"] = state.train_loss_step
     if state.valid_loss is not None:
         values |= {"valid_loss": state.valid_loss, "valid_perplexity": perplexity(state.valid_loss)}
     if config.checkpoint.save:

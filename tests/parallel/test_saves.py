@@ -45,8 +45,10 @@ def test_one_rank_fails(
     cause = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
     told = f"{cause} (rank {victim} on {socket.gethostname()})"
     said = [message for message in found[0]["heard"] if "part of a checkpoint" not in message]
-    kept = "earlier ones are kept, and later saves try again"
-    assert said == [f"no checkpoint of step 2 was written to {tmp_path}: {told}; {kept}"]
+    kept = "earlier ones are kept (the last is of step 1), and later saves try again"
+    assert said == [
+        f"no checkpoint of step 2 was written to {tmp_path}: {told}; {kept}; steps at risk until then: 1"
+    ]
     # Bugs keep their traceback, on the rank that has it.
     tracebacks = [rank for rank, seen in enumerate(found) if any("part of" in m for m in seen["heard"])]
     assert tracebacks == ([] if isinstance(error, OSError) else [victim])

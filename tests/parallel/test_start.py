@@ -118,7 +118,7 @@ def check_breakdown(messages: list[str], *, checkpoint: bool) -> None:
         tuple(map(float, match.groups())) for text in messages if (match := re.fullmatch(pattern, text))
     ]
     assert abs(whole - sum(parts)) < 0.5
-    loaded = any(text.startswith("loaded ") for text in messages)
+    loaded = any(text.startswith("resumed at step ") for text in messages)
     assert loaded == checkpoint
 
 

@@ -44,7 +44,7 @@ def test_saves_that_are_left(tmp_path) -> None:
 
 
 def test_what_a_start_said() -> None:
-    loaded = "noise\nloaded /runs/x/iter_0000012\n"
+    loaded = "noise\nresumed at step 12 from /runs/x/iter_0000012\n"
     assert what_it_said(loaded, stepped=False) == "resumes at 12"
     assert (
         what_it_said("noise\n", stepped=True) == "a new run" and what_it_said("noise\n", stepped=False) == ""
@@ -88,7 +88,7 @@ def test_the_tool_fails_if_a_start_skips_a_checkpoint(damaged, tmp_path, monkeyp
     class Claims:
         def __init__(self, *args, **settings) -> None:
             self.codes, self.unfinished, self.entered = [0, 0], [], Counter(["step"])
-            self.text = f"loaded {tmp_path}/run/iter_0000004\n"
+            self.text = f"resumed at step 4 from {tmp_path}/run/iter_0000004\n"
             if damaged:
                 self.text = f"{DAMAGED.format(8)}\n{self.text}"
 

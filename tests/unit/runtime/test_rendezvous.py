@@ -15,8 +15,9 @@ import pytest
 import torch.distributed as dist
 
 from megatron_mesh.errors import RanksLost, UserError
-from megatron_mesh.runtime import rendezvous
+from megatron_mesh.runtime import meeting, rendezvous
 from megatron_mesh.runtime.environment import Rendezvous, find_rendezvous
+from megatron_mesh.runtime.failures import Failures
 from megatron_mesh.runtime.meeting import Meeting
 from megatron_mesh.runtime.rendezvous import Signpost, open_store
 
@@ -31,6 +32,7 @@ def environment(monkeypatch) -> None:
         if name.startswith(("SLURM_", "MASTER_", "TORCHELASTIC_")):
             monkeypatch.delenv(name)
     monkeypatch.setattr(rendezvous, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(rendezvous, "PATIENCE_SECONDS", 0.5)
     monkeypatch.setattr(rendezvous, "FOREIGN_SECONDS", 0.5)
 
 
@@ -68,7 +70,7 @@ def meet(*places: Rendezvous) -> list[tuple[dist.Store, int]]:
 
 def test_two_jobs_with_the_same_ports_both_meet(ports) -> None:
     """The second takes the next port, and no rank ends up in the other's store."""
-    places = [Rendezvous("localhost", ports, False, name) for name in ("one", "two")]
+    places = [Rendezvous("localhost", ports, False, (), name) for name in ("one", "two")]
     assert [job for _, job in meet(*places)] == [0, 1]
 
 
@@ -86,12 +88,12 @@ def stranger(request, ports) -> Iterator[None]:
 
 
 def test_a_port_of_another_service_is_passed_over(stranger, ports) -> None:
-    assert [job for _, job in meet(Rendezvous("localhost", ports, False, "mine"))] == [0]
+    assert [job for _, job in meet(Rendezvous("localhost", ports, False, (), "mine"))] == [0]
 
 
 def test_a_given_port_that_is_taken_is_one_clear_error(stranger, ports) -> None:
     """On every rank, without a wait for the timeout; the port is not changed."""
-    given = Rendezvous("localhost", ports[:1], True, "mine")
+    given = Rendezvous("localhost", ports[:1], True, ports[1:], "mine")
     with pytest.raises(
         UserError, match=rf"cannot listen at port {ports[0]} \(MASTER_PORT\): Address already"
     ):
@@ -100,9 +102,43 @@ def test_a_given_port_that_is_taken_is_one_clear_error(stranger, ports) -> None:
         open_store(given, 1, 2, LONG)
 
 
+def test_ranks_hear_that_the_given_port_is_taken(stranger, ports, monkeypatch, capfd) -> None:
+    """Rank 0 tells the cause at a spare port, and the other rank ends with the same status, in silence."""
+    monkeypatch.setattr(rendezvous, "FOREIGN_SECONDS", 60)
+    monkeypatch.setattr(Meeting, "held", False)
+    place = Rendezvous("localhost", ports[:1], True, ports[1:], "mine")
+    monkeypatch.setattr(meeting, "find_rendezvous", lambda: place)
+    ends: dict[int, object] = {}
+
+    def other() -> None:
+        try:
+            Meeting(1, 2, LONG).start()
+        except SystemExit as end:
+            ends[1] = end.code
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with pytest.raises(UserError, match="cannot listen"):
+        Meeting(0, 2, LONG)
+    meeting_of_zero = meeting.meet_to_fail(0, 2)
+    ends[0] = meeting_of_zero.fail(Failures(meeting_of_zero.store), "rank 0", "port taken", "failed", 2, "")
+    thread.join()
+    assert ends == {0: 2, 1: 2} and capfd.readouterr().err == "error: rank 0: port taken\n"
+
+
+def test_a_given_port_that_is_freed_in_time_is_used(ports, monkeypatch) -> None:
+    """Two jobs with the same MASTER_PORT: the first needs it until all of its ranks have come."""
+    monkeypatch.setattr(rendezvous, "PATIENCE_SECONDS", 60)
+    monkeypatch.setattr(rendezvous, "FOREIGN_SECONDS", 60)
+    first = Signpost(ports[0])
+    first.show(job="another", port=1)
+    threading.Timer(1.0, first.close).start()
+    assert [job for _, job in meet(Rendezvous("localhost", ports[:1], True, ports[1:], "mine"))] == [0]
+
+
 def test_no_rank_zero(ports) -> None:
     with pytest.raises(RanksLost, match=r"rank 0 does not answer at localhost:.* after 2 s .*refused"):
-        open_store(Rendezvous("localhost", ports, False, "mine"), 1, 2, SHORT)
+        open_store(Rendezvous("localhost", ports, False, (), "mine"), 1, 2, SHORT)
 
 
 def test_a_rank_that_is_there_twice_is_refused(ports, monkeypatch) -> None:
