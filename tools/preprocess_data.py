@@ -5,6 +5,8 @@ python tools/preprocess_data.py --input 'corpus/*.jsonl.zst' --output-prefix dat
     --tokenizer-model tokenizer.json --append-eod --workers 8
 
 writes data/corpus_text_document.bin and .idx; the trainer takes --data-path data/corpus_text_document.
+A .json file must hold an object per line; for others the error says how to convert them. A document of any
+length is encoded in bounded memory.
 """
 
 import argparse
@@ -96,8 +98,8 @@ def _report(done: Progress, settings: PreprocessSettings) -> None:
         print(f"skipped {len(done.broken):,} broken documents")
     if done.cut:
         print(
-            f"cut {len(done.cut):,} documents that are too long to be encoded whole; their ids may be others "
-            f"at the cuts (the first: {done.cut[0]})"
+            f"cut {len(done.cut):,} of {done.documents:,} documents: too long to be encoded whole, so some "
+            f"ids at the cuts may differ (first: {done.cut[0]})"
         )
     if done.checked:
         print(f"spot-checked {done.checked:,} of {done.chunks:,} chunks: gigatoken's ids are the tokenizer's")
@@ -111,7 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add(
-        "--input", nargs="+", required=True, help="files or quoted globs: .jsonl, .json, .ndjson, .txt, .text"
+        "--input",
+        nargs="+",
+        required=True,
+        help="files or quoted globs: .jsonl, .json, .ndjson (an object per line), .txt, .text (a document "
+        "per file), each also with .gz, .xz or .zst",
     )
     add("--output-prefix", required=True, help="the data are PREFIX_KEY_document.bin and .idx")
     add("--json-keys", nargs="+", default=["text"], help="keys to take from the JSON (default: text)")
@@ -122,7 +128,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokenizer-model", required=True, help="a tokenizer.json, a directory that holds one, or a .model")
     add("--append-eod", action="store_true", help="end every document with the end-of-document token")
     add("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
-    add("--encoder", choices=["auto", "reference"], default="auto", help="reference: never use gigatoken")
+    add(
+        "--encoder",
+        choices=["auto", "reference"],
+        default="auto",
+        help="auto: gigatoken if its ids are the tokenizer's, which is checked in one chunk of a thousand; "
+        "reference: the tokenizer's own library",
+    )
     add("--skip-broken", action="store_true", help="leave broken documents out and count them")
     add("--overwrite", action="store_true", help="replace existing outputs, once the new ones are complete")
     return parser

@@ -5,7 +5,7 @@ python tools/preprocess_datatrove.py --input 'corpus/*.jsonl.zst' --output-prefi
     --tokenizer-model tokenizer.json --append-eod --tasks 64 --slurm --partition cpu --time 04:00:00
 
 Each task encodes a run of the files; a last one joins their outputs. The result is the same as that of
-tools/preprocess_data.py, byte for byte. A run that was interrupted goes on where it stopped. Files are not
+tools/preprocess_data.py, byte for byte. A run that was interrupted resumes where it stopped. Files are not
 divided, so there should be at least as many as there are tasks. Needs datatrove (pip install datatrove).
 """
 

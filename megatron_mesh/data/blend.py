@@ -1,4 +1,4 @@
-"""What --data-path and --split say: prefixes with weights, and shares of the documents."""
+"""Parsing --data-path and --split: prefixes with weights, and shares of the documents."""
 
 import math
 import re
@@ -44,7 +44,7 @@ def parse_sets(words: list[str], flag: str) -> dict[str, list[str]]:
     """The sets that ``flag`` names, each with the words of its blend.
 
     ``[NAME=PREFIX, ...]`` gives several; anything else is one set, whose name is "". A name holds letters,
-    digits and ``._-``, so a path with ``=`` after a ``/`` is no name.
+    digits and ``._-``, so the ``=`` of a path like ``data/lang=en`` doesn't count.
 
     Raises UserError when a name is given twice or means something else in the log, or when only some of the
     words have a name.

@@ -109,8 +109,8 @@ def _publish(partial: Path, key: Key) -> None:
 def _remove_damaged(key: Key, aside: Path) -> None:
     """Remove an entry that is not whole, by way of the name ``aside``.
 
-    While it stands nobody can publish, and who removes it holds a lock. So it can't have been replaced by a
-    good one meanwhile.
+    While it exists nobody can publish, and whoever removes it holds a lock. So no good entry can take its
+    place in the meantime.
     """
     handle = os.open(key.directory, os.O_RDONLY)
     try:

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Protocol, cast
 
 import zstandard
 
@@ -15,7 +15,7 @@ from megatron_mesh.errors import UserError
 
 _ZSTD_WINDOW = 1 << 31
 """The largest window that zstd knows (``zstd --ultra --long=31``): as many bytes of memory."""
-_ZSTD_INPUT = 1 << 14
+_INPUT_BYTES = 1 << 14
 """Compressed bytes at a time. Highly repetitive text grows several thousand times."""
 
 
@@ -46,15 +46,28 @@ def open_file(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         raise UserError(f"Cannot read {path}: {error}; is it complete and as its name says?") from error
 
 
-class _ZstdFrames(io.RawIOBase):
-    """The content of all frames. zstandard's own stream reader takes a truncated file for a complete one.
+class _Decompressor(Protocol):
+    """One member of a compressed file."""
 
-    Raises EOFError if the file ends within a frame.
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+class _Members(io.RawIOBase):
+    """The content of all members of a .zst or .xz file, one after the other, for want of better readers.
+
+    zstandard's own takes a truncated file for a complete one, and lzma's one with a damaged second member for
+    one that ends after the first. This one raises EOFError or the decompressor's error.
     """
 
-    def __init__(self, raw: IO[bytes]) -> None:
-        self._raw = raw
-        self._frame: zstandard.ZstdDecompressionObj | None = None
+    def __init__(
+        self, raw: IO[bytes], open_member: Callable[[], _Decompressor], padding: bytes = b""
+    ) -> None:
+        self._raw, self._open_member, self._padding = raw, open_member, padding
+        self._member: _Decompressor | None = None
         self._input = b""
         self._output = memoryview(b"")
 
@@ -63,26 +76,32 @@ class _ZstdFrames(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while not self._output:
-            self._input = self._input or self._raw.read(_ZSTD_INPUT)
+            self._input = self._input or self._raw.read(_INPUT_BYTES)
             if not self._input:
-                if self._frame is not None:
-                    raise EOFError("the file ends within a frame")
+                if self._member is not None:
+                    raise EOFError("the file ends within a member")
                 return 0
-            if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
-            self._output = memoryview(self._frame.decompress(self._input))
-            self._input = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
+            if self._member is None:
+                self._input = self._input.lstrip(self._padding)
+                self._member = self._open_member() if self._input else None
+                continue
+            self._output = memoryview(self._member.decompress(self._input))
+            self._input = self._member.unused_data
+            if self._member.eof:
+                self._member = None
         count = min(len(buffer), len(self._output))
         buffer[:count] = self._output[:count]
         self._output = self._output[count:]
         return count
 
 
+def _open_zstd_frame() -> _Decompressor:
+    return zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
+
+
 _OPENERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
     ".gz": lambda raw: cast(IO[bytes], gzip.GzipFile(fileobj=raw)),
-    ".xz": lambda raw: cast(IO[bytes], lzma.LZMAFile(raw)),  # noqa: SIM115
-    ".zst": lambda raw: io.BufferedReader(_ZstdFrames(raw), 1 << 17),
+    ".xz": lambda raw: io.BufferedReader(_Members(raw, lzma.LZMADecompressor, padding=b"\0"), 1 << 17),
+    ".zst": lambda raw: io.BufferedReader(_Members(raw, _open_zstd_frame), 1 << 17),
 }
 SUFFIXES = tuple(_OPENERS)

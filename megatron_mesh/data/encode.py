@@ -1,5 +1,5 @@
-"""Encoding many texts at once. gigatoken is fast, Hugging Face's tokenizers is right. Where both agree on a
-sample of the corpus and on awkward text, gigatoken does the work, and is compared again on the way.
+"""Encoding many texts at once. gigatoken is fast, Hugging Face's tokenizers is the reference. If both agree
+on a sample of the corpus and on awkward text, gigatoken does the work and is compared again along the way.
 
 Each encoder stays in the thread that calls it: worker processes divide the work between cores.
 """

@@ -54,9 +54,7 @@ class IndexedWriter:
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents: their tokens [sum(lengths)], one after the other, and lengths [documents]."""
         self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
-        self._lengths.append(
-            np.array(lengths, dtype=np.int32)
-        )  # a copy: they may lie in a file that is closed
+        self._lengths.append(np.array(lengths, dtype=np.int32))  # a copy: the caller may close its file
 
     def commit(self) -> None:
         """Write the index and give both files their final names."""
@@ -79,12 +77,12 @@ class IndexedWriter:
 
 
 class IndexedFacts(NamedTuple):
-    """What a pair of files says of itself."""
+    """What ``inspect_prefix`` finds out about a pair of files."""
 
     sequences: int
     token_bytes: int
     fingerprint: str
-    """Of the lengths of all documents and of samples of the tokens: what an index is built from."""
+    """Hash of the lengths of all documents, which decide the index, and of samples of the tokens."""
     sizes: tuple[int, int]
     """Bytes of the .idx and the .bin file."""
 
@@ -102,7 +100,7 @@ def inspect_prefix(prefix: str, flag: str = "--data-path") -> IndexedFacts:
         start = file.read(_HEADER.size)
     remedy = "write it again with tools/preprocess_data.py."
     if len(start) < _HEADER.size or not start.startswith(_INDEX_HEADER):
-        raise UserError(f"{idx} is truncated or no Megatron index; {remedy}")
+        raise UserError(f"{idx} is truncated or not a Megatron index; {remedy}")
     _, version, code, sequences, documents = _HEADER.unpack_from(start)
     if version != 1 or code not in {kind.value for kind in DType}:
         raise UserError(f"{idx} has version {version} and token type {code}, which are not known; {remedy}")

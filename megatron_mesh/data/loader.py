@@ -112,8 +112,8 @@ def build_loader(
 
 def _batches(loader: DataLoader[dict[str, torch.Tensor]]) -> Generator[Batch, None, None]:
     if loader.num_workers:
-        # Loader processes are forks. What is garbage here must not be collected there: process groups that
-        # are over, for example, would end threads that a fork does not have.
+        # Loader processes are forks. What is garbage here must not be collected there: destroyed process
+        # groups, for example, would join threads that a fork does not have.
         gc.collect()
     with _signals_held():
         samples = iter(loader)

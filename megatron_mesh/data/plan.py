@@ -1,4 +1,4 @@
-"""What the data of a run consist of. Rank 0 finds out, and the other ranks only open what it names."""
+"""Planning a run's data. Rank 0 inspects the files, and the other ranks only open what it names."""
 
 import hashlib
 from collections.abc import Iterable

@@ -130,8 +130,8 @@ def preprocess(
     ``on_start`` hears which encoder is used and why, and the size of the input on disk; ``on_progress``
     hears of every chunk that was written.
     Raises UserError for bad input, outputs that exist (unless ``overwrite``) and a corpus without a token;
-    nothing is left or changed on disk then. It also raises where gigatoken's ids are not the tokenizer's, as
-    far as they are compared: in the first chunk and one of every ``CHUNKS_PER_CHECK``.
+    nothing is left or changed on disk then. Also raises it if gigatoken gives other ids than the tokenizer
+    in one of the chunks that are compared: the first and every ``CHUNKS_PER_CHECK``th after it.
     """
     paths = expand_inputs(settings.input)
     _check_outputs(settings)

@@ -38,7 +38,7 @@ class Tokenizer(ABC):
 
     @property
     def unique_identifiers(self) -> dict[str, str]:
-        """What the key of the index cache says of the tokenizer: its content, not where it lies."""
+        """How the key of the index cache names the tokenizer: by its content, not by its path."""
         return {"class": type(self).__name__, "sha256": self._sha256}
 
     @abstractmethod

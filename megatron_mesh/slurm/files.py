@@ -8,6 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_mesh.config.length import last_step
+from megatron_mesh.config.schema import TrainingConfig
 from megatron_mesh.config.sources import read_yaml
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
@@ -67,6 +69,16 @@ class RunFiles:
     failed_saves: list[dict[str, Any]]
     checkpoint: int | None
     updated: datetime | None
+
+    @property
+    def last_step(self) -> int | None:
+        """The step at which the run ends, from where it stands; None if its settings are not known."""
+        names = ("train_iters", "train_samples", "global_batch_size", "rampup_batch_size")
+        training = TrainingConfig(**{name: self.settings.get(name) for name in names})
+        if training.train_iters is None and None in (training.train_samples, training.global_batch_size):
+            return None
+        at = self.train or {}
+        return last_step(training, at.get("step", 0), at.get("consumed_samples", 0))
 
     @property
     def steps_at_risk(self) -> int:

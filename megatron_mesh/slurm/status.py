@@ -81,7 +81,7 @@ def _object(status: Status) -> dict[str, Any]:
         "causes": files.causes,
         "step": train.get("step"),
         "loss": train.get("loss"),
-        "train_iters": files.settings.get("train_iters"),
+        "last_step": files.last_step,
         "updated": files.updated.isoformat(timespec="seconds") if files.updated else None,
         "checkpoint": files.checkpoint,
         "steps_at_risk": files.steps_at_risk,
@@ -127,7 +127,7 @@ def as_text(status: Status) -> str:
 
 
 def _progress(files: RunFiles) -> list[tuple[str, str]]:
-    total = f" of {files.settings['train_iters']:,}" if files.settings.get("train_iters") else ""
+    total = "" if files.last_step is None else f" of {files.last_step:,}"
     if files.train is None:
         rows = [("step", f"none yet{total}")]
     else:
@@ -169,7 +169,7 @@ def as_table(found: Sequence[Status]) -> str:
         files, train = status.files, status.files.train or {}
         loss = train.get("loss")
         jobs = [f"{job.number} {job.state}" for job in status.jobs if not job.is_over] or files.jobs[-1:]
-        values = (train.get("step"), files.settings.get("train_iters"), loss, files.checkpoint)
+        values = (train.get("step"), files.last_step, loss, files.checkpoint)
         step, total, _, checkpoint = ("-" if value is None else f"{value:,}" for value in values)
         shown = "-" if loss is None else f"{loss:.4f}"
         failed = f" ({len(files.failed_saves)} saves failed)" if files.failed_saves else ""

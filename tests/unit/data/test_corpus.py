@@ -82,6 +82,22 @@ def test_several_members_are_read_and_no_truncation_is_silent(
             texts(path)
 
 
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_a_damaged_second_member_is_not_taken_for_the_end(tmp_path: Path, plain: bytes, ending: str) -> None:
+    """Sibling of case 13: what follows the first member is read, or an error."""
+    first, second = (COMPRESS[ending](part) for part in (plain[:700], plain[700:]))
+    path = tmp_path / f"c.jsonl{ending}"
+    path.write_bytes(first + b"damage" + second[6:])
+    with pytest.raises(UserError, match=rf"Cannot read .*c\.jsonl\{ending}"):
+        texts(path)
+
+
+def test_padding_between_members_of_xz(tmp_path: Path, plain: bytes) -> None:
+    padded = lzma.compress(plain[:700]) + bytes(4) + lzma.compress(plain[700:]) + bytes(8)
+    (tmp_path / "c.jsonl.xz").write_bytes(padded)
+    assert texts(tmp_path / "c.jsonl.xz") == TEXTS
+
+
 def test_damaged_and_misnamed_compression(tmp_path: Path, plain: bytes) -> None:
     for ending, compress in COMPRESS.items():
         path = tmp_path / f"c.jsonl{ending}"

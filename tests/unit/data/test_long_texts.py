@@ -152,7 +152,8 @@ def test_a_text_that_must_be_cut_is_counted(
     command = ["--input", path, "--output-prefix", str(tmp_path / "out"), "--workers", "1"]
     assert run_tool("preprocess_data", *command, "--tokenizer-model", str(tmp_path / "tokenizer.json")) == 0
     output = capsys.readouterr().out
-    assert "cut 1 documents that are too long" in output and f"{path}, line 1 to 4" in output
+    assert "cut 1 of 4 documents: too long to be encoded whole, so some" in output
+    assert f"(first: {path}, line 1 to 4)" in output
 
 
 @pytest.mark.parametrize("workers", [1, 2])
