@@ -73,8 +73,12 @@ class RunFiles:
     @property
     def last_step(self) -> int | None:
         """The step at which the run ends, from where it stands; None if its settings are not known."""
-        names = ("train_iters", "train_samples", "global_batch_size", "rampup_batch_size")
-        training = TrainingConfig(**{name: self.settings.get(name) for name in names})
+        training = TrainingConfig(
+            train_iters=self.settings.get("train_iters"),
+            train_samples=self.settings.get("train_samples"),
+            global_batch_size=self.settings.get("global_batch_size"),
+            rampup_batch_size=self.settings.get("rampup_batch_size"),
+        )
         if training.train_iters is None and None in (training.train_samples, training.global_batch_size):
             return None
         at = self.train or {}

@@ -62,8 +62,9 @@ def plant_an_object(newest: Path, bomb: Bomb) -> None:
 
 
 def plant_in_yaml(newest: Path, bomb: Bomb) -> None:
-    text = (newest / "config.yaml").read_text()
-    (newest / "config.yaml").write_text(f"{text}\nseed: !!python/object/apply:os.mkdir ['{bomb.mark}']\n")
+    lines = (newest / "config.yaml").read_text().splitlines()
+    others = "\n".join(line for line in lines if not line.startswith("seed:"))
+    (newest / "config.yaml").write_text(f"{others}\nseed: !!python/object/apply:os.mkdir ['{bomb.mark}']\n")
 
 
 REFUSALS = {

@@ -149,7 +149,7 @@ def test_a_run_submitted_by_hand(lab, capsys, monkeypatch) -> None:
     run = lab / "by_hand"
     (run / "slurm").mkdir(parents=True)
     (run / "slurm/starts.txt").write_text("7_2.0 0 start 2026-01-01T00:00:00 on n1 from step 0\n")
-    (run / "config.yaml").write_text("train_iters: 30\n")
+    (run / "config.yaml").write_text("train_samples: 121\nglobal_batch_size: 4\n")
     (run / "run_status.txt").write_text("running\n")
     log_steps(run, *steps(1, 2))
     monkeypatch.setenv("JOB_7_2", RUNNING)
