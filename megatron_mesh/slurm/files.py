@@ -81,8 +81,8 @@ class RunFiles:
         )
         if training.train_iters is None and None in (training.train_samples, training.global_batch_size):
             return None
-        at = self.train or {}
-        return last_step(training, at.get("step", 0), at.get("consumed_samples", 0))
+        step, samples = ((self.train or {}).get(name, 0) for name in ("step", "consumed_samples"))
+        return last_step(training, step, samples)
 
     @property
     def steps_at_risk(self) -> int:

@@ -151,11 +151,11 @@ def test_a_run_submitted_by_hand(lab, capsys, monkeypatch) -> None:
     (run / "slurm/starts.txt").write_text("7_2.0 0 start 2026-01-01T00:00:00 on n1 from step 0\n")
     (run / "config.yaml").write_text("train_samples: 121\nglobal_batch_size: 4\n")
     (run / "run_status.txt").write_text("running\n")
-    log_steps(run, *steps(1, 2))
+    log_steps(run, *({**step, "consumed_samples": 2 * step["step"]} for step in steps(1, 2)))
     monkeypatch.setenv("JOB_7_2", RUNNING)
     main(["--status", str(run)])
     text = capsys.readouterr().out
-    assert "job 7_2     RUNNING" in text and "2 of 30" in text and "2 steps since" in text
+    assert "job 7_2     RUNNING" in text and "2 of 31" in text and "2 steps since" in text
     main(["--requeue", str(run)])
     assert (lab / "scancel").read_text() == "--batch --signal=USR1 7_2\n"
     monkeypatch.setenv("JOB_7_2", FAILED)
