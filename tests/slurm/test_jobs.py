@@ -176,8 +176,12 @@ def test_requeue_by_the_administrator(start, undisturbed) -> None:
 @every_event
 def test_requeue_by_the_tool_saves_first(start, undisturbed, cluster) -> None:
     job = start()
-    job.wait_for_step(1)  # the tool needs a moment to start, and the job only seconds to end
+    job.wait_for_step(1)
+    for rank in job.ranks():
+        rank.suspend()  # the tool may take longer than the run
     assert "is told to save" in tool(cluster, "--requeue", job.run)
+    for rank in job.ranks():
+        rank.resume()
     assert job.wait_for_end() == "COMPLETED"
     assert job.fields["Restarts"] == "1"
     assert_same(job, undisturbed)
