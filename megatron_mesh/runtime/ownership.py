@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 3.0
 """How often the owner raises its counter and looks for another's token."""
+SETTLE_SECONDS = 0.5
+"""How long a start that has taken over from a dead owner waits for others that do the same."""
 SILENCE_SECONDS = 20.0
 """How long the counter of an owner on another machine must stand still before it counts as dead."""
 
@@ -85,7 +87,8 @@ class Ownership:
                 path for path in (self.directory, *self.directory.parents) if not os.path.exists(path)
             ]
             self.directory.mkdir(parents=True, exist_ok=True)
-            while not self._create():
+            contested = False
+            while not (self._create() and (not contested or self._stays())):
                 owner = read_owner(self.path)
                 if owner is None:  # it has just left
                     continue
@@ -97,6 +100,7 @@ class Ownership:
                     )
                 if lives is False:
                     self._set_aside(owner)
+                    contested = owner.token != self.token
         except OSError as error:
             self.release()
             reason = error.strerror or error
@@ -118,6 +122,15 @@ class Ownership:
             raise
         self._handle = handle
         return True
+
+    def _stays(self) -> bool:
+        """Whether this start still is the owner after a moment.
+
+        Another one that has found the same dead owner may have set this start's file aside by mistake.
+        """
+        time.sleep(SETTLE_SECONDS)
+        owner = read_owner(self.path)
+        return owner is not None and owner.token == self.token
 
     def _lives(self, owner: Owner) -> bool | None:
         """Whether ``owner`` is at work; None if it no longer is the owner.
@@ -147,6 +160,9 @@ class Ownership:
 
     def _set_aside(self, dead: Owner) -> None:
         """Remove the file of ``dead``, and no other that another start may have put there meanwhile."""
+        now = read_owner(self.path)
+        if now is None or now.token != dead.token:
+            return
         aside = self.path.with_name(f"{OWNER_FILE}.{uuid4().hex}")
         try:
             self.path.rename(aside)
