@@ -53,7 +53,7 @@ class RankSampler(Sampler[list[int]]):
         assert 0 <= dp_rank < dp_size and consumed_samples >= 0
         if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % (micro_batch_size * dp_size):
             raise UserError(
-                f"--global-batch-size {global_batch_size} is no multiple of --micro-batch-size "
+                f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size "
                 f"{micro_batch_size} x {dp_size} data-parallel ranks; change one of them."
             )
         share = global_batch_size // dp_size
@@ -109,8 +109,8 @@ def build_loader(
 
 def _batches(loader: DataLoader[dict[str, torch.Tensor]]) -> Generator[Batch, None, None]:
     if loader.num_workers:
-        # Loader processes are forks. What is garbage here must not be collected there: process groups that
-        # are over, for example, would end threads that a fork does not have.
+        # Loader processes are forks. What is garbage here must not be collected there: destroyed process
+        # groups, for example, would join threads that a fork does not have.
         gc.collect()
     with _signals_held():
         samples = iter(loader)

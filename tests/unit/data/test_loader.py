@@ -93,7 +93,7 @@ def test_a_loader_leaves_the_random_state_alone(stream: SampleStream) -> None:
 
 @pytest.mark.parametrize(("micro", "size"), [(3, 8), (2, 9), (0, 8), (4, 2)])
 def test_a_batch_that_does_not_divide(stream: SampleStream, micro: int, size: int) -> None:
-    with pytest.raises(UserError, match="no multiple of"):
+    with pytest.raises(UserError, match="not a multiple of"):
         build_loader(
             stream,
             consumed_samples=0,
