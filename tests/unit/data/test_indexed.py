@@ -64,7 +64,7 @@ def test_whole_data_pass(make_data) -> None:
         (lambda bin_, idx: idx.unlink(), r"data\.idx does not exist"),
         (lambda bin_, idx: idx.write_bytes(idx.read_bytes()[:-5]), r"data\.idx has .* truncated"),
         (lambda bin_, idx: idx.write_bytes(b"MMID"), r"data\.idx is truncated"),
-        (lambda bin_, idx: idx.write_bytes(b"x" * 900), "no Megatron index"),
+        (lambda bin_, idx: idx.write_bytes(b"x" * 900), "not a Megatron index"),
         (
             lambda bin_, idx: idx.write_bytes(idx.read_bytes()[:17] + b"\x63" + idx.read_bytes()[18:]),
             "token type 99",
