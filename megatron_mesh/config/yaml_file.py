@@ -49,8 +49,8 @@ def expand_path(text: str) -> str:
 
 def expand_user(text: str) -> str:
     """``text`` with a leading ``~`` replaced, also in NAME=PATH."""
-    name, equals, path = text.rpartition("=")
-    return f"{name}{equals}{os.path.expanduser(path)}" if path.startswith("~") else text
+    name, equals, path = text.partition("=")
+    return name + equals + os.path.expanduser(path) if path.startswith("~") else os.path.expanduser(text)
 
 
 def escape_path(text: str) -> str:

@@ -139,9 +139,11 @@ def test_a_key_given_twice_names_both_lines(tmp_path: Path) -> None:
 def test_paths_are_read_as_a_shell_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("SCRATCH", "/scratch")
-    text = "save: ~/x\nload: $SCRATCH/y\ndata_path: [0.5, '${SCRATCH}/a', 0.5, ~/b]\noutput_dir: a$$b\n"
+    text = "save: ~/x=y\nload: $SCRATCH/y\ndata_path: [0.5, '${SCRATCH}/a', 0.5, ~/b]\noutput_dir: a$$b\n"
+    text += "valid_data_path: [books=~/c, code=$SCRATCH/d]\n"
     assert _read(tmp_path, text) == {
-        "save": "/home/me/x",
+        "valid_data_path": ["books=/home/me/c", "code=/scratch/d"],
+        "save": "/home/me/x=y",
         "load": "/scratch/y",
         "data_path": ["0.5", "/scratch/a", "0.5", "/home/me/b"],
         "output_dir": "a$b",
