@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 3.0
 """How often the owner raises its counter and looks for another's token."""
-SETTLE_SECONDS = 0.5
+SETTLE_SECONDS = 2.0
 """How long a start that has taken over from a dead owner waits for others that do the same."""
 SILENCE_SECONDS = 20.0
 """How long the counter of an owner on another machine must stand still before it counts as dead."""

@@ -114,7 +114,7 @@ def test_one_of_many_takes_over_a_stale_file(tmp_path: Path, stale: bytes, monke
     """Files of owners that nobody can ask, some cut off; all starts find it stale at the same time."""
     monkeypatch.setattr(ownership, "SILENCE_SECONDS", 0.3)
     (tmp_path / OWNER_FILE).write_bytes(stale)
-    starts, outcomes, here = [Ownership(tmp_path) for _ in range(12)], [], threading.Barrier(12)
+    starts, outcomes, here = [Ownership(tmp_path) for _ in range(4)], [], threading.Barrier(4)
 
     def claim(mine: Ownership) -> None:
         here.wait()
