@@ -78,7 +78,7 @@ def test_a_second_start_is_refused_and_touches_nothing(owner, tmp_path: Path, ca
 
 
 def test_a_killed_owner_costs_no_time(owner, tmp_path: Path, caplog) -> None:
-    """On the same machine nobody watches for signs of life, not even while the process has not been reaped."""
+    """On the same machine nobody watches for signs of life, nor while the process is a zombie."""
     os.kill(owner.pid, signal.SIGKILL)
     os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)
     assert held_by_another(tmp_path, None) is False
