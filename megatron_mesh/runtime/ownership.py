@@ -2,7 +2,7 @@
 
 Rank 0 claims the directory before anything in it is read or changed. A second start is refused while the
 owner lives. On the same machine that is seen from the owner's process. Elsewhere the owner must let its
-counter in the file rise, so no clocks are compared. The file is created by O_EXCL and set aside by rename,
+counter in the file rise, so no clocks are compared. The file is created by a link and set aside by rename,
 which are atomic on NFS too.
 
 An owner that was taken for dead (a suspended machine, a lost network) ends when it sees another's token.
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 3.0
 """How often the owner raises its counter and looks for another's token."""
-SETTLE_SECONDS = 0.5
+SETTLE_SECONDS = 2.0
 """How long a start that has taken over from a dead owner waits for others that do the same."""
 SILENCE_SECONDS = 20.0
 """How long the counter of an owner on another machine must stand still before it counts as dead."""
@@ -108,18 +108,21 @@ class Ownership:
         return self.token
 
     def _create(self) -> bool:
-        """Create the file, unless there is one."""
-        try:
-            handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
-        except FileExistsError:
+        """Create the file, unless there is one. It appears with its content, so nobody sees it empty."""
+        if os.path.exists(self.path):
             return False
         self._text = f"{self.token}\n{strict_json.dumps(describe_this_process())}\n".encode()
+        draft = self.path.with_name(f"{OWNER_FILE}.{uuid4().hex}")
+        handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
         try:
             os.write(handle, self._text + _counter(0))
             os.fsync(handle)
-        except OSError:
-            self.path.unlink(missing_ok=True)
-            raise
+            os.link(draft, self.path)
+        except FileExistsError:
+            os.close(handle)
+            return False
+        finally:
+            draft.unlink(missing_ok=True)
         self._handle = handle
         return True
 

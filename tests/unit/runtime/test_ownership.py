@@ -77,15 +77,15 @@ def test_a_second_start_is_refused_and_touches_nothing(owner, tmp_path: Path, ca
     assert (tmp_path / "iter_0000002.replaced").is_dir() and owner.is_alive()
 
 
-def test_a_killed_owner_costs_no_time(owner, tmp_path: Path) -> None:
-    """On the same machine nobody waits, not even while the process has not been reaped."""
+def test_a_killed_owner_costs_no_time(owner, tmp_path: Path, caplog) -> None:
+    """On the same machine nobody watches for signs of life, nor while the process is a zombie."""
     os.kill(owner.pid, signal.SIGKILL)
     os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)
     assert held_by_another(tmp_path, None) is False
-    started = time.monotonic()
     mine = Ownership(tmp_path)
-    mine.claim()
-    assert time.monotonic() - started < ownership.SILENCE_SECONDS / 2
+    with caplog.at_level("INFO", logger="megatron_mesh"):
+        mine.claim()
+    assert "watching it" not in caplog.text
     assert read_owner(tmp_path / OWNER_FILE).who["pid"] == os.getpid()
     mine.release()
     assert list(tmp_path.iterdir()) == []
@@ -114,7 +114,7 @@ def test_one_of_many_takes_over_a_stale_file(tmp_path: Path, stale: bytes, monke
     """Files of owners that nobody can ask, some cut off; all starts find it stale at the same time."""
     monkeypatch.setattr(ownership, "SILENCE_SECONDS", 0.3)
     (tmp_path / OWNER_FILE).write_bytes(stale)
-    starts, outcomes, here = [Ownership(tmp_path) for _ in range(12)], [], threading.Barrier(12)
+    starts, outcomes, here = [Ownership(tmp_path) for _ in range(4)], [], threading.Barrier(4)
 
     def claim(mine: Ownership) -> None:
         here.wait()
