@@ -8,6 +8,7 @@ which are atomic on NFS too.
 An owner that was taken for dead (a suspended machine, a lost network) ends when it sees another's token.
 """
 
+import errno
 import logging
 import os
 import threading
@@ -117,14 +118,19 @@ class Ownership:
         try:
             os.write(handle, self._text + _counter(0))
             os.fsync(handle)
-            os.link(draft, self.path)
+            _put(draft, self.path)
         except FileExistsError:
             os.close(handle)
             return False
         finally:
             draft.unlink(missing_ok=True)
+        self._close()
         self._handle = handle
         return True
+
+    def _close(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
 
     def _stays(self) -> bool:
         """Whether this start still is the owner after a moment.
@@ -174,7 +180,7 @@ class Ownership:
         found = read_owner(aside)
         if found is not None and found.token != dead.token:
             with suppress(FileExistsError):
-                os.link(aside, self.path)
+                _put(aside, self.path)
         aside.unlink(missing_ok=True)
 
     def keep(self, lost: Callable[[Owner], None]) -> None:
@@ -214,6 +220,21 @@ class Ownership:
         with suppress(OSError):  # the first that is not empty
             for path in self._made:
                 path.rmdir()
+
+
+def _put(file: Path, name: Path) -> None:
+    """Give ``file`` a second name, or the only one on file systems without hard links.
+
+    Raises:
+        FileExistsError: the name is taken.
+    """
+    try:
+        os.link(file, name)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644))  # nobody else takes the name
+        file.replace(name)
 
 
 def _counter(count: int) -> bytes:

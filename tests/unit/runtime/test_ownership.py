@@ -1,5 +1,6 @@
 """Who owns a run's directory: a second start by mistake (case 16 of everyday faults), and dead owners."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -131,6 +132,22 @@ def test_one_of_many_takes_over_a_stale_file(tmp_path: Path, stale: bytes, monke
     assert len(outcomes) == 1 and read_owner(tmp_path / OWNER_FILE).token == outcomes[0]
     for each in starts:
         each.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch) -> None:
+    def refused(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    mine, other = Ownership(tmp_path), Ownership(tmp_path)
+    assert read_owner(tmp_path / OWNER_FILE) is None
+    mine.claim()
+    mine._beat(7)
+    assert (tmp_path / OWNER_FILE).read_text().endswith("000000000007\n")
+    with pytest.raises(UserError, match=f"belongs to process {os.getpid()}"):
+        other.claim()
+    mine.release()
     assert list(tmp_path.iterdir()) == []
 
 
