@@ -1,10 +1,10 @@
 """Whether a run can resume from a checkpoint, and what is different from then on (``config/resuming.py``)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from megatron_mesh.checkpoint.directory import CONFIG_FILE, Checkpoint
 from megatron_mesh.config.length import counts_samples
-from megatron_mesh.config.resuming import RESUMING, Kind, differing
+from megatron_mesh.config.resuming import ADAM, RESUMING, Kind, differing
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import flag, flatten
 from megatron_mesh.errors import UserError
@@ -54,22 +54,23 @@ def schedule_position(checkpoint: Checkpoint, config: Config) -> int:
     return round(position / steps_or_samples[before] * steps_or_samples[now])
 
 
-def changes(checkpoint: Checkpoint, config: Config, data_order: str) -> list[str]:
+def changes(checkpoint: Checkpoint, config: Config, fingerprints: Mapping[str, str]) -> list[str]:
     """What is different for a run of ``config`` from the checkpoint on; a sentence each.
 
     Args:
-        data_order: of this run's training data (``SampleStream.order``).
+        fingerprints: of this run's data and tokenizer (``TrainState.fingerprints``).
 
     Raises:
-        UserError: the samples come in another order, and ``require_same_data`` forbids that.
+        UserError: training data or tokenizer differ, and ``require_same_data`` forbids that.
     """
     settings, saved = config.checkpoint, checkpoint.config
     if settings.finetune:
         return []  # a new run, of which only the weights are taken over
-    lines = _order_line(checkpoint, config, data_order)
+    lines = _data_lines(checkpoint, config, fingerprints)
     by_meaning: dict[str, list[str]] = {}
     for name in differing(saved, config, Kind.NAMED):
-        by_meaning.setdefault(RESUMING[name].meaning, []).append(name)
+        if settings.load_optim or name not in ADAM:
+            by_meaning.setdefault(RESUMING[name].meaning, []).append(name)
     lines += [f"{_in_words(saved, config, names)}: {meaning}" for meaning, names in by_meaning.items()]
     schedule = _schedule_differences(saved, config)
     if not settings.load_optim:
@@ -80,24 +81,65 @@ def changes(checkpoint: Checkpoint, config: Config, data_order: str) -> list[str
             f"at step {checkpoint.train_state['step']} of the run{also}"
         )
     elif schedule:
-        lines.append(f"{schedule}: this run's schedule counts from here on, as if it had always been so")
+        lines.append(
+            f"{schedule}: from this step on the new schedule applies, at the position that it would have "
+            "reached by now"
+        )
+    if not settings.load_rng:
+        lines.append("--no-load-rng: the random number generators start from --seed")
     return lines
 
 
-def _order_line(checkpoint: Checkpoint, config: Config, data_order: str) -> list[str]:
-    before = checkpoint.train_state.get("data_order")
-    names = differing(checkpoint.config, config, Kind.ORDER)
-    words = _in_words(checkpoint.config, config, names)
-    if before == data_order or (before is None and not names):
-        return [f"{words}: the samples and their order are the same"] if names else []
-    cause = words or "the data are not those that the checkpoint was trained on (files or weights differ)"
+def _data_lines(checkpoint: Checkpoint, config: Config, now: Mapping[str, str]) -> list[str]:
+    """What is different about training data, tokenizer, and the data of validation and test."""
+    before = checkpoint.train_state.get("fingerprints")
+    saved, strict = checkpoint.config, config.checkpoint.require_same_data
+    lines, refused = [], []
     sample = checkpoint.train_state["consumed_samples"]
-    if config.checkpoint.require_same_data:
-        raise UserError(
-            f"{cause}: the order of samples is another one than that of {checkpoint.path}; give the "
-            "checkpoint's data and seed, or leave out --require-same-data"
+    words = _in_words(saved, config, differing(saved, config, Kind.ORDER))
+    if before is None and not words:
+        refused.append(
+            f"{checkpoint.path} is of an earlier version and doesn't say which data it was trained on: they "
+            "are taken to be the same"
         )
-    return [f"{cause}: the order of samples is another one; resuming at sample {sample:,} of it"]
+    elif before is None or before["train"] != now["train"]:
+        refused.append(
+            f"{words or 'the training data have changed since the checkpoint'}: the samples now come in a "
+            f"different order; training resumes at sample {sample:,} of the new order"
+        )
+    elif words:
+        lines.append(f"{words}: the samples and their order are the same")
+    words = _in_words(saved, config, differing(saved, config, Kind.TOKENIZER))
+    theirs, ours = (before or {}).get("tokenizer"), now.get("tokenizer")
+    if theirs != ours if theirs and ours else words:
+        refused.append(
+            f"{words or 'the tokenizer has changed since the checkpoint'}: the data keep the ids of the "
+            "tokenizer that made them; only its size and its end-of-document id count here"
+        )
+    if strict and refused:
+        raise UserError(
+            f"{'; '.join(refused)}; give the checkpoint's data, seed and tokenizer, or leave out "
+            "--require-same-data"
+        )
+    return refused + lines + _validation_lines(saved, config, before, now)
+
+
+def _validation_lines(
+    saved: Config, config: Config, before: Mapping[str, str] | None, now: Mapping[str, str]
+) -> list[str]:
+    words = _in_words(saved, config, differing(saved, config, Kind.VALIDATION))
+    if before is not None:
+        ours, theirs = (
+            {name for name in each if name.startswith(("valid", "test"))} for each in (now, before)
+        )
+        if not ours or not theirs or all(before.get(name) == now.get(name) for name in ours | theirs):
+            return []
+    elif not words:
+        return []
+    return [
+        f"{words or 'the data of validation or test have changed'}: their losses are not comparable with "
+        "those before this step"
+    ]
 
 
 def _schedule_differences(saved: Config, ours: Config) -> str:
@@ -108,11 +150,13 @@ def _schedule_differences(saved: Config, ours: Config) -> str:
         return _in_words(saved, ours, names)
     same_unit = [name for name in names if not name.endswith(("_iters", "_samples"))]
     lengths = [
-        f"--{name}-{_unit(saved)} is {a} there and --{name}-{_unit(ours)} is {b} here"
+        f"--{name}-{_unit(saved)} was {a} in the checkpoint and --{name}-{_unit(ours)} is {b} now"
         for name in ("lr-decay", "lr-warmup", "lr-wsd-decay")
         if (a := _length(saved, name)) is not None
         if (b := _length(ours, name)) is not None
-        if a * (1 if before else _batch(saved)) != b * (1 if now else _batch(ours))
+        # Where samples were rounded down to steps, as earlier versions did: the length, and the warm-up of it.
+        if abs(a * (1 if before else _batch(saved)) - b * (1 if now else _batch(ours)))
+        >= 2 * (_batch(ours) if before else _batch(saved))
     ]
     return ", ".join(filter(None, (_in_words(saved, ours, same_unit), *lengths)))
 
@@ -133,10 +177,13 @@ def _batch(config: Config) -> int:
 def _in_words(saved: Config, ours: Config, names: Iterable[str]) -> str:
     before, now = flatten(saved), flatten(ours)
     return ", ".join(
-        f"{flag(name)} is {_text(before[name])} there and {_text(now[name])} here" for name in names
+        f"{flag(name)} was {_text(before[name])} in the checkpoint and is {_text(now[name])} now"
+        for name in names
     )
 
 
 def _text(value: object) -> str:
     """A value as a command line has it."""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "unset" if value is None else str(value)

@@ -21,7 +21,7 @@ from megatron_mesh.config.schema import CheckpointConfig, Config
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.config.sources import read_yaml
 from megatron_mesh.errors import UserError
-from megatron_mesh.runtime import phases
+from megatron_mesh.runtime import phases, strict_json
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ OLD_FORMAT_VERSION = 2
 """Still read. It has one checksum for each file, and plain values in ``common.pt``."""
 CONFIG_FILE = "config.yaml"
 STATE_FILE = "state.json"
+VALIDATION_FILE = "validation.json"
+"""The validation loss of the checkpoint's own step, if one was measured: that is after it was saved."""
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 
 _NAME = re.compile(r"iter_(\d{7,})")
@@ -105,8 +107,8 @@ def candidates(settings: CheckpointConfig) -> list[Path]:
     load = Path(settings.load).resolve() if settings.load else None
     if save and saved_steps(save) and (load != save or settings.finetune):
         raise UserError(
-            f"--save {settings.save} already holds checkpoints, of a run that this one does not go on with; "
-            f"choose another directory, or go on with that run by --load {settings.save}"
+            f"--save {settings.save} already holds checkpoints, of another run; choose another directory, or "
+            f"resume that run with --load {settings.save}"
         )
     if load is None:
         return []
@@ -155,11 +157,27 @@ def read_checkpoint(path: Path) -> Checkpoint:
         path,
         config,
         state["world_size"],
-        state["train_state"],
+        {**state["train_state"], **_validation(path, state["train_state"])},
         updates=state.get("updates", 0),
         weights_only=state.get("weights_only", False),
         format_version=version,
     )
+
+
+def write_validation(path: Path, loss: float | None) -> None:
+    """Add the validation loss of its own step to the complete checkpoint ``path``."""
+    temporary = path / f"{VALIDATION_FILE}.partial"
+    temporary.write_text(strict_json.dumps({"valid_loss": loss}), encoding="utf-8")
+    os.replace(temporary, path / VALIDATION_FILE)
+
+
+def _validation(path: Path, train_state: dict[str, Any]) -> dict[str, Any]:
+    """What ``write_validation`` has added to the state."""
+    try:
+        loss = json.loads((path / VALIDATION_FILE).read_text(encoding="utf-8"))["valid_loss"]
+    except (OSError, ValueError, KeyError, TypeError):  # it is not part of what makes a checkpoint whole
+        return {}
+    return {"valid_loss": strict_json.number(loss), "valid_loss_step": train_state["step"]}
 
 
 def publish(partial: Path, final: Path, step: int) -> list[Path]:

@@ -32,7 +32,7 @@ def table(directory: Path) -> str:
         except UserError as error:
             rows.append((f"{step:,}", "", "", "", "", str(error)))
             continue
-        train, valid = (_loss(saved.train_state, name) for name in ("train_loss", "valid_loss"))
+        train, valid = (loss_in_words(saved.train_state, name) for name in ("train_loss", "valid_loss"))
         size = sum(file.stat().st_size for file in integrity.files(path)) / 2**30
         rows.append((f"{step:,}", f"{size:,.2f}", str(saved.world_size), train, valid, str(path)))
     if len(rows) == 1:
@@ -42,7 +42,7 @@ def table(directory: Path) -> str:
     return "\n".join(f"{line}  {row[-1]}" for line, row in zip(lines, rows, strict=True))
 
 
-def _loss(state: dict[str, Any], name: str) -> str:
+def loss_in_words(state: dict[str, Any], name: str) -> str:
     """A loss, with its step if that is an earlier one: not every step is logged or validated."""
     if state[name] is None:
         return ""
@@ -94,7 +94,7 @@ def reshard(path: Path, save: Path, *, weights_only: bool) -> None:
         raise UserError(f"{save} exists already; choose another --save")
     index = offline.open_index(path)
     description = json.loads((path / names.STATE_FILE).read_text(encoding="utf-8"))
-    description["format_version"] = names.FORMAT_VERSION
+    description |= {"format_version": names.FORMAT_VERSION, "train_state": checkpoint.train_state}
     if weights_only:
         description["weights_only"] = True
     elif not checkpoint.weights_only:

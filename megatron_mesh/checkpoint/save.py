@@ -81,17 +81,20 @@ class Saver:
         config: Config,
         on_saved: Callable[[Saved], None] = lambda saved: None,
         on_failed: Callable[[Unsaved], None] = lambda unsaved: None,
+        loaded_step: int = 0,
     ):
         """Start deleting what a killed run left unfinished.
 
         Args:
             on_saved, on_failed: called for each checkpoint, on all ranks.
+            loaded_step: of the checkpoint that the run has resumed from, which may be elsewhere.
         """
         assert config.checkpoint.save is not None
         self.config = config
         self.directory = Path(config.checkpoint.save)
         self.failed = False
         self._on_saved, self._on_failed = on_saved, on_failed
+        self._loaded_step = loaded_step
         self._pending: _Pending | None = None
         self._published: int | None = None
         self._writer = BackgroundWriter()
@@ -196,6 +199,19 @@ class Saver:
         for path in paths:
             self._pruner.submit(_delete, path)
 
+    def note_validation(self, state: TrainState) -> None:
+        """Add the validation loss of this step to its checkpoint, which was saved before; local.
+
+        The checkpoint is complete without it.
+        """
+        path = names.step_directory(self.directory, state.step)
+        if dist.get_rank() or state.valid_loss_step != state.step or not path.is_dir():
+            return
+        try:
+            names.write_validation(path, state.valid_loss)
+        except OSError as error:
+            logger.warning("the validation loss was not added to %s: %s", path, error)
+
     def _give_up(self, step: int, reason: str) -> None:
         self.failed = True
         partial, at_risk = self._partial(step), 0
@@ -221,9 +237,10 @@ class Saver:
     def _last_complete(self, step: int) -> int:
         """Step of the last complete checkpoint before ``step``; 0 if there is none to be seen."""
         try:
-            return max((saved for saved in names.saved_steps(self.directory) if saved <= step), default=0)
+            steps = [saved for saved in names.saved_steps(self.directory) if saved <= step]
         except OSError:
-            return 0
+            steps = []
+        return max(steps, default=self._loaded_step)
 
 
 def _delete(path: Path) -> None:

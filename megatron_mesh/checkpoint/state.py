@@ -21,8 +21,8 @@ class TrainState:
     valid_loss: float | None = None
     """Loss per token of the last validation, after ``valid_loss_step``."""
     valid_loss_step: int | None = None
-    data_order: str | None = None
-    """What decides the order of the samples (``SampleStream.order``)."""
+    fingerprints: dict[str, str] | None = None
+    """Of what decides the samples: by stream (``SampleStream.order``), and of the tokenizer."""
     skipped: int = 0
     """Steps skipped in a row until now, since loss or gradients were not finite."""
 
@@ -41,7 +41,7 @@ class TrainState:
             "train_loss_step": self.train_loss_step,
             "valid_loss": self.valid_loss,
             "valid_loss_step": self.valid_loss_step,
-            "data_order": self.data_order,
+            "fingerprints": self.fingerprints,
             "skipped": self.skipped,
             "schedule": self.schedule.state_dict(),
         }
@@ -53,5 +53,5 @@ class TrainState:
         self.train_loss, self.train_loss_step = saved["train_loss"], saved.get("train_loss_step")
         self.valid_loss, self.valid_loss_step = saved["valid_loss"], saved.get("valid_loss_step")
         self.skipped = saved.get("skipped", 0)
-        self.data_order = saved.get("data_order")
+        self.fingerprints = saved.get("fingerprints")
         self.schedule.step(schedule_position)

@@ -13,7 +13,9 @@ class Kind(Enum):
     WEIGHTS = "refused: the weights of the checkpoint are of another model"
     OPTIMIZER = "refused, unless the optimizer starts anew (--no-load-optim)"
     SCHEDULE = "refused, unless this run's schedule is to count (--override-opt-param-scheduler)"
-    ORDER = "in force and named: the samples come in another order (--require-same-data refuses it)"
+    ORDER = "in force and named if the samples come in a different order (--require-same-data refuses it)"
+    TOKENIZER = "in force and named if its content differs (--require-same-data refuses it)"
+    VALIDATION = "in force and named if the data differ"
     NAMED = "in force and named, with what it means"
     FREE = "in force, and changes no number but by rounding"
 
@@ -28,14 +30,16 @@ class Rule:
 
 _IDLE = "the weights come from the checkpoint, so it has no effect"
 _LOSS = "losses are not comparable with those before this step"
-_BATCH = "the steps from here on hold another number of samples"
-_ADAM = "the new value counts from here on; Adam's moments were gathered with the other one"
-_FP8 = "the layers compute in another precision from here on"
+_BATCH = "from this step on, steps and validations cover a different number of samples"
+ADAM = ("adam_beta1", "adam_beta2", "adam_eps")
+"""Named only if the moments are loaded."""
+_ADAM = "the new value applies from this step; Adam's moments were accumulated with the old one"
+_FP8 = "from this step on, the layers compute in a different precision"
 _NAMED = {
     **dict.fromkeys(("init_method_std", "depth_scaled_init", "router_init_std", "router_bias_init"), _IDLE),
     **dict.fromkeys(("global_batch_size", "rampup_batch_size"), _BATCH),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_eps"), _ADAM),
-    "clip_grad": "the new value counts from here on",
+    **dict.fromkeys(ADAM, _ADAM),
+    "clip_grad": "the new value applies from this step",
     **dict.fromkeys(
         (
             "fp8_format",
@@ -50,15 +54,8 @@ _NAMED = {
         ),
         _FP8,
     ),
-    "eval_iters": "validation covers another number of batches, so " + _LOSS,
-    "valid_data_path": "validation " + _LOSS,
-    "test_data_path": "the test's loss is that of other text",
-    **dict.fromkeys(("eod_mask_loss", "eod_mask_loss_of"), "the loss counts other tokens, so " + _LOSS),
-    **dict.fromkeys(
-        ("tokenizer_model", "tokenizer_type"),
-        "the data keep the ids of the tokenizer that made them; only its size and its end-of-document id "
-        "count here",
-    ),
+    "eval_iters": "validation covers a different number of batches, so " + _LOSS,
+    **dict.fromkeys(("eod_mask_loss", "eod_mask_loss_of"), "the loss counts different tokens, so " + _LOSS),
 }
 _SCHEDULE = (
     "lr",
@@ -113,18 +110,59 @@ _FREE = (
     "lr_warmup_fraction",  # resolved to steps or samples
     "data_cache_path",
     "num_workers",
+    # Where checkpoints and logs go, how ranks divide the work, and how long they wait.
+    "save",
+    "load",
+    "save_interval",
+    "finetune",
+    "load_optim",
+    "load_rng",
+    "override_opt_param_scheduler",
+    "require_same_data",
+    "load_fallback",
+    "async_save",
+    "save_timeout_minutes",
+    "keep_last",
+    "keep_every",
+    "exit_interval",
+    "exit_duration_in_mins",
+    "exit_grace_seconds",
+    "tensor_model_parallel_size",
+    "sequence_parallel",
+    "context_parallel_size",
+    "pipeline_model_parallel_size",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "num_virtual_stages_per_pipeline_rank",
+    "microbatch_group_size_per_virtual_stage",
+    "overlap_p2p_communication",
+    "use_distributed_optimizer",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
+    "ddp_bucket_size",
+    "distributed_timeout_minutes",
+    "watchdog_timeout_minutes",
+    "log_interval",
+    "output_dir",
+    "tensorboard_dir",
+    "wandb_project",
+    "wandb_exp_name",
+    "log_routers",
+    "progress",
 )
-_FREE_GROUPS = ("checkpoint", "parallel", "logging")
-"""Where checkpoints and logs go, how ranks divide the work, and how long they wait."""
+_EARLIER = {"eod_mask_loss_of": "next"}
+"""What checkpoints of earlier versions mean where they have no value."""
 
 RESUMING: dict[str, Rule] = {
     **dict.fromkeys(_WEIGHTS, Rule(Kind.WEIGHTS)),
     "bf16": Rule(Kind.OPTIMIZER),
     **dict.fromkeys(_SCHEDULE, Rule(Kind.SCHEDULE)),
     **dict.fromkeys(("data_path", "train_data_path", "split", "seed"), Rule(Kind.ORDER)),
+    **dict.fromkeys(("tokenizer_model", "tokenizer_type"), Rule(Kind.TOKENIZER)),
+    **dict.fromkeys(("valid_data_path", "test_data_path"), Rule(Kind.VALIDATION)),
     **{name: Rule(Kind.NAMED, meaning) for name, meaning in _NAMED.items()},
     **dict.fromkeys(_FREE, Rule(Kind.FREE)),
-    **{name: Rule(Kind.FREE) for name, setting in SETTINGS.items() if setting.group in _FREE_GROUPS},
 }
 """The rule of every setting (a test compares with the schema)."""
 
@@ -132,4 +170,9 @@ RESUMING: dict[str, Rule] = {
 def differing(saved: Config, ours: Config, kind: Kind) -> list[str]:
     """Names of the settings of one kind that differ, in the order of the schema."""
     before, now = flatten(saved), flatten(ours)
-    return [name for name in SETTINGS if RESUMING[name].kind is kind and before[name] != now[name]]
+
+    def differs(name: str) -> bool:
+        default = _EARLIER.get(name)
+        return (before[name] or default) != (now[name] or default) if default else before[name] != now[name]
+
+    return [name for name in SETTINGS if RESUMING[name].kind is kind and differs(name)]

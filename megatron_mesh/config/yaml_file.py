@@ -21,15 +21,21 @@ def load_yaml(path: Path) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """Refuses a key that is given twice, naming both lines."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[Any, int] = {}
+        lines: dict[str, int] = {}
         for key_node, _ in node.value:
-            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-            if key_node.tag != "tag:yaml.org,2002:merge" and lines.setdefault(key, line) != line:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == _MERGE:
+                continue
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if key in lines:
                 raise yaml.YAMLError(f"{key} is given twice, in lines {lines[key]} and {line}; keep one")
+            lines[key] = line
         return super().construct_mapping(node, deep)
 
 
@@ -54,5 +60,5 @@ def expand_user(text: str) -> str:
 
 
 def escape_path(text: str) -> str:
-    """``text`` such that ``expand_path`` gives it back."""
+    """``text`` with every ``$`` protected from ``expand_path``."""
     return text.replace("$", "$$")

@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from megatron.core.datasets.blended_megatron_dataset_config import (
@@ -44,12 +45,16 @@ def parse_sets(words: list[str], flag: str) -> dict[str, list[str]]:
     """The sets that ``flag`` names, each with the words of its blend.
 
     ``[NAME=PREFIX, ...]`` gives several; anything else is one set, whose name is "". A name holds letters,
-    digits and ``._-``, so the ``=`` of a path like ``data/lang=en`` doesn't count.
+    digits and ``._-``. A word under which there are data is a path, whatever it looks like (``lang=en/text``).
 
     Raises UserError when a name is given twice or means something else in the log, or when only some of the
     words have a name.
     """
-    named = [match.groups() for word in words if (match := re.fullmatch(r"([\w.-]+)=(.+)", word))]
+    named = [
+        match.groups()
+        for word in words
+        if (match := re.fullmatch(r"([\w.-]+)=(.+)", word)) and not Path(f"{word}.idx").exists()
+    ]
     names = [name for name, _ in named]
     if len(named) < len(words):
         if named and not _is_blend(words):

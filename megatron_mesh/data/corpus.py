@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,7 +106,11 @@ def parse_chunk(chunk: Chunk, keys: list[str], *, skip_broken: bool) -> ParsedCh
                 texts.append(text)
         except ValueError as error:
             problem = f"{chunk.path}, line {_line_of(error, line, number)}: {error}"
-            if remedy := "" if parsed.broken else _say_how_to_convert(chunk):
+            if (
+                remedy := ""
+                if parsed.broken or (skip_broken and _mostly_objects(chunk))
+                else _how_to_convert(chunk)
+            ):
                 raise UserError(f"{problem}. {remedy}") from None
             if not skip_broken:
                 raise UserError(
@@ -157,7 +162,17 @@ def _fields(line: str | bytes, keys: list[str], is_jsonl: bool) -> list[str]:
     return texts
 
 
-def _say_how_to_convert(chunk: Chunk) -> str:
+def _mostly_objects(chunk: Chunk) -> bool:
+    """Whether most lines are JSON objects of their own, so that only the others are broken."""
+    lines, objects = 0, 0
+    for _, line in _decoded(chunk):
+        lines += bool(line.strip())
+        with suppress(ValueError, RecursionError):
+            objects += isinstance(json.loads(line), dict)
+    return 2 * objects > lines
+
+
+def _how_to_convert(chunk: Chunk) -> str:
     """How to make JSON Lines of a JSON array or of objects over several lines; "" if the file is neither.
 
     Only the start of the file can tell.

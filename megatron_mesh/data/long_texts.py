@@ -20,8 +20,8 @@ WINDOW = 1 << 20
 """Characters that are encoded at once."""
 _OVERLAP = 1 << 13
 _MARGIN = 1 << 10
-"""Characters at the end of a window that are not compared: for want of the text that follows, their tokens
-may be others."""
+"""Characters at the end of a window that are not compared: without the text that follows, their tokens may
+differ."""
 _TRIES = 4
 """Tokens at which a window tries to start. Some tokenizers divide long numbers in threes from their start."""
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import megatron_mesh
 from megatron_mesh.checkpoint.directory import Checkpoint
+from megatron_mesh.checkpoint.inspect import loss_in_words
 from megatron_mesh.config.derived import layout, non_embedding_parameters
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.layers import LayerLayout
@@ -197,8 +198,8 @@ def model_card(checkpoint: Checkpoint, ids: Ids, tokenizer_needs_code: bool) -> 
     metrics = {
         "steps": f"{state['step']:,}",
         "sequences": f"{state['consumed_samples']:,}",
-        "training loss, nats per token": _number(state["train_loss"]),
-        "validation loss, nats per token": _number(state["valid_loss"]),
+        "training loss, nats per token": loss_in_words(state, "train_loss") or "not measured",
+        "validation loss, nats per token": loss_in_words(state, "valid_loss") or "not measured",
     }
     return _CARD.format(
         title=f"{model.recurrence} {model.layers}",
@@ -235,7 +236,3 @@ def _places(layers: LayerLayout) -> str:
             )
         first += count
     return _PLACES.format(rows=rows)
-
-
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4f}"

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 _SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 _MEANING = {
     ("1", "1", "1"): "auto",
+    ("1", "1", "0"): "auto",  # which takes the unfused one only if it has no other
+    ("1", "0", "1"): "flash",
+    ("0", "1", "1"): "fused",
     ("1", "0", "0"): "flash",
     ("0", "1", "0"): "fused",
     ("0", "0", "1"): "unfused",
@@ -29,33 +32,35 @@ _MEANING = {
 _FROM_USER = {name: os.environ[name] for name in _SWITCHES if name in os.environ}
 
 
-def attention_backend(asked: str, switches: Mapping[str, str] = _FROM_USER) -> AttnBackend:
+def attention_backend(
+    asked: str, *, te_layers: bool, switches: Mapping[str, str] = _FROM_USER
+) -> AttnBackend:
     """The attention of the next model, and room for the switches that Megatron-core sets for it.
 
     Args:
         asked: ``attention_backend`` of the settings.
+        te_layers: whether the layers are Transformer Engine's; the switches mean nothing to others.
         switches: Transformer Engine's, as the user has set them; each is 1 where it is absent.
 
     Raises:
-        UserError: the switches leave a choice that the setting cannot express, and it is not set.
+        UserError: a switch that counts is neither 0 nor 1.
     """
     for name in _SWITCHES:
         os.environ.pop(name, None)
     if not switches:
         return AttnBackend[asked]
     words = ", ".join(f"{name}={value}" for name, value in switches.items())
+    if not te_layers:
+        _say_once(f"{words} in the environment: ignored, since the layers are not Transformer Engine's")
+        return AttnBackend[asked]
     meant = _MEANING.get(tuple(switches.get(name, "1") for name in _SWITCHES))  # type: ignore[arg-type]
     if asked != "auto":
         if meant != asked:
-            _say_once(f"--attention-backend {asked} counts, not {words} of the environment")
+            _say_once(f"{words} in the environment: ignored, since --attention-backend is {asked}")
         return AttnBackend[asked]
     if meant is None:
-        raise UserError(
-            f"{words} in the environment leaves more than one attention but not all, which Megatron-core "
-            "cannot express; give --attention-backend flash, fused, unfused, local or auto"
-        )
-    if meant != "auto":
-        _say_once(f"{words} in the environment: taken for --attention-backend {meant}")
+        raise UserError(f"{words} in the environment: each must be 0 or 1; unset it")
+    _say_once(f"{words} in the environment: taken for --attention-backend {meant}")
     return AttnBackend[meant]
 
 

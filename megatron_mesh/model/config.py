@@ -92,7 +92,9 @@ def transformer_config(config: Config, implementation: Implementation = LOCAL) -
         batch_p2p_comm=False,
         overlap_p2p_comm=parallel.overlap_p2p_communication and virtual is not None,
         deterministic_mode=training.deterministic_mode,
-        attention_backend=attention_backend(config.precision.attention_backend),
+        attention_backend=attention_backend(
+            config.precision.attention_backend, te_layers=implementation != LOCAL
+        ),
         **precision_settings(config, implementation),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

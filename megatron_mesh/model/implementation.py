@@ -63,7 +63,7 @@ def choose(precision: PrecisionConfig, parallel: ParallelConfig) -> Implementati
 def _check_attention(
     precision: PrecisionConfig, parallel: ParallelConfig, chosen: Implementation, remedy: str
 ) -> None:
-    attention = attention_backend(precision.attention_backend)
+    attention = attention_backend(precision.attention_backend, te_layers=chosen == TRANSFORMER_ENGINE)
     torchs = chosen == LOCAL or attention is AttnBackend.local
     if (ranks := parallel.context_parallel_size) > 1 and torchs:
         why = "not --attention-backend local" if chosen == TRANSFORMER_ENGINE else remedy

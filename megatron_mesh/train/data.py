@@ -73,6 +73,14 @@ def open_datasets(config: Config, tokenizer: Tokenizer, step: int = 0, consumed_
     )
 
 
+def fingerprints_of(data: Datasets, tokenizer: Tokenizer) -> dict[str, str]:
+    """What decides the samples of each stream, by its name, and the tokenizer; see ``TrainState``."""
+    found = {name: stream.order for name, stream in data.named().items()}
+    if not isinstance(tokenizer, IdsOnly):
+        found["tokenizer"] = tokenizer.unique_identifiers["sha256"]
+    return found
+
+
 def open_batches(
     config: Config,
     dataset: SampleStream,

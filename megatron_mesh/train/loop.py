@@ -29,7 +29,7 @@ from megatron_mesh.runtime.memory import explained, remedies
 from megatron_mesh.runtime.ownership import owned
 from megatron_mesh.runtime.start_times import STARTED
 from megatron_mesh.runtime.stopping import URGENT, StopRequests, write_status
-from megatron_mesh.train.data import open_batches, open_datasets, open_vocabulary
+from megatron_mesh.train.data import fingerprints_of, open_batches, open_datasets, open_vocabulary
 from megatron_mesh.train.data_report import say_what_data, sources_in_words
 from megatron_mesh.train.metrics import RouterMeter, SpeedMeter, perplexity
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule, warn_if_lr_reaches_zero_early
@@ -105,7 +105,8 @@ def build(config: Config, search: Search | None = None) -> Run:
     config, tokenizer = open_vocabulary(config)
     start = start_position(config, found)
     data = open_datasets(config, tokenizer, *start)
-    differences = changes(found.checkpoint, config, data.train.order) if found else []
+    fingerprints = fingerprints_of(data, tokenizer)
+    differences = changes(found.checkpoint, config, fingerprints) if found else []
     phases.enter("model")
     stage = build_stage(config, initial_weights=found is None)
     optimizer = build_optimizer(config, stage)
@@ -116,11 +117,11 @@ def build(config: Config, search: Search | None = None) -> Run:
         if start != start_position(config, found):
             start = start_position(config, found)
             data = open_datasets(config, tokenizer, *start)
-        differences = changes(found.checkpoint, config, data.train.order) if found else []
+        differences = changes(found.checkpoint, config, fingerprints) if found else []
     if is_rank_zero():
         for difference in differences:
             logger.warning("resuming: %s", difference)
-    state.data_order = data.train.order
+    state.fingerprints = fingerprints
     return Run(config, data, stage, optimizer, state)
 
 
@@ -144,7 +145,7 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
     speed = SpeedMeter(config, state.step, state.consumed_samples)
     routers = RouterMeter(stage.recurrence, enabled=config.logging.log_routers)
     batches = open_batches(config, run.data.train, state.consumed_samples, batch_size)
-    saver = open_saver(config, log)
+    saver = open_saver(config, log, state.step)
     first, reason, saving = state.step + 1, "", config.checkpoint.save_timeout_minutes
 
     def vote() -> Vote:
@@ -233,15 +234,21 @@ def measure(
     log.record(kind, state.step, loss=loss, perplexity=perplexity(loss), **sets)
     if kind == "valid":
         state.valid_loss, state.valid_loss_step = loss, state.step
+        if saver is not None:
+            saver.note_validation(state)
     return ""
 
 
 def finish(run: Run, log: Log, health: Health, stop: StopRequests, saver: Saver | None, reason: str) -> int:
-    """What comes after the last step: the test, unless the run was stopped, and the checkpoint on its way."""
-    state = run.state
+    """What comes after the last step: the checkpoint on its way and, unless the run was stopped, the test."""
+    state, data = run.state, run.data
     if saver is not None:
         finish_saving(saver, run.config, health)
-    if not reason and run.data.test is not None:
+        saver.note_validation(state)
+    at_end = state.step == last_step(run.config.training, state.step, state.consumed_samples)
+    if not reason and at_end and data.validation and state.valid_loss_step != state.step:
+        reason = measure(run, "valid", log, health, stop, saver)  # an earlier start was stopped in it
+    if not reason and data.test is not None:
         reason = measure(run, "test", log, health, stop, saver)
     if reason:
         nothing = "" if saver is not None else "; nothing was saved, since there is no --save"
@@ -249,8 +256,8 @@ def finish(run: Run, log: Log, health: Health, stop: StopRequests, saver: Saver 
         stop.honoured()
     if saver is not None and saver.failed:
         return exits.NOT_SAVED
-    last = last_step(run.config.training, state.step, state.consumed_samples)
-    if not reason or (state.step == last and run.data.test is None):
+    validated = not data.validation or state.valid_loss_step == state.step
+    if not reason or (at_end and validated and data.test is None):
         return exits.DONE
     return exits.STOPPED if saver is not None else exits.STOPPED_UNSAVED
 
@@ -262,7 +269,7 @@ def finish_saving(saver: Saver, config: Config, health: Health) -> None:
         saver.finish()
 
 
-def open_saver(config: Config, log: Log) -> Saver | None:
+def open_saver(config: Config, log: Log, loaded_step: int) -> Saver | None:
     """What saves the run's checkpoints, if it has any; each is logged."""
     if config.checkpoint.save is None:
         return None
@@ -282,7 +289,7 @@ def open_saver(config: Config, log: Log) -> Saver | None:
     def on_failed(unsaved: Unsaved) -> None:
         log.record("save_failed", unsaved.step, reason=unsaved.reason, steps_at_risk=unsaved.steps_at_risk)
 
-    return Saver(config, on_saved, on_failed)
+    return Saver(config, on_saved, on_failed, loaded_step)
 
 
 def record_skipped(log: Log, run: Run, outcome: Outcome, first_sample: int) -> None:

@@ -136,6 +136,8 @@ def summary(config: Config, state: TrainState, log: Log) -> dict[str, Any]:
         values["train_loss_step"] = state.train_loss_step
     if state.valid_loss is not None:
         values |= {"valid_loss": state.valid_loss, "valid_perplexity": perplexity(state.valid_loss)}
+    if state.valid_loss_step not in (None, state.step):
+        values["valid_loss_step"] = state.valid_loss_step
     if config.checkpoint.save:
         values["checkpoints"] = config.checkpoint.save
     if log.directory:

@@ -232,6 +232,9 @@ def test_a_broken_installation_is_not_a_traceback(monkeypatch: pytest.MonkeyPatc
         ("auto", "NVTE_FLASH_ATTN=0 NVTE_UNFUSED_ATTN=0", "fused"),
         ("auto", "NVTE_FUSED_ATTN=0 NVTE_UNFUSED_ATTN=0", "flash"),
         ("auto", "NVTE_FLASH_ATTN=0 NVTE_FUSED_ATTN=0 NVTE_UNFUSED_ATTN=0", "local"),
+        ("auto", "NVTE_FLASH_ATTN=0", "fused"),
+        ("auto", "NVTE_FUSED_ATTN=0", "flash"),
+        ("auto", "NVTE_UNFUSED_ATTN=0", "auto"),
         ("unfused", "NVTE_FLASH_ATTN=0", "unfused"),
     ],
 )
@@ -241,13 +244,14 @@ def test_the_attention_that_setting_and_switches_ask_for(
     """Whatever an earlier model has left in the environment."""
     given = dict(switch.split("=") for switch in switches.split())
     monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
-    assert attention_backend(asked, given).name == chosen
+    assert attention_backend(asked, te_layers=True, switches=given).name == chosen
+    assert attention_backend(asked, te_layers=False, switches=given).name == asked
     assert "NVTE_FUSED_ATTN" not in os.environ
 
 
-def test_switches_that_no_setting_expresses() -> None:
-    with pytest.raises(UserError, match=r"NVTE_FLASH_ATTN=0 in the environment.*give --attention-backend"):
-        attention_backend("auto", {"NVTE_FLASH_ATTN": "0"})
+def test_a_switch_of_another_value() -> None:
+    with pytest.raises(UserError, match=r"NVTE_FLASH_ATTN=no in the environment.*0 or 1"):
+        attention_backend("auto", te_layers=True, switches={"NVTE_FLASH_ATTN": "no"})
 
 
 def test_models_of_several_attentions_in_one_process() -> None:

@@ -67,14 +67,14 @@ def test_directories_that_cannot_be_written(tiny, refused, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "difference"),
     [
-        ({"hidden_size": 48}, "--hidden-size is 32 there and 48 here"),
+        ({"hidden_size": 48}, "--hidden-size was 32 in the checkpoint and is 48 now"),
         (
             {"layers": "1+1R3+1"},
-            r"--layers is 1\+1R2\+1 there and 1\+1R3\+1 here.*--mesh-slots is 5 there and 6",
+            r"--layers was 1\+1R2\+1 in the checkpoint and is 1\+1R3\+1 now.*--mesh-slots was 5 in the checkpoint and is 6",
         ),
-        ({"recurrence": "base"}, "--recurrence is mesh there and base here"),
-        ({"vocab_size": 127}, "--vocab-size is 128 there and 127 here"),
-        ({"seq_length": 8}, "--seq-length is 16 there and 8 here"),
+        ({"recurrence": "base"}, "--recurrence was mesh in the checkpoint and is base now"),
+        ({"vocab_size": 127}, "--vocab-size was 128 in the checkpoint and is 127 now"),
+        ({"seq_length": 8}, "--seq-length was 16 in the checkpoint and is 8 now"),
     ],
 )
 def test_checkpoint_of_another_model(tiny, saved, refused, settings, difference):
@@ -84,16 +84,16 @@ def test_checkpoint_of_another_model(tiny, saved, refused, settings, difference)
 
 
 def test_checkpoint_of_another_precision(tiny, saved, refused):
-    message = "precision: --bf16 is False there and True here; add --no-load-optim"
+    message = "precision: --bf16 was False in the checkpoint and is True now; add --no-load-optim"
     refused(tiny(load=str(saved(tiny)), bf16=True), message)
 
 
 @pytest.mark.parametrize(
     ("settings", "difference"),
     [
-        ({"lr": 2e-2}, "--lr is 0.01 there and 0.02 here"),
-        ({"train_iters": 9}, "--lr-decay-iters is 6 there and 9 here"),
-        ({"weight_decay": 0.1}, "--weight-decay is 0.01 there and 0.1 here"),
+        ({"lr": 2e-2}, "--lr was 0.01 in the checkpoint and is 0.02 now"),
+        ({"train_iters": 9}, "--lr-decay-iters was 6 in the checkpoint and is 9 now"),
+        ({"weight_decay": 0.1}, "--weight-decay was 0.01 in the checkpoint and is 0.1 now"),
     ],
 )
 def test_checkpoint_of_another_schedule(tiny, saved, refused, settings, difference):

@@ -50,19 +50,34 @@ def test_nothing_is_said_where_nothing_differs(tiny, three_steps, caplog) -> Non
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"seed": 99}, "--seed is 1234 there and 99 here: the order of samples is another one"),
+        (
+            {"seed": 99},
+            "--seed was 1234 in the checkpoint and is 99 now: the samples now come in a different order",
+        ),
         (
             {"split": "90,10,0"},
-            "--split is 80,10,10 there and 90,10,0 here: the order of samples is another one",
+            "--split was 80,10,10 in the checkpoint and is 90,10,0 now: the samples now come in a different order",
         ),
-        ({"adam_beta2": 0.99}, "--adam-beta2 is 0.95 there and 0.99 here: the new value counts from here on"),
-        ({"adam_eps": 1e-6}, "--adam-eps is 1e-08 there and 1e-06 here: the new value counts from here on"),
-        ({"clip_grad": 0.5}, "--clip-grad is 1.0 there and 0.5 here: the new value counts from here on"),
+        (
+            {"adam_beta2": 0.99},
+            "--adam-beta2 was 0.95 in the checkpoint and is 0.99 now: the new value applies from this step",
+        ),
+        (
+            {"adam_eps": 1e-6},
+            "--adam-eps was 1e-08 in the checkpoint and is 1e-06 now: the new value applies from this step",
+        ),
+        (
+            {"clip_grad": 0.5},
+            "--clip-grad was 1.0 in the checkpoint and is 0.5 now: the new value applies from this step",
+        ),
         (
             {"global_batch_size": 16},
-            "--global-batch-size is 8 there and 16 here: the steps from here on hold",
+            "--global-batch-size was 8 in the checkpoint and is 16 now: from this step on",
         ),
-        ({"router_init_std": 0.1}, "--router-init-std is 0.02 there and 0.1 here: the weights come from the"),
+        (
+            {"router_init_std": 0.1},
+            "--router-init-std was 0.02 in the checkpoint and is 0.1 now: the weights come from the",
+        ),
         (
             {"load_optim": False},
             "--no-load-optim: Adam's moments start at zero, and the learning-rate schedule",
@@ -74,7 +89,7 @@ def test_what_differs_is_named_with_its_meaning(tiny, three_steps, caplog, chang
     (line,) = said(caplog)
     assert line.startswith(words)
     if "order" in words:
-        assert line.endswith("; resuming at sample 24 of it")
+        assert line.endswith("; training resumes at sample 24 of the new order")
 
 
 def test_new_betas_are_in_force(tiny, three_steps) -> None:
@@ -86,10 +101,8 @@ def test_new_betas_are_in_force(tiny, three_steps) -> None:
 def test_another_schedule_with_override_is_named(tiny, three_steps, caplog) -> None:
     run(tiny(load=three_steps(tiny), lr=5e-3, override_opt_param_scheduler=True, exit_interval=4))
     (line,) = said(caplog)
-    assert (
-        line
-        == "--lr is 0.01 there and 0.005 here: this run's schedule counts from here on, as if it had "
-        + ("always been so")
+    assert line.startswith(
+        "--lr was 0.01 in the checkpoint and is 0.005 now: from this step on the new schedule"
     )
 
 
@@ -102,7 +115,7 @@ def test_data_that_changed_under_their_name(tiny, three_steps, corpus, tmp_path,
     again = {"load": str(tmp_path / "run"), "data_path": [prefix], "exit_interval": 4}
     run(tiny(**again))
     (line,) = said(caplog)
-    assert line.startswith("the data are not those that the checkpoint was trained on")
+    assert line.startswith("the training data have changed since the checkpoint: the samples")
     with pytest.raises(UserError, match="leave out --require-same-data"):
         run(tiny(**again, require_same_data=True))
 
@@ -113,14 +126,15 @@ def test_data_that_moved_are_the_same(tiny, three_steps, corpus, tmp_path, caplo
     moved = str(tmp_path / "moved")
     run(tiny(load=three_steps(tiny), data_path=[moved], exit_interval=4, require_same_data=True))
     (line,) = said(caplog)
-    assert line == f"--data-path is {corpus} there and {moved} here: the samples and their order are the same"
+    moves = f"--data-path was {corpus} in the checkpoint and is {moved} now"
+    assert line == f"{moves}: the samples and their order are the same"
 
 
 def test_a_blend_where_the_data_were_one(tiny, three_steps, corpus, tmp_path, caplog) -> None:
     blend = ["0.5", corpus, "0.5", corpus_at(tmp_path / "other", seed=2)]
     run(tiny(load=three_steps(tiny), data_path=blend, exit_interval=4))
     (line,) = said(caplog)
-    assert f"--data-path is {corpus} there and {' '.join(blend)} here: the order of samples" in line
+    assert f"--data-path was {corpus} in the checkpoint and is {' '.join(blend)} now: the samples now" in line
 
 
 # Runs that count samples.
@@ -153,7 +167,9 @@ def test_from_steps_to_samples(tiny, tmp_path) -> None:
     run(tiny(**steps, global_batch_size=4, save=str(tmp_path), exit_interval=10))
     rest = run(tiny(**SAMPLES, global_batch_size=20, load=str(tmp_path)))
     assert rest.values("lr") == pytest.approx(rates([40, 60, 80]))
-    with pytest.raises(UserError, match="--lr-decay-iters is 25 there and --lr-decay-samples is 90 here"):
+    with pytest.raises(
+        UserError, match="--lr-decay-iters was 25 in the checkpoint and --lr-decay-samples is 90 now"
+    ):
         run(tiny(**SAMPLES, lr_decay_samples=90, global_batch_size=20, load=str(tmp_path)))
 
 
