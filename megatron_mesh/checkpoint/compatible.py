@@ -154,7 +154,7 @@ def _schedule_differences(saved: Config, ours: Config) -> str:
         for name in ("lr-decay", "lr-warmup", "lr-wsd-decay")
         if (a := _length(saved, name)) is not None
         if (b := _length(ours, name)) is not None
-        # Where samples were rounded down to steps, as earlier versions did: the length, and the warm-up of it.
+        # Earlier versions rounded samples down to steps: the length, and the warm-up of that.
         if abs(a * (1 if before else _batch(saved)) - b * (1 if now else _batch(ours)))
         >= 2 * (_batch(ours) if before else _batch(saved))
     ]

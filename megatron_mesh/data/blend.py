@@ -45,7 +45,7 @@ def parse_sets(words: list[str], flag: str) -> dict[str, list[str]]:
     """The sets that ``flag`` names, each with the words of its blend.
 
     ``[NAME=PREFIX, ...]`` gives several; anything else is one set, whose name is "". A name holds letters,
-    digits and ``._-``. A word under which there are data is a path, whatever it looks like (``lang=en/text``).
+    digits and ``._-``. A word under which there are data is a path, as ``lang=en/text`` may be.
 
     Raises UserError when a name is given twice or means something else in the log, or when only some of the
     words have a name.

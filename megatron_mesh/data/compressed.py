@@ -38,8 +38,8 @@ def open_file(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     except zstandard.ZstdError as error:
         if "too much memory" in str(error):
             raise UserError(
-                f"{path} needs a window above 2 GiB, the most that zstd supports; compress it again with zstd "
-                "--long=31 or less."
+                f"{path} needs a window above 2 GiB, the most that zstd supports; compress it again with "
+                "zstd --long=31 or less."
             ) from error
         raise UserError(f"Cannot read {path}: {error}; is it a complete {suffix} file?") from error
     except (OSError, lzma.LZMAError, zlib.error) as error:

@@ -4,6 +4,7 @@ import pytest
 
 from megatron_mesh.config.settings import REFUSED, SETTINGS
 from megatron_mesh.config.sources import PATHS, merge, read_yaml
+from megatron_mesh.config.yaml_file import load_yaml
 from megatron_mesh.errors import UserError
 
 
@@ -134,6 +135,14 @@ def test_a_plain_depth_has_no_part_to_change() -> None:
 def test_a_key_given_twice_names_both_lines(tmp_path: Path) -> None:
     message = _message(tmp_path, "lr: 1e-3\nhidden_size: 64\n\nlr: 1e-2\n")
     assert "lr is given twice, in lines 1 and 4; keep one" in message
+
+
+def test_merge_keys_and_odd_keys(tmp_path: Path) -> None:
+    assert "lr is given twice, in lines 1 and 1" in _message(tmp_path, "{lr: 1e-3, lr: 1e-2}")
+    path = tmp_path / "merged.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n")
+    assert load_yaml(path)["b"] == {"x": 1, "y": 3}
+    assert "is not a YAML file of settings" in _message(tmp_path, "save: {{ dir }}")
 
 
 def test_paths_are_read_as_a_shell_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def test_zstd_windows(tmp_path: Path, plain: bytes, window_log: int) -> None:
 def test_a_zstd_window_that_nobody_reads(tmp_path: Path, plain: bytes) -> None:
     """Case 13: where a window cannot be read, the window is what the error names."""
     (tmp_path / "c.jsonl.zst").write_bytes(zstd_frame(32, plain))
-    with pytest.raises(UserError, match=r"c\.jsonl\.zst was compressed with a window of more than 2 GiB"):
+    with pytest.raises(UserError, match=r"c\.jsonl\.zst needs a window above 2 GiB"):
         texts(tmp_path / "c.jsonl.zst")
 
 
@@ -172,6 +172,16 @@ def test_one_broken_line_is_no_document(tmp_path: Path) -> None:
             with pytest.raises(UserError, match="--skip-broken") as caught:
                 texts(tmp_path / "c.jsonl")
             assert "convert" not in str(caught.value)
+
+
+def test_skipping_a_broken_first_document(tmp_path: Path) -> None:
+    """It spans two lines, and the rest of the file is JSON Lines."""
+    (tmp_path / "c.jsonl").write_text('{\n"text": "a"}\n' + '{"text": "b"}\n' * 5)
+    with pytest.raises(UserError, match="JSON objects over several lines"):
+        texts(tmp_path / "c.jsonl")
+    (chunk,) = read_chunks(tmp_path / "c.jsonl", 1000)
+    parsed = parse_chunk(chunk, ["text"], skip_broken=True)
+    assert parsed.texts == [["b"] * 5] and len(parsed.broken) == 2
 
 
 def test_the_keys_of_an_object_without_text_are_named(tmp_path: Path) -> None:

@@ -149,6 +149,15 @@ def test_several_validation_sets(make_data) -> None:
     assert not build(valid_data_path=[f"books={b}"], train_data_path=[a], valid=0).validation
 
 
+def test_a_path_that_looks_like_a_named_set(make_data, monkeypatch) -> None:
+    prefix = Path(make_data("text"))
+    (prefix.parent / "lang=en").mkdir()
+    for ending in (".bin", ".idx"):
+        shutil.copy(f"{prefix}{ending}", prefix.parent / f"lang=en/text{ending}")
+    monkeypatch.chdir(prefix.parent)
+    assert parse_sets(["lang=en/text"], "--valid-data-path") == {"": ["lang=en/text"]}
+
+
 def test_names_of_validation_sets() -> None:
     assert parse_sets(["a=p", "b=q=r"], "--valid-data-path") == {"a": ["p"], "b": ["q=r"]}
     for words in (["p"], ["data/lang=en/text"], ["0.3", "lang=en/text", "0.7", "q"]):

@@ -70,7 +70,8 @@ def test_directories_that_cannot_be_written(tiny, refused, tmp_path):
         ({"hidden_size": 48}, "--hidden-size was 32 in the checkpoint and is 48 now"),
         (
             {"layers": "1+1R3+1"},
-            r"--layers was 1\+1R2\+1 in the checkpoint and is 1\+1R3\+1 now.*--mesh-slots was 5 in the checkpoint and is 6",
+            r"--layers was 1\+1R2\+1 in the checkpoint and is 1\+1R3\+1 now.*"
+            "--mesh-slots was 5 in the checkpoint and is 6",
         ),
         ({"recurrence": "base"}, "--recurrence was mesh in the checkpoint and is base now"),
         ({"vocab_size": 127}, "--vocab-size was 128 in the checkpoint and is 127 now"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mesh.checkpoint import save as save_module
-from megatron_mesh.checkpoint.inspect import table
+from megatron_mesh.checkpoint.inspect import table, verify
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import exits
 from megatron_mesh.train import pretrain
@@ -52,15 +52,34 @@ def test_output_that_cannot_be_written_is_one_line(tiny, tmp_path, blocked: str)
     assert "\n" not in str(refusal.value)
 
 
-def test_the_list_says_of_which_step_a_loss_is(tiny, tmp_path) -> None:
-    """Not every step is logged, and a checkpoint is saved before the validation of its step."""
-    pretrain(tiny(save=str(tmp_path), save_interval=3, log_interval=2, eval_interval=3))
+def test_steps_at_risk_count_from_the_checkpoint_that_was_loaded(tiny, tmp_path, monkeypatch) -> None:
+    """Which may be in another directory."""
+    pretrain(tiny(save=str(tmp_path / "first"), exit_interval=3))
+
+    def full(directory: Path, *args) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(save_module, "write_small_files", full)
+    assert pretrain(tiny(load=str(tmp_path / "first"), save=str(tmp_path / "second"))) == exits.NOT_SAVED
+    (failed,) = [r for r in read(tmp_path / "second/metrics.jsonl") if r["kind"] == "save_failed"]
+    assert (failed["step"], failed["steps_at_risk"]) == (6, 3)
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_the_list_says_of_which_step_a_loss_is(tiny, tmp_path, async_save: bool) -> None:
+    """Not every step is logged; the validation loss is added to a checkpoint that is complete without it."""
+    steps = {"save_interval": 2, "log_interval": 4, "eval_interval": 3}
+    pretrain(tiny(save=str(tmp_path), async_save=async_save, **steps))
     logged = {
         (r["kind"], r["step"]): f"{r['loss']:.4f}" for r in read(tmp_path / "metrics.jsonl") if "loss" in r
     }
-    third, sixth = table(tmp_path).splitlines()[1:]
-    assert f"{logged['train', 2]} (step 2)" in third and f"{logged['train', 6]}  " in sixth
-    assert f"{logged['valid', 3]} (step 3)" in sixth and "(step 6)" not in sixth
+    second, fourth, sixth = table(tmp_path).splitlines()[1:]
+    assert f"{logged['train', 1]} (step 1)" in second and "valid" not in second
+    assert f"{logged['train', 4]}  " in fourth and f"{logged['valid', 3]} (step 3)" in fourth
+    assert f"{logged['train', 6]}  " in sixth and f"{logged['valid', 6]}  " in sixth
+    assert verify(tmp_path) == 0
+    (tmp_path / "iter_0000006/validation.json").write_text("cut o")
+    assert f"{logged['valid', 3]} (step 3)" in table(tmp_path).splitlines()[-1]
 
 
 def test_load_says_what_it_was_given(tiny, tmp_path) -> None:

@@ -2,13 +2,19 @@
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_mesh.checkpoint.compatible import changes, check_same_run
+from megatron_mesh.checkpoint.directory import read_checkpoint
 from megatron_mesh.config.length import batch_size_at, last_step
+from megatron_mesh.config.resuming import RESUMING, Kind
+from megatron_mesh.config.settings import flag, flatten, with_values
 from megatron_mesh.data.indexed import IndexedWriter
 from megatron_mesh.errors import UserError
 from tests.unit.train.conftest import run
@@ -56,7 +62,8 @@ def test_nothing_is_said_where_nothing_differs(tiny, three_steps, caplog) -> Non
         ),
         (
             {"split": "90,10,0"},
-            "--split was 80,10,10 in the checkpoint and is 90,10,0 now: the samples now come in a different order",
+            "--split was 80,10,10 in the checkpoint and is 90,10,0 now: the samples now come in a different "
+            "order",
         ),
         (
             {"adam_beta2": 0.99},
@@ -78,8 +85,9 @@ def test_nothing_is_said_where_nothing_differs(tiny, three_steps, caplog) -> Non
             {"router_init_std": 0.1},
             "--router-init-std was 0.02 in the checkpoint and is 0.1 now: the weights come from the",
         ),
+        ({"load_rng": False}, "--no-load-rng: the random number generators start from --seed"),
         (
-            {"load_optim": False},
+            {"load_optim": False, "adam_beta2": 0.99},
             "--no-load-optim: Adam's moments start at zero, and the learning-rate schedule",
         ),
     ],
@@ -198,3 +206,91 @@ def test_saving_settings_without_save(tiny, caplog) -> None:
 
     warn_if_nothing_is_saved(tiny(save_interval=3, keep_last=2))
     assert "nothing is saved: --save-interval, --keep-last without --save" in caplog.text
+
+
+def test_validation_data_that_differ_are_named(tiny, tmp_path, corpus, caplog) -> None:
+    """By their content: a moved file is the same, one made anew is not."""
+    other = corpus_at(tmp_path / "other", seed=3)
+    data = {"data_path": None, "train_data_path": [corpus], "eval_interval": 2, "eval_iters": 1}
+    run(tiny(**data, valid_data_path=[other], save=str(tmp_path / "run"), exit_interval=3))
+    again = {**data, "load": str(tmp_path / "run"), "exit_interval": 4}
+    for ending in (".bin", ".idx"):
+        shutil.copy(other + ending, tmp_path / f"moved{ending}")
+    run(tiny(**again, valid_data_path=[str(tmp_path / "moved")]))
+    assert said(caplog) == []
+    caplog.clear()
+    shutil.rmtree(f"{other}/cache")
+    corpus_at(tmp_path / "other", seed=4)
+    run(tiny(**again, valid_data_path=[other], require_same_data=True))
+    (line,) = said(caplog)
+    assert line.startswith("the data of validation or test have changed: their losses are not comparable")
+
+
+def test_a_tokenizer_that_differs_is_refused_where_that_is_asked_for(tiny, three_steps, tmp_path) -> None:
+    checkpoint = read_checkpoint(Path(three_steps(tiny)))
+    saved = {**checkpoint.train_state["fingerprints"], "tokenizer": "a"}
+    state = {**checkpoint.train_state, "fingerprints": saved}
+    checkpoint = replace(checkpoint, train_state=state)
+    moved = tiny(tokenizer_model="elsewhere.json", require_same_data=True)
+    assert changes(checkpoint, moved, saved) == []
+    with pytest.raises(UserError, match="the tokenizer has changed since the checkpoint"):
+        changes(checkpoint, tiny(require_same_data=True), {**saved, "tokenizer": "b"})
+
+
+def test_a_checkpoint_that_does_not_name_its_data(tiny, three_steps) -> None:
+    """An earlier version's."""
+    checkpoint = read_checkpoint(Path(three_steps(tiny)))
+    now = checkpoint.train_state["fingerprints"]
+    state = {name: value for name, value in checkpoint.train_state.items() if name != "fingerprints"}
+    earlier = replace(checkpoint, train_state=state)
+    (line,) = changes(earlier, tiny(), now)
+    assert "doesn't say which data it was trained on" in line
+    with pytest.raises(UserError, match="leave out --require-same-data"):
+        changes(earlier, tiny(require_same_data=True), now)
+
+
+def test_earlier_versions_made_steps_of_samples(tiny, tmp_path) -> None:
+    """Rounded down: 100 samples in batches of 8 were 12 steps, with a tenth of them, 1, for the warm-up."""
+    steps = {"train_iters": 12, "lr_decay_iters": 12, "lr_warmup_iters": 1, **SCHEDULE}
+    run(tiny(**steps, save=str(tmp_path), exit_interval=3))
+    samples = {"train_iters": None, "train_samples": 100, "lr_warmup_samples": 10, **SCHEDULE}
+    assert run(tiny(**samples, load=str(tmp_path))).values("consumed_samples")[-1] == 96
+
+
+CHANGES: dict[str, Any] = {
+    "layers": "1+1R3+1",
+    "recurrence": "base",
+    "split": "90,5,5",
+    "lr_decay_style": "linear",
+}
+
+
+@pytest.mark.parametrize("name", [name for name, rule in RESUMING.items() if rule.kind is not Kind.FREE])
+def test_each_kind_has_its_effect(tiny, three_steps, name) -> None:
+    """Whatever the value: settings that fit each other are not asked for here."""
+    checkpoint = read_checkpoint(Path(three_steps(tiny)))
+    before = flatten(checkpoint.config)[name]
+    value = CHANGES.get(
+        name,
+        (not before)
+        if isinstance(before, bool)
+        else (before or 0) + 1
+        if not isinstance(before, str | list)
+        else "x",
+    )
+    config = with_values(checkpoint.config, {name: value})
+    ours = dict(checkpoint.train_state["fingerprints"])
+    kind = RESUMING[name].kind
+    if kind in (Kind.WEIGHTS, Kind.OPTIMIZER, Kind.SCHEDULE):
+        with pytest.raises(UserError, match=flag(name)):
+            check_same_run(checkpoint, config)
+        return
+    check_same_run(checkpoint, config)
+    if kind is Kind.NAMED:
+        assert any(line.startswith(f"{flag(name)} was") for line in changes(checkpoint, config, ours))
+        return
+    stream = {Kind.ORDER: "train", Kind.TOKENIZER: "tokenizer", Kind.VALIDATION: "valid"}[kind]
+    state = {**checkpoint.train_state, "fingerprints": {**ours, "valid": "a", "tokenizer": "a"}}
+    now = {**ours, "valid": "a", "tokenizer": "a", stream: "b"}
+    (line,) = changes(replace(checkpoint, train_state=state), config, now)
+    assert line.startswith(f"{flag(name)} was")

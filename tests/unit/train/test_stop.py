@@ -89,6 +89,23 @@ def test_a_stop_in_the_test_leaves_it_to_the_next_start(
     assert [r["step"] for r in records if r["kind"] == "save"] == [6]
 
 
+def test_a_stop_in_the_last_validation_leaves_it_to_the_next_start(
+    tiny, tmp_path, signal_in_evaluation, monkeypatch, capsys
+) -> None:
+    """Status, log and summary agree that the run is not done, and the next start measures what is missing."""
+    settings = {"eval_interval": 3, "eval_iters": 3, "split": "80,20,0"}
+    settings |= {"save": str(tmp_path), "load": str(tmp_path)}
+    signal_in_evaluation(2)
+    assert pretrain(tiny(**settings)) == exits.STOPPED
+    assert (tmp_path / "run_status.txt").read_text() == "stopped\n"
+    assert "valid loss step    3" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert [pretrain(tiny(**settings)) for _ in range(2)] == [exits.DONE, exits.DONE]
+    records = read(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "valid"] == [3, 6]
+    assert [r["step"] for r in records if r["kind"] == "save"] == [6]
+
+
 def test_a_stop_without_a_directory_says_that_nothing_was_saved(
     tiny, tmp_path, signal_in_evaluation, caplog
 ) -> None:
