@@ -5,8 +5,8 @@ python tools/preprocess_data.py --input 'corpus/*.jsonl.zst' --output-prefix dat
     --tokenizer-model tokenizer.json --append-eod --workers 8
 
 writes data/corpus_text_document.bin and .idx; the trainer takes --data-path data/corpus_text_document.
-A .json file must hold an object per line; for others the error says how to convert them. A document of any
-length is encoded in bounded memory.
+A .json file must hold an object per line; for others the error says how to convert them. A worker needs about
+12 bytes of memory for each byte of the longest document.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Text becomes an indexed data set, and an indexed data set becomes batches."""
 
 from megatron_mesh.data.datasets import Datasets, build_datasets
-from megatron_mesh.data.loader import Batch, build_loader, sample_ids
+from megatron_mesh.data.loader import Batch, build_loader
 from megatron_mesh.data.stream import SampleStream
 from megatron_mesh.data.tokenizer import Tokenizer, build_tokenizer, check_vocab
 
@@ -14,5 +14,4 @@ __all__ = [
     "build_loader",
     "build_tokenizer",
     "check_vocab",
-    "sample_ids",
 ]

@@ -28,11 +28,6 @@ class Batch:
     """[B, S] int64."""
 
 
-def sample_ids(step: int, global_batch_size: int) -> range:
-    """The samples of global batch ``step`` (from 0) of a run with a constant batch size."""
-    return range(step * global_batch_size, (step + 1) * global_batch_size)
-
-
 class RankSampler(Sampler[list[int]]):
     """The samples of each micro-batch of one rank, from sample ``consumed_samples`` on.
 
