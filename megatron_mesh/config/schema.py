@@ -184,7 +184,7 @@ class DataConfig:
     """Prefix or blend for training (instead of --data-path)."""
     valid_data_path: list[str] | None = None
     """Prefix or blend for validation; or several sets NAME=PREFIX ..., each with a loss of its own (the
-    validation loss is then their mean)."""
+    validation loss is then their mean). Write ./a=b for a prefix that looks like one."""
     test_data_path: list[str] | None = None
     """Prefix or blend for the test at the end."""
     data_cache_path: str | None = None
@@ -222,7 +222,7 @@ class CheckpointConfig:
     override_opt_param_scheduler: bool = False
     """Take learning rate, weight decay and schedule from this run's settings, not from the checkpoint."""
     require_same_data: bool = False
-    """Refuse to resume if data or settings give the samples another order than the checkpoint's."""
+    """Refuse to resume if the training data, their order or the tokenizer differ from the checkpoint's."""
     load_fallback: bool = True
     """Take the newest earlier checkpoint where the newest one is damaged."""
     async_save: bool = False
