@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 pretrain_mesh.py --config examples/configs/pythia-1b
 """
 
 import io
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -53,6 +54,9 @@ def _parse_quietly(argv: Sequence[str]) -> Arguments:
 
 
 if __name__ == "__main__":  # loader processes may import this file
+    # Until training starts there is nothing to save, and an interrupt during an import would end in a traceback
+    # from wherever it was; some libraries even go on with half of their modules.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     show_messages(rank_from_environment() == 0)
     log_start_times()
     with closed_pipe_is_no_error(), failures_told(sys.argv[1:]):

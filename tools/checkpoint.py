@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.console import show_messages
@@ -26,6 +27,15 @@ def main(argv: Sequence[str]) -> int:
     # Megatron-core takes seconds to import, and --help and mistakes do not need it.
     from megatron_mesh.checkpoint import inspect
 
+    try:
+        return _do(arguments, inspect)
+    except PermissionError as error:
+        raise UserError(
+            f"{error.filename} may not be read ({error.strerror}); give yourself access"
+        ) from None
+
+
+def _do(arguments: argparse.Namespace, inspect: Any) -> int:
     if arguments.command == "list":
         print(inspect.table(arguments.directory))
     elif arguments.command == "show":

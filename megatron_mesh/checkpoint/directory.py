@@ -145,6 +145,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         version = state["format_version"]
+    except PermissionError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a complete checkpoint ({error}); --load another one") from None
     if version not in (OLD_FORMAT_VERSION, FORMAT_VERSION):

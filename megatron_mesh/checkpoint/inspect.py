@@ -21,17 +21,21 @@ from megatron_mesh.runtime import strict_json
 
 
 def table(directory: Path) -> str:
-    """A line for each complete checkpoint in ``directory``: step, size, training and validation loss.
+    """A line for each complete checkpoint in ``directory``, or for itself: step, size and losses.
 
     One whose description cannot be read is a line that says so.
     """
     rows = [("step", "GiB", "ranks", "train loss", "valid loss", "path")]
-    for step, path in names.saved_steps(directory).items():
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory; give a run's --save directory")
+    given = {0: directory} if (directory / names.STATE_FILE).is_file() else {}
+    for step, path in (given or names.saved_steps(directory)).items():
         try:
             saved = names.read_checkpoint(path)
         except UserError as error:
             rows.append((f"{step:,}", "", "", "", "", str(error)))
             continue
+        step = saved.train_state["step"]
         train, valid = (loss_in_words(saved.train_state, name) for name in ("train_loss", "valid_loss"))
         size = sum(file.stat().st_size for file in integrity.files(path)) / 2**30
         rows.append((f"{step:,}", f"{size:,.2f}", str(saved.world_size), train, valid, str(path)))
@@ -100,7 +104,8 @@ def reshard(path: Path, save: Path, *, weights_only: bool) -> None:
     elif not checkpoint.weights_only:
         description["updates"] = updates_of(checkpoint)
     config = (path / names.CONFIG_FILE).read_text(encoding="utf-8")
-    offline.write(save, _boxes(index, weights_only), config, description)
+    with offline.damage_named(path):
+        offline.write(save, _boxes(index, weights_only), config, description)
     print(f"wrote {save}")
 
 

@@ -55,6 +55,7 @@ def read_checksums(directory: Path) -> Digests:
 
     Raises:
         ValueError: there is no such file, or it is not a list of digests.
+        PermissionError: it may not be read, which says nothing about the checkpoint.
     """
     try:
         content: Any = json.loads((directory / CHECKSUMS_FILE).read_text(encoding="utf-8"))
@@ -64,6 +65,8 @@ def read_checksums(directory: Path) -> Digests:
         return {str(name): _pieces(entry) for name, entry in listed.items()}
     except FileNotFoundError:
         raise ValueError(f"{CHECKSUMS_FILE} is missing") from None
+    except PermissionError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{CHECKSUMS_FILE} cannot be trusted ({error})") from None
 
@@ -88,6 +91,8 @@ def differences(
     for number, (name, pieces) in enumerate(sorted(digests.items())):
         try:
             reason = _difference(directory / name, pieces, read=read and number % shares == share)
+        except PermissionError:
+            raise
         except OSError as error:
             reason = f"cannot be read ({error.strerror})"
         if reason is not None:

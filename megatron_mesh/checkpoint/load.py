@@ -113,9 +113,14 @@ def _candidates(settings: CheckpointConfig) -> list[Path]:
 
 def _open(path: Path) -> Found | str:
     """Read what a checkpoint says of itself and of its tensors; or what is wrong with that, in words."""
-    if found := integrity.damage_before_reading(path):
-        return "; ".join(found)
-    return Found(read_checkpoint(path), open_index(path))
+    try:
+        if found := integrity.damage_before_reading(path):
+            return "; ".join(found)
+        return Found(read_checkpoint(path), open_index(path))
+    except PermissionError as error:  # no damage, so an earlier checkpoint must not take its place
+        raise UserError(
+            f"{error.filename} may not be read ({error.strerror}); give yourself access"
+        ) from None
 
 
 def _old_damage(path: Path) -> list[str]:

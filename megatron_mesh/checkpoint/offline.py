@@ -1,7 +1,8 @@
 """Reading and writing checkpoints in one process, outside any run: for the tools."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from megatron_mesh.checkpoint import directory as names
 from megatron_mesh.checkpoint import integrity
 from megatron_mesh.checkpoint.boxes import Box
 from megatron_mesh.checkpoint.index import Index, read_index
+from megatron_mesh.checkpoint.reader import Damaged
 from megatron_mesh.checkpoint.save import make_empty, write_small_files
 from megatron_mesh.checkpoint.writer import file_of, write_file
 from megatron_mesh.errors import UserError
@@ -53,6 +55,17 @@ def open_index(path: Path) -> Index:
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}; take another checkpoint") from None
     return read_index(path, digests)
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Name the checkpoint ``path`` in what is said of damage that is found while its tensors are read."""
+    try:
+        yield
+    except Damaged as error:
+        raise UserError(
+            f"{path} is damaged: {error}; take another checkpoint (tools/checkpoint.py list {path.parent})"
+        ) from None
 
 
 def write(save: Path, boxes: Iterable[Box], config: str, description: dict[str, Any]) -> None:

@@ -58,8 +58,10 @@ def parse_sets(words: list[str], flag: str) -> dict[str, list[str]]:
     names = [name for name, _ in named]
     if len(named) < len(words):
         if named and not _is_blend(words):
+            other = next(word for word in words if not re.fullmatch(r"[\w.-]+=.+", word))
             raise UserError(
-                f"{flag} mixes NAME=PREFIX ({names[0]}=...) with other words; name all sets or none"
+                f"{flag} mixes NAME=PREFIX ({names[0]}=...) with {other!r}, which is not one: a name has "
+                "letters, digits and ._- alone, and one prefix; name all sets or none"
             )
         return {"": words}
     for name in names:

@@ -130,9 +130,7 @@ class _Opener:
             index = cache.load(part.key)
             if index is None:
                 return None
-            if part.prefix not in self._data:
-                self._data[part.prefix] = IndexedDataset(part.prefix)
-            data = self._data[part.prefix]
+            data = self._reader(part.prefix)
             epoch = Epoch(
                 data,
                 part.prefix,
@@ -147,6 +145,14 @@ class _Opener:
         if plan.blend is not None and blend is None:
             return None
         return SampleStream(parts, self._seed, plan.num_samples, blend, plan.order)
+
+    def _reader(self, prefix: str) -> IndexedDataset:
+        if prefix not in self._data:
+            try:
+                self._data[prefix] = IndexedDataset(prefix)
+            except OSError as error:
+                raise UserError(f"{error.filename} cannot be read here ({error.strerror})") from None
+        return self._data[prefix]
 
 
 def _open_everywhere(

@@ -94,6 +94,13 @@ def inspect_prefix(prefix: str, flag: str = "--data-path") -> IndexedFacts:
     Raises UserError when one is missing, the index is truncated or of another format, or the data are
     shorter than the index says. Megatron's reader would stop with an assertion or read past the end.
     """
+    try:
+        return _inspect(prefix, flag)
+    except OSError as error:
+        raise UserError(f"{flag} {prefix}: {error.filename} cannot be read ({error.strerror})") from None
+
+
+def _inspect(prefix: str, flag: str) -> IndexedFacts:
     idx, bin_ = Path(get_idx_path(prefix)), Path(get_bin_path(prefix))
     idx_bytes, bin_bytes = sizes = file_sizes(prefix, flag)
     with open(idx, "rb") as file:

@@ -63,7 +63,8 @@ def export_checkpoint(
         raise UserError(f"--save {directory} holds the checkpoint itself ({saved.path}); choose another")
     partial = _empty_partial(directory)
     needs_code = tokenizer is not None and _write_tokenizer(tokenizer, partial, saved.config.model.seq_length)
-    dtype = _write_weights(saved, partial, trained, ids.rows, dtype, shard_bytes)
+    with offline.damage_named(saved.path):
+        dtype = _write_weights(saved, partial, trained, ids.rows, dtype, shard_bytes)
     _write_texts(saved, partial, ids, str(dtype).removeprefix("torch."), needs_code)
     _put_in_place(partial, directory)
 

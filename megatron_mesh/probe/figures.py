@@ -58,8 +58,19 @@ def loss_figure(rows: dict[str, list[Row]]) -> Figure:
             if kind == "valid":
                 last += f" (perplexity {strict_json.number(found[-1]['perplexity']):.1f})"
             axes.plot(steps, losses, style, label=f"{name}: {last} at the end")
+    _draw_sets(axes, rows.get("valid", []))
     axes.legend()
     return figure
+
+
+def _draw_sets(axes: Any, rows: list[Row]) -> None:
+    """A thin line for each validation set, over the steps at which it was measured."""
+    for name in dict.fromkeys(name for row in rows for name in row.get("sets", {})):
+        found = [row for row in rows if name in row.get("sets", {})]
+        losses = [strict_json.number(row["sets"][name]) for row in found]
+        axes.plot(
+            [row["step"] for row in found], losses, ".:", linewidth=1, label=f"  {name}: {losses[-1]:.3f}"
+        )
 
 
 def router_figure(row: Row) -> Figure:
