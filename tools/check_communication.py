@@ -17,7 +17,6 @@ from datetime import timedelta
 
 from megatron_mesh.errors import RanksLost, UserError
 from megatron_mesh.runtime.environment import (
-    find_rendezvous,
     rank_from_environment,
     world_size_from_environment,
 )
@@ -35,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
 
     from megatron_mesh.bench.communication import WrongResult, measure
     from megatron_mesh.runtime import device
-    from megatron_mesh.runtime.rendezvous import open_store
+    from megatron_mesh.runtime.rendezvous import find_rendezvous, open_store
 
     device.prepare()
     rank, ranks = rank_from_environment(), world_size_from_environment()

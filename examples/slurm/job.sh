@@ -127,7 +127,7 @@ requeue_before_the_kill() {
 train() {
     local first load=(--load "${LOAD:-$RUN}") inside=() options=(--kill-on-bad-exit=0 --wait=120)
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    # The ranks choose the port (megatron_mesh/runtime/environment.py). Containers may lack scontrol.
+    # The ranks choose the port (megatron_mesh/runtime/rendezvous.py). Containers may lack scontrol.
     export MASTER_ADDR=${MASTER_ADDR:-$first}
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
     [ "$(saved_step)" = 0 ] || load=(--load "$RUN" --no-finetune)

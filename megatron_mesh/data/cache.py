@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_mesh.runtime import strict_json
+from megatron_mesh.runtime.apart import run_apart
 
 _MANIFEST = "manifest.json"
 _EDGE_BYTES = 1 << 16
@@ -65,7 +66,11 @@ def load(key: Key) -> Arrays | None:
 def build(key: Key, make: Make) -> None:
     """Publish what ``make`` returns as an entry, unless another process is faster or it is there already.
 
-    A damaged entry is replaced. Raises OSError if the directory cannot be written.
+    ``make`` runs in a process of its own: Megatron's C++ holds the GIL for minutes with 10^9 samples, and so
+    does numpy while it shuffles. A damaged entry is replaced.
+
+    Raises:
+        OSError: the directory cannot be written.
     """
     if load(key) is not None:
         return
@@ -75,7 +80,7 @@ def build(key: Key, make: Make) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        _write(partial, key.description, make())
+        run_apart(lambda: _write(partial, key.description, make()))
         _publish(partial, key)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -53,7 +53,7 @@ def epoch_index(data: IndexedDataset, documents: range, seq_length: int, seed: i
     )
     lengths = data.sequence_lengths
     if 2 * len(order) > len(lengths):
-        lengths = lengths.copy()  # read the file in one go, before C++ takes the GIL
+        lengths = lengths.copy()  # C++ reads it at random places
     samples = helpers.build_sample_idx(
         lengths, order, seq_length, 1, tokens_in(data, documents), True, _EXTRA_TOKEN
     )

@@ -13,7 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_mesh.config.placement import virtual_stages
 from megatron_mesh.config.schema import Config
-from megatron_mesh.errors import RanksLost, UserError
+from megatron_mesh.errors import RanksLost
 from megatron_mesh.runtime import device, exits, phases
 from megatron_mesh.runtime.agreement import group_apart
 from megatron_mesh.runtime.environment import (
@@ -23,6 +23,7 @@ from megatron_mesh.runtime.environment import (
 from megatron_mesh.runtime.failures import RUNNING, Failures, place, resumes
 from megatron_mesh.runtime.health import Health, failures_reported, watched
 from megatron_mesh.runtime.meeting import Meeting
+from megatron_mesh.runtime.rendezvous import PortTaken
 
 OPEN_FILES = 65_536
 """Enough for 16,384 ranks."""
@@ -89,8 +90,8 @@ def shared_store(config: Config, rank: int, world: int, timeout: timedelta) -> d
         if meeting is not None:
             meeting.leave()
         sys.exit(exits.CRASHED)
-    except UserError:
-        if rank > 1:  # ranks 0 and 1 say so, and the ranks cannot agree on who does
+    except PortTaken:
+        if rank > 1:  # every rank finds this; ranks 0 and 1 say so, as the ranks cannot agree on who does
             sys.exit(exits.BAD_INPUT)
         raise
 

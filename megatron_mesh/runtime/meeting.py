@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from megatron_mesh.errors import RanksLost, UserError
 from megatron_mesh.runtime import exits
-from megatron_mesh.runtime.environment import find_rendezvous, store_holder
+from megatron_mesh.runtime.environment import store_holder
 from megatron_mesh.runtime.failures import Failures
-from megatron_mesh.runtime.rendezvous import open_store
+from megatron_mesh.runtime.rendezvous import find_rendezvous, open_store
 
 LINGER_SECONDS = 120.0
 """How long a rank that cannot start waits for ranks that have not come yet, so that they hear of it."""

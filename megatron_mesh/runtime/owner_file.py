@@ -36,7 +36,7 @@ class Owner:
         if self.who:
             return "process {pid} on host {host}, since {since}".format_map(self.who)
         job = _SLURM_TOKEN.fullmatch(self.token)
-        return f"SLURM job {job[1]}" if job else "a process that has not said who it is"
+        return f"SLURM job {job[1]}" if job else "an unidentified process"
 
     def lives(self) -> bool | None:
         """Whether the owner's process exists; None if that cannot be known from here."""

@@ -45,7 +45,7 @@ def owned(save: str | None, health: Health) -> Iterator[None]:
         yield
         return
     ownership = Ownership(Path(save))
-    with health.busy("the look for another run in --save"):
+    with health.busy("checking whether another run uses --save"):
         health.failures.token = from_rank_zero(ownership.claim)
 
     def lost(other: Owner) -> None:
@@ -88,6 +88,7 @@ class Ownership:
                 path for path in (self.directory, *self.directory.parents) if not os.path.exists(path)
             ]
             self.directory.mkdir(parents=True, exist_ok=True)
+            self._text = f"{self.token}\n{strict_json.dumps(describe_this_process())}\n".encode()
             contested = False
             while not (self._create() and (not contested or self._stays())):
                 owner = read_owner(self.path)
@@ -112,7 +113,6 @@ class Ownership:
         """Create the file, unless there is one. It appears with its content, so nobody sees it empty."""
         if os.path.exists(self.path):
             return False
-        self._text = f"{self.token}\n{strict_json.dumps(describe_this_process())}\n".encode()
         draft = self.path.with_name(f"{OWNER_FILE}.{uuid4().hex}")
         handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
         try:
@@ -198,6 +198,8 @@ class Ownership:
                 if owner is not None and owner.token not in ("", self.token):
                     lost(owner)
                     return
+                if owner is None:  # somebody has removed the file
+                    self._create()
                 self._beat(count)
 
     def _beat(self, count: int) -> None:

@@ -14,7 +14,7 @@ CLOSED = 141
 def closed_pipe_is_no_error() -> Iterator[None]:
     """End the program without a traceback if nobody reads its output any more.
 
-    What has been done keeps its exit status. A training run doesn't end because of this.
+    If the work was already finished, the exit status stays. A training run doesn't end because of this.
     """
     try:
         yield

@@ -1,15 +1,19 @@
 """Open the store at which a job's ranks meet.
 
 Rank 0 opens it at any free port, and a signpost at the first free port of a list that all ranks know
-(``environment.find_rendezvous``). The signpost tells everybody who connects which job this is, and where its
-store is. A rank that meets another job's signpost, or something else, looks at the next port of the list.
+(``find_rendezvous``). The signpost tells everybody who connects which job this is, and where its store is. A
+rank that meets another job's signpost, or something else, looks at the next port of the list.
 """
 
 import errno
+import hashlib
+import os
 import socket
+import subprocess
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +21,7 @@ import torch.distributed as dist
 
 from megatron_mesh.errors import RanksLost, UserError
 from megatron_mesh.runtime import strict_json
-from megatron_mesh.runtime.environment import Rendezvous, agent_holds_store, store_holder
+from megatron_mesh.runtime.environment import agent_holds_store, store_holder, world_size_from_environment
 
 ANSWER_SECONDS = 5.0
 """How long a signpost may take to answer: rank 0 may be importing."""
@@ -26,6 +30,69 @@ PATIENCE_SECONDS = 15.0
 FOREIGN_SECONDS = 30.0
 """How long the other ranks see something else at that port before they give up."""
 _BACKLOG = 4096
+_PORTS_TO_TRY = 8
+
+
+class PortTaken(UserError):
+    """Rank 0 cannot listen at the port that was given, and every rank finds something else there."""
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks of a job find each other."""
+
+    address: str
+    """Host of rank 0, or of torchrun's agent that holds the store."""
+    ports: tuple[int, ...]
+    """Rank 0 listens at the first that is free."""
+    given: bool
+    """Whether the user or torchrun has given the port, so that there is no other."""
+    spare: tuple[int, ...]
+    """Where rank 0 tells the others that it cannot listen at the port that was given."""
+    job: str
+    """The same for all ranks of this start of the job. Other jobs and other starts have another."""
+
+
+def find_rendezvous() -> Rendezvous:
+    """Where this job's ranks meet: as torchrun or the user says, or else from SLURM's job step.
+
+    Without MASTER_PORT the ports follow from job, step, restart and user, so that jobs on the same host
+    rarely try the same one, and no start meets what is left of an earlier one.
+
+    Raises:
+        UserError: MASTER_ADDR is not set and SLURM does not tell; or MASTER_PORT is not a port.
+    """
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
+    parts = [os.environ.get(name, "") for name in names]
+    job = "/".join([*parts, str(os.getuid()), str(world_size_from_environment())])
+    address, port = os.environ.get("MASTER_ADDR") or _first_host(), os.environ.get("MASTER_PORT")
+    ports = _ports_of(job)
+    if not port:
+        return Rendezvous(address, ports, False, (), job)
+    if not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"MASTER_PORT={port} is not a port; give a number from 1 to 65535, or leave it unset")
+    return Rendezvous(address, (int(port),), True, ports, job)
+
+
+def _ports_of(job: str) -> tuple[int, ...]:
+    """Below 32768, from where systems take the ports of outgoing connections."""
+    digest = hashlib.sha256(job.encode()).digest()
+    numbers = (int.from_bytes(digest[index : index + 4]) for index in range(0, 4 * _PORTS_TO_TRY, 4))
+    return tuple(20000 + number % 12000 for number in numbers)
+
+
+def _first_host() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST")
+    try:
+        if nodes is None:
+            raise OSError("this is not a SLURM job step")
+        command = ["scontrol", "show", "hostnames", nodes]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise UserError(
+            f"the ranks cannot find each other: MASTER_ADDR is not set ({error}); start with torchrun, or "
+            "export MASTER_ADDR, the name of the first node"
+        ) from None
 
 
 class Signpost:
@@ -41,6 +108,7 @@ class Signpost:
             if isinstance(error, PermissionError) or getattr(error, "errno", 0) == errno.EADDRINUSE:
                 raise
             self._listener = socket.create_server(("", port), backlog=_BACKLOG)  # a host without IPv6
+        self._closed = threading.Event()
 
     def show(self, **directions: Any) -> None:
         """Start to answer."""
@@ -51,13 +119,16 @@ class Signpost:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # closed
-                return
+            except OSError:  # closed, or for the moment there is no file descriptor left
+                if self._closed.wait(0.1):
+                    return
+                continue
             with connection, suppress(OSError):
                 connection.sendall(line)
 
     def close(self) -> None:
         """Give the port back."""
+        self._closed.set()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread, which waits in accept
         self._listener.close()
@@ -72,7 +143,7 @@ def open_store(
         failing: this rank only wants to tell the others of an error.
 
     Raises:
-        UserError: no port is free, or something else is at the one that was given.
+        PortTaken: no port is free, or something else is at the one that was given.
         RanksLost: rank 0 does not show where the store is within ``timeout``.
     """
     if agent_holds_store():
@@ -97,12 +168,12 @@ def _put_up_signpost(place: Rendezvous, failing: bool) -> Signpost:
             break
         time.sleep(0.5)
     if place.given:
-        raise UserError(
+        raise PortTaken(
             f"rank 0 cannot listen at port {place.ports[0]} (MASTER_PORT): {reason}; choose another port, or "
             "leave MASTER_PORT unset"
         )
     tried = ", ".join(map(str, place.ports))
-    raise UserError(f"rank 0 finds no free port ({tried}: {reason}); set MASTER_PORT to one that is free")
+    raise PortTaken(f"rank 0 finds no free port ({tried}: {reason}); set MASTER_PORT to one that is free")
 
 
 def _look_for_store(place: Rendezvous, timeout: timedelta) -> int:
@@ -122,7 +193,7 @@ def _look_for_store(place: Rendezvous, timeout: timedelta) -> int:
                 reason = f"something else answers at port {port}"
                 foreign_since = foreign_since or time.monotonic()
         if place.given and foreign_since and time.monotonic() - foreign_since > FOREIGN_SECONDS:
-            raise UserError(
+            raise PortTaken(
                 f"{reason} on {place.address} (MASTER_PORT, MASTER_ADDR), not rank 0 of this job; choose "
                 "another port, or leave MASTER_PORT unset"
             )

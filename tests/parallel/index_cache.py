@@ -20,16 +20,16 @@ def open_data(root: Path, words: list[str], ranks_per_node: int, shared: bool) -
     node = rank() // ranks_per_node
     written = []
 
-    def write(directory: Path, *args: object) -> None:
+    def publish(directory: Path, key: cache.Key) -> None:
         written.append(directory)
-        real_write(directory, *args)
+        real_publish(directory, key)
 
-    real_write, here = cache._write, os.getcwd()
+    real_publish, here = cache._publish, os.getcwd()
     os.chdir(root if shared else root / f"node{node}")
     try:
         with (
             mock.patch.object(socket, "gethostname", lambda: f"node{node}"),
-            mock.patch.object(cache, "_write", write),
+            mock.patch.object(cache, "_publish", publish),
         ):
             datasets = build_datasets(
                 DataConfig(data_path=words, split="90,10,0", data_cache_path="cache"),

@@ -1,17 +1,21 @@
 """Who owns a run's directory: a second start by mistake (case 16 of everyday faults), and dead owners."""
 
+import ctypes
 import errno
 import json
 import multiprocessing
 import os
+import select
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megatron_mesh.data import cache
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import owner_file, ownership
 from megatron_mesh.runtime.entry import failures_from
@@ -178,4 +182,53 @@ def test_a_refused_start_leaves_no_directory(tmp_path: Path) -> None:
     config = tiny_config(save=str(tmp_path / "new/run"), load=str(tmp_path / "absent"))
     with pytest.raises(UserError, match="no checkpoint there"):
         pretrain(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_counter_rises_while_an_index_is_built(tmp_path: Path, monkeypatch) -> None:
+    """Even where C++ holds the GIL for longer than a dead owner is watched."""
+    monkeypatch.setattr(ownership, "BEAT_SECONDS", 0.1)
+    reading, writing = os.pipe()
+    mine = Ownership(tmp_path)
+    mine.claim()
+    path, at_first = tmp_path / OWNER_FILE, (tmp_path / OWNER_FILE).read_text()
+
+    def hold_the_lock() -> cache.Arrays:
+        """Until the other thread has seen the counter rise: 1. If it cannot see anything: 0."""
+        pollfd = (ctypes.c_int * 2)(reading, select.POLLIN)
+        return {"seen": np.array([ctypes.PyDLL(None).poll(pollfd, 1, 20_000)])}
+
+    def look() -> None:
+        while path.read_text() == at_first:
+            time.sleep(0.05)
+        os.write(writing, b"seen")
+
+    looking = threading.Thread(target=look)
+    key = cache.Key(tmp_path / "cache", "test", "what it depends on")
+    mine.keep(lambda other: os._exit(7))
+    looking.start()
+    cache.build(key, hold_the_lock)
+    looking.join()
+    mine.release()
+    assert cache.load(key)["seen"] == [1]
+
+
+def test_a_file_that_somebody_removed_is_put_back(tmp_path: Path, monkeypatch) -> None:
+    """With the same owner, and a counter that still rises."""
+    monkeypatch.setattr(ownership, "BEAT_SECONDS", 0.1)
+    mine, path = Ownership(tmp_path), tmp_path / OWNER_FILE
+    mine.claim()
+    who = path.read_text().splitlines()[:2]
+    mine.keep(lambda other: os._exit(7))
+    path.unlink()
+    seen: set[str] = set()
+    while len(seen) < 3:
+        if path.exists():
+            *owner, counter = path.read_text().splitlines()
+            assert owner == who
+            seen.add(counter)
+        time.sleep(0.05)
+    with pytest.raises(UserError, match=f"belongs to process {os.getpid()}"):
+        Ownership(tmp_path).claim()
+    mine.release()
     assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 Case 14 of everyday faults and case 6 on SLURM: two job steps of one allocation on one node.
 """
 
+import errno
 import os
 import socket
 import threading
@@ -15,11 +16,12 @@ import pytest
 import torch.distributed as dist
 
 from megatron_mesh.errors import RanksLost, UserError
-from megatron_mesh.runtime import meeting, rendezvous
-from megatron_mesh.runtime.environment import Rendezvous, find_rendezvous
+from megatron_mesh.runtime import exits, meeting, rendezvous
+from megatron_mesh.runtime.distributed import shared_store
 from megatron_mesh.runtime.failures import Failures
 from megatron_mesh.runtime.meeting import Meeting
-from megatron_mesh.runtime.rendezvous import Signpost, open_store
+from megatron_mesh.runtime.rendezvous import PortTaken, Rendezvous, Signpost, find_rendezvous, open_store
+from tests.helpers import tiny_config
 
 ROOT = Path(__file__).resolve().parents[3]
 SHORT, LONG = timedelta(seconds=2), timedelta(seconds=60)
@@ -126,6 +128,29 @@ def test_ranks_hear_that_the_given_port_is_taken(stranger, ports, monkeypatch, c
     assert ends == {0: 2, 1: 2} and capfd.readouterr().err == "error: rank 0: port taken\n"
 
 
+def test_a_signpost_outlives_an_error(ports) -> None:
+    """Such as a limit of open files that is reached for a moment; it ends when it is closed."""
+    post, place = Signpost(ports[0]), Rendezvous("localhost", ports[:1], False, (), "mine")
+    listener, failures = post._listener, iter([errno.EMFILE, errno.ECONNABORTED])
+
+    class Failing:
+        def accept(self) -> object:
+            for number in failures:
+                raise OSError(number, os.strerror(number))
+            return listener.accept()
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(listener, name)
+
+    post._listener, before = Failing(), set(threading.enumerate())
+    post.show(job="mine", port=5)
+    assert rendezvous._look_for_store(place, LONG) == 5
+    (thread,) = set(threading.enumerate()) - before
+    post.close()
+    thread.join(60)
+    assert not thread.is_alive() and next(failures, None) is None
+
+
 def test_a_given_port_that_is_freed_in_time_is_used(ports, monkeypatch) -> None:
     """Two jobs with the same MASTER_PORT: the first needs it until all of its ranks have come."""
     monkeypatch.setattr(rendezvous, "PATIENCE_SECONDS", 60)
@@ -150,13 +175,31 @@ def test_a_rank_that_is_there_twice_is_refused(ports, monkeypatch) -> None:
     with pytest.raises(UserError, match="another process is rank 1 of this job"):
         Meeting(1, 2, LONG)
     assert first.store.add("meeting/came/1", 0) == 2 and second.store.check(["meeting/came/0"])
+    # Case 14: ranks above 1 are silent about a port that everybody finds taken, and about nothing else.
+    third = Meeting(2, 3, LONG)
+    with pytest.raises(UserError, match="another process is rank 2 of this job"):
+        shared_store(tiny_config(), 2, 3, LONG)
+    assert third.store.add("meeting/came/2", 0) == 2
     first._signpost.close()
+
+
+@pytest.mark.parametrize("stranger", ["talks"], indirect=True)
+def test_a_taken_port_is_told_by_two_ranks(stranger, ports, monkeypatch, capfd) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(ports[0]))
+    for rank in (0, 1):
+        with pytest.raises(PortTaken):
+            shared_store(tiny_config(), rank, 3, LONG)
+    with pytest.raises(SystemExit) as end:
+        shared_store(tiny_config(), 2, 3, LONG)
+    assert end.value.code == exits.BAD_INPUT and capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "user"])
 def test_ports_follow_from_job_step_restart_and_user(monkeypatch, name: str) -> None:
     for variable, value in SLURM.items():
         monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(os, "getuid", lambda: 1000)  # with one in 40 users, two of 16 ports would be the same
     one, same = find_rendezvous(), find_rendezvous()
     assert one == same and not one.given and len(set(one.ports)) == len(one.ports) == 8
     assert all(20000 <= port < 32000 for port in one.ports)
@@ -186,6 +229,9 @@ def test_without_an_address_the_remedy_is_named(monkeypatch) -> None:
 
 def test_there_is_one_formula() -> None:
     """The batch script computes no port of its own."""
-    for path in (ROOT / "examples/slurm").glob("*"):
-        if path.suffix in (".sh", ".sbatch"):
-            assert "MASTER_PORT=" not in path.read_text()
+    scripts = [path for path in (ROOT / "examples/slurm").rglob("*") if path.suffix in (".sh", ".sbatch")]
+    assert scripts
+    for path in scripts:
+        lines = path.read_text().splitlines()
+        named = [line for line in lines if "MASTER_PORT" in line and not line.startswith(("unset ", "#"))]
+        assert not named, path  # whether with =, export, env or printf

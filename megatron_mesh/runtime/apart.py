@@ -1,0 +1,66 @@
+"""Run a function in a process of its own, so that this one's threads keep running.
+
+C++ that holds Python's global interpreter lock (GIL) for minutes stops every other thread: the owner's
+counter in ``--save`` (``ownership.py``), the watchdog, the listener, and Python's signal handlers.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+_PR_SET_PDEATHSIG = 1
+
+
+def run_apart(work: Callable[[], None]) -> None:
+    """Call ``work`` in a fork of this process, and wait for it.
+
+    A fork starts at once and needs no pickling. ``work`` must not use torch or CUDA; it leaves its result in
+    files. The fork dies with this process: otherwise it would keep the sockets open by which other ranks
+    notice this one's death.
+
+    Raises:
+        RuntimeError: the process was killed, for example because the host's memory was used up.
+        Exception: what ``work`` raised.
+    """
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(work, there, os.getpid()), daemon=True)
+    process.start()
+    there.close()
+    try:
+        error = here.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(
+            f"a helper process ended early ({_ending(process.exitcode)}); see whether the host's memory was "
+            "used up"
+        ) from None
+    finally:
+        process.kill()  # it is over, unless this process was interrupted while it waited
+        process.join()
+        here.close()
+    if error is not None:
+        raise error
+
+
+def _run(work: Callable[[], None], answer: Connection, parent: int) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both, and the parent ends this process
+    signal.set_wakeup_fd(-1)
+    if os.getppid() != parent:
+        return
+    try:
+        work()
+    except Exception as error:
+        error.add_note(f"In a process of its own:\n{traceback.format_exc()}")
+        answer.send(error)
+    else:
+        answer.send(None)
+
+
+def _ending(status: int | None) -> str:
+    return signal.Signals(-status).name if status is not None and status < 0 else f"exit status {status}"
