@@ -11,10 +11,6 @@
 #             FENCE_SECONDS     time (12) for an earlier start's processes to end: task.sh looks every 5 s
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# An element of an array acts on itself. SLURM_JOB_ID of the last element is the whole array's.
-this_job=$SLURM_JOB_ID
-[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || this_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-token=$this_job.${SLURM_RESTART_COUNT:-0}
 owner_file=$RUN/run_owner.txt
 asked=no interrupted=no srun_pid= last_resort=
 # Exit status of a run that can be resumed, so that jobs waiting for "afterok" do not start on a half-trained model.
@@ -28,7 +24,15 @@ note() { echo "$token $(saved_step) $1 $(date -Is) $2" >>"$RUN/slurm/starts.txt"
 
 word_in() { head -n 1 "$1" 2>/dev/null; }
 
-owned() { [ "$(word_in "$owner_file")" = "$token" ]; }
+# Whether this start may still write to RUN: no other's token is there. A file that is gone says nothing.
+owned() {
+    local now
+    now=$(word_in "$owner_file")
+    [ -z "$now" ] || [ "$now" = "$token" ]
+}
+
+# Nobody of this start writes any more, so another need not wait.
+disown_run() { [ "$(word_in "$owner_file")" != "$token" ] || rm -f "$owner_file"; }
 
 # Runs a command again while it fails: SLURM's controller may be away for a moment.
 retried() {
@@ -53,35 +57,45 @@ saved_step() {
 # other, which may live on after their node was given up, end themselves when they see it (task.sh). Rank 0
 # adds who it is, and a counter that rises while it lives (megatron_mesh/runtime/ownership.py).
 take_over() {
-    local found before job
+    local found before job= states
     found=$(cat "$owner_file" 2>/dev/null)
-    before=${found%%$'\n'*} job=
+    before=${found%%$'\n'*}
     [[ ! $before =~ ^[0-9]+(_[0-9]+)?\.[0-9]+$ ]] || job=${before%.*}
-    if [ -n "$job" ] && [ "$job" != "$this_job" ] &&
-        [ -n "$(squeue -h -j "$job" -t running,completing,suspended -o %A 2>/dev/null)" ]; then
-        say "error: job $job runs in $RUN; scancel it first, or let this one wait for it"
-        exit 2
-    fi
-    if [ -n "$before" ] && [ -z "$job" ]; then # started without a batch script
-        say "waiting ${FENCE_SECONDS:=12} s to see whether the earlier start in $RUN still runs"
-        sleep "$FENCE_SECONDS" &
-        wait $!
-        if [ "$(cat "$owner_file" 2>/dev/null)" != "$found" ]; then
-            say "error: another start runs in $RUN ($(sed -n 2p "$owner_file")); stop it first"
-            exit 2
-        fi
+    if [ -n "$before" ] && [ "$job" != "$this_job" ]; then
+        [ -z "$job" ] || states=$(squeue -h -j "$job" -t all -o %T 2>/dev/null)
+        case ${states:-} in
+            *RUNNING* | *CONFIGURING* | *COMPLETING* | *SUSPENDED* | *STOPPED* | *STAGE_OUT*)
+                refuse 2 "error: job $job runs in $RUN; scancel it first, or let this one wait for it" ;;
+            NODE_FAIL) ;; # its ranks may live on
+            *) watch_owner "$found" ;; # SLURM has forgotten the job, or another cluster's SLURM knows it
+        esac
     fi
     echo "$token" >"$owner_file.$token"
     mv -f "$owner_file.$token" "$owner_file" # a new file: an earlier owner still writes to the old one
     if [ -n "$job" ]; then
         say "waiting ${FENCE_SECONDS:=12} s for what may be left of $before to end"
-        sleep "$FENCE_SECONDS" &
-        wait $!
+        pause "$FENCE_SECONDS"
     fi
 }
 
-# Whether the run has failed at step $1 so often that another start would bring nothing either. Preemption, a lost
-# node and the time limit are no failures of the run's, so they do not count.
+# Refuses to start if the owner, whose file holds $1, raises its counter.
+watch_owner() {
+    say "waiting ${FENCE_SECONDS:=12} s to see whether the earlier start in $RUN still runs"
+    pause "$FENCE_SECONDS"
+    [ "$(cat "$owner_file" 2>/dev/null)" = "$1" ] ||
+        refuse 2 "error: another start runs in $RUN ($(head -n 2 "$owner_file" | paste -sd' ')); stop it first"
+}
+
+# Sleeps, and runs traps at once.
+pause() {
+    local sleeping
+    sleep "$1" &
+    sleeping=$!
+    while kill -0 "$sleeping" 2>/dev/null; do wait "$sleeping"; done
+}
+
+# Whether the run has failed at step $1 so often that restarting will not help. Preemption, a lost node and the
+# time limit are not the run's failures, so they do not count.
 stuck_at() {
     local failures
     failures=$(awk -v step="$1" '
@@ -104,7 +118,10 @@ on_warning() {
 # Time is up, or the job has to leave. The tasks are told too; what comes next is decided when they have ended.
 on_end() {
     interrupted=yes
-    [ -n "$srun_pid" ] || finish ended 143 "ended by SLURM before the start"
+    if [ -z "$srun_pid" ]; then
+        owned || refuse 143 "ended by SLURM before the start"
+        finish ended 143 "ended by SLURM before the start"
+    fi
     [ "$(job_field Reason)" = TimeLimit ] && [ -z "$last_resort" ] || return
     requeue_before_the_kill &
     last_resort=$!
@@ -136,7 +153,7 @@ train() {
         pyxis) options+=(--container-image="$CONTAINER" --container-workdir="$PWD"
             --container-mounts="$(mounts)") ;;
         apptainer) inside=(apptainer exec --nv --bind "$(mounts)" --pwd "$PWD" "$CONTAINER") ;;
-        *) say "error: ENVIRONMENT=$ENVIRONMENT in $SITE; take venv, pyxis or apptainer"; exit 2 ;;
+        *) finish failed 2 "error: ENVIRONMENT=$ENVIRONMENT in $SITE must be venv, pyxis or apptainer" ;;
     esac
     # Everything by its full name and with all variables: the site may submit with --export=NONE.
     srun "${options[@]}" --export=ALL /bin/bash "$here/task.sh" "$owner_file" "$token" \
@@ -162,6 +179,13 @@ finish() {
     note "$1" "$3"
     hook "$1"
     exit "$2"
+}
+
+# Like finish, for a start that may not write to RUN. The run is another's, so only the log and the hook hear of it.
+refuse() {
+    say "$2"
+    hook refused
+    exit "$1"
 }
 
 # The site's on_end_hook, in a shell of its own: whatever it does, the job ends as it would without it.
@@ -192,15 +216,15 @@ again() {
 
 # Why SLURM ends the job, as far as it tells: its state is COMPLETING now, whatever the cause.
 cause_of_end() {
-    local restarts down
-    restarts=$(job_field Restarts)
+    local now down
+    now=$(job_field Restarts)
     down=$(sinfo -h -n "$SLURM_JOB_NODELIST" -t down,fail -o %N 2>/dev/null | paste -sd,)
     case $1 in
         *held*) echo "requeued and held" ;;
         OUT_OF_MEMORY/*) echo "out of memory" ;;
         *) if [ -n "$down" ]; then
             echo "node $down is down"
-        elif [ "${restarts:-0}" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
+        elif [ "${now:-0}" -gt "$restarts" ]; then
             echo "preempted or requeued"
         elif [ -z "${1%/*}" ]; then
             echo "the controller does not say why"
@@ -216,9 +240,9 @@ decide() {
     ended=$(word_in "$RUN/run_status.txt")
     # Further lines say why the run failed, and on which rank and host.
     tail -n +2 "$RUN/run_status.txt" 2>/dev/null | while IFS= read -r cause; do say "cause: $cause"; done
-    owned || { say "another start has taken over; nothing to do"; exit 1; }
-    # The ranks have agreed to end, so nobody is left who writes.
-    case $ended in done | stopped) rm -f "$owner_file" ;; esac
+    retried test -r "$owner_file" # its file system may be away for a moment
+    owned || refuse 1 "another start has taken over; nothing to do"
+    case $ended in done | stopped) disown_run ;; esac # the ranks have agreed to end
     [ "$ended" != done ] || finish done 0 "trained to the end"
     state=$(job_field JobState)/$(job_field Reason)
     case $state in
@@ -251,13 +275,20 @@ main() {
     touch "$RUN/slurm/starts.txt"
     prepare
     take_over
-    [ "$(word_in "$RUN/run_status.txt")" != done ] || { say "was trained to the end before"; exit 0; }
+    if [ "$(word_in "$RUN/run_status.txt")" = done ]; then
+        disown_run
+        finish done 0 "was trained to the end before"
+    fi
+    # Somebody has submitted this job, and knows how the last one ended.
+    if [ "$restarts" = 0 ] && [ "${REQUEUE:-yes}" = yes ] && [ -s "$RUN/slurm/starts.txt" ]; then
+        echo "by-hand -" >>"$RUN/slurm/starts.txt"
+    fi
     [ $asked = no ] || again "stopped before the start"
     from=$(saved_step)
     ! stuck_at "$from" ||
-        finish given-up 1 "error: given up: the run failed at step $from again and again; --requeue tries once more"
+        finish given-up 1 "error: given up: the run failed at step $from again and again; submit_slurm.py --requeue tries once more"
     rm -f "$RUN/run_status.txt" "$RUN/stop"
-    owned || exit 1
+    owned || refuse 1 "another start has taken over; nothing to do"
     origin="from step $from"
     [ "$from" != 0 ] || [ -z "${LOAD:-}" ] || origin="from the checkpoint in $LOAD"
     say "start on $SLURM_JOB_NODELIST $origin"
@@ -266,11 +297,10 @@ main() {
     decide $?
 }
 
-if [ -n "${SLURM_HET_SIZE:-}" ]; then
-    say "error: a heterogeneous job ($SLURM_HET_SIZE parts) cannot hold a run; submit one part, with nodes that are alike"
-    exit 2
-fi
 . "$here/environment.sh"
+identify
 forget_another_job
 . "$SITE"
+[ -z "${SLURM_HET_SIZE:-}" ] || refuse 2 \
+    "error: a heterogeneous job ($SLURM_HET_SIZE parts) cannot hold a run; submit one part, with nodes that are alike"
 main
