@@ -17,7 +17,11 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.console import show_messages
 from megatron_mesh.runtime.entry import failures_told
-from megatron_mesh.runtime.environment import rank_from_environment, world_size_from_environment
+from megatron_mesh.runtime.environment import (
+    check_place,
+    rank_from_environment,
+    world_size_from_environment,
+)
 from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 from megatron_mesh.runtime.start_times import log_start_times
 
@@ -54,10 +58,11 @@ def _parse_quietly(argv: Sequence[str]) -> Arguments:
 
 
 if __name__ == "__main__":  # loader processes may import this file
-    # Until training starts there is nothing to save, and an interrupt during an import would end in a traceback
-    # from wherever it was; some libraries even go on with half of their modules.
+    # Until training starts there is nothing to save, and Ctrl-C during an import would end in a traceback from
+    # wherever it was. Some libraries even catch it and continue with half of their modules.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    show_messages(rank_from_environment() == 0)
-    log_start_times()
     with closed_pipe_is_no_error(), failures_told(sys.argv[1:]):
+        check_place()
+        show_messages(rank_from_environment() == 0)
+        log_start_times()
         sys.exit(main(sys.argv[1:]))

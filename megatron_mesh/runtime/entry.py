@@ -14,6 +14,7 @@ from megatron_mesh.config.sources import read_yaml
 from megatron_mesh.errors import OutOfMemory, RanksLost, UserError
 from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.environment import (
+    check_place,
     local_rank_from_environment,
     rank_from_environment,
     world_size_from_environment,
@@ -49,7 +50,11 @@ def failures_told(argv: Sequence[str]) -> Iterator[None]:
 
 
 def _tell(argv: Sequence[str], cause: str, word: str, status: int, details: str = "") -> int:
-    rank, world_size = rank_from_environment(), world_size_from_environment()
+    try:
+        check_place()
+        rank, world_size = rank_from_environment(), world_size_from_environment()
+    except UserError:  # that is what there is to tell
+        rank, world_size = 0, 1
     if world_size == 1:
         print(f"error: {cause}", file=sys.stderr)
         failures_from(argv).note(word, cause)

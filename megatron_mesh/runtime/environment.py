@@ -5,6 +5,8 @@ import time
 
 import psutil
 
+from megatron_mesh.errors import UserError
+
 
 def process_age() -> float:
     """Seconds since this process was started, its imports included."""
@@ -13,17 +15,44 @@ def process_age() -> float:
 
 def world_size_from_environment() -> int:
     """Processes of the job; plain python is a world of one."""
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")))
+    return _number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", default=1)
 
 
 def rank_from_environment() -> int:
     """Index of this process in the job."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    return _number("RANK", "SLURM_PROCID", default=0)
 
 
 def local_rank_from_environment() -> int:
     """Index of this process on its host; a rank that was started by hand counts as the first."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    return _number("LOCAL_RANK", "SLURM_LOCALID", default=0)
+
+
+def check_place() -> None:
+    """Raise UserError unless rank and world size are numbers that fit each other."""
+    rank, world_size = rank_from_environment(), world_size_from_environment()
+    if not 0 <= rank < world_size:
+        raise UserError(
+            f"this process is rank {rank} of a job of {world_size} processes (RANK and WORLD_SIZE, or "
+            "SLURM_PROCID and SLURM_STEP_NUM_TASKS); ranks count from 0: set both variables, or unset both "
+            "to train with one process"
+        )
+
+
+def _number(*names: str, default: int) -> int:
+    """The first of the variables that is set.
+
+    Raises:
+        UserError: it is not a whole number.
+    """
+    for name in names:
+        if (text := os.environ.get(name)) is None:
+            continue
+        try:
+            return int(text)
+        except ValueError:
+            raise UserError(f"{name}={text} in the environment is not a whole number; unset it") from None
+    return default
 
 
 def agent_holds_store() -> bool:

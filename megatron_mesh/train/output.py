@@ -18,6 +18,7 @@ from megatron_mesh.config.settings import flag
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.distributed import is_rank_zero
 from megatron_mesh.runtime.logging import METRICS_FILE, Log, open_log
+from megatron_mesh.runtime.owner_file import OWNER_FILE, held_by_another, read_owner
 from megatron_mesh.train.metrics import perplexity
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ _ROOM = 2**16
 def check_writable(config: Config) -> None:
     """Make the directories that the settings name, and raise UserError where one cannot be written.
 
+    Nor may the output go into the directory of another run that is at work.
+
     Every rank writes to --save; rank 0 alone writes to the others, so it alone checks them.
     """
     directories = {
@@ -36,6 +39,11 @@ def check_writable(config: Config) -> None:
         "--output-dir": config.logging.output_dir,
         "--tensorboard-dir": config.logging.tensorboard_dir,
     }
+    output = config.logging.output_dir
+    if output and is_rank_zero() and not _same(output, config.checkpoint.save):
+        if held_by_another(Path(output), None):
+            owner = read_owner(Path(output) / OWNER_FILE)
+            raise UserError(f"--output-dir {output} belongs to {owner}; choose another directory")
     for name, directory in directories.items():
         if directory is None or not (name == "--save" or is_rank_zero()):
             continue
@@ -47,6 +55,10 @@ def check_writable(config: Config) -> None:
             raise UserError(
                 f"{name} {directory} cannot be written ({error.strerror}); choose another"
             ) from None
+
+
+def _same(one: str, other: str | None) -> bool:
+    return other is not None and os.path.realpath(one) == os.path.realpath(other)
 
 
 def warn_if_nothing_is_saved(config: Config) -> None:

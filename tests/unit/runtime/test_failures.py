@@ -9,8 +9,9 @@ import pytest
 import torch.distributed as dist
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.runtime import entry, meeting
+from megatron_mesh.runtime import entry, exits, meeting
 from megatron_mesh.runtime.entry import failures_from, failures_told
+from megatron_mesh.runtime.environment import check_place
 from megatron_mesh.runtime.failures import FAILED, RUNNING, Failures, resumes
 
 RANKS = 16
@@ -119,3 +120,27 @@ def test_a_rank_whose_others_do_not_come_says_why(monkeypatch, capfd, local_rank
         signal.signal(signal.SIGTERM, handler)
     assert end.value.code == 2
     assert capfd.readouterr().err == f"error: rank 5 of 8 on host {socket.gethostname()}: no data\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "this process is rank 2 of a job of 2 processes"),
+        ({"RANK": "1"}, "this process is rank 1 of a job of 1 processes"),
+        ({"SLURM_PROCID": "1"}, "this process is rank 1 of a job of 1 processes"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "rank 0 of a job of 0 processes"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "rank -1 of a job of 2 processes"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x in the environment is not a whole number"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x in the environment is not a whole number"),
+    ],
+)
+def test_ranks_that_cannot_be(monkeypatch, capsys, variables: dict[str, str], message: str) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended, failures_told([]):
+        check_place()
+    assert ended.value.code == exits.BAD_INPUT
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1

@@ -23,6 +23,7 @@ from megatron_mesh.runtime.failures import FAILED
 from megatron_mesh.runtime.owner_file import OWNER_FILE, Owner, held_by_another, read_owner
 from megatron_mesh.runtime.ownership import Ownership
 from megatron_mesh.train import pretrain
+from megatron_mesh.train.output import check_writable
 from tests.helpers import tiny_config
 
 
@@ -137,6 +138,16 @@ def test_one_of_many_takes_over_a_stale_file(tmp_path: Path, stale: bytes, monke
     for each in starts:
         each.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_output_of_a_run_stays_out_of_the_directory_of_another(owner, tmp_path: Path) -> None:
+    """``--output-dir`` alone would move the other run's metrics aside."""
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    before = tree(tmp_path)
+    config = tiny_config(output_dir=str(tmp_path), data_path=["none"])
+    with pytest.raises(UserError, match=f"--output-dir {tmp_path} belongs to process {owner.pid}"):
+        check_writable(config)
+    assert tree(tmp_path) == before
 
 
 def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch) -> None:
