@@ -10,7 +10,6 @@ from megatron_mesh.config.layers import LayerLayout
 from megatron_mesh.config.placement import virtual_stages
 from megatron_mesh.config.schema import Config, ModelConfig
 from megatron_mesh.errors import UserError
-from megatron_mesh.model.attention import attention_backend
 from megatron_mesh.model.implementation import LOCAL, Implementation
 from megatron_mesh.model.precision import precision_settings
 from megatron_mesh.recurrence import SCHEMES, RecurrenceOptions
@@ -92,9 +91,6 @@ def transformer_config(config: Config, implementation: Implementation = LOCAL) -
         batch_p2p_comm=False,
         overlap_p2p_comm=parallel.overlap_p2p_communication and virtual is not None,
         deterministic_mode=training.deterministic_mode,
-        attention_backend=attention_backend(
-            config.precision.attention_backend, te_layers=implementation != LOCAL
-        ),
         **precision_settings(config, implementation),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from megatron_mesh.config.derived import layout
 from megatron_mesh.config.schema import Config, PrecisionConfig
+from megatron_mesh.model.attention import attention_backend
 from megatron_mesh.model.implementation import LOCAL, Implementation, has_fused_gradients
 from megatron_mesh.recurrence import SCHEMES
 
@@ -28,6 +29,9 @@ def precision_settings(config: Config, implementation: Implementation) -> dict[s
     fuse = precision.gradient_accumulation_fusion
     settings: dict[str, Any] = {
         "transformer_impl": implementation,
+        "attention_backend": attention_backend(
+            precision.attention_backend, te_layers=implementation != LOCAL
+        ),
         # Transformer Engine's modules would stay on the CPU; local ones are built inside a device context.
         "use_cpu_initialization": implementation == LOCAL,
         "gradient_accumulation_fusion": fuse and has_fused_gradients(),

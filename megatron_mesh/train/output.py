@@ -40,10 +40,10 @@ def check_writable(config: Config) -> None:
         "--tensorboard-dir": config.logging.tensorboard_dir,
     }
     output = config.logging.output_dir
-    if output and is_rank_zero() and not _same(output, config.checkpoint.save):
-        if held_by_another(Path(output), None):
-            owner = read_owner(Path(output) / OWNER_FILE)
-            raise UserError(f"--output-dir {output} belongs to {owner}; choose another directory")
+    apart = output and is_rank_zero() and not _same(output, config.checkpoint.save)
+    if output and apart and held_by_another(Path(output), None):
+        owner = read_owner(Path(output) / OWNER_FILE)
+        raise UserError(f"--output-dir {output} belongs to {owner}; choose another directory")
     for name, directory in directories.items():
         if directory is None or not (name == "--save" or is_rank_zero()):
             continue

@@ -1,6 +1,7 @@
 """tools/checkpoint.py: lists, verifies, shows and rewrites."""
 
 import errno
+from pathlib import Path
 
 import pytest
 
@@ -87,8 +88,34 @@ def test_weights_alone(tiny, checkpoints, tmp_path):
 
 def test_bad_input(checkpoints, tmp_path):
     with pytest.raises(UserError, match="holds no complete checkpoint"):
+        main(["list", str(tmp_path)])
+    with pytest.raises(UserError, match="nothing is not a directory"):
         main(["list", str(tmp_path / "nothing")])
     with pytest.raises(UserError, match="exists already"):
         main(["reshard", str(checkpoints / "iter_0000002"), "--save", str(tmp_path)])
     with pytest.raises(UserError, match="not a complete checkpoint"):
         main(["show", str(tmp_path)])
+
+
+def test_a_list_of_one(checkpoints, capsys):
+    """A checkpoint's own directory, as the other commands take it."""
+    main(["list", str(checkpoints / "iter_0000004")])
+    (line,) = capsys.readouterr().out.splitlines()[1:]
+    assert line.split()[0] == "4" and line.endswith("iter_0000004")
+
+
+def test_what_may_not_be_read_is_not_damaged(tiny, checkpoints, monkeypatch):
+    """No earlier checkpoint takes its place. (The tests run as root, who may read everything.)"""
+    read_text = Path.read_text
+
+    def refused(path: Path, *args, **kwargs) -> str:
+        if path.parent.name == "iter_0000006" and path.suffix == ".json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(UserError, match="iter_0000006/.*json may not be read .*give yourself access"):
+        run(tiny(load=str(checkpoints), train_iters=7, lr_decay_iters=6))
+    for command in ("show", "verify", "list"):
+        with pytest.raises(UserError, match="json may not be read"):
+            main([command, str(checkpoints)])
