@@ -58,8 +58,8 @@ def _parse_quietly(argv: Sequence[str]) -> Arguments:
 
 
 if __name__ == "__main__":  # loader processes may import this file
-    # Until training starts there is nothing to save, and Ctrl-C during an import would end in a traceback from
-    # wherever it was. Some libraries even catch it and continue with half of their modules.
+    # Until training starts there is nothing to save, and Ctrl-C during an import would end in a traceback
+    # from wherever it was. Some libraries even catch it and continue with half of their modules.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     with closed_pipe_is_no_error(), failures_told(sys.argv[1:]):
         check_place()
