@@ -22,6 +22,7 @@ from megatron_mesh.config.settings import with_values
 from megatron_mesh.config.sources import read_yaml
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import phases, strict_json
+from megatron_mesh.runtime.files import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -168,9 +169,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def write_validation(path: Path, loss: float | None) -> None:
     """Add the validation loss of its own step to the complete checkpoint ``path``."""
-    temporary = path / f"{VALIDATION_FILE}.partial"
-    temporary.write_text(strict_json.dumps({"valid_loss": loss}), encoding="utf-8")
-    os.replace(temporary, path / VALIDATION_FILE)
+    replace_text(path / VALIDATION_FILE, strict_json.dumps({"valid_loss": loss}))
 
 
 def _validation(path: Path, train_state: dict[str, Any]) -> dict[str, Any]:
@@ -208,12 +207,9 @@ def publish(partial: Path, final: Path, step: int) -> list[Path]:
         raise
     phases.enter("latest")
     tracker = final.parent / TRACKER_FILE
-    temporary = tracker.with_suffix(".partial")
     try:
         _sync(final.parent)
-        temporary.write_text(str(step), encoding="utf-8")
-        _sync(temporary)
-        os.replace(temporary, tracker)
+        replace_text(tracker, str(step))
     except OSError as error:  # the checkpoint is complete all the same, and runs look for its name
         logger.error("%s cannot name step %d: %s", tracker, step, error)
     return [replaced] if again else []

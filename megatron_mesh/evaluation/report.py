@@ -1,6 +1,5 @@
 """Results in words: tables for the console, and a Markdown file beside the published numbers."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from megatron_mesh.evaluation.published import paper, pythia
 from megatron_mesh.evaluation.results import HUB, Result, Results
 from megatron_mesh.evaluation.tables import Sheet
 from megatron_mesh.evaluation.tasks import AVERAGED, SHOTS, TASKS
+from megatron_mesh.runtime.files import replace_text
 
 REPORT_FILE = "results.md"
 
@@ -35,9 +35,7 @@ def write_markdown(results: Results) -> Path:
     sheets = [*own_sheets(results), beside_paper(results), *(beside_pythia(results, n) for n in measured)]
     lines += [sheet.markdown() for sheet in sheets]
     path = results.path.with_name(REPORT_FILE)
-    partial = path.with_suffix(".partial")
-    partial.write_text("\n".join(lines), encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, "\n".join(lines))
     return path
 
 

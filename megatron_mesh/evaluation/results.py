@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation.engines import TRANSFORMERS
 from megatron_mesh.evaluation.tasks import AVERAGED, TASKS
 from megatron_mesh.runtime import strict_json
+from megatron_mesh.runtime.files import replace_text
 
 RESULTS_FILE = "results.json"
 HUB = "hub"
@@ -126,9 +126,7 @@ class Results:
             "averages": {f"{shots}-shot": asdict(average) for shots, average in self.averages().items()},
             "not_run": [asdict(skipped) for skipped in self.skipped],
         }
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(strict_json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self.path)
+        replace_text(self.path, strict_json.dumps(content, indent=2) + "\n")
 
 
 def open_results(directory: Path, run: Mapping[str, Any]) -> Results:

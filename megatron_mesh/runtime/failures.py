@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from megatron_mesh.runtime.files import replace_text
 from megatron_mesh.runtime.owner_file import given_token, held_by_another
 
 FAILED, RUNNING = "failed", "running"
@@ -194,11 +195,11 @@ class Failures:
         if ours:
             _append(path, line)
         elif self.running:
-            _replace(path, word + "\n" + line)
+            replace_text(path, word + "\n" + line)
         elif self._resumes and os.path.exists(path):
             found = path.read_text(encoding="utf-8")
             if found.partition("\n")[0] != RUNNING:
-                _replace(path, word + "\n" + line)
+                replace_text(path, word + "\n" + line)
             elif line not in found:
                 # Either the start before this one crashed, or it still runs and this one is a mistake.
                 _append(path, line)
@@ -225,12 +226,6 @@ def _append(path: Path, line: str) -> None:
 
 def _no_new_file(path: str, flags: int) -> int:
     return os.open(path, flags & ~os.O_CREAT)
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _is_another_runs(save: Path) -> bool:

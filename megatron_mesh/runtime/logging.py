@@ -16,6 +16,7 @@ from megatron_mesh.config.schema import Config, LoggingConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
 from megatron_mesh.runtime.console import Bar, Lines
+from megatron_mesh.runtime.files import replace_text
 from megatron_mesh.runtime.records import Kind, Record, Sink
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,9 @@ class Guarded(Sink):
     def _survive(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # some trackers call sys.exit
             if not self._lost:
                 logger.error(
                     "%s: numbers were not logged: %s; training continues", self.name, in_a_line(error)
@@ -98,7 +101,7 @@ class Guarded(Sink):
             self._lost += 1
 
 
-def in_a_line(error: Exception) -> str:
+def in_a_line(error: BaseException) -> str:
     """An error of a library, in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -116,25 +119,30 @@ def check_trackers(settings: LoggingConfig) -> None:
             )
 
 
-def open_log(config: Config, directory: Path, step: int, last: int) -> Log:
+def open_log(config: Config, directory: Path, step: int, last: int, *, same_run: bool = False) -> Log:
     """Open the sinks that the settings name.
 
     Args:
         step: at which the run starts; above 0 if it resumes.
         last: at which it ends.
+        same_run: whether ``directory`` holds the output of an earlier start of this run.
     """
     settings = config.logging
     console = Console(soft_wrap=True)
     sinks: list[Sink] = [JsonLines(directory / METRICS_FILE)]
     trackers: dict[str, Callable[[], Sink]] = {}
     if tensorboard := settings.tensorboard_dir:
-        trackers["TensorBoard"] = lambda: TensorBoard(tensorboard, step)
+        trackers["TensorBoard"] = lambda: TensorBoard(tensorboard, step if same_run else None)
     if settings.wandb_project:
-        trackers["Weights & Biases"] = lambda: WeightsAndBiases(config, directory, step)
+        trackers["Weights & Biases"] = lambda: WeightsAndBiases(
+            config, wandb_run_id(directory, same_run), directory
+        )
     for name, start in trackers.items():
         try:
             sinks.append(start())
-        except Exception as error:  # no server, no account, a broken installation
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # no server, no account, a broken installation; some call sys.exit
             logger.error("%s cannot be started: %s; training continues without it", name, in_a_line(error))
     sinks.append(Bar(console, step, last) if settings.progress and console.is_terminal else Lines(last))
     return Log(sinks, directory)
@@ -161,12 +169,16 @@ class JsonLines(Sink):
 
 
 class TensorBoard(Sink):
-    """TensorBoard events, with the names of ``Record.flat``."""
+    """TensorBoard events, with the names of ``Record.flat``.
 
-    def __init__(self, directory: str, step: int):
+    Args:
+        resumed_at: the step after which an earlier start's events are to be hidden.
+    """
+
+    def __init__(self, directory: str, resumed_at: int | None):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(directory, purge_step=step + 1 if step else None)
+        self.writer = SummaryWriter(directory, purge_step=None if resumed_at is None else resumed_at + 1)
 
     def write(self, record: Record) -> None:
         for name, value in record.flat():
@@ -177,9 +189,9 @@ class TensorBoard(Sink):
 
 
 class WeightsAndBiases(Sink):
-    """A Weights & Biases run, with the names of ``Record.flat``. A run that resumes goes to the same one."""
+    """The Weights & Biases run ``run_id``, with the names of ``Record.flat``. It may have begun before."""
 
-    def __init__(self, config: Config, directory: Path, step: int):
+    def __init__(self, config: Config, run_id: str, directory: Path):
         import wandb
 
         self.run = wandb.init(
@@ -187,7 +199,7 @@ class WeightsAndBiases(Sink):
             name=config.logging.wandb_exp_name,
             config=asdict(config),
             dir=directory,
-            id=wandb_run_id(directory, step),
+            id=run_id,
             resume="allow",
         )
 
@@ -198,16 +210,14 @@ class WeightsAndBiases(Sink):
         self.run.finish()
 
 
-def wandb_run_id(directory: Path, step: int) -> str:
-    """The id of the Weights & Biases run of a start at ``step``: kept in ``directory``, and new at step 0.
+def wandb_run_id(directory: Path, same_run: bool) -> str:
+    """The id of the Weights & Biases run: one over all starts of the run that ``directory`` belongs to.
 
     WANDB_RUN_ID in the environment comes first, as in wandb itself.
     """
     path, given = directory / WANDB_ID_FILE, os.environ.get("WANDB_RUN_ID")
-    if given is None and step and path.exists() and (kept := path.read_text(encoding="utf-8").strip()):
+    if given is None and same_run and path.exists() and (kept := path.read_text(encoding="utf-8").strip()):
         return kept
     number = given or uuid4().hex[:8]
-    partial_file = path.with_suffix(".partial")
-    partial_file.write_text(f"{number}\n", encoding="utf-8")
-    os.replace(partial_file, path)
+    replace_text(path, f"{number}\n")
     return number

@@ -17,6 +17,7 @@ from types import FrameType
 from megatron_mesh.config.schema import CheckpointConfig
 from megatron_mesh.runtime.distributed import is_rank_zero
 from megatron_mesh.runtime.failures import STATUS_FILE
+from megatron_mesh.runtime.files import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -133,9 +134,7 @@ def write_status(directory: str | None, status: str) -> None:
     if directory is None or not is_rank_zero():
         return
     path = Path(directory) / STATUS_FILE
-    partial = path.with_suffix(".partial")
     try:
-        partial.write_text(f"{status}\n", encoding="utf-8")
-        os.replace(partial, path)
+        replace_text(path, f"{status}\n")
     except OSError as error:  # the exit status says it as well
         logger.error("cannot write to %s that the run is %s: %s", path, status, error)

@@ -15,8 +15,11 @@ from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.length import last_step
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import flag
+from megatron_mesh.config.sources import read_yaml
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.distributed import is_rank_zero
+from megatron_mesh.runtime.failures import resumes
+from megatron_mesh.runtime.files import replace_text
 from megatron_mesh.runtime.logging import METRICS_FILE, Log, open_log
 from megatron_mesh.runtime.owner_file import OWNER_FILE, held_by_another, read_owner
 from megatron_mesh.train.metrics import perplexity
@@ -71,55 +74,75 @@ def warn_if_nothing_is_saved(config: Config) -> None:
         )
 
 
-def open_output_directory(config: Config) -> Path:
-    """The directory of the run's configuration and metrics: --output-dir, or --save, or runs/<scheme>-<time>.
-
-    Writes ``config.yaml`` there, with which ``--config`` starts the same run again; a different one that is
-    there already is kept as ``config.1.yaml``, ``config.2.yaml`` and so on.
-    """
+def output_directory(config: Config) -> Path:
+    """Make the directory of configuration and metrics: --output-dir, or --save, or runs/<scheme>-<time>."""
     chosen = config.logging.output_dir or config.checkpoint.save
     name = f"{config.model.recurrence}-{datetime.now():%Y%m%d-%H%M%S}"
     directory = Path(chosen) if chosen else Path("runs") / name
     directory.mkdir(parents=True, exist_ok=True)
-    path, text = directory / CONFIG_FILE, dump_config(config)
-    partial = path.with_suffix(".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            keep_aside(path)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}); free the disk, or choose another directory"
-        ) from None
     return directory
 
 
-def keep_aside(path: Path) -> None:
-    """Rename ``name.ext`` to the first of ``name.1.ext``, ``name.2.ext``, ... that is free."""
+def holds_same_run(directory: Path, config: Config, step: int) -> bool:
+    """Whether a run of ``config`` that starts at ``step`` continues the one whose output is in ``directory``.
+
+    It does so if it resumes, or was ended before its first checkpoint. The earlier start's configuration
+    tells, so call this before ``write_config``.
+    """
+    settings = config.checkpoint
+    if step or not resumes(settings.save, settings.load, settings.finetune):
+        return step > 0
+    assert settings.save is not None
+    try:
+        save = read_yaml(directory / CONFIG_FILE).get("save")
+    except UserError:
+        return False
+    return save is not None and os.path.realpath(save) == os.path.realpath(settings.save)
+
+
+def write_config(config: Config, directory: Path) -> None:
+    """Write ``config.yaml``, with which ``--config`` starts the same run again.
+
+    A different one that is there already is kept as ``config.1.yaml``, ``config.2.yaml`` and so on.
+    """
+    path, text = directory / CONFIG_FILE, dump_config(config)
+    try:
+        if path.exists() and (earlier := path.read_text(encoding="utf-8")) != text:
+            replace_text(free_name(path), earlier)
+        replace_text(path, text)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); free the disk, or choose another directory"
+        ) from None
+
+
+def free_name(path: Path) -> Path:
+    """The first of ``name.1.ext``, ``name.2.ext``, ... that is free, for what was in ``name.ext``."""
     number = 1
     while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
-    path.rename(aside)
+    return aside
 
 
 @contextmanager
 def open_outputs(config: Config, state: TrainState) -> Iterator[Log]:
     """The run's log, with its configuration and metrics in the output directory; rank 0 alone writes.
 
-    A run that resumes adds to ``metrics.jsonl``; a new one keeps another run's as ``metrics.1.jsonl``.
+    A run that resumes adds to ``metrics.jsonl``, and so does one that was restarted before its first
+    checkpoint. A new run keeps another's as ``metrics.1.jsonl``.
     """
     if not is_rank_zero():
         yield Log()
         return
     try:
-        directory = open_output_directory(config)
+        directory = output_directory(config)
+        same_run = holds_same_run(directory, config, state.step)
+        write_config(config, directory)
         metrics = directory / METRICS_FILE
-        if state.step == 0 and metrics.exists():
-            keep_aside(metrics)
+        if not same_run and metrics.exists():
+            metrics.rename(free_name(metrics))
         last = last_step(config.training, state.step, state.consumed_samples)
-        log = open_log(config, directory, state.step, last)
+        log = open_log(config, directory, state.step, last, same_run=same_run)
     except OSError as error:
         raise UserError(
             f"the run's output cannot be written ({error}); free the disk or choose another --output-dir"

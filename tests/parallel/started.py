@@ -57,7 +57,9 @@ def _run(rank: int, world_size: int, port: int, config: Config, results: Any) ->
     from megatron_mesh.runtime.owner_file import OWNER_FILE
     from megatron_mesh.runtime.start_times import log_start_times
     from megatron_mesh.train import pretrain
+    from tests.parallel.forked import hurry
 
+    hurry()
     torch.set_num_threads(1)
     found, stepping = Start(), []
 

@@ -128,7 +128,7 @@ def test_a_rank_that_only_waits_ends_when_the_store_is_lost(tmp_path) -> None:
 
 def test_a_rank_may_take_longer_to_end_than_the_store(tmp_path) -> None:
     """Rank 0 has long gone when rank 1 has closed its files, and that is no failure."""
-    slow = SCRIPT.rpartition("    dist.barrier()")[0] + "    time.sleep(9 * rank_from_environment())\n"
+    slow = SCRIPT.rpartition("    dist.barrier()")[0] + "    time.sleep(5 * rank_from_environment())\n"
     assert job(tmp_path, "pass", script=slow)[:2] == ([0, 0], ["", ""])
 
 
@@ -179,18 +179,18 @@ def suspend(
 
 def test_a_suspended_job_goes_on(tmp_path) -> None:
     """As with ``scontrol suspend``: all ranks stand still for longer than the watchdog waits."""
-    steps = STEPS.replace("{steps}", "8")
-    meanwhile = suspend([0, 1], tmp_path / "job.py", lambda _: time.sleep(9))
-    codes, errors, _ = job(tmp_path, "pass", 0.1, steps, meanwhile=meanwhile)
+    steps = STEPS.replace("{steps}", "5")
+    meanwhile = suspend([0, 1], tmp_path / "job.py", lambda _: time.sleep(7))
+    codes, errors, _ = job(tmp_path, "pass", 0.08, steps, meanwhile=meanwhile)
     assert codes == [0, 0], errors
     suspensions = re.findall(r"stood still for (\d+) s", errors[0])
-    assert len(suspensions) == 1 and 7 <= int(suspensions[0]) < 60 and "error" not in "".join(errors)
+    assert len(suspensions) == 1 and 5 <= int(suspensions[0]) < 60 and "error" not in "".join(errors)
 
 
 def test_a_suspended_rank_is_reported_by_the_other(tmp_path) -> None:
     steps = STEPS.replace("{steps}", "100")
     meanwhile = suspend([1], tmp_path / "job.py", lambda job: job[0].wait(300))
-    codes, errors, _ = job(tmp_path, "pass", 0.1, steps, meanwhile=meanwhile)
+    codes, errors, _ = job(tmp_path, "pass", 0.05, steps, meanwhile=meanwhile)
     assert codes == [3, 1], errors
     assert re.search(rf"error: rank 0 of 2 on host {HOST} in step \d+ has made no progress for", errors[0])
     assert re.search(r"error: rank 1 .* ends, because rank 0 on host 127.0.0.1 .* is gone", errors[1])
@@ -206,7 +206,7 @@ SAVE_ON_BOTH = """
 def test_the_watchdog_has_another_limit_for_saves(tmp_path) -> None:
     """A save may take longer than a step; one that hangs ends the job."""
     patient = SAVE_ON_BOTH.replace("{minutes}", "5").strip()
-    codes, errors, _ = job(tmp_path, "time.sleep(5)", 0.05, patient)
+    codes, errors, _ = job(tmp_path, "time.sleep(4)", 0.05, patient)
     assert codes == [0, 0], errors
     hurried = SAVE_ON_BOTH.replace("{minutes}", "0.05").strip()
     codes, errors, _ = job(tmp_path, "time.sleep(1000)", 5.0, hurried)

@@ -283,7 +283,7 @@ def test_contents_reach_the_disk_before_names(tmp_path, monkeypatch):
     assert {str(partial), *files} <= set(events[:named])
     assert events[named + 1] == str(tmp_path)
     tracker = f"{tmp_path}/latest_checkpointed_iteration"
-    assert events[named + 2 :] == [f"{tracker}.partial", f"{tracker}.txt named"]
+    assert events[named + 2 :] == [f"{tracker}.txt.partial", f"{tracker}.txt named"]
 
 
 def test_intervals_and_stop_file(tiny, straight, tmp_path):

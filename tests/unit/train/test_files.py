@@ -37,7 +37,7 @@ def test_failed_saves_are_recorded_with_the_steps_at_risk(
     assert "save_failed" not in capsys.readouterr().out  # the line above is enough
 
 
-@pytest.mark.parametrize("blocked", ["out", "out/metrics.jsonl", "out/config.partial"])
+@pytest.mark.parametrize("blocked", ["out", "out/metrics.jsonl", "out/config.yaml.partial"])
 def test_output_that_cannot_be_written_is_one_line(tiny, tmp_path, blocked: str) -> None:
     """Something else is where the directory or one of its files should be: not even root can write there."""
     path = tmp_path / blocked

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.config.sources import read_yaml
@@ -27,6 +28,7 @@ from megatron_mesh.train import pretrain
 from megatron_mesh.train.data import open_batches
 from megatron_mesh.train.loop import build
 from megatron_mesh.train.metrics import RouterMeter
+from megatron_mesh.train.output import open_outputs
 from megatron_mesh.train.step import run_batch
 from tests.helpers import one_process, randomise
 
@@ -81,7 +83,7 @@ def test_a_full_disk_costs_numbers_and_not_the_run(tmp_path, caplog):
     with Log([JsonLines(Path("/dev/full")), taken]) as log:
         log.record("valid", 3, loss=1.0, perplexity=2.7)
     assert "validation loss 1.0000" in taken.file.getvalue()
-    (tmp_path / "run_status.partial").symlink_to("/dev/full")
+    (tmp_path / "run_status.txt.partial").symlink_to("/dev/full")
     write_status(str(tmp_path), "done")
     assert caplog.text.count("No space left on device") == 3  # a record, the end of the log, the status
 
@@ -263,6 +265,32 @@ def test_a_resumed_run_stays_the_same_run_of_the_tracker(tiny, tmp_path, wandb, 
     pretrain(tiny(train_iters=2, **settings))
     first, second, third, new, given = [call[1]["id"] for call in wandb.calls if call[0] == "init"]
     assert first == second == third != new and given == "mine"
+
+
+def test_a_restart_before_the_first_checkpoint_is_the_same_run(tiny, tmp_path, wandb):
+    """It adds to the metrics and keeps the tracker's id, unless the output is another run's."""
+    interrupted = {"train_iters": 6, "output_dir": str(tmp_path / "out"), "wandb_project": "p"}
+    run = tiny(save=str(tmp_path / "a"), load=str(tmp_path / "a"), **interrupted)
+    for _ in range(2):
+        with one_process(run), open_outputs(run, TrainState(None)) as log:
+            log.record("train", 1, **TRAIN)
+    other = with_values(run, {"save": str(tmp_path / "b"), "load": str(tmp_path / "b")})
+    for config in (other, with_values(other, {"load": None})):
+        with one_process(config), open_outputs(config, TrainState(None)):
+            pass
+    first, second, third, fourth = [call[1]["id"] for call in wandb.calls if call[0] == "init"]
+    assert first == second and len({first, third, fourth}) == 3
+    assert len(read(tmp_path / "out/metrics.1.jsonl")) == 2
+
+
+def test_a_tracker_that_calls_exit_cannot_end_a_run(tiny, tmp_path, wandb, caplog):
+    wandb.CommError = SystemExit
+    wandb.fails_at = {"log"}
+    assert pretrain(tiny(wandb_project="p", output_dir=str(tmp_path))) == exits.DONE
+    assert caplog.text.count("WeightsAndBiases: numbers were not logged: SystemExit: no answer") == 1
+    wandb.fails_at = {"init"}
+    assert pretrain(tiny(wandb_project="p", output_dir=str(tmp_path))) == exits.DONE
+    assert "Weights & Biases cannot be started: SystemExit: no account" in caplog.text
 
 
 @pytest.mark.parametrize("fails_at", ["init", 3, "finish", "log"])
