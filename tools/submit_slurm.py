@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train on SLURM: check a plan and submit it, look at runs, put one back in the queue, change or cancel it.
 
-Submit. Beside the options below it takes every setting of pretrain_mesh.py. --save is the run's directory, on
-a file system that all nodes share:
+Submit. Besides the options below, it takes every setting of pretrain_mesh.py. --save is the run's directory,
+on a file system that all nodes share:
 
   python tools/submit_slurm.py --site my_site.sh --nodes 4 --gpu-memory-gib 76 --save /scratch/me/run1 \\
       --config examples/configs/pythia-1.4b-mesh.yaml --data-path my_corpus_text_document \\
@@ -27,7 +27,7 @@ Later (a sweep's directory stands for all of its runs):
 import argparse
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -71,11 +71,9 @@ def main(argv: Sequence[str]) -> None:
             for text in follow(_one_run(options.follow)):
                 print(text, end="", flush=True)
     elif options.requeue is not None:
-        for run in _runs(options.requeue):
-            print(actions.requeue(run, options.chain))
+        _act(_runs(options.requeue), functools.partial(actions.requeue, chain=options.chain or 1))
     elif options.cancel is not None:
-        for run in _runs(options.cancel):
-            print(actions.cancel(run))
+        _act(_runs(options.cancel), actions.cancel)
     elif options.change is not None:
         _change(options, settings, parser.prog)
     else:
@@ -93,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("runs that have been submitted")
     later = group.add_mutually_exclusive_group()
     runs = functools.partial(later.add_argument, type=Path, metavar="RUN", nargs="+")
-    runs("--status", help="say how runs stand; several make a table")
+    runs("--status", help="show the state of a run, or a table for several")
     later.add_argument(
         "--follow", type=Path, metavar="RUN", help="print the log of its job until the job ends"
     )
@@ -107,9 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--gpus-per-node", type=int, help="GPUs of each (default: GPUS_PER_NODE of the site)")
     group.add_argument("--time", help="time limit of a job (default: TIME_LIMIT of the site)")
     group.add_argument("--gpu-memory-gib", type=float, help="refuse a plan that needs more of a GPU")
-    group.add_argument(
-        "--chain", type=int, default=1, metavar="N", help="jobs that resume the run one after another"
-    )
+    group.add_argument("--chain", type=int, metavar="N", help="jobs that resume the run one after another")
     group.add_argument(
         "--sweep",
         action="append",
@@ -137,6 +133,8 @@ def _check_options(options: argparse.Namespace, settings: Sequence[str]) -> None
         allowed = _FOR_CHANGES if command == "change" else ()
         given = [_flag(name) for name in _FOR_NEW_RUNS if getattr(options, name) and name not in allowed]
         given += [] if command == "change" else settings
+        if options.chain is not None and command not in ("requeue", "change"):
+            given.append("--chain")
         if given:
             raise UserError(f"{given[0]} is for a new run, not for --{command}; leave it out")
     if options.json and options.status is None:
@@ -160,6 +158,24 @@ def _one_run(path: Path) -> Path:
     return run
 
 
+def _act(runs: Sequence[Path], action: Callable[[Path], str]) -> None:
+    """Do it for every run, whatever happens with the others; exit status 2 if it failed for one of them."""
+    if len(runs) == 1:
+        print(action(runs[0]))
+        return
+    failed = False
+    for run in runs:
+        try:
+            print(action(run))
+        except actions.AlreadyDone as done:
+            print(done)
+        except UserError as error:
+            print(f"error: {run}: {error}", file=sys.stderr)
+            failed = True
+    if failed:
+        sys.exit(2)
+
+
 def _show(runs: Sequence[Path], as_json: bool) -> None:
     found = status.statuses(runs)
     if as_json:
@@ -169,7 +185,9 @@ def _show(runs: Sequence[Path], as_json: bool) -> None:
 
 
 def _change(options: argparse.Namespace, settings: Sequence[str], prog: str) -> None:
-    wanted = Wanted(settings, options.site, options.nodes, options.gpus_per_node, options.time, options.chain)
+    wanted = Wanted(
+        settings, options.site, options.nodes, options.gpus_per_node, options.time, options.chain or 1
+    )
     change = plan_change(_one_run(options.change), wanted, prog)
     gib = check_memory(change.config, change.shape.nodes * change.site.gpus_per_node, options.gpu_memory_gib)
     print(f"the fullest rank needs about {gib:.1f} GiB", file=sys.stderr)
@@ -194,7 +212,7 @@ def _submit(options: argparse.Namespace, settings: Sequence[str], prog: str) -> 
         raise UserError("--save is missing: the run's directory, on a file system that all nodes share")
     run = run_directory(Path(config.checkpoint.save))
     check_new(run)
-    shape = Shape(options.nodes or 1, options.chain)
+    shape = Shape(options.nodes or 1, options.chain or 1)
     jobs = _sweep(options, settings, prog, run, site, shape) if options.sweep else None
     if jobs is None:
         config = prepared(config, run, site, shape.nodes)

@@ -52,8 +52,13 @@ class Owner:
         if job is None:
             return False
         command = ["squeue", "-h", "-j", job[1], "-t", "running,completing,suspended", "-o", "%A"]
+        # Options in the environment, such as a partition, would hide the job.
+        env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
         try:
-            return bool(subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip())
+            ended = subprocess.run(
+                command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30
+            )
+            return bool(ended.stdout.strip())
         except (OSError, subprocess.SubprocessError):
             return False
 

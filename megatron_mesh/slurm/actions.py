@@ -6,8 +6,12 @@ from pathlib import Path
 from megatron_mesh.errors import UserError
 from megatron_mesh.slurm.commands import CHANGING, Job, known_jobs, slurm, submit, withdraw
 from megatron_mesh.slurm.files import read_files
-from megatron_mesh.slurm.script import SCRIPT, folder
+from megatron_mesh.slurm.script import SCRIPT, folder, is_chained
 from megatron_mesh.slurm.submission import STARTS, note_jobs
+
+
+class AlreadyDone(UserError):
+    """The run is trained to the end."""
 
 
 def requeue(run: Path, chain: int) -> str:
@@ -16,10 +20,14 @@ def requeue(run: Path, chain: int) -> str:
     A running job saves first, a waiting one is left alone, and one that is over is submitted again.
 
     Raises:
-        UserError: the run is trained to the end, or a job of it is suspended, starting or ending.
+        AlreadyDone: the run is trained to the end.
+        UserError: a job of it is suspended, starting or ending, or it can't be submitted again.
     """
     files = read_files(run)
-    for job in known_jobs(files.jobs).values():
+    if files.word == "done":
+        raise AlreadyDone(f"{run} is trained to the end; for more steps start a new run with --load {run}")
+    jobs = known_jobs(files.jobs).values()
+    for job in jobs:
         if job.waits:
             return f"job {job.number} is in the queue already ({job.state}, {job.reason})"
         if job.is_suspended:
@@ -29,10 +37,19 @@ def requeue(run: Path, chain: int) -> str:
         if job.runs:
             # The batch script's early warning: it has the run saved, and requeues itself.
             slurm("scancel", "--batch", "--signal=USR1", job.number)
-            return f"job {job.number} is told to save and to go back to the queue; see --status {run}"
-    if files.word == "done":
-        raise UserError(f"{run} is trained to the end; for more steps start a new run with --load {run}")
+            in_chain = any(other.waits for other in jobs)
+            return f"job {job.number} will save{_next_start(run, in_chain)}; see --status {run}"
     return f"submitted job {', '.join(submit_again(run, chain))}"
+
+
+def _next_start(run: Path, in_chain: bool) -> str:
+    """What happens after a job has saved; ``in_chain``: another one waits for its end."""
+    script = folder(run) / SCRIPT
+    if in_chain:
+        return "; the next job of the chain resumes"
+    if script.is_file() and is_chained(script.read_text(encoding="utf-8")):
+        return "; it is the last of its chain, so ask again when it has ended"
+    return " and requeue itself"
 
 
 def submit_again(run: Path, chain: int) -> list[str]:
@@ -42,15 +59,20 @@ def submit_again(run: Path, chain: int) -> list[str]:
         UserError: there is none, SLURM refuses, or the directory cannot be written.
     """
     script = folder(run) / SCRIPT
-    if not script.is_file():
-        raise UserError(f"{run} was not submitted with submit_slurm.py; submit its script again with sbatch")
+    starts = folder(run) / STARTS
     try:
-        with (folder(run) / STARTS).open("a", encoding="utf-8") as file:
-            file.write("by-hand -\n")  # the user has seen why the last start ended
+        if script.is_file() or starts.is_file():
+            with starts.open("a", encoding="utf-8") as file:
+                file.write("by-hand -\n")  # the user has seen why the last start ended
+        if not script.is_file():
+            raise UserError(
+                f"{run} was not submitted with submit_slurm.py, so submit its script again with sbatch; its "
+                "failures so far no longer count"
+            )
         jobs = submit(script, chain)
         try:
             note_jobs(run, jobs)
-        except OSError:
+        except BaseException:  # Ctrl-C too
             withdraw(jobs)
             raise
     except OSError as error:

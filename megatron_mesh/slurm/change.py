@@ -4,7 +4,8 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.slurm.actions import suspended
 from megatron_mesh.slurm.commands import Job, known_jobs, slurm, submit, withdraw
 from megatron_mesh.slurm.files import read_files
-from megatron_mesh.slurm.script import SCRIPT, Shape, batch_script, folder, option_of
+from megatron_mesh.slurm.script import SCRIPT, Shape, batch_script, folder, is_chained, option_of
 from megatron_mesh.slurm.site import Site, read_site
 from megatron_mesh.slurm.submission import SETTINGS_FILE, SITE_FILE, STARTS, note_jobs, prepared
 
@@ -69,12 +70,12 @@ def plan_change(run: Path, wanted: Wanted, prog: str) -> Change:
     site = _site(wanted, paths[2], old_script)
     shape = _shape(wanted, old_script, len(waiting))
     if any(word.split("=")[0] == "--config" for word in wanted.settings):
-        raise UserError("--change keeps the run's settings but those that are given; leave out --config")
+        raise UserError("--change keeps all settings except those you give; leave out --config")
     before = parse_args(["--config", str(paths[1])], prog=prog).config
     config = parse_args(["--config", str(paths[1]), *wanted.settings], prog=prog).config
     if config.checkpoint.save != str(run):
         raise UserError(f"--save {config.checkpoint.save} would be another run; leave it out")
-    config = prepared(config, run, site, shape.nodes)
+    config = prepared(config, run, site, shape.nodes, shape.directory)
     script = batch_script(run, config.checkpoint.load, site, shape)
     new_site = site.path.read_text(encoding="utf-8")
     differences = [
@@ -82,11 +83,16 @@ def plan_change(run: Path, wanted: Wanted, prog: str) -> Change:
         *(f"{n}: {old} -> {flatten(config)[n]}" for n, old in flatten(before).items()),
     ]
     differences = [line for line in differences if len({*line.partition(": ")[2].split(" -> ")}) > 1]
+    old_jobs = max(1, len(waiting))
+    more_jobs = wanted.chain > 1 and wanted.chain != old_jobs
+    if more_jobs:
+        differences.append(f"jobs: {old_jobs} -> {wanted.chain}")
     if new_site != old_site:
         differences.append(f"site file: as {site.path} is now")
     if not differences and script == old_script:
         raise UserError(f"{run} has these nodes and settings already; nothing changes")
-    return Change(run, config, site, shape, script, differences, waiting, script == old_script)
+    keeps_jobs = script == old_script and not more_jobs
+    return Change(run, config, site, shape, script, differences, waiting, keeps_jobs)
 
 
 def _waiting_jobs(run: Path) -> list[Job]:
@@ -118,10 +124,9 @@ def _site(wanted: Wanted, path: Path, script: str) -> Site:
 
 def _shape(wanted: Wanted, script: str, waiting: int) -> Shape:
     code = re.search(r'^CODE=(?!"?\$RUN)(.*)$', script, re.MULTILINE)
-    chained = re.search("^REQUEUE=no", script, re.MULTILINE) is not None
     return Shape(
         nodes=wanted.nodes or int(option_of(script, "nodes") or 1),
-        chain=wanted.chain if wanted.chain > 1 or not chained else max(2, waiting),
+        chain=wanted.chain if wanted.chain > 1 or not is_chained(script) else max(2, waiting),
         code=Path(*shlex.split(code[1])) if code else None,
         directory=Path(option_of(script, "chdir") or Path.cwd()),
     )
@@ -142,18 +147,19 @@ def make_change(change: Change) -> str:
     held = [job.number for job in change.waiting if "Held" not in job.reason] if keeps else []
     try:
         _write_next(change, target / "next")
-        if keeps:
-            slurm("scontrol", "hold", ",".join(job.number for job in change.waiting))
-        else:
-            jobs = submit(target / "next" / SCRIPT, change.shape.chain, "--hold")
         try:
-            aside = _swap(target)
-            note_jobs(change.run, jobs)
-            with (target / STARTS).open("a", encoding="utf-8") as file:
-                file.write("by-hand -\n")
-        except OSError:
-            withdraw(jobs)
-            _release(held)
+            if keeps:
+                slurm("scontrol", "hold", ",".join(job.number for job in change.waiting))
+            else:
+                jobs = submit(target / "next" / SCRIPT, change.shape.chain, "--hold")
+            with _swapped(target) as aside:
+                with (target / STARTS).open("a", encoding="utf-8") as file:
+                    file.write("by-hand -\n")
+                note_jobs(change.run, jobs)
+        except BaseException:  # Ctrl-C too
+            with suppress(UserError):  # the first error says more
+                withdraw(jobs)
+                _release(held)
             raise
     except OSError as error:
         raise UserError(f"{error.filename} cannot be written ({error.strerror}); fix that first") from None
@@ -185,13 +191,28 @@ def _write_next(change: Change, target: Path) -> None:
     (target / SITE_FILE).write_text(site, encoding="utf-8")
 
 
-def _swap(target: Path) -> Path:
-    """Move the files of ``target`` to a new directory, and those of ``target/next`` in their place."""
+@contextmanager
+def _swapped(target: Path) -> Iterator[Path]:
+    """Put the files of ``target/next`` in the place of those of ``target``, all or none of them.
+
+    Yields:
+        A new directory with the earlier files. If the body fails, they are put back.
+    """
+    names = (SCRIPT, SETTINGS_FILE, SITE_FILE)
     number = 1
     while (aside := target / f"before-{number}").exists():
         number += 1
     aside.mkdir()
-    for name in (SCRIPT, SETTINGS_FILE, SITE_FILE):
-        shutil.copy(target / name, aside)
-        os.replace(target / "next" / name, target / name)
-    return aside
+    replaced = []
+    try:
+        for name in names:
+            shutil.copy(target / name, aside)
+        for name in names:
+            replaced.append(name)
+            os.replace(target / "next" / name, target / name)
+        yield aside
+    except BaseException:
+        for name in replaced:
+            os.replace(aside / name, target / name)
+        shutil.rmtree(aside, ignore_errors=True)
+        raise

@@ -10,17 +10,22 @@ from pathlib import Path
 
 from megatron_mesh.errors import UserError
 
-WAITING, RUNNING = (
-    ("PENDING", "REQUEUED", "REQUEUE_HOLD"),
-    ("RUNNING", "CONFIGURING", "COMPLETING", "STAGE_OUT"),
-)
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 SUSPENDED = ("SUSPENDED", "STOPPED")
-CHANGING = ("CONFIGURING", "COMPLETING")
+OVER = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL"),
+    *("OUT_OF_MEMORY", "PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT"),
+)
+CHANGING = ("CONFIGURING", "POWER_UP_NODE", "COMPLETING", "STAGE_OUT")
 """States in which a batch script does not listen: its nodes are being made ready, or it is ending."""
 STATUS_SECONDS = 5.0
 """How long --status waits for an answer; without one it says what the files say."""
 
 _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+_DROPPED = (
+    *("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SALLOC_"),
+    *("SQUEUE_", "SCANCEL_", "SINFO_", "SCONTROL_"),
+)
 _FIELDS = (
     "JobArrayID",
     "State",
@@ -54,8 +59,8 @@ class Job:
 
     @property
     def runs(self) -> bool:
-        """Whether it has nodes and its processes may run."""
-        return self.state in RUNNING
+        """Whether it has nodes and its processes may run. That includes states that are not known here."""
+        return not (self.waits or self.is_suspended or self.is_over)
 
     @property
     def is_suspended(self) -> bool:
@@ -65,18 +70,24 @@ class Job:
     @property
     def is_over(self) -> bool:
         """Whether SLURM is through with it."""
-        return not (self.waits or self.runs or self.is_suspended)
+        return self.state in OVER
 
 
 def slurm(*command: str, seconds: float = 60) -> str:
-    """The output of one command, started without the variables of a job that this process belongs to.
+    """The output of one command, which reads no input and no options from the environment.
 
     Raises:
         UserError: it is not installed here, fails, or does not answer within ``seconds``.
     """
     try:
         ended = subprocess.run(
-            command, env=_environment(), capture_output=True, text=True, errors="replace", timeout=seconds
+            command,
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
         )
     except (FileNotFoundError, PermissionError):
         raise UserError(f"{command[0]} is not on this machine; go to one that has SLURM's commands") from None
@@ -91,11 +102,9 @@ def slurm(*command: str, seconds: float = 60) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Ours without what would override the batch script: variables of an outer job, and options of sbatch."""
+    """Ours without the variables of an outer job and without options of SLURM's commands."""
     return {
-        name: value
-        for name, value in os.environ.items()
-        if name in _KEPT or not name.startswith(("SLURM_", "SLURMD_", "SRUN_", "SBATCH_"))
+        name: value for name, value in os.environ.items() if name in _KEPT or not name.startswith(_DROPPED)
     }
 
 
@@ -117,7 +126,7 @@ def submit(script: Path, chain: int, *options: str) -> list[str]:
         after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
         try:
             answer = slurm("sbatch", "--parsable", *options, *after, str(script))
-        except UserError:
+        except BaseException:  # Ctrl-C too
             withdraw(jobs)
             raise
         jobs.append(answer.split()[-1].split(";")[0])

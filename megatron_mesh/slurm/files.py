@@ -14,7 +14,7 @@ from megatron_mesh.config.sources import read_yaml
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
 from megatron_mesh.runtime.failures import STATUS_FILE
-from megatron_mesh.slurm.script import folder
+from megatron_mesh.slurm.script import SCRIPT, folder, option_of
 from megatron_mesh.slurm.submission import JOBS, SETTINGS_FILE, STARTS
 
 _METRICS_FILE = "metrics.jsonl"
@@ -55,7 +55,7 @@ class RunFiles:
         train: the newest record of a training step in metrics.jsonl; ``save`` of a checkpoint likewise.
         failed_saves: records of saves that have failed since, the oldest first.
         checkpoint: step of the newest complete checkpoint, or None.
-        updated: when a step was last logged.
+        updated: when metrics.jsonl was last written, in the local time zone.
     """
 
     run: Path
@@ -105,7 +105,7 @@ def read_files(run: Path) -> RunFiles:
 def _read(run: Path) -> RunFiles:
     lines = _lines(run / STATUS_FILE)
     settings = _settings(run)
-    metrics = Path(settings.get("output_dir") or run) / _METRICS_FILE
+    metrics = _working_directory(run) / (settings.get("output_dir") or run) / _METRICS_FILE
     events = [event for event in map(_event, _lines(folder(run) / STARTS)) if event]
     checkpoints = [int(match[1]) for path in run.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
     if not (lines or events or checkpoints or metrics.exists() or (folder(run) / JOBS).exists()):
@@ -123,7 +123,7 @@ def _read(run: Path) -> RunFiles:
         save=save,
         failed_saves=failed,
         checkpoint=max(checkpoints, default=None),
-        updated=datetime.fromtimestamp(metrics.stat().st_mtime) if metrics.exists() else None,
+        updated=datetime.fromtimestamp(metrics.stat().st_mtime).astimezone() if metrics.exists() else None,
     )
 
 
@@ -142,10 +142,17 @@ def _settings(run: Path) -> dict[str, Any]:
     return {}
 
 
+def _working_directory(run: Path) -> Path:
+    """Where relative paths of a run's settings start; this process's directory if the script doesn't say."""
+    script = folder(run) / SCRIPT
+    text = script.read_text(encoding="utf-8") if script.is_file() else ""
+    return Path(option_of(text, "chdir") or "")
+
+
 def _event(line: str) -> Event | None:
     words = line.split(maxsplit=4)
-    if len(words) < 4:
-        return None  # "--requeue" by hand, or an older version's
+    if len(words) < 4 or not words[1].isdecimal():
+        return None  # a "by-hand" line, an older version's, or one that was cut off
     token, step, kind, time, *text = words
     return Event(token, int(step), kind, time, "".join(text))
 

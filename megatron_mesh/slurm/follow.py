@@ -1,5 +1,6 @@
 """Follow the log of a run's job, as ``tail -f`` would, until the job ends."""
 
+import os
 import re
 import sys
 import time
@@ -14,6 +15,8 @@ from megatron_mesh.slurm.script import folder
 _LINES = 20
 """Lines of what was printed before."""
 _ASK_SECONDS = 10.0
+_BLOCK = 1 << 16
+"""Bytes that are read at a time."""
 
 
 def follow(run: Path, poll_seconds: float = 0.5) -> Iterator[str]:
@@ -37,7 +40,7 @@ def follow(run: Path, poll_seconds: float = 0.5) -> Iterator[str]:
             if news and news != said:
                 print(news, file=sys.stderr, flush=True)
             said, asked = news, time.monotonic()
-        text, position = _read(path, position)
+        text, position = _read(path, position, to_the_end=ended)
         if text:
             yield text
         elif ended:
@@ -88,16 +91,24 @@ def _start(path: Path) -> int:
     """Where the last lines of a file begin."""
     if not path.exists():
         return 0
-    tail = path.read_bytes()[-(1 << 16) :]
-    return path.stat().st_size - len(b"".join(tail.splitlines(keepends=True)[-_LINES:]))
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - _BLOCK))
+        tail = file.read(_BLOCK)
+    return max(0, end - _BLOCK) + len(tail) - len(b"".join(tail.splitlines(keepends=True)[-_LINES:]))
 
 
-def _read(path: Path, position: int) -> tuple[str, int]:
-    """Whole lines from ``position`` on, and the position after them."""
+def _read(path: Path, position: int, *, to_the_end: bool) -> tuple[str, int]:
+    """Whole lines from ``position`` on, and the position after them.
+
+    The rest of a line comes only if it is longer than a block, or if nobody will write its end.
+    """
     if not path.exists():
         return "", position
     with path.open("rb") as file:
         file.seek(position)
-        found = file.read(1 << 20)
-    whole = found[: found.rfind(b"\n") + 1] if b"\n" in found else b""
+        found = file.read(_BLOCK)
+    whole = found[: found.rfind(b"\n") + 1]
+    if not whole and (to_the_end or len(found) == _BLOCK):
+        whole = found
     return whole.decode("utf-8", errors="replace"), position + len(whole)

@@ -69,6 +69,11 @@ def option_of(script: str, name: str) -> str | None:
     return " ".join(shlex.split(found[1])) if found else None
 
 
+def is_chained(script: str) -> bool:
+    """Whether the next job of a chain resumes, and not the job itself."""
+    return re.search("^REQUEUE=no", script, re.MULTILINE) is not None
+
+
 def _head(site: Site, shape: Shape, name: str, output: str) -> list[str]:
     if seconds_of(site.time_limit) <= site.warning_seconds:
         raise UserError(

@@ -1,5 +1,6 @@
 """A site file (``examples/slurm/site.sh``), read by bash just as jobs read it."""
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -47,8 +48,13 @@ class Site:
     @property
     def partition(self) -> str | None:
         """The partition that the options name; None is the cluster's default."""
-        named = [o.removeprefix("--partition=") for o in self.sbatch_options if o.startswith("--partition=")]
-        return named[-1] if named else None
+        parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+        parser.add_argument("-p", "--partition")
+        words = [word for option in self.sbatch_options for word in option.split()]
+        try:
+            return parser.parse_known_args(words)[0].partition
+        except argparse.ArgumentError:  # without a value, which sbatch refuses
+            return None
 
 
 def read_site(path: Path) -> Site:
@@ -93,7 +99,10 @@ def read_site(path: Path) -> Site:
         sbatch_options=options,
     )
     if site.warning_seconds > LONGEST_WARNING:
-        raise UserError(f"--site {path}: SAVE_SECONDS={site.save_seconds} is more than SLURM can warn ahead")
+        raise UserError(
+            f"--site {path}: SAVE_SECONDS={site.save_seconds} is too long: sbatch --signal takes at most "
+            f"{LONGEST_WARNING} s, so give at most {(LONGEST_WARNING - 60) // 2}"
+        )
     return site
 
 

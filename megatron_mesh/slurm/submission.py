@@ -1,5 +1,6 @@
 """A run's directory, made ready for its jobs: code, settings and batch script in ``RUN/slurm``."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +32,11 @@ def check_clone(started_from: Path) -> None:
         )
 
 
-def prepared(config: Config, run: Path, site: Site, nodes: int) -> Config:
+def prepared(config: Config, run: Path, site: Site, nodes: int, directory: Path | None = None) -> Config:
     """The settings as the jobs will have them.
+
+    Args:
+        directory: working directory of the jobs; None is this process's.
 
     Raises:
         UserError: they do not fit ``nodes`` or each other, or would lose work on SLURM.
@@ -43,7 +47,11 @@ def prepared(config: Config, run: Path, site: Site, nodes: int) -> Config:
         raise UserError("--finetune starts from a checkpoint's weights; give its directory with --load")
     grace = checkpoint.exit_grace_seconds or float(site.save_seconds)
     ours: CheckpointConfig = replace(checkpoint, save=str(run), load=load, exit_grace_seconds=grace)
-    config = resolve(replace(config, checkpoint=ours), world_size=nodes * site.gpus_per_node)
+    logging = config.logging
+    if logging.output_dir:  # --status reads it from anywhere
+        output = Path(os.path.abspath((directory or Path.cwd()) / logging.output_dir))
+        logging = replace(logging, output_dir=str(output))
+    config = resolve(replace(config, checkpoint=ours, logging=logging), world_size=nodes * site.gpus_per_node)
     if not (config.data.data_path or config.data.train_data_path):
         raise UserError(
             "the job would end at once, without training data; give --data-path or --train-data-path"
@@ -118,9 +126,11 @@ def submit_and_note(
     try:
         for run, theirs in runs(jobs).items():
             note_jobs(run, theirs)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C too
         withdraw(jobs)
-        raise cannot_write(script.parent, error) from None
+        if isinstance(error, OSError):
+            raise cannot_write(script.parent, error) from None
+        raise
     return jobs
 
 

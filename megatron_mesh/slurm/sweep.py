@@ -1,9 +1,10 @@
 """Sweeps: one run for each combination of some settings' values, submitted as one array of jobs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from megatron_mesh.arguments import parse_args
 from megatron_mesh.config.schema import Config
@@ -46,13 +47,25 @@ def elements(
         choice = dict(zip(names, values, strict=True))
         label = "_".join(f"{name}={value}" for name, value in choice.items())
         flags = [word for name, value in choice.items() for word in _flags(name, value)]
-        config = parse_args([*settings, *flags], prog=prog).config
+        config = _own_output(parse_args([*settings, *flags], prog=prog).config, label, names)
         run = top / label
         try:
             found.append(Element(run, prepared(config, run, site, nodes)))
         except UserError as error:
             raise UserError(f"{label}: {error}") from None
     return found
+
+
+def _own_output(config: Config, label: str, names: Sequence[str]) -> Config:
+    """Add the run's label to directories and names that the runs would share, unless they are swept."""
+    logging = config.logging
+    own: dict[str, Any] = {
+        "output_dir": logging.output_dir and str(Path(logging.output_dir, label)),
+        "tensorboard_dir": logging.tensorboard_dir and str(Path(logging.tensorboard_dir, label)),
+        "wandb_exp_name": logging.wandb_exp_name and f"{logging.wandb_exp_name}-{label}",
+    }
+    own = {name: value for name, value in own.items() if name not in names}
+    return replace(config, logging=replace(logging, **own))
 
 
 def _axis(text: str) -> tuple[str, list[str]]:

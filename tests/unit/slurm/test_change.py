@@ -1,5 +1,6 @@
 """tools/submit_slurm.py --change: other nodes or settings for a submitted run (SLURM, case 12)."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -113,17 +114,52 @@ def test_a_change_that_sbatch_refuses_leaves_the_waiting_job(lab, run, monkeypat
 
 @pytest.mark.parametrize("flags,undone", [(["--lr", "1"], "release 41"), (["--nodes", "2"], "")])
 def test_a_change_without_room_leaves_jobs_as_they_were(lab, run, monkeypatch, flags, undone) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device", "config.yaml")
+    copy = shutil.copy
 
-    monkeypatch.setattr("megatron_mesh.slurm.change._swap", full)
+    def full(source: Path, target: Path) -> Path:
+        if Path(source).name == "config.yaml":  # the second of three
+            raise OSError(28, "No space left on device", "config.yaml")
+        return copy(source, target)
+
+    before = files(run)
+    monkeypatch.setattr(shutil, "copy", full)
     monkeypatch.setenv("JOB", PENDING)
     with pytest.raises(UserError, match=r"config.yaml cannot be written .No space left on device."):
         main(["--change", str(run), *flags])
+    assert files(run) == before and not (run / "slurm/before-1").exists()
     if undone:
         assert (lab / "scontrol").read_text().splitlines()[-1] == undone and not (lab / "scancel").exists()
     else:
         assert (lab / "scancel").read_text() == "42\n"  # not the one that waits
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device", "jobs.txt")])
+def test_a_change_that_is_interrupted_is_undone(lab, run, monkeypatch, error) -> None:
+    """Ctrl-C, or no room, when the new job is in the queue and the files are in place."""
+
+    def interrupted(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("megatron_mesh.slurm.change.note_jobs", interrupted)
+    monkeypatch.setenv("JOB", PENDING)
+    before = files(run)
+    with pytest.raises((KeyboardInterrupt, UserError)):
+        main(["--change", str(run), "--nodes", "2"])
+    now = files(run)
+    assert now.pop("starts.txt") == "by-hand -\n" and now == before
+    assert not (run / "slurm/before-1").exists() and not (run / "slurm/next").exists()
+    assert (lab / "scancel").read_text() == "42\n"
+
+
+def test_more_jobs_are_a_difference(lab, run, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("JOB", PENDING)
+    main(["--change", str(run), "--chain", "3"])
+    said = capsys.readouterr().out
+    assert said.startswith("jobs: 1 -> 3\n") and "submitted job 42, 43, 44 in place of 41" in said
+    monkeypatch.setenv("JOB_41", FAILED)
+    main(["--change", str(run), "--chain", "2"])
+    said = capsys.readouterr().out
+    assert said.startswith("jobs: 3 -> 2\n") and "submitted job 45, 46 in place of 42, 43, 44" in said
 
 
 def test_runs_that_cannot_be_changed(lab, run) -> None:

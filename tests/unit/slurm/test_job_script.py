@@ -12,8 +12,8 @@ import pytest
 UNFINISHED = 75
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples/slurm"
 
-# The job as "scontrol show job" has it when it ends is in JOB; "scontrol requeue" ends the batch script as SLURM
-# does. SLURM's controller knows the job's number, element and restarts from the fixture, not from its environment.
+# JOB is the job's end as "scontrol show job" has it; "scontrol requeue" ends the batch script as SLURM does.
+# SLURM's controller knows the job's number, element and restarts from the fixture, not from its environment.
 COMMANDS = {
     "scontrol": """\
 [ ! -e "$LAB/away" ] || { rm "$LAB/away"; exit 1; }

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -159,8 +160,11 @@ def test_a_run_submitted_by_hand(lab, capsys, monkeypatch) -> None:
     main(["--requeue", str(run)])
     assert (lab / "scancel").read_text() == "--batch --signal=USR1 7_2\n"
     monkeypatch.setenv("JOB_7_2", FAILED)
-    with pytest.raises(UserError, match="submit its script again with sbatch"):
+    with pytest.raises(
+        UserError, match=r"submit its script again with sbatch; its failures so far no longer"
+    ):
         main(["--requeue", str(run)])
+    assert (run / "slurm/starts.txt").read_text().endswith("from step 0\nby-hand -\n")
 
 
 def test_several_runs_are_a_table(lab, capsys, monkeypatch) -> None:
@@ -197,6 +201,7 @@ def test_requeue_saves_waits_or_submits(lab, run, capsys, monkeypatch) -> None:
     monkeypatch.setenv("JOB", RUNNING)
     main(["--requeue", str(run)])
     assert (lab / "scancel").read_text() == "--batch --signal=USR1 41\n"
+    assert "job 41 will save and requeue itself; see --status" in capsys.readouterr().out
     monkeypatch.setenv("JOB", PENDING)
     main(["--requeue", str(run)])
     assert "in the queue already (PENDING, Priority)" in capsys.readouterr().out
@@ -207,6 +212,69 @@ def test_requeue_saves_waits_or_submits(lab, run, capsys, monkeypatch) -> None:
     (run / "run_status.txt").write_text("done\n")
     with pytest.raises(UserError, match="trained to the end"):
         main(["--requeue", str(run)])
+
+
+def test_requeue_of_a_chain_says_what_resumes(lab, capsys, monkeypatch) -> None:
+    submit(lab, "--chain", "2")
+    monkeypatch.setenv("JOB_41", RUNNING)
+    monkeypatch.setenv("JOB_42", PENDING)
+    main(["--requeue", str(lab / "run")])
+    assert "job 41 will save; the next job of the chain resumes" in capsys.readouterr().out
+    monkeypatch.setenv("JOB_41", FAILED)
+    monkeypatch.setenv("JOB_42", RUNNING)
+    main(["--requeue", str(lab / "run")])
+    assert "job 42 will save; it is the last of its chain, so ask again" in capsys.readouterr().out
+
+
+def test_a_state_that_is_not_known_is_not_over(run, status, capsys, monkeypatch) -> None:
+    """A new SLURM's state, or a flag such as SIGNALING: the run is not submitted a second time."""
+    monkeypatch.setenv("JOB", RUNNING.replace("RUNNING", "SIGNALING"))
+    assert status()["state"] == "running"
+    main(["--requeue", str(run)])
+    assert (run / "slurm/jobs.txt").read_text() == "41\n"
+    capsys.readouterr()
+    monkeypatch.setenv("JOB", PENDING.replace("PENDING", "SPECIAL_EXIT"))
+    assert status()["state"] == "waiting"
+
+
+def test_options_in_the_environment_do_not_hide_a_job(lab, run, status, monkeypatch) -> None:
+    """SQUEUE_PARTITION=high made squeue print nothing for a running job."""
+    (lab / "bin/squeue").write_text(
+        '#!/bin/sh\ncat\n[ -n "$SQUEUE_PARTITION$SCANCEL_BATCH$SINFO_ALL$SCONTROL_ALL" ] || '
+        f"echo '41|{RUNNING}|41|'\n"
+    )
+    for name in ("SQUEUE_PARTITION", "SCANCEL_BATCH", "SINFO_ALL", "SCONTROL_ALL"):
+        monkeypatch.setenv(name, "high")
+    assert status()["state"] == "running"
+
+
+def test_a_line_that_was_cut_off_is_no_event(run, status) -> None:
+    (run / "slurm/starts.txt").write_text(
+        "41.0 10 start 2026-01-01T00:00:00 on n1\n41.0 1041.1 0 start 2026-01-01T00:00:00 on n1\n"
+    )
+    assert status("--json")["last_event"]["text"] == "on n1" and status("--json")["last_event"]["job"] == "41"
+
+
+def test_a_relative_output_directory_is_the_job_s(lab, capsys, monkeypatch) -> None:
+    """--status finds the metrics from any directory; the time has its zone."""
+    monkeypatch.chdir(lab)
+    submit(lab, "--output-dir", "logs")
+    (lab / "logs").mkdir()
+    log_steps(lab / "logs", *steps(3))
+    monkeypatch.chdir("/")
+    capsys.readouterr()
+    for text in (f"output_dir: {lab}/logs\n", "output_dir: logs\n"):  # the second is an earlier version's
+        config = lab / "run/slurm/config.yaml"
+        config.write_text(re.sub(r"output_dir: .*\n", text, config.read_text()))
+        main(["--status", str(lab / "run"), "--json"])
+        (found,) = json.loads(capsys.readouterr().out)
+        assert found["step"] == 3 and datetime.fromisoformat(found["updated"]).tzinfo is not None
+
+
+@pytest.mark.parametrize("command", ["--status", "--follow", "--cancel"])
+def test_chain_goes_with_submissions(run, command) -> None:
+    with pytest.raises(UserError, match=f"--chain is for a new run, not for {command}"):
+        main([command, str(run), "--chain", "5"])
 
 
 def test_a_suspended_job_is_called_suspended(run, monkeypatch) -> None:
@@ -266,6 +334,26 @@ def test_follow_prints_until_the_job_is_over(run, capsys, monkeypatch) -> None:
     assert list(pieces) == ["half a line\n"]
     said = capsys.readouterr().err.splitlines()
     assert said == ["job 41: PENDING (Priority)", "job 41: FAILED"]
+
+
+def test_follow_long_lines_and_the_last_one(run, monkeypatch) -> None:
+    """A progress bar without newlines, and what a killed job has printed last."""
+    monkeypatch.setattr("megatron_mesh.slurm.follow._ASK_SECONDS", 0.0)
+    monkeypatch.setenv("JOB", RUNNING)
+    log = run / "slurm/41.log"
+    lines = "".join(f"line {n}\n" for n in range(30_000))
+    log.write_text(lines)
+    pieces = follow(run, poll_seconds=0.01)
+    assert next(pieces) == lines[lines.index("line 29980\n") :]
+    with log.open("a") as file:
+        file.write("x" * 200_000)
+    assert len(next(pieces)) > 0
+    monkeypatch.setenv("JOB", FAILED)
+    assert set("".join(pieces)) == {"x"}
+    log.write_text("")
+    pieces = follow(run, poll_seconds=0.01)
+    log.write_text("first\nkilled her")
+    assert "".join(pieces) == "first\nkilled her"
 
 
 def test_follow_a_job_submitted_by_hand(lab, capsys, monkeypatch) -> None:

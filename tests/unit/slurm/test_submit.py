@@ -14,7 +14,7 @@ from megatron_mesh.config.checks import resolve
 from megatron_mesh.errors import UserError
 from megatron_mesh.slurm import submission
 from megatron_mesh.slurm.script import option_of
-from megatron_mesh.slurm.site import seconds_of
+from megatron_mesh.slurm.site import read_site, seconds_of
 from tests.unit.slurm.conftest import ROOT
 from tests.unit.slurm.tool import DATA, MODEL, SAVING, main, submit
 
@@ -101,6 +101,27 @@ def test_what_fails_leaves_nothing_behind(lab, monkeypatch, fault, message) -> N
     assert not (lab / "new").exists()
     if fault == "FULL":  # the job was submitted already
         assert (lab / "scancel").read_text() == "41\n"
+
+
+def test_an_interrupted_submission_leaves_no_job(lab, monkeypatch) -> None:
+    """Ctrl-C between sbatch and the note of its job."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(submission, "note_jobs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        submit(lab, "--chain", "2")
+    assert (lab / "scancel").read_text() == "42\n41\n" and not (lab / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "options", ["-p big", "-pbig", "--partition big", "--partition=big", "-p other -p big"]
+)
+def test_the_partition_is_read_as_sbatch_reads_it(lab, options) -> None:
+    with (lab / "site.sh").open("a") as file:
+        file.write(f"SBATCH_OPTIONS=(--exclusive {options} --time=1:00)\n")
+    assert read_site(lab / "site.sh").partition == "big"
 
 
 def test_a_directory_that_was_there_stays(lab, monkeypatch) -> None:
@@ -229,6 +250,7 @@ def test_a_run_needs_its_directory_and_checkpoints(lab) -> None:
         ("ENVIRONMENT=conda", "one of venv, pyxis, apptainer"),
         ("ENVIRONMENT=pyxis", "CONTAINER is not set"),
         ("SAVE_SECONDS=a", "SAVE_SECONDS=a must be a whole number"),
+        ("SAVE_SECONDS=40000", "SAVE_SECONDS=40000 is too long: .* at most 65535 s, so give at most 32737"),
         ("GPUS_PER_NODE=", "GPUS_PER_NODE is not set"),
         ("PYTHON=/no/python", "cannot be run"),
         ("if", "bash cannot read it"),

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_mesh.config.sources import read_yaml
 from megatron_mesh.errors import UserError
-from tests.unit.slurm.conftest import PENDING
+from tests.unit.slurm.conftest import FAILED, PENDING, RUNNING, SUSPENDED
 from tests.unit.slurm.tool import main, submit
 
 
@@ -46,6 +46,41 @@ def test_one_array_with_a_run_for_each_combination(lab, capsys, monkeypatch) -> 
     assert f"CODE={top}/slurm/code\n" in script and "#SBATCH --nodes=2\n" in script
     assert (run / "slurm/jobs.txt").read_text() == "41_3\n42\n"
     assert (lab / "scancel").read_text() == "41_2\n41_3\n"
+
+
+@pytest.mark.parametrize(
+    "command,acted", [("--requeue", "--batch --signal=USR1 41_3\n"), ("--cancel", "41_3\n")]
+)
+def test_a_sweep_s_runs_are_acted_on_one_by_one(lab, capsys, monkeypatch, command, acted) -> None:
+    """One is done, one is suspended or cannot be cancelled, one is over: the last one still hears of it."""
+    submit(lab, "--sweep", "seed=1,2,3,4")
+    (lab / "run/seed=1/run_status.txt").write_text("done\n")
+    for index, state in enumerate([FAILED, SUSPENDED, FAILED, RUNNING]):
+        monkeypatch.setenv(f"JOB_41_{index}", state)
+    if command == "--cancel":
+        text = (lab / "bin/scancel").read_text()
+        (lab / "bin/scancel").write_text(f"{text}[ $1 != 41_1 ] || {{ echo no >&2; exit 1; }}\n")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([command, str(lab / "run")])
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and said.err.count("\n") == 1
+    assert said.err.startswith(f"error: {lab}/run/seed=2: ")
+    assert (lab / "scancel").read_text().endswith(acted)
+    if command == "--requeue":
+        assert "seed=1 is trained to the end" in said.out and "submitted job 42" in said.out
+        monkeypatch.setenv("JOB_41_1", RUNNING)
+        main([command, str(lab / "run")])  # a run that is done is no error
+
+
+def test_runs_do_not_share_what_they_write(lab) -> None:
+    """--output-dir, --tensorboard-dir and --wandb-exp-name get the run's name."""
+    flags = ["--output-dir", "/logs", "--tensorboard-dir", "/board", "--wandb-exp-name", "mesh"]
+    submit(lab, "--sweep", "seed=1,2", *flags)
+    for label in ("seed=1", "seed=2"):
+        found = read_yaml(lab / f"run/{label}/slurm/config.yaml")
+        names = [found[name] for name in ("output_dir", "tensorboard_dir", "wandb_exp_name")]
+        assert names == [f"/logs/{label}", f"/board/{label}", f"mesh-{label}"]
 
 
 def test_a_chain_of_arrays(lab) -> None:
