@@ -96,7 +96,9 @@ class Guarded(Sink):
         except BaseException as error:  # some trackers call sys.exit
             if not self._lost:
                 logger.error(
-                    "%s: numbers were not logged: %s; training continues", self.name, in_a_line(error)
+                    "%s: numbers were not logged: %s; the run is not affected",
+                    self.name,
+                    in_a_line(error),
                 )
             self._lost += 1
 
