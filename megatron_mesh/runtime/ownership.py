@@ -119,9 +119,11 @@ class Ownership:
             os.write(handle, self._text + _counter(0))
             os.fsync(handle)
             _put(draft, self.path)
-        except FileExistsError:
+        except OSError as error:
             os.close(handle)
-            return False
+            if isinstance(error, FileExistsError):
+                return False
+            raise
         finally:
             draft.unlink(missing_ok=True)
         self._close()
@@ -184,7 +186,7 @@ class Ownership:
         aside.unlink(missing_ok=True)
 
     def keep(self, lost: Callable[[Owner], None]) -> None:
-        """Let the counter rise from now on, and call ``lost`` if another start has taken over."""
+        """Raise the counter from now on; call ``lost`` if another start has taken over."""
         if self._handle is not None:
             self._thread = threading.Thread(target=self._keep, args=(lost,), daemon=True, name="ownership")
             self._thread.start()
