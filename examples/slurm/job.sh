@@ -264,7 +264,8 @@ decide() {
     words="failed with exit status $1"
     note failed "$words"
     stuck_at "$(saved_step)" || again "$words"
-    finish given-up "$1" "error: $words; the restart brought no new step, so this was the last one"
+    # Whatever the ranks said: the run is not complete.
+    finish given-up $(($1 ? $1 : 1)) "error: $words; the restart brought no new step, so this was the last one"
 }
 
 main() {
@@ -298,6 +299,7 @@ main() {
 }
 
 . "$here/environment.sh"
+trap 'asked=yes' USR1 # main has more to do for it
 identify
 forget_another_job
 . "$SITE"

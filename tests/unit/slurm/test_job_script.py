@@ -172,6 +172,13 @@ def test_it_stops_when_a_restart_brings_no_new_step(job, tmp_path) -> None:
     assert ended.returncode == 1 and "given up: the run failed at step 0" in ended.stdout
 
 
+def test_ranks_that_end_without_a_word_are_no_success(job) -> None:
+    """Exit status 0 without "done" in run_status.txt."""
+    assert "failed with exit status 0; requeued" in job("exit 0").stdout
+    ended = job("exit 0", SLURM_RESTART_COUNT="1")
+    assert ended.returncode == 1 and "this was the last one" in ended.stdout
+
+
 def test_only_failures_of_its_own_count(job, tmp_path) -> None:
     """A queue that preempts during every start, and nodes that fail (SLURM, case 7)."""
     died = "echo running >$RUN/run_status.txt; exit 143"
