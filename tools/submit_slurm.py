@@ -224,7 +224,7 @@ def _submit(options: argparse.Namespace, settings: Sequence[str], prog: str) -> 
         _tell_before_submission(site)
         jobs = write_and_submit(config, run, site, shape)
     if jobs:
-        print(f"submitted job {', '.join(jobs)}; {prog} --status {run} shows how it stands")
+        print(f"submitted job {', '.join(jobs)}; {prog} --status {run} shows its state")
 
 
 def _sweep(

@@ -48,7 +48,8 @@ forget_another_job() {
                 found+=("$name") ;;
             SLURM_DISTRIBUTION | SLURM_DIST_PLANESIZE | SLURM_HINT | SLURM_THREADS_PER_CORE | SLURM_OVERCOMMIT | \
                 SLURM_NTASKS_PER_[CGST]* | SLURM_CPUS_PER_GPU | SLURM_GPUS | SLURM_GPUS_PER_[ST]* | \
-                SLURM_GPU_* | SLURM_EXACT | SLURM_EXCLUSIVE | SLURM_OVERLAP | SLURM_WHOLE | SLURM_RESV_PORTS | SLURM_MPI_TYPE)
+                SLURM_GPU_* | SLURM_EXACT | SLURM_EXCLUSIVE | SLURM_OVERLAP | SLURM_WHOLE | SLURM_RESV_PORTS | \
+                SLURM_MPI_TYPE)
                 script_sets "$name" || ours+=("$name") ;;
         esac
     done

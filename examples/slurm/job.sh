@@ -80,10 +80,12 @@ take_over() {
 
 # Refuses to start if the owner, whose file holds $1, raises its counter.
 watch_owner() {
+    local now
     say "waiting ${FENCE_SECONDS:=12} s to see whether the earlier start in $RUN still runs"
     pause "$FENCE_SECONDS"
-    [ "$(cat "$owner_file" 2>/dev/null)" = "$1" ] ||
-        refuse 2 "error: another start runs in $RUN ($(head -n 2 "$owner_file" | paste -sd' ')); stop it first"
+    now=$(cat "$owner_file" 2>/dev/null)
+    [ -z "$now" ] || [ "$now" = "$1" ] || # gone: it has just ended
+        refuse 2 "error: another start runs in $RUN ($(head -n 2 <<<"$now" | paste -sd' ')); stop it first"
 }
 
 # Sleeps, and runs traps at once.
@@ -264,7 +266,8 @@ decide() {
     words="failed with exit status $1"
     note failed "$words"
     stuck_at "$(saved_step)" || again "$words"
-    finish given-up "$1" "error: $words; the restart brought no new step, so this was the last one"
+    # Whatever the ranks said: the run is not complete.
+    finish given-up $(($1 ? $1 : 1)) "error: $words; the restart brought no new step, so this was the last one"
 }
 
 main() {
@@ -298,6 +301,7 @@ main() {
 }
 
 . "$here/environment.sh"
+trap 'asked=yes' USR1 # main has more to do for it
 identify
 forget_another_job
 . "$SITE"

@@ -1,7 +1,7 @@
 # One process of a run: task.sh OWNER_FILE TOKEN COMMAND...
 #
-# Runs COMMAND as long as the first line of OWNER_FILE is TOKEN. A node that SLURM has given up may still run its tasks; when
-# another start of the run has put its own token there, they end at once, before they can write beside it.
+# Runs COMMAND as long as the first line of OWNER_FILE is TOKEN. A node that SLURM has given up may still run its
+# tasks. They end at once when another start of the run has put its own token there, so that they don't write too.
 
 owner_file=$1 token=$2
 shift 2

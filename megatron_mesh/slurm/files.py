@@ -72,7 +72,7 @@ class RunFiles:
 
     @property
     def last_step(self) -> int | None:
-        """The step at which the run ends, from where it stands; None if its settings are not known."""
+        """The step at which the run ends, as seen from its newest step; None without settings."""
         training = TrainingConfig(
             train_iters=self.settings.get("train_iters"),
             train_samples=self.settings.get("train_samples"),

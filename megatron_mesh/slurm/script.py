@@ -17,7 +17,7 @@ _NOT_IN_PATHS = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Shape:
-    """What a submission chooses beside the settings and the site."""
+    """What a submission chooses besides the settings and the site."""
 
     nodes: int
     chain: int = 1
@@ -40,7 +40,7 @@ def batch_script(run: Path, load: str | None, site: Site, shape: Shape) -> str:
         load: the checkpoint to start from (``--load``), or None.
 
     Raises:
-        UserError: the early warning takes all of the time, or a path cannot stand in a script.
+        UserError: the early warning takes all of the time, or a path cannot be part of a script.
     """
     if site.environment != "venv" and re.search("[:,]", str(run)):
         raise UserError(f"--save {run}: a container cannot mount a path with a colon or a comma; rename it")
@@ -101,7 +101,7 @@ def _quoted(options: Iterable[str]) -> Iterable[str]:
     """Options as sbatch reads them in a script: words in quotes, as a shell would."""
     for option in options:
         if _NOT_IN_PATHS.search(option.replace("\\", "")):
-            raise UserError(f"{option!r} cannot stand in a batch script: it has control characters")
+            raise UserError(f"{option!r} cannot be part of a batch script: it has control characters")
         name, equals, value = option.partition("=")
         yield name + equals + (shlex.quote(value) if value else "") if equals else shlex.quote(option)
 

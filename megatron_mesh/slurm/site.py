@@ -73,8 +73,7 @@ def read_site(path: Path) -> Site:
         )
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"--site {path}: bash did not come to its end within {_READ_SECONDS:g} s; put slow commands into "
-            "prepare"
+            f"--site {path}: bash did not finish within {_READ_SECONDS:g} s; put slow commands into prepare"
         ) from None
     if ended.returncode:
         raise UserError(f"--site {path}: bash cannot read it: {ended.stderr.strip() or 'it fails'}")

@@ -1,4 +1,4 @@
-"""How runs stand: their files first, then what SLURM adds, if it answers within seconds."""
+"""The state of runs: their files first, then what SLURM adds, if it answers within seconds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class Status:
 
 
 def statuses(runs: Sequence[Path]) -> list[Status]:
-    """How runs stand. SLURM is asked once for all of them.
+    """The state of each run. SLURM is asked once for all of them.
 
     Raises:
         UserError: one of them is not a run's directory.

@@ -43,7 +43,7 @@ def stays(job: Job, state: str, seconds: float = 12) -> bool:
 
 @contextmanager
 def standing_still(ranks: list[psutil.Process]) -> Iterator[None]:
-    """Stopped again whenever SLURM lets them go on."""
+    """Stopped again whenever SLURM wakes them."""
     over = threading.Event()
 
     def hold() -> None:
@@ -129,7 +129,7 @@ def test_time_limit_without_warning(start, undisturbed) -> None:
 
 @every_event
 def test_time_limit_and_ranks_that_do_not_end(start, undisturbed) -> None:
-    """The save hangs, and SLURM kills all: the run goes on from the checkpoint before."""
+    """The save hangs, and SLURM kills all: the run resumes from the checkpoint before."""
     job = start("--time", "2", site="SBATCH_OPTIONS+=(--signal=B:URG@1)\n")
     job.wait_for_step(25)
     ranks = job.ranks()
@@ -179,7 +179,7 @@ def test_requeue_by_the_tool_saves_first(start, undisturbed, cluster) -> None:
     job.wait_for_step(1)
     for rank in job.ranks():
         rank.suspend()  # the tool may take longer than the run
-    assert "is told to save" in tool(cluster, "--requeue", job.run)
+    assert "will save and requeue itself" in tool(cluster, "--requeue", job.run)
     for rank in job.ranks():
         rank.resume()
     assert job.wait_for_end() == "COMPLETED"
@@ -256,7 +256,7 @@ def test_a_stop_file_ends_the_run(start) -> None:
 
 @every_event
 def test_a_chain(start, undisturbed, cluster) -> None:
-    """The second job goes on where the first was stopped, and the third has nothing to do."""
+    """The second job resumes where the first was stopped, and the third has nothing to do."""
     job = start("--chain", 3)
     job.wait_for_step(25)
     cluster.call("scancel", "--batch", "--signal=USR1", str(job.number))

@@ -139,7 +139,7 @@ def test_submission_from_inside_an_allocation(cluster, settings, tmp_path) -> No
     run = tmp_path / "run"
     command = [sys.executable, ROOT / "tools/submit_slurm.py", "--site", site, "--nodes", 2]
     command += ["--config", settings, "--save", run, *SHORT]
-    _inside(cluster, [*command])
+    _inside(cluster, INSIDE, command)
     script = tmp_path / "by_hand.sbatch"
     options = "--ntasks-per-node=1 --nodes=2 --gpus-per-node=1"
     flags = shlex.join(map(str, SHORT))
@@ -148,8 +148,8 @@ def test_submission_from_inside_an_allocation(cluster, settings, tmp_path) -> No
         f"RUN={tmp_path}/by_hand CODE={ROOT} SITE={site} SETTINGS=(--config {settings} {flags})\n"
         f". {ROOT}/examples/slurm/job.sh\n"
     )
-    _inside(cluster, ["sbatch", script])
-    number = max(map(int, cluster.call("squeue", "-h", "-t", "all", "-o", "%A").split()))
+    _inside(cluster, INSIDE, ["sbatch", script])
+    number = _newest(cluster)
     job, by_hand = element(cluster, run), Job(cluster, tmp_path / "by_hand", number)
     for each in (job, by_hand):
         assert each.wait_for_end() == "COMPLETED", each.log
@@ -161,9 +161,43 @@ def test_submission_from_inside_an_allocation(cluster, settings, tmp_path) -> No
     cluster.clear()
 
 
-def _inside(cluster: Cluster, command: list) -> None:
+@every_event
+def test_an_outer_job_s_variables_do_not_reach_a_job_by_hand(cluster, tmp_path) -> None:
+    """sbatch under plain salloc, and in the script of an array's element: neither sets marks of srun."""
+    inner = tmp_path / "inner.sbatch"
+    (tmp_path / "site.sh").write_text(
+        'ENVIRONMENT=venv PYTHON=true\nprepare() { env >"$RUN/environment"; }\n'
+    )
+    inner.write_text(
+        f"#!/usr/bin/env bash\n#SBATCH --ntasks=2 --open-mode=append --output={tmp_path}/%j.log\n"
+        f"RUN={tmp_path}/$SLURM_JOB_ID CODE={ROOT} SITE={tmp_path}/site.sh SETTINGS=()\n"
+        f". {ROOT}/examples/slurm/job.sh\n"
+    )
+    _inside(cluster, ["salloc", "-n4", "-m", "cyclic"], ["sbatch", inner])
+    numbers = [_newest(cluster)]
+    outer = tmp_path / "outer.sbatch"
+    outer.write_text(f"#!/usr/bin/env bash\n#SBATCH -m cyclic --array=3 --output=/dev/null\nsbatch {inner}\n")
+    cluster.call("sbatch", str(outer))
+    wait_until(lambda: _newest(cluster) == numbers[0] + 2, 60, "the job that an array's element submits")
+    numbers.append(_newest(cluster))
+    for number in numbers:
+        job = Job(cluster, tmp_path / str(number), number)
+        assert job.wait_for_end() == "FAILED"  # nothing has been trained, twice
+        assert job.fields["Restarts"] == "1"
+        log = (tmp_path / f"{number}.log").read_text()
+        assert f" {number}.0] start on " in log and "them: SLURM_DISTRIBUTION\n" in log
+        names = {line.split("=")[0] for line in (job.run / "environment").read_text().splitlines()}
+        assert "SLURM_NTASKS" in names and not {"SLURM_DISTRIBUTION", "SLURM_ARRAY_TASK_ID"} & names
+    cluster.clear()
+
+
+def _newest(cluster: Cluster) -> int:
+    return max(map(int, cluster.call("squeue", "-h", "-t", "all", "-o", "%A").split()))
+
+
+def _inside(cluster: Cluster, outer: list[str], command: list) -> None:
     ended = subprocess.run(
-        [*INSIDE, *map(str, command)], env=cluster.environment, capture_output=True, text=True, timeout=300
+        [*outer, *map(str, command)], env=cluster.environment, capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == 0, ended.stderr
 

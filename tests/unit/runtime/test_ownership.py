@@ -243,3 +243,13 @@ def test_a_file_that_somebody_removed_is_put_back(tmp_path: Path, monkeypatch) -
         Ownership(tmp_path).claim()
     mine.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_in_the_environment_do_not_hide_the_owner_s_job(tmp_path, monkeypatch) -> None:
+    """SQUEUE_PARTITION=high makes squeue print nothing for a job of another partition."""
+    squeue = tmp_path / "squeue"
+    squeue.write_text('#!/bin/sh\n[ -n "$SQUEUE_PARTITION" ] || echo 7\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SQUEUE_PARTITION", "high")
+    assert Owner("7.0").has_slurm_job()

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.slurm.job_script import job as job  # a fixture
+
 ROOT = Path(__file__).resolve().parents[3]
 # JOB is what SLURM knows of all jobs, JOB_41 of that one: state|reason|nodes|time|limit|restarts|wait status.
 SLURM = {

@@ -254,7 +254,7 @@ def test_a_run_needs_its_directory_and_checkpoints(lab) -> None:
         ("GPUS_PER_NODE=", "GPUS_PER_NODE is not set"),
         ("PYTHON=/no/python", "cannot be run"),
         ("if", "bash cannot read it"),
-        ("exec sleep 60", "did not come to its end within 0.5 s; put slow commands into prepare"),
+        ("exec sleep 60", "did not finish within 0.5 s; put slow commands into prepare"),
     ],
 )
 def test_a_wrong_site_file(lab, change, message, monkeypatch) -> None:
