@@ -2,7 +2,7 @@
 
 Rank 0 claims the directory before anything in it is read or changed. A second start is refused while the
 owner lives. On the same machine that is seen from the owner's process. Elsewhere the owner must let its
-counter in the file rise, so no clocks are compared. The file is created by a link and set aside by rename,
+counter in the file rise, so no clocks are compared. The file is created by a link and replaced by a rename,
 which are atomic on NFS too.
 
 An owner that was taken for dead (a suspended machine, a lost network) ends when it sees another's token.
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 3.0
 """How often the owner raises its counter and looks for another's token."""
-SETTLE_SECONDS = 2.0
-"""How long a start that has taken over from a dead owner waits for others that do the same."""
+TURN_SECONDS = 10.0
+"""How long another start may need to take over from a dead owner, which is a matter of milliseconds."""
 SILENCE_SECONDS = 20.0
 """How long the counter of an owner on another machine must stand still before it counts as dead."""
 
@@ -89,8 +89,7 @@ class Ownership:
             ]
             self.directory.mkdir(parents=True, exist_ok=True)
             self._text = f"{self.token}\n{strict_json.dumps(describe_this_process())}\n".encode()
-            contested = False
-            while not (self._create() and (not contested or self._stays())):
+            while not self._create():
                 owner = read_owner(self.path)
                 if owner is None:  # it has just left
                     continue
@@ -100,9 +99,8 @@ class Ownership:
                         f"--save {self.directory} belongs to {owner}; wait for its end or stop it, or choose "
                         "another directory"
                     )
-                if lives is False:
-                    self._set_aside(owner)
-                    contested = owner.token != self.token
+                if lives is False and self._replace(owner):
+                    break
         except OSError as error:
             self.release()
             reason = error.strerror or error
@@ -113,35 +111,49 @@ class Ownership:
         """Create the file, unless there is one. It appears with its content, so nobody sees it empty."""
         if os.path.exists(self.path):
             return False
+        try:
+            self._write(_put)
+        except FileExistsError:
+            return False
+        return True
+
+    def _replace(self, dead: Owner) -> bool:
+        """Take the place of a dead owner; False if another start was faster.
+
+        Those who have found the same dead owner take turns, and each looks again first: so none replaces the
+        file of one that was faster. The file is replaced in one step, and never absent.
+        """
+        turn = self.path.with_name(f"{OWNER_FILE}.takeover")
+        try:
+            os.close(os.open(turn, os.O_CREAT | os.O_EXCL, 0o644))
+        except FileExistsError:
+            _wait_for_turn(turn)
+            return False
+        try:
+            now = read_owner(self.path)
+            if now is None or now.token != dead.token:
+                return False
+            self._write(os.replace)
+        finally:
+            turn.unlink(missing_ok=True)
+        return True
+
+    def _write(self, put: Callable[[Path, Path], None]) -> None:
+        """Write the file under another name, and ``put`` it in its place."""
         draft = self.path.with_name(f"{OWNER_FILE}.{uuid4().hex}")
         handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
         try:
             os.write(handle, self._text + _counter(0))
             os.fsync(handle)
-            _put(draft, self.path)
-        except OSError as error:
+            put(draft, self.path)
+        except OSError:
             os.close(handle)
-            if isinstance(error, FileExistsError):
-                return False
             raise
         finally:
             draft.unlink(missing_ok=True)
-        self._close()
-        self._handle = handle
-        return True
-
-    def _close(self) -> None:
         if self._handle is not None:
             os.close(self._handle)
-
-    def _stays(self) -> bool:
-        """Whether this start still is the owner after a moment.
-
-        Another one that has found the same dead owner may have set this start's file aside by mistake.
-        """
-        time.sleep(SETTLE_SECONDS)
-        owner = read_owner(self.path)
-        return owner is not None and owner.token == self.token
+        self._handle = handle
 
     def _lives(self, owner: Owner) -> bool | None:
         """Whether ``owner`` is at work; None if it no longer is the owner.
@@ -168,22 +180,6 @@ class Ownership:
             if now.text != owner.text:
                 return True
         return False
-
-    def _set_aside(self, dead: Owner) -> None:
-        """Remove the file of ``dead``, and no other that another start may have put there meanwhile."""
-        now = read_owner(self.path)
-        if now is None or now.token != dead.token:
-            return
-        aside = self.path.with_name(f"{OWNER_FILE}.{uuid4().hex}")
-        try:
-            self.path.rename(aside)
-        except FileNotFoundError:  # somebody was faster
-            return
-        found = read_owner(aside)
-        if found is not None and found.token != dead.token:
-            with suppress(FileExistsError):
-                _put(aside, self.path)
-        aside.unlink(missing_ok=True)
 
     def keep(self, lost: Callable[[Owner], None]) -> None:
         """Raise the counter from now on; call ``lost`` if another start has taken over."""
@@ -239,6 +235,16 @@ def _put(file: Path, name: Path) -> None:
             raise
         os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644))  # nobody else takes the name
         file.replace(name)
+
+
+def _wait_for_turn(turn: Path) -> None:
+    """Wait until nobody takes over, and remove the mark of one that was killed in the middle of that."""
+    with suppress(FileNotFoundError):
+        first, end = turn.stat(), time.monotonic() + TURN_SECONDS
+        while (now := turn.stat()).st_ino == first.st_ino and now.st_mtime_ns == first.st_mtime_ns:
+            if time.monotonic() > end:
+                turn.unlink()
+            time.sleep(0.05)
 
 
 def _counter(count: int) -> bytes:

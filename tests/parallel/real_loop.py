@@ -82,6 +82,9 @@ class BackgroundSave:
     def finish(self) -> None:
         """The end of the run."""
 
+    def note_validation(self, state: Any) -> None:
+        """The loss of the last step's validation."""
+
 
 def watch_steps(corpus: str, case: dict[str, Any]) -> tuple[dict[int, Seen], list[int]]:
     """Train 6 steps while a checkpoint is written in the background, on the last rank until the fifth step.

@@ -166,12 +166,21 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_file_of_another_winner_is_put_back(tmp_path: Path, monkeypatch) -> None:
-    """Between the last look and the rename another start has become the owner."""
+def test_a_start_that_was_killed_while_it_took_over(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ownership, "SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr(ownership, "TURN_SECONDS", 0.2)
+    (tmp_path / OWNER_FILE).write_text("dead\n")
+    (tmp_path / f"{OWNER_FILE}.takeover").touch()
+    mine = Ownership(tmp_path)
+    assert mine.claim() == read_owner(tmp_path / OWNER_FILE).token
+    mine.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_of_another_winner_stays(tmp_path: Path) -> None:
+    """Since this start judged the owner dead, another one has taken over."""
     (tmp_path / OWNER_FILE).write_text("winner\n")
-    looks = iter([Owner("dead")])
-    monkeypatch.setattr(ownership, "read_owner", lambda path: next(looks, None) or read_owner(path))
-    Ownership(tmp_path)._set_aside(Owner("dead"))
+    assert not Ownership(tmp_path)._replace(Owner("dead"))
     assert read_owner(tmp_path / OWNER_FILE).token == "winner"
     assert [path.name for path in tmp_path.iterdir()] == [OWNER_FILE]
 
