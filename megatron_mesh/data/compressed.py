@@ -57,7 +57,7 @@ class _Decompressor(Protocol):
 
 
 class _Members(io.RawIOBase):
-    """The content of all members of a .zst or .xz file, one after the other, for want of better readers.
+    """The content of all members of a .zst or .xz file, one after the other.
 
     zstandard's own takes a truncated file for a complete one, and lzma's one with a damaged second member for
     one that ends after the first. This one raises EOFError or the decompressor's error.

@@ -1,4 +1,4 @@
-"""Encoding texts of any length in bounded memory, with the ids that the tokenizer gives the whole text.
+"""Encode texts of any length with the ids of the whole text, while the tokenizer's memory stays bounded.
 
 Tokenizers take 20 to 120 bytes of memory for a byte of text. So a long text is encoded in windows that
 overlap, and two neighbours are joined where both have the same tokens at the same places. For byte-pair

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 BEAT_SECONDS = 3.0
 """How often the owner raises its counter and looks for another's token."""
 TURN_SECONDS = 10.0
-"""How long another start may need to take over from a dead owner, which is a matter of milliseconds."""
+"""After this long, the mark of a start that takes over (a matter of milliseconds) counts as left behind."""
 SILENCE_SECONDS = 20.0
 """How long the counter of an owner on another machine must stand still before it counts as dead."""
 

@@ -60,7 +60,7 @@ def find_rendezvous() -> Rendezvous:
     rarely try the same one, and no start meets what is left of an earlier one.
 
     Raises:
-        UserError: MASTER_ADDR is not set and SLURM does not tell; or MASTER_PORT is not a port.
+        UserError: MASTER_ADDR is not set and this is not a SLURM job step; or MASTER_PORT is not a port.
     """
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
     parts = [os.environ.get(name, "") for name in names]

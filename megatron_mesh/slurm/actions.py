@@ -1,4 +1,4 @@
-"""What can be done with a run that has been submitted: put it back in the queue, or cancel it."""
+"""Requeue or cancel a run that has been submitted."""
 
 import os
 from pathlib import Path

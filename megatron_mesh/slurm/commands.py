@@ -19,7 +19,7 @@ OVER = (
 CHANGING = ("CONFIGURING", "POWER_UP_NODE", "COMPLETING", "STAGE_OUT")
 """States in which a batch script does not listen: its nodes are being made ready, or it is ending."""
 STATUS_SECONDS = 5.0
-"""How long --status waits for an answer; without one it says what the files say."""
+"""How long --status waits for an answer; without one it shows the files alone."""
 
 _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
 _DROPPED = (

@@ -117,7 +117,11 @@ def _pattern(path: Path) -> str:
 
 
 def save_note(site: Site, seconds: tuple[int, int]) -> str | None:
-    """What to say if a save cannot end in what SLURM leaves a job; ``seconds``: at its end, at preemption."""
+    """A note if saving takes longer than SLURM leaves a job, or None.
+
+    Args:
+        seconds: what SLURM leaves at the job's end and, on top of that, at preemption.
+    """
     kill_wait, grace = seconds
     if site.save_seconds <= kill_wait:
         return None

@@ -247,7 +247,7 @@ def finish(run: Run, log: Log, health: Health, stop: StopRequests, saver: Saver 
         saver.note_validation(state)
     at_end = state.step == last_step(run.config.training, state.step, state.consumed_samples)
     if not reason and at_end and data.validation and state.valid_loss_step != state.step:
-        reason = measure(run, "valid", log, health, stop, saver)  # an earlier start was stopped in it
+        reason = measure(run, "valid", log, health, stop, saver)  # an earlier start was stopped during it
     if not reason and data.test is not None:
         reason = measure(run, "test", log, health, stop, saver)
     if reason:

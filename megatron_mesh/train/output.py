@@ -33,7 +33,7 @@ _ROOM = 2**16
 def check_writable(config: Config) -> None:
     """Make the directories that the settings name, and raise UserError where one cannot be written.
 
-    Nor may the output go into the directory of another run that is at work.
+    Refuse an output directory that belongs to another run which is still at work, too.
 
     Every rank writes to --save; rank 0 alone writes to the others, so it alone checks them.
     """
@@ -65,7 +65,7 @@ def _same(one: str, other: str | None) -> bool:
 
 
 def warn_if_nothing_is_saved(config: Config) -> None:
-    """Warn of settings of saving without ``--save``: one file may serve runs with it and without."""
+    """Warn if there are settings for saving but no ``--save``: one YAML file may serve both kinds of run."""
     names = ("save_interval", "async_save", "keep_last", "exit_grace_seconds")
     idle = [flag(name) for name in names if getattr(config.checkpoint, name)]
     if config.checkpoint.save is None and idle:
@@ -86,8 +86,8 @@ def output_directory(config: Config) -> Path:
 def holds_same_run(directory: Path, config: Config, step: int) -> bool:
     """Whether a run of ``config`` that starts at ``step`` continues the one whose output is in ``directory``.
 
-    It does so if it resumes, or was ended before its first checkpoint. The earlier start's configuration
-    tells, so call this before ``write_config``.
+    It does if it resumes, or if the earlier start ended before its first checkpoint. This reads the earlier
+    start's configuration, so call it before ``write_config``.
     """
     settings = config.checkpoint
     if step or not resumes(settings.save, settings.load, settings.finetune):

@@ -194,7 +194,7 @@ def evaluate(
                 loss, tokens, left = loss + interim.loss, tokens + interim.tokens, left - 1
                 if interim.all_written:
                     on_written()
-                # After the last batch of all it is complete; the next step hears of the request.
+                # A request during the very last batch interrupts nothing; the next step sees it.
                 stop = interim.stop if left else ""
                 if stop:
                     break
