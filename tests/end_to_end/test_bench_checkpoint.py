@@ -1,16 +1,16 @@
-"""tools/bench_checkpoint.py as a user starts it."""
+"""The benchmark of checkpoints as a user starts it."""
 
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_mesh.command import call
 from megatron_mesh.errors import UserError
 from tests.end_to_end.runs import ROOT
+from tools.bench.checkpoints import main
 
-TOOL = ROOT / "tools" / "bench_checkpoint.py"
 OPERATIONS = (
     "save",
     "save in the background",
@@ -34,8 +34,8 @@ use_distributed_optimizer: true
 def test_a_line_for_each_rank_and_operation(tmp_path: Path) -> None:
     settings = tmp_path / "settings.yaml"
     settings.write_text(SETTINGS)
-    command = [sys.executable, TOOL, "--ranks", "2", "--rounds", "1", "--config", settings]
-    command += ["--directory", tmp_path / "saved"]
+    command = [sys.executable, "-m", "tools.bench.checkpoints", "--ranks", "2", "--rounds", "1"]
+    command += ["--config", settings, "--directory", tmp_path / "saved"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -50,5 +50,5 @@ def test_a_line_for_each_rank_and_operation(tmp_path: Path) -> None:
 
 
 def test_no_ranks(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--ranks 0 must be at least 1"):
-        runpy.run_path(str(TOOL))["main"](["--ranks", "0", "--directory", str(tmp_path / "saved")])
+    with pytest.raises(UserError, match="--ranks 0 is out of range; it must be at least 1"):
+        call(main, ["--ranks", "0", "--directory", str(tmp_path / "saved")])

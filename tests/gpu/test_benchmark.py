@@ -1,16 +1,16 @@
 """The benchmark on a GPU: every kind of variant, small, in bf16."""
 
 import json
-import runpy
 from pathlib import Path
 
 import pytest
 
 from megatron_mesh import kernels
-from megatron_mesh.bench.variants import why_skipped
+from megatron_mesh.command import call
 from megatron_mesh.runtime import device
+from tools.bench.steps import main
+from tools.bench.variants import why_skipped
 
-MAIN = runpy.run_path(str(Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"))["main"]
 IN_FP8 = ("base-fp8", "mesh-fp8")
 VARIANTS = ("plain", "base", "residual", "anchor", "mesh", "eager", *IN_FP8, "base-compiled")
 SIZES = "--layers 1+2R2+1 --hidden-size 256 --num-attention-heads 4 --seq-length 128 --vocab-size 1024"
@@ -26,7 +26,7 @@ def test_every_variant_runs_and_is_measured(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     output, traces = tmp_path / "report.json", tmp_path / "traces"
     own = f"--micro-batch-size 2 --steps 3 --output {output} --profile {traces} --variants"
-    MAIN([*SIZES.split(), *own.split(), *VARIANTS])
+    call(main, [*SIZES.split(), *own.split(), *VARIANTS])
     report = json.loads(output.read_text())
     skipped = {name: reason for name in IN_FP8 if (reason := why_skipped(name))}
     assert report["skipped"] == skipped and report["settings"]["bf16"]

@@ -16,13 +16,13 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from megatron_mesh.bench.settings import Settings
-from megatron_mesh.bench.timing import Times, timed_step
-from megatron_mesh.bench.variants import Variant, batches_of, build_variant, variant_config
 from megatron_mesh.data import Batch
 from megatron_mesh.runtime import device
 from tests.helpers import one_process
 from tests.parallel.watch import SYNCHRONIZING
+from tools.bench.measure import Times, Variant, timed_step
+from tools.bench.settings import Settings
+from tools.bench.variants import batches_of, build_variant, variant_config
 
 TOY = Settings(
     layers="1+1R2+1",

@@ -7,13 +7,13 @@ from pathlib import Path
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_mesh.bench.checkpoint_ranks import Run, build
-from megatron_mesh.bench.counting import Counts
 from megatron_mesh.checkpoint.boxes import Box
 from megatron_mesh.checkpoint.content import Content, generators
 from megatron_mesh.config.schema import Config
 from megatron_mesh.runtime.distributed import model_parallel_groups
 from megatron_mesh.runtime.random import pack_generators
+from tools.bench.checkpoint_ranks import UntrainedRun, build_untrained
+from tools.bench.counting import Counts
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Load:
 def save_and_load(config: Config, directory: Path) -> tuple[Save, Save, Load]:
     """Save in the foreground, save in the background, load the second checkpoint."""
     with model_parallel_groups(config):
-        run, saves = build(config), []
+        run, saves = build_untrained(config), []
         for background in (False, True):
             counts, saved = run.save(directory, background=background)
             saves.append(Save(saved.path, counts, counts.written(saved.path)))
@@ -54,10 +54,10 @@ def save_and_load(config: Config, directory: Path) -> tuple[Save, Save, Load]:
 def load_only(config: Config, checkpoint: Path) -> Load:
     """Load a checkpoint of another layout."""
     with model_parallel_groups(config):
-        return _load(build(config), checkpoint, same_layout=False)
+        return _load(build_untrained(config), checkpoint, same_layout=False)
 
 
-def _load(run: Run, checkpoint: Path, *, same_layout: bool) -> Load:
+def _load(run: UntrainedRun, checkpoint: Path, *, same_layout: bool) -> Load:
     counts = run.load(checkpoint)
     boxes = list(Content(run.stage, run.optimizer).to_read(with_optimizer=True))
     state = generators(pack_generators())

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_mesh.bench import communication
+from megatron_mesh.runtime import communication
 from tests.parallel.pool import WorkerError, pool
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def measure(megabytes: float) -> list[communication.Measured]:
-    return communication.measure(megabytes, repeats=2)
+def measure(megabytes: float) -> list[communication.Measurement]:
+    return communication.measure_operations(megabytes, repeats=2)
 
 
 def measure_with_a_fault(megabytes: float) -> None:
@@ -24,7 +24,7 @@ def measure_with_a_fault(megabytes: float) -> None:
     original, shift = communication._filled, int(dist.get_rank() == 1)
     communication._filled = lambda *values: original(*values).roll(shift)
     try:
-        communication.measure(megabytes, repeats=1)
+        communication.measure_operations(megabytes, repeats=1)
     finally:
         communication._filled = original
 

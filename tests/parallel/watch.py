@@ -55,7 +55,7 @@ IN_HOST_MEMORY = {
     "optim/adam.py: Adam._init_group",
     "optim/optimizer.py: _get_value",
 }
-CALLERS = ("/megatron_mesh/", "/megatron/core/", "/torch/optim/")
+CALLERS = ("/megatron_mesh/", "/tools/bench/", "/megatron/core/", "/torch/optim/")
 
 
 @dataclass

@@ -8,7 +8,7 @@ import megatron_mesh
 
 PACKAGE = Path(megatron_mesh.__file__).parent
 ROOT = PACKAGE.parent
-SOURCES = [*PACKAGE.rglob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "pretrain_mesh.py"]
+SOURCES = [*PACKAGE.rglob("*.py"), *(ROOT / "tools").rglob("*.py"), ROOT / "pretrain_mesh.py"]
 
 
 def test_cuda_is_named_in_one_file() -> None:

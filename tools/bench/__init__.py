@@ -1,1 +1,5 @@
-"""Step times of recurrence schemes beside a plain Megatron-core GPT, and what each keeps for backward."""
+"""Benchmarks: commands that time and count what a part of the project does, next to a baseline.
+
+Each is run as a module from the root of a clone, for example ``python -m tools.bench.steps --help``. Start
+reading at ``steps.py``. The wheel doesn't contain them.
+"""

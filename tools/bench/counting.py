@@ -1,7 +1,8 @@
-"""Count what one process does inside a block: a checkpoint's bytes, host memory, collectives, opened files.
+"""Count what one process does inside a block: bytes of a checkpoint, host memory, collectives and opened
+files.
 
-Everything is counted from outside the code that is measured: by the kernel, by Python's audit events and by
-torch's dispatcher.
+The measured code needs no changes: the counts come from the kernel, Python's audit events and torch's
+dispatcher.
 """
 
 import ctypes
@@ -18,54 +19,54 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_mesh.bench.clock import now
 from megatron_mesh.checkpoint import load
 from megatron_mesh.errors import UserError
+from tools.bench.measure import now
 
 
 @dataclass
 class Counts:
-    """Of one process. All sizes are in bytes."""
+    """Counts of one process. Sizes are in bytes."""
 
     seconds: float = 0.0
     memory: int = 0
-    """Resident memory at its peak (``VmHWM``) above what was resident at the start."""
+    """Peak resident memory (``VmHWM``) above what was resident at the start."""
     sent: int = 0
-    """Tensors that were handed to collectives."""
+    """Tensors passed to collectives."""
     received: int = 0
-    """Tensors that collectives filled, besides those that were handed to them."""
+    """Tensors filled by collectives. A tensor changed in place counts as sent only."""
     tensors_read: int = 0
-    """What ``read`` and its like returned while boxes were filled."""
+    """Bytes that the kernel reports as read while boxes were filled."""
     filled: int = 0
-    """What ``fill`` itself says that it has read."""
+    """Bytes that ``fill`` itself reports as read."""
     reads: list[str] = field(default_factory=list)
-    """Names of the files that were opened for reading."""
+    """Names of files opened for reading."""
     writes: list[str] = field(default_factory=list)
-    """Names of the files that were opened for writing."""
+    """Names of files opened for writing."""
     others: list[str] = field(default_factory=list)
-    """Names of the files and directories that were opened by ``os.open``, to make them durable."""
+    """Names of files and directories opened by ``os.open``, to fsync them."""
 
     @property
     def opened(self) -> int:
-        """How often a file was opened."""
+        """Number of opened files."""
         return len(self.reads) + len(self.writes) + len(self.others)
 
     def written(self, checkpoint: Path) -> int:
-        """Size of the files in ``checkpoint`` that this process has written."""
+        """Bytes of the files in ``checkpoint`` that this process wrote."""
         return _sizes(checkpoint, self.writes)
 
     def read(self, checkpoint: Path) -> int:
-        """Bytes of ``checkpoint`` that this process has read; small files count as a whole."""
+        """Bytes of ``checkpoint`` that this process read. A small file counts in full."""
         small = [name for name in self.reads if not name.endswith(".distcp")]
         return self.tensors_read + _sizes(checkpoint, small)
 
 
 @contextmanager
 def counted(directory: Path) -> Iterator[Counts]:
-    """Count what this process does inside, with files under ``directory``.
+    """Count what this process does in the block. Only files under ``directory`` count.
 
     Raises:
-        UserError: the kernel does not tell the peak of resident memory.
+        UserError: the kernel doesn't report the peak of resident memory.
     """
     counts = Counts()
     _release_free_memory()
@@ -79,10 +80,10 @@ def counted(directory: Path) -> Iterator[Counts]:
 
 
 def check_kernel() -> None:
-    """Check that ``counted`` can work here.
+    """Check that ``counted`` works on this machine.
 
     Raises:
-        UserError: as ``counted``.
+        UserError: it doesn't, for the reason given.
     """
     _reset_peak()
     _status("VmHWM")
@@ -94,7 +95,7 @@ def _sizes(checkpoint: Path, names: list[str]) -> int:
 
 
 class _Collectives(TorchDispatchMode):
-    """Adds up the tensors of collective operations: in the end all are calls of ``torch.ops.c10d``."""
+    """Adds up the tensors of collectives, all of which end as calls to ``torch.ops.c10d``."""
 
     def __init__(self, counts: Counts):
         super().__init__()
@@ -113,7 +114,7 @@ class _Collectives(TorchDispatchMode):
 
 
 _watch: Callable[[str, Any], None] | None = None
-"""What is told of the files that are opened. A hook on audit events stays for ever, so there is only one."""
+"""Called for every opened file. An audit hook cannot be removed, so we add only one and switch this."""
 
 
 def _audit(event: str, args: tuple) -> None:
@@ -148,7 +149,7 @@ def _opened_files(directory: Path, counts: Counts) -> Iterator[None]:
 
 @contextmanager
 def _reads_of_tensors(counts: Counts) -> Iterator[None]:
-    """Ask the kernel how much is read by ``fill``: outside it sockets are read as well."""
+    """Count what ``fill`` reads. Outside of it, the kernel's count would include sockets."""
     fill = load.fill
 
     def counting(*args: Any) -> int:
@@ -179,13 +180,13 @@ def _field(path: Path, name: str) -> int:
     try:
         found = re.search(rf"^{name}:\s+(\d+)", path.read_text(), re.MULTILINE)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); count on Linux") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); run this on Linux") from None
     assert found is not None, name
     return int(found[1])
 
 
 def _release_free_memory() -> None:
-    """Return freed memory to the system: a save that used it again would seem to need none."""
+    """Return freed memory to the system, so that a save that reuses it doesn't seem to need none."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -193,12 +194,12 @@ def _release_free_memory() -> None:
 
 
 def _reset_peak() -> None:
-    """Let ``VmHWM`` begin with what is resident now."""
+    """Reset ``VmHWM`` to what is resident now."""
     path = Path("/proc/self/clear_refs")
     try:
         path.write_text("5")
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror}): the peak of resident memory is not known here; "
-            "count on a Linux machine, outside a sandbox"
+            f"{path} cannot be written ({error.strerror}), so peak resident memory cannot be measured; "
+            "run this on Linux, outside a sandbox"
         ) from None

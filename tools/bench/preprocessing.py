@@ -1,88 +1,110 @@
-#!/usr/bin/env python
-"""Speed of tools/preprocess_data.py against Megatron-LM's classic way, on the same text.
+"""Compare the speed of tools/preprocess_data.py with Megatron-LM's classic way on the same text.
 
-python tools/bench_preprocess.py --input corpus.jsonl.xz --tokenizer-model tokenizer.json --workers 2
+    python -m tools.bench.preprocessing --input corpus.jsonl.xz --tokenizer-model tokenizer.json --workers 2
 
-Three ways, in turn, several rounds; the table shows medians of MB (10^6 bytes of JSONL) per second of wall
-time, from the start of the worker processes to the finished .idx (importing modules is not counted):
-  ours       gigatoken where it gives the same ids, the check included
-  reference  the same tool with Hugging Face's tokenizers alone
-  classic    Megatron-LM's tools/preprocess_data.py: multiprocessing.Pool.imap over the lines, json.loads and
-             the Hugging Face tokenizer for each document, IndexedDatasetBuilder.add_document
-The three outputs must be the same, byte for byte.
+Three ways take turns for several rounds. The table shows medians of MB (10^6 bytes of JSONL) per second of
+wall time, from starting the worker processes to the finished .idx; importing modules doesn't count.
+
+  ours:      gigatoken if it gives the same ids; the check is included.
+  reference: the same tool with Hugging Face tokenizers only.
+  classic:   as Megatron-LM's tools/preprocess_data.py, with multiprocessing.Pool.imap over the lines,
+             json.loads and the Hugging Face tokenizer for each document, and IndexedDatasetBuilder.add_document.
+
+The three outputs must be identical, byte for byte.
 """
 
-import argparse
 import json
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from megatron_mesh import command
+from megatron_mesh.config.ranges import at_least
 from megatron_mesh.data import build_tokenizer
 from megatron_mesh.data.corpus import expand_inputs, parse_chunk, read_chunks
 from megatron_mesh.data.preprocess import CHUNK_BYTES, PreprocessSettings, preprocess
 from megatron_mesh.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
-from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 _classic_tokenizer: Tokenizer | None = None
 
 
-def main(argv: Sequence[str]) -> None:
-    """Measure and print the table."""
-    arguments = _parser().parse_args(argv)
-    if not isinstance(build_tokenizer(None, arguments.tokenizer_model), HuggingFaceTokenizer):
-        raise UserError("--tokenizer-model: the comparison is for a tokenizer.json.")
+@dataclass(frozen=True)
+class Options:
+    """The text, the tokenizer and the effort."""
+
+    input: tuple[str, ...]
+    """JSONL files, plain or compressed, with the key text."""
+    tokenizer_model: str
+    """A tokenizer.json."""
+    workers: int = 2
+    """Processes."""
+    rounds: int = 3
+    """Measurements of each way."""
+    document_characters: int = 0
+    """Split documents into pieces of this length; 0 leaves them whole."""
+
+
+def main(options: Options) -> None:
+    """Measure, and print the table."""
+    at_least(1, options, "workers", "rounds")
+    at_least(0, options, "document_characters")
+    if not isinstance(build_tokenizer(None, options.tokenizer_model), HuggingFaceTokenizer):
+        raise UserError(
+            f"--tokenizer-model {options.tokenizer_model} is no Hugging Face tokenizer; give a tokenizer.json"
+        )
     with tempfile.TemporaryDirectory() as directory:
         corpus = Path(directory) / "corpus.jsonl"
-        _write_plain(arguments.input, corpus, arguments.document_characters)
+        _write_corpus(options.input, corpus, options.document_characters)
         ways: dict[str, Callable[[str], None]] = {
-            "classic": lambda prefix: _classic(corpus, prefix, arguments.tokenizer_model, arguments.workers),
-            "reference": lambda prefix: _ours(corpus, prefix, arguments, fast=False),
-            "ours": lambda prefix: _ours(corpus, prefix, arguments, fast=True),
+            "classic": lambda prefix: _classic(corpus, prefix, options.tokenizer_model, options.workers),
+            "reference": lambda prefix: _ours(corpus, prefix, options, fast=False),
+            "ours": lambda prefix: _ours(corpus, prefix, options, fast=True),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in track(range(arguments.rounds), "rounds", console=Console(stderr=True)):
+        for _ in track(range(options.rounds), "rounds", console=Console(stderr=True)):
             for name, way in ways.items():
                 start = time.perf_counter()
                 way(f"{directory}/{name}")
                 seconds[name].append(time.perf_counter() - start)
         _check_equal(directory, list(ways))
-        _print_table(corpus.stat().st_size / 1e6, seconds, arguments.workers)
+        _print_table(corpus.stat().st_size / 1e6, seconds, options.workers)
 
 
-def _ours(corpus: Path, prefix: str, arguments: argparse.Namespace, *, fast: bool) -> None:
-    tokenizer = build_tokenizer(None, arguments.tokenizer_model)
+def _ours(corpus: Path, prefix: str, options: Options, *, fast: bool) -> None:
+    tokenizer = build_tokenizer(None, options.tokenizer_model)
     preprocess(
         tokenizer,
         PreprocessSettings(
-            [str(corpus)], prefix, append_eod=True, workers=arguments.workers, overwrite=True, fast=fast
+            [str(corpus)], prefix, append_eod=True, workers=options.workers, overwrite=True, fast=fast
         ),
     )
 
 
 def _classic(corpus: Path, prefix: str, model: str, workers: int) -> None:
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
     tokenizer = build_tokenizer(None, model)
     path = f"{prefix}_text_document"
     builder = IndexedDatasetBuilder(f"{path}.bin", DType.optimal_dtype(tokenizer.vocab_size))
-    with open(corpus, encoding="utf-8") as lines, multiprocessing.Pool(workers, _start, (model,)) as pool:
+    with (
+        open(corpus, encoding="utf-8") as lines,
+        multiprocessing.Pool(workers, _load_tokenizer, (model,)) as pool,
+    ):
         for ids, lengths in pool.imap(_encode_line, lines, 32):
             builder.add_document(ids, lengths)
     builder.finalize(f"{path}.idx")
 
 
-def _start(model: str) -> None:
+def _load_tokenizer(model: str) -> None:
     global _classic_tokenizer
     _classic_tokenizer = build_tokenizer(None, model)
 
@@ -94,10 +116,10 @@ def _encode_line(line: str) -> tuple[list[int], list[int]]:
     return ids, [len(ids)]
 
 
-def _write_plain(inputs: list[str], path: Path, characters: int) -> None:
-    """Decompress the corpus once, so that all ways read the same file; cut documents if asked."""
+def _write_corpus(inputs: Sequence[str], path: Path, characters: int) -> None:
+    """Decompress the corpus once, so that all three ways read the same file. Split documents if asked."""
     with open(path, "w", encoding="utf-8") as file:
-        for source in expand_inputs(inputs):
+        for source in expand_inputs(list(inputs)):
             for chunk in read_chunks(source, CHUNK_BYTES):
                 for text in parse_chunk(chunk, ["text"], skip_broken=False).texts[0]:
                     step = characters or len(text) or 1
@@ -113,7 +135,7 @@ def _check_equal(directory: str, names: list[str]) -> None:
 
 def _print_table(megabytes: float, seconds: dict[str, list[float]], workers: int) -> None:
     table = Table(title=f"{megabytes:.1f} MB of JSONL, {workers} workers, {len(seconds['ours'])} rounds")
-    for column in ("way", "seconds (median)", "MB/s", "times classic"):
+    for column in ("way", "seconds (median)", "MB/s", "speed-up"):
         table.add_column(column, justify="left" if column == "way" else "right")
     classic = statistics.median(seconds["classic"])
     for name, values in seconds.items():
@@ -122,22 +144,5 @@ def _print_table(megabytes: float, seconds: dict[str, list[float]], workers: int
     Console().print(table)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--input", nargs="+", required=True, help="JSONL files with the key text")
-    parser.add_argument("--tokenizer-model", required=True, help="a tokenizer.json")
-    parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each way (default: 3)")
-    parser.add_argument("--document-characters", type=int, default=0, help="cut documents to this length")
-    return parser
-
-
 if __name__ == "__main__":
-    try:
-        with closed_pipe_is_no_error():
-            main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(main)

@@ -1,4 +1,4 @@
-"""From the times of single steps to medians, rates and quotients, and all of it as JSON."""
+"""Summarize measured steps: medians, rates, ratios between variants, the project's targets, and JSON."""
 
 import importlib.metadata
 import platform
@@ -6,20 +6,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import combinations
+from pathlib import Path
 from statistics import quantiles
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 import megatron_mesh
-from megatron_mesh.bench.kept import Kept
-from megatron_mesh.bench.settings import Settings
-from megatron_mesh.bench.timing import Times
+from megatron_mesh.config.layers import parse_layers
+from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import device
+from tools.bench.measure import SavedTensors, Times
+from tools.bench.settings import EAGER, FP8, PLAIN, Settings
 
 PARTS = ("forward_backward", "communication", "optimizer", "step")
 COMPARED = ("forward_backward", "optimizer", "step")
-"""Parts of which there are quotients; in one process, communication is next to nothing."""
+"""Parts that are compared between variants. In one process, communication takes almost no time."""
+_WIDTH_1B4, _DEPTH_1B4 = 2048, 24
+_WIDTH_6B9 = 4096
+_MICRO_BATCHES = 8
 _PACKAGES = (
     "megatron-core",
     "transformer-engine",
@@ -41,7 +46,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of at least one value."""
+        """Summarize one or more values."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         lower, median, upper = quantiles(values, n=4, method="inclusive")
@@ -53,23 +58,23 @@ class Spread:
 
 @dataclass(frozen=True)
 class Result:
-    """Everything measured of one variant."""
+    """Measurements of one variant."""
 
     parameters: int
-    kept: Kept | None
-    """What autograd keeps; counted for Megatron's layers in their plain precision."""
+    saved: SavedTensors | None
+    """Tensors saved for backward; counted only for Megatron's layers without FP8 and compilation."""
     times: Times
     flops_per_token: float = 0.0
-    """Of forward and backward of the unrolled network (``model/flops.py``)."""
+    """FLOPs per token of the unrolled network, forward and backward (``model/flops.py``)."""
     peak_bytes: int | None = None
-    """Most memory held in a measured step; None on a CPU."""
+    """Peak memory in a measured step; None on a CPU."""
     peak_flops: float | None = None
-    """FLOP/s of the device's data sheet in the variant's precision; None where it is not known."""
+    """FLOP/s from the device's data sheet in the variant's precision; None if unknown."""
     retries: int = 0
-    """How often the GPU's memory was full in measured steps (``memory.py``)."""
+    """Allocation retries in measured steps (see ``MemoryMeter.retries``)."""
 
     def rates(self, tokens_per_step: int) -> dict[str, float | None]:
-        """Tokens/s, model TFLOP/s and share of the device's peak, by the median step."""
+        """Compute tokens/s, model TFLOP/s and the share of the device's peak from the median step."""
         tokens_per_second = tokens_per_step / Spread.of(self.times.step).median
         flops = self.flops_per_token * tokens_per_second
         return {
@@ -81,39 +86,118 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole benchmark. ``settings`` are complete; ``results`` are in the order of the variants."""
+    """Results of a whole comparison, in the order of the variants. The settings are complete."""
 
     settings: Settings
     results: Mapping[str, Result]
     skipped: Mapping[str, str]
-    """Variants that did not run here, and why."""
+    """Variants that could not run here, and why."""
     parts: Mapping[str, str] = field(default_factory=dict)
-    """What computed the layers, the memory and the optimizer's step of Megatron's variants."""
+    """Implementations that Megatron's variants used for the layers, the memory and the optimizer's step."""
 
 
 def ratios(results: Mapping[str, Result]) -> dict[str, dict[str, Spread]]:
-    """Each variant over each one before it, ``{"mesh / base": {part: spread}}``.
+    """Divide each variant's times by those of each earlier one: ``{"mesh / base": {part: spread}}``.
 
-    The spread is that of the quotients of single rounds: what slows one round down slows down both.
+    Ratios are taken within a round, since whatever slows a round down slows both variants.
     """
-    quotients: dict[str, dict[str, Spread]] = {}
+    found: dict[str, dict[str, Spread]] = {}
     for below, above in combinations(results, 2):
-        parts = quotients[f"{above} / {below}"] = {}
+        parts = found[f"{above} / {below}"] = {}
         for part in COMPARED:
-            parts[part] = quotient(results[above], results[below], part)
-    return quotients
+            parts[part] = ratio(results[above], results[below], part)
+    return found
 
 
-def quotient(above: Result, below: Result, part: str = "step") -> Spread:
-    """Time of ``above`` over that of ``below``, round by round."""
+def ratio(above: Result, below: Result, part: str = "step") -> Spread:
+    """Divide the times of ``above`` by those of ``below``, round by round."""
     pairs = zip(getattr(above.times, part), getattr(below.times, part), strict=True)
     return Spread.of([a / b for a, b in pairs])
 
 
-def as_json(report: Report) -> dict[str, Any]:
-    """The report as JSON has it: summaries, and the seconds of every step."""
-    from megatron_mesh.bench.targets import targets
+@dataclass(frozen=True)
+class Target:
+    """A figure with the value that it should reach on one H200 in bf16."""
 
+    what: str
+    bound: Literal["at most", "at least"]
+    limit: float
+    measured: float | None
+    """None if the report lacks the figure."""
+    applies: bool
+    """Whether the target is for this run: an H200, bf16 and enough micro-batches per step."""
+
+    @property
+    def verdict(self) -> str:
+        """Met, missed or not measured here."""
+        if self.measured is None or not self.applies:
+            return "not measured here"
+        met = self.measured <= self.limit if self.bound == "at most" else self.measured >= self.limit
+        return "met" if met else "missed"
+
+
+def targets(report: Report) -> list[Target]:
+    """List all targets, measured or not."""
+    settings, results = report.settings, report.results
+    on_h200 = any("H200" in name and " MIG " not in name for name, _ in device.gpus()[:1])
+    applies = on_h200 and bool(settings.bf16) and settings.num_micro_batches >= _MICRO_BATCHES
+    mesh, base = results.get("mesh"), results.get("base")
+    wide = (settings.hidden_size or 0) >= _WIDTH_6B9
+    in_fp8 = _speed_of_fp8(results) if wide else None
+    share = mesh.rates(settings.tokens_per_step)["share_of_peak"] if mesh and _is_large(settings) else None
+    rows: list[tuple[str, Literal["at most", "at least"], float, float | None]] = [
+        ("mesh / base, time of a step", "at most", 1.01, _time(mesh, base)),
+        ("mesh / base, peak memory", "at most", 1.02, _memory(mesh, base)),
+        ("mesh / plain, tokens/s", "at least", 0.99, _time(results.get(PLAIN), mesh)),
+        ("mesh, share of the bf16 peak at the 1.4B shape and above", "at least", 0.50, share),
+        ("FP8 / bf16, tokens/s at the width of 6.9B", "at least", 1.25, in_fp8),
+        ("mesh / eager loop, tokens/s", "at least", 1.5, _time(results.get(EAGER), mesh)),
+    ]
+    return [Target(*row, applies=applies) for row in rows]
+
+
+def _time(above: Result | None, below: Result | None) -> float | None:
+    """Divide step times, which is the inverse ratio of tokens/s."""
+    return ratio(above, below).median if above and below else None
+
+
+def _memory(above: Result | None, below: Result | None) -> float | None:
+    if not above or not below or above.peak_bytes is None or below.peak_bytes is None:
+        return None
+    return above.peak_bytes / below.peak_bytes
+
+
+def _speed_of_fp8(results: Mapping[str, Result]) -> float | None:
+    """Speed-up from FP8 for mesh if it ran in both precisions, otherwise for base."""
+    pairs = ((results.get(name), results.get(name + FP8)) for name in ("mesh", "base"))
+    return next((_time(bf16, fp8) for bf16, fp8 in pairs if bf16 and fp8), None)
+
+
+def _is_large(settings: Settings) -> bool:
+    assert settings.layers is not None and settings.hidden_size is not None
+    depth = parse_layers(settings.layers).depth
+    return settings.hidden_size > _WIDTH_1B4 or (settings.hidden_size == _WIDTH_1B4 and depth >= _DEPTH_1B4)
+
+
+def check_writable(output: Path) -> None:
+    """Check that ``--output`` can be written, before a long measurement. The file stays as it is.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    existed = output.exists()
+    try:
+        output.open("a").close()
+    except OSError as error:
+        raise UserError(
+            f"--output {output} cannot be written ({error.strerror}); name a file in an existing directory"
+        ) from None
+    if not existed:
+        output.unlink()
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """Convert the report for JSON: summaries, and the seconds of every step."""
     settings = asdict(report.settings)
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -141,7 +225,7 @@ def _variant(result: Result, tokens_per_step: int) -> dict[str, Any]:
     return {
         "parameters": result.parameters,
         "flops_per_token": result.flops_per_token,
-        "kept_for_backward": asdict(result.kept) if result.kept else None,
+        "kept_for_backward": asdict(result.saved) if result.saved else None,
         "peak_memory_bytes": result.peak_bytes,
         "allocation_retries": result.retries,
         "peak_flops": result.peak_flops,

@@ -1,76 +1,148 @@
-"""The settings of a benchmark: what is compared, at which shape, and for how long."""
+"""Settings of the step benchmark: which variants run, at which shape, and for how long."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_mesh.bench.shapes import PLAIN, SHAPES, ShapeName
+from megatron_mesh.errors import UserError
+from megatron_mesh.recurrence import SCHEMES
 
+PLAIN = "plain"
+"""The variant that is Megatron-core's own GPT."""
+EAGER = "eager"
+"""The variant that is a loop of transformers' layers (``eager_loop.py``)."""
+FP8 = "-fp8"
+"""Suffix of a variant whose core computes in FP8."""
+COMPILED = "-compiled"
+"""Suffix of a variant whose layers go through ``torch.compile``."""
+
+_LOOPED = ("base", "residual", "anchor", "mesh")
+_IN_FP8 = (f"base{FP8}", f"mesh{FP8}")
+
+ShapeName = Literal["160m", "410m", "1b", "1.4b", "2.8b", "6.9b-slice"]
 EagerAttention = Literal["sdpa", "eager"]
-"""Transformers' names of attention by ``scaled_dot_product_attention`` and with the scores written out."""
+"""Transformers' names for attention by ``scaled_dot_product_attention`` and with explicit scores."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a variant's name means."""
+
+    scheme: str
+    """A recurrence scheme, ``plain`` or ``eager``."""
+    fp8: bool
+    compiled: bool
+
+    @property
+    def has_countable_states(self) -> bool:
+        """Whether hidden states can be recognised among the saved tensors by their shape [S, B, H]."""
+        return self.scheme != EAGER and not self.fp8 and not self.compiled
+
+
+def kind_of(name: str) -> Kind:
+    """Parse a variant's name.
+
+    Raises:
+        UserError: there is no such variant.
+    """
+    rest = name.removesuffix(COMPILED)
+    scheme = rest.removesuffix(FP8)
+    if scheme not in (PLAIN, EAGER, *SCHEMES):
+        raise UserError(
+            f"--variants {name}: no such variant; use {PLAIN}, {EAGER} or a scheme ({', '.join(SCHEMES)}), "
+            f"followed by {FP8} (not for {EAGER}), {COMPILED} or both in this order"
+        )
+    if scheme == EAGER and rest != scheme:
+        raise UserError(f"--variants {name}: the eager loop has no FP8; remove {FP8}")
+    return Kind(scheme, fp8=rest != scheme, compiled=rest != name)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model size, and which variants fit together on one GPU of 141 GB at 2,048 tokens in bf16."""
+
+    layers: str
+    hidden_size: int
+    num_attention_heads: int
+    micro_batch_size: int
+    variants: tuple[str, ...]
+
+
+SHAPES: dict[ShapeName, Shape] = {
+    "160m": Shape("2+4R2+2", 768, 12, 16, (PLAIN, *_LOOPED, EAGER, *_IN_FP8)),
+    "410m": Shape("4+8R2+4", 1024, 16, 8, (PLAIN, *_LOOPED, EAGER, *_IN_FP8)),
+    "1b": Shape("3+5R2+3", 2048, 8, 4, (PLAIN, *_LOOPED, EAGER)),
+    "1.4b": Shape("4+8R2+4", 2048, 16, 4, (PLAIN, "base", "mesh", EAGER)),
+    "2.8b": Shape("6+10R2+6", 2560, 32, 2, (PLAIN, "base", "mesh")),
+    # The width of 6.9B. Its full 6+10R2+6 would need 400 GB for weights, gradients and optimizer.
+    "6.9b-slice": Shape("1+4R2+1", 4096, 32, 4, ("base", "mesh", *_IN_FP8)),
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is not given follows from the shape and from whether there is a GPU (``complete``)."""
+    """Settings of one comparison. ``complete`` fills in what is unset, from the shape and the machine."""
 
     variants: tuple[str, ...] | None = None
-    """plain (Megatron-core's GPT of the same depth), eager (a loop of Hugging Face layers) and recurrence
-    schemes; with the ending -fp8 or -compiled, in FP8 or through torch.compile, e.g. mesh-fp8. Each is set in
-    relation to those before it. Unset: those of the shape; plain base mesh on a CPU."""
+    """Models to compare: plain (Megatron-core's GPT of equal depth), eager (a loop of Hugging Face layers)
+    and recurrence schemes. Append -fp8 or -compiled for FP8 or torch.compile, e.g. mesh-fp8. Ratios are
+    against the variants named earlier. If unset, the shape's; on a CPU plain base mesh."""
     shape: ShapeName | None = None
-    """Layers, widths and, on a GPU, the micro-batch. Unset: 410m on a GPU, 160m on a CPU."""
+    """Model size: layers, widths and, on a GPU, the micro-batch size. If unset, 410m on a GPU, else 160m."""
     layers: str | None = None
-    """Layers as prelude+coreRloops+coda instead of the shape's; plain has as many as the unrolled depth."""
+    """Layers as prelude+coreRloops+coda; plain is as deep as the unrolled loop. If unset, the shape's."""
     hidden_size: int | None = None
-    """Hidden size H instead of the shape's."""
+    """Hidden size H. If unset, the shape's."""
     num_attention_heads: int | None = None
-    """Attention heads instead of the shape's."""
+    """Attention heads. If unset, the shape's."""
     vocab_size: int = 50277
-    """Entries of the vocabulary before padding."""
+    """Vocabulary size before padding."""
     seq_length: int | None = None
-    """Tokens per sequence S. Unset: 2048 on a GPU, 128 on a CPU."""
+    """Tokens per sequence S. If unset, 2048 on a GPU and 128 on a CPU."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass B. Unset: the shape's on a GPU, 1 on a CPU."""
+    """Sequences per micro-batch B. If unset, the shape's on a GPU and 1 on a CPU."""
     num_micro_batches: int = 8
     """Micro-batches per step."""
     bf16: bool | None = None
-    """Train in bfloat16, with main parameters and gradients in float32 (eager: autocast). Unset: on a GPU."""
+    """Train in bfloat16 with float32 main parameters and gradients (eager: autocast). If unset, on a GPU."""
     fp8_recipe: Literal["tensorwise", "blockwise", "delayed"] = "tensorwise"
-    """Scales of the variants in FP8."""
+    """FP8 scaling of the -fp8 variants: per tensor from current values, per block, or delayed (from an amax
+    history)."""
     fp8_scope: Literal["core", "all"] = "core"
-    """Layers in FP8 of these variants: the core's, or prelude's and coda's too; of plain models all."""
+    """Which layers of the -fp8 variants use FP8: the core only, or all. plain has no core, so all of its
+    layers do."""
     eager_attention: EagerAttention = "sdpa"
-    """Attention of eager: transformers' default, or with the scores written out."""
+    """Attention of the eager variant: sdpa (transformers' default), or eager (explicit scores)."""
     gradient_accumulation_fusion: bool = False
-    """Add weight gradients to the float32 ones inside the matrix product (Transformer Engine or apex)."""
+    """Accumulate weight gradients in float32 inside the matrix product (needs Transformer Engine or apex)."""
     recompute_granularity: Literal["selective", "full"] | None = None
-    """Recompute attention (selective) or whole layers (full) in the backward pass; not for eager."""
+    """Recompute attention (selective) or whole layers (full) in the backward pass. Does not affect eager.
+    If unset, nothing is recomputed."""
     steps: int = 20
-    """Measured steps of each variant."""
+    """Measured steps per variant."""
     warmup: int = 2
-    """Steps of each variant before the measured ones."""
+    """Warm-up steps per variant, not measured."""
     seed: int = 1234
     """Seed of weights, data and the order of the variants."""
     threads: int | None = None
-    """Threads of a CPU run; torch's choice if unset."""
+    """CPU threads. If unset, torch chooses."""
     nvtx: bool = False
-    """Mark passes and cycles with NVTX ranges in every step, for Nsight Systems."""
+    """Mark passes and cycles in every step with NVTX ranges, for Nsight Systems."""
     profile: Path | None = None
-    """Write a trace of one more step of each variant into this directory (for ui.perfetto.dev)."""
+    """Write a trace of one extra step per variant to this directory, for ui.perfetto.dev."""
     output: Path | None = None
-    """Write everything measured to this JSON file, and the tables beside it as Markdown (.md); results of an
-    earlier run are replaced."""
+    """Write all measurements to this JSON file and the tables next to it as Markdown (.md). Overwrites the
+    results of an earlier run."""
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of all micro-batches; of complete settings."""
+        """Tokens in all micro-batches of a step. The settings must be complete."""
         assert self.micro_batch_size is not None and self.seq_length is not None
         return self.num_micro_batches * self.micro_batch_size * self.seq_length
 
 
 def complete(settings: Settings, gpu: bool) -> Settings:
-    """``settings`` with everything filled in that was left to the shape and the machine."""
+    """Fill in everything that is unset."""
     name: ShapeName = settings.shape or ("410m" if gpu else "160m")
     shape = SHAPES[name]
     chosen: dict[str, Any] = {

@@ -1,47 +1,59 @@
-"""A benchmark from settings to results."""
+"""Compare training steps of recurrence schemes, a plain Megatron-core GPT and a loop of Hugging Face layers.
+
+    python -m tools.bench.steps --shape 1.4b --output results.json
+    python -m tools.bench.steps --variants base base-compiled mesh mesh-compiled --profile traces
+
+All models live in one process and take turns, one step each. The tables show speed, memory, where the time of
+a step goes and what each model saves for its backward pass, as medians and quartiles, and the project's
+targets.
+"""
 
 import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from megatron_mesh.bench.kept import kept_for_backward
-from megatron_mesh.bench.memory import MemoryMeter
-from megatron_mesh.bench.output import check_tables, check_writable, make_directory
-from megatron_mesh.bench.profile import write_traces
-from megatron_mesh.bench.report import Report, Result
-from megatron_mesh.bench.settings import Settings, complete
-from megatron_mesh.bench.timing import Times, measure
-from megatron_mesh.bench.variants import (
-    batches_of,
-    build_variant,
-    kind_of,
-    variant_config,
-    why_skipped,
-)
+from megatron_mesh import command
 from megatron_mesh.config.ranges import at_least
 from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import UserError
 from megatron_mesh.model import flops_per_token
 from megatron_mesh.model.implementation import choose, parts
-from megatron_mesh.runtime import device, ranges
+from megatron_mesh.runtime import device, ranges, strict_json
 from megatron_mesh.runtime.distributed import process_groups
 from megatron_mesh.runtime.environment import world_size_from_environment
 from megatron_mesh.runtime.memory import explained
+from tools.bench.measure import MemoryMeter, Times, measure_steps, saved_for_backward, write_traces
+from tools.bench.report import Report, Result, as_json, check_writable
+from tools.bench.settings import Settings, complete, kind_of
+from tools.bench.tables import as_markdown, as_tables
+from tools.bench.variants import batches_of, build_variant, variant_config, why_skipped
 
 logger = logging.getLogger(__name__)
 
 
+def main(settings: Settings) -> None:
+    """Measure, print the tables and write the files."""
+    report = run(settings)
+    Console().print(as_tables(report))
+    if settings.output is not None:
+        settings.output.write_text(strict_json.dumps(as_json(report), indent=1) + "\n", encoding="utf-8")
+        tables = settings.output.with_suffix(".md")
+        tables.write_text(as_markdown(report), encoding="utf-8")
+        print(f"wrote {settings.output} and {tables}")
+
+
 def run(settings: Settings) -> Report:
-    """Measure every variant that can run here. One process.
+    """Measure every variant that can run on this machine.
 
     Raises:
-        UserError: settings that do not fit, before anything is built.
-        OutOfMemory: with what helps.
+        UserError: settings that don't fit each other or the machine, before anything is built.
+        OutOfMemory: with remedies.
     """
     settings = complete(settings, device.has_gpu())
     check(settings)
@@ -50,10 +62,11 @@ def run(settings: Settings) -> Report:
         name: reason for name in settings.variants if (reason := why_skipped(name, settings.fp8_recipe))
     }
     for name, reason in skipped.items():
-        logger.info("%s is left out: %s", name, reason)
+        logger.info("skipping %s: %s", name, reason)
     configs = {n: variant_config(settings, n) for n in settings.variants if n not in skipped}
     if not configs:
-        raise UserError(f"--variants: none of them can run here ({'; '.join(skipped.values())}); name others")
+        reasons = "; ".join(skipped.values())
+        raise UserError(f"--variants: none of them can run here ({reasons}); choose others")
     (chosen,) = {choose(config.precision, config.parallel) for config in configs.values()}
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -62,18 +75,19 @@ def run(settings: Settings) -> Report:
 
 
 def _measured(settings: Settings, configs: dict[str, Config]) -> dict[str, Result]:
-    """Build all variants, let them take turns, and trace them."""
+    """Build all variants, measure them in turn, and trace them."""
     _start_libraries(torch.bfloat16 if settings.bf16 else torch.float32)
     memory, batches = MemoryMeter(), batches_of(settings)
-    variants, kept = [], {}
+    variants, saved = [], {}
     for name, config in configs.items():
         with memory.charged(name):
             variant = build_variant(name, config, settings.eager_attention)
-            kept[name] = kept_for_backward(variant, batches[0]) if kind_of(name).keeps_states else None
+            countable = kind_of(name).has_countable_states
+            saved[name] = saved_for_backward(variant, batches[0]) if countable else None
         variants.append(variant)
     marking = ranges.marking() if settings.nvtx else nullcontext()
     with marking, _progress(len(variants) * (settings.warmup + settings.steps)) as on_step:
-        times = measure(
+        times = measure_steps(
             variants,
             batches,
             steps=settings.steps,
@@ -84,7 +98,8 @@ def _measured(settings: Settings, configs: dict[str, Config]) -> dict[str, Resul
         )
     if short := [name for name in configs if memory.retries(name)]:
         logger.warning(
-            "memory was full in measured steps of %s and had to be given back first, which takes time: %s",
+            "times of %s are too long: the device was full, so the allocator freed its cache within measured "
+            "steps; try: %s",
             ", ".join(short),
             "; ".join(_remedies(settings)),
         )
@@ -94,7 +109,7 @@ def _measured(settings: Settings, configs: dict[str, Config]) -> dict[str, Resul
     return {
         variant.name: Result(
             parameters=sum(p.numel() for p in variant.model.parameters()),
-            kept=kept[variant.name],
+            saved=saved[variant.name],
             times=times[variant.name],
             flops_per_token=flops_per_token(variant.config.model),
             peak_bytes=memory.peak(variant.name),
@@ -106,13 +121,13 @@ def _measured(settings: Settings, configs: dict[str, Config]) -> dict[str, Resul
 
 
 def _start_libraries(dtype: torch.dtype) -> None:
-    """Those for matrices take workspaces when they are first used, which are no variant's memory."""
+    """Let matrix libraries allocate their workspaces now, so that no variant is charged for them."""
     x = torch.ones(16, 16, dtype=dtype, device=device.device(), requires_grad=True)
     torch.nn.functional.linear(x, x, x[0]).sum().backward()
 
 
 def _remedies(settings: Settings) -> list[str]:
-    """What helps where all variants share one device."""
+    """List what reduces memory when all variants share one device."""
     assert settings.variants is not None and settings.micro_batch_size is not None
     found = []
     if len(settings.variants) > 2:
@@ -124,12 +139,16 @@ def _remedies(settings: Settings) -> list[str]:
     return [
         *found,
         "a smaller --shape, fewer --layers or a shorter --seq-length",
-        "in training also --tensor-model-parallel-size, which this benchmark of one process has not",
+        "in training also --tensor-model-parallel-size, which this one-process benchmark doesn't have",
     ]
 
 
 def check(settings: Settings) -> None:
-    """Refuse what ``resolve`` does not see."""
+    """Refuse mistakes that ``resolve`` cannot see.
+
+    Raises:
+        UserError: naming the flag and the remedy.
+    """
     at_least(1, settings, "steps", "num_micro_batches", "micro_batch_size", "threads")
     at_least(0, settings, "warmup")
     names = settings.variants or ()
@@ -139,19 +158,40 @@ def check(settings: Settings) -> None:
         kind_of(name)
     if (processes := world_size_from_environment()) > 1:
         raise UserError(
-            f"the benchmark is one process, and this is one of {processes}; start it with plain "
-            "python, or with srun --ntasks 1"
+            f"the benchmark runs in one process, but {processes} were started; use plain python or "
+            "srun --ntasks 1"
         )
     if settings.output is not None:
-        check_writable(settings.output)
-        check_tables(settings.output)
+        _check_outputs(settings.output)
     if settings.profile is not None:
-        make_directory(settings.profile)
+        _make_directory(settings.profile)
+
+
+def _check_outputs(output: Path) -> None:
+    """Check that the JSON file and the tables can be written without replacing anything else."""
+    check_writable(output)
+    tables = output.with_suffix(".md")
+    if tables == output:
+        raise UserError(f"--output {output} is reserved for the tables; name the JSON file, ending in .json")
+    if tables.exists() and not output.exists():
+        raise UserError(
+            f"--output {output}: the tables would replace {tables}, which no earlier run wrote; "
+            "choose another name"
+        )
+
+
+def _make_directory(profile: Path) -> None:
+    try:
+        profile.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--profile {profile} cannot be created ({error.strerror}); name another directory"
+        ) from None
 
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str, Times], None]]:
-    """Call the result after each step: a bar on a terminal, a line each elsewhere."""
+    """Yield a callback for finished steps: it shows a bar on a terminal, and prints lines elsewhere."""
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
@@ -164,3 +204,7 @@ def _progress(total: int) -> Iterator[Callable[[str, Times], None]]:
                 print(f"step {done:.0f}/{total}: {text}", file=sys.stderr, flush=True)
 
         yield on_step
+
+
+if __name__ == "__main__":
+    command.run(main, show_progress=True, if_interrupted="interrupted: nothing was written")

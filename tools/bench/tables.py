@@ -1,4 +1,4 @@
-"""A report as tables, for a terminal and as Markdown."""
+"""Lay a step report out as tables, for a terminal and as Markdown."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,17 +8,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from megatron_mesh.bench.report import COMPARED, PARTS, Report, Result, Spread, ratios
-from megatron_mesh.bench.settings import Settings
-from megatron_mesh.bench.shapes import COMPILED, EAGER, FP8
-from megatron_mesh.bench.targets import targets
-from megatron_mesh.bench.variants import kind_of
 from megatron_mesh.runtime import device
+from tools.bench.report import COMPARED, PARTS, Report, Result, Spread, ratios, targets
+from tools.bench.settings import COMPILED, EAGER, FP8, Settings, kind_of
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table of texts."""
+    """A titled table of strings."""
 
     title: str
     header: Sequence[str]
@@ -26,19 +23,19 @@ class Sheet:
 
 
 def as_tables(report: Report) -> Group:
-    """The report for a terminal."""
+    """Render the report for a terminal."""
     tables = []
     for sheet in _sheets(report):
         table = Table(*sheet.header, title=sheet.title, box=SIMPLE_HEAD)
         for row in sheet.rows:
             table.add_row(*map(Text, row))
         tables.append(table)
-    return Group(*tables, _what(report.settings))
+    return Group(*tables, _describe(report.settings))
 
 
 def as_markdown(report: Report) -> str:
-    """The same tables for a file."""
-    blocks = [_what(report.settings)]
+    """Render the report as Markdown."""
+    blocks = [_describe(report.settings)]
     for sheet in _sheets(report):
         lines = (sheet.header, ["---"] * len(sheet.header), *sheet.rows)
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -46,7 +43,8 @@ def as_markdown(report: Report) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _what(settings: Settings) -> str:
+def _describe(settings: Settings) -> str:
+    """Describe the run in one line."""
     s = settings
     kinds = [kind_of(name) for name in s.variants or ()]
     choices = [
@@ -75,21 +73,21 @@ def _sheets(report: Report) -> Iterator[Sheet]:
     )
     shown = {pair: parts for pair, parts in ratios(results).items() if _is_shown(pair, results)}
     yield Sheet(
-        "quotients of times of the same round: median (quartiles)",
-        ["quotient", *(part.replace("_", "-") for part in COMPARED)],
+        "ratios of times of the same round: median (quartiles)",
+        ["ratio", *(part.replace("_", "-") for part in COMPARED)],
         [[pair, *(str(parts[part]) for part in COMPARED)] for pair, parts in shown.items()],
     )
-    yield _kept(results)
+    yield _saved(results)
     yield _targets(report)
     if report.skipped:
-        yield Sheet("left out", ["variant", "why"], [[*row] for row in report.skipped.items()])
+        yield Sheet("skipped", ["variant", "reason"], [[*row] for row in report.skipped.items()])
 
 
 def _is_shown(pair: str, results: Mapping[str, Result]) -> bool:
-    """The JSON has all pairs; a table has those with the first variant, with base, and of twins."""
+    """Show ratios to the first variant, to base, and of suffixed variants to plain ones. JSON has all."""
     above, below = pair.split(" / ")
-    twins = (f"{below}{FP8}", f"{below}{COMPILED}", f"{below}{FP8}{COMPILED}")
-    return below in (next(iter(results)), "base") or above in twins
+    suffixed = (f"{below}{FP8}", f"{below}{COMPILED}", f"{below}{FP8}{COMPILED}")
+    return below in (next(iter(results)), "base") or above in suffixed
 
 
 def _rates(report: Report) -> Sheet:
@@ -111,14 +109,14 @@ def _rates(report: Report) -> Sheet:
     return Sheet("speed and memory", header, rows)
 
 
-def _kept(results: Mapping[str, Result]) -> Sheet:
+def _saved(results: Mapping[str, Result]) -> Sheet:
     rows = [
-        [name, str(kept.states), *(f"{n / 2**20:.3f}" for n in (kept.state_bytes, kept.total_bytes))]
+        [name, str(saved.states), *(f"{n / 2**20:.3f}" for n in (saved.state_bytes, saved.total_bytes))]
         for name, result in results.items()
-        if (kept := result.kept)
+        if (saved := result.saved)
     ]
-    header = ["variant", "states [S, B, H]", "MiB in states", "MiB in all"]
-    return Sheet("kept for backward by one micro-batch, parameters aside", header, rows)
+    header = ["variant", "states [S, B, H]", "MiB of states", "MiB in all"]
+    return Sheet("saved for backward by one micro-batch, without parameters", header, rows)
 
 
 def _targets(report: Report) -> Sheet:

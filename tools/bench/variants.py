@@ -1,26 +1,36 @@
-"""What is compared: models of one shape, each with its own gradients and optimizer, in one process."""
+"""Build what the step benchmark compares: models of one shape, each with its own gradients and optimizer."""
 
 import importlib.util
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from megatron_mesh.bench.settings import EagerAttention, Settings
-from megatron_mesh.bench.shapes import COMPILED, EAGER, FP8, PLAIN
+from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.checks import resolve
+from megatron_mesh.config.derived import padded_vocab_size
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.data import Batch
-from megatron_mesh.errors import UserError
-from megatron_mesh.model.implementation import why_no_transformer_engine
-from megatron_mesh.recurrence import SCHEMES
-from megatron_mesh.runtime import device
+from megatron_mesh.model import build_model, transformer_config
+from megatron_mesh.model.implementation import choose, why_no_transformer_engine
+from megatron_mesh.model.init import init_weights
+from megatron_mesh.model.layers import final_norm, layer_spec
+from megatron_mesh.parallel import plain_stage
+from megatron_mesh.runtime import device, ranges
+from megatron_mesh.train.optimizer import build_optimizer, build_schedule
+from megatron_mesh.train.step import train_step
+from tools.bench.eager_loop import EagerLoop
+from tools.bench.measure import Variant
+from tools.bench.settings import EAGER, PLAIN, EagerAttention, Settings, kind_of
 
-_TAKEN_OVER = (
+_SHARED_SETTINGS = (
     "layers",
     "hidden_size",
     "num_attention_heads",
@@ -34,67 +44,96 @@ _TAKEN_OVER = (
 )
 
 
-class Variant(ABC):
-    """A model under test with its optimizer."""
+class MegatronVariant(Variant):
+    """A model with Megatron's DistributedDataParallel and optimizer. It takes the training loop's step."""
 
-    name: str
-    config: Config
-    """The resolved run; of an eager loop, that of the scheme which it computes."""
-    model: nn.Module
+    def __init__(self, name: str, config: Config, plain: bool = False):
+        """Build Megatron-core's own GPT if ``plain``, otherwise the model that ``config`` describes."""
+        self.name, self.config = name, config
+        self.model = build_plain(config) if plain else build_model(config)
+        self.stage = plain_stage([self.model], config)
+        self.optimizer = build_optimizer(config, self.stage)
+        self.state = TrainState(build_schedule(config.optimizer, self.optimizer))
 
-    @abstractmethod
     def losses(self, batch: Batch) -> Tensor:
-        """A forward pass over one micro-batch, on the device: its loss, whole or by token."""
+        where = device.device()
+        tokens, positions, labels = (x.to(where) for x in (batch.tokens, batch.position_ids, batch.labels))
+        return self.model(tokens, positions, attention_mask=None, labels=labels)
 
-    @abstractmethod
     def step(self, batches: Sequence[Batch]) -> None:
-        """Take an optimizer step on the loss per token of all ``batches``.
-
-        Its stretches "clear", "forward-backward", "communication" (in forward-backward), "agreement" and
-        "update" are named for stopwatches and profilers; one that a variant does not have takes no time.
-        """
+        train_step(self.stage, self.optimizer, self.state, iter(batches), self.config.training)
 
     @property
-    @abstractmethod
-    def layers(self) -> Iterable[nn.Module]:
-        """Every layer once."""
+    def layers(self) -> Iterator[nn.Module]:
+        return (module for module in self.model.modules() if isinstance(module, TransformerLayer))
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What the name of a variant says."""
-
-    scheme: str
-    """A scheme's name, ``plain`` or ``eager``."""
-    fp8: bool
-    compiled: bool
-
-    @property
-    def keeps_states(self) -> bool:
-        """Whether what it keeps for backward can be told by shape: tensors [S, B, H] in one precision."""
-        return self.scheme != EAGER and not self.fp8 and not self.compiled
-
-
-def kind_of(name: str) -> Kind:
-    """Read a variant's name.
-
-    Raises:
-        UserError: there is no such variant.
-    """
-    rest = name.removesuffix(COMPILED)
-    scheme = rest.removesuffix(FP8)
-    if scheme not in (PLAIN, EAGER, *SCHEMES):
-        raise UserError(
-            f"--variants {name}: no such variant; there are {PLAIN}, {EAGER}, {', '.join(SCHEMES)}, and each "
-            f"but {EAGER} with {FP8}, each with {COMPILED} at its end"
+def build_plain(config: Config) -> GPTModel:
+    """Build Megatron-core's own GPT around our layer. No class above the layer is ours."""
+    implementation = choose(config.precision, config.parallel)
+    transformer = transformer_config(config, implementation)
+    layers = [layer_spec(implementation, transformer.attention_backend)] * transformer.num_layers
+    with device.device():
+        model = GPTModel(
+            transformer,
+            TransformerBlockSubmodules(layers, final_norm(transformer)),
+            vocab_size=padded_vocab_size(config.model),
+            max_sequence_length=config.model.seq_length,
+            position_embedding_type="rope",
+            rotary_percent=config.model.rotary_percent,
+            rotary_base=config.model.rotary_base,
+            share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
         )
-    if scheme == EAGER and rest != scheme:
-        raise UserError(f"--variants {name}: the eager loop is not built in FP8; leave it out")
-    return Kind(scheme, fp8=rest != scheme, compiled=rest != name)
+    init_weights(model, config.training.seed)
+    return model
+
+
+class EagerVariant(Variant):
+    """An ``EagerLoop`` with a training step written by hand."""
+
+    def __init__(self, name: str, config: Config, attention: EagerAttention = "sdpa"):
+        """Build the model with this attention (see ``EagerLoop``) and torch's AdamW."""
+        self.name, self.config = name, config
+        torch.manual_seed(config.training.seed)
+        with device.device():
+            self.model: EagerLoop = EagerLoop(config.model, attention)
+        settings = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=settings.lr,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_eps,
+            weight_decay=settings.weight_decay,
+        )
+
+    def losses(self, batch: Batch) -> Tensor:
+        tokens, labels = batch.tokens.to(device.device()), batch.labels.to(device.device())
+        with self._autocast():
+            logits = self.model(tokens)
+            return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+    def step(self, batches: Sequence[Batch]) -> None:
+        with ranges.named("clear"):
+            self.optimizer.zero_grad()
+        with ranges.named("forward-backward"):
+            for batch in batches:
+                (self.losses(batch) / len(batches)).backward()
+        with ranges.named("update"):
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad)
+            self.optimizer.step()
+
+    @property
+    def layers(self) -> Iterable[nn.Module]:
+        return [*self.model.prelude, *self.model.core, *self.model.coda]
+
+    def _autocast(self) -> AbstractContextManager:
+        if not self.config.training.bf16:
+            return nullcontext()
+        return torch.autocast(device.device().type, torch.bfloat16)
 
 
 def why_skipped(name: str, recipe: str = "tensorwise") -> str | None:
-    """What this machine lacks for a variant, with that recipe of FP8; None where it can run."""
+    """Why this machine cannot run a variant with this FP8 recipe; None if it can."""
     kind = kind_of(name)
     if kind.scheme == EAGER and importlib.util.find_spec("transformers") is None:
         return "transformers is not installed (pip install -e '.[hf]')"
@@ -104,19 +143,19 @@ def why_skipped(name: str, recipe: str = "tensorwise") -> str | None:
 
 
 def variant_config(settings: Settings, name: str) -> Config:
-    """The resolved run of one variant; where nothing is shared the layers are as many as the unrolled depth.
+    """Resolve the run of one variant. Without a shared core it is as deep as the unrolled loop.
 
     Raises:
-        UserError: no such variant, or sizes that do not fit.
+        UserError: there is no such variant, or the sizes don't fit each other.
     """
     kind = kind_of(name)
     assert settings.micro_batch_size is not None, "settings must be complete"
-    values: dict[str, Any] = {key: getattr(settings, key) for key in _TAKEN_OVER}
+    values: dict[str, Any] = {key: getattr(settings, key) for key in _SHARED_SETTINGS}
     values |= {
         "recurrence": {PLAIN: "vanilla", EAGER: "base"}.get(kind.scheme, kind.scheme),
         "global_batch_size": settings.micro_batch_size * settings.num_micro_batches,
         "train_iters": settings.warmup + settings.steps,
-        "watchdog_timeout_minutes": 0.0,  # nobody tells it that steps go on
+        "watchdog_timeout_minutes": 0.0,  # the benchmark doesn't report progress to the watchdog
     }
     if kind.fp8:
         fp8 = {"fp8_format": "hybrid", "fp8_recipe": settings.fp8_recipe, "fp8_scope": settings.fp8_scope}
@@ -125,16 +164,12 @@ def variant_config(settings: Settings, name: str) -> Config:
 
 
 def build_variant(name: str, config: Config, eager_attention: EagerAttention = "sdpa") -> Variant:
-    """Model, gradients and optimizer. Megatron's process groups must exist."""
+    """Build model, gradients and optimizer. Megatron's process groups must exist."""
     kind = kind_of(name)
     variant: Variant
     if kind.scheme == EAGER:
-        from megatron_mesh.bench.eager_loop import EagerVariant
-
         variant = EagerVariant(name, config, eager_attention)
     else:
-        from megatron_mesh.bench.megatron_variant import MegatronVariant
-
         variant = MegatronVariant(name, config, plain=kind.scheme == PLAIN)
     if kind.compiled:
         for layer in variant.layers:
@@ -143,7 +178,7 @@ def build_variant(name: str, config: Config, eager_attention: EagerAttention = "
 
 
 def random_batches(count: int, sequences: int, seq_length: int, vocab_size: int, seed: int) -> list[Batch]:
-    """``count`` micro-batches of uniform random ids, all of them counted in the loss."""
+    """Draw ``count`` micro-batches of uniform random ids. Every token counts in the loss."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(count):
@@ -154,7 +189,7 @@ def random_batches(count: int, sequences: int, seq_length: int, vocab_size: int,
 
 
 def batches_of(settings: Settings) -> list[Batch]:
-    """The micro-batches of a step."""
+    """Draw the micro-batches of a step."""
     assert settings.micro_batch_size is not None and settings.seq_length is not None
     return random_batches(
         settings.num_micro_batches,

@@ -1,4 +1,4 @@
-"""The benchmark at a toy size: what it builds, what it counts, and the arithmetic of its report."""
+"""The step benchmark at toy size: what it builds and counts, and the arithmetic of its report."""
 
 import json
 import runpy
@@ -13,15 +13,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from megatron_mesh.bench import clock
-from megatron_mesh.bench.megatron_variant import build_plain
-from megatron_mesh.bench.memory import MemoryMeter
-from megatron_mesh.bench.report import COMPARED, PARTS, Report, Result, ratios
-from megatron_mesh.bench.settings import Settings, complete
-from megatron_mesh.bench.shapes import SHAPES
-from megatron_mesh.bench.tables import as_markdown
-from megatron_mesh.bench.timing import Times, measure, timed_step
-from megatron_mesh.bench.variants import batches_of, build_variant, kind_of, variant_config
+from megatron_mesh.command import call
 from megatron_mesh.config.derived import layout, non_embedding_parameters, padded_vocab_size
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.errors import UserError
@@ -30,6 +22,13 @@ from megatron_mesh.planner.report import make_plan
 from megatron_mesh.runtime import ranges
 from tests.helpers import one_process
 from tests.parallel.watch import IN_HOST_MEMORY, Watch
+from tools.bench import measure as clock
+from tools.bench import steps
+from tools.bench.measure import MemoryMeter, Times, measure_steps, timed_step
+from tools.bench.report import COMPARED, PARTS, Report, Result, ratios
+from tools.bench.settings import SHAPES, Settings, complete, kind_of
+from tools.bench.tables import as_markdown
+from tools.bench.variants import batches_of, build_plain, build_variant, variant_config
 
 S, B, H, LOOPS = 16, 2, 32, 3
 TOY = Settings(
@@ -47,12 +46,10 @@ TOY = Settings(
     warmup=1,
     threads=1,
 )
-TOOL = Path(__file__).resolve().parents[3] / "tools" / "benchmark.py"
-MAIN = runpy.run_path(str(TOOL))["main"]
 
 
 def command_line(settings: Settings) -> list[str]:
-    """The flags that say ``settings``."""
+    """Spell ``settings`` as flags."""
     words = []
     for name, value in vars(settings).items():
         if value is None or value is False:
@@ -67,13 +64,13 @@ def command_line(settings: Settings) -> list[str]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What the command writes."""
+    """Run the command and read what it writes."""
     output = tmp_path_factory.mktemp("bench") / "report.json"
-    MAIN(command_line(replace(TOY, output=output)))
+    call(steps.main, command_line(replace(TOY, output=output)))
     return json.loads(output.read_text()) | {"markdown": output.with_suffix(".md").read_text()}
 
 
-def test_report_has_every_time_and_what_follows_from_it(report: dict) -> None:
+def test_report_has_all_times_and_derived_figures(report: dict) -> None:
     assert list(report["variants"]) == ["plain", "base", "mesh"]
     assert report["tokens_per_step"] == 3 * S * B
     assert report["threads"] == 1 and report["versions"]["torch"] == torch.__version__
@@ -100,7 +97,7 @@ def test_flops_are_those_of_matrices_and_causal_attention(report: dict) -> None:
     assert flops["plain"] == flops["base"] == base < flops["mesh"] < 1.2 * base
 
 
-def test_quotients_are_of_times_of_the_same_round(report: dict) -> None:
+def test_ratios_are_within_a_round(report: dict) -> None:
     assert list(report["ratios"]) == ["base / plain", "mesh / plain", "mesh / base"]
     for pair, parts in report["ratios"].items():
         above, below = (
@@ -108,7 +105,7 @@ def test_quotients_are_of_times_of_the_same_round(report: dict) -> None:
         )
         assert list(parts["optimizer"].values()) == pytest.approx(np.percentile(above / below, [50, 25, 75]))
 
-    # A disturbance of whole rounds moves both medians and must not move the quotient.
+    # A disturbance of whole rounds changes both medians, but must not change the ratio.
     disturbance = np.array([1.0, 9.0, 2.0, 5.0])
     results = {
         name: Result(0, None, Times(list(factor * disturbance), [0.0] * 4, list(disturbance)))
@@ -119,7 +116,7 @@ def test_quotients_are_of_times_of_the_same_round(report: dict) -> None:
     assert spread["step"].lower == spread["step"].upper == pytest.approx(4 / 3)
 
 
-def test_parameters_and_states_kept(report: dict) -> None:
+def test_parameters_and_saved_states(report: dict) -> None:
     variants = report["variants"]
     embeddings = 2 * 128 * H
     for name, scheme in (("plain", "vanilla"), ("base", "base"), ("mesh", "mesh")):
@@ -132,12 +129,12 @@ def test_parameters_and_states_kept(report: dict) -> None:
 
 
 def test_parts_of_a_step_and_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that only the parts move: clearing 1 s, forward-backward 5 s, of which the reduction has
-    2 s, and the optimizer 4 s, of which the agreement of the ranks has 1 s."""
+    """On a clock that only these ranges advance: 1 s clearing, 5 s forward-backward (with 2 s reduction), and
+    4 s in the optimizer (with 1 s agreement of the ranks)."""
     now = 0.0
 
     class Part:
-        """A variant; whatever is called takes its time."""
+        """A variant whose ranges take fixed times."""
 
         def __init__(self, name: str):
             self.name = name
@@ -149,7 +146,7 @@ def test_parts_of_a_step_and_turns(monkeypatch: pytest.MonkeyPatch) -> None:
                 advance(3)
                 with ranges.named("communication"):
                     advance(2)
-            with ranges.named("agreement"), ranges.named("of no interest"):
+            with ranges.named("agreement"), ranges.named("ignored"):
                 advance(1)
             with ranges.named("update"):
                 advance(3)
@@ -162,7 +159,7 @@ def test_parts_of_a_step_and_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[str] = []
     variants = [Part("a"), Part("b"), Part("c")]
     memory = MemoryMeter()
-    times = measure(
+    times = measure_steps(
         variants, [], steps=8, warmup=2, memory=memory, on_step=lambda name, _: turns.append(name)
     )
     for name in "abc":
@@ -178,7 +175,7 @@ def test_a_measured_step_is_a_training_step() -> None:
     with one_process(config):
         variant = build_variant("mesh", config)
         before = {name: p.detach().clone() for name, p in variant.model.named_parameters()}
-        times = measure([variant], batches_of(TOY), steps=2, warmup=1, memory=MemoryMeter())
+        times = measure_steps([variant], batches_of(TOY), steps=2, warmup=1, memory=MemoryMeter())
         moments = variant.optimizer.optimizer.state
         assert all(not torch.equal(p, before[name]) for name, p in variant.model.named_parameters())
         assert min(times["mesh"].communication) > 0, "the reduction must be timed by itself"
@@ -192,8 +189,8 @@ def test_only_the_agreement_waits_for_the_device_in_a_measured_step() -> None:
         with Watch() as watch:
             timed_step(variant, batches_of(TOY), Times())
     waits = {where: n for where, n in watch.seen.waits.items() if where not in IN_HOST_MEMORY}
-    assert waits.pop("bench/timing.py: timed_step") == 1  # before the step
-    assert waits.pop("bench/clock.py: Stopwatch.seconds") == 5  # after it, once for each of its parts
+    assert waits.pop("bench/measure.py: timed_step") == 1  # before the step
+    assert waits.pop("bench/measure.py: Stopwatch.seconds") == 5  # after it, once per range
     assert waits.pop("embeddings/rotary_pos_embedding.py: RotaryEmbedding.get_emb") == 1  # in the first step
     assert waits == {"train/vote.py: _count": 1}
 
@@ -213,76 +210,76 @@ def test_plain_is_megatron_core_itself_and_computes_what_vanilla_does() -> None:
     "changes,message",
     [
         ({"variants": ("base", "mash")}, "--variants mash: no such variant"),
-        ({"variants": ("eager-fp8",)}, "not built in FP8"),
+        ({"variants": ("eager-fp8",)}, "the eager loop has no FP8; remove -fp8"),
         ({"variants": ("mesh-fp8",)}, "none of them can run here .*(Transformer Engine|there is no GPU)"),
-        ({"profile": Path(__file__) / "traces"}, "cannot be made .*; name a directory"),
+        ({"profile": Path(__file__) / "traces"}, "cannot be created .*; name another directory"),
         ({"variants": ("base", "base")}, "each name once"),
         ({"layers": "12"}, "--layers 12 is a plain depth"),
         ({"steps": 0}, "--steps 0 is out of range"),
         ({"num_attention_heads": 5}, "not divisible by --num-attention-heads"),
         ({"output": Path("absent/report.json")}, "report.json cannot be written"),
-        ({"output": Path("report.md")}, "is where the tables go"),
-        ({"output": Path(__file__).parents[3] / "README.json"}, "would replace .*README.md, which is of no"),
+        ({"output": Path("report.md")}, "is reserved for the tables"),
+        ({"output": Path(__file__).parents[3] / "README.json"}, "README.md, which no earlier run wrote"),
     ],
 )
-def test_mistakes_are_named_before_anything_is_built(
+def test_mistakes_are_reported_before_anything_is_built(
     changes: dict, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_mesh.bench.run.build_variant", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr("tools.bench.steps.build_variant", lambda *_: pytest.fail("built"))
     with pytest.raises(UserError, match=message):
-        MAIN(command_line(replace(TOY, **changes)))
+        call(steps.main, command_line(replace(TOY, **changes)))
 
 
-def test_what_is_missing_is_said_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_fused_gradients_are_reported_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: "it is gone")
     monkeypatch.setattr(implementation, "has_fused_gradients", lambda: False)
-    monkeypatch.setattr("megatron_mesh.bench.run.build_variant", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr("tools.bench.steps.build_variant", lambda *_: pytest.fail("built"))
     with pytest.raises(UserError, match="--gradient-accumulation-fusion needs Transformer Engine, or apex"):
-        MAIN(command_line(replace(TOY, gradient_accumulation_fusion=True)))
+        call(steps.main, command_line(replace(TOY, gradient_accumulation_fusion=True)))
 
 
-def test_tables_say_what_was_chosen() -> None:
-    def said(**changes: object) -> str:
+def test_tables_name_the_settings() -> None:
+    def first_line(**changes: object) -> str:
         return as_markdown(Report(replace(TOY, **changes), {}, {})).splitlines()[0]
 
-    assert "fp32, 4 steps" in said()
+    assert "fp32, 4 steps" in first_line()
     chosen = {"recompute_granularity": "full", "gradient_accumulation_fusion": True}
     expected = (
         "fp32, recomputation full, weight gradients fused, FP8 tensorwise (core), eager with sdpa attention, "
     )
-    assert expected in said(variants=("eager", "base-fp8"), **chosen)
+    assert expected in first_line(variants=("eager", "base-fp8"), **chosen)
 
 
-def test_one_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    with pytest.raises(UserError, match="one process, and this is one of 4"):
-        MAIN(command_line(TOY))
+    with pytest.raises(UserError, match="runs in one process, but 4 were started"):
+        call(steps.main, command_line(TOY))
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megatron_mesh.bench.run.build_variant", interrupt)
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *command_line(TOY)])
+    monkeypatch.setattr("tools.bench.variants.build_variant", interrupt)
+    monkeypatch.setattr(sys, "argv", ["steps.py", *command_line(TOY)])
     with pytest.raises(SystemExit) as ending:
-        runpy.run_path(str(TOOL), run_name="__main__")
+        runpy.run_path(steps.__file__, run_name="__main__")
     assert ending.value.code == 130
     assert capsys.readouterr().err.endswith("interrupted: nothing was written\n")
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_all_variants_of_a_shape_fit_an_h200_together(name: str) -> None:
-    """By the planner's count; beside it there are CUDA's context, the libraries' workspaces and gaps."""
+    """By the planner's count. The margin is for CUDA's context, library workspaces and fragmentation."""
     settings = complete(Settings(shape=name), gpu=True)
-    held, passing = 0, 0
+    held, activations = 0, 0
     for variant in settings.variants or ():
         memory = make_plan(variant_config(settings, variant), 1).ranks[0].memory
         eager = variant == "eager"
-        # Eager: weights, gradients and moments in float32; autocast and a plain loss keep 2.5 times as much.
+        # Eager: float32 weights, gradients and moments. Autocast and an unfused loss save 2.5 times as much.
         held += memory.gradients * 4 if eager else memory.total - memory.activations
-        passing = max(passing, int(memory.activations * (2.5 if eager else 1)))
-    assert held + passing < 135e9, "of 150e9 that torch sees"
+        activations = max(activations, int(memory.activations * (2.5 if eager else 1)))
+    assert held + activations < 135e9, "must fit the 150e9 bytes that torch sees"
 
 
 def test_names_of_variants() -> None:

@@ -1,4 +1,4 @@
-"""The counters count what is there, and nothing else."""
+"""The counters count everything in the block, and nothing else."""
 
 import os
 import pickle
@@ -8,20 +8,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_mesh.bench.counting import counted
 from tests.helpers import one_process, tiny_config
+from tools.bench.counting import counted
 
 MB = 10**6
 
 
 def test_peak_of_memory(tmp_path: Path) -> None:
-    """Memory that was given back counts; memory that was free before doesn't hide any."""
+    """Freed memory still counts towards the peak, and reusing memory freed earlier counts as well."""
     before = torch.ones(10 * MB)  # 40 MB
     del before
     with counted(tmp_path) as counts:
         torch.ones(10 * MB)
         torch.ones(5 * MB)
-    assert 39 * MB <= counts.memory <= 59 * MB  # Linux counts in steps of some pages
+    assert 39 * MB <= counts.memory <= 59 * MB  # Linux counts several pages at a time
     with counted(tmp_path) as nothing:
         pass
     assert nothing.memory <= 2 * MB
@@ -44,7 +44,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_collectives(tmp_path: Path) -> None:
-    """Plain ones and those of Python objects, which torch makes of plain ones."""
+    """Collectives on tensors, and those on Python objects, which torch builds from the former."""
     with one_process(tiny_config()):
         with counted(tmp_path) as plain:
             dist.all_reduce(torch.ones(100))

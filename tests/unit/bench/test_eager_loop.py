@@ -1,4 +1,4 @@
-"""The eager loop does the work of our base, and trains as it should."""
+"""The eager loop does the same work as our base, and trains correctly."""
 
 import importlib.util
 import math
@@ -9,11 +9,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_mesh.bench.settings import Settings
-from megatron_mesh.bench.variants import Variant, batches_of, build_variant, variant_config, why_skipped
 from megatron_mesh.data import Batch
 from megatron_mesh.model.flops import forward_flops_per_token
 from tests.helpers import one_process
+from tools.bench.measure import Variant
+from tools.bench.settings import Settings
+from tools.bench.variants import batches_of, build_variant, variant_config, why_skipped
 
 S, B, H = 16, 2, 32
 TOY = Settings(
@@ -33,7 +34,7 @@ def eager(settings: Settings = TOY) -> Variant:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_as_many_parameters_and_flops_as_base(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parameters_and_flops_equal_those_of_base(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     torch.set_num_threads(1)
     config = variant_config(TOY, "base")
@@ -52,10 +53,11 @@ def test_as_many_parameters_and_flops_as_base(attention: str, monkeypatch: pytes
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         theirs.losses(batches_of(TOY)[0])
-    depth, causal_half = 2 + 2 * 3, 2 * S * H  # the counter sees all scores
-    angles = S * H // 2 // 4  # FLOPs of the rotary angles: a product in some versions of transformers
+    depth, causal_half = 2 + 2 * 3, 2 * S * H  # the counter counts all scores
+    # Rotary angles are a matrix product in some versions of transformers.
+    angles = S * H // 2 // 4
     assert len(calls) == (depth if attention == "sdpa" else 0)
-    assert all(c["is_causal"] and c["attn_mask"] is None for c in calls), "else a GPU takes a slower kernel"
+    assert all(c["is_causal"] and c["attn_mask"] is None for c in calls), "a GPU would take a slower kernel"
     expected = (forward_flops_per_token(config.model) + depth * causal_half) * S * B
     assert counter.get_total_flops() - expected in (0, angles)
 
@@ -84,7 +86,7 @@ def vars_of(batch: Batch) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize(("bf16", "attention"), [(False, "eager"), (True, "sdpa")])
-def test_it_learns_and_looks_at_no_later_token(bf16: bool, attention: str) -> None:
+def test_it_learns_and_is_causal(bf16: bool, attention: str) -> None:
     pytest.importorskip("transformers")
     torch.set_num_threads(1)
     settings = replace(TOY, bf16=bf16, eager_attention=attention)
@@ -102,7 +104,7 @@ def test_it_learns_and_looks_at_no_later_token(bf16: bool, attention: str) -> No
     assert torch.equal(before[:, :-1], after[:, :-1]) and not torch.equal(before[:, -1], after[:, -1])
 
 
-def test_it_is_left_out_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_skipped_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_skipped("mesh") is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert why_skipped("mesh") is None

@@ -1,20 +1,18 @@
-"""The benchmark of the kernels: its arithmetic, and its way from settings to a file, on a CPU."""
+"""The kernel benchmark on a CPU: its arithmetic, and the way from options to a file."""
 
 import json
-import runpy
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_mesh import kernels
-from megatron_mesh.bench.kernel import COPY, Shape, measure, rows
+from megatron_mesh.command import call
 from megatron_mesh.errors import UserError
 from megatron_mesh.recurrence.mixing import weighted_sum
+from tools.bench.kernel import COPY, MixShape, main, measure_kernels, summarize
 
-SHAPE = Shape(sequence=5, batch=2, hidden=24, terms=3, dtype=torch.bfloat16)
-TOOL = runpy.run_path(str(Path(__file__).resolve().parents[3] / "tools" / "bench_kernel.py"))
-MAIN = TOOL["main"]
+SHAPE = MixShape(sequence=5, batch=2, hidden=24, terms=3, dtype=torch.bfloat16)
 SMALL = [
     "--seq-length",
     "5",
@@ -39,44 +37,44 @@ def test_least_bytes_are_those_of_the_tensors() -> None:
     assert SHAPE.least_bytes("backward") == sum(x.nbytes for x in (*inputs, out, *grads))
 
 
-def test_shares_are_of_the_copy_of_the_same_round() -> None:
+def test_shares_are_relative_to_the_same_rounds_copy() -> None:
     least = SHAPE.least_bytes("forward")
     seconds = {
         COPY: [1.0, 2.0, 4.0],
         ("way", "forward"): [2.0, 4.0, 8.0],
         ("way", "backward"): [1.0, 1.0, 1.0],
     }
-    forward, backward = rows(SHAPE, seconds, copy_bytes=least)
+    forward, backward = summarize(SHAPE, seconds, copy_bytes=least)
     assert (forward.direction, backward.direction) == ("forward", "backward")
     assert forward.share_of_copy.lower == forward.share_of_copy.median == forward.share_of_copy.upper == 0.25
     assert forward.milliseconds.median == 4000.0
     assert forward.gigabytes_per_second.median == least / 4 / 1e9
 
 
-def test_every_way_is_timed_in_every_round() -> None:
+def test_every_implementation_is_timed_in_every_round() -> None:
     calls = []
 
     def spy(weights: torch.Tensor, states: list[torch.Tensor]) -> torch.Tensor:
         calls.append(torch.is_grad_enabled())
         return weighted_sum(weights, states)
 
-    found = measure(SHAPE, {"spy": spy, "torch": weighted_sum}, rounds=4, calls=2, copy_bytes=1000)
+    found = measure_kernels(SHAPE, {"spy": spy, "torch": weighted_sum}, rounds=4, calls=2, copy_bytes=1000)
     assert {name: len(times) for name, times in found.items()} == {
         COPY: 4,
         **{(way, direction): 4 for way in ("spy", "torch") for direction in ("forward", "backward")},
     }
     assert all(time > 0 for times in found.values() for time in times)
-    assert calls.count(False) == (4 + 1) * 2  # a forward that keeps nothing, twice in each round
+    assert calls.count(False) == (4 + 1) * 2  # forward without gradients, twice in each round
 
 
-def test_from_settings_to_a_file(
+def test_from_options_to_a_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setattr(kernels, "why_unavailable", lambda: None)
     monkeypatch.setattr(kernels, "weighted_sum", weighted_sum)
-    monkeypatch.setitem(MAIN.__globals__, "COPY_BYTES", 1000)
-    MAIN([*SMALL, "--terms", "2", "3", "--output", str(tmp_path / "kernel.json")])
+    monkeypatch.setattr("tools.bench.kernel.COPY_BYTES", 1000)
+    call(main, [*SMALL, "--terms", "2", "3", "--output", str(tmp_path / "kernel.json")])
     results = json.loads((tmp_path / "kernel.json").read_text())["results"]
     assert list(results) == ["2", "3"]
     assert [(row["direction"], row["implementation"]) for row in results["3"]] == [
@@ -87,15 +85,15 @@ def test_from_settings_to_a_file(
 
 
 @pytest.mark.skipif(kernels.available(), reason="the kernels run here")
-def test_says_that_there_is_no_gpu() -> None:
+def test_reports_a_missing_gpu() -> None:
     with pytest.raises(UserError, match="the kernels cannot run"):
-        MAIN(SMALL)
+        call(main, SMALL)
 
 
 def test_refuses_mistakes_before_it_measures(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least 1"):
-        MAIN([*SMALL, "--terms", "0"])
+        call(main, [*SMALL, "--terms", "0"])
     with pytest.raises(UserError, match="cannot be written"):
-        MAIN([*SMALL, "--output", str(tmp_path / "none" / "kernel.json")])
+        call(main, [*SMALL, "--output", str(tmp_path / "none" / "kernel.json")])
     with pytest.raises(UserError, match="cannot be written"):
-        MAIN([*SMALL, "--output", str(tmp_path)])
+        call(main, [*SMALL, "--output", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""Traces name what runs in a step: parts, passes, cycles."""
+"""Traces name the ranges of a step: its parts, passes and cycles."""
 
 import json
 from collections import Counter
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_mesh.bench.profile import write_traces
-from megatron_mesh.bench.settings import Settings
-from megatron_mesh.bench.variants import batches_of, build_variant, variant_config
 from megatron_mesh.runtime import ranges
 from tests.helpers import one_process
+from tools.bench.measure import write_traces
+from tools.bench.settings import Settings
+from tools.bench.variants import batches_of, build_variant, variant_config
 
 TOY = Settings(
     layers="1+1R2+1",

@@ -1,16 +1,14 @@
-"""Targets and peak memory, from figures made up for the purpose."""
+"""Verdicts on targets and peak memory, on invented figures."""
 
 from dataclasses import replace
 
 import pytest
 
-from megatron_mesh.bench import targets as module
-from megatron_mesh.bench.memory import MemoryMeter
-from megatron_mesh.bench.report import Report, Result
-from megatron_mesh.bench.settings import Settings, complete
-from megatron_mesh.bench.targets import targets
-from megatron_mesh.bench.timing import Times
 from megatron_mesh.runtime import device
+from tools.bench import report as module
+from tools.bench.measure import MemoryMeter, Times
+from tools.bench.report import Report, Result, targets
+from tools.bench.settings import Settings, complete
 
 
 def result(seconds: float, gigabytes: int | None = None) -> Result:
@@ -33,7 +31,7 @@ NONE = (None, "not measured here")
 
 
 def on(monkeypatch: pytest.MonkeyPatch, gpu: str | None) -> None:
-    """The first of two devices is ``gpu``, or there is none."""
+    """Pretend that the first of two devices is ``gpu``, or that there is none."""
     names = [] if gpu is None else [(gpu, ""), ("NVIDIA H200", "")]
     monkeypatch.setattr(module.device, "gpus", lambda: names)
 
@@ -51,7 +49,7 @@ def test_verdicts_on_an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
         NONE,
         (pytest.approx(1.5 / 1.005), "missed"),
     ]
-    assert verdicts("1b", mesh=result(1.0))[3] == NONE, "the share is asked of larger shapes"
+    assert verdicts("1b", mesh=result(1.0))[3] == NONE, "this target is for larger shapes only"
     assert verdicts("6.9b-slice", mesh=result(2.0))[3] == (pytest.approx(0.32768), "missed")
     wide = verdicts(
         "6.9b-slice", base=result(1.0), base_fp8=result(0.5), mesh=result(1.3), mesh_fp8=result(1.0)
@@ -78,34 +76,34 @@ def test_a_figure_from_elsewhere_has_no_verdict(monkeypatch: pytest.MonkeyPatch)
 
 
 class Allocator:
-    """A GPU's memory as torch tells of it."""
+    """A GPU's memory as torch reports it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.now = self.peak = 1000  # something that is no variant's
+        self.now = self.peak = 1000  # memory that belongs to no variant
         monkeypatch.setattr(device, "allocated_bytes", lambda: self.now)
         monkeypatch.setattr(device, "peak_memory_bytes", lambda: self.peak)
         monkeypatch.setattr(device, "reset_peak_memory", lambda: setattr(self, "peak", self.now))
         self.retries = 3  # while the models were built
         monkeypatch.setattr(device, "allocation_retries", lambda: self.retries)
 
-    def use(self, stays: int, passing: int = 0) -> None:
+    def use(self, stays: int, temporary: int = 0) -> None:
         self.now += stays
-        self.peak = max(self.peak, self.now + passing)
+        self.peak = max(self.peak, self.now + temporary)
 
 
 def test_peak_is_the_variants_own(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, meter = Allocator(monkeypatch), MemoryMeter()
     for name, size in (("a", 100), ("b", 10)):
         with meter.charged(name):
-            gpu.use(size, passing=500)  # building counts as held alone
+            gpu.use(size, temporary=500)  # temporary memory while building doesn't count
     for measured in (False, True, True):
         for name, state, activations in (("a", 20, 50), ("b", 2, 300)):
             with meter.charged(name, measured=measured):
-                gpu.use(0 if measured else state, passing=activations)
+                gpu.use(0 if measured else state, temporary=activations)
                 if name == "b":
                     gpu.retries += 1
     assert (meter.peak("a"), meter.peak("b")) == (100 + 20 + 50, 10 + 2 + 300)
-    assert (meter.retries("a"), meter.retries("b")) == (0, 2), "those of measured turns alone"
+    assert (meter.retries("a"), meter.retries("b")) == (0, 2), "only measured turns count"
 
 
 def test_no_peak_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

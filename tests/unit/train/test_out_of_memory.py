@@ -35,14 +35,14 @@ def test_a_training_run(tiny, tmp_path, monkeypatch) -> None:
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
 
 
-@pytest.mark.parametrize("script", ["pretrain_mesh.py", "tools/benchmark.py"])
+@pytest.mark.parametrize("script", ["pretrain_mesh.py", "tools/bench/steps.py"])
 def test_the_command_ends_with_the_message_alone(script, tmp_path, monkeypatch, capsys, corpus) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(step, "run_batch", full)
     sizes = "--layers 1+1R2+1 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --vocab-size 128"
     own = {
         "pretrain_mesh.py": f"--data-path {corpus} --train-iters 2 --output-dir {tmp_path / 'run'}",
-        "tools/benchmark.py": "--steps 1 --variants base mesh plain",
+        "tools/bench/steps.py": "--steps 1 --variants base mesh plain",
     }
     monkeypatch.setattr(sys, "argv", [script, *sizes.split(), *own[script].split()])
     with pytest.raises(SystemExit) as ending:
