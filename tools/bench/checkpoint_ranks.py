@@ -1,7 +1,7 @@
-"""Count what each rank does while checkpoints are saved, loaded and copied, in processes started on this
-machine.
+"""Count what each rank does while checkpoints are saved, loaded and copied.
 
-``checkpoints.py --ranks N`` prints the results. Tests use ``UntrainedRun`` to assert the counts.
+``checkpoints.py --ranks N`` starts the ranks on this machine and prints the results. Tests use
+``UntrainedRun`` to assert the counts.
 """
 
 import os

@@ -46,10 +46,11 @@ from tools.bench.counting import check_kernel
 from tools.bench.measure import now
 from tools.bench.variants import random_batches
 
-_NOTES = r"""\ Seconds and waiting are medians over the rounds; waiting is the part during which training
-stands still. The other columns are maxima. Memory: peak resident memory (VmHWM) above what was resident
-before. Sent and received: tensors passed to collectives and filled by them. After loading, ranks send each
-other weights. No step is trained, and files are read from the page cache if they fit there."""
+_NOTES = """\
+Seconds and waiting are medians over the rounds; waiting is the time during which training stands still. The
+other columns are maxima. Memory: peak resident memory (VmHWM) above what was resident before. Sent and
+received: tensors passed to collectives and filled by them. After loading, ranks send each other weights. No
+step is trained, and files are read from the page cache if they fit there."""
 
 
 @dataclass(frozen=True)

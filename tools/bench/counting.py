@@ -1,5 +1,4 @@
-"""Count what one process does inside a block: bytes of a checkpoint, host memory, collectives and opened
-files.
+"""Count what one process does in a block: bytes of a checkpoint, host memory, collectives, opened files.
 
 The measured code needs no changes: the counts come from the kernel, Python's audit events and torch's
 dispatcher.

@@ -1,5 +1,4 @@
-"""A looped GPT-NeoX as a researcher would write it without this project: Hugging Face layers and a Python
-loop.
+"""A looped GPT-NeoX as one would write it without this project: Hugging Face layers and a Python loop.
 
 It computes the base recurrence, with the same sizes and parameter count as our base:
 

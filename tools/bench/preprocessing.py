@@ -8,7 +8,7 @@ wall time, from starting the worker processes to the finished .idx; importing mo
   ours:      gigatoken if it gives the same ids; the check is included.
   reference: the same tool with Hugging Face tokenizers only.
   classic:   as Megatron-LM's tools/preprocess_data.py, with multiprocessing.Pool.imap over the lines,
-             json.loads and the Hugging Face tokenizer for each document, and IndexedDatasetBuilder.add_document.
+             json.loads and a Hugging Face tokenizer per document, and IndexedDatasetBuilder.add_document.
 
 The three outputs must be identical, byte for byte.
 """
@@ -44,11 +44,11 @@ class Options:
     """The text, the tokenizer and the effort."""
 
     input: tuple[str, ...]
-    """JSONL files, plain or compressed, with the key text."""
+    """JSONL files with the key text."""
     tokenizer_model: str
     """A tokenizer.json."""
     workers: int = 2
-    """Processes."""
+    """Worker processes."""
     rounds: int = 3
     """Measurements of each way."""
     document_characters: int = 0

@@ -1,4 +1,4 @@
-"""Summarize measured steps: medians, rates, ratios between variants, the project's targets, and JSON."""
+"""Summarize measured steps as medians, rates, ratios between variants and targets, and write them as JSON."""
 
 import importlib.metadata
 import platform

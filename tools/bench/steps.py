@@ -34,7 +34,7 @@ from tools.bench.settings import Settings, complete, kind_of
 from tools.bench.tables import as_markdown, as_tables
 from tools.bench.variants import batches_of, build_variant, variant_config, why_skipped
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("megatron_mesh.bench")  # below the logger that command.run shows
 
 
 def main(settings: Settings) -> None:
