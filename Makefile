@@ -97,7 +97,7 @@ lint: $(installed)
 	$(VENV)/bin/mypy
 
 bench: $(installed)
-	$(python) tools/benchmark.py
+	$(python) -m tools.bench.steps
 
 configs: $(installed)
 	$(python) -m megatron_mesh.config.presets examples/configs

@@ -22,7 +22,7 @@ MOMENTS = 8
 
 @dataclass(frozen=True)
 class Disk:
-    """How fast checkpoints are written. The defaults are cautious; measure with tools/bench_checkpoint.py."""
+    """Speed of writing checkpoints. Defaults are cautious; ``python -m tools.bench.checkpoints`` measures it."""
 
     gb_per_s: float = 5.0
     """GB/s that the shared file system takes from all ranks together."""

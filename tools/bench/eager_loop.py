@@ -2,9 +2,8 @@
 
 It computes the base recurrence, with the same sizes and parameter count as our base:
 
-- transformers' ``GPTNeoXLayer`` and rotary embedding. Attention uses ``scaled_dot_product_attention``,
-transformers'
-  default, or explicit scores (``--eager-attention eager``).
+- transformers' ``GPTNeoXLayer`` and rotary embedding. Attention uses ``scaled_dot_product_attention``
+  (transformers' default) or explicit scores (``--eager-attention eager``).
 - ``for _ in range(loops)`` over the layers of the core.
 
 ``variants.EagerVariant`` trains it: float32 parameters, ``torch.autocast`` for bf16 (it casts each weight
