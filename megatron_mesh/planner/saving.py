@@ -22,7 +22,7 @@ MOMENTS = 8
 
 @dataclass(frozen=True)
 class Disk:
-    """Speed of writing checkpoints. Defaults are cautious; ``python -m tools.bench.checkpoints`` measures it."""
+    """Speed of writing checkpoints. Defaults are cautious; ``tools.bench.checkpoints`` measures it."""
 
     gb_per_s: float = 5.0
     """GB/s that the shared file system takes from all ranks together."""

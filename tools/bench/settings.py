@@ -86,25 +86,25 @@ class Settings:
     variants: tuple[str, ...] | None = None
     """Models to compare: plain (Megatron-core's GPT of equal depth), eager (a loop of Hugging Face layers)
     and recurrence schemes. Append -fp8 or -compiled for FP8 or torch.compile, e.g. mesh-fp8. Ratios are
-    against the variants named earlier. If unset, the shape's; on a CPU plain base mesh."""
+    against the variants named earlier. (default: the shape's; on a CPU plain base mesh)"""
     shape: ShapeName | None = None
-    """Model size: layers, widths and, on a GPU, the micro-batch size. If unset, 410m on a GPU, else 160m."""
+    """Model size: layers, widths and, on a GPU, the micro-batch size. (default: 410m on a GPU, else 160m)"""
     layers: str | None = None
-    """Layers as prelude+coreRloops+coda; plain is as deep as the unrolled loop. If unset, the shape's."""
+    """Layers as prelude+coreRloops+coda; plain is as deep as the unrolled loop. (default: the shape's)"""
     hidden_size: int | None = None
-    """Hidden size H. If unset, the shape's."""
+    """Hidden size H. (default: the shape's)"""
     num_attention_heads: int | None = None
-    """Attention heads. If unset, the shape's."""
+    """Attention heads. (default: the shape's)"""
     vocab_size: int = 50277
     """Vocabulary size before padding."""
     seq_length: int | None = None
-    """Tokens per sequence S. If unset, 2048 on a GPU and 128 on a CPU."""
+    """Tokens per sequence S. (default: 2048 on a GPU, 128 on a CPU)"""
     micro_batch_size: int | None = None
-    """Sequences per micro-batch B. If unset, the shape's on a GPU and 1 on a CPU."""
+    """Sequences per micro-batch B. (default: the shape's on a GPU, 1 on a CPU)"""
     num_micro_batches: int = 8
     """Micro-batches per step."""
     bf16: bool | None = None
-    """Train in bfloat16 with float32 main parameters and gradients (eager: autocast). If unset, on a GPU."""
+    """Train in bfloat16 with float32 main parameters and gradients (eager: autocast). (default: on a GPU)"""
     fp8_recipe: Literal["tensorwise", "blockwise", "delayed"] = "tensorwise"
     """FP8 scaling of the -fp8 variants: per tensor from current values, per block, or delayed (from an amax
     history)."""
@@ -116,8 +116,8 @@ class Settings:
     gradient_accumulation_fusion: bool = False
     """Accumulate weight gradients in float32 inside the matrix product (needs Transformer Engine or apex)."""
     recompute_granularity: Literal["selective", "full"] | None = None
-    """Recompute attention (selective) or whole layers (full) in the backward pass. Does not affect eager.
-    If unset, nothing is recomputed."""
+    """Recompute attention (selective) or whole layers (full) in the backward pass; not for eager.
+    (default: off)"""
     steps: int = 20
     """Measured steps per variant."""
     warmup: int = 2
@@ -125,7 +125,7 @@ class Settings:
     seed: int = 1234
     """Seed of weights, data and the order of the variants."""
     threads: int | None = None
-    """CPU threads. If unset, torch chooses."""
+    """CPU threads. (default: torch's choice)"""
     nvtx: bool = False
     """Mark passes and cycles in every step with NVTX ranges, for Nsight Systems."""
     profile: Path | None = None
