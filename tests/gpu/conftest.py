@@ -1,4 +1,4 @@
-"""What all tests on a GPU need."""
+"""Setup for all tests on a GPU."""
 
 from collections.abc import Iterator
 
@@ -7,11 +7,11 @@ import torch
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _whole_float32() -> Iterator[None]:
-    """float32 means float32: NVIDIA's image has matrix products in TF32, with 10 bits, by this variable."""
+def _full_float32() -> Iterator[None]:
+    """Compute float32 in full precision. NVIDIA's image sets this variable to use TF32, which has 10 bits."""
     before = torch.get_float32_matmul_precision()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "0")  # for processes that tests start
+        patch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "0")  # inherited by processes that tests start
         torch.set_float32_matmul_precision("highest")
         yield
     torch.set_float32_matmul_precision(before)

@@ -1,4 +1,4 @@
-"""The benchmark on a GPU: every kind of variant, small, in bf16."""
+"""The step benchmark on a GPU: every kind of variant, at a small size in bf16."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_every_variant_runs_and_is_measured(tmp_path: Path) -> None:
     assert report["skipped"] == skipped and report["settings"]["bf16"]
     assert set(report["variants"]) == set(VARIANTS) - set(skipped)
     for name, variant in report["variants"].items():
-        # bf16: weights 2, gradients 4, main weights 4, moments 8 bytes; eager: 4, 4, 8 in float32.
+        # Bytes per parameter: weights 2, gradients 4, main weights 4, moments 8; eager in float32 4, 4, 8.
         least = 16 if name == "eager" else 18
         assert variant["peak_memory_bytes"] > least * variant["parameters"], name
         assert variant["tokens_per_second"] > 0 and variant["model_tflops"] > 0

@@ -1,4 +1,4 @@
-"""The compiled kernels on a GPU: the interpreter's cases with exact rounding, real widths, a whole MeSH."""
+"""Compiled kernels on a GPU: the interpreter's cases with exact rounding, real widths and a whole MeSH."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_equals_float64(case: Case) -> None:
 
 
 @pytest.mark.parametrize("loops", [1, 2, 3])
-def test_a_whole_mesh_is_the_same(loops: int) -> None:
+def test_a_whole_mesh_agrees(loops: int) -> None:
     calls, ours = mesh_gradients(kernels.weighted_sum, loops, 100, device.device())
     _, reference = mesh_gradients(weighted_sum, loops, 100, device.device())
     assert calls == loops + 1
@@ -35,7 +35,7 @@ def test_a_whole_mesh_is_the_same(loops: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
-def test_the_same_bits_every_time() -> None:
+def test_results_are_deterministic() -> None:
     leaves, grad = inputs_of(Case(257, 2048, 4, torch.bfloat16))
     leaves = [x.detach().to(device.device()).requires_grad_() for x in leaves]
     first, second = (evaluate(kernels.weighted_sum, leaves, grad.to(device.device())) for _ in range(2))
@@ -44,7 +44,7 @@ def test_the_same_bits_every_time() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """More than 2^31 elements: the last row is where a 32-bit offset would not reach."""
+    """With more than 2^31 elements, a 32-bit offset can't reach the last row."""
     rows, width = 2**19 + 1, 4096
     states = [torch.zeros(rows, 1, width, dtype=torch.bfloat16, device=device.device()) for _ in range(2)]
     states[1][-1] = 3.0

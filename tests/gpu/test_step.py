@@ -1,7 +1,7 @@
-"""In a step on a GPU the host waits once, both for operations that torch reports and for ``synchronize``.
+"""During a training step on a GPU, the host waits for the device only once.
 
-Torch reports operations that wait (``item``, ``nonzero``, blocking copies), but not ``synchronize`` of the
-device, an event or a stream. Those are patched to be counted.
+Torch reports operations that make the host wait (``item``, ``nonzero``, blocking copies), but not
+``synchronize`` on the device, an event or a stream. We patch those to count them.
 """
 
 import sys
@@ -36,13 +36,13 @@ TOY = Settings(
 
 
 @pytest.fixture(autouse=True)
-def _there() -> None:
+def _on_a_gpu() -> None:
     if not device.has_gpu():
         pytest.skip("there is no GPU")
 
 
 def waits(variant: Variant, batches: list[Batch]) -> Counter[str]:
-    """Where the host waits in one step, by file and line."""
+    """Count where the host waits in one step, by file and line."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught, synchronizations() as found:
@@ -56,7 +56,7 @@ def waits(variant: Variant, batches: list[Batch]) -> Counter[str]:
 
 @contextmanager
 def synchronizations() -> Iterator[Counter[str]]:
-    """Count the calls of ``SYNCHRONIZING`` inside, by the caller's file and line."""
+    """Count calls of the functions in ``SYNCHRONIZING`` in the block, by the caller's file and line."""
     found: Counter[str] = Counter()
 
     def counting(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,7 +80,7 @@ def test_synchronizations_are_counted() -> None:
         torch.cuda.synchronize()
         event.synchronize()
         torch.cuda.current_stream().synchronize()
-    assert found.total() == 3 and len(found) == 3  # on three lines
+    assert found.total() == 3 and len(found) == 3  # from three lines
     assert all(where.startswith("test_step.py:") for where in found)
 
 

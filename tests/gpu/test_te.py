@@ -1,4 +1,4 @@
-"""Transformer Engine's own modules, where the stand-in's tests (tests/unit/model) cannot see."""
+"""Transformer Engine itself, which tests/unit/model replaces by a stand-in."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,20 +11,20 @@ from megatron_mesh.runtime import device, exits
 from tests.end_to_end.runs import launch, losses, write_settings
 from tests.helpers import one_process, tiny_config
 
-# Rounding of the unfused gradients to bfloat16, and of different kernels.
+# Relative errors: the rounding of bfloat16 gradients and of different kernels, and a lost gradient.
 CLOSE, WRONG = 0.02, 0.1
 FP8 = ("--bf16", "--fp8-format", "hybrid", "--fp8-scope", "all", "--gradient-accumulation-fusion")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _there() -> None:
+def _has_transformer_engine() -> None:
     if not device.has_gpu():
         pytest.skip("there is no GPU")
     if missing := why_no_transformer_engine():
         pytest.skip(missing)
 
 
-def _fp8(recipe: str = "tensorwise") -> None:
+def _require_fp8(recipe: str = "tensorwise") -> None:
     if missing := device.why_no_fp8(recipe):
         pytest.skip(missing)
 
@@ -33,14 +33,14 @@ def _fp8(recipe: str = "tensorwise") -> None:
 def measured() -> Iterator[dict[str, Any]]:
     from tests.te_gradients import EVERYWHERE, gradients
 
-    _fp8()
+    _require_fp8()
     with one_process(tiny_config()):
         yield gradients(EVERYWHERE)
 
 
 @pytest.mark.parametrize("label", ["no FP8", "FP8"])
 @pytest.mark.parametrize("loops", [1, 2, 3])
-def test_fused_gradients_are_the_unfused_ones(measured, loops: int, label: str) -> None:
+def test_fused_gradients_equal_unfused_ones(measured, loops: int, label: str) -> None:
     errors = measured[f"ours, K={loops}, {label}"]
     assert max(errors.values()) < CLOSE, errors
 
@@ -57,7 +57,7 @@ def settings(tmp_path_factory) -> Path:
 
 
 def train(settings: Path, directory: Path, *flags: object) -> list[float]:
-    """The losses of a run in a process of its own."""
+    """Train in a new process and return the losses."""
     result = launch("--config", settings, "--save", directory, *flags)
     assert result.returncode in (exits.DONE, exits.STOPPED), result.stderr
     return losses(directory)
@@ -71,8 +71,8 @@ def test_learns_what_local_layers_learn(settings, tmp_path) -> None:
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "delayed"])
 def test_fp8_learns_and_resumes_exactly(settings, tmp_path, recipe: str) -> None:
-    """Hidden size 128: a block of blockwise scaling."""
-    _fp8(recipe)
+    """Hidden size 128 is one block of blockwise scaling."""
+    _require_fp8(recipe)
     flags = (*FP8, "--fp8-recipe", recipe, "--hidden-size", 128, "--deterministic-mode")
     whole = train(settings, tmp_path / "whole", *flags)
     plain = train(settings, tmp_path / "plain", "--bf16", "--hidden-size", 128)
@@ -82,8 +82,8 @@ def test_fp8_learns_and_resumes_exactly(settings, tmp_path, recipe: str) -> None
     assert train(settings, part, *flags, "--load", part) == whole
 
 
-def test_weights_in_fp8(settings, tmp_path) -> None:
-    _fp8()
+def test_weights_in_fp8_learn_the_same(settings, tmp_path) -> None:
+    _require_fp8()
     size = ("--hidden-size", 128, "--use-distributed-optimizer")
     kept = train(settings, tmp_path / "kept", *FP8, *size, "--fp8-param-gather")
     cast = train(settings, tmp_path / "cast", *FP8, *size)

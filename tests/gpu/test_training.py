@@ -1,4 +1,4 @@
-"""The program on GPUs: as on a CPU, and again exactly as before."""
+"""Training on GPUs: the same losses as on a CPU, and bitwise equal when resumed."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ LAYOUTS = [
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _there() -> None:
+def _on_a_gpu() -> None:
     if not device.has_gpu():
         pytest.skip("there is no GPU")
 
@@ -27,7 +27,7 @@ def settings(tmp_path_factory) -> Path:
 
 
 def train(settings: Path, directory: Path, *flags: object, processes: int = 1, **where: str) -> list[float]:
-    """The losses of a run in processes of its own."""
+    """Train in new processes and return the losses."""
     command = ("--config", settings, "--save", directory, *flags)
     result = launch(*command, processes=processes, **where)
     assert result.returncode in (exits.DONE, exits.STOPPED), result.stderr
@@ -37,7 +37,7 @@ def train(settings: Path, directory: Path, *flags: object, processes: int = 1, *
 def test_learns_what_a_cpu_learns(settings, tmp_path) -> None:
     there = train(settings, tmp_path / "gpu", "--transformer-impl", "local")
     here = train(settings, tmp_path / "cpu", CUDA_VISIBLE_DEVICES="")
-    assert there == pytest.approx(here, rel=1e-4)  # sums in float32, in another order
+    assert there == pytest.approx(here, rel=1e-4)  # float32 sums in a different order
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -51,7 +51,7 @@ def test_a_resumed_run_is_the_same_bits(settings, tmp_path, precision: str) -> N
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["tp2-sp", "pp2", "dp2-overlap"])
 def test_two_gpus_learn_what_one_learns(settings, tmp_path, layout: tuple) -> None:
-    """NCCL; what gloo is tested with in tests/parallel."""
+    """NCCL on rank layouts that tests/parallel covers with gloo."""
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one GPU")
     one = train(settings, tmp_path / "one", "--transformer-impl", "local")
