@@ -21,10 +21,10 @@ from megatron_mesh.runtime import device
 from tests.helpers import one_process
 from tests.parallel.watch import SYNCHRONIZING
 from tools.bench.measure import Times, Variant, timed_step
-from tools.bench.settings import Settings
+from tools.bench.settings import StepSettings
 from tools.bench.variants import batches_of, build_variant, variant_config
 
-TOY = Settings(
+TOY = StepSettings(
     layers="1+1R2+1",
     hidden_size=64,
     num_attention_heads=2,
@@ -87,7 +87,7 @@ def test_synchronizations_are_counted() -> None:
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["plain", "mesh"])
 def test_the_host_waits_once(name: str, bf16: bool) -> None:
-    settings = Settings(**{**vars(TOY), "bf16": bf16})
+    settings = StepSettings(**{**vars(TOY), "bf16": bf16})
     config = variant_config(settings, name)
     batches = [
         Batch(**{field: x.contiguous().pin_memory() for field, x in vars(batch).items()})

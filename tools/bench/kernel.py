@@ -27,7 +27,7 @@ from megatron_mesh.recurrence import mixing
 from megatron_mesh.recurrence.memory import Mix
 from megatron_mesh.runtime import device, strict_json
 from tools.bench.measure import now
-from tools.bench.report import Spread, check_writable
+from tools.bench.report import Spread, check_output_file
 
 COPY_BYTES = 2**30
 COPY = ("copy", "")
@@ -65,13 +65,13 @@ def main(options: Options) -> None:
     if not options.terms or min(options.terms) < 1:
         raise UserError("--terms needs one or more numbers of at least 1, e.g. 2 3 4")
     if options.output is not None:
-        check_writable(options.output)
+        check_output_file(options.output)
     if reason := kernels.why_unavailable():
         raise UserError(f"the kernels cannot run: {reason}; use a machine with a GPU and triton")
     torch.manual_seed(0)
     sizes = (options.seq_length, options.micro_batch_size, options.hidden_size)
     ways = {"kernel": kernels.weighted_sum, "torch": mixing.weighted_sum}
-    results: dict[int, list[Row]] = {}
+    results: dict[int, list[KernelResult]] = {}
     for terms in track(options.terms, "J", console=Console(stderr=True)):
         shape = MixShape(*sizes, terms, getattr(torch, options.dtype))
         seconds = measure_kernels(
@@ -90,7 +90,7 @@ def main(options: Options) -> None:
         _write(options.output, options, results)
 
 
-def _write(output: Path, options: Options, results: dict[int, list["Row"]]) -> None:
+def _write(output: Path, options: Options, results: dict[int, list["KernelResult"]]) -> None:
     import triton
 
     report = {
@@ -123,7 +123,7 @@ class MixShape:
 
 
 @dataclass(frozen=True)
-class Row:
+class KernelResult:
     """Results of one implementation in one direction; spreads are over the rounds."""
 
     direction: str
@@ -159,7 +159,7 @@ def measure_kernels(
     return seconds
 
 
-def summarize(shape: MixShape, seconds: Seconds, copy_bytes: int) -> list[Row]:
+def summarize(shape: MixShape, seconds: Seconds, copy_bytes: int) -> list[KernelResult]:
     """Summarize the timings, forward first."""
     copied = [2 * copy_bytes / each for each in seconds[COPY]]
     found = []
@@ -169,7 +169,7 @@ def summarize(shape: MixShape, seconds: Seconds, copy_bytes: int) -> list[Row]:
         speeds = [least / each for each in times]
         shares = [speed / copy for speed, copy in zip(speeds, copied, strict=True)]
         found.append(
-            Row(
+            KernelResult(
                 direction,
                 name,
                 least,

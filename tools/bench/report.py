@@ -17,7 +17,7 @@ from megatron_mesh.config.layers import parse_layers
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import device
 from tools.bench.measure import SavedTensors, Times
-from tools.bench.settings import EAGER, FP8, PLAIN, Settings
+from tools.bench.settings import EAGER, FP8, PLAIN, StepSettings
 
 PARTS = ("forward_backward", "communication", "optimizer", "step")
 COMPARED = ("forward_backward", "optimizer", "step")
@@ -57,7 +57,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Result:
+class VariantResult:
     """Measurements of one variant."""
 
     parameters: int
@@ -85,18 +85,18 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Report:
+class StepReport:
     """Results of a whole comparison, in the order of the variants. The settings are complete."""
 
-    settings: Settings
-    results: Mapping[str, Result]
+    settings: StepSettings
+    results: Mapping[str, VariantResult]
     skipped: Mapping[str, str]
     """Variants that could not run here, and why."""
     parts: Mapping[str, str] = field(default_factory=dict)
     """Implementations that Megatron's variants used for the layers, the memory and the optimizer's step."""
 
 
-def ratios(results: Mapping[str, Result]) -> dict[str, dict[str, Spread]]:
+def ratios(results: Mapping[str, VariantResult]) -> dict[str, dict[str, Spread]]:
     """Divide each variant's times by those of each earlier one: ``{"mesh / base": {part: spread}}``.
 
     Ratios are taken within a round, since whatever slows a round down slows both variants.
@@ -109,14 +109,14 @@ def ratios(results: Mapping[str, Result]) -> dict[str, dict[str, Spread]]:
     return found
 
 
-def ratio(above: Result, below: Result, part: str = "step") -> Spread:
+def ratio(above: VariantResult, below: VariantResult, part: str = "step") -> Spread:
     """Divide the times of ``above`` by those of ``below``, round by round."""
     pairs = zip(getattr(above.times, part), getattr(below.times, part), strict=True)
     return Spread.of([a / b for a, b in pairs])
 
 
 @dataclass(frozen=True)
-class Target:
+class StepTarget:
     """A figure with the value that it should reach on one H200 in bf16."""
 
     what: str
@@ -136,7 +136,7 @@ class Target:
         return "met" if met else "missed"
 
 
-def targets(report: Report) -> list[Target]:
+def targets(report: StepReport) -> list[StepTarget]:
     """List all targets, measured or not."""
     settings, results = report.settings, report.results
     on_h200 = any("H200" in name and " MIG " not in name for name, _ in device.gpus()[:1])
@@ -153,33 +153,33 @@ def targets(report: Report) -> list[Target]:
         ("FP8 / bf16, tokens/s at the width of 6.9B", "at least", 1.25, in_fp8),
         ("mesh / eager loop, tokens/s", "at least", 1.5, _time(results.get(EAGER), mesh)),
     ]
-    return [Target(*row, applies=applies) for row in rows]
+    return [StepTarget(*row, applies=applies) for row in rows]
 
 
-def _time(above: Result | None, below: Result | None) -> float | None:
+def _time(above: VariantResult | None, below: VariantResult | None) -> float | None:
     """Divide step times, which is the inverse ratio of tokens/s."""
     return ratio(above, below).median if above and below else None
 
 
-def _memory(above: Result | None, below: Result | None) -> float | None:
+def _memory(above: VariantResult | None, below: VariantResult | None) -> float | None:
     if not above or not below or above.peak_bytes is None or below.peak_bytes is None:
         return None
     return above.peak_bytes / below.peak_bytes
 
 
-def _speed_of_fp8(results: Mapping[str, Result]) -> float | None:
+def _speed_of_fp8(results: Mapping[str, VariantResult]) -> float | None:
     """Speed-up from FP8 for mesh if it ran in both precisions, otherwise for base."""
     pairs = ((results.get(name), results.get(name + FP8)) for name in ("mesh", "base"))
     return next((_time(bf16, fp8) for bf16, fp8 in pairs if bf16 and fp8), None)
 
 
-def _is_large(settings: Settings) -> bool:
+def _is_large(settings: StepSettings) -> bool:
     assert settings.layers is not None and settings.hidden_size is not None
     depth = parse_layers(settings.layers).depth
     return settings.hidden_size > _WIDTH_1B4 or (settings.hidden_size == _WIDTH_1B4 and depth >= _DEPTH_1B4)
 
 
-def check_writable(output: Path) -> None:
+def check_output_file(output: Path) -> None:
     """Check that ``--output`` can be written, before a long measurement. The file stays as it is.
 
     Raises:
@@ -196,7 +196,7 @@ def check_writable(output: Path) -> None:
         output.unlink()
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def report_as_json(report: StepReport) -> dict[str, Any]:
     """Convert the report for JSON: summaries, and the seconds of every step."""
     settings = asdict(report.settings)
     return {
@@ -221,7 +221,7 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
-def _variant(result: Result, tokens_per_step: int) -> dict[str, Any]:
+def _variant(result: VariantResult, tokens_per_step: int) -> dict[str, Any]:
     return {
         "parameters": result.parameters,
         "flops_per_token": result.flops_per_token,

@@ -25,7 +25,7 @@ EagerAttention = Literal["sdpa", "eager"]
 
 
 @dataclass(frozen=True)
-class Kind:
+class VariantKind:
     """What a variant's name means."""
 
     scheme: str
@@ -39,7 +39,7 @@ class Kind:
         return self.scheme != EAGER and not self.fp8 and not self.compiled
 
 
-def kind_of(name: str) -> Kind:
+def kind_of(name: str) -> VariantKind:
     """Parse a variant's name.
 
     Raises:
@@ -54,11 +54,11 @@ def kind_of(name: str) -> Kind:
         )
     if scheme == EAGER and rest != scheme:
         raise UserError(f"--variants {name}: the eager loop has no FP8; remove {FP8}")
-    return Kind(scheme, fp8=rest != scheme, compiled=rest != name)
+    return VariantKind(scheme, fp8=rest != scheme, compiled=rest != name)
 
 
 @dataclass(frozen=True)
-class Shape:
+class StepShape:
     """A model size, and which variants fit together on one GPU of 141 GB at 2,048 tokens in bf16."""
 
     layers: str
@@ -68,19 +68,19 @@ class Shape:
     variants: tuple[str, ...]
 
 
-SHAPES: dict[ShapeName, Shape] = {
-    "160m": Shape("2+4R2+2", 768, 12, 16, (PLAIN, *_LOOPED, EAGER, *_IN_FP8)),
-    "410m": Shape("4+8R2+4", 1024, 16, 8, (PLAIN, *_LOOPED, EAGER, *_IN_FP8)),
-    "1b": Shape("3+5R2+3", 2048, 8, 4, (PLAIN, *_LOOPED, EAGER)),
-    "1.4b": Shape("4+8R2+4", 2048, 16, 4, (PLAIN, "base", "mesh", EAGER)),
-    "2.8b": Shape("6+10R2+6", 2560, 32, 2, (PLAIN, "base", "mesh")),
+SHAPES: dict[ShapeName, StepShape] = {
+    "160m": StepShape("2+4R2+2", 768, 12, 16, (PLAIN, *_LOOPED, EAGER, *_IN_FP8)),
+    "410m": StepShape("4+8R2+4", 1024, 16, 8, (PLAIN, *_LOOPED, EAGER, *_IN_FP8)),
+    "1b": StepShape("3+5R2+3", 2048, 8, 4, (PLAIN, *_LOOPED, EAGER)),
+    "1.4b": StepShape("4+8R2+4", 2048, 16, 4, (PLAIN, "base", "mesh", EAGER)),
+    "2.8b": StepShape("6+10R2+6", 2560, 32, 2, (PLAIN, "base", "mesh")),
     # The width of 6.9B. Its full 6+10R2+6 would need 400 GB for weights, gradients and optimizer.
-    "6.9b-slice": Shape("1+4R2+1", 4096, 32, 4, ("base", "mesh", *_IN_FP8)),
+    "6.9b-slice": StepShape("1+4R2+1", 4096, 32, 4, ("base", "mesh", *_IN_FP8)),
 }
 
 
 @dataclass(frozen=True)
-class Settings:
+class StepSettings:
     """Settings of one comparison. ``complete`` fills in what is unset, from the shape and the machine."""
 
     variants: tuple[str, ...] | None = None
@@ -141,7 +141,7 @@ class Settings:
         return self.num_micro_batches * self.micro_batch_size * self.seq_length
 
 
-def complete(settings: Settings, gpu: bool) -> Settings:
+def complete(settings: StepSettings, gpu: bool) -> StepSettings:
     """Fill in everything that is unset."""
     name: ShapeName = settings.shape or ("410m" if gpu else "160m")
     shape = SHAPES[name]

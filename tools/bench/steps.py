@@ -29,26 +29,28 @@ from megatron_mesh.runtime.distributed import process_groups
 from megatron_mesh.runtime.environment import world_size_from_environment
 from megatron_mesh.runtime.memory import explained
 from tools.bench.measure import MemoryMeter, Times, measure_steps, saved_for_backward, write_traces
-from tools.bench.report import Report, Result, as_json, check_writable
-from tools.bench.settings import Settings, complete, kind_of
+from tools.bench.report import StepReport, VariantResult, check_output_file, report_as_json
+from tools.bench.settings import StepSettings, complete, kind_of
 from tools.bench.tables import as_markdown, as_tables
 from tools.bench.variants import batches_of, build_variant, variant_config, why_skipped
 
 logger = logging.getLogger("megatron_mesh.bench")  # below the logger that command.run shows
 
 
-def main(settings: Settings) -> None:
+def main(settings: StepSettings) -> None:
     """Measure, print the tables and write the files."""
-    report = run(settings)
+    report = compare_steps(settings)
     Console().print(as_tables(report))
     if settings.output is not None:
-        settings.output.write_text(strict_json.dumps(as_json(report), indent=1) + "\n", encoding="utf-8")
+        settings.output.write_text(
+            strict_json.dumps(report_as_json(report), indent=1) + "\n", encoding="utf-8"
+        )
         tables = settings.output.with_suffix(".md")
         tables.write_text(as_markdown(report), encoding="utf-8")
         print(f"wrote {settings.output} and {tables}")
 
 
-def run(settings: Settings) -> Report:
+def compare_steps(settings: StepSettings) -> StepReport:
     """Measure every variant that can run on this machine.
 
     Raises:
@@ -56,7 +58,7 @@ def run(settings: Settings) -> Report:
         OutOfMemory: with remedies.
     """
     settings = complete(settings, device.has_gpu())
-    check(settings)
+    check_settings(settings)
     assert settings.variants is not None
     skipped = {
         name: reason for name in settings.variants if (reason := why_skipped(name, settings.fp8_recipe))
@@ -71,10 +73,10 @@ def run(settings: Settings) -> Report:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     with process_groups(next(iter(configs.values()))), explained(lambda: _remedies(settings)):
-        return Report(settings, _measured(settings, configs), skipped, parts(chosen))
+        return StepReport(settings, _measured(settings, configs), skipped, parts(chosen))
 
 
-def _measured(settings: Settings, configs: dict[str, Config]) -> dict[str, Result]:
+def _measured(settings: StepSettings, configs: dict[str, Config]) -> dict[str, VariantResult]:
     """Build all variants, measure them in turn, and trace them."""
     _start_libraries(torch.bfloat16 if settings.bf16 else torch.float32)
     memory, batches = MemoryMeter(), batches_of(settings)
@@ -107,7 +109,7 @@ def _measured(settings: Settings, configs: dict[str, Config]) -> dict[str, Resul
         for path in write_traces(variants, batches, settings.profile):
             logger.info("wrote %s", path)
     return {
-        variant.name: Result(
+        variant.name: VariantResult(
             parameters=sum(p.numel() for p in variant.model.parameters()),
             saved=saved[variant.name],
             times=times[variant.name],
@@ -126,7 +128,7 @@ def _start_libraries(dtype: torch.dtype) -> None:
     torch.nn.functional.linear(x, x, x[0]).sum().backward()
 
 
-def _remedies(settings: Settings) -> list[str]:
+def _remedies(settings: StepSettings) -> list[str]:
     """List what reduces memory when all variants share one device."""
     assert settings.variants is not None and settings.micro_batch_size is not None
     found = []
@@ -143,7 +145,7 @@ def _remedies(settings: Settings) -> list[str]:
     ]
 
 
-def check(settings: Settings) -> None:
+def check_settings(settings: StepSettings) -> None:
     """Refuse mistakes that ``resolve`` cannot see.
 
     Raises:
@@ -169,7 +171,7 @@ def check(settings: Settings) -> None:
 
 def _check_outputs(output: Path) -> None:
     """Check that the JSON file and the tables can be written without replacing anything else."""
-    check_writable(output)
+    check_output_file(output)
     tables = output.with_suffix(".md")
     if tables == output:
         raise UserError(f"--output {output} is reserved for the tables; name the JSON file, ending in .json")

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_mesh.runtime import device
-from tools.bench.report import COMPARED, PARTS, Report, Result, Spread, ratios, targets
-from tools.bench.settings import COMPILED, EAGER, FP8, Settings, kind_of
+from tools.bench.report import COMPARED, PARTS, Spread, StepReport, VariantResult, ratios, targets
+from tools.bench.settings import COMPILED, EAGER, FP8, StepSettings, kind_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Sheet:
     rows: Sequence[Sequence[str]]
 
 
-def as_tables(report: Report) -> Group:
+def as_tables(report: StepReport) -> Group:
     """Render the report for a terminal."""
     tables = []
     for sheet in _sheets(report):
@@ -33,7 +33,7 @@ def as_tables(report: Report) -> Group:
     return Group(*tables, _describe(report.settings))
 
 
-def as_markdown(report: Report) -> str:
+def as_markdown(report: StepReport) -> str:
     """Render the report as Markdown."""
     blocks = [_describe(report.settings)]
     for sheet in _sheets(report):
@@ -43,7 +43,7 @@ def as_markdown(report: Report) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _describe(settings: Settings) -> str:
+def _describe(settings: StepSettings) -> str:
     """Describe the run in one line."""
     s = settings
     kinds = [kind_of(name) for name in s.variants or ()]
@@ -60,7 +60,7 @@ def _describe(settings: Settings) -> str:
     )
 
 
-def _sheets(report: Report) -> Iterator[Sheet]:
+def _sheets(report: StepReport) -> Iterator[Sheet]:
     results = report.results
     yield _rates(report)
     yield Sheet(
@@ -83,14 +83,14 @@ def _sheets(report: Report) -> Iterator[Sheet]:
         yield Sheet("skipped", ["variant", "reason"], [[*row] for row in report.skipped.items()])
 
 
-def _is_shown(pair: str, results: Mapping[str, Result]) -> bool:
+def _is_shown(pair: str, results: Mapping[str, VariantResult]) -> bool:
     """Show ratios to the first variant, to base, and of suffixed variants to plain ones. JSON has all."""
     above, below = pair.split(" / ")
     suffixed = (f"{below}{FP8}", f"{below}{COMPILED}", f"{below}{FP8}{COMPILED}")
     return below in (next(iter(results)), "base") or above in suffixed
 
 
-def _rates(report: Report) -> Sheet:
+def _rates(report: StepReport) -> Sheet:
     rows = []
     for name, result in report.results.items():
         rates = result.rates(report.settings.tokens_per_step)
@@ -109,7 +109,7 @@ def _rates(report: Report) -> Sheet:
     return Sheet("speed and memory", header, rows)
 
 
-def _saved(results: Mapping[str, Result]) -> Sheet:
+def _saved(results: Mapping[str, VariantResult]) -> Sheet:
     rows = [
         [name, str(saved.states), *(f"{n / 2**20:.3f}" for n in (saved.state_bytes, saved.total_bytes))]
         for name, result in results.items()
@@ -119,7 +119,7 @@ def _saved(results: Mapping[str, Result]) -> Sheet:
     return Sheet("saved for backward by one micro-batch, without parameters", header, rows)
 
 
-def _targets(report: Report) -> Sheet:
+def _targets(report: StepReport) -> Sheet:
     rows = [
         [
             target.what,

@@ -28,7 +28,7 @@ from megatron_mesh.train.optimizer import build_optimizer, build_schedule
 from megatron_mesh.train.step import train_step
 from tools.bench.eager_loop import EagerLoop
 from tools.bench.measure import Variant
-from tools.bench.settings import EAGER, PLAIN, EagerAttention, Settings, kind_of
+from tools.bench.settings import EAGER, PLAIN, EagerAttention, StepSettings, kind_of
 
 _SHARED_SETTINGS = (
     "layers",
@@ -142,7 +142,7 @@ def why_skipped(name: str, recipe: str = "tensorwise") -> str | None:
     return why_no_transformer_engine() or device.why_no_fp8(recipe)
 
 
-def variant_config(settings: Settings, name: str) -> Config:
+def variant_config(settings: StepSettings, name: str) -> Config:
     """Resolve the run of one variant. Without a shared core it is as deep as the unrolled loop.
 
     Raises:
@@ -188,7 +188,7 @@ def random_batches(count: int, sequences: int, seq_length: int, vocab_size: int,
     return batches
 
 
-def batches_of(settings: Settings) -> list[Batch]:
+def batches_of(settings: StepSettings) -> list[Batch]:
     """Draw the micro-batches of a step."""
     assert settings.micro_batch_size is not None and settings.seq_length is not None
     return random_batches(

@@ -25,13 +25,13 @@ from tests.parallel.watch import IN_HOST_MEMORY, Watch
 from tools.bench import measure as clock
 from tools.bench import steps
 from tools.bench.measure import MemoryMeter, Times, measure_steps, timed_step
-from tools.bench.report import COMPARED, PARTS, Report, Result, ratios
-from tools.bench.settings import SHAPES, Settings, complete, kind_of
+from tools.bench.report import COMPARED, PARTS, StepReport, VariantResult, ratios
+from tools.bench.settings import SHAPES, StepSettings, complete, kind_of
 from tools.bench.tables import as_markdown
 from tools.bench.variants import batches_of, build_plain, build_variant, variant_config
 
 S, B, H, LOOPS = 16, 2, 32, 3
-TOY = Settings(
+TOY = StepSettings(
     variants=("plain", "base", "mesh"),
     shape="160m",
     bf16=False,
@@ -48,7 +48,7 @@ TOY = Settings(
 )
 
 
-def command_line(settings: Settings) -> list[str]:
+def command_line(settings: StepSettings) -> list[str]:
     """Spell ``settings`` as flags."""
     words = []
     for name, value in vars(settings).items():
@@ -108,7 +108,7 @@ def test_ratios_are_within_a_round(report: dict) -> None:
     # A disturbance of whole rounds changes both medians, but must not change the ratio.
     disturbance = np.array([1.0, 9.0, 2.0, 5.0])
     results = {
-        name: Result(0, None, Times(list(factor * disturbance), [0.0] * 4, list(disturbance)))
+        name: VariantResult(0, None, Times(list(factor * disturbance), [0.0] * 4, list(disturbance)))
         for name, factor in (("base", 2.0), ("mesh", 3.0))
     }
     spread = ratios(results)["mesh / base"]
@@ -240,7 +240,7 @@ def test_missing_fused_gradients_are_reported_first(monkeypatch: pytest.MonkeyPa
 
 def test_tables_name_the_settings() -> None:
     def first_line(**changes: object) -> str:
-        return as_markdown(Report(replace(TOY, **changes), {}, {})).splitlines()[0]
+        return as_markdown(StepReport(replace(TOY, **changes), {}, {})).splitlines()[0]
 
     assert "fp32, 4 steps" in first_line()
     chosen = {"recompute_granularity": "full", "gradient_accumulation_fusion": True}
@@ -271,7 +271,7 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("name", SHAPES)
 def test_all_variants_of_a_shape_fit_an_h200_together(name: str) -> None:
     """By the planner's count. The margin is for CUDA's context, library workspaces and fragmentation."""
-    settings = complete(Settings(shape=name), gpu=True)
+    settings = complete(StepSettings(shape=name), gpu=True)
     held, activations = 0, 0
     for variant in settings.variants or ():
         memory = make_plan(variant_config(settings, variant), 1).ranks[0].memory
@@ -292,7 +292,7 @@ def test_names_of_variants() -> None:
 @pytest.mark.parametrize("gpu", [True, False])
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_shape_is_a_run(name: str, gpu: bool) -> None:
-    settings = complete(Settings(shape=name), gpu)
+    settings = complete(StepSettings(shape=name), gpu)
     assert settings.variants and settings.bf16 is gpu
     for variant in settings.variants:
         model = variant_config(settings, variant).model

@@ -13,11 +13,11 @@ from megatron_mesh.data import Batch
 from megatron_mesh.model.flops import forward_flops_per_token
 from tests.helpers import one_process
 from tools.bench.measure import Variant
-from tools.bench.settings import Settings
+from tools.bench.settings import StepSettings
 from tools.bench.variants import batches_of, build_variant, variant_config, why_skipped
 
 S, B, H = 16, 2, 32
-TOY = Settings(
+TOY = StepSettings(
     layers="1+2R3+1",
     hidden_size=H,
     num_attention_heads=2,
@@ -29,7 +29,7 @@ TOY = Settings(
 )
 
 
-def eager(settings: Settings = TOY) -> Variant:
+def eager(settings: StepSettings = TOY) -> Variant:
     return build_variant("eager", variant_config(settings, "eager"), settings.eager_attention)
 
 

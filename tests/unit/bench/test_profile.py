@@ -9,10 +9,10 @@ import torch
 from megatron_mesh.runtime import ranges
 from tests.helpers import one_process
 from tools.bench.measure import write_traces
-from tools.bench.settings import Settings
+from tools.bench.settings import StepSettings
 from tools.bench.variants import batches_of, build_variant, variant_config
 
-TOY = Settings(
+TOY = StepSettings(
     layers="1+1R2+1",
     hidden_size=32,
     num_attention_heads=2,

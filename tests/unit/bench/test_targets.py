@@ -7,24 +7,24 @@ import pytest
 from megatron_mesh.runtime import device
 from tools.bench import report as module
 from tools.bench.measure import MemoryMeter, Times
-from tools.bench.report import Report, Result, targets
-from tools.bench.settings import Settings, complete
+from tools.bench.report import StepReport, VariantResult, targets
+from tools.bench.settings import StepSettings, complete
 
 
-def result(seconds: float, gigabytes: int | None = None) -> Result:
+def result(seconds: float, gigabytes: int | None = None) -> VariantResult:
     """Three steps of ``seconds`` each; at 65,536 tokens a step, 1 s is 65,536 FLOP/s of a peak of 100,000."""
     times = Times([seconds] * 3, [0.0] * 3, [0.0] * 3)
     peak = None if gigabytes is None else gigabytes * 10**9
-    return Result(0, None, times, flops_per_token=1.0, peak_bytes=peak, peak_flops=1e5)
+    return VariantResult(0, None, times, flops_per_token=1.0, peak_bytes=peak, peak_flops=1e5)
 
 
 def verdicts(
-    shape: str, bf16: bool = True, num_micro_batches: int = 8, **results: Result
+    shape: str, bf16: bool = True, num_micro_batches: int = 8, **results: VariantResult
 ) -> list[tuple[float | None, str]]:
-    settings = complete(Settings(shape=shape, bf16=bf16, num_micro_batches=num_micro_batches), gpu=True)
+    settings = complete(StepSettings(shape=shape, bf16=bf16, num_micro_batches=num_micro_batches), gpu=True)
     settings = replace(settings, micro_batch_size=32 // num_micro_batches)
     by_name = {name.replace("_", "-"): each for name, each in results.items()}
-    return [(target.measured, target.verdict) for target in targets(Report(settings, by_name, {}))]
+    return [(target.measured, target.verdict) for target in targets(StepReport(settings, by_name, {}))]
 
 
 NONE = (None, "not measured here")
