@@ -25,8 +25,8 @@ from megatron_mesh.bench.variants import (
 )
 from megatron_mesh.config.ranges import at_least
 from megatron_mesh.config.schema import Config
+from megatron_mesh.config.sizes import flops_per_token
 from megatron_mesh.errors import UserError
-from megatron_mesh.model import flops_per_token
 from megatron_mesh.model.implementation import choose, parts
 from megatron_mesh.runtime import device, ranges
 from megatron_mesh.runtime.distributed import process_groups

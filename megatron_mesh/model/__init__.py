@@ -3,7 +3,6 @@
 from megatron_mesh.model.block import MeshTransformerBlock
 from megatron_mesh.model.build import build_model, build_on_meta
 from megatron_mesh.model.config import MeshTransformerConfig, transformer_config
-from megatron_mesh.model.flops import flops_per_token
 from megatron_mesh.model.gpt import MeshGPTModel
 
 __all__ = [
@@ -12,6 +11,5 @@ __all__ = [
     "MeshTransformerConfig",
     "build_model",
     "build_on_meta",
-    "flops_per_token",
     "transformer_config",
 ]

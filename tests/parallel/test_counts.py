@@ -137,7 +137,7 @@ def check_plan(config: Config, saves: Sequence[counts.Save], total: int) -> None
     heads = 200_000
     largest = max(save.written for save in saves)
     assert max(saving.largest for saving in savings) == pytest.approx(largest, rel=0.02, abs=heads)
-    assert sum(saving.together for saving in savings) == pytest.approx(total, rel=0.02, abs=heads)
+    assert sum(saving.total for saving in savings) == pytest.approx(total, rel=0.02, abs=heads)
 
 
 def check_loads(config: Config, loads: Sequence[counts.Load], own_share: list[int], limits: Limits) -> None:

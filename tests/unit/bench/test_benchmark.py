@@ -22,8 +22,9 @@ from megatron_mesh.bench.shapes import SHAPES
 from megatron_mesh.bench.tables import as_markdown
 from megatron_mesh.bench.timing import Times, measure, timed_step
 from megatron_mesh.bench.variants import batches_of, build_variant, kind_of, variant_config
-from megatron_mesh.config.derived import layout, non_embedding_parameters, padded_vocab_size
+from megatron_mesh.config.derived import layout, padded_vocab_size
 from megatron_mesh.config.settings import with_values
+from megatron_mesh.config.sizes import non_embedding_parameters
 from megatron_mesh.errors import UserError
 from megatron_mesh.model import build_model, implementation
 from megatron_mesh.planner.report import make_plan

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mesh.bench.settings import Settings
 from megatron_mesh.bench.variants import Variant, batches_of, build_variant, variant_config, why_skipped
+from megatron_mesh.config.sizes import forward_flops_per_token
 from megatron_mesh.data import Batch
-from megatron_mesh.model.flops import forward_flops_per_token
 from tests.helpers import one_process
 
 S, B, H = 16, 2, 32

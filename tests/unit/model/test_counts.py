@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mesh.arguments import parse_args
 from megatron_mesh.config.checks import resolve
-from megatron_mesh.config.derived import layout, non_embedding_parameters
+from megatron_mesh.config.derived import layout
+from megatron_mesh.config.sizes import forward_flops_per_token, non_embedding_parameters
 from megatron_mesh.model import build_model, build_on_meta
-from megatron_mesh.model.count import count_parameters
-from megatron_mesh.model.flops import forward_flops_per_token
+from megatron_mesh.model.naming import count_parameters
 from megatron_mesh.planner.dry_run import dry_run_text
 from megatron_mesh.planner.report import make_plan
 from megatron_mesh.recurrence import SCHEMES
@@ -130,6 +130,6 @@ def test_plan_of_a_preset() -> None:
         "4+8R2+4 (unrolled: 24 layers, 16",
         "tensor 2 x pipeline 1 x data 4",
         "2,097,152",
-        "13.19 GiB; at most 1.65 GiB by a rank",
+        "13.19 GiB; at most 1.65 GiB per rank",
     ):
         assert part in plan, plan

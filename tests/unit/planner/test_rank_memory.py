@@ -11,7 +11,7 @@ from megatron_mesh.config.schema import Config
 from megatron_mesh.model import MeshGPTModel, build_model
 from megatron_mesh.parallel import build_stage
 from megatron_mesh.parallel.ring import carry
-from megatron_mesh.planner.memory import InFlight, in_flight, kept_bytes
+from megatron_mesh.planner.memory import InFlight, activation_bytes, in_flight
 from megatron_mesh.planner.order import Step
 from megatron_mesh.planner.report import make_plan
 from megatron_mesh.planner.stages import Chunk, Pipeline
@@ -95,7 +95,7 @@ def test_activations_of_the_rings_chunks(scheme: str, recompute: str | None) -> 
         assert output.shape == x.shape
         before, real = real, kept.bytes
         chunk = Chunk("", (layers,), enters=(index,))
-        estimate += kept_bytes(config, chunk, pipelined=True)
+        estimate += activation_bytes(config, chunk, pipelined=True)
         assert real > before
         assert estimate == pytest.approx(real, rel=TOLERANCE)
 
@@ -106,16 +106,16 @@ def test_in_flight_follows_the_order() -> None:
     chunks = (Chunk("a", (2,)), Chunk("b", (3,)))
     order = [Step(*s) for s in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 1, 0), (1, 0, 0), (0, 1, 1), (1, 1, 1))]
     stages = Pipeline((chunks, chunks), (5, 5), 2, 2)
-    a, b = (kept_bytes(config, chunk, pipelined=True) for chunk in chunks)
+    a, b = (activation_bytes(config, chunk, pipelined=True) for chunk in chunks)
     assert in_flight(config, stages, 0, order) == InFlight(2 * a + b, micro_batches=2, passes=3)
 
 
 def test_full_recomputation_adds_a_layer_at_a_time() -> None:
     plain = tiny_config("mesh", "2+2R2+2", **SHAPE)
     full = tiny_config("mesh", "2+2R2+2", recompute_granularity="full", **SHAPE)
-    one_layer = kept_bytes(plain, Chunk("", (1,)), pipelined=False)
+    one_layer = activation_bytes(plain, Chunk("", (1,)), pipelined=False)
     chunk = make_plan(full, 1).pipeline.chunks[0][0]
-    kept = kept_bytes(full, chunk, pipelined=False)
+    kept = activation_bytes(full, chunk, pipelined=False)
     assert make_plan(full, 1).ranks[0].memory.activations == kept + one_layer
 
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from megatron_mesh.config.schema import Config
-from megatron_mesh.model.flops import flops_per_token
+from megatron_mesh.config.sizes import flops_per_token
 from megatron_mesh.planner.balance import balanced_placement
 from megatron_mesh.planner.costs import Cost, chunk_costs
 from megatron_mesh.planner.order import schedule_order

@@ -27,7 +27,7 @@ def test_plan_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     inspect_config([*CONFIG, *RING, SHARDED, "--nodes", "4", "--figure", str(figure), "--disk-gb-per-s", "9"])
     text = capsys.readouterr().out
     assert "checkpoint      60.51 GiB" in text  # 14 bytes for each of 4,641,189,918 parameters
-    assert "7.2 s at 9 GB/s of the file system" in text
+    assert "7.2 s at 9 GB/s for the file system" in text
     assert "32: tensor 2 x pipeline 4 x data 4" in text
     assert "128 of 1 per step" in text
     assert "606,656,542" in text  # an eighth of the model on rank 0, and the routers
@@ -86,7 +86,10 @@ def _cells(line: str) -> list[str]:
         (["--nodes", "0"], "--nodes 0 must be above 0"),
         (["--disk-gb-per-s", "0"], "--disk-gb-per-s 0.0 must be above 0"),
         (["--nodes", "3", "--pipeline-model-parallel-size", "5"], "does not divide the number of processes"),
-        (["--suggest", "--gpu-memory-gib", "1"], "the least that any layout on 8 GPUs needs is"),
+        (
+            ["--suggest", "--gpu-memory-gib", "1"],
+            "no rank layout on 8 GPUs fits into 1.0 GiB per GPU",
+        ),
         (["--suggest", "--global-batch-size", "3", "--gpus-per-node", "7"], "--global-batch-size 3"),
         (["--figure", "/nowhere/schedule.png"], "cannot be written"),
         (["--modes", "4"], "unknown setting --modes"),
