@@ -15,7 +15,7 @@ from megatron_mesh.data import Batch
 from megatron_mesh.model import build_model, transformer_config
 from megatron_mesh.model.implementation import choose
 from megatron_mesh.model.init import init_weights
-from megatron_mesh.model.layers import final_norm, layer_spec
+from megatron_mesh.model.layer_spec import final_norm, layer_spec
 from megatron_mesh.parallel import plain_stage
 from megatron_mesh.runtime import device
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule

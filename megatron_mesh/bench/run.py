@@ -27,7 +27,7 @@ from megatron_mesh.config.ranges import at_least
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.sizes import flops_per_token
 from megatron_mesh.errors import UserError
-from megatron_mesh.model.implementation import choose, parts
+from megatron_mesh.model.implementation import choose, describe
 from megatron_mesh.runtime import device, ranges
 from megatron_mesh.runtime.distributed import process_groups
 from megatron_mesh.runtime.environment import world_size_from_environment
@@ -58,7 +58,7 @@ def run(settings: Settings) -> Report:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     with process_groups(next(iter(configs.values()))), explained(lambda: _remedies(settings)):
-        return Report(settings, _measured(settings, configs), skipped, parts(chosen))
+        return Report(settings, _measured(settings, configs), skipped, describe(chosen))
 
 
 def _measured(settings: Settings, configs: dict[str, Config]) -> dict[str, Result]:

@@ -16,9 +16,9 @@ from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.data import Batch
 from megatron_mesh.errors import UserError
-from megatron_mesh.model.implementation import why_no_transformer_engine
 from megatron_mesh.recurrence import SCHEMES
 from megatron_mesh.runtime import device
+from megatron_mesh.runtime.transformer_engine import why_no_transformer_engine
 
 _TAKEN_OVER = (
     "layers",

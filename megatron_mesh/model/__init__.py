@@ -1,4 +1,7 @@
-"""The model: Megatron-core's GPT with a block that loops."""
+"""Megatron-core's GPT with a block that loops: takes a resolved configuration, returns a built model.
+
+Start reading at ``block.py``; ``build.py`` is the entry point.
+"""
 
 from megatron_mesh.model.block import MeshTransformerBlock
 from megatron_mesh.model.build import build_model, build_on_meta

@@ -167,7 +167,7 @@ def _summary(plan: Plan) -> list[tuple[str, str]]:
         rows.append(
             (
                 "bubble",
-                f"{times.bubble_share:.1%} of the ranks' time; {times.imbalance:.1%} from unequal work alone; "
+                f"{times.bubble_share:.1%} of the ranks' time; {times.imbalance:.1%} from unequal work; "
                 f"{formula / (1 + formula):.1%} if all chunks cost the same",
             )
         )

@@ -238,7 +238,7 @@ def test_what_is_missing_is_said_before_anything_is_built(monkeypatch: pytest.Mo
     monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: "it is gone")
     monkeypatch.setattr(implementation, "has_fused_gradients", lambda: False)
     monkeypatch.setattr("megatron_mesh.bench.run.build_variant", lambda *_: pytest.fail("built"))
-    with pytest.raises(UserError, match="--gradient-accumulation-fusion needs Transformer Engine, or apex"):
+    with pytest.raises(UserError, match="--gradient-accumulation-fusion needs Transformer Engine or apex"):
         MAIN(command_line(replace(TOY, gradient_accumulation_fusion=True)))
 
 

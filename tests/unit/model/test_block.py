@@ -98,7 +98,7 @@ def test_mesh_keeps_k_plus_2_states(loops: int, recompute: str | None) -> None:
 def test_offloading_is_refused() -> None:
     plain = vars(transformer_config(tiny_config("mesh")))
     fields = {name: plain[name] for name in MeshTransformerConfig.__dataclass_fields__ if name in plain}
-    with pytest.raises(UserError, match="offloading of activations counts on each layer running once"):
+    with pytest.raises(UserError, match="activation offloading requires that each layer runs once"):
         MeshTransformerConfig(**{**fields, "cpu_offloading": True, "cpu_offloading_num_layers": 1})
 
 

@@ -165,7 +165,7 @@ def absent(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine without Transformer Engine and apex."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     implementation.why_no_transformer_engine.cache_clear()
-    implementation._say_once.cache_clear()
+    implementation._log_once.cache_clear()
     yield
     implementation.why_no_transformer_engine.cache_clear()
 
@@ -178,7 +178,7 @@ def absent(monkeypatch: pytest.MonkeyPatch) -> None:
             ["-e '.[te]'", "--transformer-impl local"],
         ),
         (PrecisionConfig(fp8_format="e4m3"), ["--fp8-format", "-e '.[te]'"]),
-        (PrecisionConfig(gradient_accumulation_fusion=True), ["apex", "-e '.[te]'", "leave it out"]),
+        (PrecisionConfig(gradient_accumulation_fusion=True), ["apex", "-e '.[te]'", "remove the flag"]),
     ],
 )
 def test_what_is_missing_is_named(absent, precision: PrecisionConfig, words: list[str]) -> None:
@@ -208,7 +208,7 @@ def test_a_broken_installation_is_not_a_traceback(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib, "import_module", broken)
     implementation.why_no_transformer_engine.cache_clear()
     try:
-        with pytest.raises(UserError, match="there is no GPU; or use --transformer-impl local"):
+        with pytest.raises(UserError, match="there is no GPU; use --transformer-impl local"):
             choose(PrecisionConfig(transformer_impl="transformer_engine"), ParallelConfig())
         assert choose(PrecisionConfig(), ParallelConfig()) == choose(
             PrecisionConfig(transformer_impl="local"), ParallelConfig()
@@ -216,7 +216,9 @@ def test_a_broken_installation_is_not_a_traceback(monkeypatch: pytest.MonkeyPatc
         implementation.why_no_transformer_engine.cache_clear()
         monkeypatch.setattr(implementation.device, "has_gpu", lambda: True)
         for asked in ("auto", "transformer_engine"):
-            words = rf"--transformer-impl {asked}: .*libcudart.*again.*uninstall.*--transformer-impl local"
+            words = (
+                rf"--transformer-impl {asked}: .*libcudart.*reinstall.*uninstall.*--transformer-impl local"
+            )
             with pytest.raises(UserError, match=words):
                 choose(PrecisionConfig(transformer_impl=asked), ParallelConfig())
     finally:
@@ -244,14 +246,14 @@ def test_the_attention_that_setting_and_switches_ask_for(
     """Whatever an earlier model has left in the environment."""
     given = dict(switch.split("=") for switch in switches.split())
     monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
-    assert attention_backend(asked, te_layers=True, switches=given).name == chosen
-    assert attention_backend(asked, te_layers=False, switches=given).name == asked
+    assert attention_backend(asked, te_layers=True, variables=given).name == chosen
+    assert attention_backend(asked, te_layers=False, variables=given).name == asked
     assert "NVTE_FUSED_ATTN" not in os.environ
 
 
 def test_a_switch_of_another_value() -> None:
     with pytest.raises(UserError, match=r"NVTE_FLASH_ATTN=no in the environment.*0 or 1"):
-        attention_backend("auto", te_layers=True, switches={"NVTE_FLASH_ATTN": "no"})
+        attention_backend("auto", te_layers=True, variables={"NVTE_FLASH_ATTN": "no"})
 
 
 def test_models_of_several_attentions_in_one_process() -> None:
@@ -269,7 +271,7 @@ def test_an_attention_that_local_layers_have_not() -> None:
 def test_context_parallelism_needs_transformer_engines_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: None)
     precision = PrecisionConfig(transformer_impl="transformer_engine", attention_backend="local")
-    with pytest.raises(UserError, match="not --attention-backend local"):
+    with pytest.raises(UserError, match="but --attention-backend is local"):
         choose(precision, ParallelConfig(context_parallel_size=2))
 
 
@@ -277,7 +279,7 @@ def test_fused_gradients_of_local_layers_beside_transformer_engine(monkeypatch: 
     monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: None)
     monkeypatch.setattr(implementation.device, "has_gpu", lambda: True)
     precision = PrecisionConfig(transformer_impl="local", gradient_accumulation_fusion=True)
-    with pytest.raises(UserError, match=r"--transformer-impl local rules it out, and apex's .* leave it out"):
+    with pytest.raises(UserError, match=r"--transformer-impl is local, and apex's .* remove the flag"):
         choose(precision, ParallelConfig())
 
 
@@ -294,7 +296,7 @@ def test_fused_gradients_of_local_layers_beside_transformer_engine(monkeypatch: 
 def test_fp8_that_the_gpu_has_not(monkeypatch, capability, cuda: str, recipe: str, words: str | None) -> None:
     """Transformer Engine would assert it in the first forward."""
     monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: None)
-    monkeypatch.setattr(implementation, "_say_once", lambda *said: None)
+    monkeypatch.setattr(implementation, "_log_once", lambda *said: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
