@@ -165,7 +165,7 @@ class MeshTransformerBlock(TransformerBlock):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Return the tensors; keys start with prelude, core (or cores.N), coda, final_layernorm, recurrence."""
+        """Return tensors under the keys prelude, core (or cores.N), coda, final_layernorm and recurrence."""
         assert not sharded_offsets, "Unexpected sharded offsets"
         ends = {"final_layernorm": self.final_layernorm, "recurrence": self.recurrence}
         state: ShardedStateDict = {}

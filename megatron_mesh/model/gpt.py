@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from megatron_mesh.config.placement import Part
 from megatron_mesh.model.block import MeshTransformerBlock
 from megatron_mesh.model.config import MeshTransformerConfig
-from megatron_mesh.model.layers import final_norm
+from megatron_mesh.model.layer_spec import final_norm
 from megatron_mesh.recurrence import SCHEMES
 
 
