@@ -79,7 +79,6 @@ def _parameter_rows(counts: Counter[str]) -> list[tuple[str, str]]:
 def _run_rows(plan: Plan) -> list[tuple[str, str]]:
     training, model = plan.config.training, plan.config.model
     assert training.global_batch_size is not None
-    micro_batches = f"{plan.pipeline.micro_batches} of {training.micro_batch_size} sequences"
     per_step = training.global_batch_size * model.seq_length
     tokens = last_sample(training) * model.seq_length
     flops = flops_per_token(model)
@@ -90,7 +89,10 @@ def _run_rows(plan: Plan) -> list[tuple[str, str]]:
         rampup = [("batch size", growth)]
     return [
         ("ranks", f"{plan.world_size}: {ranks_text(plan)}"),
-        ("micro-batches", f"{micro_batches} per step and replica"),
+        (
+            "micro-batches",
+            f"{plan.pipeline.micro_batches} per step and replica, of size {training.micro_batch_size}",
+        ),
         ("tokens per step", f"{per_step:,} ({training.global_batch_size:,} x {model.seq_length:,})"),
         *rampup,
         ("steps", f"{last_step(training):,} ({tokens:,} tokens)"),

@@ -62,7 +62,7 @@ def saving_rows(plan: Plan, disk: Disk, gpus_per_node: int) -> list[tuple[str, s
         (
             "  host memory",
             f"{size(plain)} per rank while saving; {size(copied)} with --async-save, "
-            f"or {size(on_host * copied)} per host with {on_host} ranks",
+            f"or {size(on_host * copied)} per host with {on_host} {'rank' if on_host == 1 else 'ranks'}",
         ),
         (
             "  time to save",
@@ -156,9 +156,12 @@ def _summary(plan: Plan) -> list[tuple[str, str]]:
     ranks = f"{plan.world_size:,}: {ranks_text(plan)}"
     rows = [
         ("model", f"{model.recurrence} {layout(model)}, {width}, sequence length {model.seq_length:,}"),
-        ("GPUs", ranks),
+        ("ranks", ranks),
         ("pipeline", _pipeline_text(plan)),
-        ("micro-batches", f"{stages.micro_batches} of {training.micro_batch_size} per step and replica"),
+        (
+            "micro-batches",
+            f"{stages.micro_batches} per step and replica, of size {training.micro_batch_size}",
+        ),
         ("recomputation", training.recompute_granularity or "none"),
         ("precision", _precision_text(plan)),
     ]
@@ -167,8 +170,8 @@ def _summary(plan: Plan) -> list[tuple[str, str]]:
         rows.append(
             (
                 "bubble",
-                f"{times.bubble_share:.1%} of the ranks' time; {times.imbalance:.1%} from unequal work; "
-                f"{formula / (1 + formula):.1%} if all chunks cost the same",
+                f"{times.bubble_share:.1%} of the ranks' time ({times.imbalance:.1%} from unequal work; "
+                f"equal chunks would give {formula / (1 + formula):.1%})",
             )
         )
     return rows

@@ -1,4 +1,4 @@
-"""The model of a step's time, on hardware whose numbers make the sums easy."""
+"""Check estimated step times on hardware with round numbers."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from megatron_mesh.planner.speed import Hardware, chunk_seconds, data_parallel_t
 from tests.helpers import tiny_config
 
 
-def test_one_gpu_computes_and_nothing_else() -> None:
+def test_one_gpu_only_computes() -> None:
     config = tiny_config("mesh")
     stages = make_plan(config, 1).pipeline
     hardware = Hardware(1, 1, tflops=1e-3)
@@ -16,8 +16,8 @@ def test_one_gpu_computes_and_nothing_else() -> None:
     assert times.step_time == pytest.approx(8 * 16 * flops_per_token(config.model) / 1e9)
 
 
-def test_gradients_cross_nodes_only_where_they_must() -> None:
-    """Rates of 4 and 1 GB/s: ranks on one node are four times as fast as the same ranks on two."""
+def test_gradients_take_longer_between_nodes() -> None:
+    """At 4 GB/s within and 1 GB/s between nodes, two nodes take four times as long as one."""
     config = tiny_config("mesh", world_size=4)
     plan = make_plan(config, 4)
     times = []
