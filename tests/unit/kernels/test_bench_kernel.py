@@ -1,4 +1,4 @@
-"""The benchmark of the kernels: its arithmetic, and its way from settings to a file, on a CPU."""
+"""Test the kernel benchmark on a CPU: its arithmetic, and a run from settings to the result file."""
 
 import json
 import runpy
@@ -39,7 +39,7 @@ def test_least_bytes_are_those_of_the_tensors() -> None:
     assert SHAPE.least_bytes("backward") == sum(x.nbytes for x in (*inputs, out, *grads))
 
 
-def test_shares_are_of_the_copy_of_the_same_round() -> None:
+def test_shares_refer_to_the_copy_in_the_same_round() -> None:
     least = SHAPE.least_bytes("forward")
     seconds = {
         COPY: [1.0, 2.0, 4.0],
@@ -66,7 +66,7 @@ def test_every_way_is_timed_in_every_round() -> None:
         **{(way, direction): 4 for way in ("spy", "torch") for direction in ("forward", "backward")},
     }
     assert all(time > 0 for times in found.values() for time in times)
-    assert calls.count(False) == (4 + 1) * 2  # a forward that keeps nothing, twice in each round
+    assert calls.count(False) == (4 + 1) * 2  # a forward without gradients, twice in each round
 
 
 def test_from_settings_to_a_file(
@@ -87,12 +87,12 @@ def test_from_settings_to_a_file(
 
 
 @pytest.mark.skipif(kernels.available(), reason="the kernels run here")
-def test_says_that_there_is_no_gpu() -> None:
+def test_reports_that_there_is_no_gpu() -> None:
     with pytest.raises(UserError, match="the kernels cannot run"):
         MAIN(SMALL)
 
 
-def test_refuses_mistakes_before_it_measures(tmp_path: Path) -> None:
+def test_rejects_mistakes_before_measuring(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least 1"):
         MAIN([*SMALL, "--terms", "0"])
     with pytest.raises(UserError, match="cannot be written"):
