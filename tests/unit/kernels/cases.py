@@ -1,4 +1,4 @@
-"""The cases on which the kernels are tested, in Triton's interpreter and on a GPU, and the expected results."""
+"""Cases with expected results for testing the kernels, in Triton's interpreter and on a GPU."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,7 +97,7 @@ def check_kernels(case: Case) -> None:
 def mesh_gradients(
     mix: Mix, loops: int, hidden: int, where: torch.device | str = "cpu"
 ) -> tuple[int, list[Tensor]]:
-    """Run a whole MeSH around an arbitrary core; return the calls of ``mix``, the output and all gradients."""
+    """Run a whole MeSH around a simple core; return the calls of ``mix``, the output and all gradients."""
     generator = torch.Generator().manual_seed(loops)
     scheme = build_scheme("mesh", hidden, loops, RecurrenceOptions(slots=loops + 3))
     for parameter in scheme.parameters():

@@ -1,4 +1,4 @@
-"""Without triton or a GPU the package can be imported, reports what is missing, and falls back for float64."""
+"""Without triton or a GPU the package can be imported, reports what is missing, and handles float64."""
 
 import importlib
 import shutil

@@ -1,4 +1,4 @@
-"""Compile the kernels for Hopper, on any machine, and check that they access memory once and in wide words."""
+"""Compile the kernels for Hopper, on any machine; check that they access memory once, in wide words."""
 
 import re
 from collections import Counter
@@ -71,7 +71,7 @@ def test_one_pass_over_memory(terms: int, detached: tuple[int, ...], compiler: C
 
 
 def _accesses(ir: str, ptx: str) -> dict[str, int]:
-    """Count how often a program goes over its part of each tensor; states must be accessed in 16-byte words."""
+    """Count the accesses of a program to its part of each tensor; those of states must be 16 bytes wide."""
     names = {("load", "bf16"): "states read", ("load", "f32"): "weights read"}
     names |= {("store", "bf16"): "states written", ("store", "f32"): "weights written"}
     found = Counter(names[pair] for pair in re.findall(r"tt\.(load|store) .*x!tt\.ptr<(\w+)>>", ir))
