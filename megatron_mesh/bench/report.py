@@ -60,7 +60,7 @@ class Result:
     """What autograd keeps; counted for Megatron's layers in their plain precision."""
     times: Times
     flops_per_token: float = 0.0
-    """Of forward and backward of the unrolled network (``model/flops.py``)."""
+    """Of forward and backward of the unrolled network (``config/sizes.py``)."""
     peak_bytes: int | None = None
     """Most memory held in a measured step; None on a CPU."""
     peak_flops: float | None = None
