@@ -87,8 +87,7 @@ def transformer_config(config: Config, implementation: Implementation = LOCAL) -
         # A looped model's values are set below, because Megatron would check that the unrolled depth divides.
         pipeline_model_parallel_size=1 if looped else parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=None if looped else virtual,
-        # With two pipeline ranks, the next rank is also the previous one, and batched messages would be mixed
-        # up.
+        # With two pipeline ranks, the next is also the previous one, and batched messages would be swapped.
         batch_p2p_comm=False,
         overlap_p2p_comm=parallel.overlap_p2p_communication and virtual is not None,
         deterministic_mode=training.deterministic_mode,

@@ -43,8 +43,8 @@ class _RefreshesCast:
     def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See ``TELinear.forward``."""
         if self.is_first_microbatch and not self.disable_parameter_transpose_cache:
-            # The cast only includes the transpose that backward needs if gradients are enabled. They are
-            # disabled in the first forward of a recomputed layer.
+            # The cast includes the transpose that backward needs only if gradients are enabled, and they are
+            # off in the first forward of a recomputed layer. So switch them on.
             with torch.set_grad_enabled(self.training):
                 zeros = x.new_zeros(_ROWS * self.tp_size, 1, x.shape[-1], requires_grad=self.training)
                 super().forward(zeros)  # type: ignore[misc]  # sets is_first_microbatch to False

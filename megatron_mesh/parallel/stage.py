@@ -65,7 +65,7 @@ class Stage:
 
     @contextmanager
     def parameters_gathered(self) -> Iterator[None]:
-        """Gather all parameters, for evaluation, and start no gather inside.
+        """Gather all parameters on entry, so that evaluation uses current ones, and run no gather inside.
 
         With ``overlap_param_gather``, parameters are stale after a training step until the next forward
         gathers them.
