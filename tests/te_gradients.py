@@ -86,12 +86,12 @@ def linears(stage: Stage) -> dict[str, Any]:
 @contextmanager
 def stock_wrappers() -> Iterator[None]:
     """Megatron's wrappers as they are."""
-    ours = te_layers._RefreshesItsCast.forward
-    del te_layers._RefreshesItsCast.forward
+    ours = te_layers._RefreshesCast.forward
+    del te_layers._RefreshesCast.forward
     try:
         yield
     finally:
-        te_layers._RefreshesItsCast.forward = ours
+        te_layers._RefreshesCast.forward = ours
 
 
 def worst(fused: dict[str, Any], unfused: dict[str, Any]) -> dict[str, float]:

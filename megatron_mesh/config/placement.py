@@ -7,9 +7,10 @@ for good: the model's K + 2 passes go round the ring of ranks, and every pass ta
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_mesh.config.derived import layout, padded_vocab_size
+from megatron_mesh.config.derived import layout
 from megatron_mesh.config.layers import LayerLayout
 from megatron_mesh.config.schema import ModelConfig, ParallelConfig
+from megatron_mesh.config.sizes import loss_in_layers
 from megatron_mesh.errors import UserError
 from megatron_mesh.recurrence import SCHEMES
 
@@ -118,15 +119,6 @@ def _balanced(model: ModelConfig, layers: LayerLayout, parallel: ParallelConfig)
 
     even = spread(fill=False)
     return even if all(map(sum, zip(even.prelude, even.core, even.coda, strict=True))) else spread(fill=True)
-
-
-def loss_in_layers(model: ModelConfig) -> float:
-    """FLOPs of the output projection in units of a layer's; 0 while the vocabulary is not known."""
-    if model.vocab_size is None:
-        return 0.0
-    h, ffn = model.hidden_size, model.ffn_hidden_size or 4 * model.hidden_size
-    layer = 4 * h * h + 2 * h * ffn + h * model.seq_length  # the last: causal scores and their use
-    return h * padded_vocab_size(model) / layer
 
 
 def _spread(layers: int, load: list[float], away_from: int, held: list[int] | None = None) -> tuple[int, ...]:

@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 
 from megatron_mesh.config.check_model import resolve_model
-from megatron_mesh.config.derived import layout, non_embedding_parameters
+from megatron_mesh.config.derived import layout
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import with_values
+from megatron_mesh.config.sizes import non_embedding_parameters
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from typing import Any
 import megatron_mesh
 from megatron_mesh.checkpoint.directory import Checkpoint
 from megatron_mesh.checkpoint.inspect import loss_in_words
-from megatron_mesh.config.derived import layout, non_embedding_parameters
+from megatron_mesh.config.derived import layout
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.layers import LayerLayout
 from megatron_mesh.config.schema import ModelConfig
+from megatron_mesh.config.sizes import non_embedding_parameters
 from megatron_mesh.hf.folding import is_folded
 from megatron_mesh.hf.ship import AUTO_MAP
 from megatron_mesh.hf.versions import OLDEST, TESTED

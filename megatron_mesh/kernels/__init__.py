@@ -1,6 +1,7 @@
-"""The memory's one heavy operation as Triton kernels; ``recurrence`` gets it handed in and stays pure torch.
+"""Triton kernels for the memory's one expensive operation, a weighted sum of states.
 
-Triton is imported by the first call of ``weighted_sum``, never before.
+The model passes ``weighted_sum`` to the recurrence, which stays pure torch. Triton is imported at the first
+call. Start reading at ``mixing.py``.
 """
 
 from .availability import available, why_unavailable

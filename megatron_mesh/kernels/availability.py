@@ -1,4 +1,4 @@
-"""Whether Triton's kernels can run in this process."""
+"""Find out whether the Triton kernels can run in this process."""
 
 import os
 import shutil
@@ -10,23 +10,23 @@ from megatron_mesh.runtime import device
 
 
 def available() -> bool:
-    """Whether ``weighted_sum`` runs here: a GPU, triton, and what triton needs to start a kernel."""
+    """Whether ``weighted_sum`` runs here. It needs a GPU, triton, a C compiler and Python's headers."""
     return why_unavailable() is None
 
 
 def why_unavailable() -> str | None:
-    """What is missing, in words; None where nothing is.
+    """Return what is missing, or None if the kernels can run.
 
-    Triton builds a small C library before its first launch (``triton/runtime/build.py``). A machine that
-    cannot must be told apart here: training would end at its first step.
+    Triton compiles a small C library before its first launch (``triton/runtime/build.py``). If that is
+    impossible we must find out now, because training would crash in its first step.
     """
     if not device.has_gpu():
         return "there is no GPU"
     if find_spec("triton") is None:
         return "triton is not installed"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "triton needs a C compiler: install gcc, or name one in CC"
-    # As triton asks: Debian's own Python has a default scheme for what users install, which has no headers.
+        return "triton needs a C compiler: install gcc or set CC"
+    # As in triton: the default scheme of Debian's Python is for user-installed packages and has no headers.
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     if not (Path(sysconfig.get_paths(scheme)["include"]) / "Python.h").exists():
         return "triton needs Python's C headers: install python3-dev"

@@ -1,13 +1,15 @@
-"""``weighted_sum`` in one pass over memory each way.
+"""``weighted_sum`` that reads and writes GPU memory once, in forward and in backward.
 
-Forward reads J states and writes one; backward reads the gradient and the J states and writes J state
-gradients. In torch's operations (``recurrence.mixing``) the running total, and in backward the gradient and
-its products with the states, go through memory again for each j.
+The forward reads J states and writes one. The backward reads the gradient and the J states, and writes J
+state gradients. torch's operations (``recurrence.mixing``) move more: for every state they read and write the
+running total, and in backward the gradient and its products with the states.
 
-What stays outside: the gains sum_b r_b w_b^j read J N numbers per token, 80 bytes at N = 5, J = 4 beside the
-20 KiB that the mixing moves at H = 2048 in bf16, so fusing them in would save half a percent. The logits of
-the next cycle's routers would save reading its state twice, 8 KiB, at the price of loading all 2 N H router
-weights, 40 KiB, in each program of a row.
+Two neighbouring computations are not fused in, for these reasons (at N = 5, J = 4, H = 2048, bf16):
+
+- The gains sum_b r_b w_b^j read J N numbers per token. That is 80 bytes, compared with 20 KiB for the mixing,
+  so fusing them would save half a percent.
+- Computing the next cycle's router logits here would save reading its state twice (8 KiB). But every program
+  of a row would have to load all 2 N H router weights (40 KiB).
 """
 
 from collections.abc import Sequence
@@ -23,18 +25,18 @@ STATE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def weighted_sum(weights_SBJ: Tensor, states_SBH: Sequence[Tensor]) -> Tensor:
-    """``sum_j weights[..., j] * states[j]``, accumulated in float32; as ``recurrence.mixing.weighted_sum``.
+    """Compute ``sum_j weights[..., j] * states[j]`` in float32, like ``recurrence.mixing.weighted_sum``.
 
-    Any other types (float64) and empty tensors go to ``recurrence.mixing.weighted_sum``. Tensors that are
-    not contiguous are copied first. The gradient cannot be differentiated again.
+    Other types (float64) and empty tensors are passed on to that function. Non-contiguous tensors are copied
+    first. There is no second derivative.
 
     Args:
         weights_SBJ: [S, B, J], float32.
-        states_SBH: J tensors [S, B, H], bfloat16, float16 or float32; the result has the first one's type.
+        states_SBH: J tensors [S, B, H] in bfloat16, float16 or float32; the result has the first one's type.
     """
     shape = states_SBH[0].shape
     assert weights_SBJ.shape == (*shape[:-1], len(states_SBH)), "one weight per token and state"
-    assert all(state.shape == shape for state in states_SBH), "states of one shape"
+    assert all(state.shape == shape for state in states_SBH), "all states must have the same shape"
     supported = weights_SBJ.dtype == torch.float32 and all(x.dtype in STATE_DTYPES for x in states_SBH)
     if not supported or shape.numel() == 0:
         return mixing.weighted_sum(weights_SBJ, states_SBH)

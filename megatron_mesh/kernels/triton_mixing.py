@@ -1,8 +1,8 @@
-"""The Triton kernels of ``mixing``, and how they are laid over rows and columns.
+"""The Triton kernels behind ``mixing.py`` and their tiling.
 
-A row is a token: R = S * B rows of H columns. States come as a tuple of pointers, one kernel being compiled
-for each number of states. All loads of a tile stand before its stores and sums, so that they are under way
-at the same time: neither the compiler nor the GPU moves a load ahead of those.
+A row is a token: there are S * B rows of H columns. States are passed as a tuple of pointers, so a kernel is
+compiled for each number of states. A tile issues all loads before its stores and sums, so that they are in
+flight together. Neither the compiler nor the GPU would move a load ahead of a store.
 """
 
 import triton
@@ -11,7 +11,7 @@ from torch import Tensor
 
 MAX_COLUMNS = 8192
 TILE = 2048
-"""Elements of a state per program at least, as far as there are rows: 16 for each of 128 threads."""
+"""Least number of a state's elements per program: 16 for each of 128 threads."""
 ELEMENTS_PER_WARP = 512
 
 
@@ -41,7 +41,7 @@ def backward(
 
 
 def tile(width: int) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile, and its warps, for rows of ``width`` elements."""
+    """Return a program's tile (rows, columns) and its number of warps, for rows of ``width`` elements."""
     columns = min(triton.next_power_of_2(width), MAX_COLUMNS)
     rows = max(1, TILE // columns)
     return rows, columns, rows * columns // ELEMENTS_PER_WARP

@@ -1,9 +1,11 @@
-"""The model: Megatron-core's GPT with a block that loops."""
+"""Megatron-core's GPT with a block that loops: takes a resolved configuration, returns a built model.
+
+Start reading at ``block.py``; ``build.py`` is the entry point.
+"""
 
 from megatron_mesh.model.block import MeshTransformerBlock
 from megatron_mesh.model.build import build_model, build_on_meta
 from megatron_mesh.model.config import MeshTransformerConfig, transformer_config
-from megatron_mesh.model.flops import flops_per_token
 from megatron_mesh.model.gpt import MeshGPTModel
 
 __all__ = [
@@ -12,6 +14,5 @@ __all__ = [
     "MeshTransformerConfig",
     "build_model",
     "build_on_meta",
-    "flops_per_token",
     "transformer_config",
 ]

@@ -1,8 +1,8 @@
-"""Which attention the layers compute with: ``--attention-backend``, and Transformer Engine's own switches.
+"""Reconcile ``--attention-backend`` with the environment variables that Transformer Engine reads.
 
-Megatron-core turns the setting into three environment variables that Transformer Engine reads
-(``language_module.py: _set_attention_backend``), and ends with an assertion if one of them has another value.
-Here the values that the user has set are read first, and taken for the setting that they amount to.
+Megatron-core turns the setting into three variables (``language_module.py: _set_attention_backend``) and
+asserts that none of them has another value. So we read what the user has set, unset the variables, and
+derive the setting from them if it is ``auto``.
 """
 
 import functools
@@ -17,10 +17,10 @@ from megatron_mesh.runtime.distributed import is_rank_zero
 
 logger = logging.getLogger(__name__)
 
-_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
-_MEANING = {
+_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+_BACKENDS = {
     ("1", "1", "1"): "auto",
-    ("1", "1", "0"): "auto",  # which takes the unfused one only if it has no other
+    ("1", "1", "0"): "auto",  # auto uses unfused attention only if there is nothing else
     ("1", "0", "1"): "flash",
     ("0", "1", "1"): "fused",
     ("1", "0", "0"): "flash",
@@ -28,43 +28,43 @@ _MEANING = {
     ("0", "0", "1"): "unfused",
     ("0", "0", "0"): "local",
 }
-# Read once: every model that is built sets them anew.
-_FROM_USER = {name: os.environ[name] for name in _SWITCHES if name in os.environ}
+# Read at import, because every model that is built sets them anew.
+_SET_BY_USER = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
 
 
 def attention_backend(
-    asked: str, *, te_layers: bool, switches: Mapping[str, str] = _FROM_USER
+    setting: str, *, te_layers: bool, variables: Mapping[str, str] = _SET_BY_USER
 ) -> AttnBackend:
-    """The attention of the next model, and room for the switches that Megatron-core sets for it.
+    """Return the next model's attention backend, and unset the variables for Megatron-core to set.
 
     Args:
-        asked: ``attention_backend`` of the settings.
-        te_layers: whether the layers are Transformer Engine's; the switches mean nothing to others.
-        switches: Transformer Engine's, as the user has set them; each is 1 where it is absent.
+        setting: ``attention_backend`` from the settings.
+        te_layers: whether the layers are Transformer Engine's. The variables don't affect others.
+        variables: Transformer Engine's variables as set by the user; missing ones count as 1.
 
     Raises:
-        UserError: a switch that counts is neither 0 nor 1.
+        UserError: a variable that takes effect is neither 0 nor 1.
     """
-    for name in _SWITCHES:
+    for name in _VARIABLES:
         os.environ.pop(name, None)
-    if not switches:
-        return AttnBackend[asked]
-    words = ", ".join(f"{name}={value}" for name, value in switches.items())
+    if not variables:
+        return AttnBackend[setting]
+    found = ", ".join(f"{name}={value}" for name, value in variables.items())
     if not te_layers:
-        _say_once(f"{words} in the environment: ignored, since the layers are not Transformer Engine's")
-        return AttnBackend[asked]
-    meant = _MEANING.get(tuple(switches.get(name, "1") for name in _SWITCHES))  # type: ignore[arg-type]
-    if asked != "auto":
-        if meant != asked:
-            _say_once(f"{words} in the environment: ignored, since --attention-backend is {asked}")
-        return AttnBackend[asked]
-    if meant is None:
-        raise UserError(f"{words} in the environment: each must be 0 or 1; unset it")
-    _say_once(f"{words} in the environment: taken for --attention-backend {meant}")
-    return AttnBackend[meant]
+        _warn_once(f"ignoring {found} from the environment, because the layers are not Transformer Engine's")
+        return AttnBackend[setting]
+    implied = _BACKENDS.get(tuple(variables.get(name, "1") for name in _VARIABLES))  # type: ignore[arg-type]
+    if setting != "auto":
+        if implied != setting:
+            _warn_once(f"ignoring {found} from the environment, because --attention-backend is {setting}")
+        return AttnBackend[setting]
+    if implied is None:
+        raise UserError(f"{found} in the environment: each must be 0 or 1; correct or unset it")
+    _warn_once(f"{found} in the environment: using --attention-backend {implied}")
+    return AttnBackend[implied]
 
 
 @functools.cache
-def _say_once(text: str) -> None:
+def _warn_once(text: str) -> None:
     if is_rank_zero():
         logger.warning(text)

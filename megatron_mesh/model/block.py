@@ -1,4 +1,4 @@
-"""The MeSH transformer block: prelude, a core that runs K times around a recurrence, coda."""
+"""The MeSH transformer block: a prelude, a core that runs K times with a recurrence, a coda."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_mesh import kernels
 from megatron_mesh.config.placement import Part
 from megatron_mesh.model.config import MeshTransformerConfig
-from megatron_mesh.model.layers import final_norm
+from megatron_mesh.model.layer_spec import final_norm
 from megatron_mesh.model.precision import Name, section_config
 from megatron_mesh.model.section import Section
 from megatron_mesh.recurrence import LoopState, Scheme, build_scheme
@@ -25,15 +25,16 @@ from megatron_mesh.runtime import ranges
 
 
 class MeshTransformerBlock(TransformerBlock):
-    """A ``TransformerBlock`` whose middle layers are applied K times.
+    """A ``TransformerBlock`` whose middle layers run K times.
 
-    A forward is K + 2 *passes* (prelude, K times the core, coda), and before each of them the
-    recurrence makes its input from the output of the one before.
+    A forward consists of K + 2 *passes*: the prelude, K loops of the core, the coda. Before each pass, the
+    recurrence computes the pass's input from the previous pass's output.
 
     Args:
         layer_spec: the spec of every layer.
         pg_collection: Megatron's process groups.
-        part: the layers to hold, if not all; then the passes are run one by one (``parallel/ring.py``).
+        part: the layers that this pipeline rank holds (default: all). A partial block has no ``forward``;
+            ``parallel/ring.py`` runs its passes one by one.
     """
 
     config: MeshTransformerConfig
@@ -96,8 +97,9 @@ class MeshTransformerBlock(TransformerBlock):
             and scheme.kept_states(config.layout.loops) > 0
         )
         for parameter in scheme.parameters():
-            # Each rank has the gradient of its shard. Megatron sums those with the first mark, and only
-            # under sequence parallelism; parallel/gradients.py those with the second.
+            # Each tensor-parallel rank has the gradient for its sequence shard only. The first attribute
+            # makes Megatron sum the gradients under sequence parallelism, the second makes
+            # parallel/gradients.py sum them without it.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
             parameter.sum_over_tensor_parallel = self.shards_states  # type: ignore[attr-defined]
             parameter.no_weight_decay = scheme.full_precision  # type: ignore[attr-defined]  # optimizer.py
@@ -105,22 +107,22 @@ class MeshTransformerBlock(TransformerBlock):
 
     @property
     def passes(self) -> list[Section]:
-        """The sections in the order in which they run: K + 2 entries, a shared core K times."""
+        """The sections in execution order: K + 2 entries, in which a shared core appears K times."""
         cores = [self.core] * self.config.layout.loops if self.config.layout.shared else [*self.cores]
         return [self.prelude, *cores, self.coda]
 
     def pass_name(self, index: int) -> str:
-        """What profiles call pass ``index``."""
+        """The name of pass ``index`` in profiles."""
         last = self.config.layout.loops + 1
         return f"pass {index}: {'prelude' if index == 0 else 'coda' if index == last else 'core'}"
 
     @property
     def layers(self) -> list[TransformerLayer]:
-        """Every layer once (Megatron's schedules write the micro-batch's number on each)."""
+        """Every layer once. Megatron's schedules set ``current_microbatch`` on each of them."""
         return [layer for _, section in self.sections() for layer in section.layers]
 
     def sections(self) -> Iterator[tuple[str, Section]]:
-        """Every section once, by its name."""
+        """Yield every section once, with its name."""
         yield "prelude", self.prelude
         if self.config.layout.shared:
             yield "core", self.core
@@ -130,13 +132,13 @@ class MeshTransformerBlock(TransformerBlock):
         yield "coda", self.coda
 
     def enter(self, index: int, x: Tensor, state: LoopState) -> Tensor:
-        """The input of pass ``index`` from the output ``x`` [S, B, H] of the one before (embedding for 0).
+        """Compute the input of pass ``index`` from the previous pass's output ``x`` [S, B, H].
 
-        Under tensor parallelism without sequence parallelism, ``x`` and the result are whole on every
-        rank, and the memory is sharded along the sequence all the same.
+        For pass 0, ``x`` is the embedding. Under tensor parallelism without sequence parallelism, ``x`` and
+        the result are whole on every rank, although the memory is sharded along the sequence.
         """
-        assert self.recurrence is not None, "the recurrence is on the first pipeline rank"
-        with ranges.named(f"cycle {index - 1}" if index else "embedding kept"):
+        assert self.recurrence is not None, "only the first pipeline rank holds the recurrence"
+        with ranges.named(f"cycle {index - 1}" if index else "store embedding"):
             if not self.shards_states:
                 return self.recurrence(index, x, state)
             x = tensor_parallel.scatter_to_sequence_parallel_region(x, group=self.tp_group)
@@ -146,13 +148,13 @@ class MeshTransformerBlock(TransformerBlock):
             )
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
-        """[S, B, H] (sequence shards under sequence parallelism) -> the same, normed.
+        """Run all passes and the final norm: [S, B, H] -> [S, B, H] (shards under sequence parallelism).
 
         Args:
             hidden_states: the scaled token embedding.
-            attention_mask, kwargs: handed to every section; see ``TransformerBlock.forward``.
+            attention_mask, kwargs: passed to every section; see ``TransformerBlock.forward``.
         """
-        assert self.final_layernorm is not None, "a part of the model is run pass by pass"
+        assert self.final_layernorm is not None, "a partial block has no forward; run it pass by pass"
         state = LoopState()
         for index, section in enumerate(self.passes):
             with ranges.named(self.pass_name(index)):
@@ -163,7 +165,7 @@ class MeshTransformerBlock(TransformerBlock):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Keys ``prelude``, ``core`` (or ``cores.N``), ``coda``, ``final_layernorm`` and ``recurrence``."""
+        """Return tensors under the keys prelude, core (or cores.N), coda, final_layernorm and recurrence."""
         assert not sharded_offsets, "Unexpected sharded offsets"
         ends = {"final_layernorm": self.final_layernorm, "recurrence": self.recurrence}
         state: ShardedStateDict = {}

@@ -1,4 +1,4 @@
-"""From a resolved configuration to a model, on the run's device or on none."""
+"""Build a model from a resolved configuration, on the run's device or on torch's meta device."""
 
 from typing import Any
 
@@ -14,23 +14,23 @@ from megatron_mesh.model.config import transformer_config
 from megatron_mesh.model.gpt import MeshGPTModel
 from megatron_mesh.model.implementation import LOCAL, Implementation, choose
 from megatron_mesh.model.init import init_weights, zero_weights
-from megatron_mesh.model.layers import layer_spec
+from megatron_mesh.model.layer_spec import layer_spec
 from megatron_mesh.runtime import device
 
 
 def build_model(
     config: Config, part: Part | None = None, *, initial_weights: bool = True, **stage: Any
 ) -> MeshGPTModel:
-    """Build this rank's model. Megatron's process groups must exist; no global generator advances.
+    """Build this rank's model. Megatron's process groups must exist. Global random generators don't advance.
 
     Args:
-        part: the part of a looped model that a pipeline rank holds.
+        part: the part of a looped model that this pipeline rank holds (default: all).
         initial_weights: draw the weights from the seed. If False they are zero, for a checkpoint to fill.
-        stage: for a chunk of a plain model, ``pre_process``, ``post_process`` and ``vp_stage``.
+        stage: for a chunk of a plain model: ``pre_process``, ``post_process`` and ``vp_stage``.
     """
     implementation = choose(config.precision, config.parallel)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    with device.device(), _NothingDrawn():
+    with device.device(), _SkipTorchInit():
         model = _construct(config, groups, part, implementation, **stage)
     if initial_weights:
         init_weights(model, config.training.seed, config.model.depth_scaled_init)
@@ -39,8 +39,8 @@ def build_model(
     return model
 
 
-class _NothingDrawn(TorchFunctionMode):
-    """Skip the values that torch's modules draw for themselves; ours are set afterwards."""
+class _SkipTorchInit(TorchFunctionMode):
+    """Skip the random initialization in torch's module constructors; ``init.py`` sets all values later."""
 
     _DRAWS = (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)
 
@@ -53,9 +53,9 @@ class _NothingDrawn(TorchFunctionMode):
 def build_on_meta(
     config: Config, tp_rank: int = 0, pp_rank: int = 0, part: Part | None = None, **stage: Any
 ) -> MeshGPTModel:
-    """The same modules with shapes but no memory, and without process groups: for counting.
+    """Build the same modules without memory or process groups, to count parameters.
 
-    The layers are local ones: those of Transformer Engine have the same weights, and need a device.
+    The layers are always local. Transformer Engine's have the same weights, but need a device.
     """
     groups = ProcessGroupCollection()
     groups.tp = _GroupShape(config.parallel.tensor_model_parallel_size, tp_rank)
@@ -68,7 +68,7 @@ def build_on_meta(
 
 
 class _GroupShape:
-    """What module constructors ask of a process group."""
+    """Stands in for a process group in module constructors, which only ask for its size and rank."""
 
     def __init__(self, size: int, rank: int):
         self._size, self._rank = size, rank

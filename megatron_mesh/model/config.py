@@ -1,4 +1,4 @@
-"""From our settings to Megatron-core's ``TransformerConfig``, which every module of the model reads."""
+"""Translate our settings into Megatron-core's ``TransformerConfig``, which all modules of the model read."""
 
 from dataclasses import dataclass, field
 
@@ -17,40 +17,40 @@ from megatron_mesh.recurrence import SCHEMES, RecurrenceOptions
 
 @dataclass
 class MeshTransformerConfig(TransformerConfig):
-    """Megatron-core's configuration plus the loop. ``num_layers`` is the unrolled depth."""
+    """Megatron-core's configuration plus the settings of the loop. ``num_layers`` is the unrolled depth."""
 
     recurrence: str = "base"
-    """Name of the scheme in ``megatron_mesh.recurrence.SCHEMES``."""
+    """Name of the recurrence scheme in ``megatron_mesh.recurrence.SCHEMES``."""
     layout: LayerLayout = field(default_factory=lambda: LayerLayout(0, 1, 1, 0))
-    """Layers of prelude, core and coda, and the number of loops."""
+    """Number of layers in prelude, core and coda, and number of loops."""
     recurrence_options: RecurrenceOptions = field(default_factory=RecurrenceOptions)
     """Settings of the memory."""
     embedding_scale: float = 1.0
-    """Factor on the token embedding before the first layer."""
+    """Factor applied to the token embedding before the first layer."""
     fp8_scope: str = "core"
-    """Layers in FP8, if any: ``core`` or ``all`` (see ``precision.py``)."""
+    """Layers that run in FP8, if any: ``core`` or ``all`` (see ``precision.py``)."""
     fuse_layer_gradients: bool = False
-    """``gradient_accumulation_fusion`` of Transformer Engine's layers, which do not need apex for it."""
+    """``gradient_accumulation_fusion`` for Transformer Engine's layers, which don't need apex for it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         assert self.num_layers == self.layout.depth, (self.num_layers, self.layout)
         if self.cpu_offloading or self.fine_grained_activation_offloading:
             raise UserError(
-                "offloading of activations counts on each layer running once per micro-batch, and the "
-                "core runs several times; use --recompute-granularity instead"
+                "activation offloading requires that each layer runs once per micro-batch, but the core runs "
+                "several times; use --recompute-granularity instead"
             )
 
 
 def transformer_config(config: Config, implementation: Implementation = LOCAL) -> MeshTransformerConfig:
-    """The configuration of the model of a resolved run.
+    """Build the model configuration of a resolved run.
+
+    Fused bias + GELU is off because it is the tanh approximation, while GPT-NeoX uses the exact GELU. The
+    other fusions are off because they need apex's kernels or take seconds to compile on a CPU.
 
     Args:
-        implementation: of the layers (``implementation.choose``); with local ones FP8 is left out, so
-            that models can be counted anywhere.
-
-    The options that are off have a reason: fused bias + GELU is the tanh approximation, and NeoX has
-    the exact one; the other fusions need kernels of apex or compile for seconds on a CPU.
+        implementation: of the layers, from ``implementation.choose``. Local layers ignore the FP8 settings,
+            so that an FP8 model can be counted on any machine.
     """
     model, training, parallel = config.model, config.training, config.parallel
     layers = layout(model)
@@ -84,10 +84,10 @@ def transformer_config(config: Config, implementation: Implementation = LOCAL) -
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=parallel.context_parallel_size,
-        # For a looped model below: Megatron's checks would have the unrolled depth in equal parts.
+        # A looped model's values are set below, because Megatron would check that the unrolled depth divides.
         pipeline_model_parallel_size=1 if looped else parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=None if looped else virtual,
-        # Sends and receives that are batched pair up crosswise where the next rank is the previous one too.
+        # With two pipeline ranks, the next is also the previous one, and batched messages would be swapped.
         batch_p2p_comm=False,
         overlap_p2p_comm=parallel.overlap_p2p_communication and virtual is not None,
         deterministic_mode=training.deterministic_mode,
@@ -104,7 +104,7 @@ def transformer_config(config: Config, implementation: Implementation = LOCAL) -
 
 
 def recurrence_options(model: ModelConfig) -> RecurrenceOptions:
-    """Settings of the memory; the defaults where the scheme has none."""
+    """Collect the settings of the memory, with the defaults for unset ones."""
     options = RecurrenceOptions(
         transition_query=model.mesh_transition_query,
         memory=model.mesh_memory,
@@ -117,9 +117,10 @@ def recurrence_options(model: ModelConfig) -> RecurrenceOptions:
 
 
 def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
-    """Megatron's layers call this when they are built; ``init.py`` sets every value afterwards.
+    """Initialize nothing. Megatron calls this when it builds a layer; ``init.py`` sets the values afterwards.
 
-    ``perform_initialization=False`` would be no way to that end: on a GPU, embedding and head are then not
-    marked as tensor-parallel either, so ranks would draw equal parts and the norm of gradients miss some.
+    ``perform_initialization=False`` is no alternative. On a GPU it also leaves embedding and head without
+    their tensor-parallel attributes, so all ranks would draw the same shard and the gradient norm would be
+    wrong.
     """
     return weight

@@ -1,4 +1,4 @@
-"""Megatron-core's GPT model with our decoder."""
+"""Megatron-core's GPT model with a looped decoder."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,15 +17,15 @@ from torch.nn import Parameter
 from megatron_mesh.config.placement import Part
 from megatron_mesh.model.block import MeshTransformerBlock
 from megatron_mesh.model.config import MeshTransformerConfig
-from megatron_mesh.model.layers import final_norm
+from megatron_mesh.model.layer_spec import final_norm
 from megatron_mesh.recurrence import SCHEMES
 
 
 class MeshGPTModel(GPTModel):
-    """``GPTModel`` whose decoder loops; without a loop (vanilla) the decoder is the stock one.
+    """A ``GPTModel`` whose decoder loops. Without a loop (vanilla) it has Megatron's own decoder.
 
-    ``GPTModel`` constructs its ``TransformerBlock`` itself and offers no hook for another class. So a
-    looped model builds it with no layers, which costs nothing, and then puts its own in the place.
+    ``GPTModel`` always constructs a ``TransformerBlock`` as its decoder. A looped model therefore lets it
+    construct one without layers, and then replaces it with a ``MeshTransformerBlock``.
     """
 
     config: MeshTransformerConfig
@@ -44,9 +44,9 @@ class MeshGPTModel(GPTModel):
         """See ``GPTModel``.
 
         Args:
-            vocab_size: the padded one.
-            part: what to hold of a looped model.
-            unpadded_vocab_size: the vocabulary without its padding (default: ``vocab_size``).
+            vocab_size: the padded vocabulary size.
+            part: the part of a looped model that this pipeline rank holds (default: all).
+            unpadded_vocab_size: the vocabulary size without padding (default: ``vocab_size``).
         """
         looped = SCHEMES[config.recurrence].has_loop
         if part is not None:
@@ -68,14 +68,14 @@ class MeshGPTModel(GPTModel):
         if looped:
             self.decoder = MeshTransformerBlock(config, transformer_layer_spec, pg_collection, part)
         self.unpadded_vocab_size = vocab_size if unpadded_vocab_size is None else unpadded_vocab_size
-        self.register_load_state_dict_post_hook(_without_extra_states)
+        self.register_load_state_dict_post_hook(_ignore_missing_extra_states)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Parameter]]:
-        """As in ``torch.nn.Module``, but with the recurrence's first.
+        """Yield the parameters as ``torch.nn.Module`` does, but with the recurrence's first.
 
-        Megatron lays gradients out in the reverse of this order without gaps (unless the optimizer is
-        distributed). Routers and coefficients have odd numbers of elements, and a gradient after them would
-        not begin at a multiple of 16 bytes, without which cuBLAS cannot accumulate into it.
+        Megatron's gradient buffer holds them in reverse order, without gaps unless the optimizer is
+        distributed. Routers and coefficients have odd sizes. Any gradient placed after them would not be
+        aligned to 16 bytes, and cuBLAS could not accumulate into it.
         """
         parameters = super().named_parameters(*args, **kwargs)
         return iter(sorted(parameters, key=lambda named: "recurrence." not in named[0]))
@@ -83,30 +83,30 @@ class MeshGPTModel(GPTModel):
     def _preprocess(
         self, input_ids: Tensor, position_ids: Tensor, decoder_input: Tensor | None = None, **kwargs: Any
     ) -> tuple:
-        """As in ``GPTModel``, with the token embedding scaled."""
+        """Preprocess as ``GPTModel`` does, but scale the token embedding."""
         if decoder_input is None and self.pre_process:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
             decoder_input = decoder_input * self.config.embedding_scale
         return super()._preprocess(input_ids, position_ids, decoder_input, **kwargs)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """As in ``GPTModel``, but the padded rows of the vocabulary get no probability.
+        """Compute the loss as ``GPTModel`` does, but give padded vocabulary entries zero probability.
 
-        So the loss doesn't depend on the padding: a model that was imported, and padded for that, has its
-        source's loss, and an export without the padded rows has the loss of the run.
+        The loss then doesn't depend on padding. An imported model has the same loss as its source, and an
+        export without the padded entries has the same loss as the run.
 
         Args:
             labels: [B, S].
-            logits: [S, B, rows of this tensor-parallel rank], overwritten.
+            logits: [S, B, vocabulary entries of this tensor-parallel rank]; overwritten.
         """
         shard = logits.shape[-1]
         first_padded = min(max(self.unpadded_vocab_size - self.pg_collection.tp.rank() * shard, 0), shard)
-        with torch.no_grad():  # the gradient of the loss is 0 there already
+        with torch.no_grad():  # the loss's gradient is zero for these entries anyway
             logits[..., first_padded:] = torch.finfo(logits.dtype).min
         return super().compute_language_model_loss(labels, logits)
 
 
-def _without_extra_states(model: MeshGPTModel, incompatible: Any) -> None:
-    """No module misses its extra state: checkpoints have none (see ``checkpoint/content.py``)."""
+def _ignore_missing_extra_states(model: MeshGPTModel, incompatible: Any) -> None:
+    """Don't report missing extra states, which checkpoints never contain (see ``checkpoint/content.py``)."""
     missing = incompatible.missing_keys
     missing[:] = [name for name in missing if not name.endswith("._extra_state")]

@@ -1,7 +1,7 @@
-"""Initial weights. They depend on the seed and on each parameter's name, and on nothing else.
+"""Draw initial weights that depend only on the seed and on each parameter's name.
 
-Every tensor is drawn whole, on the CPU, in float32, from a generator of its own, and a tensor-parallel
-rank keeps its part. So neither the order of construction, nor the device, nor the layout matters.
+Every tensor has its own random generator and is drawn in full, in float32 on the CPU. A tensor-parallel rank
+then takes its shard. So construction order, device and rank layout don't matter.
 """
 
 import hashlib
@@ -14,13 +14,13 @@ from torch import Tensor
 from megatron_mesh.model.gpt import MeshGPTModel
 from megatron_mesh.model.naming import whole_model_parameters
 
-# Projections whose output is added to the residual stream.
+# Matrices whose output is added to the residual stream.
 _OUTPUT_PROJECTIONS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
 
 @torch.no_grad()
 def init_weights(model: MeshGPTModel, seed: int, depth_scaled: bool = True) -> None:
-    """Set every parameter: N(0, std) weights, zero biases, unit norms; the scheme's as it says itself.
+    """Set weights to N(0, std), biases to 0 and norm weights to 1. The recurrence scheme sets its own values.
 
     Args:
         depth_scaled: divide the std of output projections by sqrt(2 x unrolled depth), as the paper does.
@@ -47,20 +47,20 @@ def init_weights(model: MeshGPTModel, seed: int, depth_scaled: bool = True) -> N
 
 @torch.no_grad()
 def zero_weights(model: MeshGPTModel) -> None:
-    """Set every parameter to zero, for a checkpoint to fill; it need not hold the padded vocabulary rows."""
+    """Set every parameter to zero before loading a checkpoint, which may lack the padded vocabulary rows."""
     for parameter in model.parameters():
         parameter.zero_()
 
 
 def drawn(shape: Sequence[int], key: str, std: float) -> Tensor:
-    """The whole tensor that ``key`` names, from N(0, std)."""
+    """Draw the whole tensor named ``key`` from N(0, std)."""
     digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator)
 
 
 def _draw(weight: Tensor, key: str, std: float, tp_group: torch.distributed.ProcessGroup) -> None:
-    """Fill ``weight`` with its part of the whole tensor that ``key`` names."""
+    """Fill ``weight`` with this rank's shard of the tensor named ``key``."""
     shape = list(weight.shape)
     sharded = getattr(weight, "tensor_model_parallel", False)
     if sharded:
@@ -69,7 +69,8 @@ def _draw(weight: Tensor, key: str, std: float, tp_group: torch.distributed.Proc
     if sharded:
         whole = whole.chunk(get_pg_size(tp_group), weight.partition_dim)[get_pg_rank(tp_group)]  # type: ignore[attr-defined]
     weight.copy_(whole)
-    # A weight in FP8 keeps its values before rounding for the optimizer's main parameters.
+    # A weight stored in FP8 also holds the unrounded values, from which the optimizer's main parameters
+    # start.
     precise = getattr(weight, "get_high_precision_init_val", None)
     if precise is not None:
         precise().copy_(whole)

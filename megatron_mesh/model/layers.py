@@ -1,4 +1,7 @@
-"""What a GPT-NeoX layer needs beyond Megatron-core's local modules."""
+"""GPT-NeoX layers from local modules: parallel residual, torch's attention, and norms.
+
+``te_layers.py`` builds the same layer from Transformer Engine's modules; ``layer_spec.py`` chooses.
+"""
 
 from typing import Any
 
@@ -8,22 +11,22 @@ from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_mesh.model.implementation import LOCAL, Implementation, has_fused_norms
+from megatron_mesh.model.implementation import has_fused_norms
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """torch's LayerNorm, its parameters marked for sequence parallelism.
+    """torch's LayerNorm with support for sequence parallelism.
 
-    Megatron-core's own wrapper (``transformer/torch_norm.py``) refuses sequence parallelism, though all
-    it takes is the mark by which ``finalize_model_grads`` sums the gradients over the tensor-parallel
-    group.
+    Megatron-core's wrapper (``transformer/torch_norm.py``) rejects sequence parallelism. All it takes is the
+    ``sequence_parallel`` attribute, which makes ``finalize_model_grads`` sum the gradients over the
+    tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
@@ -33,7 +36,7 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 class ApexLayerNorm(FusedLayerNorm):
-    """apex's, in the precision of the other parameters: Megatron-core makes it in float32 and casts later."""
+    """apex's LayerNorm in the precision of the other parameters, instead of float32 until a later cast."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__(config, hidden_size, eps=eps)
@@ -41,14 +44,14 @@ class ApexLayerNorm(FusedLayerNorm):
 
 
 def local_norm() -> type:
-    """The class of the norms of local layers."""
+    """Return the norm class of local layers."""
     return ApexLayerNorm if has_fused_norms() else LayerNorm
 
 
 class SDPAttention(MegatronModule):
     """torch's ``scaled_dot_product_attention`` behind Megatron-core's core-attention interface.
 
-    Stands where the local spec has ``DotProductAttention``, which writes the [S, S] scores out.
+    It replaces the local spec's ``DotProductAttention``, which materializes the [S, S] scores.
     """
 
     def __init__(
@@ -76,10 +79,10 @@ class SDPAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """Causal attention; [S, B, heads/TP, head size] three times -> [S, B, H/TP].
+        """Compute causal attention: three times [S, B, heads/TP, head size] -> [S, B, H/TP].
 
         Args:
-            attention_mask: None for causal, or Megatron's boolean mask (True: do not look).
+            attention_mask: None for causal, or Megatron's boolean mask (True means masked out).
         """
         assert attention_bias is None and packed_seq_params is None, "not supported by torch's attention"
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
@@ -91,7 +94,7 @@ class SDPAttention(MegatronModule):
 
 
 class ParallelResidualLayer(TransformerLayer):
-    """GPT-NeoX's layer, ``x + attn(ln1(x)) + mlp(ln2(x))``, from the parts of ``TransformerLayer``."""
+    """GPT-NeoX's layer, ``x + attn(ln1(x)) + mlp(ln2(x))``, from ``TransformerLayer``'s submodules."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[S, B, H] -> ([S, B, H], None); further arguments as in ``TransformerLayer.forward``."""
@@ -107,48 +110,23 @@ class ParallelResidualLayer(TransformerLayer):
     def _recomputed_mlp(self, normed: Tensor) -> Tensor:
         if not self.config.fp8:
             return tensor_parallel.checkpoint(self._mlp_plus_bias, False, normed)
-        # As the stock layer: only Transformer Engine's own recomputation knows of FP8.
+        # Like Megatron's layer: only Transformer Engine's own recomputation restores the FP8 state.
         from megatron.core.extensions.transformer_engine import te_checkpoint
 
         tracker = tensor_parallel.random.get_cuda_rng_tracker
         return te_checkpoint(self._mlp_plus_bias, False, tracker, self.pg_collection.tp, normed)
 
     def _mlp_plus_bias(self, normed: Tensor) -> Tensor:
-        # Returned as an output of its own, as the stock layer does, the bias would become a node of the
-        # checkpoint's graph, and backward would recompute without end.
+        # Megatron's layer returns the bias as a second output. As a node of the checkpoint's graph, it would
+        # make the backward recompute forever.
         output, bias = self.mlp(normed)
         return output if bias is None else output + bias
 
 
-def neox_layer_spec() -> ModuleSpec:
-    """Megatron-core's local GPT layer with the three parts above in their places."""
+def local_layer_spec() -> ModuleSpec:
+    """Return Megatron-core's local GPT layer with our layer, norm and attention in place of its own."""
     spec = get_gpt_layer_local_spec(normalization="LayerNorm")
     spec.module = ParallelResidualLayer
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = local_norm()
     spec.submodules.self_attention.submodules.core_attention = SDPAttention
     return spec
-
-
-def layer_spec(implementation: Implementation, attention: AttnBackend = AttnBackend.auto) -> ModuleSpec:
-    """The layer of local modules, or of Transformer Engine's, which must be there then.
-
-    Args:
-        attention: of Transformer Engine's layers; ``local`` is torch's.
-    """
-    if implementation == LOCAL:
-        return neox_layer_spec()
-    from megatron_mesh.model.te_layers import te_layer_spec
-
-    spec = te_layer_spec()
-    if attention is AttnBackend.local:
-        spec.submodules.self_attention.submodules.core_attention = SDPAttention
-    return spec
-
-
-def final_norm(config: TransformerConfig) -> type:
-    """The class of the norm after the last layer."""
-    if config.transformer_impl == LOCAL:
-        return local_norm()
-    from megatron.core.extensions.transformer_engine import TENorm
-
-    return TENorm

@@ -1,14 +1,15 @@
-"""Which layers compute in FP8, and how their weights are cast.
+"""Decide which layers compute in FP8, and how their weights are cast.
 
-A layer in FP8 whose weights are kept in bfloat16 needs them in FP8 in every pass. Three ways:
+A layer that computes in FP8 with bfloat16 weights needs them in FP8 in every pass. There are three ways:
 
-- tensorwise: cast at the start of a step, kept, and reused by every pass and micro-batch (``te_layers.py``);
-- ``fp8_param_gather``: the weights are in FP8, and there is nothing to cast;
-- blockwise and delayed: cast in every pass. Transformer Engine (2.11) does not notice that a kept blockwise
-  cast from an evaluation lacks what training needs (its issue 2852 sees other losses with kept casts too),
-  and with delayed the cast belongs to the history of every pass.
+- Tensorwise: weights are cast once at the start of a step. The cast is cached and reused by every pass and
+  micro-batch (``te_layers.py``).
+- ``fp8_param_gather``: weights are stored in FP8, so there is nothing to cast.
+- Blockwise and delayed: weights are cast in every pass. A blockwise cast that was cached in an evaluation
+  lacks what training needs, and Transformer Engine 2.11 doesn't notice (its issue 2852 also reports different
+  losses with cached casts). With delayed scaling, each pass's cast adds to the amax history.
 
-Routers and memory are torch's modules outside of all sections, so they never see an FP8 context.
+Routers and memory are torch modules outside of all sections, so they never run in an FP8 context.
 """
 
 import copy
@@ -24,7 +25,7 @@ Name = Literal["prelude", "core", "coda"]
 
 
 def precision_settings(config: Config, implementation: Implementation) -> dict[str, Any]:
-    """What ``TransformerConfig`` takes of the implementation and the precision settings of a resolved run."""
+    """Return the ``TransformerConfig`` settings that depend on the implementation or on precision."""
     precision = config.precision
     fuse = precision.gradient_accumulation_fusion
     settings: dict[str, Any] = {
@@ -32,14 +33,14 @@ def precision_settings(config: Config, implementation: Implementation) -> dict[s
         "attention_backend": attention_backend(
             precision.attention_backend, te_layers=implementation != LOCAL
         ),
-        # Transformer Engine's modules would stay on the CPU; local ones are built inside a device context.
+        # True would leave Transformer Engine's modules on the CPU. Local ones are built in a device context.
         "use_cpu_initialization": implementation == LOCAL,
         "gradient_accumulation_fusion": fuse and has_fused_gradients(),
         "fuse_layer_gradients": fuse,
     }
     if implementation == LOCAL:
         return settings
-    settings["disable_parameter_transpose_cache"] = not _casts_are_kept(precision)
+    settings["disable_parameter_transpose_cache"] = not _caches_casts(precision)
     if precision.fp8_format is None:
         return settings
     settings |= {
@@ -53,24 +54,25 @@ def precision_settings(config: Config, implementation: Implementation) -> dict[s
     }
     if precision.fp8_recipe == "delayed":
         assert precision.fp8_amax_history_len is not None, "resolve() fills it in"
-        settings["fp8_amax_history_len"] = precision.fp8_amax_history_len * _regions(config)
+        settings["fp8_amax_history_len"] = precision.fp8_amax_history_len * _fp8_contexts(config)
         settings["fp8_amax_compute_algo"] = precision.fp8_amax_compute_algo
     return settings
 
 
 def section_config(config: Any, name: Name, held: range, total: int) -> Any:
-    """The copy of the model's configuration that a section reads.
+    """Return the copy of the model's configuration that a section uses.
 
     Args:
-        held: numbers of the layers held here, from 0 within the ``total`` of the section.
+        held: the layers that this rank holds, numbered from 0 within the section.
+        total: the number of layers in the whole section.
     """
     config = copy.copy(config)
     if config.fp8_scope == "core" and name != "core":
         config.fp8, config.fp8_param = None, False
     if not config.fp8:
         config.disable_parameter_transpose_cache = True
-    # Megatron (fp8_utils.is_first_last_bf16_layer) counts the last layers back from num_layers, which a
-    # Section sets to what it holds, while it numbers its layers within the whole section.
+    # Megatron (fp8_utils.is_first_last_bf16_layer) counts the last layers backwards from num_layers. In a
+    # Section that is the number of layers held here, but layer numbers refer to the whole section.
     if config.first_last_layers_bf16:
         at_end = config.num_layers_at_end_in_bf16 if name == "coda" else 0
         if name != "prelude":
@@ -79,18 +81,18 @@ def section_config(config: Any, name: Name, held: range, total: int) -> Any:
     return config
 
 
-def _casts_are_kept(precision: PrecisionConfig) -> bool:
+def _caches_casts(precision: PrecisionConfig) -> bool:
     return (
         bool(precision.fp8_format) and precision.fp8_recipe == "tensorwise" and not precision.fp8_param_gather
     )
 
 
-def _regions(config: Config) -> int:
-    """FP8 contexts that a micro-batch passes.
+def _fp8_contexts(config: Config) -> int:
+    """Return the number of FP8 contexts that a micro-batch goes through.
 
-    At the end of each, Transformer Engine moves the histories of *all* modules on by a row
-    (``FP8GlobalStateManager.autocast_exit``), whether they ran in it or not. So a history of a number of
-    micro-batches has this many rows for each, and its largest value covers every pass.
+    At the end of each context, Transformer Engine shifts the amax histories of *all* modules by one row
+    (``FP8GlobalStateManager.autocast_exit``), including modules that didn't run. With this many rows per
+    micro-batch, the maximum over the history covers every pass.
     """
     loops = layout(config.model).loops
     if not SCHEMES[config.model.recurrence].has_loop:

@@ -1,4 +1,4 @@
-"""Consecutive layers of one part of the model."""
+"""A section: consecutive layers of the prelude, the core or the coda."""
 
 import copy
 
@@ -13,15 +13,15 @@ from megatron_mesh.model.config import MeshTransformerConfig
 
 
 class Section(TransformerBlock):
-    """A stock ``TransformerBlock`` that holds some of the layers of prelude, core or coda.
+    """A ``TransformerBlock`` that holds this rank's layers of the prelude, the core or the coda.
 
-    Recomputation and precision contexts are Megatron's. Its own are the numbers of the layers:
-    Megatron's assume that every pipeline rank has an equal share of one plain stack.
+    Recomputation and precision contexts are Megatron's. Only the layer numbers are ours, because Megatron
+    assumes that every pipeline rank holds an equal share of one plain stack.
 
     Args:
         layer_spec: the spec of every layer.
-        held: numbers of the layers held here, counted from 0 within the part of the model.
-        total: layers of that part on all ranks.
+        held: the layers that this rank holds, numbered from 0 within the section.
+        total: the number of layers in the whole section, on all ranks.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class Section(TransformerBlock):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs) -> Tensor:
         """[S, B, H] -> [S, B, H]; see ``TransformerBlock.forward``."""
         if not self.layers:
-            # A pipeline's schedule needs input and output to be two nodes of the graph.
+            # The pipeline schedule needs input and output to be different nodes of the graph.
             return hidden_states.clone()
         return super().forward(hidden_states, attention_mask, **kwargs)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """The layers of all ranks are one tensor per parameter, stacked along a first dimension."""
+        """Stack the layers of all ranks into one tensor per parameter, along a new first dimension."""
         assert not sharded_offsets, "a section is not sharded along another dimension"
         state: ShardedStateDict = {}
         for index, layer in enumerate(self.layers):

@@ -1,20 +1,20 @@
-"""GPT-NeoX's layer from Transformer Engine's modules; import it only where that can be imported.
+"""GPT-NeoX layers from Transformer Engine's modules. Importing this module needs Transformer Engine.
 
-**Gradients of a layer that runs K times.** Where gradients are fused, Transformer Engine's linear modules
-*overwrite* ``main_grad`` in the backward pass of a forward with ``is_first_microbatch=True``, and add to it
-otherwise. Megatron's wrappers say True in the first forward (with FP8: of each step). In a core that is the
-first of K passes, whose backward is the last: what the others had added is lost. On a ring of pipeline
-ranks the prelude is hit too, since every chunk of a rank marks all of the rank's modules again. So here no
-forward that has a backward ever says True:
+Their linear modules need care in a loop. With fused gradient accumulation, the backward of a forward with
+``is_first_microbatch=True`` *overwrites* ``main_grad``; all others add to it. Megatron's wrappers pass True
+in the first forward (with FP8: of every step). A core runs K times, and the backward of its first pass comes
+last, so it would overwrite what the other passes have added. On a ring the prelude suffers too, because each
+chunk of a rank marks all of the rank's modules again.
 
-- without FP8, with weights in FP8, or with a cast in every pass, the flag is None: always add
-  (Megatron's ``disable_parameter_transpose_cache``, set in ``precision.py``);
-- with a kept cast it is False, and the cast is refreshed by a forward of its own with True, on a few zeros,
-  whose output is dropped. The refresh is due when Megatron's schedule marks the module
-  (``set_is_first_microbatch``, the first micro-batch of a step or of an evaluation), and before the first
-  forward of all.
+Therefore no forward that has a backward ever passes True:
 
-Gradients start at zero in every step (``zero_grad_buffer``), so adding is all that is needed.
+- Without FP8, with weights stored in FP8, or with a cast in every pass, the flag is None, which means add
+  (Megatron's ``disable_parameter_transpose_cache``, set in ``precision.py``).
+- With a cached cast, the flag is False. A separate forward with True, on a few zeros, refreshes the cast, and
+  its output is discarded. This happens before the very first forward, and whenever Megatron's schedule marks
+  the module (``set_is_first_microbatch``, in the first micro-batch of a step or of an evaluation).
+
+Always adding is correct because every step starts with zero gradients (``zero_grad_buffer``).
 """
 
 import copy
@@ -33,34 +33,34 @@ from torch import Tensor
 from megatron_mesh.model.config import MeshTransformerConfig
 from megatron_mesh.model.layers import ParallelResidualLayer
 
-# FP8 matrix products take sizes that divide by 16; a row-parallel layer may scatter the rows.
+# FP8 matrix products need multiples of 16 rows, and a row-parallel layer may scatter them.
 _ROWS = 16
 
 
-class _RefreshesItsCast:
-    """The handling of the flag described above, in front of one of Megatron's wrappers."""
+class _RefreshesCast:
+    """Handles the flag as described above; mixed in before one of Megatron's wrappers."""
 
     def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See ``TELinear.forward``."""
         if self.is_first_microbatch and not self.disable_parameter_transpose_cache:
-            # With gradients enabled, also inside a recomputed layer's first forward: then the cast has the
-            # transpose that backward needs.
+            # The cast includes the transpose that backward needs only if gradients are enabled, and they are
+            # off in the first forward of a recomputed layer. So switch them on.
             with torch.set_grad_enabled(self.training):
                 zeros = x.new_zeros(_ROWS * self.tp_size, 1, x.shape[-1], requires_grad=self.training)
                 super().forward(zeros)  # type: ignore[misc]  # sets is_first_microbatch to False
         return super().forward(x)  # type: ignore[misc]
 
 
-class LayerNormColumnParallelLinear(_RefreshesItsCast, TELayerNormColumnParallelLinear):
-    """Norm and linear layer in one, gradients safe in a loop."""
+class LayerNormColumnParallelLinear(_RefreshesCast, TELayerNormColumnParallelLinear):
+    """Fused norm and linear layer whose gradients are correct in a loop."""
 
 
-class RowParallelLinear(_RefreshesItsCast, TERowParallelLinear):
-    """Linear layer, gradients safe in a loop."""
+class RowParallelLinear(_RefreshesCast, TERowParallelLinear):
+    """Linear layer whose gradients are correct in a loop."""
 
 
 class TELayer(ParallelResidualLayer):
-    """The NeoX layer; its linear modules fuse their gradients without apex."""
+    """GPT-NeoX's layer; its linear modules fuse gradient accumulation without apex."""
 
     def __init__(self, config: MeshTransformerConfig, *args: Any, **kwargs: Any):
         config = copy.copy(config)
@@ -69,7 +69,10 @@ class TELayer(ParallelResidualLayer):
 
 
 def te_layer_spec() -> ModuleSpec:
-    """Attention and MLP each with a fused norm of its own, on the same input; keys as of the local spec."""
+    """Return the layer spec: attention and MLP read the same input, each with its own fused norm.
+
+    Checkpoint keys are those of the local spec.
+    """
     spec = get_gpt_layer_with_transformer_engine_spec()
     spec.module = TELayer
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules

@@ -1,9 +1,9 @@
 """Data-parallel gradient reduction for weights that several model chunks share.
 
-A pipeline rank of a looped model has its weights in groups: prelude and embedding, core and routers (one
-group per core where they are not shared), coda and head. Each group is a ``DistributedDataParallel`` of its
-own, since its gradients are complete at its own moment: those of a shared core after the backward of pass 1
-of the last micro-batch, which runs as the last of the loop.
+A pipeline rank of a looped model has three weight groups: prelude and embedding, core and routers, coda and
+head. If the cores are distinct, each is a group. Every group is wrapped in its own
+``DistributedDataParallel``, because the groups finish their gradients at different times. A shared core, for
+example, is complete only after pass 1 of the last micro-batch: backwards run from the last pass to the first.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +28,10 @@ from megatron_mesh.runtime import ranges
 
 
 class WeightGroup(MegatronModule):
-    """Modules of a model whose gradients are complete at the same moment.
+    """Modules of a model whose gradients are complete at the same time.
 
-    ``finalize_model_grads`` asks the first and the last group for what it asks of a model's first and last
-    chunk: the copies of a tied embedding, whose gradients it sums.
+    The first and last groups stand in for a model's first and last chunks: ``finalize_model_grads`` takes the
+    two copies of a tied embedding from them and sums their gradients.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class WeightGroup(MegatronModule):
 
 
 def ring_groups(model: MeshGPTModel) -> list[WeightGroup]:
-    """The groups in the order of the passes: prelude, core or cores, coda."""
+    """Build the groups in the order of the passes: prelude, core or cores, coda."""
     block = model.decoder
     prelude, *cores, coda = [section for _, section in block.sections()]
     embedding, head = getattr(model, "embedding", None), getattr(model, "output_layer", None)
-    # The routers' gradients come with every cycle; the last to come is that of pass 1.
-    # They are the first of their group for the reason in ``MeshGPTModel.named_parameters``.
+    # Every cycle adds to the routers' gradients, and pass 1 is the last to do so, as for the first core.
+    # The routers come first in their group for the reason given in ``MeshGPTModel.named_parameters``.
     looped: list[list[torch.nn.Module | None]] = [[core] for core in cores]
     looped[0].insert(0, block.recurrence)
     modules = [[prelude, embedding], *looped, [coda, block.final_layernorm, head]]
@@ -62,7 +62,7 @@ def ring_groups(model: MeshGPTModel) -> list[WeightGroup]:
 
 
 def wrap(modules: Sequence[MegatronModule], parallel: ParallelConfig) -> list[DistributedDataParallel]:
-    """Give each module gradients in float32 buffers, reduced over the data-parallel ranks."""
+    """Wrap each module: float32 gradients, reduced over the data-parallel ranks."""
     ddp = partial(
         DistributedDataParallelConfig,
         grad_reduce_in_fp32=True,
@@ -78,24 +78,24 @@ def wrap(modules: Sequence[MegatronModule], parallel: ParallelConfig) -> list[Di
 
 
 def ring_sync_order(groups: Sequence[DistributedDataParallel], passes: int) -> list[Callable[..., None]]:
-    """What to start when the backward of each pass is done for the last micro-batch (by pass)."""
+    """Return, for each pass, the reduction to start after its backward of the last micro-batch."""
     prelude, *cores, coda = groups
     if len(cores) == 1:
-        # Backward runs the passes in descending order: a shared core is complete after pass 1.
-        core_starts = [cores[0].start_grad_sync, *[_nothing] * (passes - 3)]
+        # Backwards run from the last pass to the first, so a shared core is complete after pass 1.
+        core_starts = [cores[0].start_grad_sync, *[_do_nothing] * (passes - 3)]
     else:
-        # The routers are in the first core's group.
+        # The routers belong to the first core's group, which pass 1 completes.
         core_starts = [core.start_grad_sync for core in cores]
     return [prelude.start_grad_sync, *core_starts, coda.start_grad_sync]
 
 
-def _nothing(*parameters: Any) -> None:
-    """The gradients of this pass's weights are not complete yet."""
+def _do_nothing(*parameters: Any) -> None:
+    """Start no reduction: earlier passes still have to add to these gradients."""
 
 
 @contextmanager
 def no_sync(groups: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """No group starts a reduction inside."""
+    """Suspend gradient reductions of all groups, as ``DistributedDataParallel.no_sync`` does for one."""
     with ExitStack() as stack:
         for group in groups:
             stack.enter_context(group.no_sync())
@@ -108,14 +108,14 @@ def finalize(
     num_tokens: Tensor | None = None,
     **kwargs: Any,
 ) -> None:
-    """Run Megatron-core's ``finalize_model_grads`` on the weight groups, and the reductions it leaves out.
+    """Run Megatron-core's ``finalize_model_grads`` on the weight groups, then the reductions that it lacks.
 
     Args:
-        groups: own the weights.
-        _chunks: the chunks that the schedule ran, passed by the schedule. Unused: several of them may be
-            views of one group.
-        num_tokens: tokens of this rank's micro-batches. The gradients are divided by their sum over all
-            ranks.
+        groups: the weight groups.
+        _chunks: the chunks that the schedule ran. The schedule passes them, but they are ignored because
+            several of them may be views of one group.
+        num_tokens: the number of tokens in this rank's micro-batches. The gradients are divided by its sum
+            over all ranks.
     """
     with ranges.named("communication"):
         finalize_model_grads(groups, None, **kwargs)
@@ -127,10 +127,9 @@ def finalize(
 def _divide_by_tokens(groups: Sequence[DistributedDataParallel], num_tokens: Tensor) -> None:
     """Divide the gradients by the number of tokens in the global batch, without waiting for the device.
 
-    ``finalize_model_grads`` would read ``num_tokens > 0`` on the host once per group, and use two
-    collectives. Here one all-reduce over all ranks is enough: only the last pipeline stage counts tokens, and
-    the ranks of a tensor-parallel group count the same ones. Without any token the gradients are zero
-    already.
+    ``finalize_model_grads`` would use two collectives and read ``num_tokens > 0`` on the host once per group.
+    One all-reduce over all ranks is enough: only the last pipeline stage counts tokens, and the ranks of a
+    tensor-parallel group count the same ones. If there are no tokens, the gradients are already zero.
     """
     dist.all_reduce(num_tokens)
     scale = parallel_state.get_tensor_model_parallel_world_size() / num_tokens.clamp(min=1)
@@ -139,10 +138,10 @@ def _divide_by_tokens(groups: Sequence[DistributedDataParallel], num_tokens: Ten
 
 
 def _sum_over_tensor_parallel(groups: Sequence[DistributedDataParallel]) -> None:
-    """Sum gradients of weights that see sequence shards without sequence parallelism (see block.py).
+    """Sum the gradients of weights that see sequence shards without sequence parallelism (see block.py).
 
-    This may come after the other reductions because all of them are linear; clipping comes later. With the
-    distributed optimizer each rank holds reduced gradients of its own shard only, but all ranks of a
+    The order of the reductions doesn't matter, because they are linear and clipping comes later. With the
+    distributed optimizer a rank holds reduced gradients only for its shard, but all ranks of a
     tensor-parallel group hold the same shard.
     """
     grads = [

@@ -1,10 +1,12 @@
-"""The loop round a ring of pipeline ranks: weights stay where they are, activations circulate.
+"""Run the loop around a ring of pipeline ranks: weights stay in place, activations circulate.
 
-Each rank holds its part of prelude, core and coda. The K + 2 passes of the unrolled network are the model
-chunks of Megatron-core's interleaved schedule: chunk v is a view onto the rank's weights that runs its part
-of pass v, so the chunks 1..K of a shared core are the same layers. What the recurrence keeps from pass to
-pass stays on the first rank, where each pass begins: one hidden state [S, B, H] is all that crosses from
-rank to rank.
+Each rank owns a part of the prelude, of the core and of the coda. A micro-batch goes round the ring K + 2
+times, once per pass: prelude, K loops of the core, coda. To Megatron-core's interleaved schedule, pass v is
+model chunk v. Our chunks hold no weights of their own: each is a view of the rank's weights that runs the
+rank's part of one pass. With a shared core, chunks 1..K are the same layers.
+
+Every pass starts on the first rank, so the recurrence and its stored states live there. Ranks exchange only
+one hidden state [S, B, H] per pass.
 """
 
 import copy
@@ -20,7 +22,7 @@ from megatron_mesh.runtime import ranges
 
 
 class _AddLeafGradient(torch.autograd.Function):
-    """The identity on ``x``, whose backward adds the gradient that has gathered on ``leaf``."""
+    """Identity on ``x``. Its backward adds the gradient accumulated on ``leaf``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, leaf: Tensor) -> Tensor:
@@ -29,16 +31,18 @@ class _AddLeafGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        gathered, ctx.leaf.grad = ctx.leaf.grad, None
-        return grad if gathered is None else grad + gathered, None
+        accumulated, ctx.leaf.grad = ctx.leaf.grad, None
+        return grad if accumulated is None else grad + accumulated, None
 
 
 def carry(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``x`` twice: in this pass's graph, and as a detached leaf for later passes.
 
-    The leaf's gradient is added back here. Each pass of a micro-batch is a graph of its own, and the backward
-    passes run in descending order, so the leaf's gradient is complete when the backward of this pass begins.
-    This is ``LoopState.share`` of a ring.
+    The leaf's gradient is added back here. Every pass of a micro-batch has its own autograd graph, and the
+    backwards run from the last pass to the first. So the later passes have completed the leaf's gradient when
+    this pass's backward starts.
+
+    The ring uses this function as ``LoopState.share``.
     """
     if not torch.is_grad_enabled():
         return x, x
@@ -47,16 +51,17 @@ def carry(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LoopStates:
-    """The recurrence's state of every micro-batch under way; only the first rank has any."""
+    """The recurrence's state of each micro-batch in its forward; only the first rank has any."""
 
     def __init__(self, passes: int):
         self._last = passes - 1
         self._states: dict[int, LoopState] = {}
 
     def enter(self, index: int, microbatch: int) -> LoopState:
-        """The state with which a micro-batch enters pass ``index``; nobody asks again after the last.
+        """Return the state with which a micro-batch enters pass ``index``.
 
-        What the backward passes need is held by their graphs.
+        The first pass creates the state and the last one removes it. The autograd graphs hold what the
+        backwards need.
         """
         if index == 0:
             self._states[microbatch] = LoopState(share=carry)
@@ -69,7 +74,7 @@ class LoopStates:
 
 
 class RingPass(torch.nn.Module):
-    """One pass through this rank's part of a section: the ``decoder`` of a chunk."""
+    """One pass through this rank's part of a section; it replaces the ``decoder`` of a chunk."""
 
     def __init__(self, block: MeshTransformerBlock, index: int, states: LoopStates):
         super().__init__()
@@ -82,11 +87,11 @@ class RingPass(torch.nn.Module):
 
     @property
     def layers(self) -> list[torch.nn.Module]:
-        """What the schedule tells the number of the micro-batch: the layers, and the pass itself."""
+        """The layers and the pass itself: Megatron's schedule sets ``current_microbatch`` on each of them."""
         return [*self.section.layers, self]
 
     def set_input_tensor(self, input_tensor: Tensor | None) -> None:
-        """Take what the previous rank sent [S, B, H]; None where the embedding comes instead."""
+        """Set the input [S, B, H] received from the previous rank; None if the embedding is the input."""
         self.input_tensor = input_tensor
 
     def forward(self, hidden_states: Tensor | None, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
@@ -104,7 +109,7 @@ class RingPass(torch.nn.Module):
 
 
 def ring_chunks(model: MeshGPTModel) -> list[MeshGPTModel]:
-    """The K + 2 chunks of this rank: copies of ``model`` that share its weights and run one pass each."""
+    """Return this rank's K + 2 chunks: copies of ``model`` that share its weights and run one pass each."""
     passes = len(model.decoder.passes)
     states = LoopStates(passes)
     return [_chunk(model, index, passes, states) for index in range(passes)]
@@ -117,8 +122,8 @@ def _chunk(model: MeshGPTModel, index: int, passes: int, states: LoopStates) -> 
     chunk.pre_process = model.pre_process and index == 0
     chunk.post_process = model.post_process and index == passes - 1
     chunk.vp_stage = index
-    # What Megatron's schedule marks in this chunk's first micro-batch of a step (set_is_first_microbatch):
-    # a section is marked by its first pass alone, so that its weights are cast to FP8 once.
+    # Megatron's schedule marks these modules in the chunk's first micro-batch of a step
+    # (set_is_first_microbatch). Only the section's first pass lists them, so each weight is cast to FP8 once.
     section = model.decoder.passes[index]
     first = model.decoder.passes.index(section) == index
     chunk.modules_with_is_first_microbatch = [

@@ -1,4 +1,8 @@
-"""This rank's share of the model: who owns the weights, what the schedule runs, how gradients meet."""
+"""Build this rank's stage: modules that own weights, chunks that the schedule runs, and weight groups.
+
+Without a pipeline, one model is all three. A looped model on a pipeline runs as a ring (``ring.py``). A plain
+model on a pipeline is split as in Megatron-core.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,13 +29,13 @@ class Stage:
     """A rank's share of the model. Without a pipeline, the model is its only module, chunk and group."""
 
     modules: list[MeshGPTModel]
-    """Own the weights."""
+    """The modules that own the weights."""
     chunks: list[Any]
-    """What the schedule runs: one, or a chunk for each virtual stage."""
+    """The model chunks that the schedule runs: one per virtual stage."""
     groups: list[DistributedDataParallel]
-    """Hold the gradients and reduce them; every weight is in exactly one."""
+    """The weight groups, which hold and reduce gradients; every weight is in exactly one."""
     group_size: Callable[[int], int] | None = None
-    """``microbatch_group_size`` for a number of micro-batches; None without virtual stages."""
+    """Maps the number of micro-batches to the schedule's group size; None without virtual stages."""
 
     @property
     def config(self) -> MeshTransformerConfig:
@@ -40,11 +44,11 @@ class Stage:
 
     @property
     def recurrence(self) -> Scheme | None:
-        """The scheme with its routers, on the ranks that have it."""
+        """The scheme with its routers; None on ranks that don't hold it."""
         return getattr(self.modules[0].decoder, "recurrence", None)
 
-    def expect(self, micro_batches: int) -> None:
-        """Tell the interleaved schedule how many micro-batches the next step has on each rank."""
+    def set_micro_batches(self, micro_batches: int) -> None:
+        """Set the number of micro-batches per rank in the next step; it decides the schedule's groups."""
         if self.group_size is not None:
             for settings in {id(m.config): m.config for m in self.modules}.values():
                 settings.microbatch_group_size_per_vp_stage = self.group_size(micro_batches)
@@ -55,15 +59,16 @@ class Stage:
             group.zero_grad_buffer()
 
     def train(self, mode: bool = True) -> None:
-        """Training or, with False, evaluation."""
+        """Switch to training mode or, with False, to evaluation mode."""
         for module in [*self.modules, *self.chunks]:
             module.train(mode)
 
     @contextmanager
     def parameters_gathered(self) -> Iterator[None]:
-        """All parameters are up to date inside, for evaluation, and no gathering is under way.
+        """Gather all parameters on entry, so that evaluation uses current ones, and run no gather inside.
 
-        With ``overlap_param_gather``, a training step leaves them to be gathered by the next forward pass.
+        With ``overlap_param_gather``, parameters are stale after a training step until the next forward
+        gathers them.
         """
         hooked = [group for group in self.groups if group.use_forward_hook]
         for group in hooked:
@@ -75,22 +80,22 @@ class Stage:
                 group.enable_forward_pre_hook()
 
     def sharded_state_dict(self) -> dict[str, Any]:
-        """The weights as a checkpoint has them: its keys do not depend on the layout of the ranks."""
+        """The weights under their checkpoint keys, which are the same for every rank layout."""
         return {str(i): module.sharded_state_dict() for i, module in enumerate(self.modules)}
 
     def data_for_chunks(self, batches: Iterator[Batch]) -> list[Iterator[Batch | None]]:
-        """Micro-batches for the chunk that takes them, None over and over for the others."""
+        """Return one iterator per chunk: micro-batches if the chunk reads data, otherwise endless None."""
         return [batches if chunk_reads(chunk) else repeat(None) for chunk in self.chunks]
 
 
 def chunk_reads(chunk: Any) -> bool:
-    """Whether a chunk takes tokens (the first) or labels (the last); no rank of a pipeline has both."""
+    """Whether a chunk reads tokens (the first one) or labels (the last one); no pipeline rank has both."""
     model = getattr(chunk, "module", chunk)
     return model.pre_process or model.post_process
 
 
 def build_stage(config: Config, *, initial_weights: bool = True) -> Stage:
-    """Build this rank's share. Megatron's process groups must exist.
+    """Build this rank's stage. Megatron's process groups must exist.
 
     Args:
         initial_weights: draw the weights. If False they are zero, for a checkpoint to fill.
@@ -104,7 +109,7 @@ def build_stage(config: Config, *, initial_weights: bool = True) -> Stage:
 
 
 def plain_stage(modules: list[Any], config: Config) -> Stage:
-    """Every module (a ``GPTModel``) is a chunk of the schedule, and a group of weights of its own."""
+    """Build a stage in which every module (a ``GPTModel``) is both a chunk and a weight group."""
     groups = wrap(modules, config.parallel)
     return _with_schedule(Stage(modules, list(groups), groups), config)
 
@@ -121,7 +126,7 @@ def _ring(config: Config, initial_weights: bool) -> Stage:
 
 
 def _plain_chunks(config: Config, initial_weights: bool) -> list[MeshGPTModel]:
-    """Megatron's own pipeline of a plain model."""
+    """Build the chunks of a plain model as in Megatron's pipeline."""
     rank = parallel_state.get_pipeline_model_parallel_rank()
     last = config.parallel.pipeline_model_parallel_size - 1
     stages = virtual_stages(config.model, config.parallel) or 1
@@ -138,11 +143,11 @@ def _plain_chunks(config: Config, initial_weights: bool) -> list[MeshGPTModel]:
 
 
 def _with_schedule(stage: Stage, config: Config) -> Stage:
-    """Tell the schedule how gradients are synchronised, by Megatron's hooks in its configuration."""
+    """Install the gradient hooks, which Megatron's schedule reads from the model's configuration."""
     parallel = config.parallel
-    # A looped model has one such object (its sections have copies, made before), chunks of a plain one each
-    # their own. Outputs that were sent are not freed early (``deallocate_pipeline_outputs``): Megatron frees
-    # some before it has waited for the send, which breaks gloo and was not tried on NCCL.
+    # All chunks of a looped model share one configuration object; each chunk of a plain model has its own.
+    # We leave ``deallocate_pipeline_outputs`` off, because Megatron frees some outputs before their send has
+    # completed. That breaks gloo; NCCL was not tested.
     for settings in {id(m.config): m.config for m in stage.modules}.values():
         settings.finalize_model_grads_func = partial(finalize, stage.groups)
         if parallel.overlap_grad_reduce:

@@ -1,1 +1,4 @@
-"""What a run will need and how it will flow, from its settings alone: no GPU, no process group, no data."""
+"""Plan a run from its resolved settings alone: memory, traffic, schedule and checkpoint size.
+
+Nothing here needs a GPU, a process group or data. Start reading at ``report.make_plan``.
+"""

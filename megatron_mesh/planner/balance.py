@@ -1,25 +1,26 @@
-"""A placement whose ranks wait less than in the even one."""
+"""Search for a placement whose ranks wait less than with the even one."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
 from megatron_mesh.config.derived import layout
-from megatron_mesh.config.placement import Placement, loss_in_layers, placement
+from megatron_mesh.config.placement import Placement, placement
 from megatron_mesh.config.schema import ModelConfig, ParallelConfig
+from megatron_mesh.config.sizes import loss_in_layers
 from megatron_mesh.planner.costs import Cost
 from megatron_mesh.planner.order import rank_order
 from megatron_mesh.planner.simulate import simulate
 
 _SECTIONS = ("prelude", "core", "coda")
-_MICRO_BATCHES_PER_RANK = 6  # of the trial runs: enough for a steady state
+_MICRO_BATCHES_PER_RANK = 6  # in the trial runs: enough to reach a steady state
 
 
 def balanced_placement(model: ModelConfig, ranks: int) -> Placement:
-    """The placement that is left when moving no single layer to another rank makes a step shorter.
+    """Move single layers between ranks until no move makes the simulated step shorter.
 
-    The search starts from the even placement with the loss weighed in. Balanced sums are not enough:
-    every pass goes from rank to rank, and one rank's longer part of it makes the others wait.
+    The search starts from the even placement that accounts for the loss. Equal sums per rank are not enough:
+    every pass goes from rank to rank, and the rank with the longest share of a pass makes the others wait.
     """
     parallel = ParallelConfig(pipeline_model_parallel_size=ranks, account_for_loss_in_pipeline_split=True)
     best = placement(model, parallel)
@@ -34,7 +35,7 @@ def balanced_placement(model: ModelConfig, ranks: int) -> Placement:
 
 
 def _neighbours(parts: Placement) -> Iterator[Placement]:
-    """Placements with one layer on another rank; every rank keeps a layer of the core."""
+    """Yield the placements that differ by one layer's rank; every rank retains at least one core layer."""
     for name in _SECTIONS:
         counts = getattr(parts, name)
         for source, count in enumerate(counts):
@@ -50,7 +51,7 @@ def _neighbours(parts: Placement) -> Iterator[Placement]:
 
 @cache
 def _trial(parts: Placement, loops: int, loss: float) -> float:
-    """Time of a step in units of a layer's forward."""
+    """Simulate a step; return its time in units of one layer's forward."""
     ranks, passes = parts.ranks, loops + 2
     micro_batches = _MICRO_BATCHES_PER_RANK * ranks
     order = [rank_order(ranks, rank, passes, micro_batches, ranks) for rank in range(ranks)]

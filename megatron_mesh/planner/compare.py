@@ -1,13 +1,13 @@
-"""The ring against the other two ways of putting a looped model on a pipeline.
+"""Compare the ring with the two other ways to run a looped model on a pipeline.
 
-- one stage: the stages are prelude, loop and coda, and the loop with its whole core is on a single rank;
-  plain 1F1B, in the best of the splits.
-- copies: the unrolled layers are dealt out as those of a plain model, so every iteration has a copy of the
-  core of its own, and after the backward the gradients of the copies are summed; interleaved 1F1B.
+- one stage: one rank runs the whole loop, the ranks before it the prelude and those after it the coda. This
+  is plain 1F1B with the best of the possible splits.
+- copies: the unrolled layers are distributed like those of a plain model, so every loop has its own copy of
+  the core. The gradients of the copies are summed after the backward. This is interleaved 1F1B.
 
-Both are flattered: what the recurrence keeps would have to travel with the state to the stage that reads it
-(the embedding; with copies every output of the core too), and is not counted. Compared without FP8, whose
-casts of the weights would follow the same pattern as the weights.
+The comparison favours these two. They would have to send the states that the recurrence stores to the stage
+that reads them (the embedding, and with copies also every output of the core), which is not counted. FP8 is
+left out, because its casts follow the same pattern as the weights.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,14 @@ from megatron_mesh.config.derived import layout
 from megatron_mesh.config.layers import LayerLayout
 from megatron_mesh.config.placement import microbatch_group_size
 from megatron_mesh.config.schema import Config, PrecisionConfig
+from megatron_mesh.config.sizes import GRADIENT_BYTES, layer_parameters
 from megatron_mesh.planner.balance import balanced_placement
-from megatron_mesh.planner.parameters import layer_parameters
 from megatron_mesh.planner.report import Plan, data_parallel_size, make_plan, plan_for
 from megatron_mesh.planner.stages import Chunk, Pipeline, plain_pipeline
 
-_GRADIENT = 4  # bytes: gradients are summed in float32
-
 
 def ring(config: Config, world_size: int) -> Plan:
-    """The ring, in a placement that was searched for unless the settings name one."""
+    """Plan the ring, with the placement in the settings or else the best one found."""
     if config.parallel.pipeline_model_parallel_layout is None:
         parts = balanced_placement(config.model, config.parallel.pipeline_model_parallel_size)
         parallel = replace(config.parallel, pipeline_model_parallel_layout=str(parts))
@@ -35,7 +33,7 @@ def ring(config: Config, world_size: int) -> Plan:
 
 
 def one_stage(config: Config, world_size: int) -> Plan:
-    """The loop on one rank, the prelude on those before it and the coda on those behind."""
+    """Plan the loop on one rank, the prelude on those before it and the coda on those after it."""
     ranks, layers = config.parallel.pipeline_model_parallel_size, layout(config.model)
     micro_batches = _micro_batches(config, world_size)
     plans = [
@@ -65,7 +63,7 @@ def _even(layers: int, ranks: int) -> list[int]:
 
 
 def copies(config: Config, world_size: int) -> Plan:
-    """A copy of the core for every iteration, spread like a plain model of the same depth."""
+    """Plan a copy of the core for every loop, distributed like a plain model of the same depth."""
     ranks, layers = config.parallel.pipeline_model_parallel_size, layout(config.model)
     fitting = [v for v in range(1, layers.loops + 3) if layers.depth % (ranks * v) == 0]
     assert fitting, f"{layers.depth} unrolled layers do not divide over {ranks} ranks"
@@ -75,7 +73,7 @@ def copies(config: Config, world_size: int) -> Plan:
     homes = _homes(layers, ranks, layers.depth // (ranks * virtual))
     held = tuple(sum(rank in ranks_of for ranks_of in homes) for rank in range(ranks))
     plan = plan_for(config, _with_enters(replace(plain, layers=held), layers), world_size)
-    size = layer_parameters(config.model, config.parallel.tensor_model_parallel_size) * _GRADIENT
+    size = layer_parameters(config.model, config.parallel.tensor_model_parallel_size) * GRADIENT_BYTES
     reports = []
     for rank, report in enumerate(plan.ranks):
         summed = sum(2 * size * (len(h) - 1) / len(h) for h in homes if rank in h)
@@ -84,7 +82,7 @@ def copies(config: Config, world_size: int) -> Plan:
 
 
 def _homes(layers: LayerLayout, ranks: int, per_chunk: int) -> list[set[int]]:
-    """For every layer with weights of its own the ranks that hold a copy of it."""
+    """Return, for every distinct layer, the ranks that hold a copy of it."""
     homes: dict[int, set[int]] = {}
     loop_end = layers.prelude + layers.core * layers.loops
     for unrolled in range(layers.depth):
@@ -96,7 +94,7 @@ def _homes(layers: LayerLayout, ranks: int, per_chunk: int) -> list[set[int]]:
 
 
 def _with_enters(stages: Pipeline, layers: LayerLayout) -> Pipeline:
-    """Let the chunk with the first layer of a pass make its input."""
+    """Assign the making of each pass's input to the chunk with the pass's first layer."""
     ranks, per_chunk = stages.ranks, stages.chunks[0][0].layers
     chunks = [list(of_rank) for of_rank in stages.chunks]
     starts = [0, *(layers.prelude + t * layers.core for t in range(layers.loops + 1))]
@@ -118,7 +116,7 @@ _COLUMNS = (
     "micro-batches",
     "pipeline",
     "parameters, M",
-    "their memory, GiB",
+    "weights and optimizer, GiB",
     "activations, GiB",
     "waiting",
     "P2P, GiB",
@@ -128,9 +126,9 @@ _COLUMNS = (
 
 
 def comparison_table(configs: Sequence[tuple[int, Config]]) -> str:
-    """Markdown, three lines for each (number of GPUs, resolved configuration).
+    """Format a Markdown table with three rows for each (number of GPUs, resolved configuration).
 
-    Memory and bytes are those of the rank that has most of each; bytes are sent in a step.
+    Each column shows the rank with the largest value; traffic is what a rank sends per step.
     """
     ways = {"ring": ring, "loop on one stage": one_stage, "copies of the core": copies}
     lines = [" | ".join(["", *_COLUMNS, ""]).strip(), "|---" * len(_COLUMNS) + "|"]
@@ -146,14 +144,14 @@ def comparison_table(configs: Sequence[tuple[int, Config]]) -> str:
 def _cells(plan: Plan) -> list[str]:
     ranks, gib = plan.ranks, 2**30
     parameters = max(rank.parameters for rank in ranks) / 1e6
-    kept = max(rank.memory.total - rank.memory.activations for rank in ranks) / gib
+    permanent = max(rank.memory.total - rank.memory.activations for rank in ranks) / gib
     activations = max(rank.memory.activations for rank in ranks) / gib
     p2p = max(rank.traffic.p2p_forward + rank.traffic.p2p_backward for rank in ranks) / gib
     copied = max(rank.traffic.ties for rank in ranks) / gib
     data = max(rank.traffic.gradients + rank.traffic.parameters for rank in ranks) / gib
     return [
         f"{parameters:,.0f}",
-        f"{kept:.1f}",
+        f"{permanent:.1f}",
         f"{activations:.1f}",
         f"{plan.timeline.bubble_share:.1%}",
         f"{p2p:.2f}",

@@ -1,64 +1,79 @@
-"""What a chunk costs: FLOPs of its forward and backward on one tensor-parallel rank."""
+"""Apply the formulas of ``config/sizes.py`` to a pipeline: parameters of its ranks and FLOPs of its chunks.
+
+Where a rank is named, the numbers are those of each of its tensor-parallel ranks.
+"""
 
 from typing import NamedTuple
 
-from megatron_mesh.config.derived import layout, padded_vocab_size, tokens_of_rank
-from megatron_mesh.config.schema import Config, ModelConfig, TrainingConfig
-from megatron_mesh.model.flops import forward_flops_per_token
+from megatron_mesh.config import sizes
+from megatron_mesh.config.derived import tokens_of_rank
+from megatron_mesh.config.schema import Config, TrainingConfig
 from megatron_mesh.planner.stages import Chunk, Pipeline
-from megatron_mesh.recurrence import SCHEMES
 
 
 class Cost(NamedTuple):
-    """Forward and backward of a chunk for one micro-batch."""
+    """Forward and backward of a chunk for one micro-batch, in FLOPs or in seconds."""
 
     forward: float
     backward: float
 
 
+def rank_parameters(config: Config, pipeline: Pipeline, rank: int) -> int:
+    """Parameters of pipeline rank ``rank``."""
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    chunks = pipeline.chunks[rank]
+    first, last = any(chunk.embedding for chunk in chunks), any(chunk.head for chunk in chunks)
+    # A rank with both ends holds a tied embedding once. In a pipeline each end holds a copy.
+    tables = first + last if model.untie_embeddings_and_output_weights else int(first or last)
+    return (
+        pipeline.layers[rank] * sizes.layer_parameters(model, tp)
+        + tables * sizes.embedding_parameters(model, tp)
+        + last * sizes.final_norm_parameters(model)
+        + rank_scheme_parameters(config, pipeline, rank)
+    )
+
+
+def replicated_parameters(config: Config, pipeline: Pipeline, rank: int) -> int:
+    """Parameters of pipeline rank ``rank`` that every tensor-parallel rank holds in full."""
+    model = config.model
+    final_norm = sizes.final_norm_parameters(model) * any(chunk.head for chunk in pipeline.chunks[rank])
+    layers = pipeline.layers[rank] * sizes.replicated_layer_parameters(model)
+    return layers + final_norm + rank_scheme_parameters(config, pipeline, rank)
+
+
+def rank_scheme_parameters(config: Config, pipeline: Pipeline, rank: int) -> int:
+    """Parameters of the recurrence, if this pipeline rank runs it."""
+    runs_it = any(chunk.enters for chunk in pipeline.chunks[rank])
+    return sizes.scheme_parameters(config.model) if runs_it else 0
+
+
+def holds_tied_copy(config: Config, pipeline: Pipeline, rank: int) -> bool:
+    """Whether the rank holds one of the two copies of a tied embedding, which a pipeline has on its ends."""
+    is_end = pipeline.ranks > 1 and rank in (0, pipeline.ranks - 1)
+    return is_end and not config.model.untie_embeddings_and_output_weights
+
+
 def chunk_costs(config: Config, pipeline: Pipeline) -> list[list[Cost]]:
     """FLOPs [rank][chunk] of one tensor-parallel rank for one micro-batch.
 
-    The backward is twice the forward, and what is recomputed comes on top. Counted are layers, output
-    projection (with the loss) and the recurrence, each as in ``model.flops``.
+    Layers, output projection and recurrence count. The backward costs two forwards plus what is recomputed.
     """
-    return [[_cost(config, chunk) for chunk in chunks] for chunks in pipeline.chunks]
+    return [[_chunk_cost(config, chunk) for chunk in chunks] for chunks in pipeline.chunks]
 
 
-def _cost(config: Config, chunk: Chunk) -> Cost:
+def _chunk_cost(config: Config, chunk: Chunk) -> Cost:
     model, training = config.model, config.training
     tokens = tokens_of_rank(config) / config.parallel.tensor_model_parallel_size
-    forward = chunk.layers * layer_flops(model) + sum(enter_flops(model, v) for v in chunk.enters)
+    layer = sizes.layer_flops(model)
+    forward = chunk.layers * layer + sum(sizes.enter_flops(model, v) for v in chunk.enters)
     if chunk.head:
-        forward += head_flops(model)
-    again = redone_layers(training, chunk) * layer_flops(model)
-    again += chunk.layers * _selective_flops(config)
-    return Cost(tokens * forward, tokens * (2 * forward + again))
+        forward += sizes.head_flops(model)
+    recomputed = recomputed_layers(training, chunk) * layer + chunk.layers * _selective_flops(config)
+    return Cost(tokens * forward, tokens * (2 * forward + recomputed))
 
 
-def head_flops(model: ModelConfig) -> float:
-    """Output projection, per token."""
-    return 2.0 * model.hidden_size * padded_vocab_size(model)
-
-
-def enter_flops(model: ModelConfig, index: int) -> float:
-    """What the recurrence computes at the start of pass ``index`` = 0..K+1, per token."""
-    scheme = SCHEMES[model.recurrence]
-    h, slots = model.hidden_size, model.mesh_slots or 0
-    # A model with one loop less has one cycle less: the last of the cycles 0..K starts pass K + 1.
-    upto = [scheme.forward_flops(h, loops, slots) if loops >= 0 else 0 for loops in (index - 2, index - 1)]
-    return upto[1] - upto[0]
-
-
-def layer_flops(model: ModelConfig) -> float:
-    """One layer, per token."""
-    layers, scheme = layout(model), SCHEMES[model.recurrence]
-    own = scheme.forward_flops(model.hidden_size, layers.loops, model.mesh_slots or 0)
-    return (forward_flops_per_token(model) - head_flops(model) - own) / layers.depth
-
-
-def redone_layers(training: TrainingConfig, chunk: Chunk) -> int:
-    """Layers of a chunk that full recomputation runs again."""
+def recomputed_layers(training: TrainingConfig, chunk: Chunk) -> int:
+    """Layers of a chunk that full recomputation runs a second time."""
     if training.recompute_granularity != "full":
         return 0
     if training.recompute_method == "block":
@@ -67,8 +82,7 @@ def redone_layers(training: TrainingConfig, chunk: Chunk) -> int:
 
 
 def _selective_flops(config: Config) -> float:
-    """What selective recomputation runs again in a layer, per token."""
-    model, modules = config.model, config.training.recompute_modules or []
-    attention = 2.0 * model.seq_length * model.hidden_size  # scores and weighted values, causal
-    mlp = 4.0 * model.hidden_size * (model.ffn_hidden_size or 4 * model.hidden_size)
+    """FLOPs per token of one layer that selective recomputation repeats."""
+    modules = config.training.recompute_modules or []
+    attention, mlp = sizes.attention_flops(config.model), sizes.mlp_flops(config.model)
     return ("core_attn" in modules) * attention + ("mlp" in modules) * mlp

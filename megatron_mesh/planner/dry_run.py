@@ -1,4 +1,4 @@
-"""What a run will be, before anything touches a device: the text of ``--dry-run``."""
+"""Describe a run before it touches a device: the text of ``--dry-run``."""
 
 from collections import Counter
 from dataclasses import replace
@@ -7,12 +7,13 @@ from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.derived import layout, padded_vocab_size
 from megatron_mesh.config.length import batch_sizes, last_sample, last_step
 from megatron_mesh.config.schema import Config, ParallelConfig
+from megatron_mesh.config.sizes import flops_per_token
 from megatron_mesh.errors import UserError
-from megatron_mesh.model import build_on_meta, flops_per_token
-from megatron_mesh.model.count import count_parameters
+from megatron_mesh.model import build_on_meta
+from megatron_mesh.model.naming import count_parameters
 from megatron_mesh.planner.report import Plan, make_plan, ranks_text
 from megatron_mesh.planner.saving import Disk
-from megatron_mesh.planner.text import saving_rows
+from megatron_mesh.planner.text import saving_rows, size
 from megatron_mesh.recurrence import SCHEMES
 
 _RANKS_PER_NODE = 8
@@ -20,10 +21,10 @@ _EMBEDDINGS = ("embedding", "output projection")
 
 
 def dry_run_text(config: Config, world_size: int = 1) -> str:
-    """The plan of a resolved run on ``world_size`` ranks.
+    """Describe a resolved run on ``world_size`` ranks.
 
     Raises:
-        UserError: the size of the vocabulary is known only to a tokenizer that cannot be read.
+        UserError: the vocabulary size is not set, and there is no readable tokenizer to take it from.
     """
     config = resolve(with_vocabulary(config), world_size=world_size)
     one_rank = replace(config, parallel=ParallelConfig())
@@ -36,13 +37,13 @@ def dry_run_text(config: Config, world_size: int = 1) -> str:
 
 
 def with_vocabulary(config: Config) -> Config:
-    """``config`` with the size of the vocabulary, which its tokenizer tells if nothing else does."""
+    """Return ``config`` with the vocabulary size set, from its tokenizer if necessary."""
     if config.model.vocab_size is not None:
         return config
     from megatron_mesh.data import build_tokenizer
 
     if config.data.tokenizer_model is None:
-        raise UserError("the size of the vocabulary is not known; give --tokenizer-model or --vocab-size")
+        raise UserError("the vocabulary size is unknown; set --tokenizer-model or --vocab-size")
     tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
     return replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
 
@@ -50,7 +51,7 @@ def with_vocabulary(config: Config) -> Config:
 def _model_rows(config: Config) -> list[tuple[str, str]]:
     model, layers = config.model, layout(config.model)
     scheme = SCHEMES[model.recurrence]
-    depth = f"{layers.depth} layers, {layers.unique_layers} with weights of their own"
+    depth = f"{layers.depth} layers, {layers.unique_layers} distinct"
     rows = [
         ("recurrence", f"{model.recurrence}: {scheme.formula}"),
         ("layers", f"{layers} (unrolled: {depth})"),
@@ -78,7 +79,6 @@ def _parameter_rows(counts: Counter[str]) -> list[tuple[str, str]]:
 def _run_rows(plan: Plan) -> list[tuple[str, str]]:
     training, model = plan.config.training, plan.config.model
     assert training.global_batch_size is not None
-    micro_batches = f"{plan.pipeline.micro_batches} of {training.micro_batch_size} sequences"
     per_step = training.global_batch_size * model.seq_length
     tokens = last_sample(training) * model.seq_length
     flops = flops_per_token(model)
@@ -89,25 +89,25 @@ def _run_rows(plan: Plan) -> list[tuple[str, str]]:
         rampup = [("batch size", growth)]
     return [
         ("ranks", f"{plan.world_size}: {ranks_text(plan)}"),
-        ("micro-batches", f"{micro_batches} per step and rank"),
+        (
+            "micro-batches",
+            f"{plan.pipeline.micro_batches} per step and replica, of size {training.micro_batch_size}",
+        ),
         ("tokens per step", f"{per_step:,} ({training.global_batch_size:,} x {model.seq_length:,})"),
         *rampup,
         ("steps", f"{last_step(training):,} ({tokens:,} tokens)"),
         ("FLOPs per token", f"{flops:,.0f} (forward and backward, unrolled)"),
-        ("FLOPs in all", f"{flops * tokens:.3e}"),
+        ("FLOPs in total", f"{flops * tokens:.3e}"),
     ]
 
 
 def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
     memory = max((rank.memory for rank in plan.ranks), key=lambda memory: memory.total)
 
-    def gib(count: int) -> str:
-        return f"{count / 2**30:,.2f} GiB"
-
     return [
-        ("memory of the fullest rank", f"{gib(memory.total)} (estimate)"),
-        ("  weights", gib(memory.weights)),
-        ("  gradients", gib(memory.gradients)),
-        ("  optimizer", gib(memory.optimizer)),
-        ("  activations", gib(memory.activations)),
+        ("memory of the fullest rank", f"{size(memory.total)} (estimate)"),
+        ("  weights", size(memory.weights)),
+        ("  gradients", size(memory.gradients)),
+        ("  optimizer", size(memory.optimizer)),
+        ("  activations", size(memory.activations)),
     ]

@@ -1,4 +1,4 @@
-"""The schedule as a picture: which rank computes which pass of which micro-batch when."""
+"""Draw the schedule: when each rank computes which pass of which micro-batch."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,29 +16,29 @@ from megatron_mesh.planner.report import Plan
 from megatron_mesh.planner.simulate import Span, Timeline
 
 _MOST_RANKS = 16
-_MOST_SPANS = 40  # of a rank, in each part of a long step: more would be a blur
+_MOST_SPANS = 40  # per rank in each part of a long step; more would be unreadable
 _ENDS = {"prelude": "#4e79a7", "coda": "#3f8f5f"}
-_PALE = 0.42  # opacity of a backward
+_PALE = 0.42  # opacity of backwards
 _CELL = 0.82  # height of a cell; the rest is the gap between ranks
-_DIGIT = 0.0055  # width of a digit, as a share of the figure's
+_DIGIT = 0.0055  # width of a digit as a share of the figure's width
 
 Window = tuple[float, float]
 
 
 def save_schedule(plan: Plan, path: Path) -> None:
-    """Write ``schedule_figure`` to a file (UserError if that cannot be)."""
+    """Write ``schedule_figure`` to a file; raises UserError if that fails."""
     try:
         schedule_figure(plan).savefig(path, dpi=110)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--figure {path} cannot be written ({error}); give another path that ends in .png"
+            f"--figure {path} cannot be written ({error}); choose another path that ends in .png"
         ) from None
 
 
 def schedule_figure(plan: Plan) -> Figure:
-    """Ranks from top to bottom, time from left to right, coloured by pass; pale cells are backward.
+    """Draw ranks from top to bottom and time from left to right, coloured by pass; backwards are pale.
 
-    Of a long step the beginning and the end are drawn, of many ranks the first ones.
+    A long step is cut to its beginning and its end, and a long pipeline to its first ranks.
     """
     times = _in_percent(plan.timeline)
     ranks = min(len(times.spans), _MOST_RANKS)
@@ -64,7 +64,7 @@ def _in_percent(times: Timeline) -> Timeline:
 
 
 def _windows(times: Timeline) -> list[Window]:
-    """The whole step, or its beginning and its end."""
+    """Return the time windows to draw: the whole step, or its beginning and its end."""
     last = times.spans[-1]
     if len(last) <= 2.2 * _MOST_SPANS:
         return [(0.0, 100.0)]
@@ -73,7 +73,7 @@ def _windows(times: Timeline) -> list[Window]:
 
 
 def _colours(names: Sequence[str]) -> dict[str, str]:
-    """Blue for the prelude, green for the coda, and from orange to red what lies between."""
+    """Blue for the prelude, green for the coda, shades from orange to red for everything between."""
     middle = [name for name in names if name not in _ENDS]
     scale = colormaps["YlOrRd"]
     shades = {name: to_hex(scale(0.45 + 0.4 * i / max(1, len(middle) - 1))) for i, name in enumerate(middle)}
@@ -123,7 +123,7 @@ def _write(axes: Axes, rank: int, span: Span, number: str) -> None:
 def _label(axes: Sequence[Axes], ranks: int) -> None:
     axes[0].set_ylim(ranks - 0.45, -0.55)
     axes[0].set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
-    names = ["time"] if len(axes) == 1 else ["time: how a step begins", "time: how it ends"]
+    names = ["time"] if len(axes) == 1 else ["time (beginning of a step)", "time (end of the step)"]
     for axis, name in zip(axes, names, strict=True):
         axis.xaxis.set_major_formatter(PercentFormatter(100))
         axis.set_xlabel(name)
@@ -136,10 +136,10 @@ def _title(plan: Plan) -> str:
     model, stages = plan.config.model, plan.pipeline
     text = (
         f"{model.recurrence} {model.layers} on {stages.ranks} pipeline ranks, {stages.micro_batches} "
-        f"micro-batches: {plan.timeline.bubble_share:.1%} of the time is waiting"
+        f"micro-batches: ranks wait {plan.timeline.bubble_share:.1%} of the time"
     )
     hidden = stages.ranks - _MOST_RANKS
-    return f"{text} ({hidden} more ranks below)" if hidden > 0 else text
+    return f"{text} ({hidden} more ranks not shown)" if hidden > 0 else text
 
 
 def _legend(colours: Mapping[str, str]) -> list[Patch]:

@@ -1,73 +1,83 @@
-"""Memory of a rank: parameters and what follows from them, and activations in the schedule's real order."""
+"""Estimate a rank's memory: weights, gradients, optimizer state, and activations in schedule order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_mesh.config.derived import layout, padded_vocab_size, tokens_of_rank
+from megatron_mesh.config import sizes
+from megatron_mesh.config.derived import layout
 from megatron_mesh.config.schema import Config
-from megatron_mesh.planner.costs import enter_flops, redone_layers
-from megatron_mesh.planner.fp8_memory import kept_casts_bytes, pass_casts_bytes
-from megatron_mesh.planner.layer_memory import MemoryEstimate, layer_bytes
+from megatron_mesh.planner.costs import rank_parameters, recomputed_layers
 from megatron_mesh.planner.order import Step
-from megatron_mesh.planner.parameters import rank_parameters
 from megatron_mesh.planner.stages import Chunk, Pipeline
-from megatron_mesh.planner.traffic import own_exchange
+from megatron_mesh.planner.traffic import scatters_memory
 from megatron_mesh.recurrence import SCHEMES
 
 
 @dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes per rank. CUDA, NCCL, the framework and fragmentation add to them."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """The sum of the four."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True)
 class InFlight:
-    """The most that a rank holds between forwards and their backwards, over a step."""
+    """The most that a rank stores between forwards and their backwards during a step."""
 
     activations: int
-    """Bytes, with what full recomputation makes again at that moment."""
+    """Bytes, including what full recomputation recreates at that moment."""
     micro_batches: int
-    """Different micro-batches of which something is held."""
+    """Micro-batches with stored activations."""
     passes: int
-    """Chunks whose activations are held, over all micro-batches."""
+    """Chunks with stored activations, over all micro-batches."""
 
 
 def rank_memory(
     config: Config, pipeline: Pipeline, rank: int, order: Sequence[Step], replicas: int
 ) -> tuple[MemoryEstimate, InFlight]:
-    """Bytes of pipeline rank ``rank`` (of each of its tensor-parallel ranks).
-
-    Gradients are summed in float32. Adam keeps two float32 moments, and for bfloat16 weights a float32 copy
-    of each. FP8 layers have casts of their weights beside them (``fp8_memory.py``).
+    """Estimate the memory of pipeline rank ``rank`` (of each of its tensor-parallel ranks).
 
     Args:
-        order: the rank's steps in a training step.
+        order: the rank's steps in one training step.
         replicas: ranks with the same weights, over which the distributed optimizer shards its state.
     """
-    parameters, bf16 = rank_parameters(config, pipeline, rank), config.training.bf16
+    parameters = rank_parameters(config, pipeline, rank)
     shards = replicas if config.parallel.use_distributed_optimizer else 1
     held = in_flight(config, pipeline, rank, order)
     memory = MemoryEstimate(
-        weights=parameters * (2 if bf16 else 4) + kept_casts_bytes(config, pipeline, rank),
-        gradients=parameters * 4,
-        optimizer=-(-parameters * (12 if bf16 else 8) // shards),
+        weights=parameters * sizes.weight_bytes(config) + cached_cast_bytes(config, pipeline, rank),
+        gradients=parameters * sizes.GRADIENT_BYTES,
+        optimizer=-(-parameters * sizes.optimizer_bytes(config) // shards),
         activations=held.activations,
     )
     return memory, held
 
 
 def in_flight(config: Config, pipeline: Pipeline, rank: int, order: Sequence[Step]) -> InFlight:
-    """Follow the order: a forward adds what its chunk keeps, a backward removes it when it is done."""
+    """Follow the order: a forward stores its chunk's activations, and its backward frees them at its end."""
     chunks = pipeline.chunks[rank]
-    kept = [kept_bytes(config, chunk, pipelined=pipeline.ranks > 1) for chunk in chunks]
-    redone = [_redone_bytes(config, chunk) for chunk in chunks]
+    stored = [activation_bytes(config, chunk, pipelined=pipeline.ranks > 1) for chunk in chunks]
+    recomputed = [_recomputed_bytes(config, chunk) for chunk in chunks]
     held = most = passes = most_passes = most_micro_batches = 0
     open_chunks: dict[int, int] = {}  # by micro-batch
     for backward, chunk, micro_batch in order:
         if backward:
-            most = max(most, held + redone[chunk])
-            held -= kept[chunk]
+            most = max(most, held + recomputed[chunk])
+            held -= stored[chunk]
             passes -= 1
             open_chunks[micro_batch] -= 1
             if not open_chunks[micro_batch]:
                 del open_chunks[micro_batch]
         else:
-            held += kept[chunk]
+            held += stored[chunk]
             passes += 1
             open_chunks[micro_batch] = open_chunks.get(micro_batch, 0) + 1
             most, most_passes = max(most, held), max(most_passes, passes)
@@ -75,51 +85,65 @@ def in_flight(config: Config, pipeline: Pipeline, rank: int, order: Sequence[Ste
     return InFlight(most, most_micro_batches, most_passes)
 
 
-def kept_bytes(config: Config, chunk: Chunk, *, pipelined: bool) -> int:
-    """What a chunk keeps of one micro-batch from its forward to its backward, on one tensor-parallel rank."""
+def activation_bytes(config: Config, chunk: Chunk, *, pipelined: bool) -> int:
+    """Bytes that a chunk stores for one micro-batch from its forward to its backward, on one rank."""
     model, training = config.model, config.training
-    state = _state_bytes(config)
-    redone = redone_layers(training, chunk)
-    kept = (chunk.layers - redone) * layer_bytes(config)
-    kept += pass_casts_bytes(config, chunk, chunk.layers - redone)
+    state = sizes.state_shard_bytes(config)
+    recomputed = recomputed_layers(training, chunk)
+    stored = (chunk.layers - recomputed) * sizes.layer_activation_bytes(config)
+    stored += per_pass_cast_bytes(config, chunk, chunk.layers - recomputed)
     if training.recompute_method == "block":
-        kept += redone * state
-    elif redone:
+        stored += recomputed * state
+    elif recomputed:
         group = training.recompute_num_layers or 1
-        kept += sum(-(-section // group) for section in chunk.sections) * state
+        stored += sum(-(-section // group) for section in chunk.sections) * state
     if pipelined and not chunk.layers:
-        kept += state  # the input, which a layer would hold otherwise
+        stored += state  # the input, which a layer would store otherwise
     if pipelined and not chunk.head:
-        kept += state  # the output, which the schedule holds until its gradient has come
+        stored += state  # the output, which the schedule holds until its gradient arrives
     if pipelined:
-        # The schedule holds the state that arrived, beside what the recurrence made of it.
-        kept += sum(enter_flops(model, v) > 0 for v in chunk.enters) * state
+        # The schedule holds the state that arrived, the layers the one that the recurrence made from it.
+        stored += sum(sizes.enter_flops(model, v) > 0 for v in chunk.enters) * state
     elif chunk.enters:
-        kept += SCHEMES[model.recurrence].kept_states(layout(model).loops) * state
-    if 0 in chunk.enters and own_exchange(config):
-        kept += state  # the embedding, of which the memory has a shard and the first layer a gathered copy
-    return kept + (_head_bytes(config) if chunk.head else 0)
+        stored += SCHEMES[model.recurrence].kept_states(layout(model).loops) * state
+    if 0 in chunk.enters and scatters_memory(config):
+        stored += state  # the embedding: the memory holds a shard, the first layer a gathered copy
+    return stored + (sizes.head_activation_bytes(config) if chunk.head else 0)
 
 
-def _redone_bytes(config: Config, chunk: Chunk) -> int:
-    """What full recomputation makes again, a group of layers at a time, in a chunk's backward."""
-    if not redone_layers(config.training, chunk):
+def _recomputed_bytes(config: Config, chunk: Chunk) -> int:
+    """Bytes that full recomputation recreates at a time (one group of layers) in a chunk's backward."""
+    if not recomputed_layers(config.training, chunk):
         return 0
     group = config.training.recompute_num_layers or 1
     if config.training.recompute_method == "block":
-        group = 1  # recomputed layers are groups of their own then
-    again = min(group, max(chunk.sections))
-    return again * layer_bytes(config) + pass_casts_bytes(config, chunk, again)
+        group = 1  # with this method each recomputed layer is a group
+    layers = min(group, max(chunk.sections))
+    return layers * sizes.layer_activation_bytes(config) + per_pass_cast_bytes(config, chunk, layers)
 
 
-def _state_bytes(config: Config) -> int:
-    """One hidden state [S, B, H], or the shard of it that sequence parallelism leaves."""
-    parallel, training = config.parallel, config.training
-    shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return tokens_of_rank(config) * config.model.hidden_size * (2 if training.bf16 else 4) // shards
+def cached_cast_bytes(config: Config, pipeline: Pipeline, rank: int) -> int:
+    """FP8 casts that live as long as the weights: tensorwise, shared by all passes (``model/precision.py``).
+
+    Weights stored in FP8 (``fp8_param_gather``) add nothing: with their transpose they take as much as in
+    bfloat16. The layers that ``first_last_layers_bf16`` excludes are counted too.
+    """
+    precision = config.precision
+    if not precision.fp8_format or precision.fp8_recipe != "tensorwise" or precision.fp8_param_gather:
+        return 0
+    layers = pipeline.layers[rank] if precision.fp8_scope == "all" else pipeline.core_layers(rank)
+    return layers * _layer_cast_bytes(config)
 
 
-def _head_bytes(config: Config) -> int:
-    """The final norm's input and output, and the softmax over the vocabulary in float32."""
+def per_pass_cast_bytes(config: Config, chunk: Chunk, layers: int) -> int:
+    """FP8 casts that autograd stores for one pass over ``layers`` of a chunk: blockwise and delayed."""
+    precision = config.precision
+    if not precision.fp8_format or precision.fp8_recipe == "tensorwise" or precision.fp8_param_gather:
+        return 0
+    in_fp8 = chunk.layers if precision.fp8_scope == "all" else chunk.core
+    return min(layers, in_fp8) * _layer_cast_bytes(config)
+
+
+def _layer_cast_bytes(config: Config) -> int:
     tp = config.parallel.tensor_model_parallel_size
-    return 2 * _state_bytes(config) + tokens_of_rank(config) * padded_vocab_size(config.model) // tp * 4
+    return sizes.FP8_CAST_BYTES * sizes.layer_matrix_parameters(config.model, tp)

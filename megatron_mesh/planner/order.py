@@ -1,4 +1,4 @@
-"""The order in which Megatron-core's pipeline schedules run the chunks of a rank."""
+"""The order in which Megatron-core's pipeline schedules run a rank's chunks."""
 
 from functools import cache
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from megatron_mesh.planner.stages import Pipeline
 
 
 class Step(NamedTuple):
-    """One forward or backward of a chunk for a micro-batch."""
+    """One forward or backward of a chunk for one micro-batch."""
 
     backward: bool
     chunk: int
@@ -18,11 +18,11 @@ class Step(NamedTuple):
 
 
 def schedule_order(pipeline: Pipeline) -> tuple[tuple[Step, ...], ...]:
-    """The steps of every rank, in order.
+    """List the steps of every rank.
 
-    Warm-up forwards, then a forward and a backward in turn, then the backwards that are left: interleaved
-    1F1B where a rank has several chunks, plain 1F1B where it has one (Megatron-core 0.16.1,
-    ``pipeline_parallel/schedules.py``).
+    Each rank runs warm-up forwards, then alternates forwards and backwards, then runs the remaining
+    backwards. This is interleaved 1F1B if a rank has several chunks, otherwise plain 1F1B (Megatron-core
+    0.16.1, ``pipeline_parallel/schedules.py``).
     """
     return tuple(
         rank_order(pipeline.ranks, rank, pipeline.passes, pipeline.micro_batches, pipeline.group)
@@ -32,12 +32,12 @@ def schedule_order(pipeline: Pipeline) -> tuple[tuple[Step, ...], ...]:
 
 @cache
 def rank_order(ranks: int, rank: int, chunks: int, micro_batches: int, group: int | None) -> tuple[Step, ...]:
-    """The steps of one rank; see ``schedule_order``."""
-    # These are the calls of forward_backward_pipelining_with_interleaving, which keeps the rest inside.
+    """List the steps of one rank; see ``schedule_order``."""
+    # forward_backward_pipelining_with_interleaving calls these helpers too; the rest is inlined there.
     table = get_schedule_table(micro_batches, chunks, group or micro_batches)
-    shape = SimpleNamespace(size=lambda: ranks, rank=lambda: rank)
+    pp_group = SimpleNamespace(size=lambda: ranks, rank=lambda: rank)
     communicator = SimpleNamespace(
-        pp_group=shape, virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None
+        pp_group=pp_group, virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None
     )
     total, _, warmup, _ = get_pp_rank_microbatches(
         micro_batches, chunks, group, p2p_communicator=communicator

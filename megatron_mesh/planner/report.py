@@ -1,14 +1,12 @@
-"""Everything about a run on paper: one ``Plan``, with a ``RankReport`` for each pipeline rank."""
+"""Plan a whole run: a ``Plan`` with a ``RankReport`` for each pipeline rank."""
 
 from dataclasses import dataclass
 
 from megatron_mesh.config.check_parallel import model_parallel_size
 from megatron_mesh.config.schema import Config
-from megatron_mesh.planner.costs import chunk_costs
-from megatron_mesh.planner.layer_memory import MemoryEstimate
-from megatron_mesh.planner.memory import InFlight, rank_memory
+from megatron_mesh.planner.costs import chunk_costs, rank_parameters
+from megatron_mesh.planner.memory import InFlight, MemoryEstimate, rank_memory
 from megatron_mesh.planner.order import schedule_order
-from megatron_mesh.planner.parameters import rank_parameters
 from megatron_mesh.planner.saving import Saving, rank_saving
 from megatron_mesh.planner.simulate import Timeline, simulate
 from megatron_mesh.planner.stages import Pipeline, pipeline
@@ -17,17 +15,17 @@ from megatron_mesh.planner.traffic import Traffic, rank_traffic
 
 @dataclass(frozen=True)
 class RankReport:
-    """One pipeline rank; all its tensor- and data-parallel ranks have the same numbers."""
+    """The numbers of one pipeline rank, which hold for each of its tensor- and data-parallel ranks."""
 
     layers: str
-    """Layers of each chunk."""
+    """Number of layers in each chunk, separated by commas."""
     parameters: int
     memory: MemoryEstimate
     in_flight: InFlight
     traffic: Traffic
     saving: Saving
     busy_share: float
-    """Time in which it computes over the step's time."""
+    """Share of the step that the rank spends computing."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +36,22 @@ class Plan:
     world_size: int
     pipeline: Pipeline
     timeline: Timeline
-    """In FLOPs of one tensor-parallel rank; communication takes no time in it."""
+    """In FLOPs of one tensor-parallel rank; communication takes no time."""
     ranks: tuple[RankReport, ...]
 
     @property
     def data_parallel(self) -> int:
-        """Replicas of the model."""
+        """Number of model replicas."""
         return data_parallel_size(self.config, self.world_size)
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
-    """Replicas of the model that a resolved run has."""
+    """Return the number of model replicas of a resolved run."""
     return world_size // model_parallel_size(config.parallel)
 
 
 def ranks_text(plan: Plan) -> str:
-    """How the processes divide."""
+    """Format the rank layout, e.g. ``tensor 2 x pipeline 4 x data 4``."""
     parallel = plan.config.parallel
     shared = parallel.context_parallel_size
     context = f"context {shared} x " if shared > 1 else ""
@@ -67,16 +65,16 @@ def make_plan(config: Config, world_size: int) -> Plan:
     """Plan a run.
 
     Args:
-        config: resolved for ``world_size``, with the size of the vocabulary.
+        config: resolved for ``world_size``, with a known vocabulary size.
     """
     return plan_for(config, pipeline(config, data_parallel_size(config, world_size)), world_size)
 
 
 def plan_for(config: Config, stages: Pipeline, world_size: int) -> Plan:
-    """The same for given stages, which need not be those that ``config`` would have."""
+    """Plan a run on the given pipeline, which may differ from the one that ``config`` describes."""
     order = schedule_order(stages)
     timeline = simulate(order, chunk_costs(config, stages))
-    # The ranks that share a sequence have the same weights.
+    # Context-parallel ranks hold the same weights.
     replicas = data_parallel_size(config, world_size) * config.parallel.context_parallel_size
 
     def rank_report(rank: int) -> RankReport:

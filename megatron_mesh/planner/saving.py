@@ -1,69 +1,65 @@
-"""What saving a checkpoint takes: bytes written by each rank, memory of its host, and time."""
+"""Estimate what saving a checkpoint costs: bytes written by each rank, host memory, and time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_mesh.checkpoint.boxes import MAX_ELEMENTS
+from megatron_mesh.config import sizes
 from megatron_mesh.config.schema import Config
-from megatron_mesh.planner.parameters import (
-    embedding_parameters,
-    rank_parameters,
-    replicated_parameters,
-    tied_over_pipeline,
-)
+from megatron_mesh.planner.costs import holds_tied_copy, rank_parameters, replicated_parameters
 from megatron_mesh.planner.stages import Pipeline
 
 BUFFER = 4 * MAX_ELEMENTS
-"""Bytes of host memory that a save takes besides its copies: one box from a GPU at a time."""
-
-MOMENTS = 8
-"""Bytes of the optimizer's two moments of a parameter."""
+"""Bytes of host memory that a foreground save needs: it copies one box of a tensor from the GPU at a time."""
 
 
 @dataclass(frozen=True)
 class Disk:
-    """Speed of writing checkpoints. Defaults are cautious; ``tools.bench.checkpoints`` measures it."""
+    """Write speed for checkpoints. The defaults are cautious; measure with ``tools.bench.checkpoints``."""
 
     gb_per_s: float = 5.0
-    """GB/s that the shared file system takes from all ranks together."""
+    """GB/s that the shared file system accepts from all ranks together."""
     rank_gb_per_s: float = 0.4
-    """GB/s that one rank writes: a single thread copies, computes checksums and writes."""
+    """GB/s of one rank, where a single thread copies, computes checksums and writes."""
 
 
 @dataclass(frozen=True)
 class Saving:
-    """What a pipeline rank writes of a checkpoint, in bytes."""
+    """Bytes that a pipeline rank writes to a checkpoint."""
 
     largest: int
-    """By one of its ranks: of those with tensor-parallel rank 0, which write what all of them hold alike."""
-    together: int
-    """By all of its tensor- and data-parallel ranks."""
+    """By one process: tensor-parallel rank 0 writes most, because it also writes the replicated weights."""
+    total: int
+    """By all tensor- and data-parallel ranks of this pipeline rank."""
 
     def host_memory(self, *, background: bool) -> int:
-        """Bytes on top of what the rank holds: in the background it writes a copy of its part."""
+        """Host memory for saving. A background save also copies everything that the process writes."""
         return BUFFER + self.largest * background
 
 
 def rank_saving(config: Config, pipeline: Pipeline, rank: int, replicas: int) -> Saving:
-    """What pipeline rank ``rank`` writes; ``replicas`` ranks hold the same parameters and divide them evenly.
+    """Bytes that pipeline rank ``rank`` writes.
 
-    A bfloat16 weight is saved with its float32 main parameter and two moments, a float32 weight with the
-    moments. Of a tied embedding in a pipeline, the first rank saves the weight and the last one the moments.
+    A bfloat16 weight is saved with its float32 main parameter and two moments, a float32 weight with the two
+    moments. In a pipeline with a tied embedding, the first rank saves its weight and the last its moments.
+
+    Args:
+        replicas: ranks that hold the same parameters and write equal shares of them.
     """
     tp = config.parallel.tensor_model_parallel_size
     parameters = rank_parameters(config, pipeline, rank)
-    alike = replicated_parameters(config, pipeline, rank)
-    weight = 6 if config.training.bf16 else 4
+    replicated = replicated_parameters(config, pipeline, rank)
+    per_parameter = sizes.weight_bytes(config) + sizes.optimizer_bytes(config)
     by_other = 0
-    if tied_over_pipeline(config, pipeline, rank):
-        by_other = embedding_parameters(config) * (weight if rank else MOMENTS)
-    size = weight + MOMENTS
-    together = (tp * (parameters - alike) + alike) * size - tp * by_other
-    return Saving(-(-(parameters * size - by_other) // replicas), together)
+    if holds_tied_copy(config, pipeline, rank):
+        skipped = per_parameter - sizes.MOMENTS_BYTES if rank else sizes.MOMENTS_BYTES
+        by_other = sizes.embedding_parameters(config.model, tp) * skipped
+    total = (tp * (parameters - replicated) + replicated) * per_parameter - tp * by_other
+    return Saving(-(-(parameters * per_parameter - by_other) // replicas), total)
 
 
-def seconds(savings: Sequence[Saving], disk: Disk) -> float:
-    """Time to write a checkpoint: that of the file system, or of the rank that writes most."""
-    together = sum(saving.together for saving in savings) / disk.gb_per_s
+def save_seconds(savings: Sequence[Saving], disk: Disk) -> float:
+    """Time to write a checkpoint, limited by the file system or by the process that writes most."""
+    total = sum(saving.total for saving in savings) / disk.gb_per_s
     largest = max(saving.largest for saving in savings) / disk.rank_gb_per_s
-    return max(together, largest) / 1e9
+    return max(total, largest) / 1e9

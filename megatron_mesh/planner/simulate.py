@@ -1,4 +1,4 @@
-"""The time line of a step: every rank follows its order and waits for what its neighbours send."""
+"""Simulate a training step: every rank follows its order and waits for its neighbours' messages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,35 +18,35 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """Spans of every rank in order, in the unit of the costs."""
+    """The spans of every rank in order, in the unit of the costs."""
 
     spans: tuple[tuple[Span, ...], ...]
 
     @property
     def step_time(self) -> float:
-        """From the first forward to the end of the last backward of any rank."""
+        """Time from the first forward to the end of the last backward on any rank."""
         return max(spans[-1].end for spans in self.spans)
 
     @property
     def busy(self) -> tuple[float, ...]:
-        """Time in which each rank computes."""
+        """Time that each rank spends computing."""
         return tuple(sum(span.end - span.start for span in spans) for spans in self.spans)
 
     @property
     def bubble_share(self) -> float:
-        """Share of the ranks' time in which they wait: 1 - sum(busy) / (ranks x step time)."""
+        """Share of the ranks' time that they spend waiting: 1 - sum(busy) / (ranks x step time)."""
         return 1 - sum(self.busy) / (len(self.spans) * self.step_time)
 
     @property
     def imbalance(self) -> float:
-        """The part of it that is there because ranks have unequal work: 1 - mean(busy) / max(busy)."""
+        """Part of the bubble that comes from unequal work: 1 - mean(busy) / max(busy)."""
         return 1 - sum(self.busy) / (len(self.spans) * max(self.busy))
 
     @property
     def bubble_over_compute(self) -> float:
-        """Waiting over computing: ranks x step time / sum(busy) - 1.
+        """Ratio of waiting to computing: ranks x step time / sum(busy) - 1.
 
-        It is (P-1) / (V m) where all chunks cost the same, V chunks a rank and m micro-batches
+        If all chunks cost the same, this is (P-1) / (V m) for P ranks with V chunks each and m micro-batches
         (arXiv 2104.04473, sec. 2.2).
         """
         return len(self.spans) * self.step_time / sum(self.busy) - 1
@@ -55,16 +55,16 @@ class Timeline:
 def simulate(
     order: Sequence[Sequence[Step]], costs: Sequence[Sequence[Cost]], transfer: float = 0.0
 ) -> Timeline:
-    """Run the steps of every rank as early as its order and its inputs allow.
+    """Run every rank's steps as early as its order and its inputs allow.
 
-    A chunk's forward needs the output of the rank before it (rank 0: of the last rank, one pass earlier),
-    its backward the gradient of the rank behind. Messages are buffered, as with overlapped
-    communication: nobody waits for a receiver.
+    A chunk's forward needs the output of the previous rank (on rank 0: of the last rank, one pass earlier).
+    Its backward needs the gradient from the next rank. Messages are buffered, as with overlapped
+    communication, so no sender waits for its receiver.
 
     Args:
-        order: steps of each rank.
-        costs: [rank][chunk], in a unit of time of one's choice.
-        transfer: time from the end of a step until its result is there on another rank.
+        order: the steps of each rank.
+        costs: [rank][chunk], in any unit of time.
+        transfer: time from the end of a step until its result arrives on another rank.
     """
     ranks, last_chunk = len(order), len(costs[0]) - 1
     spans: list[list[Span]] = [[] for _ in range(ranks)]
@@ -86,12 +86,12 @@ def simulate(
                 end = start + (cost.backward if step.backward else cost.forward)
                 done.append(Span(step, start, end))
                 ends[rank, step] = end
-        assert len(ends) > before, "the order of the schedule waits for itself"
+        assert len(ends) > before, "deadlock: the schedule's order waits for itself"
     return Timeline(tuple(map(tuple, spans)))
 
 
 def _needs(rank: int, step: Step, ranks: int, last_chunk: int) -> tuple[int, Step] | None:
-    """The step, and its rank, whose result a step takes; None at either end of the network."""
+    """Return the step whose result this step needs, with its rank; None for the first chunk's forward."""
     backward, chunk, _ = step
     if not backward:
         if rank > 0:

@@ -1,7 +1,7 @@
-"""A model of the time of a step on given hardware: good for comparing layouts, not for predicting a run.
+"""Estimate the time of a step on given hardware, to compare rank layouts rather than to predict a run.
 
-The time is that of the pipeline and what cannot hide of the data-parallel communication. The optimizer's own
-time, the loading of data and checkpoints are not in it.
+The estimate covers the pipeline and the data-parallel communication that doesn't overlap with it. The
+optimizer's computation, data loading and checkpoints are left out.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from megatron_mesh.planner.traffic import data_parallel_bytes, message_bytes, te
 
 @dataclass(frozen=True)
 class Hardware:
-    """A cluster. The defaults are for H100 SXM nodes with one 400 Gbit/s port for each GPU."""
+    """A cluster. The defaults are for H100 SXM nodes with one 400 Gbit/s port per GPU."""
 
     nodes: int = 1
     gpus_per_node: int = 8
@@ -27,7 +27,7 @@ class Hardware:
     network_gb_per_s: float = 40.0
     """GB/s that a GPU sends to other nodes (data sheet: 50)."""
     latency_us: float = 10.0
-    """Microseconds until a message to another pipeline rank begins to arrive."""
+    """Latency of a message to another pipeline rank, in microseconds."""
 
     @property
     def gpus(self) -> int:
@@ -35,12 +35,12 @@ class Hardware:
         return self.nodes * self.gpus_per_node
 
     def bytes_per_second(self, span: int) -> float:
-        """Rate of a group whose members lie within ``span`` consecutive ranks."""
+        """Return the send rate in a group whose members lie within ``span`` consecutive ranks."""
         return 1e9 * (self.node_gb_per_s if span <= self.gpus_per_node else self.network_gb_per_s)
 
 
-def seconds(config: Config, stages: Pipeline, hardware: Hardware) -> list[list[Cost]]:
-    """Seconds [rank][chunk] of computing and tensor-parallel communication, which do not overlap."""
+def chunk_seconds(config: Config, stages: Pipeline, hardware: Hardware) -> list[list[Cost]]:
+    """Seconds [rank][chunk] of computation and of tensor-parallel communication, which don't overlap."""
     rate, link = hardware.tflops * 1e12, hardware.node_gb_per_s * 1e9
 
     def cost(flops: Cost, chunk: Chunk) -> Cost:
@@ -57,7 +57,7 @@ def seconds(config: Config, stages: Pipeline, hardware: Hardware) -> list[list[C
 
 
 def pipeline_time(config: Config, stages: Pipeline, hardware: Hardware, costs: list[list[Cost]]) -> Timeline:
-    """The time line in seconds; states travel between pipeline ranks while both compute."""
+    """Simulate the pipeline in seconds. Messages between pipeline ranks overlap with computation."""
     transfer = hardware.latency_us * 1e-6
     transfer += message_bytes(config) / hardware.bytes_per_second(hardware.gpus)
     return simulate(schedule_order(stages), costs, transfer)
@@ -66,9 +66,10 @@ def pipeline_time(config: Config, stages: Pipeline, hardware: Hardware, costs: l
 def data_parallel_time(
     config: Config, stages: Pipeline, hardware: Hardware, costs: list[list[Cost]], data_parallel: int
 ) -> float:
-    """Seconds, of the slowest rank, for gradients and parameters.
+    """Seconds that the slowest rank waits for gradients and parameters.
 
-    What overlaps hides behind one micro-batch: the last one's backward, and the first one's forward.
+    With overlap, reducing gradients hides behind the last micro-batch's backward, and gathering parameters
+    behind the first micro-batch's forward.
     """
     parallel = config.parallel
     link = hardware.bytes_per_second(parallel.tensor_model_parallel_size * data_parallel)

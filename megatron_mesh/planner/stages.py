@@ -1,4 +1,4 @@
-"""What each pipeline rank runs and keeps: the plan from which order, costs, memory and traffic follow."""
+"""The chunks and layers of each pipeline rank, on which all other estimates of the planner build."""
 
 from dataclasses import dataclass
 
@@ -11,58 +11,58 @@ from megatron_mesh.recurrence import SCHEMES
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a rank computes of one micro-batch before it hands the state on: one step of the schedule."""
+    """A rank's share of one pass: what it computes for a micro-batch before it sends the state on."""
 
     name: str
-    """prelude, core 1, ..., coda; or chunk 1, ... of a plain model."""
+    """prelude, core 1, ..., coda; or chunk 1, ... for a plain model."""
     sections: tuple[int, ...]
-    """Layers of each ``TransformerBlock`` that runs (recomputation groups the layers of a section)."""
+    """Layers of each ``TransformerBlock`` that runs. Recomputation groups layers within a section."""
     enters: tuple[int, ...] = ()
-    """Passes, from 0, whose input the recurrence makes here (``Scheme.enter``)."""
+    """Passes, from 0, whose input the recurrence makes in this chunk (``Scheme.enter``)."""
     embedding: bool = False
     """Whether it starts with the embedding."""
     head: bool = False
     """Whether it ends with the final norm, the output projection and the loss."""
     core: int = 0
-    """Layers of them that are of the core; a plain model is all core."""
+    """How many of the layers belong to the core; all layers of a plain model do."""
 
     @property
     def layers(self) -> int:
-        """Layers that it runs."""
+        """Number of layers that the chunk runs."""
         return sum(self.sections)
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Chunks of every rank, and the micro-batches that pass them in a step."""
+    """The chunks of every rank, and the number of micro-batches in a step."""
 
     chunks: tuple[tuple[Chunk, ...], ...]
     """[rank][pass]."""
     layers: tuple[int, ...]
-    """Layers with weights of their own on each rank: a shared core counts once."""
+    """Distinct layers on each rank: a shared core counts once."""
     micro_batches: int
     group: int | None = None
-    """Micro-batches that pass one chunk before the next chunk's turn; None where a rank has one chunk."""
+    """Micro-batches that run through one chunk before the next chunk's turn; None if a rank has one chunk."""
     loops: int = 1
-    """Times that a layer of the core runs with the same weights."""
+    """How often a core layer runs with the same weights."""
 
     @property
     def ranks(self) -> int:
-        """Size of the pipeline, P."""
+        """Number of pipeline ranks, P."""
         return len(self.chunks)
 
     @property
     def passes(self) -> int:
-        """Chunks of a rank, V."""
+        """Chunks per rank, V."""
         return len(self.chunks[0])
 
     def core_layers(self, rank: int) -> int:
-        """Layers of the core with weights of their own on ``rank``."""
+        """Distinct core layers on ``rank``."""
         return sum(chunk.core for chunk in self.chunks[rank]) // self.loops
 
 
 def pipeline(config: Config, data_parallel: int) -> Pipeline:
-    """The pipeline of a resolved run with ``data_parallel`` replicas."""
+    """Build the pipeline of a resolved run with ``data_parallel`` replicas."""
     training, parallel = config.training, config.parallel
     assert training.global_batch_size is not None, "resolve() fills in global_batch_size"
     micro_batches = training.global_batch_size // (training.micro_batch_size * data_parallel)
@@ -92,7 +92,7 @@ def _shared_loops(layers: LayerLayout) -> int:
 
 
 def _plain(config: Config, micro_batches: int) -> Pipeline:
-    """Megatron-core's own stages: equal numbers of layers, dealt out in turn."""
+    """Megatron-core's own stages: chunks of equal size, assigned to the ranks in turn."""
     parallel, depth = config.parallel, layout(config.model).depth
     ranks = parallel.pipeline_model_parallel_size
     virtual = parallel.num_virtual_stages_per_pipeline_rank or 1
@@ -101,7 +101,7 @@ def _plain(config: Config, micro_batches: int) -> Pipeline:
 
 
 def plain_pipeline(depth: int, ranks: int, virtual: int, micro_batches: int, group: int | None) -> Pipeline:
-    """``depth`` distinct layers on ``ranks`` with ``virtual`` chunks each, which must divide them."""
+    """Split ``depth`` distinct layers evenly over ``ranks`` with ``virtual`` chunks each."""
     assert depth % (ranks * virtual) == 0, (depth, ranks, virtual)
     chunks = tuple(
         tuple(

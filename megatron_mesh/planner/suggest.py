@@ -1,4 +1,4 @@
-"""Layouts that fit a GPU's memory, the fastest first by the model of ``speed``."""
+"""Suggest rank layouts that fit into a GPU's memory, fastest first by the estimate in ``speed.py``."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,12 @@ from megatron_mesh.planner.balance import balanced_placement
 from megatron_mesh.planner.memory import rank_memory
 from megatron_mesh.planner.order import schedule_order
 from megatron_mesh.planner.report import data_parallel_size
-from megatron_mesh.planner.speed import Hardware, data_parallel_time, pipeline_time, seconds
+from megatron_mesh.planner.speed import Hardware, chunk_seconds, data_parallel_time, pipeline_time
 from megatron_mesh.planner.stages import Pipeline, pipeline
 from megatron_mesh.recurrence import SCHEMES
 
 _MICRO_BATCHES = (1, 2, 4, 8)
-_MOST_BALANCED = 8  # pipeline ranks up to which a better placement is searched: it takes seconds beyond
+_MOST_BALANCED = 8  # beyond this many pipeline ranks, searching for a better placement takes seconds
 _RECOMPUTE: tuple[dict[str, Any], ...] = (
     {"recompute_granularity": None, "recompute_modules": None},
     {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
@@ -40,17 +40,17 @@ _UNSET = {
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A layout that fits."""
+    """A rank layout that fits."""
 
     config: Config
     settings: dict[str, Any]
-    """What was chosen, by the names of the settings."""
+    """The chosen settings by name."""
     seconds: float
-    """A step, by the model."""
+    """Estimated time of a step."""
     bubble: float
-    """Share of that time in which pipeline ranks wait."""
+    """Share of that time that pipeline ranks spend waiting."""
     memory: int
-    """Bytes of the fullest rank."""
+    """Bytes on the fullest rank."""
 
 
 @dataclass(frozen=True)
@@ -65,33 +65,33 @@ def suggest(
     config: Config,
     hardware: Hardware,
     memory_bytes: int,
-    keep: int = 10,
+    limit: int = 10,
 ) -> list[Suggestion]:
-    """The ``keep`` fastest layouts, at most one for each (tensor, pipeline, micro-batch size).
+    """Return the ``limit`` fastest layouts, at most one per (tensor, pipeline, micro-batch size).
 
     Args:
-        config: a run as the command line says it (not resolved); its layout of ranks is not used.
-        memory_bytes: what a rank may need at most.
+        config: a run as given on the command line (not resolved); its rank layout is ignored.
+        memory_bytes: the memory that a rank may use.
 
     Raises:
-        UserError: nothing fits, or the global batch is not known.
+        UserError: nothing fits, or the global batch size is unknown.
     """
     if config.training.global_batch_size is None:
-        raise UserError("--suggest compares layouts at one global batch; give --global-batch-size")
+        raise UserError("--suggest compares rank layouts at one global batch size; set --global-batch-size")
     config = replace(config, model=resolve_model(config.model))
     fitting, least = _fitting(config, hardware, memory_bytes)
     if not fitting:
-        if least == math.inf:  # no layout can be made at all: the plainest one says why
+        if least == math.inf:  # no layout is valid at all; resolving the simplest one raises the reason
             resolve(with_values(config, _UNSET), world_size=hardware.gpus)
         raise UserError(
-            f"nothing fits into {memory_bytes / 2**30:.1f} GiB: the least that any layout on {hardware.gpus} "
-            f"GPUs needs is {least / 2**30:.1f} GiB a GPU; take more nodes, or a smaller model"
+            f"no rank layout on {hardware.gpus} GPUs fits into {memory_bytes / 2**30:.1f} GiB per GPU; the "
+            f"smallest needs {least / 2**30:.1f} GiB; use more nodes or a smaller model"
         )
-    return _fastest(fitting, hardware, keep)
+    return _fastest(fitting, hardware, limit)
 
 
 def candidates(config: Config, hardware: Hardware) -> Iterator[dict[str, Any]]:
-    """Settings of every layout; what does not divide is left to ``resolve`` to refuse."""
+    """Yield the settings of every layout, including invalid ones, which ``resolve`` rejects."""
     for tensor, pipelined in product(_divisors(hardware.gpus_per_node), _divisors(hardware.gpus)):
         if hardware.gpus % (tensor * pipelined):
             continue
@@ -119,7 +119,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def _placements(config: Config, ranks: int) -> list[dict[str, Any]]:
-    """Settings that place the layers: even, with the loss weighed in, searched; or virtual stages."""
+    """List settings for the placement: even, accounting for the loss, or searched; or virtual stages."""
     if ranks == 1:
         return [{}]
     if not SCHEMES[config.model.recurrence].has_loop:
@@ -133,7 +133,7 @@ def _placements(config: Config, ranks: int) -> list[dict[str, Any]]:
 
 
 def _fitting(config: Config, hardware: Hardware, memory_bytes: int) -> tuple[list[_Fitting], float]:
-    """Every layout that fits, with the least recomputation, and the least memory that any of them needs."""
+    """Return every layout that fits, with the least recomputation, and the least memory that any needs."""
     found, least = [], math.inf
     for settings in candidates(config, hardware):
         for recompute in _RECOMPUTE:
@@ -141,7 +141,7 @@ def _fitting(config: Config, hardware: Hardware, memory_bytes: int) -> tuple[lis
             try:
                 resolved = resolve(with_values(config, {**_UNSET, **chosen}), world_size=hardware.gpus)
             except UserError:
-                break  # this layout is not possible with this model and batch
+                break  # this layout is invalid for this model and batch
             replicas = data_parallel_size(resolved, hardware.gpus)
             stages = pipeline(resolved, replicas)
             needed = _fullest_rank(resolved, stages, replicas)
@@ -157,13 +157,13 @@ def _fullest_rank(config: Config, stages: Pipeline, replicas: int) -> int:
     return max(rank_memory(config, stages, rank, order, replicas)[0].total for rank, order in orders)
 
 
-def _fastest(fitting: Sequence[_Fitting], hardware: Hardware, keep: int) -> list[Suggestion]:
-    """Simulate in the order of what a step takes at least, until nothing left can be among the first."""
+def _fastest(fitting: Sequence[_Fitting], hardware: Hardware, limit: int) -> list[Suggestion]:
+    """Simulate the layouts in order of their lower bounds until no later one can be among the fastest."""
     bounds = [(_least_seconds(layout, hardware), i) for i, layout in enumerate(fitting)]
     best: dict[tuple[int, int, int], Suggestion] = {}
     for bound, i in sorted(bounds):
         ranking = sorted(best.values(), key=lambda s: s.seconds)
-        if len(ranking) >= keep and bound >= ranking[keep - 1].seconds:
+        if len(ranking) >= limit and bound >= ranking[limit - 1].seconds:
             break
         candidate = _simulated(fitting[i], hardware)
         parallel = candidate.config.parallel
@@ -174,25 +174,25 @@ def _fastest(fitting: Sequence[_Fitting], hardware: Hardware, keep: int) -> list
         )
         if kind not in best or candidate.seconds < best[kind].seconds:
             best[kind] = candidate
-    return sorted(best.values(), key=lambda s: s.seconds)[:keep]
+    return sorted(best.values(), key=lambda s: s.seconds)[:limit]
 
 
 def _least_seconds(layout: _Fitting, hardware: Hardware) -> float:
-    """The busiest rank never waits."""
-    costs = seconds(layout.config, layout.stages, hardware)
+    """Return a lower bound on a step's time: the busiest rank's work, as if it never waited."""
+    costs = chunk_seconds(layout.config, layout.stages, hardware)
     return layout.stages.micro_batches * max(sum(map(sum, rank)) for rank in costs)
 
 
 def _simulated(layout: _Fitting, hardware: Hardware) -> Suggestion:
     config, stages = layout.config, layout.stages
-    costs = seconds(config, stages, hardware)
+    costs = chunk_seconds(config, stages, hardware)
     times = pipeline_time(config, stages, hardware, costs)
     replicas = data_parallel_size(config, hardware.gpus)
-    waiting = data_parallel_time(config, stages, hardware, costs, replicas)
+    exposed = data_parallel_time(config, stages, hardware, costs, replicas)
     return Suggestion(
         config=config,
         settings=layout.settings,
-        seconds=times.step_time + waiting,
+        seconds=times.step_time + exposed,
         bubble=times.bubble_share,
         memory=layout.memory,
     )

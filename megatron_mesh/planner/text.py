@@ -1,4 +1,4 @@
-"""A plan as text: a head, and tables with a line for each kind of rank."""
+"""Format plans and suggestions as text: a summary, then tables with one row per kind of rank."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -7,44 +7,47 @@ from typing import Any
 from megatron_mesh.config.derived import layout, padded_vocab_size
 from megatron_mesh.config.settings import flag
 from megatron_mesh.planner.report import Plan, RankReport, ranks_text
-from megatron_mesh.planner.saving import Disk, seconds
+from megatron_mesh.planner.saving import Disk, save_seconds
 from megatron_mesh.planner.speed import Hardware
 from megatron_mesh.planner.suggest import Suggestion
 from megatron_mesh.recurrence import SCHEMES
 
-_WITH_FLAGS = 3  # suggestions whose flags are written out
+_WITH_FLAGS = 3  # number of suggestions that are followed by their flags
 
-_MODEL_NOTE = """\
-The times are a model's, not measured: computing at the given rate, all of the tensor-parallel communication,
-states sent between pipeline ranks, and what data-parallel communication cannot hide behind a micro-batch.
-Use them to compare layouts, and measure the first few. Of layouts with the same tensor, pipeline and
-micro-batch size the fastest is shown. dist: distributed optimizer; SP: sequence parallelism."""
+_SUGGESTION_NOTES = """\
+Step times are estimates, not measurements. They add up computation at the given rate, tensor-parallel
+communication, messages between pipeline ranks, and data-parallel communication that doesn't overlap with
+a micro-batch. Use them to compare rank layouts, then measure the first few. For each combination of tensor,
+pipeline and micro-batch size only the fastest layout is shown.
+dist: distributed optimizer; SP: sequence parallelism."""
 
 _NOTES = """\
-Bytes are estimates from shapes; a framework's own and fragmentation come on top. Activations count in full
-width where layers are in FP8; casts of their weights are among the weights (tensorwise) or the activations
-(blockwise, delayed). The bubble is the share of the ranks' time in which they wait: 1 - busy / (ranks x
-step), from the schedule's order with costs in FLOPs.
-In flight: the most chunks whose activations a rank holds, and of how many micro-batches.
-Checkpoint: with the optimizer's state. Saving needs host memory for a box of a tensor and its file; in the
-background, for a copy of the rank's part as well.
-Sent: by one GPU in a step; collectives as ring algorithms (of n bytes in a group of g, an all-gather or a
-reduce-scatter sends n (g-1)/g, an all-reduce twice that)."""
+Memory is estimated from shapes; CUDA, NCCL, the framework and fragmentation add to it. Activations of FP8
+layers are counted at full width. FP8 casts of weights count as weights (tensorwise) or as activations
+(blockwise, delayed).
+Bubble: the share of the ranks' time that they spend waiting, 1 - busy / (ranks x step), from simulating the
+schedule with FLOPs as costs.
+In flight: the largest number of chunks whose activations a rank stores at once, and the number of
+micro-batches that they belong to.
+Checkpoint: includes the optimizer state. A save copies one piece of a tensor at a time to host memory; a
+background save copies everything that the rank writes.
+Sent per step: by one GPU. Collectives are counted as ring algorithms: for n bytes in a group of g ranks, an
+all-gather or reduce-scatter sends n (g-1)/g, an all-reduce twice that."""
 
 
 def plan_text(plan: Plan, disk: Disk | None = None, gpus_per_node: int = 8) -> str:
-    """Head, memory, traffic, and what the numbers mean."""
-    rows = [*_head(plan), *saving_rows(plan, disk or Disk(), gpus_per_node)]
+    """Format a plan: summary, memory table, traffic table, and notes on what the numbers mean."""
+    rows = [*_summary(plan), *saving_rows(plan, disk or Disk(), gpus_per_node)]
     width = max(len(label) for label, _ in rows)
-    head = "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
-    return "\n\n".join([head, table(_memory_rows(plan)), table(_traffic_rows(plan)), _NOTES])
+    summary = "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+    return "\n\n".join([summary, table(_memory_rows(plan)), table(_traffic_rows(plan)), _NOTES])
 
 
 def saving_rows(plan: Plan, disk: Disk, gpus_per_node: int) -> list[tuple[str, str]]:
-    """What a checkpoint takes, as labels and values.
+    """Return the rows (label, value) on the cost of a checkpoint.
 
     Args:
-        gpus_per_node: ranks that share a host's memory; fewer if the run is smaller.
+        gpus_per_node: the ranks that share a host's memory, unless the run is smaller.
     """
     savings = [rank.saving for rank in plan.ranks]
     most = max(savings, key=lambda saving: saving.largest)
@@ -53,24 +56,24 @@ def saving_rows(plan: Plan, disk: Disk, gpus_per_node: int) -> list[tuple[str, s
     return [
         (
             "checkpoint",
-            f"{size(sum(saving.together for saving in savings))}; at most {size(most.largest)} by a rank "
-            f"(pipeline rank {savings.index(most)})",
+            f"{size(sum(saving.total for saving in savings))}; at most {size(most.largest)} per rank "
+            f"(on pipeline rank {savings.index(most)})",
         ),
         (
             "  host memory",
-            f"{size(plain)} a rank while saving; with --async-save {size(copied)}, "
-            f"{size(on_host * copied)} a host with {on_host}",
+            f"{size(plain)} per rank while saving; {size(copied)} with --async-save, "
+            f"or {size(on_host * copied)} per host with {on_host} {'rank' if on_host == 1 else 'ranks'}",
         ),
         (
             "  time to save",
-            f"{seconds(savings, disk):,.1f} s at {disk.gb_per_s:g} GB/s of the file system and at most "
-            f"{disk.rank_gb_per_s:g} GB/s of a rank",
+            f"{save_seconds(savings, disk):,.1f} s at {disk.gb_per_s:g} GB/s for the file system and at most "
+            f"{disk.rank_gb_per_s:g} GB/s per rank",
         ),
     ]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns two blanks apart, the first to the left, the others to the right."""
+    """Align rows in columns: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -82,7 +85,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes with a unit that leaves at most four digits before the point."""
+    """Format bytes in the unit that leaves at most four digits before the decimal point."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             break
@@ -91,26 +94,26 @@ def size(count: float) -> str:
 
 
 def suggestions_text(found: Sequence[Suggestion], hardware: Hardware, memory_gib: float) -> str:
-    """Layouts as a table, the flags of the first ones, and what the times are worth."""
-    head = [
+    """Format the layouts as a table, followed by the flags of the first few and notes."""
+    header = [
         "",
         "tensor",
         "pipeline",
         "data",
         "micro-batch",
         "recompute",
-        "layers",
+        "placement",
         "step",
         "bubble",
         "memory",
     ]
-    rows = [head, *([str(n), *_suggestion_row(s, hardware)] for n, s in enumerate(found, start=1))]
+    rows = [header, *([str(n), *_suggestion_row(s, hardware)] for n, s in enumerate(found, start=1))]
     rate = (
-        f"{hardware.gpus} GPUs, {memory_gib:g} GiB of each to be used; {hardware.tflops:g} TFLOP/s, "
-        f"{hardware.node_gb_per_s:g} GB/s within a node, {hardware.network_gb_per_s:g} GB/s beyond"
+        f"{hardware.gpus} GPUs with {memory_gib:g} GiB and {hardware.tflops:g} TFLOP/s each; "
+        f"{hardware.node_gb_per_s:g} GB/s within a node, {hardware.network_gb_per_s:g} GB/s between nodes"
     )
     flags = [f"{n}: {_flags(s.settings)}" for n, s in enumerate(found[:_WITH_FLAGS], start=1)]
-    return "\n\n".join([rate, table(rows), "\n".join(flags), _MODEL_NOTE])
+    return "\n\n".join([rate, table(rows), "\n".join(flags), _SUGGESTION_NOTES])
 
 
 def _suggestion_row(suggestion: Suggestion, hardware: Hardware) -> list[str]:
@@ -118,7 +121,7 @@ def _suggestion_row(suggestion: Suggestion, hardware: Hardware) -> list[str]:
     tensor, pipelined = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     placed = parallel.pipeline_model_parallel_layout or "even"
     if parallel.account_for_loss_in_pipeline_split:
-        placed = "loss weighed in"
+        placed = "accounts for loss"
     if parallel.num_virtual_stages_per_pipeline_rank:
         placed = f"{parallel.num_virtual_stages_per_pipeline_rank} chunks"
     replicas = hardware.gpus // (tensor * pipelined)
@@ -136,7 +139,7 @@ def _suggestion_row(suggestion: Suggestion, hardware: Hardware) -> list[str]:
 
 
 def _flags(settings: Mapping[str, Any]) -> str:
-    """Settings as a command line says them; what is unset or false is left out."""
+    """Format settings as command-line flags, leaving out those that are unset or false."""
     words = []
     for name, value in settings.items():
         if value is True:
@@ -146,16 +149,19 @@ def _flags(settings: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
-def _head(plan: Plan) -> list[tuple[str, str]]:
+def _summary(plan: Plan) -> list[tuple[str, str]]:
     model, training = plan.config.model, plan.config.training
     stages, times = plan.pipeline, plan.timeline
     width = f"hidden {model.hidden_size:,}, vocabulary {padded_vocab_size(model):,}"
     ranks = f"{plan.world_size:,}: {ranks_text(plan)}"
     rows = [
-        ("model", f"{model.recurrence} {layout(model)}, {width}, {model.seq_length:,} tokens"),
-        ("GPUs", ranks),
+        ("model", f"{model.recurrence} {layout(model)}, {width}, sequence length {model.seq_length:,}"),
+        ("ranks", ranks),
         ("pipeline", _pipeline_text(plan)),
-        ("micro-batches", f"{stages.micro_batches} of {training.micro_batch_size} per step and replica"),
+        (
+            "micro-batches",
+            f"{stages.micro_batches} per step and replica, of size {training.micro_batch_size}",
+        ),
         ("recomputation", training.recompute_granularity or "none"),
         ("precision", _precision_text(plan)),
     ]
@@ -164,8 +170,8 @@ def _head(plan: Plan) -> list[tuple[str, str]]:
         rows.append(
             (
                 "bubble",
-                f"{times.bubble_share:.1%} of the ranks' time, {times.imbalance:.1%} since their work is "
-                f"unequal (chunks of equal cost: {formula / (1 + formula):.1%})",
+                f"{times.bubble_share:.1%} of the ranks' time ({times.imbalance:.1%} from unequal work; "
+                f"equal chunks would give {formula / (1 + formula):.1%})",
             )
         )
     return rows
@@ -177,7 +183,7 @@ def _precision_text(plan: Plan) -> str:
     if precision.fp8_format is None:
         return kind
     where = "all layers" if precision.fp8_scope == "all" else "the core"
-    weights = ", weights too" if precision.fp8_param_gather else ""
+    weights = ", weights stored in FP8" if precision.fp8_param_gather else ""
     return f"{kind}; {where} in FP8 ({precision.fp8_format}, {precision.fp8_recipe}{weights})"
 
 
@@ -186,14 +192,14 @@ def _pipeline_text(plan: Plan) -> str:
     if stages.ranks == 1:
         return "none"
     if SCHEMES[plan.config.model.recurrence].has_loop:
-        kind = f"a ring: {', '.join(chunk.name for chunk in stages.chunks[0])}"
+        kind = f"ring of {stages.passes} passes: {', '.join(chunk.name for chunk in stages.chunks[0])}"
     else:
         kind = f"{stages.passes} chunks per rank"
-    return f"{kind}; groups of {stages.group}" if stages.group else kind
+    return f"{kind}; micro-batches in groups of {stages.group}" if stages.group else kind
 
 
 def _by_kind(plan: Plan) -> list[tuple[str, RankReport]]:
-    """Neighbouring ranks with equal reports together, under the label ``0`` or ``1-3``."""
+    """Merge neighbouring ranks with equal reports under a label such as ``0`` or ``1-3``."""
     found = []
     for report, members in groupby(enumerate(plan.ranks), key=lambda pair: pair[1]):
         numbers = [rank for rank, _ in members]
@@ -204,18 +210,18 @@ def _by_kind(plan: Plan) -> list[tuple[str, RankReport]]:
 
 def _memory_rows(plan: Plan) -> list[list[str]]:
     head = ["pipeline rank", "layers", "parameters", "weights", "gradients", "optimizer", "activations"]
-    rows = [[*head, "in all", "in flight", "busy"]]
+    rows = [[*head, "total", "in flight", "micro-batches", "busy"]]
     for label, rank in _by_kind(plan):
         memory = rank.memory
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
-        held = f"{rank.in_flight.passes} of {rank.in_flight.micro_batches}"
         rows.append(
             [
                 label,
                 rank.layers,
                 f"{rank.parameters:,}",
                 *map(size, parts),
-                held,
+                str(rank.in_flight.passes),
+                str(rank.in_flight.micro_batches),
                 f"{rank.busy_share:.1%}",
             ]
         )
@@ -224,7 +230,7 @@ def _memory_rows(plan: Plan) -> list[list[str]]:
 
 def _traffic_rows(plan: Plan) -> list[list[str]]:
     kinds = ["to next", "to previous", "tensor", "context", "gradients", "parameters", "tied weights"]
-    rows = [["sent per step", *kinds, "in all"]]
+    rows = [["sent per step", *kinds, "total"]]
     for label, rank in _by_kind(plan):
         rows.append([label, *(size(n) for n in vars(rank.traffic).values()), size(rank.traffic.total)])
     return rows

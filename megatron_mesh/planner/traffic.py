@@ -1,25 +1,23 @@
 """Bytes that a rank sends in a step, by kind.
 
-Collectives count as ring algorithms: of a tensor of n bytes over a group of g, an all-gather (n: the whole)
-or a reduce-scatter sends n (g-1)/g from every rank, and an all-reduce twice that.
+Collectives are counted as ring algorithms. For a tensor of n bytes in a group of g ranks, an all-gather (of n
+bytes in all) or a reduce-scatter makes every rank send n (g-1)/g bytes, and an all-reduce twice that.
 """
 
 from dataclasses import dataclass
 
+from megatron_mesh.config import sizes
 from megatron_mesh.config.check_parallel import keeps_states
 from megatron_mesh.config.derived import tokens_of_rank
 from megatron_mesh.config.schema import Config
-from megatron_mesh.planner.costs import redone_layers
-from megatron_mesh.planner.parameters import (
-    embedding_parameters,
-    own_parameters,
+from megatron_mesh.planner.costs import (
+    holds_tied_copy,
     rank_parameters,
+    rank_scheme_parameters,
+    recomputed_layers,
     replicated_parameters,
-    tied_over_pipeline,
 )
 from megatron_mesh.planner.stages import Chunk, Pipeline
-
-_GRADIENT = 4  # bytes: gradients are summed in float32
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Traffic:
     """Bytes sent by one rank in one step."""
 
     p2p_forward: int
-    """States to the next pipeline rank: S*B*H elements (S/TP with sequence parallelism) a pass."""
+    """States to the next pipeline rank: S*B*H elements (S/TP with sequence parallelism) per pass."""
     p2p_backward: int
     """Their gradients to the previous pipeline rank."""
     tensor: int
@@ -37,25 +35,32 @@ class Traffic:
     gradients: int
     """In the data-parallel group: all-reduce, or reduce-scatter with the distributed optimizer."""
     parameters: int
-    """In the data-parallel group: all-gather of what the distributed optimizer updated."""
+    """In the data-parallel group: all-gather of the parameters that the distributed optimizer updated."""
     ties: int
-    """Gradients summed over copies of a weight on several pipeline ranks: a tied embedding."""
+    """Gradients summed over copies of a weight on several pipeline ranks, such as a tied embedding."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all kinds."""
         return sum(vars(self).values())
 
 
 def rank_traffic(config: Config, pipeline: Pipeline, rank: int, replicas: int) -> Traffic:
-    """What each tensor-parallel rank of pipeline rank ``rank`` sends; ``replicas`` ranks have its weights."""
+    """Bytes that each tensor-parallel rank of pipeline rank ``rank`` sends.
+
+    Args:
+        replicas: ranks with the same weights.
+    """
     chunks, last = pipeline.chunks[rank], pipeline.ranks - 1
     message = message_bytes(config) if last else 0
-    forwards = len(chunks) - (rank == last)  # the last chunk of all has nobody to send to,
-    backwards = len(chunks) - (rank == 0)  # and neither has the first, backward
+    forwards = len(chunks) - (rank == last)  # the network's last chunk sends nothing forward,
+    backwards = len(chunks) - (rank == 0)  # and its first chunk nothing backward
     per_micro_batch = sum(sum(tensor_parallel_bytes(config, chunk)) for chunk in chunks)
     gradients, parameters = data_parallel_bytes(config, pipeline, rank, replicas)
-    tied = embedding_parameters(config) * _GRADIENT if tied_over_pipeline(config, pipeline, rank) else 0
+    tied = 0
+    if holds_tied_copy(config, pipeline, rank):  # an all-reduce over two ranks sends the tensor once
+        tp = config.parallel.tensor_model_parallel_size
+        tied = sizes.embedding_parameters(config.model, tp) * sizes.GRADIENT_BYTES
     return Traffic(
         p2p_forward=pipeline.micro_batches * forwards * message,
         p2p_backward=pipeline.micro_batches * backwards * message,
@@ -63,79 +68,80 @@ def rank_traffic(config: Config, pipeline: Pipeline, rank: int, replicas: int) -
         context=pipeline.micro_batches * sum(context_parallel_bytes(config, chunk) for chunk in chunks),
         gradients=round(gradients),
         parameters=round(parameters),
-        ties=tied,  # an all-reduce over two
+        ties=tied,
     )
 
 
 def message_bytes(config: Config) -> int:
-    """What crosses from a pipeline rank to the next for one micro-batch."""
-    parallel = config.parallel
-    shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return _whole_state(config) // shards
+    """Bytes that one pipeline rank sends to the next for one micro-batch."""
+    return sizes.state_shard_bytes(config)
 
 
 def tensor_parallel_bytes(config: Config, chunk: Chunk) -> tuple[float, float]:
     """Bytes sent in a chunk's forward and backward for one micro-batch.
 
-    In units of an all-gather of a state, per layer: without sequence parallelism two all-reduces (2 units
-    each) forward and two backward; with it two all-gathers and two reduce-scatters forward, the same
-    backward, and two more all-gathers of inputs whose shard alone was kept (Megatron-core's
-    ``tensor_parallel/layers.py``).
+    The unit is the all-gather of a state. Without sequence parallelism a layer has two all-reduces (2 units
+    each) in the forward and two in the backward. With it a layer has two all-gathers and two reduce-scatters
+    in the forward and the same in the backward, plus two all-gathers of inputs that were stored as shards
+    (Megatron-core's ``tensor_parallel/layers.py``).
     """
     parallel, training = config.parallel, config.training
     tp, sharded = parallel.tensor_model_parallel_size, parallel.sequence_parallel
-    redone = redone_layers(training, chunk)
-    mlp_again = chunk.layers if "mlp" in (training.recompute_modules or []) else 0
+    recomputed = recomputed_layers(training, chunk)
+    recomputed_mlps = chunk.layers if "mlp" in (training.recompute_modules or []) else 0
     forward, backward = 4.0 * chunk.layers, (6.0 if sharded else 4.0) * chunk.layers
-    backward += 4 * redone + 2 * mlp_again
+    backward += 4 * recomputed + 2 * recomputed_mlps
     if chunk.embedding:
         forward += 1 if sharded else 2
         backward += 1 if sharded else 0
     if chunk.head:
         forward += 1 if sharded else 0
         backward += 2
-    if own_exchange(config):
-        forward += len(chunk.enters)  # the state that was made is gathered,
-        backward += len(chunk.enters)  # and so is the gradient of the state that came
-    unit = _whole_state(config) * (tp - 1) / tp
+    if scatters_memory(config):
+        forward += len(chunk.enters)  # gathers the state that the recurrence made,
+        backward += len(chunk.enters)  # and the gradient of the state that it received
+    unit = sizes.state_bytes(config) * (tp - 1) / tp
     losses = 3 * 2 * tokens_of_rank(config) * 4 * (tp - 1) / tp
     return forward * unit + chunk.head * losses, backward * unit
 
 
 def context_parallel_bytes(config: Config, chunk: Chunk) -> int:
-    """Bytes sent in a chunk for one micro-batch, in attention over a ring of ranks.
+    """Bytes sent by a chunk's ring attention for one micro-batch.
 
-    Keys and values go round in forward, in backward, and where a layer is run again; gradients once.
+    Keys and values circulate in the forward, in the backward and when a layer is recomputed; their gradients
+    circulate once.
     """
     parallel = config.parallel
-    rounds = 3 * chunk.layers + redone_layers(config.training, chunk)
-    keys_and_values = 2 * _whole_state(config) // parallel.tensor_model_parallel_size
+    rounds = 3 * chunk.layers + recomputed_layers(config.training, chunk)
+    keys_and_values = 2 * sizes.state_bytes(config) // parallel.tensor_model_parallel_size
     return rounds * (parallel.context_parallel_size - 1) * keys_and_values
 
 
-def own_exchange(config: Config) -> bool:
-    """Whether the recurrence makes sequence shards of its own: it keeps states, and TP alone shards none."""
+def scatters_memory(config: Config) -> bool:
+    """Whether the block scatters the memory's inputs along the sequence itself (see ``model/block.py``).
+
+    It does under tensor parallelism without sequence parallelism, if the scheme stores states.
+    """
     parallel = config.parallel
-    several = parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel
-    return several and keeps_states(config.model)
+    return (
+        parallel.tensor_model_parallel_size > 1
+        and not parallel.sequence_parallel
+        and keeps_states(config.model)
+    )
 
 
 def data_parallel_bytes(config: Config, pipeline: Pipeline, rank: int, replicas: int) -> tuple[float, float]:
     """Bytes sent for gradients and for parameters."""
     share = rank_parameters(config, pipeline, rank) * (replicas - 1) / replicas
     if not config.parallel.use_distributed_optimizer:
-        return 2 * share * _GRADIENT, 0.0
-    return share * _GRADIENT, share * (2 if config.training.bf16 else 4)
+        return 2 * share * sizes.GRADIENT_BYTES, 0.0
+    return share * sizes.GRADIENT_BYTES, share * sizes.weight_bytes(config)
 
 
 def _summed_gradients(config: Config, pipeline: Pipeline, rank: int) -> float:
-    """All-reduce, once a step, of gradients that each tensor-parallel rank has for its tokens alone."""
+    """One all-reduce per step of gradients that cover only the tokens of a tensor-parallel rank's shard."""
     tp = config.parallel.tensor_model_parallel_size
-    summed = own_parameters(config, pipeline, rank) if own_exchange(config) else 0
+    summed = rank_scheme_parameters(config, pipeline, rank) if scatters_memory(config) else 0
     if config.parallel.sequence_parallel:
         summed = replicated_parameters(config, pipeline, rank)
-    return 2 * summed * _GRADIENT * (tp - 1) / tp
-
-
-def _whole_state(config: Config) -> int:
-    return tokens_of_rank(config) * config.model.hidden_size * (2 if config.training.bf16 else 4)
+    return 2 * summed * sizes.GRADIENT_BYTES * (tp - 1) / tp

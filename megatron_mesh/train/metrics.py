@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_mesh.config.schema import Config
-from megatron_mesh.model import flops_per_token
+from megatron_mesh.config.sizes import flops_per_token
 from megatron_mesh.recurrence import MeSH, Scheme
 from megatron_mesh.runtime import device
 

@@ -135,7 +135,7 @@ def run_batch(
     batch_size = batch_size or training.global_batch_size
     assert batch_size is not None
     micro_batches = batch_size // parallel_state.get_data_parallel_world_size() // training.micro_batch_size
-    stage.expect(micro_batches)
+    stage.set_micro_batches(micro_batches)
     reports = get_forward_backward_func()(
         forward_step_func=partial(forward_step, beat),
         data_iterator=stage.data_for_chunks(batches),

@@ -105,6 +105,6 @@ def test_an_unusable_transformer_engine_is_one_message(settings, tmp_path, asked
     assert result.returncode == status, result.stderr
     if status:
         (line,) = result.stderr.splitlines()
-        broken_on_gpu = ("libcudart.so.13", "install it again", "uninstall")
+        broken_on_gpu = ("libcudart.so.13", "reinstall it", "uninstall")
         why = broken_on_gpu if device.has_gpu() else ("there is no GPU",)
         assert all(words in line for words in (*why, "--transformer-impl local")), line

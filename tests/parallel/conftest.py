@@ -1,4 +1,4 @@
-"""Checkpoints saved by one process and what one process makes of them, once per kind of model."""
+"""Fixtures: worker pools, and for each kind of model a training in one process to compare with."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,14 +12,14 @@ from tests.parallel.training import Outcome, save_initial, train
 
 @pytest.fixture(scope="package", autouse=True)
 def pools() -> Iterator[None]:
-    """The workers live as long as there are tests for them: idle ones take time too, since gloo polls."""
+    """End the workers after their last test, because gloo polls and so even idle ones take time."""
     yield
     close_all()
 
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Outcome]]:
-    """``reference(**model)``: a checkpoint of that model and the training of one process from it."""
+    """Call ``reference(**model)`` for a checkpoint of the model, and one process's training from it."""
     known: dict[str, tuple[Path, Outcome]] = {}
 
     def get(**model: Any) -> tuple[Path, Outcome]:

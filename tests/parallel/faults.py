@@ -1,4 +1,4 @@
-"""Things done wrong on purpose, to see that the comparison with one process notices."""
+"""Deliberate faults, to verify that the comparison with one process notices them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from megatron_mesh.recurrence.memory import Mix, factored_cycle
 
 @contextmanager
 def early_reduction(stage: Stage) -> Iterator[None]:
-    """The shared core is reduced after the backward of its last loop, the first that runs."""
+    """Reduce the shared core too early: after the backward of its last loop, which runs first."""
     starts = stage.config.grad_sync_func
     prelude, core, *rest, coda = starts
     assert len(rest) == 1
@@ -23,7 +23,7 @@ def early_reduction(stage: Stage) -> Iterator[None]:
 
 @contextmanager
 def unsummed_routers(stage: Stage) -> Iterator[None]:
-    """Each tensor-parallel rank keeps the router gradients of its own sequence shard."""
+    """Don't sum router gradients, so each tensor-parallel rank has those of its own sequence shard."""
     for module in stage.modules:
         for parameter in module.parameters():
             parameter.sum_over_tensor_parallel = False
@@ -40,7 +40,7 @@ def _read_first(o: Tensor, w: Tensor, r: Tensor, state: LoopState, mix: Mix) -> 
 
 @contextmanager
 def read_before_write(stage: Stage) -> Iterator[None]:
-    """A cycle reads the memory as it was before the cycle's own write."""
+    """Read the memory as it was before the cycle's own write."""
     if isinstance(stage.recurrence, MeSH):
         stage.recurrence.run_cycle = _read_first
     yield
@@ -48,7 +48,7 @@ def read_before_write(stage: Stage) -> Iterator[None]:
 
 @contextmanager
 def lost_leaf_gradient(stage: Stage) -> Iterator[None]:
-    """What later passes read of a state does not reach the pass that computed it."""
+    """Drop the gradient that later passes send to the pass that computed a state."""
     from megatron_mesh.parallel import ring
 
     original = ring._AddLeafGradient.backward

@@ -1,4 +1,4 @@
-"""Ranks of a job of their own, started as forks: importing torch and Megatron again would cost seconds."""
+"""Start the ranks of a separate job as forks, which saves seconds for importing torch and Megatron."""
 
 import multiprocessing
 import os
@@ -26,7 +26,7 @@ class Rank:
         os.kill(self.process.pid, number)
 
     def wait(self, seconds: float) -> int | None:
-        """Wait for its end: the exit code, None if it goes on."""
+        """Wait for the process to end; return its exit code, or None if it is still running."""
         self.process.join(seconds)
         return self.process.exitcode
 
@@ -34,11 +34,11 @@ class Rank:
 def start_ranks(
     function: Callable[..., None], arguments: Sequence[tuple[Any, ...] | None], directory: Path
 ) -> list[Rank]:
-    """Start a process for each of ``arguments``, which calls ``function(rank, *arguments)``, and return.
+    """Start a process for each of ``arguments``, which calls ``function(rank, *arguments)``, without waiting.
 
     Args:
-        arguments: None for a rank that doesn't come.
-        directory: gets what the ranks print to stderr.
+        arguments: one tuple per rank; None for a rank that is never started.
+        directory: where the ranks' stderr is written.
     """
     context, port, size = multiprocessing.get_context("forkserver"), free_port(), len(arguments)
     context.set_forkserver_preload(["megatron_mesh.train"])
@@ -54,7 +54,7 @@ def start_ranks(
 
 
 def end_ranks(ranks: list[Rank], seconds: float = 300) -> tuple[list[int | None], list[str]]:
-    """Wait for the end of all: exit codes, and what each printed to stderr."""
+    """Wait for all processes to end; return their exit codes and stderr."""
     for rank in ranks:
         rank.wait(seconds)
         rank.process.kill()
@@ -63,7 +63,7 @@ def end_ranks(ranks: list[Rank], seconds: float = 300) -> tuple[list[int | None]
 
 
 def hurry() -> None:
-    """Let this rank notice another's end sooner than a user needs to."""
+    """Make this rank notice sooner than in production that another has ended."""
     from megatron_mesh.runtime import health
 
     health.LISTEN_SECONDS, health.LINGER_SECONDS = 0.3, 3.0

@@ -1,4 +1,4 @@
-"""Runs of ``pretrain`` in which one rank stands still in a phase."""
+"""Runs of ``pretrain`` in which one rank hangs in a given phase."""
 
 import os
 import time
@@ -10,17 +10,17 @@ from unittest.mock import patch
 from megatron_mesh.config.schema import Config
 from tests.parallel.forked import Rank, start_ranks
 
-STANDS_STILL = 20.0
-"""Seconds after which the rank goes on and the run ends well, if nothing ends it before."""
+HANG_SECONDS = 20.0
+"""How long the rank hangs. If nothing ends the run meanwhile, it then continues normally."""
 
 
 def start_hung_run(config: Config, phase: str, victim: int, directory: Path) -> list[Rank]:
-    """Start a run on two processes, and return.
+    """Start a run on two processes, without waiting for it.
 
     Args:
         config: resolved for two ranks.
-        phase: where ``victim`` stands still, once (``runtime/phases.py``).
-        directory: gets what the ranks print.
+        phase: the phase in which ``victim`` hangs, once (``runtime/phases.py``).
+        directory: where the ranks' stderr is written.
     """
     return start_ranks(_run, [(config, phase if rank == victim else "") for rank in range(2)], directory)
 
@@ -32,18 +32,18 @@ def _run(rank: int, config: Config, phase: str) -> None:
 
     left, start = [phase], BackgroundWriter.start
 
-    def stand_still(entered: str) -> None:
+    def hang(entered: str) -> None:
         if entered in left:
             left.clear()
-            time.sleep(STANDS_STILL)
+            time.sleep(HANG_SECONDS)
 
-    def written_at_once(*args: Any) -> Any:
+    def write_at_once(*args: Any) -> Any:
         part = start(*args)
-        # The checkpoint is then published after the next step, unless this rank stands still in writing.
+        # The checkpoint is then published after the next step, unless this rank hangs while writing.
         wait([part], timeout=1.0)
         return part
 
-    phases.listen(stand_still)
-    with patch.object(BackgroundWriter, "start", written_at_once):
+    phases.listen(hang)
+    with patch.object(BackgroundWriter, "start", write_at_once):
         ending = pretrain(config)
     os._exit(ending)

@@ -1,4 +1,4 @@
-"""What ranks do with the index cache, on one node or on several that share no disk."""
+"""Open data through the index cache on one node, or on several without a shared disk. Runs in workers."""
 
 import os
 import socket
@@ -13,9 +13,10 @@ from tests.unit.data.corpora import NumberTokenizer
 
 
 def open_data(root: Path, words: list[str], ranks_per_node: int, shared: bool) -> tuple[int, list[int]]:
-    """Open the data, with prefixes relative to a node's own disk unless ``shared``.
+    """Open the data; unless ``shared``, prefixes are relative to each node's own disk.
 
-    Returns the number of cache entries that this rank wrote, and the first token of some samples.
+    Returns:
+        The number of cache entries that this rank wrote, and the first token of some samples.
     """
     node = rank() // ranks_per_node
     written = []
@@ -45,7 +46,7 @@ def open_data(root: Path, words: list[str], ranks_per_node: int, shared: bool) -
 
 
 def refusal(*args: object) -> str:
-    """The message with which ``open_data`` ends."""
+    """Return the error message of ``open_data``."""
     try:
         open_data(*args)  # type: ignore[arg-type]
     except UserError as error:

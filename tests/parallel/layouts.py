@@ -1,4 +1,4 @@
-"""Layouts of ranks under test, and how near to one process they must come."""
+"""The rank layouts under test, and how closely they must agree with one process."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from tests.parallel.training import Outcome
 
 # name -> (processes, settings)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    # Each micro-batch is hundreds of collective operations under tensor parallelism: two of them do.
+    # Under tensor parallelism a micro-batch takes hundreds of collectives, so two micro-batches are enough.
     "tp2": (2, {"tensor_model_parallel_size": 2, "micro_batch_size": 4}),
     "tp2-sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "micro_batch_size": 4}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
@@ -70,7 +70,7 @@ TOLERANCE = 1e-5
 
 
 def model_of(scheme: str, loops: int, tied: bool) -> dict[str, Any]:
-    """Settings of the model: parts that no pipeline divides evenly, where there are parts."""
+    """Return model settings with sections that no pipeline divides evenly."""
     if scheme == "vanilla":
         layers = "4"
     elif scheme == "vanilla+mesh":
@@ -86,17 +86,17 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def merged(outcomes: list[Outcome]) -> dict[str, np.ndarray]:
-    """The gradients of all ranks, by name."""
+    """Merge the gradients of all ranks, by name."""
     return {name: grad for outcome in outcomes for name, grad in outcome.gradients.items()}
 
 
 def supports(scheme: str, layout: str) -> bool:
-    """Whether a layout makes sense for a scheme: vanilla has 4 layers, and no passes to group."""
+    """Whether a layout is valid for a scheme: vanilla has only 4 layers, and no passes to group."""
     return scheme != "vanilla" or layout != "pp3-group"
 
 
 def gradient_errors(outcomes: list[Outcome], one: Outcome) -> dict[str, float]:
-    """Relative error of every gradient on every rank that has it: the worst by name."""
+    """Return the largest relative error of each gradient, over all ranks that hold it."""
     assert set(merged(outcomes)) == set(one.gradients)
     errors = dict.fromkeys(one.gradients, 0.0)
     for outcome in outcomes:
@@ -106,7 +106,7 @@ def gradient_errors(outcomes: list[Outcome], one: Outcome) -> dict[str, float]:
 
 
 def assert_equal(outcomes: list[Outcome], one: Outcome) -> None:
-    """Losses, gradient norms and every gradient are those of one process."""
+    """Assert that losses, gradient norms and all gradients equal those of one process."""
     errors = gradient_errors(outcomes, one)
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
     assert not wrong, f"gradients differ: {wrong}"
@@ -114,5 +114,5 @@ def assert_equal(outcomes: list[Outcome], one: Outcome) -> None:
         np.testing.assert_allclose(outcome.losses, one.losses, rtol=TOLERANCE)
         np.testing.assert_allclose(outcome.grad_norms, one.grad_norms, rtol=TOLERANCE)
         for name, weight in outcome.weights.items():
-            # Adam divides by the root of tiny second moments, which enlarges differences.
+            # Adam divides by the root of tiny second moments, which magnifies differences.
             np.testing.assert_allclose(weight, one.weights[name], rtol=1e-4, atol=1e-5, err_msg=name)

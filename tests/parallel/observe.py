@@ -1,4 +1,4 @@
-"""What workers report besides a training: weights, traffic, shares of the parameters."""
+"""Observe initial weights, pipeline traffic and gradient alignment. Runs in workers."""
 
 from collections import Counter
 from typing import Any
@@ -16,7 +16,7 @@ from tests.parallel.training import batches_of, build, settings_of
 
 
 def initial_weights(case: dict[str, Any]) -> dict[str, tuple[np.ndarray, int | None, int]]:
-    """This rank's weights by name, each with the dimension it is split along and the number of its part."""
+    """Return this rank's weights by name, each with its sharded dimension and its shard number."""
     config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
     with model_parallel_groups(config):
         stage = build_stage(config)
@@ -33,7 +33,7 @@ def initial_weights(case: dict[str, Any]) -> dict[str, tuple[np.ndarray, int | N
 
 
 def elements_sent(case: dict[str, Any]) -> dict[str, Any]:
-    """Elements given to ``isend`` and ``irecv`` in one step, by direction, and the rank in its pipeline."""
+    """Count the elements in ``isend`` and ``irecv`` in one step, by direction; add the pipeline rank."""
     config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
     sent: Counter[str] = Counter()
     with model_parallel_groups(config):
@@ -79,7 +79,7 @@ def elements_sent(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def unaligned_gradients(case: dict[str, Any]) -> tuple[int, list[str]]:
-    """How many matrices this rank has outside the recurrence, and which gradients cuBLAS can't add to."""
+    """Count the matrices outside the recurrence; list those whose gradients cuBLAS can't add to."""
     config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
     with model_parallel_groups(config):
         named = [(n, p) for module in build_stage(config).modules for n, p in module.named_parameters()]

@@ -1,4 +1,4 @@
-"""Worker processes that stay: importing torch and Megatron costs seconds, a case less."""
+"""Pools of worker processes that are reused: importing torch and Megatron takes longer than most cases."""
 
 import gc
 import itertools
@@ -21,10 +21,10 @@ class WorkerError(Exception):
 
 
 class Pool:
-    """``size`` gloo processes; each calls the same function with the same arguments."""
+    """``size`` gloo processes, which all call the same function with the same arguments."""
 
     def __init__(self, size: int):
-        # Forks of a process that has imported everything, and done nothing else.
+        # The workers are forks of a process that has imported everything and done nothing else.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["megatron_mesh.train"])
         port = free_port()
@@ -39,7 +39,7 @@ class Pool:
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 400) -> list[Any]:
-        """What ``function(*args)`` returned on each rank (WorkerError if one of them raised)."""
+        """Return the results of ``function(*args)`` on each rank; raise WorkerError if any of them fails."""
         for connection in self.connections:
             connection.send((function, args))
         results: dict[int, Any] = {}
@@ -53,7 +53,7 @@ class Pool:
                 rank = self.connections.index(connection)  # type: ignore[arg-type]
                 fine, results[rank] = self._receive(connection)  # type: ignore[arg-type]
                 if not fine:
-                    self.close()  # the others wait for a collective that will not come
+                    self.close()  # the others are waiting for a collective that never comes
                     raise WorkerError(f"rank {rank} of {len(self.connections)}:\n{results[rank]}")
         return [results[rank] for rank in range(len(results))]
 
@@ -66,7 +66,7 @@ class Pool:
     def close(self) -> None:
         """End the processes."""
         for process in self.processes:
-            # With what it has started: saving leaves a helper process that would outlive it.
+            # Kill its children too: saving starts a helper process that would outlive it.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.join()
@@ -75,7 +75,7 @@ class Pool:
 
 
 def pool(size: int) -> Pool:
-    """The one pool of that size, started at its first use."""
+    """Return the pool of that size; it is started when first used."""
     if size not in _pools:
         _pools[size] = Pool(size)
     return _pools[size]
@@ -94,7 +94,7 @@ def free_port() -> int:
 
 
 def _work(rank: int, size: int, port: int, connection: Connection) -> None:
-    """A worker's life: run what it is sent until the pipe closes."""
+    """Run the functions that arrive through the pipe until it closes."""
     os.setsid()
     os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     import datetime
@@ -114,13 +114,13 @@ def _work(rank: int, size: int, port: int, connection: Connection) -> None:
             function, args = connection.recv()
         except EOFError:
             return
-        # A world for each case: the groups of a layout have threads, which end with the world only.
+        # Each case gets a new world, because the threads of process groups only end with their world.
         case = dist.PrefixStore(str(number), store)
         dist.init_process_group(device.backend(), store=case, rank=rank, world_size=size, timeout=timeout)
         try:
             connection.send((True, function(*args)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
-        gc.collect()  # models refer to their groups in circles
-        if dist.is_initialized():  # the case may have ended it
+        gc.collect()  # models and their groups form reference cycles
+        if dist.is_initialized():  # the case may have destroyed it
             dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The real loop in workers, watched step by step or with a fault; and the ranks' agreement alone."""
+"""Run the real loop, watched step by step or with a fault, or only the ranks' agreement. Runs in workers."""
 
 import json
 import math
@@ -35,13 +35,13 @@ from tests.parallel.watch import Seen, Watch
 
 
 def config_of(corpus: str, case: dict[str, Any]) -> Config:
-    """A tiny run on ``corpus`` that logs every third step."""
+    """Configure a tiny run on ``corpus`` that logs every third step."""
     data = {"data_path": [corpus], "num_workers": 0, "log_interval": 3, "eval_interval": 0}
     return tiny_config(world_size=dist.get_world_size(), **settings_of({**data, **case}))
 
 
 class _StepByStep(Health):
-    """Starts a new count with every step, after calling ``before`` with its number."""
+    """Calls ``before`` with each step's number, then starts a new count."""
 
     def __init__(self, watch: Watch, before: Callable[[int], None] = lambda step: None):
         super().__init__(dist.get_rank(), dist.get_world_size(), None)
@@ -57,12 +57,12 @@ class _StepByStep(Health):
 
 
 class BackgroundSave:
-    """In place of the Saver: a background save of which this rank's part takes ``steps`` steps."""
+    """Replaces the Saver with a fake background save, in which this rank writes for ``steps`` steps."""
 
     def __init__(self, steps: int):
         self.pending, self.failed = True, False
         self.completed_after: list[int] = []
-        """How many votes had been cast when the save was completed."""
+        """Number of votes that had been cast when the save was completed."""
         self._steps, self._votes = steps, 0
 
     def written(self) -> bool:
@@ -77,20 +77,20 @@ class BackgroundSave:
         self.pending = False
 
     def save(self, *parts: Any) -> None:
-        """The save after the last step."""
+        """Do nothing for the save after the last step."""
 
     def finish(self) -> None:
-        """The end of the run."""
+        """Do nothing at the end of the run."""
 
     def note_validation(self, state: Any) -> None:
-        """The loss of the last step's validation."""
+        """Ignore the validation loss of the last step."""
 
 
 def watch_steps(corpus: str, case: dict[str, Any]) -> tuple[dict[int, Seen], list[int]]:
-    """Train 6 steps while a checkpoint is written in the background, on the last rank until the fifth step.
+    """Train 6 steps during a background save, in which the last rank writes until the fifth step.
 
     Returns:
-        By step, what this rank did, and after which step it completed the checkpoint.
+        What this rank did in each step, and the steps after which it completed a checkpoint.
     """
     config = config_of(corpus, {"train_iters": 6, **case})
     saver = BackgroundSave(4 if dist.get_rank() == dist.get_world_size() - 1 else 0)
@@ -103,10 +103,10 @@ def watch_steps(corpus: str, case: dict[str, Any]) -> tuple[dict[int, Seen], lis
 
 
 def stop_in_evaluation(corpus: str, directory: Path) -> tuple[int, int, dict[str, int], dict[str, int]]:
-    """Evaluate 50 batches after step 2 of 4; the last rank is asked to stop in the third.
+    """Evaluate 50 batches after step 2 of 4; the last rank gets a stop request in the third batch.
 
     Returns:
-        How the run ended, the batches evaluated, and the collectives and waits of these.
+        The exit status, the number of evaluated batches, and their collectives and waits.
     """
     settings = {"train_iters": 4, "eval_interval": 2, "eval_iters": 50, "split": "40,60,0"}
     config = config_of(corpus, {"layers": "1+1R2+1", **settings, "save": str(directory)})
@@ -135,20 +135,20 @@ def stop_in_evaluation(corpus: str, directory: Path) -> tuple[int, int, dict[str
 
 @dataclass
 class Watched:
-    """A run with the real Saver and the real Log, on one rank."""
+    """What one rank did in a run with the real Saver and the real Log."""
 
     steps: dict[int, Seen] = field(default_factory=dict)
     pending: list[int] = field(default_factory=list)
-    """Steps that began while a checkpoint was on its way."""
+    """Steps that began while a save was in progress."""
     writing: list[int] = field(default_factory=list)
-    """Of these, the steps that began while this rank was still writing its part."""
+    """Steps that began while this rank was still writing its part."""
 
 
 def watch_saves(corpus: str, case: dict[str, Any], directory: Path, release: int) -> tuple[Watched, Watched]:
-    """Train 8 steps without checkpoints; and again, saving in the background after steps 4 and 8.
+    """Train 8 steps without checkpoints, then 8 steps with background saves after steps 4 and 8.
 
-    The last rank's first write doesn't begin before step ``release``. It is then finished before the step
-    begins, so all ranks publish the checkpoint after that step.
+    The last rank's first write is held back until step ``release`` and finishes before that step begins. So
+    all ranks publish the checkpoint after that step.
     """
     logged = {**case, "train_iters": 8, "output_dir": str(directory / "without")}
     saved = {"output_dir": str(directory / "with"), "save": str(directory / "with"), "async_save": True}
@@ -186,7 +186,7 @@ def _watched(config: Config, release: int) -> Watched:
 
 @contextmanager
 def _slow_writes() -> Iterator[tuple[list["Future[Any]"], threading.Event]]:
-    """The parts that this rank writes in the background; the last rank's wait for the event."""
+    """Collect the parts that this rank writes in the background; on the last rank they wait for the event."""
     parts: list[Future[Any]] = []
     released = threading.Event()
     start, write_file = writer.BackgroundWriter.start, writer.write_file
@@ -208,11 +208,12 @@ def _slow_writes() -> Iterator[tuple[list["Future[Any]"], threading.Event]]:
 
 @contextmanager
 def poisoned(kind: str, step: int) -> Iterator[None]:
-    """In step ``step`` (from 1), something on this rank is not finite.
+    """Make a value on this rank non-finite in step ``step`` (from 1).
 
     Args:
-        kind: "loss" (the reported loss; the gradients are fine), "own gradient" (before the reduction; the
-            reported loss is fine), or "reduced gradient" (after it, so that no other replica has it).
+        kind: "loss" (the reported loss, with finite gradients), "own gradient" (before the reduction, with a
+            finite reported loss), or "reduced gradient" (after the reduction, so that no other replica has
+            it).
     """
     count, run_batch, masked_loss = 0, step_module.run_batch, step_module.masked_loss
 
@@ -237,19 +238,19 @@ def poisoned(kind: str, step: int) -> Iterator[None]:
 def pretrained(
     corpus: str, port: int, case: dict[str, Any], directory: Path, fault: tuple[str, int] | None
 ) -> tuple[int, dict[str, Tensor], list[dict[str, Any]]]:
-    """``pretrain()`` on all processes, the last of which has a fault.
+    """Run ``pretrain()`` on all processes, with a fault on the last one.
 
     Args:
-        port: a free one, where the ranks meet.
-        fault: of ``poisoned``.
+        port: a free port for the ranks to meet.
+        fault: arguments of ``poisoned``.
 
     Returns:
-        How the run ended, this rank's weights, and the records of metrics.jsonl.
+        The exit status, this rank's weights, and the records of metrics.jsonl.
     """
     config = config_of(corpus, {**case, "log_interval": 1, "output_dir": str(directory)})
     last = dist.get_rank() == dist.get_world_size() - 1
-    dist.barrier()  # a rank that leaves before all are connected would be missed
-    dist.destroy_process_group()  # the run makes its own
+    dist.barrier()  # otherwise a rank might leave before all are connected
+    dist.destroy_process_group()  # the run creates its own
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     weights: dict[str, Tensor] = {}
     train = loop.train
@@ -268,7 +269,7 @@ def pretrained(
 
 
 def agreement(case: dict[str, Any]) -> dict[str, Any]:
-    """Gradient norms, ours and Megatron-core's; and outcomes of votes in which the ranks differ."""
+    """Return gradient norms, ours and Megatron-core's, and the outcomes of votes in which ranks disagree."""
     config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
     first, last = dist.get_rank() == 0, dist.get_rank() == dist.get_world_size() - 1
     with model_parallel_groups(config):

@@ -1,4 +1,4 @@
-"""Save, load into new objects, go on: in workers."""
+"""Save, load into new objects, and continue training. Runs in workers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +25,8 @@ def _train(config: Config, stage: Stage, optimizer: Any, state: TrainState, last
     return losses
 
 
-def save_and_go_on(directory: Path, case: dict[str, Any]) -> list[float]:
-    """Train three steps, save, and train three more: the losses of those."""
+def save_and_continue(directory: Path, case: dict[str, Any]) -> list[float]:
+    """Train three steps, save, and train three more; return the losses of the last three."""
     config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
     with model_parallel_groups(config):
         parts = build(config)
@@ -35,8 +35,8 @@ def save_and_go_on(directory: Path, case: dict[str, Any]) -> list[float]:
         return _train(config, *parts, last=6)
 
 
-def load_and_go_on(directory: Path, case: dict[str, Any]) -> list[float]:
-    """Load what ``save_and_go_on`` saved, and train three steps: their losses."""
+def load_and_continue(directory: Path, case: dict[str, Any]) -> list[float]:
+    """Load the checkpoint of ``save_and_continue`` and train three steps; return their losses."""
     config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
     config = replace(config, checkpoint=replace(config.checkpoint, load=str(directory)))
     with model_parallel_groups(config):

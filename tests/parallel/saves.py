@@ -1,4 +1,4 @@
-"""Saves and loads in which something goes wrong on one rank alone: in workers."""
+"""Saves and loads in which one rank fails. Runs in workers."""
 
 import errno
 import itertools
@@ -33,10 +33,10 @@ FAULTS: dict[str, Callable[[], Exception]] = {
     "the GPU's memory": lambda: torch.OutOfMemoryError("CUDA out of memory."),
     "torch": lambda: RuntimeError("an error of torch's"),
 }
-"""Made anew each time: an exception keeps the frames that it was raised through, and so a whole run."""
+"""Created anew each time, because an exception holds references to the frames, and so to a whole run."""
 
 
-class _Heard(logging.Handler):
+class _Recorder(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.messages: list[str] = []
@@ -48,7 +48,7 @@ class _Heard(logging.Handler):
 def one_rank_fails(
     directory: Path, case: dict[str, Any], victim: int, place: str, fault: str, background: bool
 ) -> dict[str, Any]:
-    """Train and save after every step; the second save fails on ``victim``. What this rank has seen.
+    """Train and save after every step; the second save fails on ``victim``. Return what this rank has seen.
 
     Args:
         place: the function of ``checkpoint/save.py`` that fails.
@@ -57,8 +57,8 @@ def one_rank_fails(
     config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
     settings = replace(config.checkpoint, save=str(directory), async_save=background)
     config = replace(config, checkpoint=settings)
-    heard = _Heard()
-    logging.getLogger("megatron_mesh").addHandler(heard)
+    recorder = _Recorder()
+    logging.getLogger("megatron_mesh").addHandler(recorder)
     module = writer if background and place == "write_file" else save_module
     original, calls = getattr(module, place), itertools.count(1)
 
@@ -82,17 +82,17 @@ def one_rank_fails(
                 saver.finish()
                 failed.append(saver.failed)
     finally:
-        logging.getLogger("megatron_mesh").removeHandler(heard)
+        logging.getLogger("megatron_mesh").removeHandler(recorder)
     return {
         "losses": losses,
         "failed": failed,
         "steps": list(saved_steps(directory)),
-        "heard": heard.messages,
+        "heard": recorder.messages,
     }
 
 
-def one_rank_is_blind(directory: Path, victim: int) -> str:
-    """Search for a checkpoint that ``victim`` does not see; what the search says there."""
+def one_rank_sees_no_checkpoint(directory: Path, victim: int) -> str:
+    """Search for a checkpoint that ``victim`` doesn't see; return this rank's error message."""
     config = tiny_config(world_size=dist.get_world_size())
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == victim:
@@ -104,24 +104,24 @@ def one_rank_is_blind(directory: Path, victim: int) -> str:
     return ""
 
 
-def disks_of_their_own(directory: Path, case: dict[str, Any]) -> tuple[list[str], bool]:
-    """Save to a directory that is another on every rank, as on nodes without a common disk."""
+def save_to_separate_disks(directory: Path, case: dict[str, Any]) -> tuple[list[str], bool]:
+    """Save to a different directory on every rank, as on nodes without a shared disk."""
     config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
     own = directory / str(dist.get_rank())
     config = replace(config, checkpoint=replace(config.checkpoint, save=str(own)))
-    heard = _Heard()
-    logging.getLogger("megatron_mesh").addHandler(heard)
+    recorder = _Recorder()
+    logging.getLogger("megatron_mesh").addHandler(recorder)
     try:
         with model_parallel_groups(config):
             saver = Saver(config)
             saver.save(*build(config))
     finally:
-        logging.getLogger("megatron_mesh").removeHandler(heard)
-    return heard.messages, any(own.iterdir())
+        logging.getLogger("megatron_mesh").removeHandler(recorder)
+    return recorder.messages, any(own.iterdir())
 
 
-def patience(save_timeout_minutes: float) -> timedelta:
-    """How long a rank waits for another one in a save."""
+def collective_timeout(save_timeout_minutes: float) -> timedelta:
+    """Return how long a rank waits for the others in a save."""
     config = tiny_config(world_size=dist.get_world_size(), save_timeout_minutes=save_timeout_minutes)
     with model_parallel_groups(config):
         assert agreement._group is not None

@@ -1,4 +1,4 @@
-"""Whole runs of ``pretrain`` on several ranks, and what each rank does before its first step."""
+"""Run ``pretrain`` on several ranks, and record what each rank does before its first step."""
 
 import logging
 import multiprocessing
@@ -15,21 +15,21 @@ from megatron_mesh.config.schema import Config
 
 @dataclass
 class Start:
-    """What one rank did until its first step."""
+    """What one rank did before its first step."""
 
     opened: Counter[str] = field(default_factory=Counter)
-    """How often it opened or listed each path, as ``PATH`` or ``PATH/`` (listed)."""
+    """How often it opened or listed each path: ``PATH`` if opened, ``PATH/`` if listed."""
     messages: list[str] = field(default_factory=list)
-    """What the package logged, until the end of the run."""
+    """Log messages of the package until the end of the run."""
     ending: int = -1
 
     def count(self, directory: Path) -> int:
-        """Opened files and listed directories at or below ``directory``."""
+        """Count the opened files and listed directories at or below ``directory``."""
         return sum(n for path, n in self.opened.items() if Path(path).is_relative_to(directory))
 
 
 def start(config: Config, world_size: int) -> list[Start]:
-    """Run ``pretrain`` to its end on ``world_size`` real processes; what each rank did at its start."""
+    """Run ``pretrain`` on ``world_size`` processes; return what each rank did before its first step."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -76,7 +76,7 @@ def _run(rank: int, world_size: int, port: int, config: Config, results: Any) ->
             event in ("open", "os.listdir", "os.scandir")
             and not stepping
             and isinstance(args[0], str | os.PathLike)
-            and OWNER_FILE not in os.fspath(args[0])  # rank 0 looks at it every few seconds
+            and OWNER_FILE not in os.fspath(args[0])  # rank 0 checks it every few seconds
         ):
             found.opened[os.fspath(args[0])] += 1
 

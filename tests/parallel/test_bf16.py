@@ -1,4 +1,4 @@
-"""In bfloat16 a layout differs from one process by rounding: as much as a plain Megatron-core GPT does."""
+"""In bfloat16 a rank layout differs from one process by rounding, no more than a plain GPT does."""
 
 import pytest
 
@@ -11,7 +11,7 @@ PARTS = ("embedding", "prelude", "core", "recurrence", "coda", "final_layernorm"
 
 
 def _errors(scheme: str, layout: str, reference) -> tuple[dict[str, float], float]:
-    """Worst relative error of the gradients after a step in each part, and of the losses."""
+    """Return the largest relative error of the gradients in each part after a step, and of the losses."""
     model = {**model_of(scheme, 2, tied=False), "bf16": True}
     directory, one = reference(**model)
     processes, settings = LAYOUTS[layout]
@@ -29,8 +29,8 @@ def test_bfloat16_agrees_as_well_as_a_plain_gpt(layout: str, reference) -> None:
         _errors(scheme, layout, reference) for scheme in ("vanilla", "mesh")
     )
     print(f"{layout}: plain {plain} {plain_loss}, mesh {mesh} {mesh_loss}")
-    # A number in bfloat16 is off by up to 2^-9, a gradient is a sum of such; where a layout changes no
-    # sum of the plain model, as without tensor parallelism, that is the yardstick.
+    # A bfloat16 number is off by up to 2^-9, and a gradient is a sum of many. Without tensor parallelism the
+    # layout changes no sum of the plain model, which then has no error; 2^-6 takes its place.
     yardstick = 3 * max(plain["layers"], 2**-6)
     for part, error in mesh.items():
         assert error <= yardstick, part

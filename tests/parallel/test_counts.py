@@ -1,6 +1,6 @@
-"""Every rank writes and reads what it owns, shown by counting: bytes, memory, collectives, opened files.
+"""Each rank writes and reads only what it owns: count bytes, memory, collectives and opened files.
 
-The whole matrix of the 160M model takes minutes and up to 12 GB of memory: ``make test-scale``.
+``make test-scale`` runs all cases of the 160M model, which takes minutes and up to 12 GB of memory.
 """
 
 import os
@@ -24,21 +24,22 @@ from tests.parallel.pool import pool
 MB = 10**6
 TENSOR, PIPELINE = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 BOTH, SHARDED = TENSOR | PIPELINE, {"use_distributed_optimizer": True}
-# ranks that save, their settings, ranks that load on another layout, theirs
+# (number of ranks that save, their settings, number of ranks that load on another layout, their settings)
 Case = tuple[int, dict[str, Any], int, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes on top of what is in proportion to a rank's share."""
+    """Bytes allowed in addition to a rank's share."""
 
     written: int
     memory: int
-    """A box and its file, four at once when loading, and what libraries need."""
+    """For a box and its file (four at once when loading), and for libraries."""
     collectives: int
     read_twice: float
-    """Not bytes: what all ranks read of another layout's checkpoint, over what they need of it. A piece in
-    which one rank's part ends and another's begins is read by both."""
+    """A ratio: bytes that all ranks read from another layout's checkpoint, divided by the bytes needed.
+
+    Two ranks read a piece twice if the part of one ends in it and the part of the other begins."""
 
 
 SMALL_LIMITS = Limits(written=MB // 4, memory=64 * MB, collectives=MB // 4, read_twice=1.3)
@@ -86,7 +87,7 @@ def test_small_model(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bf16", [True, False])
 def test_a_tied_embedding(bf16: bool, tmp_path: Path) -> None:
-    """The pipeline ranks that hold its two copies share the writing."""
+    """The two pipeline ranks that hold its copies divide the writing between them."""
     config = small(2, PIPELINE | {"untie_embeddings_and_output_weights": False, "bf16": bf16})
     saves = [save for save, _, _ in pool(2).run(counts.save_and_load, config, tmp_path)]
     check_saves(saves, SMALL_LIMITS, copied=False)
@@ -98,7 +99,7 @@ def test_a_tied_embedding(bf16: bool, tmp_path: Path) -> None:
 def test_160m(name: str, tmp_path: Path) -> None:
     ranks, settings, others, other_settings = LARGE[name]
     check(name, large(ranks, settings), ranks, large(others, other_settings), others, tmp_path)
-    shutil.rmtree(tmp_path)  # pytest would keep it
+    shutil.rmtree(tmp_path)  # pytest would retain it
 
 
 def check(name: str, config: Config, ranks: int, other: Config, others: int, directory: Path) -> None:
@@ -121,54 +122,54 @@ def size_of(checkpoint: Path) -> int:
 
 def check_saves(saves: Sequence[counts.Save], limits: Limits, *, copied: bool) -> None:
     total = size_of(saves[0].path)
-    assert sum(save.written for save in saves) == total  # no file was written by two ranks, or by none
+    assert sum(save.written for save in saves) == total  # every file was written by exactly one rank
     for rank, save in enumerate(saves):
         assert save.written <= 1.15 * total / len(saves) + limits.written
         assert save.counts.memory <= 1.3 * save.written * copied + limits.memory
         assert save.counts.sent + save.counts.received <= limits.collectives
-        assert not [name for name in save.counts.reads if name.endswith(".distcp")]  # checksums need none
+        assert not [name for name in save.counts.reads if name.endswith(".distcp")]  # not even for checksums
         if rank:
             assert save.counts.opened == 1
 
 
 def check_plan(config: Config, saves: Sequence[counts.Save], total: int) -> None:
-    """The planner's figures are those of the disk, but for the files' heads and the small files."""
+    """The planner's estimates equal the bytes on disk, apart from file headers and small files."""
     savings = [rank.saving for rank in make_plan(config, len(saves)).ranks]
     heads = 200_000
     largest = max(save.written for save in saves)
     assert max(saving.largest for saving in savings) == pytest.approx(largest, rel=0.02, abs=heads)
-    assert sum(saving.together for saving in savings) == pytest.approx(total, rel=0.02, abs=heads)
+    assert sum(saving.total for saving in savings) == pytest.approx(total, rel=0.02, abs=heads)
 
 
 def check_loads(config: Config, loads: Sequence[counts.Load], own_share: list[int], limits: Limits) -> None:
-    """Nothing but the rank's main parameters and moments: 12 of the 14 bytes that it saved of a parameter."""
+    """A rank reads only its main parameters and moments: 12 of the 14 bytes per parameter that it saved."""
     weights = 2 * max(rank.parameters for rank in make_plan(config, len(loads)).ranks)
     for load, share in zip(loads, own_share, strict=True):
         assert load.filled == load.overlapping + load.generators
         assert load.filled <= load.read <= load.filled + limits.written
         assert load.read <= 1.2 * 12 / 14 * share + limits.written
-        assert load.counts.memory <= 1.3 * weights + limits.memory  # which replicas gather
+        assert load.counts.memory <= 1.3 * weights + limits.memory  # replicas gather the weights
         assert load.generators > 0
-    assert sum(load.asked for load in loads) == 3 * held_once(config, len(loads))
+    assert sum(load.asked for load in loads) == 3 * distinct_parameters(config, len(loads))
 
 
 def check_other_loads(config: Config, loads: Sequence[counts.Load], total: int, limits: Limits) -> None:
-    """Stored pieces that hold something of the rank's, each once, and nothing else.
+    """A rank reads only the stored pieces that it needs, each of them once.
 
-    A piece is read whole, so that its checksum can be compared: with two tensor-parallel ranks, which divide
-    rows or columns, both may need each of the pieces.
+    A piece is always read in full, so that its checksum can be verified. With two tensor-parallel ranks,
+    which split rows or columns, both may need every piece.
     """
     for load in loads:
         assert load.filled == load.overlapping and load.generators == 0
         assert load.filled <= load.read <= load.filled + limits.written
-    assert sum(load.asked for load in loads) == 3 * held_once(config, len(loads))
+    assert sum(load.asked for load in loads) == 3 * distinct_parameters(config, len(loads))
     factor = config.parallel.tensor_model_parallel_size
     needed = factor * 12 / 14 * total
     assert sum(load.read for load in loads) <= limits.read_twice * needed + len(loads) * limits.written
 
 
-def held_once(config: Config, ranks: int) -> int:
-    """Parameters of all ranks, without those that data-parallel ranks hold alike."""
+def distinct_parameters(config: Config, ranks: int) -> int:
+    """Count the parameters of all ranks, without data-parallel replicas."""
     plan = make_plan(config, ranks)
     return config.parallel.tensor_model_parallel_size * sum(rank.parameters for rank in plan.ranks)
 
@@ -181,7 +182,7 @@ def table_row(
     loads: Sequence[counts.Load],
     others: Sequence[counts.Load],
 ) -> str:
-    """What ``make test-scale`` shows, in MB: of the rank that has most of each."""
+    """Format a row for ``make test-scale``, in MB, with the largest value of any rank."""
     share = total / len(plain)
     written = max(save.written for save in plain)
     memory = [max(x.counts.memory for x in kind) / MB for kind in (plain, background, loads)]

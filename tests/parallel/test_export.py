@@ -1,4 +1,4 @@
-"""Checkpoints of many ranks are converted as those of one are, and imported ones load on many."""
+"""Checkpoints saved by several ranks convert like those of one rank, and imports load on several ranks."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.parallel.pool import pool
 
 
 def save(directory: Path, settings: dict, source: Path) -> None:
-    """Load the weights of ``source`` on this layout and save them from it; in workers."""
+    """Load the weights of ``source`` on this rank layout and save them. Runs in workers."""
     from megatron_mesh.checkpoint.save import Saver
     from megatron_mesh.checkpoint.state import TrainState
     from megatron_mesh.parallel import build_stage
@@ -57,7 +57,7 @@ def test_from_tensor_and_pipeline_parallel_ranks(tmp_path, scheme, layers, tied)
 
 
 def test_an_import_loads_on_tensor_and_pipeline_parallel_ranks(tmp_path) -> None:
-    """And comes out of them as it went in."""
+    """Exporting it again gives the original."""
     model = {"recurrence": "mesh", "layers": "2+3R2+1"}
     source, _ = saved_with_logits(tmp_path / "one", **model)
     export_checkpoint(source, tmp_path / "hf")
@@ -70,7 +70,7 @@ def test_an_import_loads_on_tensor_and_pipeline_parallel_ranks(tmp_path) -> None
 
 
 def test_a_resized_vocabulary_is_split_over_tensor_parallel_ranks(tmp_path) -> None:
-    """101 entries, which no two ranks could share, come out as they went in."""
+    """101 entries can't be divided between two ranks without padding; exporting them gives the original."""
     model = {"recurrence": "mesh", "layers": "2+3R2+1"}
     source, _ = saved_with_logits(tmp_path / "one", **model)
     export_checkpoint(source, tmp_path / "hf")

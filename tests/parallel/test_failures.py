@@ -1,4 +1,4 @@
-"""Jobs that cannot start: each cause is told once, with host and rank, and no rank waits for another."""
+"""Jobs that cannot start: each cause is reported once, with host and rank, and no rank waits for another."""
 
 import os
 import re
@@ -19,11 +19,14 @@ Ended = tuple[list[int | None], list[str]]
 
 
 def job(directory: Path, *command_lines: list[object] | None) -> Ended:
-    """Run one rank per command line, without a launcher that would end the others: exit codes and stderr.
+    """Run one rank per command line without a launcher, which would end the others.
 
     Args:
-        directory: gets what the ranks print.
-        command_lines: flags of each rank; None for one that does not come.
+        directory: where the ranks' stderr is written.
+        command_lines: flags of each rank; None for a rank that is never started.
+
+    Returns:
+        Exit codes and stderr of the ranks.
     """
     arguments = [None if line is None else (list(map(str, line)),) for line in command_lines]
     return end_ranks(start_ranks(_run_program, arguments, directory))
@@ -36,10 +39,10 @@ def _run_program(rank: int, flags: list[str]) -> None:
 
 
 def fresh_job(*command_lines: list[object], **variables: str) -> Ended:
-    """As ``job``, in new interpreters, which import everything.
+    """Run a job like ``job``, but in new interpreters that import everything.
 
     Args:
-        variables: environment; ``RANK_1_NAME`` sets NAME on rank 1 alone.
+        variables: environment variables; ``RANK_1_NAME`` sets NAME only on rank 1.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -59,8 +62,8 @@ def fresh_job(*command_lines: list[object], **variables: str) -> Ended:
     return [process.returncode for process in processes], errors
 
 
-def told(errors: list[str]) -> list[tuple[int, str]]:
-    """Every line ``error: rank R of N on host H: CAUSE`` of a job, as (R, CAUSE); there is no other error."""
+def reported(errors: list[str]) -> list[tuple[int, str]]:
+    """Parse lines ``error: rank R of N on host H: CAUSE`` into (R, CAUSE); allow no other errors."""
     lines = [line for text in errors for line in text.splitlines() if line.startswith("error: ")]
     found = [re.fullmatch(rf"error: rank (\d+) of \d+ on host {HOST}: (.*)", line) for line in lines]
     assert all(found), errors
@@ -69,7 +72,7 @@ def told(errors: list[str]) -> list[tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> list[object]:
-    """Flags of a rank without an error."""
+    """Flags that cause no error."""
     return ["--config", write_settings(tmp_path_factory.mktemp("settings"))]
 
 
@@ -87,22 +90,22 @@ def test_one_of_two_ranks_has_an_error(good, tmp_path: Path, failing: int) -> No
     lines[failing] = [*absent("missing"), "--save", tmp_path]
     codes, errors = job(tmp_path, *lines)
     assert codes == [2, 2]
-    assert told(errors) == [(failing, cause("missing"))]
+    assert reported(errors) == [(failing, cause("missing"))]
     expected = f"failed\nrank {failing} of 2 on host {HOST}: {cause('missing')}\n"
     assert (tmp_path / "run_status.txt").read_text() == expected
 
 
-def test_an_error_that_four_ranks_have_is_told_once(tmp_path: Path) -> None:
+def test_an_error_on_four_ranks_is_reported_once(tmp_path: Path) -> None:
     codes, errors = job(tmp_path, *[absent("missing")] * 4)
     assert codes == [2] * 4
-    assert [text for _, text in told(errors)] == [cause("missing")]
+    assert [text for _, text in reported(errors)] == [cause("missing")]
 
 
 def test_two_ranks_of_four_have_different_errors(good, tmp_path: Path) -> None:
     save = ["--save", tmp_path]
     codes, errors = job(tmp_path, good, [*absent("one"), *save], [*absent("two"), *save], good)
     assert codes == [2] * 4
-    assert told(errors) == [(1, cause("one")), (2, cause("two"))]
+    assert reported(errors) == [(1, cause("one")), (2, cause("two"))]
     word, *lines = (tmp_path / "run_status.txt").read_text().splitlines()
     assert word == "failed"
     assert sorted(lines) == [
@@ -120,7 +123,7 @@ def test_an_import_that_fails_on_one_rank(good, tmp_path: Path) -> None:
     assert "rror" not in errors[0]
 
 
-def test_a_flag_of_the_wrong_type_is_told_once(tmp_path: Path) -> None:
+def test_a_flag_of_the_wrong_type_is_reported_once(tmp_path: Path) -> None:
     codes, errors = job(tmp_path, ["--hidden-size", "wide"], ["--hidden-size", "wide"])
     assert codes == [2, 2]
     assert "".join(errors).count("invalid literal for int() with base 10: 'wide'") == 1
@@ -131,11 +134,11 @@ def test_help_is_shown_once(tmp_path: Path) -> None:
     assert codes == [0, 0] and errors == ["", ""]
 
 
-def test_a_rank_that_does_not_come_is_named(good, tmp_path: Path) -> None:
+def test_a_missing_rank_is_named(good, tmp_path: Path) -> None:
     line = [*good, "--global-batch-size", 6, "--distributed-timeout-minutes", 0.05, *NO_WATCHDOG]
     codes, errors = job(tmp_path, line, None, line)
     assert codes == [1, 1]
-    ((_, text),) = told(errors)
+    ((_, text),) = reported(errors)
     assert text.startswith("1 of 3 ranks did not come within 3 s (--distributed-timeout-minutes): 1; see")
 
 
@@ -143,7 +146,7 @@ def test_no_rank_zero(good, tmp_path: Path) -> None:
     line = [*good, "--distributed-timeout-minutes", 0.05, *NO_WATCHDOG]
     codes, errors = job(tmp_path, None, line)
     assert codes == [1]
-    assert told(errors)[0][1].startswith("rank 0 does not answer at 127.0.0.1:")
+    assert reported(errors)[0][1].startswith("rank 0 does not answer at 127.0.0.1:")
 
 
 def test_the_file_of_another_run_stays(tmp_path: Path) -> None:
@@ -152,8 +155,8 @@ def test_the_file_of_another_run_stays(tmp_path: Path) -> None:
     assert (tmp_path / "run_status.txt").read_text() == "done\n"
 
 
-def test_torchrun_tells_both_causes(tmp_path: Path) -> None:
-    """The agent ends all processes as soon as one has ended."""
+def test_torchrun_reports_both_causes(tmp_path: Path) -> None:
+    """torchrun's agent kills all processes as soon as one has ended."""
     script = tmp_path / "each.sh"
     script.write_text(f'exec {sys.executable} {ROOT}/pretrain_mesh.py --config "$RANK.yaml"\n')
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python"]

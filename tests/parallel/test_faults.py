@@ -1,4 +1,4 @@
-"""The comparison with one process can fail: planted faults are caught."""
+"""The comparison with one process catches planted faults."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A job of which a rank fails, is killed or hangs: it ends, and says which rank and where."""
+"""A job ends if a rank fails, is killed or hangs, and reports which rank and where."""
 
 import re
 import runpy
@@ -30,7 +30,7 @@ from megatron_mesh.runtime import health as health_module
 from megatron_mesh.runtime.distributed import process_groups
 from megatron_mesh.runtime.environment import rank_from_environment
 
-health_module.FOLLOW_SECONDS = 3.0  # a test need not wait as long as a user
+health_module.FOLLOW_SECONDS = 3.0  # shorter than in production
 config = Config(parallel=ParallelConfig(watchdog_timeout_minutes=float(sys.argv[2])))
 with process_groups(config) as health:
     health.beat("step 17")
@@ -51,7 +51,7 @@ def job(
     meanwhile: Callable[[list[Rank]], None] | None = None,
     script: str = SCRIPT,
 ) -> tuple[list[int | None], list[str], float]:
-    """Run two ranks, without a launcher that would end the survivor: exit codes, errors, seconds.
+    """Run two ranks without a launcher, which would end the survivor; return exit codes, errors and seconds.
 
     Args:
         action: Python code that rank 1 runs between two barriers.
@@ -73,7 +73,7 @@ def _run_script(rank: int, file: str, watchdog_minutes: float) -> None:
     runpy.run_path(file, run_name="__main__")
 
 
-def test_a_failure_is_told_where_it_happened(tmp_path) -> None:
+def test_a_failure_is_reported_where_it_happened(tmp_path) -> None:
     codes, errors, _ = job(tmp_path, "raise RuntimeError('out of cheese')")
     assert codes == [1, 1]
     assert f"error: rank 1 of 2 on host {HOST} in step 17: failed:\nTraceback" in errors[1]
@@ -83,14 +83,14 @@ def test_a_failure_is_told_where_it_happened(tmp_path) -> None:
     assert "Traceback" not in errors[0]
 
 
-def test_a_mistake_is_told_once(tmp_path) -> None:
+def test_a_mistake_is_reported_once(tmp_path) -> None:
     codes, errors, seconds = job(tmp_path, "raise UserError('no such file')")
     assert codes == [2, 2] and seconds < 300  # not until a timeout
     assert errors[1] == f"error: rank 1 of 2 on host {HOST} in step 17: no such file\n"
     assert "no such file" not in errors[0] and f"because rank 1 of 2 on host {HOST} in step 17" in errors[0]
 
 
-def test_each_cause_is_told_once(tmp_path) -> None:
+def test_each_cause_is_reported_once(tmp_path) -> None:
     both = "raise UserError('the same')"
     codes, errors, _ = job(tmp_path, "pass", before_the_barrier=both)
     assert codes == [2, 2] and "".join(errors).count("the same") == 1
@@ -103,9 +103,9 @@ def test_each_cause_is_told_once(tmp_path) -> None:
 
 @pytest.mark.parametrize("failing", [1, 0])
 def test_a_rank_that_only_waits_ends_too(tmp_path, failing) -> None:
-    """Nothing else may notice: on GPUs a collective operation doesn't, and here the other rank just sleeps.
+    """Only the monitoring can notice: a collective on GPUs doesn't, and here the other rank just sleeps.
 
-    Rank 0 takes the store with it.
+    If rank 0 ends, the store ends with it.
     """
     waits = f"time.sleep(1000) if rank_from_environment() != {failing} else None"
     codes, errors, seconds = job(tmp_path, "pass", before_the_barrier=f"{waits}\n    raise UserError('bad')")
@@ -117,7 +117,7 @@ def test_a_rank_that_only_waits_ends_too(tmp_path, failing) -> None:
 
 
 def test_a_rank_that_only_waits_ends_when_the_store_is_lost(tmp_path) -> None:
-    """Rank 0 is killed, so nobody can tell rank 1, which sleeps."""
+    """Rank 0 is killed, so it can't notify rank 1, which is sleeping."""
     killed = "os.kill(os.getpid(), signal.SIGKILL) if rank_from_environment() == 0 else time.sleep(1000)"
     codes, errors, seconds = job(tmp_path, "pass", before_the_barrier=killed)
     assert codes == [-9, 1] and seconds < 300  # not until a timeout
@@ -127,7 +127,7 @@ def test_a_rank_that_only_waits_ends_when_the_store_is_lost(tmp_path) -> None:
 
 
 def test_a_rank_may_take_longer_to_end_than_the_store(tmp_path) -> None:
-    """Rank 0 has long gone when rank 1 has closed its files, and that is no failure."""
+    """Rank 0 has long ended when rank 1 has closed its files. That is not a failure."""
     slow = SCRIPT.rpartition("    dist.barrier()")[0] + "    time.sleep(5 * rank_from_environment())\n"
     assert job(tmp_path, "pass", script=slow)[:2] == ([0, 0], ["", ""])
 
@@ -161,7 +161,7 @@ STEPS = """
 def suspend(
     ranks: list[int], log: Path, until: Callable[[list[Rank]], object]
 ) -> Callable[[list[Rank]], None]:
-    """SIGSTOP for ``ranks`` once they are in their steps, and SIGCONT after ``until``."""
+    """Send SIGSTOP to ``ranks`` once they are stepping, and SIGCONT when ``until`` returns."""
 
     def meanwhile(job: list[Rank]) -> None:
         logs = [log.with_name(f"{log.name}.{rank}") for rank in ranks]
@@ -177,8 +177,8 @@ def suspend(
     return meanwhile
 
 
-def test_a_suspended_job_goes_on(tmp_path) -> None:
-    """As with ``scontrol suspend``: all ranks stand still for longer than the watchdog waits."""
+def test_a_suspended_job_continues(tmp_path) -> None:
+    """As with ``scontrol suspend``, all ranks stop for longer than the watchdog's limit."""
     steps = STEPS.replace("{steps}", "5")
     meanwhile = suspend([0, 1], tmp_path / "job.py", lambda _: time.sleep(7))
     codes, errors, _ = job(tmp_path, "pass", 0.08, steps, meanwhile=meanwhile)
@@ -204,7 +204,7 @@ SAVE_ON_BOTH = """
 
 
 def test_the_watchdog_has_another_limit_for_saves(tmp_path) -> None:
-    """A save may take longer than a step; one that hangs ends the job."""
+    """A save may take longer than a step, but one that hangs ends the job."""
     patient = SAVE_ON_BOTH.replace("{minutes}", "5").strip()
     codes, errors, _ = job(tmp_path, "time.sleep(4)", 0.05, patient)
     assert codes == [0, 0], errors
@@ -218,7 +218,7 @@ def test_the_watchdog_has_another_limit_for_saves(tmp_path) -> None:
         assert "--save-timeout-minutes" in text and "Current thread" in text
 
 
-# where a rank stands still -> the phase, which rank, settings, and what the rank is at when it ends
+# where a rank hangs -> (phase, rank, settings, place in the error message)
 HUNG_SAVES = {
     "writing in a save": ("writing a box", 1, {"train_iters": 4}, "the save after step 2"),
     "writing in the last save": ("writing a box", 1, {"train_iters": 2, "async_save": True}, "the last save"),
@@ -233,7 +233,7 @@ HUNG_SAVES = {
 
 @pytest.fixture(scope="module")
 def hung_saves(tmp_path_factory) -> dict[str, tuple[list[int | None], list[str]]]:
-    """How the runs of ``HUNG_SAVES`` ended; they run at the same time, since they mostly wait."""
+    """Run ``HUNG_SAVES`` at the same time, since they mostly wait; return how they ended."""
     root = tmp_path_factory.mktemp("hung")
     with IndexedWriter(str(root / "text"), np.uint16) as writer:
         writer.add(np.random.default_rng(0).integers(0, 96, 4_000).astype(np.uint16), np.full(100, 40))
@@ -260,11 +260,11 @@ def hung_saves(tmp_path_factory) -> dict[str, tuple[list[int | None], list[str]]
 
 @pytest.mark.parametrize("name", HUNG_SAVES)
 def test_a_run_whose_save_hangs_ends(name: str, hung_saves) -> None:
-    """In the real loop, which names the limit for saves and not the one for steps."""
+    """The error names the limit for saves, not the one for steps."""
     _, victim, _, where = HUNG_SAVES[name]
     codes, errors = hung_saves[name]
     assert codes[victim] == exits.HUNG, errors
-    # The other rank waits for this one; it ends by its own watchdog, or because the connection is lost.
+    # The other rank waits for this one, until its own watchdog ends it or the connection is lost.
     assert codes[1 - victim] in (exits.HUNG, exits.CRASHED), errors
     lines = [line for line in errors[victim].splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and lines[0].endswith("s (--save-timeout-minutes); its stacks:")

@@ -1,4 +1,4 @@
-"""The index cache with real ranks: one build per file system and node, and what a node lacks is named."""
+"""Test the index cache with several ranks: one rank builds per file system, and errors name the node."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ ENTRIES = 6  # training and validation: two parts and their blend
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """The data on a shared disk, and on the disks of two nodes."""
+    """Put the data on a shared disk and on the disks of two nodes."""
     for first, name in ((1, "one"), (5000, "two")):
         with IndexedWriter(str(tmp_path / name), np.uint16) as writer:
             writer.add(np.arange(first, first + 2000), np.full(40, 50))

@@ -1,4 +1,4 @@
-"""Every layout of ranks trains as one process does."""
+"""Every rank layout trains like one process."""
 
 import os
 
@@ -30,7 +30,7 @@ CHOSEN: list[Case] = [
 
 
 def pairwise() -> list[Case]:
-    """Every pair of values of two factors occurs in some case."""
+    """Build cases in which every pair of values of any two factors occurs."""
     from allpairspy import AllPairs
 
     factors = [list(SCHEMES), [1, 2, 3], [False, True], list(RECOMPUTE), list(LAYOUTS)]
@@ -77,7 +77,7 @@ def test_settings_of_one_kind_of_pipeline(scheme: str, processes: int, settings:
 
 
 def test_a_rank_whose_rows_of_the_vocabulary_are_padding(reference) -> None:
-    """Its logits are all left out of the loss."""
+    """None of its logits contributes to the loss."""
     model = {**model_of("mesh", 2, tied=False), "make_vocab_size_divisible_by": 256}
     directory, one = reference(**model)
     processes, settings = LAYOUTS["tp2"]
@@ -85,7 +85,7 @@ def test_a_rank_whose_rows_of_the_vocabulary_are_padding(reference) -> None:
 
 
 def test_a_batch_size_that_grows(reference) -> None:
-    """2, 3 and 4 micro-batches a step, which pass a ring of two ranks in groups of 2, 3 and 2."""
+    """Steps of 2, 3 and 4 micro-batches go through a ring of two ranks in groups of 2, 3 and 2."""
     ramp = {"train_iters": None, "train_samples": 100, "rampup_batch_size": [4, 2, 8]}
     model = {**model_of("mesh", 2, tied=False), **ramp}
     directory, one = reference(**model)

@@ -1,4 +1,4 @@
-"""What the ring promises besides equal results: one home per weight, one hidden state per crossing."""
+"""Test what the ring guarantees besides equal results: one owner per weight, one hidden state per message."""
 
 import numpy as np
 import pytest
@@ -38,9 +38,9 @@ def test_one_hidden_state_crosses_on_every_layout(layout: str, loops: int, ranks
 
 
 def _check_traffic(model: dict, layout: str, ranks: int, passes: int) -> None:
-    """S * B * H elements (of each sequence shard) per boundary, pass and micro-batch, in each direction."""
+    """Count S * B * H elements (per sequence shard) for each boundary, pass, micro-batch and direction."""
     processes, settings = LAYOUTS[layout]
-    sequence, hidden, batch = 16, 32, 8  # all micro-batches together
+    sequence, hidden, batch = 16, 32, 8  # the batch of all micro-batches together
     shards = settings.get("tensor_model_parallel_size", 1) if settings.get("sequence_parallel") else 1
     state = sequence * hidden * batch // shards
     for rank in pool(processes).run(elements_sent, {**model, **settings}):
@@ -51,7 +51,7 @@ def _check_traffic(model: dict, layout: str, ranks: int, passes: int) -> None:
         assert rank["received backward"] == state * (passes - last)
 
 
-def test_every_weight_has_one_home() -> None:
+def test_every_weight_has_one_owner() -> None:
     model = model_of("mesh", 2, tied=False)
     (whole,) = pool(1).run(initial_weights, model)
     parts = pool(4).run(initial_weights, {**model, **LAYOUTS["pp4"][1]})

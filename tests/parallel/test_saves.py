@@ -1,4 +1,4 @@
-"""A save that fails on one rank fails on all, and costs nothing else; what is written, stock torch reads."""
+"""A save that fails on one rank fails on all, and does no other harm; torch can read our checkpoints."""
 
 import socket
 from datetime import timedelta
@@ -49,16 +49,16 @@ def test_one_rank_fails(
     assert said == [
         f"no checkpoint of step 2 was written to {tmp_path}: {told}; {kept}; steps at risk until then: 1"
     ]
-    # Bugs keep their traceback, on the rank that has it.
+    # A bug is logged with its traceback on the rank where it happened.
     tracebacks = [rank for rank, seen in enumerate(found) if any("part of" in m for m in seen["heard"])]
     assert tracebacks == ([] if isinstance(error, OSError) else [victim])
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_rank_that_does_not_see_the_checkpoint_says_so(tmp_path) -> None:
+def test_a_rank_that_does_not_see_the_checkpoint_is_named(tmp_path) -> None:
     processes, settings = LAYOUTS["dp2-distopt"]
-    pool(processes).run(resume.save_and_go_on, tmp_path, {**MODEL, **settings})
-    found = pool(2).run(saves.one_rank_is_blind, tmp_path, 1)
+    pool(processes).run(resume.save_and_continue, tmp_path, {**MODEL, **settings})
+    found = pool(2).run(saves.one_rank_sees_no_checkpoint, tmp_path, 1)
     assert found[0] == found[1]
     path = tmp_path.resolve() / "iter_0000003"
     assert f"the checkpoint {path} is not there (rank 1 on {socket.gethostname()})" in found[0]
@@ -66,9 +66,9 @@ def test_a_rank_that_does_not_see_the_checkpoint_says_so(tmp_path) -> None:
 
 @pytest.mark.parametrize("layout", ["dp2-distopt", "tp2-pp2", "pp2-dp2-overlap"])
 def test_stock_torch_reads_the_same(layout: str, tmp_path) -> None:
-    """Torch's own reader and planner, in one process, from what several ranks have written."""
+    """torch's own reader and planner, in one process, load the tensors that several ranks have written."""
     processes, settings = LAYOUTS[layout]
-    pool(processes).run(resume.save_and_go_on, tmp_path, {**MODEL, **settings, "bf16": True})
+    pool(processes).run(resume.save_and_continue, tmp_path, {**MODEL, **settings, "bf16": True})
     path = tmp_path / "iter_0000003"
     index = open_index(path)
     stock = {key: torch.zeros(entry.shape, dtype=entry.dtype) for key, entry in index.entries.items()}
@@ -83,7 +83,7 @@ def test_stock_torch_reads_the_same(layout: str, tmp_path) -> None:
 
 def test_disks_that_are_not_shared(tmp_path) -> None:
     processes, settings = LAYOUTS["dp2-distopt"]
-    found = pool(processes).run(saves.disks_of_their_own, tmp_path, {**MODEL, **settings})
+    found = pool(processes).run(saves.save_to_separate_disks, tmp_path, {**MODEL, **settings})
     assert "__1_0.distcp is missing" in found[0][0][0]
     assert "--save must be on a disk that all nodes share" in found[0][0][0]
     assert [left for _, left in found] == [False, False]
@@ -91,6 +91,6 @@ def test_disks_that_are_not_shared(tmp_path) -> None:
 
 @pytest.mark.parametrize("save_timeout", [10.0, 90.0])
 def test_ranks_wait_longer_for_a_save_than_the_watchdog(save_timeout: float) -> None:
-    for patience in pool(2).run(saves.patience, save_timeout):
-        assert patience > timedelta(minutes=save_timeout)
-        assert patience >= timedelta(minutes=Config().parallel.distributed_timeout_minutes)
+    for timeout in pool(2).run(saves.collective_timeout, save_timeout):
+        assert timeout > timedelta(minutes=save_timeout)
+        assert timeout >= timedelta(minutes=Config().parallel.distributed_timeout_minutes)

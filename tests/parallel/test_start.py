@@ -1,4 +1,4 @@
-"""What a start costs each rank: the files that it opens, counted, and where its time goes."""
+"""Test what starting a run costs each rank: the files that it opens, and the breakdown of its time."""
 
 import re
 from pathlib import Path
@@ -14,14 +14,14 @@ from tests.parallel.started import Start, start
 
 PREFIXES = 2
 STREAMS = 3  # training, validation, test
-# Of each prefix the reader opens .idx twice (header, map) and .bin once. Of each cache entry it opens the
-# manifest and the arrays: three of an epoch, two of a blend.
+# For each prefix the reader opens .idx twice (header, map) and .bin once. For each cache entry it opens the
+# manifest and the arrays: three for an epoch, two for a blend.
 EVERY_RANK = {"data": 3 * PREFIXES, "cache": STREAMS * (PREFIXES * 4 + 3), "output": 0}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Two data sets in ``data``."""
+    """Write two data sets to ``data``."""
     directory = tmp_path_factory.mktemp("start")
     random = np.random.default_rng(0)
     for name in ("one", "two"):
@@ -55,20 +55,20 @@ def config_of(root: Path, world_size: int, name: str, **settings: object) -> Con
 
 
 def counts(root: Path, name: str, each: Start) -> dict[str, int]:
-    """Files opened below the directories of data, cache and output."""
+    """Count the files opened below the directories for data, cache and output."""
     places = {"data": root / "data", "cache": root / "cache", "output": root / name / "output"}
     return {place: each.count(directory) for place, directory in places.items()}
 
 
 def test_files_opened_at_the_start(root: Path) -> None:
-    """Their number depends on the data's parts alone: not on ranks, steps or old checkpoints.
+    """Their number depends only on the number of data sets, not on ranks, steps or old checkpoints.
 
-    Rank 0 inspects the data, looks through the cache for what is missing, and opens the outputs.
+    Rank 0 also inspects the data, checks the cache for missing entries, and opens the outputs.
     """
-    # With a cold cache, so rank 0 builds. Four checkpoints stay.
+    # The cache is cold, so rank 0 builds it. "many" leaves four checkpoints.
     many = run(root, 4, "many", train_iters=8)
     few = run(root, 2, "few", train_iters=2)
-    # With a warm cache: other ranks and steps, and a resumed run.
+    # The cache is warm: other numbers of ranks and steps, and resumed runs.
     warm = {
         "few again": run(root, 4, "few again", train_iters=2),
         "many again": run(root, 2, "many again", train_iters=8),
@@ -94,13 +94,13 @@ def test_files_opened_at_the_start(root: Path) -> None:
 
 
 def check_checkpoints(root: Path, *, few: list[Start], many: list[Start]) -> None:
-    """From one checkpoint of two ranks, and from the last of four checkpoints of four ranks.
+    """Check resuming from a single checkpoint of two ranks, and from the last of four of four ranks.
 
-    On the same layout each rank reads the file that it wrote. Rank 0 looks for checkpoints and reads what the
-    last one says of itself, and its validation loss. A file without a name on each rank shows that the
-    directory can be written.
+    On the same layout each rank reads the file that it wrote. Rank 0 also searches for checkpoints and reads
+    the last one's metadata and validation loss. Each rank opens an unnamed temporary file, to test whether
+    the directory is writable.
     """
-    writable = 2  # its opening is counted as that of the directory, and of a file
+    writable = 2  # opening the unnamed file counts for the directory and for the file
     for name, starts in (("few", few), ("many", many)):
         for rank, each in enumerate(starts[1:], start=1):
             own = [path for path in each.opened if path.endswith(".distcp")]
@@ -110,7 +110,7 @@ def check_checkpoints(root: Path, *, few: list[Start], many: list[Start]) -> Non
 
 
 def check_breakdown(messages: list[str], *, checkpoint: bool) -> None:
-    """One line says where the time to the first step went, and its parts add up."""
+    """One log line breaks down the time to the first step, and its parts add up."""
     pattern = (
         r"first step done ([\d.]+) s after the start of the process: imports ([\d.]+) s, groups ([\d.]+) s, "
         r"data ([\d.]+) s, model ([\d.]+) s, checkpoint ([\d.]+) s, first step ([\d.]+) s"
@@ -124,7 +124,7 @@ def check_breakdown(messages: list[str], *, checkpoint: bool) -> None:
 
 
 def test_the_breakdown_adds_up(monkeypatch) -> None:
-    """Unknown phases, such as those of a save, count towards the one around them."""
+    """Unknown phases, such as those of a save, count towards the phase around them."""
     clock = iter([2.0, 3.0, 7.0, 8.0, 12.0, 12.5])
     monkeypatch.setattr(start_times, "process_age", lambda: next(clock))
     monkeypatch.setattr(phases, "_listeners", [])
@@ -133,7 +133,7 @@ def test_the_breakdown_adds_up(monkeypatch) -> None:
     for phase in ("groups", "data", "planning a save", "model", "loading a checkpoint", "step"):
         phases.enter(phase)
     phases.enter(start_times.STARTED)
-    phases.enter("data")  # nothing is added after the first step
+    phases.enter("data")  # time after the first step is ignored
     assert times.seconds == {
         "imports": 2.0,
         "groups": 1.0,

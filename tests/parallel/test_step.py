@@ -1,4 +1,4 @@
-"""A step of the real loop: every collective, every wait for the device, and steps that all ranks skip."""
+"""Test a step of the real loop: its collectives, its waits for the device, and steps that all ranks skip."""
 
 import json
 from collections import Counter
@@ -20,21 +20,21 @@ from tests.parallel.watch import IN_HOST_MEMORY
 
 OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
-# layout -> (processes, settings, for each rank the collectives of a step and what a logged step adds)
-# Each rank has two micro-batches of two sequences, and 1+1R2+1 layers or a part of them.
+# layout -> (processes, settings, for each rank the collectives of a step and those that logging adds)
+# Each rank has two micro-batches of two sequences, and all or a part of 1+1R2+1 layers.
 STEP: dict[str, tuple[int, dict[str, Any], list[tuple[dict[str, int], dict[str, int]]]]] = {
     "one rank": (1, {"global_batch_size": 4}, [({}, {})]),
     "data parallel": (
         2,
         {"global_batch_size": 8},
-        # The gradients; the number of tokens, and the agreement. Logged: peak memory; means of the routers.
+        # Gradients; number of tokens and agreement. Logging adds: peak memory; router means.
         [({"allreduce_coalesced data": 1, "allreduce world": 2}, {"allreduce world": 1, "allreduce data": 1})]
         * 2,
     ),
     "tensor parallel": (
         2,
         {"global_batch_size": 4, "tensor_model_parallel_size": 2},
-        # 21 + 8 of the layers, the memory and the loss for each micro-batch, and the routers' gradients.
+        # For each micro-batch 21 + 8 from layers, memory and loss; then the routers' gradients.
         [
             (
                 {"allreduce tensor": 2 * 21 + 1, "allgather_base tensor": 2 * 8, "allreduce world": 2},
@@ -46,8 +46,8 @@ STEP: dict[str, tuple[int, dict[str, Any], list[tuple[dict[str, int], dict[str, 
     "ring": (
         2,
         {"global_batch_size": 4, "pipeline_model_parallel_size": 2},
-        # The 4 passes of a micro-batch go from rank to rank 7 times, and back. On two ranks Megatron-core has
-        # a group for each direction. The second rank has no routers.
+        # The 4 passes of a micro-batch send 7 messages between ranks, and 7 back. With two ranks
+        # Megatron-core uses a group for each direction. The second rank has no routers.
         [
             (
                 {"send pipeline": 2 * 7, "recv world": 2 * 7, "allreduce world": 2},
@@ -62,7 +62,7 @@ STEP: dict[str, tuple[int, dict[str, Any], list[tuple[dict[str, int], dict[str, 
     "distributed optimizer": (
         2,
         {"global_batch_size": 8, **OVERLAP},
-        # The gradients; the weights, which the next forward pass gathers; number of tokens, and agreement.
+        # Gradients; weights, which the next forward gathers; number of tokens and agreement.
         [
             (
                 {
@@ -77,16 +77,16 @@ STEP: dict[str, tuple[int, dict[str, Any], list[tuple[dict[str, int], dict[str, 
     ),
 }
 
-# The waits of a step, and what others add.
+# The waits of every step, and those that logging and saving add.
 WAIT = {"train/vote.py: _count": 1}
-LOGGED = {"train/metrics.py: SpeedMeter.read": 2}  # for the end of the step, and for the peak memory
-ROUTERS = {"train/metrics.py: RouterMeter.read": 1}  # on ranks that have them
-SAVED = {"train/metrics.py: SpeedMeter.paused": 2}  # before and after
+LOGGED = {"train/metrics.py: SpeedMeter.read": 2}  # for the end of the step and for the peak memory
+ROUTERS = {"train/metrics.py: RouterMeter.read": 1}  # on ranks with routers
+SAVED = {"train/metrics.py: SpeedMeter.paused": 2}  # before and after the save
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> str:
-    """Prefix of 200 documents of skewed random ids below 96."""
+    """Write 200 documents of skewed random ids below 96; return their prefix."""
     prefix = str(tmp_path_factory.mktemp("corpus") / "text")
     random = np.random.default_rng(0)
     documents = [random.zipf(1.3, size=40) % 96 for _ in range(200)]
@@ -111,14 +111,14 @@ def test_every_collective_and_every_wait_of_a_step(layout: str, corpus: str) -> 
         assert steps[3].collectives == collectives + logged
         has_routers = (layout, rank) != ("ring", 1)
         assert waits[3] == WAIT | LOGGED | (ROUTERS if has_routers else {})
-        # In step 5 the last rank has written its part, so all ranks complete the checkpoint after it.
+        # By step 5 the last rank has written its part, so all ranks complete the checkpoint after it.
         assert completed_after == [5]
         assert steps[5].collectives == collectives
         assert waits[5] == WAIT | SAVED
 
 
-def test_a_save_under_way_costs_a_step_nothing(corpus: str, tmp_path: Path) -> None:
-    """The real Saver and Log: a background save that lasts from step 4 to step 7, where it is published."""
+def test_a_save_in_progress_costs_a_step_nothing(corpus: str, tmp_path: Path) -> None:
+    """With the real Saver and Log, a background save lasts from step 4 to step 7, when it is published."""
     processes, settings, _ = STEP["data parallel"]
     results = pool(processes).run(
         watch_saves, corpus, {"layers": "1+1R2+1", **settings}, tmp_path, 7, timeout=120
@@ -128,7 +128,7 @@ def test_a_save_under_way_costs_a_step_nothing(corpus: str, tmp_path: Path) -> N
         assert rank == 0 or saving.writing == [5, 6]
         for number in (1, 2, 3, 5, 6):  # 1, 3 and 6 are logged
             assert saving.steps[number] == without.steps[number]
-        for number in (4, 7):  # the save begins, and is published: both talk to the other ranks
+        for number in (4, 7):  # starting and publishing the save both communicate
             assert saving.steps[number].collectives > without.steps[number].collectives
             assert saving.steps[number].waits > without.steps[number].waits + Counter(SAVED)
     assert list(saved_steps(tmp_path / "with")) == [4, 8]
@@ -138,7 +138,7 @@ def test_a_save_under_way_costs_a_step_nothing(corpus: str, tmp_path: Path) -> N
 
 
 def test_one_rank_stops_an_evaluation(corpus: str, tmp_path: Path) -> None:
-    """Case 2 on SLURM: a signal that reaches one rank in a long evaluation, which no save precedes.
+    """On SLURM a signal may reach only one rank, in a long evaluation that no save precedes.
 
     All ranks leave it after the same batch, save, and agree on the ending. Each batch has one all-reduce and
     one wait.
@@ -170,7 +170,7 @@ def without_host_memory(waits: Mapping[str, int]) -> dict[str, int]:
     ],
 )
 def test_all_ranks_skip_what_is_not_finite_on_one(layout, bf16, kind, corpus, tmp_path) -> None:
-    """The last step of three is skipped: every rank has the weights of a run of two steps, bit for bit."""
+    """All ranks skip the last of three steps, so their weights equal those of a two-step run bit for bit."""
     two = train(corpus, layout, tmp_path / "two", train_iters=2, bf16=bf16)
     three = train(corpus, layout, tmp_path / "three", (kind, 3), train_iters=3, bf16=bf16)
     for (_, expected, _), (ending, weights, records) in zip(two, three, strict=True):
@@ -183,7 +183,7 @@ def test_all_ranks_skip_what_is_not_finite_on_one(layout, bf16, kind, corpus, tm
 
 
 def train(corpus: str, layout: str, directory: Path, fault: Any = None, **case: Any) -> list[Any]:
-    """What ``pretrained`` returns on each rank."""
+    """Return the results of ``pretrained`` on each rank."""
     processes, settings = LAYOUTS[layout]
     case = {"layers": "1+1R2+1", "lr": 1e-2, "lr_decay_style": "constant", **settings, **case}
     return pool(processes).run(pretrained, corpus, free_port(), case, directory, fault, timeout=120)
@@ -204,6 +204,6 @@ def test_all_ranks_agree_on_norm_loss_and_votes(layout: str, bf16: bool) -> None
     for result in results:
         assert result["ours"] == results[0]["ours"] == pytest.approx(result["Megatron's"], rel=1e-6)
         assert result["loss"][0] == result["loss"][1]
-        assert result["split"] == ("SIGINT", False)  # the more urgent reason; one rank still writes
+        assert result["split"] == ("SIGINT", False)  # the more urgent reason wins; one rank is still writing
         assert result["one"] == "the stop file"
         assert (result["none"].stop, result["none"].all_written, result["none"].taken) == ("", True, True)

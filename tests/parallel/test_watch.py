@@ -1,4 +1,4 @@
-"""The watch of ``test_step`` sees every kind of wait, and counts only those of its own thread."""
+"""``Watch`` detects every kind of wait, and counts only those of its own thread."""
 
 import threading
 from collections.abc import Callable
@@ -46,7 +46,7 @@ NO_WAITS: dict[str, Callable[[], object]] = {
 
 
 def count(work: Callable[[], object]) -> int:
-    """The waits that a watch counts in ``work``, on a machine with or without a GPU."""
+    """Return the number of waits that a watch counts in ``work``, on a machine with or without a GPU."""
     with ExitStack() as stack:
         for owner, name in SYNCHRONIZING:
             stack.enter_context(patch.object(owner, name, lambda *args: None))
@@ -61,7 +61,7 @@ def test_a_wait_is_counted(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", NO_WAITS)
-def test_what_is_no_wait_is_not_counted(kind: str) -> None:
+def test_other_operations_are_not_counted(kind: str) -> None:
     assert count(NO_WAITS[kind]) == 0
 
 

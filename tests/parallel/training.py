@@ -1,4 +1,4 @@
-"""A short training on any layout of ranks, and what it leaves to compare."""
+"""Train a few steps on any rank layout, and collect the results to compare. Runs in workers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,23 +25,23 @@ from megatron_mesh.train.step import train_step
 from tests.helpers import randomise, tiny_config
 
 STEPS = 4
-"""How many are trained, of the ten that the learning rate's schedule is for."""
+"""Number of steps to train; the learning rate schedule covers ten."""
 
 
 @dataclass
 class Outcome:
-    """What one rank saw."""
+    """The results of one rank."""
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
-    """After the first step's backward, by name in the whole model; whole tensors."""
+    """Whole gradients after the first step's backward, by name in the whole model."""
     weights: dict[str, np.ndarray] = field(default_factory=dict)
-    """After the last step, the same."""
+    """Whole weights after the last step, by name in the whole model."""
 
 
 def settings_of(case: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a tiny run with those of ``case``."""
+    """Return the settings of a tiny run, overridden by ``case``."""
     return {
         "recurrence": "mesh",
         "layers": "1+3R2+1",
@@ -56,7 +56,7 @@ def settings_of(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_initial(directory: Path, case: dict[str, Any]) -> None:
-    """Write the weights of a model with nothing at zero; in one process."""
+    """Save the weights of a model without zeros. Runs in one process."""
     config = tiny_config(**settings_of(case))
     with model_parallel_groups(config):
         stage = build_stage(config)
@@ -66,10 +66,10 @@ def save_initial(directory: Path, case: dict[str, Any]) -> None:
 
 
 def train(directory: Path, case: dict[str, Any], steps: int = STEPS, fault: Any = None) -> Outcome:
-    """Train on all processes of the world, from the weights in ``directory``.
+    """Train on all processes of the world, starting from the weights in ``directory``.
 
     Args:
-        fault: a context manager on the stage, entered before the training: something done wrong.
+        fault: a context manager that damages the stage during training.
     """
     config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
     outcome = Outcome()
@@ -79,7 +79,7 @@ def train(directory: Path, case: dict[str, Any], steps: int = STEPS, fault: Any 
 
         @contextmanager
         def keep_gradients(name: str) -> Iterator[None]:
-            if name == "agreement" and state.step == 0:  # what follows may scale them
+            if name == "agreement" and state.step == 0:  # later code may scale them
                 outcome.gradients = whole_gradients(stage, config.parallel.use_distributed_optimizer)
             yield
 
@@ -96,14 +96,14 @@ def train(directory: Path, case: dict[str, Any], steps: int = STEPS, fault: Any 
 
 
 def build(config: Config) -> tuple[Stage, Any, TrainState]:
-    """This rank's share of a run. Megatron's process groups must exist."""
+    """Build this rank's stage, optimizer and state. Megatron's process groups must exist."""
     stage = build_stage(config)
     optimizer = build_optimizer(config, stage)
     return stage, optimizer, TrainState(build_schedule(config.optimizer, optimizer))
 
 
 def load(stage: Stage, optimizer: Any, directory: Path) -> None:
-    """Take the weights in ``directory``."""
+    """Load the weights from ``directory``."""
     loaded = dist_checkpointing.load(stage.sharded_state_dict(), str(directory))
     for index, module in enumerate(stage.modules):
         module.load_state_dict(loaded[str(index)])
@@ -111,7 +111,7 @@ def load(stage: Stage, optimizer: Any, directory: Path) -> None:
 
 
 def batches_of(config: Any, step: int, batch_size: int | None = None) -> Iterator[Batch]:
-    """This rank's micro-batches of a global batch that is the same on every layout."""
+    """Yield this rank's micro-batches of a global batch that is the same on every rank layout."""
     model, training = config.model, config.training
     batch_size = batch_size or training.global_batch_size
     generator = torch.Generator().manual_seed(step)
@@ -127,14 +127,14 @@ def batches_of(config: Any, step: int, batch_size: int | None = None) -> Iterato
 
 
 def whole_gradients(stage: Stage, sharded: bool) -> dict[str, np.ndarray]:
-    """The gradients of this rank's weights as one process would have them; a collective operation."""
+    """Return the whole gradients of this rank's weights, as in one process. This is a collective."""
     if sharded:
         _unshard(stage)
     return whole(stage, lambda parameter: parameter.main_grad)
 
 
 def whole(stage: Stage, of: Callable[[Any], torch.Tensor]) -> dict[str, np.ndarray]:
-    """A tensor of each parameter, put together over the tensor-parallel ranks, by name in the whole model."""
+    """Gather a tensor of each parameter over tensor-parallel ranks; return by name in the whole model."""
     group = parallel_state.get_tensor_model_parallel_group()
     found = {}
     for module in stage.modules:
@@ -149,7 +149,7 @@ def whole(stage: Stage, of: Callable[[Any], torch.Tensor]) -> dict[str, np.ndarr
 
 
 def _unshard(stage: Stage) -> None:
-    """The distributed optimizer leaves each rank the reduced gradients of its shard: put them together."""
+    """Gather the reduced gradients, of which the distributed optimizer leaves each rank only its shard."""
     group = parallel_state.get_data_parallel_group()
     for owner in stage.groups:
         for bucket_group in owner.bucket_groups:

@@ -1,15 +1,16 @@
-"""Count the collectives of a rank, and its waits for the device, in each step of the real loop. In workers.
+"""Count a rank's collectives and its waits for the device in each step of the real loop. Runs in workers.
 
-A wait is whatever makes the host wait until a GPU has finished earlier work:
+A wait is anything that blocks the host until the GPU has finished earlier work:
 
-- Python reads a value of a tensor: ``item``, ``tolist``, ``numpy``, ``float``, ``int``, ``if tensor``;
-- the size of a result depends on values, as with ``nonzero`` or an index that is a mask;
-- a copy between host and device is not ``non_blocking``; ``torch.tensor(..., device=...)`` is such a copy;
-- the code asks for it: ``SYNCHRONIZING``, and the functions of ``runtime/device.py`` that do so on a GPU.
+- Python reads a tensor's value: ``item``, ``tolist``, ``numpy``, ``float``, ``int``, ``if tensor``.
+- The size of a result depends on values, as with ``nonzero`` or indexing by a mask.
+- A copy between host and device is not ``non_blocking``. ``torch.tensor(..., device=...)`` is such a copy.
+- The code synchronizes explicitly: ``SYNCHRONIZING``, and functions in ``runtime/device.py`` that do so on a
+  GPU.
 
-Collectives and ``Work.wait`` are not waits: NCCL queues them on the device. On a CPU all memory is host
-memory, so reads of tensors that stay in host memory on a GPU are counted too; tests have to tell such places
-apart. ``tests/gpu/test_step.py`` asks CUDA itself.
+Collectives and ``Work.wait`` don't count, because NCCL queues them on the device. On a CPU all memory is host
+memory, so this also counts reads of tensors that would be in host memory on a GPU. Tests must exclude such
+places (``IN_HOST_MEMORY``). ``tests/gpu/test_step.py`` lets CUDA itself detect the waits.
 """
 
 import sys
@@ -29,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_mesh.runtime import device
 
-# What is behind ``item``; comparisons that return a bool; operations whose result's size depends on values.
+# The operator behind ``item``, comparisons that return a bool, operators whose result size depends on values.
 READS = (
     "_local_scalar_dense",
     "equal",
@@ -41,7 +42,7 @@ READS = (
     "unique_consecutive",
     "unique_dim",
 )
-# What waits for the device by itself. On a CPU it does nothing, or cannot even be called.
+# Functions that wait for the device. On a CPU they do nothing or can't even be called.
 SYNCHRONIZING: tuple[tuple[Any, str], ...] = (
     (torch.cuda, "synchronize"),
     (torch.cuda, "empty_cache"),
@@ -49,7 +50,7 @@ SYNCHRONIZING: tuple[tuple[Any, str], ...] = (
     (torch.cuda.Stream, "synchronize"),
     (torch.accelerator, "synchronize"),
 )
-# Reads of tensors that are in host memory on a GPU too: a batch from the loader, AdamW's counts of steps.
+# Reads of tensors that are in host memory even with a GPU: a batch from the loader, AdamW's step counters.
 IN_HOST_MEMORY = {
     "train/step.py: _check_ids",
     "optim/adam.py: Adam._init_group",
@@ -60,18 +61,18 @@ CALLERS = ("/megatron_mesh/", "/tools/bench/", "/megatron/core/", "/torch/optim/
 
 @dataclass
 class Seen:
-    """What one step does."""
+    """Collectives and waits of one step."""
 
     collectives: Counter[str] = field(default_factory=Counter)
-    """For example "allreduce data": the operation and the group; groups of one rank are left out."""
+    """By operation and group, e.g. "allreduce data"; groups of one rank are ignored."""
     waits: Counter[str] = field(default_factory=Counter)
-    """For example "train/vote.py: _count": the file and the function."""
+    """By file and function, e.g. "train/vote.py: _count"."""
 
 
 class Watch(TorchDispatchMode):
-    """Counts what this thread does inside ``with`` in ``seen``, which may be replaced at any time.
+    """Counts what this thread does inside ``with``, in ``seen``, which may be replaced at any time.
 
-    Other threads, such as the one that writes checkpoints, keep nobody waiting.
+    Other threads, such as the checkpoint writer, are ignored because they don't delay the step.
     """
 
     def __init__(self) -> None:
@@ -120,7 +121,7 @@ class Watch(TorchDispatchMode):
     def _counting(self, original: Callable[..., Any], waits: Callable[..., bool]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             caller = sys._getframe(1).f_code.co_filename
-            # torch's own functions copy to where their arguments are already.
+            # Calls from inside torch copy to the device on which their arguments already are.
             if threading.get_ident() == self._thread and waits(*args, **kwargs) and "/torch/" not in caller:
                 self._wait()
             return original(*args, **kwargs)
@@ -128,7 +129,7 @@ class Watch(TorchDispatchMode):
         return call
 
     def _wait(self) -> None:
-        """Count a wait at the innermost place in our code, Megatron-core's or torch's optimizers."""
+        """Count a wait under the innermost function in our code, Megatron-core or torch's optimizers."""
         frame = sys._getframe(1)
         while frame.f_back is not None and not any(part in frame.f_code.co_filename for part in CALLERS):
             frame = frame.f_back
@@ -154,13 +155,13 @@ def _is_blocking_copy(*args: Any, device: Any = None, non_blocking: bool = False
 
 
 def _counts_a_mask(name: str, args: tuple[Any, ...]) -> bool:
-    """Whether an index is a mask. To write one number wherever it is true, torch need not count."""
+    """Whether torch must count a mask's true values. It needn't to write one number wherever it is true."""
     masked = any(index is not None and index.dtype == torch.bool for index in args[1])
     return masked and not (name == "index_put_" and args[2].numel() == 1)
 
 
 def _label(group: dist.ProcessGroup) -> str:
-    """What Megatron-core calls a group."""
+    """Name a process group as Megatron-core does."""
     groups = {
         "world": dist.group.WORLD,
         "data": parallel_state.get_data_parallel_group(with_context_parallel=True),

@@ -65,7 +65,7 @@ class VariantResult:
     """Tensors saved for backward; counted only for Megatron's layers without FP8 and compilation."""
     times: Times
     flops_per_token: float = 0.0
-    """FLOPs per token of the unrolled network, forward and backward (``model/flops.py``)."""
+    """FLOPs per token of the unrolled network, forward and backward (``config/sizes.py``)."""
     peak_bytes: int | None = None
     """Peak memory in a measured step; None on a CPU."""
     peak_flops: float | None = None

@@ -21,9 +21,9 @@ from rich.progress import Progress
 from megatron_mesh import command
 from megatron_mesh.config.ranges import at_least
 from megatron_mesh.config.schema import Config
+from megatron_mesh.config.sizes import flops_per_token
 from megatron_mesh.errors import UserError
-from megatron_mesh.model import flops_per_token
-from megatron_mesh.model.implementation import choose, parts
+from megatron_mesh.model.implementation import choose, describe
 from megatron_mesh.runtime import device, ranges, strict_json
 from megatron_mesh.runtime.distributed import process_groups
 from megatron_mesh.runtime.environment import world_size_from_environment
@@ -73,7 +73,7 @@ def compare_steps(settings: StepSettings) -> StepReport:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     with process_groups(next(iter(configs.values()))), explained(lambda: _remedies(settings)):
-        return StepReport(settings, _measured(settings, configs), skipped, parts(chosen))
+        return StepReport(settings, _measured(settings, configs), skipped, describe(chosen))
 
 
 def _measured(settings: StepSettings, configs: dict[str, Config]) -> dict[str, VariantResult]:

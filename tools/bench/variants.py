@@ -19,11 +19,12 @@ from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.data import Batch
 from megatron_mesh.model import build_model, transformer_config
-from megatron_mesh.model.implementation import choose, why_no_transformer_engine
+from megatron_mesh.model.implementation import choose
 from megatron_mesh.model.init import init_weights
-from megatron_mesh.model.layers import final_norm, layer_spec
+from megatron_mesh.model.layer_spec import final_norm, layer_spec
 from megatron_mesh.parallel import plain_stage
 from megatron_mesh.runtime import device, ranges
+from megatron_mesh.runtime.transformer_engine import why_no_transformer_engine
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule
 from megatron_mesh.train.step import train_step
 from tools.bench.eager_loop import EagerLoop

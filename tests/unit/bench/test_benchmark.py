@@ -14,8 +14,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_mesh.command import call
-from megatron_mesh.config.derived import layout, non_embedding_parameters, padded_vocab_size
+from megatron_mesh.config.derived import layout, padded_vocab_size
 from megatron_mesh.config.settings import with_values
+from megatron_mesh.config.sizes import non_embedding_parameters
 from megatron_mesh.errors import UserError
 from megatron_mesh.model import build_model, implementation
 from megatron_mesh.planner.report import make_plan
@@ -234,7 +235,7 @@ def test_missing_fused_gradients_are_reported_first(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: "it is gone")
     monkeypatch.setattr(implementation, "has_fused_gradients", lambda: False)
     monkeypatch.setattr("tools.bench.steps.build_variant", lambda *_: pytest.fail("built"))
-    with pytest.raises(UserError, match="--gradient-accumulation-fusion needs Transformer Engine, or apex"):
+    with pytest.raises(UserError, match="--gradient-accumulation-fusion needs Transformer Engine or apex"):
         call(steps.main, command_line(replace(TOY, gradient_accumulation_fusion=True)))
 
 

@@ -9,8 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_mesh.config.sizes import forward_flops_per_token
 from megatron_mesh.data import Batch
-from megatron_mesh.model.flops import forward_flops_per_token
 from tests.helpers import one_process
 from tools.bench.measure import Variant
 from tools.bench.settings import StepSettings

@@ -90,7 +90,7 @@ def test_reports_a_missing_gpu() -> None:
         call(main, SMALL)
 
 
-def test_refuses_mistakes_before_it_measures(tmp_path: Path) -> None:
+def test_rejects_mistakes_before_measuring(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least 1"):
         call(main, [*SMALL, "--terms", "0"])
     with pytest.raises(UserError, match="cannot be written"):

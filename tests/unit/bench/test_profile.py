@@ -35,7 +35,7 @@ def test_passes_and_cycles_are_named_in_the_trace(tmp_path: Path) -> None:
     once = ("clear", "forward-backward", "communication", "agreement", "update")
     assert {name: counts[name] for name in once} == dict.fromkeys(once, 1)
     passes = ("pass 0: prelude", "pass 1: core", "pass 2: core", "pass 3: coda")
-    inside = (*passes, "embedding kept", "cycle 0", "cycle 1", "cycle 2")
+    inside = (*passes, "store embedding", "cycle 0", "cycle 1", "cycle 2")
     assert {name: counts[name] for name in inside} == dict.fromkeys(inside, TOY.num_micro_batches)
     spans = {event["name"]: (event["ts"], event["ts"] + event["dur"]) for event in events}
     for cycle, pass_name in zip(("cycle 0", "cycle 1", "cycle 2"), passes[1:], strict=True):

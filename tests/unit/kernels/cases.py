@@ -1,4 +1,4 @@
-"""What the kernels are checked on, in Triton's interpreter and on a GPU, and against what."""
+"""Cases with expected results for testing the kernels, in Triton's interpreter and on a GPU."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ Mix = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes and type of a weighted sum; which of (weights, *states) get no gradient."""
+    """Shapes and type of a weighted sum, and which of (weights, *states) get no gradient."""
 
     sequence: int
     hidden: int
@@ -24,7 +24,7 @@ class Case:
     detached: tuple[int, ...] = ()
 
 
-# One row more than a program has, or several programs and a part of one.
+# Either one row more than a program has, or several programs of which the last is partly filled.
 SEQUENCES = {1: 683, 24: 23, 100: 7, 128: 7, 768: 5}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [
@@ -33,7 +33,7 @@ CASES = [
     Case(5, 24, 8, torch.bfloat16),
     Case(1, 8193, 3, torch.float32, batch=1),  # wider than a program's columns
     Case(3, 20000, 2, torch.bfloat16, batch=1),
-    Case(7, 100, 3, torch.float32, detached=(1,)),  # an embedding that does not learn
+    Case(7, 100, 3, torch.float32, detached=(1,)),  # a frozen embedding
     Case(7, 100, 3, torch.float32, detached=(0,)),
     Case(7, 100, 3, torch.float32, detached=(0, 2, 3)),
     Case(7, 100, 3, torch.float32, detached=(1, 2, 3)),
@@ -41,13 +41,13 @@ CASES = [
 
 
 def name_of(case: Case) -> str:
-    """A case as a test's name."""
+    """Name a case, for test ids."""
     without = "".join(f"-without{i}" for i in case.detached)
     return f"H{case.hidden}-J{case.terms}-{str(case.dtype).removeprefix('torch.')}{without}"
 
 
 def inputs_of(case: Case) -> tuple[list[Tensor], Tensor]:
-    """(weights, *states) as leaves, and the result's gradient."""
+    """Draw (weights, *states) as leaves, and the gradient of the result."""
     generator = torch.Generator().manual_seed(case.hidden * 10 + case.terms)
     shape = (case.sequence, case.batch, case.hidden)
     weights = torch.randn(*shape[:2], case.terms, generator=generator)
@@ -57,22 +57,23 @@ def inputs_of(case: Case) -> tuple[list[Tensor], Tensor]:
 
 
 def evaluate(mix: Mix, leaves: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
-    """The result and the gradients of those leaves that get one."""
+    """Return the result and the gradients of the leaves that require one."""
     out = mix(leaves[0], list(leaves[1:]))
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     return [out.detach(), *torch.autograd.grad(out, wanted, grad)]
 
 
 def by_definition(weights: Tensor, states: Sequence[Tensor]) -> Tensor:
-    """The sum as a reader would write it."""
+    """Compute the sum in the most obvious way."""
     return torch.einsum("sbj,jsbh->sbh", weights, torch.stack(list(states)))
 
 
 def check(case: Case, mix: Mix, *, where: torch.device | str = "cpu", roundings: float = 0.5) -> None:
-    """Raise AssertionError unless ``mix`` gives what float64 gives, but for rounding.
+    """Raise AssertionError unless ``mix`` equals the float64 result up to rounding.
 
-    States and their gradients may be off by ``roundings`` times the distance of neighbouring numbers:
-    0.5 where rounding is to the nearest, 1 in Triton's interpreter, which cuts bfloat16 off.
+    Args:
+        roundings: tolerance for states and their gradients, in units in the last place: 0.5 with rounding to
+            nearest, 1 in Triton's interpreter, which truncates bfloat16.
     """
     leaves, grad = inputs_of(case)
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in leaves]
@@ -89,14 +90,14 @@ def check(case: Case, mix: Mix, *, where: torch.device | str = "cpu", roundings:
 
 
 def check_kernels(case: Case) -> None:
-    """``check`` in Triton's interpreter."""
+    """Run ``check`` in Triton's interpreter."""
     check(case, kernels.weighted_sum, roundings=1.0)
 
 
 def mesh_gradients(
     mix: Mix, loops: int, hidden: int, where: torch.device | str = "cpu"
 ) -> tuple[int, list[Tensor]]:
-    """A whole MeSH around an arbitrary core: calls of ``mix``, then the output and all gradients."""
+    """Run a whole MeSH around a simple core; return the calls of ``mix``, the output and all gradients."""
     generator = torch.Generator().manual_seed(loops)
     scheme = build_scheme("mesh", hidden, loops, RecurrenceOptions(slots=loops + 3))
     for parameter in scheme.parameters():

@@ -1,6 +1,6 @@
-"""Processes in which Triton interprets its kernels, or compiles them for a GPU that is not there.
+"""Processes in which Triton interprets its kernels, or compiles them for a GPU that this machine lacks.
 
-Triton decides as it is imported, for the whole process, whether its own functions are interpreted.
+They are separate because Triton decides when it is imported whether it interprets kernels.
 """
 
 import importlib.util
@@ -18,13 +18,13 @@ Run = Callable[..., Any]
 
 @pytest.fixture(scope="package")
 def interpreter() -> Iterator[Run]:
-    """Call ``interpreter(function, *arguments)``: kernels run on the CPU, program by program."""
+    """Call ``interpreter(function, *arguments)`` to run kernels on the CPU, program by program."""
     yield from _worker({"TRITON_INTERPRET": "1"})
 
 
 @pytest.fixture(scope="package")
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """The same, with kernels for a GPU."""
+    """Call ``compiler(function, *arguments)`` to compile kernels for a GPU."""
     cache: Path = tmp_path_factory.mktemp("triton")
     yield from _worker({"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)})
 

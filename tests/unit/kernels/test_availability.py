@@ -1,4 +1,4 @@
-"""Without triton or a GPU the package imports, says what is missing, and computes float64 with torch."""
+"""Without triton or a GPU the package can be imported, reports what is missing, and handles float64."""
 
 import importlib
 import shutil
@@ -15,7 +15,7 @@ from megatron_mesh.runtime import device
 
 
 def test_imports_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(megatron_mesh, "kernels", megatron_mesh.kernels)  # put back afterwards
+    monkeypatch.setattr(megatron_mesh, "kernels", megatron_mesh.kernels)  # restored afterwards
     for name in [name for name in sys.modules if name.startswith("megatron_mesh.kernels")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)
@@ -29,7 +29,7 @@ def test_imports_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def complete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """A machine on which nothing is missing."""
+    """Simulate a machine on which nothing is missing."""
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(device, "has_gpu", lambda: True)
     monkeypatch.setattr(availability, "find_spec", lambda name: object())
@@ -39,20 +39,20 @@ def complete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPa
     return monkeypatch
 
 
-def test_available_where_nothing_is_missing(complete: pytest.MonkeyPatch) -> None:
+def test_available_if_nothing_is_missing(complete: pytest.MonkeyPatch) -> None:
     assert why_unavailable() is None
     assert available()
 
 
-def test_asks_for_the_headers_of_debians_python(complete: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its default scheme, posix_local, has /usr/local/include, where no headers are."""
+def test_finds_the_headers_of_debians_python(complete: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its default scheme, posix_local, points to /usr/local/include, which has no headers."""
     paths = {"posix_local": {"include": "/nowhere"}, "posix_prefix": {"include": str(tmp_path)}}
     complete.setattr(sysconfig, "get_default_scheme", lambda: "posix_local")
     complete.setattr(sysconfig, "get_paths", lambda scheme="posix_local": paths[scheme])
     assert available()
 
 
-def test_says_what_is_missing(complete: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_reports_what_is_missing(complete: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with complete.context() as patch:
         patch.setattr(device, "has_gpu", lambda: False)
         assert why_unavailable() == "there is no GPU"

@@ -1,4 +1,4 @@
-"""The kernels compiled for Hopper, on any machine: they pass over memory once, in wide accesses."""
+"""Compile the kernels for Hopper, on any machine; check that they access memory once, in wide words."""
 
 import re
 from collections import Counter
@@ -14,7 +14,7 @@ from tests.unit.kernels.cases import Case, inputs_of
 
 
 class _Compiled:
-    """Takes a kernel's place: compiles it for the arguments of a launch, and launches nothing."""
+    """Replaces a kernel: compiles it for a launch's arguments, but doesn't launch it."""
 
     def __init__(self, kernel: Any):
         self.kernel = kernel
@@ -28,7 +28,7 @@ class _Compiled:
 
 
 def compile_both(case: Case) -> dict[str, tuple[str, str]]:
-    """Triton's IR and PTX of the two kernels for an H100."""
+    """Return Triton IR and PTX of both kernels for an H100."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -71,14 +71,14 @@ def test_one_pass_over_memory(terms: int, detached: tuple[int, ...], compiler: C
 
 
 def _accesses(ir: str, ptx: str) -> dict[str, int]:
-    """How often a program passes over its part of a tensor; accesses of states are of 16 bytes."""
+    """Count the accesses of a program to its part of each tensor; those of states must be 16 bytes wide."""
     names = {("load", "bf16"): "states read", ("load", "f32"): "weights read"}
     names |= {("store", "bf16"): "states written", ("store", "f32"): "weights written"}
     found = Counter(names[pair] for pair in re.findall(r"tt\.(load|store) .*x!tt\.ptr<(\w+)>>", ir))
     for kind, name in (("ld", "states read"), ("st", "states written")):
         wide = len(re.findall(rf"{kind}\.global\.v4\.b32", ptx))
-        assert wide == 2 * found[name]  # 16 elements of a thread, 8 an access
-    assert ".local" not in ptx  # no array indexed at run time
+        assert wide == 2 * found[name]  # a thread has 16 elements, and an access covers 8
+    assert ".local" not in ptx  # no array is indexed at run time
     return dict(found)
 
 

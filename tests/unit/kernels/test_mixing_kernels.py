@@ -1,4 +1,4 @@
-"""The kernels in Triton's interpreter, against float64 and inside a whole MeSH."""
+"""Test the kernels in Triton's interpreter: compared with float64, and inside a whole MeSH."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,7 +41,7 @@ def test_a_whole_mesh_is_the_same(loops: int, hidden: int, interpreter: Run) -> 
 
 
 def odd_layouts() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A state used twice, rows and weights that are not contiguous, and a gradient of stride 0."""
+    """Use a state twice, non-contiguous rows and weights, and a gradient of stride 0."""
     generator = torch.Generator().manual_seed(1)
     stored = torch.randn(3, 7, 40, generator=generator, requires_grad=True)
     weights = torch.randn(3, generator=generator, requires_grad=True)
@@ -65,7 +65,7 @@ def second_derivative() -> None:
     first.sum().backward()
 
 
-def test_a_second_derivative_is_refused_not_wrong(interpreter: Run) -> None:
+def test_a_second_derivative_is_an_error(interpreter: Run) -> None:
     with pytest.raises(RuntimeError, match="once_differentiable"):
         interpreter(second_derivative)
 
@@ -82,7 +82,7 @@ def test_float64_and_empty_tensors_need_no_kernel() -> None:
     assert out.shape == nothing.grad.shape == (0, 2, 4)
 
 
-def test_shapes_that_do_not_fit_never_reach_a_kernel() -> None:
+def test_mismatched_shapes_never_reach_a_kernel() -> None:
     states = [torch.zeros(3, 2, 4), torch.zeros(3, 2, 4)]
     for weights, given in (
         (torch.zeros(3, 2, 3), states),
@@ -124,7 +124,7 @@ def test_the_check_finds_planted_errors(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["mesh", "dynamic"])
-def test_models_take_them_where_they_run(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+def test_models_use_the_kernels_if_they_are_available(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
     assert build_on_meta(tiny_config(scheme)).decoder.recurrence.mix is weighted_sum
     monkeypatch.setattr(kernels, "available", lambda: True)
     assert build_on_meta(tiny_config(scheme)).decoder.recurrence.mix is kernels.weighted_sum

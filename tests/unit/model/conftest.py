@@ -1,4 +1,4 @@
-"""One world of one process for all tests of the model."""
+"""A world of one process, shared by the tests of each module."""
 
 import pytest
 import torch

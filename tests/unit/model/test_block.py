@@ -1,4 +1,4 @@
-"""The block: checkpoint keys, what it keeps for backward, what it refuses."""
+"""Test the block: checkpoint keys, activations stored for backward, and rejected settings."""
 
 import pytest
 import torch
@@ -62,11 +62,11 @@ def test_is_a_megatron_block_and_lists_each_layer_once() -> None:
     assert decoder.passes[1] is decoder.passes[2] is decoder.passes[3]
 
 
-def kept_for_backward(**settings) -> int:
-    """States [S, B, H] that autograd keeps for one micro-batch, each storage counted once."""
+def saved_states(**settings) -> int:
+    """Count the states [S, B, H] that autograd saves for one micro-batch, each storage once."""
     model = build_model(tiny_config(**settings))
     storages: set[int] = set()
-    alive = []  # an address must not be used twice while we count
+    alive = []  # holds the tensors, so that no address is reused while we count
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         alive.append(x)
@@ -82,23 +82,23 @@ def kept_for_backward(**settings) -> int:
 
 @pytest.mark.parametrize("loops", [1, 2, 3])
 @pytest.mark.parametrize("recompute", [None, "full"])
-def test_mesh_keeps_k_plus_2_states(loops: int, recompute: str | None) -> None:
-    """h_emb and o_0..o_K. The base recursion keeps h_emb as well (its first layer reads it), so the
-    difference is K + 1; the written-out slots keep more, and ever more with their number."""
+def test_mesh_stores_k_plus_2_states(loops: int, recompute: str | None) -> None:
+    """They are h_emb and o_0..o_K, whatever the number of slots.
+
+    The base recursion also stores h_emb, which its first layer reads. So the difference is K + 1.
+    """
     layers = f"1+1R{loops}+1"
-    base = kept_for_backward(recurrence="base", layers=layers, recompute_granularity=recompute)
-    mesh = kept_for_backward(recurrence="mesh", layers=layers, recompute_granularity=recompute)
+    base = saved_states(recurrence="base", layers=layers, recompute_granularity=recompute)
+    mesh = saved_states(recurrence="mesh", layers=layers, recompute_granularity=recompute)
     assert mesh - base == loops + 1
-    more_slots = kept_for_backward(
-        recurrence="mesh", layers=layers, recompute_granularity=recompute, mesh_slots=9
-    )
+    more_slots = saved_states(recurrence="mesh", layers=layers, recompute_granularity=recompute, mesh_slots=9)
     assert more_slots == mesh
 
 
 def test_offloading_is_refused() -> None:
     plain = vars(transformer_config(tiny_config("mesh")))
     fields = {name: plain[name] for name in MeshTransformerConfig.__dataclass_fields__ if name in plain}
-    with pytest.raises(UserError, match="offloading of activations counts on each layer running once"):
+    with pytest.raises(UserError, match="activation offloading requires that each layer runs once"):
         MeshTransformerConfig(**{**fields, "cpu_offloading": True, "cpu_offloading_num_layers": 1})
 
 

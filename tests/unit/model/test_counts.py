@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and memory: real modules against the paper's numbers and against torch's counters."""
+"""Compare parameters, FLOPs and memory of real modules with the paper, our formulas and torch's counters."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mesh.arguments import parse_args
 from megatron_mesh.config.checks import resolve
-from megatron_mesh.config.derived import layout, non_embedding_parameters
+from megatron_mesh.config.derived import layout
+from megatron_mesh.config.sizes import forward_flops_per_token, non_embedding_parameters
 from megatron_mesh.model import build_model, build_on_meta
-from megatron_mesh.model.count import count_parameters
-from megatron_mesh.model.flops import forward_flops_per_token
+from megatron_mesh.model.naming import count_parameters
 from megatron_mesh.planner.dry_run import dry_run_text
 from megatron_mesh.planner.report import make_plan
 from megatron_mesh.recurrence import SCHEMES
@@ -68,7 +68,7 @@ def test_flops_equal_torchs_counter(scheme: str) -> None:
     tokens = torch.zeros(2, seq, dtype=torch.int64)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens, None, None)
-    # The counter sees matmuls alone, and all of the attention scores where we count the causal half.
+    # The counter sees only matrix products, and counts all attention scores instead of the causal half.
     h, layers = config.model.hidden_size, layout(config.model)
     slots = config.model.mesh_slots or 0
     attention = layers.depth * 2 * seq * h
@@ -82,7 +82,7 @@ def test_flops_equal_torchs_counter(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_backward_takes_twice_the_flops_of_forward(scheme: str) -> None:
+def test_backward_costs_two_forwards(scheme: str) -> None:
     config = tiny_config(scheme, "1+2R2+1")
     model = build_model(config)
     tokens = torch.zeros(2, config.model.seq_length, dtype=torch.int64)
@@ -97,23 +97,23 @@ def test_backward_takes_twice_the_flops_of_forward(scheme: str) -> None:
 @pytest.mark.parametrize("modules", [None, ["core_attn"], ["mlp"], ["core_attn", "mlp"]])
 @pytest.mark.parametrize("scheme", ["vanilla", "base", "static", "mesh"])
 def test_activation_estimate(scheme: str, modules: list[str] | None, bf16: bool) -> None:
-    """Within 5 % of the bytes that autograd really keeps."""
+    """The estimate is within 5 % of the bytes that autograd really saves."""
     selective = {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
     config = tiny_config(
         scheme, "2+2R2+2", hidden_size=64, seq_length=64, vocab_size=128, bf16=bf16, **selective
     )
     model = build_model(config)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage()
         return x
 
     tokens = torch.zeros(config.training.micro_batch_size, 64, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         loss = model(tokens, None, None, labels=tokens)
-        real = sum(storage.nbytes() for address, storage in kept.items() if address not in parameters)
+        real = sum(storage.nbytes() for address, storage in saved.items() if address not in parameters)
     assert loss.shape == tokens.shape
     assert abs(make_plan(config, 1).ranks[0].memory.activations / real - 1) < 0.05
 
@@ -130,6 +130,6 @@ def test_plan_of_a_preset() -> None:
         "4+8R2+4 (unrolled: 24 layers, 16",
         "tensor 2 x pipeline 1 x data 4",
         "2,097,152",
-        "13.19 GiB; at most 1.65 GiB by a rank",
+        "13.19 GiB; at most 1.65 GiB per rank",
     ):
         assert part in plan, plan

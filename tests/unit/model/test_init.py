@@ -1,4 +1,4 @@
-"""Initial weights: their distribution, and that only the seed decides."""
+"""Test initial weights: their distribution, and that they depend only on the seed."""
 
 import torch
 
@@ -7,13 +7,13 @@ from megatron_mesh.model.init import init_weights
 from tests.helpers import tiny_config
 
 
-def test_every_parameter_is_set_and_only_the_seed_decides() -> None:
+def test_every_parameter_is_set_from_the_seed_alone() -> None:
     config = tiny_config("mesh")
     model = build_model(config)
     expected = {n: p.detach().clone() for n, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
-    torch.manual_seed(99)  # the global generator has no say
+    torch.manual_seed(99)  # the global generator must not matter
     init_weights(model, config.training.seed)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, expected[name]), name
@@ -42,7 +42,7 @@ def test_standard_deviations() -> None:
     assert torch.equal(model.decoder.final_layernorm.weight, torch.ones(256))
 
 
-def test_switches() -> None:
+def test_depth_scaling_and_embedding_scaling_can_be_switched_off() -> None:
     config = tiny_config("base", hidden_size=256, depth_scaled_init=False, scale_embeddings=False)
     model = build_model(config)
     assert abs(model.decoder.coda.layers[0].mlp.linear_fc2.weight.std().item() / 0.02 - 1) < 0.06

@@ -1,4 +1,4 @@
-"""Our attention against Megatron-core's own, and what each keeps for the backward pass."""
+"""Compare our attention with Megatron-core's, and check what it stores for the backward."""
 
 import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -14,16 +14,16 @@ ARGUMENTS = {"layer_number": 1, "attn_mask_type": AttnMaskType.causal, "attentio
 def attend(module: torch.nn.Module, seq: int, mask: torch.Tensor | None):
     generator = torch.Generator().manual_seed(1)
     qkv = [torch.randn(seq, 2, 4, 8, generator=generator, requires_grad=True) for _ in range(3)]
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = module(*qkv, mask)
     out.square().sum().backward()
-    return out.detach(), [x.grad for x in qkv], sum(kept.values())
+    return out.detach(), [x.grad for x in qkv], sum(saved.values())
 
 
 def test_equals_megatron_core() -> None:
@@ -39,5 +39,5 @@ def test_equals_megatron_core() -> None:
 
 def test_memory_grows_with_the_sequence_not_its_square() -> None:
     config = transformer_config(tiny_config("base"))
-    kept = [attend(SDPAttention(config, **ARGUMENTS), seq, None)[2] for seq in (128, 256)]
-    assert kept[1] <= 2.05 * kept[0]
+    short, long = (attend(SDPAttention(config, **ARGUMENTS), seq, None)[2] for seq in (128, 256))
+    assert long <= 2.05 * short

@@ -1,4 +1,4 @@
-"""Logits and every gradient of the model against the plain float64 reference."""
+"""Compare the model's logits and gradients with the plain float64 reference."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def assert_equal_to_reference(scheme: str, layers: str, **settings) -> None:
     config = tiny_config(scheme, layers, **settings)
     model = build_model(config)
     randomise(model)
-    # With other seeds, one bias's gradient can nearly cancel and lose a digit more in float32.
+    # With other seeds, the gradient of a bias may nearly cancel out and lose another digit in float32.
     generator = torch.Generator().manual_seed(11)
     tokens = torch.randint(0, 96, (2, 16), generator=generator)
     labels = torch.randint(0, 96, (2, 16), generator=generator)
@@ -50,7 +50,7 @@ def assert_equal_to_reference(scheme: str, layers: str, **settings) -> None:
         transition_query=config.model.mesh_transition_query,
         percent=config.model.rotary_percent,
     )
-    known = reference[..., :96].flatten(0, 1)  # the padded entries have no probability
+    known = reference[..., :96].flatten(0, 1)  # padded entries have zero probability
     torch.nn.functional.cross_entropy(known, labels.flatten(), reduction="sum").backward()
 
     assert ours.dtype == torch.float32
@@ -58,9 +58,9 @@ def assert_equal_to_reference(scheme: str, layers: str, **settings) -> None:
     errors = {name: relative_error(p.grad, params[name].grad) for name, p in model.named_parameters()}
     assert max(errors.values()) < TOLERANCE, max(errors.items(), key=lambda item: item[1])
     zero = {name for name, p in params.items() if p.grad.norm() == 0}
-    # With one slot the softmax is constant.
+    # With one slot the softmax is constant, so the routers have no gradient.
     expected = {n for n in params if "recurrence" in n} if config.model.mesh_slots == 1 else set()
-    assert zero == expected, "a zero gradient shows nothing"
+    assert zero == expected, "a gradient that is zero proves nothing"
 
 
 @pytest.mark.parametrize("loops", [1, 2, 3])
@@ -95,7 +95,7 @@ def test_options_of_mesh(settings: dict) -> None:
 
 
 def test_the_reference_is_causal_and_positional() -> None:
-    """The yardstick itself: a later token changes no earlier logit; exchanged tokens change one."""
+    """Check the reference itself: a token changes no earlier logits, but swapping two changes later ones."""
     config = tiny_config("mesh", "1+1R2+1")
     model = build_model(config)
     params = {n: p.detach().double() for n, p in model.named_parameters()}
@@ -112,7 +112,7 @@ def test_the_reference_is_causal_and_positional() -> None:
 
 
 def test_bf16_is_near() -> None:
-    """bfloat16 weights and activations: the distance is that of 8 mantissa bits, not of an error."""
+    """With bfloat16 weights and activations, the error is no larger than 8 mantissa bits explain."""
     config = tiny_config("mesh", "1+2R2+1", bf16=True)
     model = build_model(config)
     tokens = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(3))
@@ -124,7 +124,7 @@ def test_bf16_is_near() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_padding_of_the_vocabulary_changes_nothing(tied: bool) -> None:
-    """Neither the loss nor a gradient, however the padded rows are filled; they get none themselves."""
+    """Whatever their values, padded rows change neither the loss nor any gradient, and get no gradient."""
     tokens, labels = torch.randint(0, 96, (2, 2, 16), generator=torch.Generator().manual_seed(3))
     found = {}
     for multiple in (1, 10, 128):

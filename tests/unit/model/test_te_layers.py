@@ -1,7 +1,7 @@
-"""Transformer Engine's layers in a loop, on a stand-in that keeps its documented contract.
+"""Test Transformer Engine's layers in a loop, with a stand-in that honours its documented contract.
 
-``tests/te_stand_in/measure.py`` runs Megatron-core's real wrappers and our real model in a process where the
-stand-in can be imported; here is what must come out.
+``tests/te_stand_in/measure.py`` runs Megatron-core's real wrappers and our real model in a process in which
+the stand-in can be imported. The tests here check its measurements.
 """
 
 import json
@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 STAND_IN = ROOT / "tests" / "te_stand_in"
 PHASES = ("first", "later", "after evaluation", "resumed")
-# Rounding of the unfused gradients to the weights' precision, in which passes and micro-batches are summed.
+# Unfused gradients of passes and micro-batches are summed in the weights' precision, and so are rounded.
 NO_FP8, BF16 = 1e-6, 0.01
 WRONG = 0.1
 
@@ -46,12 +46,12 @@ def result(process: subprocess.Popen) -> Any:
 
 @pytest.fixture(scope="module")
 def processes() -> list[subprocess.Popen]:
-    """All at once: one alone, and two ranks."""
+    """Start three processes together: a single one, and two ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    return [start(), *(start("two", RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(2))]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    return [start(), *(start("two", RANK=str(r), LOCAL_RANK=str(r), **world) for r in range(2))]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def two(processes) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("loops", [1, 2, 3])
 @pytest.mark.parametrize("label, tolerance", [("no FP8", NO_FP8), ("FP8", BF16)])
-def test_fused_gradients_are_the_unfused_ones(measured, loops: int, label: str, tolerance: float) -> None:
+def test_fused_gradients_equal_unfused_ones(measured, loops: int, label: str, tolerance: float) -> None:
     errors = measured["gradients"][f"ours, K={loops}, {label}"]
     assert set(errors) == set(PHASES)
     assert max(errors.values()) < tolerance, errors
@@ -79,12 +79,12 @@ def test_fused_gradients_of_recomputed_layers(measured) -> None:
 @pytest.mark.parametrize("loops", [2, 3])
 def test_megatrons_flag_loses_gradients_in_a_loop(measured, loops: int) -> None:
     without, with_fp8 = (measured["gradients"][f"naive, K={loops}, {label}"] for label in ("no FP8", "FP8"))
-    assert min(without["first"], without["resumed"]) > WRONG, without  # later the flag is gone
-    assert min(with_fp8.values()) > WRONG, with_fp8  # here it is set again in every step
+    assert min(without["first"], without["resumed"]) > WRONG, without  # later the flag is never set
+    assert min(with_fp8.values()) > WRONG, with_fp8  # with FP8 it is set again in every step
 
 
 def test_megatrons_flag_is_right_without_a_loop(measured) -> None:
-    """So what the test above sees is the loop, not the stand-in."""
+    """So the errors in the test above come from the loop, not from the stand-in."""
     for label, tolerance in (("no FP8", NO_FP8), ("FP8", BF16)):
         assert max(measured["gradients"][f"naive, K=1, {label}"].values()) < tolerance
 
@@ -97,8 +97,8 @@ def test_on_a_ring_of_two_ranks(two) -> None:
         assert min(rank["naive, prelude"].values()) > WRONG, rank
 
 
-def test_two_ranks_that_share_sequences_train_as_one(two) -> None:
-    """Context parallelism: embedding, memory and layers, with the stand-in's attention over both ranks."""
+def test_context_parallel_ranks_train_as_one(two) -> None:
+    """Embedding, memory and layers work on half a sequence, the stand-in's attention on all of it."""
     for rank in (each["context"] for each in two):
         alone, shared = rank["losses"]
         assert shared == pytest.approx(alone, rel=1e-6)
@@ -108,7 +108,7 @@ def test_two_ranks_that_share_sequences_train_as_one(two) -> None:
 
 @pytest.mark.parametrize("settings", ["core", "all", "all, recompute", "all, mlp recompute"])
 def test_a_weight_is_cast_once_a_step(measured, settings: str) -> None:
-    """Of 2 micro-batches and K = 2; in bfloat16 never."""
+    """A step has 2 micro-batches and K = 2. Layers in bfloat16 are never cast."""
     ends = [0] if settings == "core" else [1]
     assert measured["casts"][settings] == {"prelude.0": ends, "core.0": [1], "coda.0": ends}
 
@@ -129,12 +129,12 @@ def test_the_recurrence_never_runs_in_fp8(measured) -> None:
     assert not any(seen["coda"]) and not any(seen["norm"])
 
 
-def test_a_chunk_of_a_ring_marks_what_it_is_the_first_to_run(measured) -> None:
+def test_a_ring_chunk_marks_only_sections_that_no_earlier_chunk_runs(measured) -> None:
     assert measured["marks"] == [["prelude"], ["core"], [], [], ["coda"]]
 
 
 def test_tensor_parallel_weights_are_marked(measured) -> None:
-    """By the marks each rank draws its own part of the initial weights, and norms of gradients are summed."""
+    """Each rank uses the marks to draw its shard of the initial weights and to sum gradient norms."""
     ours, local = (
         {n.replace("layer_norm_", ""): d for n, d in measured["marked"][i].items() if d is not None}
         for i in ("transformer_engine", "local")
@@ -144,7 +144,7 @@ def test_tensor_parallel_weights_are_marked(measured) -> None:
 
 
 def test_a_history_of_one_micro_batch_covers_every_pass(measured) -> None:
-    """Delayed scaling: where the first pass has the largest values, the last alone would be too few."""
+    """With delayed scaling, the first pass may have the largest values, so the last one's are not enough."""
     assert any(entry["largest"][0] > entry["largest"][1] * 1.001 for entry in measured["history"])
     for entry in measured["history"]:
         assert entry["rows"] == len(entry["largest"]) == 2
@@ -157,12 +157,12 @@ def test_resume_with_delayed_scaling_is_exact(measured) -> None:
     assert found["errors"]["kept"] == 0
     assert found["errors"]["left out"] > 1e-3
     assert found["of another length"] == 0
-    # Saved before the next step, as by a run that is stopped at once.
+    # Saved again before the next step, as by a run that stops at once.
     assert (found["errors"]["saved again, kept"], found["errors"]["saved again, left out"]) == (1, 0)
 
 
 def test_state_of_delayed_scaling_is_plain_tensors(measured) -> None:
-    """For each linear module of the core, which alone runs in FP8, the four tensors."""
+    """There are four tensors for each linear module of the core, the only section that runs in FP8."""
     modules = ("mlp.linear_fc1", "mlp.linear_fc2", "self_attention.linear_proj", "self_attention.linear_qkv")
     tensors = ("amax_history_bwd", "amax_history_fwd", "scale_bwd", "scale_fwd")
     expected = [f"decoder.core.layers.{m}._extra_state.{t}" for m in modules for t in tensors]
@@ -180,13 +180,13 @@ def test_checkpoints_go_from_one_implementation_to_the_other(measured, way: str)
 
 
 def test_losses_of_other_weights_differ(measured) -> None:
-    """Else the test above would prove nothing: each model loaded over weights of another seed."""
+    """Otherwise the test above would prove nothing: it loads over weights from another seed."""
     one, other = (found["losses"][0] for found in measured["checkpoints"].values())
     assert abs(one - other) > 1e-3 * one
 
 
 def test_torchs_attention_in_transformer_engines_layers(measured) -> None:
-    """``--attention-backend local``: the same loss from another class."""
+    """``--attention-backend local`` uses another class and gives the same loss."""
     found = measured["attention"]
     assert [found[name]["classes"] for name in ("auto", "local")] == [
         ["TEDotProductAttention"],

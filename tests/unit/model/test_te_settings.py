@@ -1,4 +1,4 @@
-"""Settings of precision: what is refused, and what happens without Transformer Engine."""
+"""Test precision settings: which are rejected, and what happens without Transformer Engine."""
 
 import importlib.util
 import logging
@@ -94,7 +94,7 @@ def test_resolving_twice_changes_nothing(settings: dict[str, Any]) -> None:
     assert resolve(config) == config
 
 
-def test_what_resolving_fills_in() -> None:
+def test_resolving_fills_in_defaults() -> None:
     delayed = tiny_config(**DELAYED).precision
     assert (delayed.fp8_amax_history_len, delayed.fp8_amax_compute_algo) == (1024, "max")
     ends = tiny_config(**ENDS).precision
@@ -103,7 +103,7 @@ def test_what_resolving_fills_in() -> None:
 
 
 @pytest.mark.parametrize(
-    "recurrence, layers, scope, regions",
+    "recurrence, layers, scope, contexts",
     [
         ("mesh", "1+2R3+1", "core", 3),
         ("mesh", "1+2R3+1", "all", 5),
@@ -111,11 +111,11 @@ def test_what_resolving_fills_in() -> None:
         ("vanilla", "4", "core", 1),
     ],
 )
-def test_rows_of_the_history(recurrence: str, layers: str, scope: str, regions: int) -> None:
-    """One for every FP8 region of every micro-batch that the user asks for."""
+def test_rows_of_the_amax_history(recurrence: str, layers: str, scope: str, contexts: int) -> None:
+    """The history has one row for each FP8 context of each of the requested micro-batches."""
     settings = {**DELAYED, "fp8_scope": scope, "fp8_amax_history_len": 10}
     config = transformer_config(tiny_config(recurrence, layers, **settings), TRANSFORMER_ENGINE)
-    assert config.fp8_amax_history_len == 10 * regions
+    assert config.fp8_amax_history_len == 10 * contexts
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_rows_of_the_history(recurrence: str, layers: str, scope: str, regions: 
         (GATHER, True),
     ],
 )
-def test_who_casts_in_every_pass(settings: dict[str, Any], always: bool) -> None:
-    """``disable_parameter_transpose_cache``: the flag is None. Outside FP8 there is nothing to keep."""
+def test_which_settings_cast_in_every_pass(settings: dict[str, Any], always: bool) -> None:
+    """Those with ``disable_parameter_transpose_cache``. Without FP8 there is no cast to cache."""
     config = transformer_config(tiny_config(**settings), TRANSFORMER_ENGINE)
     assert config.disable_parameter_transpose_cache == always
     core = section_config(config, "core", range(2), 2)
@@ -142,7 +142,7 @@ def test_who_casts_in_every_pass(settings: dict[str, Any], always: bool) -> None
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_bf16_layers_by_number_in_the_whole_network(ranks: int) -> None:
-    """What Megatron decides from each section's copy, for whatever part of it a pipeline rank holds."""
+    """Megatron decides from each section's copy, whichever part of the section a pipeline rank holds."""
     settings = {**ENDS, "num_layers_at_start_in_bf16": 2, "num_layers_at_end_in_bf16": 3}
     config = tiny_config("mesh", "4+6R2+5", ranks, pipeline_model_parallel_size=ranks, **settings)
     built = transformer_config(config, TRANSFORMER_ENGINE)
@@ -162,10 +162,10 @@ def test_bf16_layers_by_number_in_the_whole_network(ranks: int) -> None:
 
 @pytest.fixture
 def absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine without Transformer Engine and apex."""
+    """Simulate a machine without Transformer Engine and apex."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     implementation.why_no_transformer_engine.cache_clear()
-    implementation._say_once.cache_clear()
+    implementation._log_once.cache_clear()
     yield
     implementation.why_no_transformer_engine.cache_clear()
 
@@ -178,10 +178,10 @@ def absent(monkeypatch: pytest.MonkeyPatch) -> None:
             ["-e '.[te]'", "--transformer-impl local"],
         ),
         (PrecisionConfig(fp8_format="e4m3"), ["--fp8-format", "-e '.[te]'"]),
-        (PrecisionConfig(gradient_accumulation_fusion=True), ["apex", "-e '.[te]'", "leave it out"]),
+        (PrecisionConfig(gradient_accumulation_fusion=True), ["apex", "-e '.[te]'", "remove the flag"]),
     ],
 )
-def test_what_is_missing_is_named(absent, precision: PrecisionConfig, words: list[str]) -> None:
+def test_the_error_names_what_is_missing(absent, precision: PrecisionConfig, words: list[str]) -> None:
     with pytest.raises(UserError) as refused:
         choose(precision, ParallelConfig())
     for word in words:
@@ -193,7 +193,7 @@ def test_context_parallelism_needs_its_attention(absent) -> None:
         choose(PrecisionConfig(), ParallelConfig(context_parallel_size=2))
 
 
-def test_auto_falls_back_and_says_so_once(absent, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_falls_back_and_logs_it_once(absent, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     assert [choose(PrecisionConfig(), ParallelConfig()) for _ in range(2)] == ["local", "local"]
     (line,) = [record.message for record in caplog.records if record.name == implementation.__name__]
@@ -208,7 +208,7 @@ def test_a_broken_installation_is_not_a_traceback(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib, "import_module", broken)
     implementation.why_no_transformer_engine.cache_clear()
     try:
-        with pytest.raises(UserError, match="there is no GPU; or use --transformer-impl local"):
+        with pytest.raises(UserError, match="there is no GPU; use --transformer-impl local"):
             choose(PrecisionConfig(transformer_impl="transformer_engine"), ParallelConfig())
         assert choose(PrecisionConfig(), ParallelConfig()) == choose(
             PrecisionConfig(transformer_impl="local"), ParallelConfig()
@@ -216,7 +216,9 @@ def test_a_broken_installation_is_not_a_traceback(monkeypatch: pytest.MonkeyPatc
         implementation.why_no_transformer_engine.cache_clear()
         monkeypatch.setattr(implementation.device, "has_gpu", lambda: True)
         for asked in ("auto", "transformer_engine"):
-            words = rf"--transformer-impl {asked}: .*libcudart.*again.*uninstall.*--transformer-impl local"
+            words = (
+                rf"--transformer-impl {asked}: .*libcudart.*reinstall.*uninstall.*--transformer-impl local"
+            )
             with pytest.raises(UserError, match=words):
                 choose(PrecisionConfig(transformer_impl=asked), ParallelConfig())
     finally:
@@ -224,7 +226,7 @@ def test_a_broken_installation_is_not_a_traceback(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("asked", "switches", "chosen"),
+    ("setting", "variables", "chosen"),
     [
         ("auto", "", "auto"),
         ("fused", "", "fused"),
@@ -238,30 +240,30 @@ def test_a_broken_installation_is_not_a_traceback(monkeypatch: pytest.MonkeyPatc
         ("unfused", "NVTE_FLASH_ATTN=0", "unfused"),
     ],
 )
-def test_the_attention_that_setting_and_switches_ask_for(
-    monkeypatch: pytest.MonkeyPatch, asked: str, switches: str, chosen: str
+def test_the_attention_backend_follows_from_setting_and_variables(
+    monkeypatch: pytest.MonkeyPatch, setting: str, variables: str, chosen: str
 ) -> None:
-    """Whatever an earlier model has left in the environment."""
-    given = dict(switch.split("=") for switch in switches.split())
+    """It doesn't depend on the variables that an earlier model has left in the environment."""
+    given = dict(variable.split("=") for variable in variables.split())
     monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
-    assert attention_backend(asked, te_layers=True, switches=given).name == chosen
-    assert attention_backend(asked, te_layers=False, switches=given).name == asked
+    assert attention_backend(setting, te_layers=True, variables=given).name == chosen
+    assert attention_backend(setting, te_layers=False, variables=given).name == setting
     assert "NVTE_FUSED_ATTN" not in os.environ
 
 
-def test_a_switch_of_another_value() -> None:
+def test_a_variable_that_is_neither_0_nor_1() -> None:
     with pytest.raises(UserError, match=r"NVTE_FLASH_ATTN=no in the environment.*0 or 1"):
-        attention_backend("auto", te_layers=True, switches={"NVTE_FLASH_ATTN": "no"})
+        attention_backend("auto", te_layers=True, variables={"NVTE_FLASH_ATTN": "no"})
 
 
 def test_models_of_several_attentions_in_one_process() -> None:
-    """Megatron-core asserts on the switches of the model before."""
+    """Megatron-core would fail an assertion on the variables of the previous model."""
     for name in ("flash", "fused", "local", "auto"):
         model = build_on_meta(tiny_config(attention_backend=name))
         assert model.config.attention_backend.name == name
 
 
-def test_an_attention_that_local_layers_have_not() -> None:
+def test_an_attention_that_local_layers_lack() -> None:
     with pytest.raises(UserError, match="--attention-backend fused needs Transformer Engine's layers"):
         build_model(tiny_config(attention_backend="fused"))
 
@@ -269,7 +271,7 @@ def test_an_attention_that_local_layers_have_not() -> None:
 def test_context_parallelism_needs_transformer_engines_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: None)
     precision = PrecisionConfig(transformer_impl="transformer_engine", attention_backend="local")
-    with pytest.raises(UserError, match="not --attention-backend local"):
+    with pytest.raises(UserError, match="but --attention-backend is local"):
         choose(precision, ParallelConfig(context_parallel_size=2))
 
 
@@ -277,7 +279,7 @@ def test_fused_gradients_of_local_layers_beside_transformer_engine(monkeypatch: 
     monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: None)
     monkeypatch.setattr(implementation.device, "has_gpu", lambda: True)
     precision = PrecisionConfig(transformer_impl="local", gradient_accumulation_fusion=True)
-    with pytest.raises(UserError, match=r"--transformer-impl local rules it out, and apex's .* leave it out"):
+    with pytest.raises(UserError, match=r"--transformer-impl is local, and apex's .* remove the flag"):
         choose(precision, ParallelConfig())
 
 
@@ -291,10 +293,10 @@ def test_fused_gradients_of_local_layers_beside_transformer_engine(monkeypatch: 
         ((9, 0), "12.10", "blockwise", None),
     ],
 )
-def test_fp8_that_the_gpu_has_not(monkeypatch, capability, cuda: str, recipe: str, words: str | None) -> None:
-    """Transformer Engine would assert it in the first forward."""
+def test_fp8_that_the_gpu_lacks(monkeypatch, capability, cuda: str, recipe: str, words: str | None) -> None:
+    """Transformer Engine would only fail in the first forward."""
     monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: None)
-    monkeypatch.setattr(implementation, "_say_once", lambda *said: None)
+    monkeypatch.setattr(implementation, "_log_once", lambda *said: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
@@ -308,7 +310,7 @@ def test_fp8_that_the_gpu_has_not(monkeypatch, capability, cuda: str, recipe: st
 
 
 def test_a_plan_for_another_machine_needs_no_transformer_engine(absent) -> None:
-    """FP8 settings resolve, and such a model is counted, where it could not be built."""
+    """FP8 settings can be resolved, and the model counted, on a machine that can't build it."""
     config = tiny_config(**FP8)
     plain = {name: p.shape for name, p in build_on_meta(tiny_config(bf16=True)).named_parameters()}
     assert {name: p.shape for name, p in build_on_meta(config).named_parameters()} == plain
@@ -316,8 +318,8 @@ def test_a_plan_for_another_machine_needs_no_transformer_engine(absent) -> None:
         build_model(config)
 
 
-def test_apex_norms_where_there_is_a_gpu_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which classes are built: their kernels need the GPU."""
+def test_apex_norms_are_used_if_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the classes are checked, because their kernels need the GPU."""
     torchs = [type(m) for m in build_on_meta(tiny_config()).modules() if "Norm" in type(m).__name__]
     monkeypatch.setattr(fused_layer_norm, "HAVE_FUSED_LAYER_NORM", True)
     assert set(torchs) == {LayerNorm} and not has_fused_norms()

@@ -1,6 +1,7 @@
-"""The stand-in against Transformer Engine's own sources, which are read and not imported: no GPU is needed.
+"""Compare the stand-in with Transformer Engine's sources, which are parsed, not imported: no GPU needed.
 
-The stand-in's modules take any further argument, so what Megatron-core's wrappers give is compared too.
+The stand-in's modules accept any further arguments, so the arguments that Megatron-core's wrappers pass are
+compared with the sources too.
 """
 
 import ast
@@ -26,7 +27,7 @@ SOURCES = {
     "FP8GlobalStateManager.is_fp8_enabled": ("pytorch/fp8.py", "pytorch/quantization.py"),
     "checkpoint": ("pytorch/distributed.py", "pytorch/distributed.py"),
 }
-"""By name, the file of the stand-in and that of Transformer Engine 2.11."""
+"""Name -> (file in the stand-in, file in Transformer Engine 2.11)."""
 RECIPES = ("Float8CurrentScaling", "Float8BlockScaling", "DelayedScaling")
 WRAPPERS = {
     "TELinear": "Linear",
@@ -37,7 +38,7 @@ WRAPPERS = {
 
 @pytest.fixture(scope="module")
 def real() -> Path:
-    """The folder of the package."""
+    """The folder of the installed package."""
     found = importlib.util.find_spec("transformer_engine")
     if found is None or found.origin is None:
         pytest.skip("Transformer Engine is not installed")
@@ -46,7 +47,7 @@ def real() -> Path:
 
 @cache
 def definitions(file: Path) -> dict[str, Any]:
-    """Functions, classes and their methods, by name within the file."""
+    """Find functions, classes and methods by their qualified names."""
     found: dict[str, Any] = {}
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -57,7 +58,7 @@ def definitions(file: Path) -> dict[str, Any]:
 
 
 def parameters(file: Path, name: str) -> dict[str, Any]:
-    """The named ones of a function, with the text of their defaults or Ellipsis for none."""
+    """Find a function's named parameters, with the source of each default or Ellipsis if there is none."""
     arguments = definitions(file)[name].args
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
@@ -67,8 +68,8 @@ def parameters(file: Path, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_what_the_stand_in_takes_is_taken_by_transformer_engine(real: Path, name: str) -> None:
-    """By the same names and defaults; the inputs of ``forward``, which have no default, by place."""
+def test_transformer_engine_accepts_what_the_stand_in_accepts(real: Path, name: str) -> None:
+    """Names and defaults must agree, except for positional inputs of ``forward``."""
     ours, theirs = STAND_IN / SOURCES[name][0], real / SOURCES[name][1]
     is_class = isinstance(definitions(ours)[name], ast.ClassDef)
     for method in (f"{name}.__init__", f"{name}.forward") if is_class else (name,):
@@ -83,7 +84,7 @@ def test_what_the_stand_in_takes_is_taken_by_transformer_engine(real: Path, name
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_what_megatrons_wrappers_give_is_taken(real: Path, name: str) -> None:
+def test_transformer_engine_accepts_what_megatrons_wrappers_pass(real: Path, name: str) -> None:
     wrapper = definitions(Path(wrappers.__file__))[f"{name}.__init__"]
     calls = [node for node in ast.walk(wrapper) if isinstance(node, ast.Call)]
     (call,) = (node for node in calls if ast.unparse(node.func) == "super().__init__")
@@ -102,7 +103,7 @@ def test_recipes_have_the_settings_of_the_stand_in(real: Path) -> None:
         assert settings and settings <= fields, name
 
 
-def test_the_extra_state_has_the_entries_that_checkpoints_keep(real: Path) -> None:
+def test_the_extra_state_has_the_entries_that_checkpoints_store(real: Path) -> None:
     base = definitions(real / "pytorch/module/base.py")
     for method in ("get_extra_state", "set_extra_state"):
         text = ast.unparse(base[f"TransformerEngineBaseModule.{method}"])

@@ -1,4 +1,4 @@
-"""One world of one process, where real models are built."""
+"""A world of one process, in which real models are built."""
 
 from collections.abc import Iterator
 

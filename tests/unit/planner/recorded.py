@@ -1,4 +1,4 @@
-"""Megatron-core's schedules, run for real with one rank's tensors coming from nowhere, and what they ran."""
+"""Run Megatron-core's real schedules on one rank, with fake neighbours, and record what they run and send."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ GROUPS = ("tp", "cp", "embd", "pos_embd", "pp", "dp_cp")
 
 
 class Group:
-    """What the schedules ask of a process group."""
+    """Stands in for a process group; the schedules only ask for its size and rank."""
 
     def __init__(self, size: int = 1, rank: int = 0):
         self._size, self._rank = size, rank
@@ -35,14 +35,14 @@ class Group:
 
 
 class Handle:
-    """A message that is always there."""
+    """Handle of a receive that is already complete."""
 
     def wait(self) -> None:
         pass
 
 
 class Neighbours:
-    """A P2P communicator that receives zeros whenever the schedule asks, and counts what it sends."""
+    """P2P communicator that receives zeros on demand and counts the messages that it sends."""
 
     def __init__(self, group: Group, config: TransformerConfig):
         self.pp_group, self.config = group, config
@@ -100,7 +100,7 @@ class Neighbours:
 
 
 class Record(torch.autograd.Function):
-    """The identity, which writes down when its forward and its backward run."""
+    """Identity that logs when its forward and its backward run."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, chunk: int, micro_batch: int, log: list[Step]) -> Tensor:
@@ -115,7 +115,7 @@ class Record(torch.autograd.Function):
 
 
 class ToyChunk(torch.nn.Module):
-    """A chunk of the schedule; it learns the micro-batch from the iterator."""
+    """A model chunk; the data iterator yields the number of the micro-batch."""
 
     model_type = ModelType.encoder_or_decoder
 
@@ -140,7 +140,7 @@ def forward_step(data: Iterator[int], chunk: ToyChunk) -> tuple[Tensor, Any]:
 def recorded(
     ranks: int, rank: int, chunks: int, micro_batches: int, group: int | None, overlap: bool = False
 ) -> tuple[tuple[Step, ...], Counter[str]]:
-    """What Megatron-core's schedule for this layout really runs on one rank, and how often it sends."""
+    """Run Megatron-core's schedule on one rank; return its steps and the number of messages sent."""
     config = TransformerConfig(
         num_layers=ranks * chunks,
         hidden_size=SHAPE[-1],

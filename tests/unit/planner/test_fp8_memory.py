@@ -1,4 +1,4 @@
-"""What FP8 adds to the estimated memory, against the matrices of real models."""
+"""Compare the memory that the planner adds for FP8 with the matrices of real models."""
 
 import pytest
 
@@ -11,7 +11,7 @@ FP8 = {"fp8_format": "hybrid"}
 
 
 def matrices(layers: str, recurrence: str, part: str) -> int:
-    """Weights of the two-dimensional parameters whose name has ``part``."""
+    """Count the weights of all matrices whose name contains ``part``."""
     model = build_on_meta(tiny_config(recurrence, layers, **SIZES))
     return sum(p.numel() for name, p in model.named_parameters() if part in name and p.dim() == 2)
 
@@ -34,7 +34,7 @@ def memory(recurrence: str, layers: str, ranks: int = 1, **settings):
         ("vanilla", "4", "core", ".layers."),
     ],
 )
-def test_kept_casts_are_two_bytes_for_each_weight_in_fp8(ranks, recurrence, layers, scope, part) -> None:
+def test_cached_casts_take_two_bytes_per_fp8_weight(ranks, recurrence, layers, scope, part) -> None:
     plain = memory(recurrence, layers, ranks)
     cast = memory(recurrence, layers, ranks, **FP8, fp8_scope=scope)
     added = sum(a.weights - b.weights for a, b in zip(cast, plain, strict=True))
@@ -43,20 +43,20 @@ def test_kept_casts_are_two_bytes_for_each_weight_in_fp8(ranks, recurrence, laye
         assert (a.gradients, a.optimizer, a.activations) == (b.gradients, b.optimizer, b.activations)
 
 
-def test_weights_in_fp8_take_what_they_took() -> None:
+def test_weights_stored_in_fp8_take_as_much_as_in_bfloat16() -> None:
     sharded = {"use_distributed_optimizer": True}
     plain = memory("mesh", "2+2R2+2", **sharded)
     assert memory("mesh", "2+2R2+2", **FP8, **sharded, fp8_param_gather=True) == plain
 
 
 @pytest.mark.parametrize("recipe", ["blockwise", "delayed"])
-def test_casts_of_every_pass_live_as_long_as_its_activations(recipe) -> None:
+def test_per_pass_casts_live_as_long_as_the_activations(recipe) -> None:
     (plain,), (cast,) = (memory("mesh", "2+2R3+2", **s) for s in ({}, {**FP8, "fp8_recipe": recipe}))
     assert cast.weights == plain.weights
     assert cast.activations - plain.activations == 3 * 2 * matrices("2+2R3+2", "mesh", ".core.")
 
 
-def test_recomputed_layers_make_their_casts_again_one_at_a_time() -> None:
+def test_recomputation_recreates_the_casts_of_one_layer_at_a_time() -> None:
     full = {"recompute_granularity": "full"}
     fp8 = {**FP8, "fp8_recipe": "blockwise"}
     (plain,), (cast,) = (memory("mesh", "2+2R3+2", **full, **s) for s in ({}, fp8))

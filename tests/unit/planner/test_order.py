@@ -1,4 +1,4 @@
-"""The planner's order and messages against what Megatron-core's schedules run and send."""
+"""Compare the planner's order and messages with those of Megatron-core's real schedules."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ INTERLEAVED = [
 ]
 
 
-# Megatron-core asks a group for its rank only where torch.distributed runs.
+# Megatron-core only asks a group for its rank if torch.distributed is initialized.
 pytestmark = pytest.mark.usefixtures("groups")
 
 
@@ -44,7 +44,7 @@ def test_plain_order_is_megatrons(ranks: int, micro_batches: int) -> None:
 
 
 def test_the_first_steps_of_a_ring() -> None:
-    """By hand: two ranks, three passes, four micro-batches in groups of two; the last rank warms up for 4."""
+    """By hand: two ranks, three passes, four micro-batches in groups of two, so four warm-up forwards."""
     steps = rank_order(2, 1, 3, 4, 2)[:7]
     assert [(step.chunk, step.micro_batch) for step in steps[:5]] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
     assert steps[5] == Step(backward=True, chunk=2, micro_batch=0)
@@ -53,7 +53,7 @@ def test_the_first_steps_of_a_ring() -> None:
 
 @pytest.mark.parametrize("scheme,layers", [("base", "3+3R2+3"), ("vanilla", "12")])
 def test_pipeline_bytes(scheme: str, layers: str) -> None:
-    """As many states as the schedule sends, S*B*H elements each, or S/TP with sequence parallelism."""
+    """Each message is a state of S*B*H elements, or of S/TP*B*H with sequence parallelism."""
     settings: dict[str, Any] = {"pipeline_model_parallel_size": 3, "global_batch_size": 12}
     if scheme == "vanilla":
         settings["num_virtual_stages_per_pipeline_rank"] = 4

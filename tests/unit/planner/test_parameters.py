@@ -1,16 +1,16 @@
-"""Parameters by formula against real modules, for every part of a model and tensor-parallel size."""
+"""Compare parameter formulas with real modules, for every pipeline rank and tensor-parallel size."""
 
 import pytest
 import torch
 
 from megatron_mesh.config.placement import placement
 from megatron_mesh.model.build import build_on_meta
-from megatron_mesh.planner.parameters import rank_parameters
+from megatron_mesh.planner.costs import rank_parameters
 from megatron_mesh.planner.report import make_plan
 from megatron_mesh.recurrence import SCHEMES
 from tests.helpers import tiny_config
 
-# Megatron-core looks at a given tensor-parallel group only where torch.distributed runs.
+# Megatron-core only uses a given tensor-parallel group if torch.distributed is initialized.
 pytestmark = pytest.mark.usefixtures("groups")
 
 
@@ -39,7 +39,7 @@ def test_every_rank_of_a_ring(scheme: str, untied: bool, layout: str | None, tp:
     parts = placement(config.model, config.parallel)
     stages = make_plan(config, 3 * tp).pipeline
     for rank in range(3):
-        # The ring's chunks: the first rank is the first stage of the first pass, the last of the last.
+        # The first rank counts as the first virtual stage, the others as the last.
         model = build_on_meta(
             config, pp_rank=rank, part=parts.part(rank), vp_stage=0 if rank == 0 else stages.passes - 1
         )

@@ -1,4 +1,4 @@
-"""Estimated bytes against what autograd, gradient buffers and the optimizer really hold."""
+"""Compare estimated bytes with what autograd, gradient buffers and the optimizer really store."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from megatron_mesh.config.schema import Config
 from megatron_mesh.model import MeshGPTModel, build_model
 from megatron_mesh.parallel import build_stage
 from megatron_mesh.parallel.ring import carry
-from megatron_mesh.planner.memory import InFlight, in_flight, kept_bytes
+from megatron_mesh.planner.memory import InFlight, activation_bytes, in_flight
 from megatron_mesh.planner.order import Step
 from megatron_mesh.planner.report import make_plan
 from megatron_mesh.planner.stages import Chunk, Pipeline
@@ -20,12 +20,12 @@ from megatron_mesh.train.optimizer import build_optimizer
 from tests.helpers import tiny_config
 
 pytestmark = pytest.mark.usefixtures("groups")
-TOLERANCE = 0.03  # statistics of norms and routers, which shrink with the width
+TOLERANCE = 0.03  # for the statistics of norms and routers, whose share shrinks with the width
 SHAPE = {"hidden_size": 128, "seq_length": 64, "vocab_size": 128}
 
 
-class Kept:
-    """Memory that autograd keeps inside ``with``; each storage once, the model's parameters not."""
+class SavedTensors:
+    """Counts the memory that autograd saves, each storage once and without the model's parameters."""
 
     def __init__(self, model: torch.nn.Module):
         self._ours = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -55,16 +55,16 @@ def test_activations_of_one_rank(scheme: str, modules: list[str] | None, bf16: b
     config = tiny_config(scheme, "2+2R2+2", bf16=bf16, **SHAPE, **selective)
     model = build_model(config)
     tokens = torch.zeros(config.training.micro_batch_size, 64, dtype=torch.int64)
-    kept = Kept(model)
-    with kept.counting():
+    saved = SavedTensors(model)
+    with saved.counting():
         loss = model(tokens, None, None, labels=tokens)
     assert loss.requires_grad
     estimate = make_plan(config, 1).ranks[0].memory.activations
-    assert estimate == pytest.approx(kept.bytes, rel=TOLERANCE)
+    assert estimate == pytest.approx(saved.bytes, rel=TOLERANCE)
 
 
 def received(config: Config) -> Tensor:
-    """A state as it comes from another rank."""
+    """Make a state as received from another rank."""
     model, training = config.model, config.training
     dtype = torch.bfloat16 if training.bf16 else torch.float32
     shape = (model.seq_length, training.micro_batch_size, model.hidden_size)
@@ -72,7 +72,7 @@ def received(config: Config) -> Tensor:
 
 
 def run_pass(model: MeshGPTModel, index: int, x: Tensor, state: LoopState) -> Tensor:
-    """A chunk of the ring on its first rank."""
+    """Run a chunk of the ring on its first rank."""
     block = model.decoder
     x = block.enter(index, x, state)
     rotary = model.rotary_pos_emb(len(x))
@@ -82,41 +82,41 @@ def run_pass(model: MeshGPTModel, index: int, x: Tensor, state: LoopState) -> Te
 @pytest.mark.parametrize("recompute", [None, "full"])
 @pytest.mark.parametrize("scheme", ["base", "anchor", "residual", "static", "mesh"])
 def test_activations_of_the_rings_chunks(scheme: str, recompute: str | None) -> None:
-    """The first rank's passes one by one, each a graph of its own that begins with what was received."""
+    """Run the first rank's passes one by one; each has its own graph, which starts at the received state."""
     settings = {"recompute_granularity": recompute, "recompute_num_layers": 1} if recompute else {}
     config = tiny_config(scheme, "2+3R2+1", **SHAPE, **settings)
     model = build_model(config).train()
     state, estimate, real = LoopState(share=carry), 0, 0
-    kept = Kept(model)
+    saved = SavedTensors(model)
     for index, layers in enumerate((2, 3, 3, 1)):
-        with kept.counting():
-            x = kept.add(received(config))  # the schedule holds it until the backward
-            output = kept.add(run_pass(model, index, x, state))  # and what it sent on
+        with saved.counting():
+            x = saved.add(received(config))  # the schedule holds the input until the backward,
+            output = saved.add(run_pass(model, index, x, state))  # and the output that it sent
         assert output.shape == x.shape
-        before, real = real, kept.bytes
+        before, real = real, saved.bytes
         chunk = Chunk("", (layers,), enters=(index,))
-        estimate += kept_bytes(config, chunk, pipelined=True)
+        estimate += activation_bytes(config, chunk, pipelined=True)
         assert real > before
         assert estimate == pytest.approx(real, rel=TOLERANCE)
 
 
 def test_in_flight_follows_the_order() -> None:
-    """By hand: chunks that keep 2 and 3 layers; at most two of the first and one of the second are open."""
+    """Worked out by hand for chunks of 2 and 3 layers: at most two of the first and one of the second."""
     config = tiny_config("base", "2+2R2+2", **SHAPE)
     chunks = (Chunk("a", (2,)), Chunk("b", (3,)))
     order = [Step(*s) for s in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 1, 0), (1, 0, 0), (0, 1, 1), (1, 1, 1))]
     stages = Pipeline((chunks, chunks), (5, 5), 2, 2)
-    a, b = (kept_bytes(config, chunk, pipelined=True) for chunk in chunks)
+    a, b = (activation_bytes(config, chunk, pipelined=True) for chunk in chunks)
     assert in_flight(config, stages, 0, order) == InFlight(2 * a + b, micro_batches=2, passes=3)
 
 
 def test_full_recomputation_adds_a_layer_at_a_time() -> None:
     plain = tiny_config("mesh", "2+2R2+2", **SHAPE)
     full = tiny_config("mesh", "2+2R2+2", recompute_granularity="full", **SHAPE)
-    one_layer = kept_bytes(plain, Chunk("", (1,)), pipelined=False)
+    one_layer = activation_bytes(plain, Chunk("", (1,)), pipelined=False)
     chunk = make_plan(full, 1).pipeline.chunks[0][0]
-    kept = kept_bytes(full, chunk, pipelined=False)
-    assert make_plan(full, 1).ranks[0].memory.activations == kept + one_layer
+    stored = activation_bytes(full, chunk, pipelined=False)
+    assert make_plan(full, 1).ranks[0].memory.activations == stored + one_layer
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -136,7 +136,7 @@ def test_weights_gradients_and_optimizer(distributed: bool, bf16: bool) -> None:
 
 
 def optimizer_bytes(optimizer: object, bf16: bool) -> int:
-    """Moments, and float32 copies of bfloat16 weights; the counters of steps are a few bytes."""
+    """Sum the moments and the float32 copies of bfloat16 weights; step counters are a few bytes more."""
     states = optimizer.optimizer.state
     moments = sum(x.nbytes for state in states.values() for x in state.values() if torch.is_tensor(x))
     copies = sum(parameter.nbytes for parameter in states) if bf16 else 0

@@ -1,9 +1,9 @@
-"""What a save takes, by hand; tests/parallel/test_counts.py compares it with the disk."""
+"""Check the estimated cost of a save by hand; tests/parallel/test_counts.py compares it with the disk."""
 
 import pytest
 
 from megatron_mesh.planner.report import make_plan
-from megatron_mesh.planner.saving import BUFFER, Disk, Saving, seconds
+from megatron_mesh.planner.saving import BUFFER, Disk, Saving, save_seconds
 from megatron_mesh.planner.text import saving_rows
 from tests.helpers import tiny_config
 
@@ -13,22 +13,22 @@ from tests.helpers import tiny_config
 def test_replicas_divide_the_parameters(sharded: bool, bf16: bool, size: int) -> None:
     config = tiny_config(bf16=bf16, use_distributed_optimizer=sharded, micro_batch_size=1, world_size=4)
     (rank,) = make_plan(config, 4).ranks
-    assert rank.saving.together == size * rank.parameters
+    assert rank.saving.total == size * rank.parameters
     assert rank.saving.largest == -(-size * rank.parameters // 4)
 
 
-def test_tensor_parallel_ranks_hold_some_parameters_alike() -> None:
-    """Those are written once, by the first of them; so the ranks together write the whole model."""
+def test_replicated_parameters_are_written_once() -> None:
+    """Tensor-parallel rank 0 writes them, so that all ranks together write the whole model once."""
     one = make_plan(tiny_config(), 1).ranks[0]
     two = make_plan(tiny_config(tensor_model_parallel_size=2, world_size=2), 2).ranks[0]
-    assert two.saving.together == one.saving.together == 12 * one.parameters
-    assert two.saving.largest == 12 * two.parameters > two.saving.together / 2
+    assert two.saving.total == one.saving.total == 12 * one.parameters
+    assert two.saving.largest == 12 * two.parameters > two.saving.total / 2
 
 
-def test_the_slower_of_file_system_and_rank() -> None:
-    even = [Saving(largest=10**9, together=8 * 10**9)] * 2
-    assert seconds(even, Disk(gb_per_s=4, rank_gb_per_s=1)) == 4
-    assert seconds(even, Disk(gb_per_s=400, rank_gb_per_s=0.5)) == 2
+def test_the_slower_of_file_system_and_rank_decides() -> None:
+    even = [Saving(largest=10**9, total=8 * 10**9)] * 2
+    assert save_seconds(even, Disk(gb_per_s=4, rank_gb_per_s=1)) == 4
+    assert save_seconds(even, Disk(gb_per_s=400, rank_gb_per_s=0.5)) == 2
 
 
 def test_text() -> None:
@@ -38,4 +38,4 @@ def test_text() -> None:
     assert saving.host_memory(background=True) == BUFFER + saving.largest
     rows = dict(saving_rows(plan, Disk(gb_per_s=2), 8))
     assert "at 2 GB/s" in rows["  time to save"]
-    assert "a host with 2" in rows["  host memory"]  # the run has no more ranks
+    assert "per host with 2 ranks" in rows["  host memory"]  # the whole run has only two

@@ -1,11 +1,11 @@
-"""The simulated time line: by hand, against the closed formula, and against every dependency."""
+"""Check simulated time lines by hand, with the closed formula, and for every dependency."""
 
 from itertools import pairwise
 
 import pytest
 
 from megatron_mesh.config.schema import Config
-from megatron_mesh.model.flops import flops_per_token
+from megatron_mesh.config.sizes import flops_per_token
 from megatron_mesh.planner.balance import balanced_placement
 from megatron_mesh.planner.costs import Cost, chunk_costs
 from megatron_mesh.planner.order import schedule_order
@@ -16,7 +16,7 @@ from tests.helpers import tiny_config
 
 
 def timeline(passes: list[list[float]], micro_batches: int, transfer: float = 0.0) -> Timeline:
-    """``passes``: forward cost of each pass on each rank; backwards cost twice that."""
+    """Simulate ``passes``, the forward cost [pass][rank]; a backward costs twice as much."""
     ranks = len(passes[0])
     chunks = tuple(tuple(Chunk("", (1,)) for _ in passes) for _ in range(ranks))
     group = ranks if len(passes) > 1 else None
@@ -53,14 +53,14 @@ def test_equal_passes_have_the_formulas_bubble(ranks: int, passes: int, micro_ba
     ],
 )
 def test_unequal_passes_wait_longer(passes: tuple[int, ...], micro_batches: int, percent: float) -> None:
-    """Four ranks, a quarter of each pass on each, no output projection."""
+    """Four ranks with a quarter of each pass, and no output projection."""
     times = timeline([[layers / 4] * 4 for layers in passes], micro_batches)
     assert 100 * times.bubble_over_compute == pytest.approx(percent, abs=0.01)
     assert times.bubble_over_compute > 3 / (4 * micro_batches)
 
 
 @pytest.mark.parametrize("transfer", [0.0, 0.25])
-def test_every_input_is_there_before_it_is_used(transfer: float) -> None:
+def test_every_input_arrives_before_it_is_used(transfer: float) -> None:
     ranks, passes = 3, 4
     costs = [[1.0, 0.5, 2.0], [3.0, 2.0, 2.0], [3.0, 2.0, 2.0], [0.5, 1.0, 2.5]]
     times = timeline(costs, micro_batches=7, transfer=transfer)
@@ -69,7 +69,7 @@ def test_every_input_is_there_before_it_is_used(transfer: float) -> None:
         for before, after in pairwise(spans):
             assert before.end <= after.start
         for span in spans:
-            # A place on the way through the network: chunk by chunk, rank by rank.
+            # The position in the network: chunk by chunk, rank by rank.
             place = span.step.chunk * ranks + rank, span.step.micro_batch
             (backward if span.step.backward else forward)[place] = span
     assert len(forward) == len(backward) == ranks * passes * 7
@@ -84,7 +84,7 @@ def test_every_input_is_there_before_it_is_used(transfer: float) -> None:
 
 
 def test_costs_add_up_to_the_models_flops() -> None:
-    """Over ranks and chunks: FLOPs of the whole model for a micro-batch; full recomputation runs it twice."""
+    """Over ranks and chunks they add up to the whole model's; full recomputation repeats all layers."""
     for recompute in (None, "full"):
         config = tiny_config("mesh", "2+3R2+2", recompute_granularity=recompute)
         tokens = config.training.micro_batch_size * config.model.seq_length
@@ -103,13 +103,13 @@ def test_costs_add_up_to_the_models_flops() -> None:
 
 
 def _mesh_flops(config: Config) -> int:
-    """Routers and mixing per token: K + 1 = 3 cycles of 2 routers H x N, then a sum of 2, 3, 4 states."""
+    """Per token: K + 1 = 3 cycles with 2 routers H x N each, and weighted sums of 2, 3 and 4 states."""
     h, slots = config.model.hidden_size, config.model.mesh_slots
     return 3 * 2 * 2 * h * slots + 2 * h * (2 + 3 + 4)
 
 
 def test_a_searched_placement_waits_less() -> None:
-    """6.9B on four ranks: sections that four does not divide, and a loss that weighs as much as a layer."""
+    """6.9B on four ranks: four divides no section, and the output projection costs as much as a layer."""
     config = tiny_config("mesh", "5+11R2+5", hidden_size=4096, seq_length=4096, vocab_size=50277)
     config.training.global_batch_size = 64
     config.parallel.pipeline_model_parallel_size = 4

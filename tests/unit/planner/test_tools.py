@@ -1,4 +1,4 @@
-"""The two commands: what they print, suggest, draw and refuse."""
+"""Run inspect_config.py and compare_pipelines.py: plans, suggestions, figures, tables and errors."""
 
 import runpy
 from collections.abc import Callable
@@ -31,10 +31,10 @@ def test_plan_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     inspect_config([*CONFIG, *RING, SHARDED, "--nodes", "4", "--figure", str(figure), "--disk-gb-per-s", "9"])
     text = capsys.readouterr().out
     assert "checkpoint      60.51 GiB" in text  # 14 bytes for each of 4,641,189,918 parameters
-    assert "7.2 s at 9 GB/s of the file system" in text
+    assert "7.2 s at 9 GB/s for the file system" in text
     assert "32: tensor 2 x pipeline 4 x data 4" in text
-    assert "128 of 1 per step" in text
-    assert "606,656,542" in text  # an eighth of the model on rank 0, and the routers
+    assert "128 per step and replica, of size 1" in text
+    assert "606,656,542" in text  # rank 0: an eighth of the model, and the routers
     height, width, _ = imread(figure).shape
     assert width > 1000 and height > 200
     assert max(map(len, text.splitlines())) < 140
@@ -54,7 +54,7 @@ def test_suggestions_fit_and_are_sorted(
 
 
 def test_the_first_suggestion_is_a_plan(capsys: pytest.CaptureFixture) -> None:
-    """Its flags, given back, make the layout with the memory that was said."""
+    """Planning a run with the suggested flags gives the suggested memory."""
     inspect_config([*CONFIG, "--suggest", "--gpu-memory-gib", "20"])
     parts = capsys.readouterr().out.split("\n\n")
     flags = parts[2].splitlines()[0].removeprefix("1: ").split()
@@ -76,7 +76,7 @@ def test_comparison(capsys: pytest.CaptureFixture) -> None:
         )
         assert parameters[0] < parameters[2] < parameters[1]
         assert waiting[1] > 5 * waiting[0]
-        assert sent[0] == sent[2] == 4 * sent[1]  # passes, which the loop on one stage has not
+        assert sent[0] == sent[2] == 4 * sent[1]  # the loop on one stage sends once, not in each of 4 passes
         assert float(copies["copies, GiB"]) > 0 == float(ring["copies, GiB"])
 
 
@@ -90,7 +90,10 @@ def _cells(line: str) -> list[str]:
         (["--nodes", "0"], "--nodes 0 must be above 0"),
         (["--disk-gb-per-s", "0"], "--disk-gb-per-s 0.0 must be above 0"),
         (["--nodes", "3", "--pipeline-model-parallel-size", "5"], "does not divide the number of processes"),
-        (["--suggest", "--gpu-memory-gib", "1"], "the least that any layout on 8 GPUs needs is"),
+        (
+            ["--suggest", "--gpu-memory-gib", "1"],
+            "no rank layout on 8 GPUs fits into 1.0 GiB per GPU",
+        ),
         (["--suggest", "--global-batch-size", "3", "--gpus-per-node", "7"], "--global-batch-size 3"),
         (["--figure", "/nowhere/schedule.png"], "cannot be written"),
         (["--modes", "4"], "unknown setting --modes"),

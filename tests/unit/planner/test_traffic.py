@@ -1,4 +1,4 @@
-"""Bytes sent, against the collectives of real steps in worlds whose other ranks are not there."""
+"""Compare estimated traffic with the collectives of real steps, in a world whose other ranks are fake."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -20,13 +20,13 @@ from megatron_mesh.runtime import device
 from megatron_mesh.train.step import run_batch
 from tests.helpers import tiny_config
 
-# What the data-parallel group sums beside gradients: counts of tokens.
+# Bytes that the data-parallel group reduces besides gradients: token counts.
 SCALARS = 64
 
 
 @contextmanager
-def absent_ranks(config: Config, world_size: int) -> Iterator[None]:
-    """Megatron's groups in a world of which this process is rank 0; collectives change nothing."""
+def fake_ranks(config: Config, world_size: int) -> Iterator[None]:
+    """Set up Megatron's groups with this process as rank 0; collectives do nothing."""
     device.prepare()
     torch.set_num_threads(1)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
@@ -43,7 +43,7 @@ def absent_ranks(config: Config, world_size: int) -> Iterator[None]:
 
 
 class Sent(TorchDispatchMode):
-    """Counts the bytes that ring algorithms send, by process group."""
+    """Counts the bytes that ring algorithms would send, by process group."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,16 +70,16 @@ class Sent(TorchDispatchMode):
 
 
 def sent_in_a_step(config: Config, world_size: int) -> tuple[float, float]:
-    """Bytes that rank 0 sends to its tensor- and its data-parallel group in a step."""
+    """Return the bytes that rank 0 sends in its tensor- and data-parallel groups in a step."""
     shape = (config.training.micro_batch_size, config.model.seq_length)
     zeros = torch.zeros(shape, dtype=torch.int64)
     batch = Batch(tokens=zeros, labels=zeros, loss_mask=torch.ones(shape), position_ids=zeros)
-    with absent_ranks(config, world_size), Sent() as sent:
+    with fake_ranks(config, world_size), Sent() as sent:
         stage = build_stage(config)
-        sent.bytes.clear()  # what building them costs
+        sent.bytes.clear()  # don't count building
         run_batch(stage, iter([batch] * 8), config.training)
         if config.parallel.use_distributed_optimizer:
-            for group in stage.groups:  # the end of the optimizer's step
+            for group in stage.groups:  # as at the end of the optimizer's step
                 group.start_param_sync(force_sync=True)
         tensor = parallel_state.get_tensor_model_parallel_group().group_name
         data = parallel_state.get_data_parallel_group(with_context_parallel=True).group_name

@@ -57,7 +57,7 @@ def test_other_mistakes_keep_their_traceback_and_a_whole_one_is_imported(tmp_pat
 
 
 WHY = (
-    "from megatron_mesh.model.implementation import why_no_transformer_engine as why;"
+    "from megatron_mesh.runtime.transformer_engine import why_no_transformer_engine as why;"
     "from megatron.core.extensions.transformer_engine import HAVE_TE; print(HAVE_TE, why())"
 )
 
@@ -66,7 +66,7 @@ def test_megatron_core_works_without_it(tmp_path: Path) -> None:
     plant(tmp_path, "__init__.py", "raise OSError('libcudart.so.13: cannot open')")
     done = python(GPU + WHY, tmp_path)
     assert done.stdout == (
-        "False Transformer Engine is installed and cannot be imported (libcudart.so.13: cannot open)\n"
+        "False Transformer Engine is installed but cannot be imported (libcudart.so.13: cannot open)\n"
     ), done.stderr
 
 

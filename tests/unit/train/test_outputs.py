@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import with_values
+from megatron_mesh.config.sizes import flops_per_token
 from megatron_mesh.config.sources import read_yaml
-from megatron_mesh.model import flops_per_token
 from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.console import Bar, Lines
 from megatron_mesh.runtime.logging import JsonLines, Log
