@@ -4,12 +4,11 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args
+from typing import Annotated, Any
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from megatron_mesh.command import parse
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import NEGATED, SETTINGS, flag, flatten, unknown_setting, with_values
 from megatron_mesh.config.sources import ALTERNATIVE_NAMES, PATHS, merge, read_yaml
@@ -19,7 +18,7 @@ from megatron_mesh.recurrence import SCHEMES
 _DESCRIPTION = f"""\
 Pretrain a recursive transformer.
 
-python pretrain_mesh.py --config examples/configs/pythia-160m-mesh.yaml --data-path my_corpus_text_document
+    python pretrain_mesh.py --config examples/configs/pythia-160m-mesh.yaml --data-path my_corpus_text_document
 
 A flag overrides the YAML file, which overrides the defaults. Recurrence schemes: {", ".join(SCHEMES)}."""
 
@@ -42,22 +41,20 @@ def parse_args(argv: Sequence[str], prog: str = "pretrain_mesh.py") -> Arguments
     Nothing is checked across settings: that is ``config.checks.resolve``.
 
     Raises:
-        UserError: an unknown or refused setting, or a YAML file that is not as it should be.
-        SystemExit: ``--help`` (0), or a flag's value of the wrong type (2, said on stderr).
+        UserError: a setting is unknown or not supported, a value has the wrong type, or the YAML file is wrong.
+        SystemExit: ``--help``.
     """
     _refuse_unknown(argv)
     path = _config_file(argv, prog)
     file = read_yaml(path) if path else {}
     # Fields that exclude each other stay at None here: whatever they hold afterwards is from a flag.
     plain = {name: value for name, value in file.items() if name not in ALTERNATIVE_NAMES}
-    arguments = tyro.cli(
+    arguments: Arguments = parse(
         Arguments,
+        argv,
         prog=prog,
-        description=_DESCRIPTION,
-        args=argv,
+        docstring=_DESCRIPTION,
         default=Arguments(config=with_values(Config(), plain)),
-        config=(tyro.conf.OmitArgPrefixes,),
-        registry=_REGISTRY,
     )
     flags = {name: value for name, value in flatten(arguments.config).items() if value is not None}
     chosen = merge(
@@ -81,7 +78,7 @@ def _config_file(argv: Sequence[str], prog: str) -> Path | None:
     parser = argparse.ArgumentParser(
         prog=prog, usage="%(prog)s --config FILE", add_help=False, allow_abbrev=False
     )
-    parser.add_argument("--config", type=Path)
+    parser.add_argument("--config", type=Path, nargs="?")  # tyro refuses it without a value
     return parser.parse_known_args(argv)[0].config
 
 
@@ -91,21 +88,3 @@ def _refuse_unknown(argv: Sequence[str]) -> None:
         name = argument.removeprefix("--").split("=")[0].replace("-", "_")
         if argument.startswith("--") and name not in known:
             raise unknown_setting(name, known, flag)
-
-
-_REGISTRY = ConstructorRegistry()
-
-
-@_REGISTRY.primitive_rule
-def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """``X | None`` takes an X, and ``--help`` shows it as an X that is unset (tyro: ``{None}|X``)."""
-    if info.type_origin not in (Union, UnionType):
-        return None
-    (inner,) = (option for option in get_args(info.type) if option is not NoneType)
-    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(inner, info.markers))
-    assert isinstance(spec, PrimitiveConstructorSpec)
-    return replace(
-        spec,
-        is_instance=lambda value: value is None or spec.is_instance(value),
-        str_from_instance=lambda value: ["unset"] if value is None else spec.str_from_instance(value),
-    )

@@ -1,0 +1,194 @@
+"""Run a tool: parse its command line, then report errors in one line with the right exit status.
+
+A tool is a dataclass of options, a function that takes it, and a last line::
+
+    @dataclass
+    class Options:
+        load: Path
+        \"\"\"Directory of the checkpoint.\"\"\"
+
+    def main(options: Options) -> None: ...
+
+    if __name__ == "__main__":
+        command.run(main)
+
+The tool's docstring is the text of its ``--help``; lines that are indented stay as they are. A second parameter
+of ``main`` receives the arguments that are not options of the tool, such as settings of ``pretrain_mesh.py``.
+"""
+
+import io
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_type_hints
+
+from megatron_mesh.errors import OutOfMemory, RanksLost, UserError
+from megatron_mesh.runtime import exits
+from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
+
+if TYPE_CHECKING:
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as in a shell."""
+
+Main = Callable[..., int | None]
+"""Takes a tool's options and returns its exit status (None for 0)."""
+
+
+def run(
+    main: Main,
+    *,
+    show_progress: bool = False,
+    removes_files: bool = False,
+    if_interrupted: str = "",
+    prints_errors: Callable[[], bool] = lambda: True,
+) -> None:
+    """Call ``main`` with the options on this process's command line; exit unless its status is 0.
+
+    Args:
+        show_progress: show the package's log messages from INFO on, not only its warnings.
+        removes_files: ``main`` removes temporary files at its end, so SIGTERM ends it as Ctrl-C does.
+        if_interrupted: printed after Ctrl-C.
+        prints_errors: whether this process prints its errors. One rank of a job is enough.
+    """
+    with closed_pipe_is_no_error():
+        try:
+            if show_progress:
+                from megatron_mesh.runtime.console import show_messages
+
+                show_messages(True)
+            if removes_files:
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
+                os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+            status = call(main, sys.argv[1:])
+        except (UserError, OutOfMemory, RanksLost) as error:
+            if prints_errors():
+                print(f"error: {error}", file=sys.stderr)
+            sys.exit(exits.BAD_INPUT if isinstance(error, UserError) else exits.CRASHED)
+        except KeyboardInterrupt:
+            if if_interrupted:
+                print(f"\n{if_interrupted}", file=sys.stderr)
+            sys.exit(INTERRUPTED)
+        if status:
+            sys.exit(status)
+
+
+def call(main: Main, argv: Sequence[str]) -> int | None:
+    """Call ``main`` with the options in ``argv``; errors are raised.
+
+    Raises:
+        UserError: an option is unknown or missing, or has a wrong value.
+        SystemExit: ``--help`` was printed.
+    """
+    module = main.__globals__  # type: ignore[attr-defined]
+    hints = get_type_hints(main, include_extras=True)
+    hints.pop("return", None)
+    kind, *others = hints.values()
+    prog, docstring = Path(module["__file__"]).name, module["__doc__"]
+    # Ctrl-C during an import would print a traceback, and some libraries catch it and continue.
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        from tyro.conf import FlagCreatePairsOff
+
+        found = parse(FlagCreatePairsOff[kind], argv, prog=prog, docstring=docstring, others=bool(others))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    return main(*found) if others else main(found)
+
+
+def parse(
+    kind: Any, argv: Sequence[str], *, prog: str, docstring: str, others: bool = False, **more: Any
+) -> Any:
+    """An object of type ``kind`` from a command line; with ``others``, a pair of it and the unknown arguments.
+
+    Args:
+        docstring: text of ``--help``. Lines that are indented stay as they are.
+        more: further arguments of ``tyro.cli``.
+
+    Raises:
+        UserError: an option is unknown or missing, or has a wrong value.
+        SystemExit: ``--help`` was printed.
+    """
+    import tyro
+
+    message = io.StringIO()
+    try:
+        with redirect_stderr(message):
+            return tyro.cli(
+                kind,
+                prog=prog,
+                description=re.sub(r"(?<=\S)\n(?=\S)", " ", docstring),  # tyro wraps the lines itself
+                args=argv,
+                config=(tyro.conf.OmitArgPrefixes,),
+                registry=_registry(),
+                return_unknown_args=others,
+                **more,
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UserError(_one_line(message.getvalue())) from None
+
+
+@cache
+def _registry() -> "ConstructorRegistry":
+    """The types that tyro parses, with ours."""
+    from tyro.constructors import ConstructorRegistry
+
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_optional)
+    return registry
+
+
+def _optional(info: "PrimitiveTypeInfo") -> "PrimitiveConstructorSpec | None":
+    """``X | None`` takes an X, and ``--help`` shows it as an X that is unset (tyro: ``{None}|X``)."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    if info.type_origin not in (Union, UnionType):
+        return None
+    types = [option for option in get_args(info.type) if option is not NoneType]
+    if len(types) != 1:
+        return None
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(types[0], info.markers))
+    assert isinstance(spec, PrimitiveConstructorSpec)
+    return replace(
+        spec,
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: ["unset"] if value is None else spec.str_from_instance(value),
+    )
+
+
+_REWORDED = {
+    r"Unrecognized options: (.*)": r"unknown option \1",
+    r"Missing value for argument '(\S+)'.*": r"\1 needs a value",
+    r"Error parsing (\S+): invalid literal for int\(\) with base 10: '(.*)'": r"\1 \2 is not a whole number",
+    r"Error parsing (\S+): could not convert string to float: '(.*)'": r"\1 \2 is not a number",
+    r"Error parsing (\S+): no type matching (\S+) could be .* from \['(.*?)'\].*": r"\1 \3 is not \2",
+    r"Error parsing (\S+): (.*)": r"\1: \2",
+    r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*?),?\)\.": r"\2 \1 is not one of \3",
+}
+"""tyro's messages -> ours."""
+
+
+def _one_line(box: str) -> str:
+    """The message in a box that tyro prints. The rest of the box repeats ``--help``."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line[1:-1].rstrip() for line in plain.splitlines() if line[:1] in ("│", "|")]
+    end = next(index for index, line in enumerate(lines) if line and set(line) <= set(" ─-"))
+    message, hints = lines[:end], lines[end:]
+    if "Missing from" in message[0]:
+        names = [line.split()[0] for line in message if re.match(r" {5}\S", line)]
+        return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} missing; see --help"
+    text = " ".join(map(str.strip, message))
+    for pattern, ours in _REWORDED.items():
+        text = re.sub(pattern, ours, text)
+    near = [line.split()[0].rstrip(",") for line in hints if re.match(r" {5}--", line)]
+    return f"{text}; did you mean {near[0]}?" if near and "unknown" in text else f"{text}; see --help"
