@@ -18,7 +18,7 @@ from megatron_mesh.recurrence import SCHEMES
 _DESCRIPTION = f"""\
 Pretrain a recursive transformer.
 
-    python pretrain_mesh.py --config examples/configs/pythia-160m-mesh.yaml --data-path my_corpus_text_document
+  python pretrain_mesh.py --config examples/configs/pythia-160m-mesh.yaml --data-path my_corpus_text_document
 
 A flag overrides the YAML file, which overrides the defaults. Recurrence schemes: {", ".join(SCHEMES)}."""
 
@@ -41,7 +41,7 @@ def parse_args(argv: Sequence[str], prog: str = "pretrain_mesh.py") -> Arguments
     Nothing is checked across settings: that is ``config.checks.resolve``.
 
     Raises:
-        UserError: a setting is unknown or not supported, a value has the wrong type, or the YAML file is wrong.
+        UserError: a setting is unknown or refused, a value has the wrong type, or the YAML file is wrong.
         SystemExit: ``--help``.
     """
     _refuse_unknown(argv)
@@ -54,6 +54,7 @@ def parse_args(argv: Sequence[str], prog: str = "pretrain_mesh.py") -> Arguments
         argv,
         prog=prog,
         docstring=_DESCRIPTION,
+        negations=True,
         default=Arguments(config=with_values(Config(), plain)),
     )
     flags = {name: value for name, value in flatten(arguments.config).items() if value is not None}

@@ -12,17 +12,19 @@ A tool is a dataclass of options, a function that takes it, and a last line::
     if __name__ == "__main__":
         command.run(main)
 
-The tool's docstring is the text of its ``--help``; lines that are indented stay as they are. A second parameter
-of ``main`` receives the arguments that are not options of the tool, such as settings of ``pretrain_mesh.py``.
+The tool's docstring is the text of its ``--help``. If ``main`` has a second parameter, it receives the
+arguments that are not options of the tool, such as settings of ``pretrain_mesh.py``.
 """
 
 import io
 import os
 import re
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+import textwrap
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -88,7 +90,7 @@ def call(main: Main, argv: Sequence[str]) -> int | None:
         UserError: an option is unknown or missing, or has a wrong value.
         SystemExit: ``--help`` was printed.
     """
-    module = main.__globals__  # type: ignore[attr-defined]
+    module = main.__globals__
     hints = get_type_hints(main, include_extras=True)
     hints.pop("return", None)
     kind, *others = hints.values()
@@ -96,21 +98,20 @@ def call(main: Main, argv: Sequence[str]) -> int | None:
     # Ctrl-C during an import would print a traceback, and some libraries catch it and continue.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        from tyro.conf import FlagCreatePairsOff
-
-        found = parse(FlagCreatePairsOff[kind], argv, prog=prog, docstring=docstring, others=bool(others))
+        found = parse(kind, argv, prog=prog, docstring=docstring, return_unknown_args=bool(others))
     finally:
         signal.signal(signal.SIGINT, handler)
     return main(*found) if others else main(found)
 
 
 def parse(
-    kind: Any, argv: Sequence[str], *, prog: str, docstring: str, others: bool = False, **more: Any
+    kind: Any, argv: Sequence[str], *, prog: str, docstring: str, negations: bool = False, **more: Any
 ) -> Any:
-    """An object of type ``kind`` from a command line; with ``others``, a pair of it and the unknown arguments.
+    """Parse a command line into an object of type ``kind``, a dataclass or a union of dataclasses.
 
     Args:
-        docstring: text of ``--help``. Lines that are indented stay as they are.
+        docstring: the text of ``--help``.
+        negations: accept ``--no-NAME`` for booleans.
         more: further arguments of ``tyro.cli``.
 
     Raises:
@@ -119,18 +120,15 @@ def parse(
     """
     import tyro
 
+    if {"-h", "--help"} & set(argv):
+        print(_wrapped(docstring), end="\n\n")  # tyro would join or break some of the lines
+    markers = (tyro.conf.OmitArgPrefixes, *(() if negations else (tyro.conf.FlagCreatePairsOff,)))
+    cli: Any = tyro.cli
     message = io.StringIO()
     try:
         with redirect_stderr(message):
-            return tyro.cli(
-                kind,
-                prog=prog,
-                description=re.sub(r"(?<=\S)\n(?=\S)", " ", docstring),  # tyro wraps the lines itself
-                args=argv,
-                config=(tyro.conf.OmitArgPrefixes,),
-                registry=_registry(),
-                return_unknown_args=others,
-                **more,
+            return cli(
+                kind, prog=prog, description="", args=argv, config=markers, registry=_registry(), **more
             )
     except SystemExit as end:
         if not end.code:
@@ -166,8 +164,17 @@ def _optional(info: "PrimitiveTypeInfo") -> "PrimitiveConstructorSpec | None":
     )
 
 
+def _wrapped(docstring: str) -> str:
+    """The text, wrapped for the terminal except for indented paragraphs."""
+    width = min(shutil.get_terminal_size().columns, 110)
+    paragraphs = docstring.strip().split("\n\n")
+    return "\n\n".join(text if text[0] == " " else textwrap.fill(text, width) for text in paragraphs)
+
+
 _REWORDED = {
-    r"Unrecognized options: (.*)": r"unknown option \1",
+    r"Unrecognized options: (-.*)": r"unknown option \1",
+    r"Unrecognized options: (.*)": r"unknown argument \1",
+    r"Expected one of \{(.*)\}\.": r"give one of these commands: \1",
     r"Missing value for argument '(\S+)'.*": r"\1 needs a value",
     r"Error parsing (\S+): invalid literal for int\(\) with base 10: '(.*)'": r"\1 \2 is not a whole number",
     r"Error parsing (\S+): could not convert string to float: '(.*)'": r"\1 \2 is not a number",

@@ -8,8 +8,10 @@ import pytest
 from megatron_mesh.checkpoint import offline
 from megatron_mesh.checkpoint.integrity import damage
 from megatron_mesh.errors import UserError
+from tests.commands import tool
 from tests.unit.train.conftest import run
-from tools.checkpoint import main
+
+main = tool("checkpoint")
 
 
 def test_list_and_show(checkpoints, capsys):

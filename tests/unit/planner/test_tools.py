@@ -1,13 +1,13 @@
 """The two commands: what they print, suggest, draw and refuse."""
 
 import runpy
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
 
 from megatron_mesh.errors import UserError
+from tests.commands import tool
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIG = ["--config", str(ROOT / "examples" / "configs" / "pythia-6.9b-5+11R2+5-mesh.yaml")]
@@ -15,11 +15,8 @@ RING = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeline-
 SHARDED = "--use-distributed-optimizer"
 
 
-def tool(name: str) -> Callable[[list[str]], None]:
-    return runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["main"]
-
-
-inspect_config, compare_pipelines = tool("inspect_config"), tool("compare_pipelines")
+inspect_config = tool("inspect_config")
+compare_pipelines = runpy.run_path(str(ROOT / "tools/compare_pipelines.py"))["main"]
 
 
 def test_plan_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -50,7 +47,7 @@ def test_suggestions_fit_and_are_sorted(
 
 
 def test_the_first_suggestion_is_a_plan(capsys: pytest.CaptureFixture) -> None:
-    """Its flags, given back, make the layout with the memory that was said."""
+    """Its flags, given back, make the layout with the memory that it names."""
     inspect_config([*CONFIG, "--suggest", "--gpu-memory-gib", "20"])
     parts = capsys.readouterr().out.split("\n\n")
     flags = parts[2].splitlines()[0].removeprefix("1: ").split()
