@@ -1,4 +1,4 @@
-"""The command line: defaults < YAML file < flags. Flags carry Megatron-LM's names."""
+"""The command line of training: flags override the YAML file, which overrides the defaults."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,36 +18,37 @@ from megatron_mesh.recurrence import SCHEMES
 _DESCRIPTION = f"""\
 Pretrain a recursive transformer.
 
-  python pretrain_mesh.py --config examples/configs/pythia-160m-mesh.yaml --data-path my_corpus_text_document
+  python pretrain_mesh.py --config examples/configs/pythia-160m.yaml --data-path my_corpus_text_document
 
 A flag overrides the YAML file, which overrides the defaults. Recurrence schemes: {", ".join(SCHEMES)}."""
 
 
 @dataclass
 class Arguments:
-    """What a command line says."""
+    """A parsed command line."""
 
     config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
-    """YAML file of settings: the flags' names with underscores, e.g. hidden_size: 768."""
+    """YAML file of settings, named like the flags but with underscores, e.g. hidden_size: 768."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the plan (parameters, FLOPs, steps, memory) and exit."""
+    """Print a plan of the run (parameters, FLOPs, steps and memory) and exit."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     """All settings."""
 
 
 def parse_args(argv: Sequence[str], prog: str = "pretrain_mesh.py") -> Arguments:
-    """Read a command line (without the program's name) and the YAML file that it names.
+    """Parse a command line, without the program's name, and the YAML file that it names.
 
-    Nothing is checked across settings: that is ``config.checks.resolve``.
+    This checks each setting by itself. ``config.checks.resolve`` checks how they fit together.
 
     Raises:
-        UserError: a setting is unknown or refused, a value has the wrong type, or the YAML file is wrong.
-        SystemExit: ``--help``.
+        UserError: a setting is unknown or not supported, a value has the wrong type, or the YAML file is
+            invalid.
+        SystemExit: ``--help`` was printed.
     """
     _refuse_unknown(argv)
     path = _config_file(argv, prog)
     file = read_yaml(path) if path else {}
-    # Fields that exclude each other stay at None here: whatever they hold afterwards is from a flag.
+    # Settings that exclude each other stay None here, so that any other value afterwards comes from a flag.
     plain = {name: value for name, value in file.items() if name not in ALTERNATIVE_NAMES}
     arguments: Arguments = parse(
         Arguments,
@@ -63,11 +64,11 @@ def parse_args(argv: Sequence[str], prog: str = "pretrain_mesh.py") -> Arguments
         {name: flags[name] for name in ALTERNATIVE_NAMES & flags.keys()},
     )
     config = with_values(arguments.config, {**dict.fromkeys(ALTERNATIVE_NAMES), **chosen})
-    return replace(arguments, config=with_values(config, _homes(config)))
+    return replace(arguments, config=with_values(config, _expanded_paths(config)))
 
 
-def _homes(config: Config) -> dict[str, Any]:
-    """The paths, with ``~`` replaced: shells leave it in ``--save=~/x``."""
+def _expanded_paths(config: Config) -> dict[str, Any]:
+    """Return the paths with ``~`` expanded, since shells don't expand it in ``--save=~/x``."""
     paths = {name: value for name, value in flatten(config).items() if name in PATHS and value is not None}
     return {
         name: [expand_user(word) for word in value] if isinstance(value, list) else expand_user(value)

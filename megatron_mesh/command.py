@@ -16,6 +16,8 @@ The tool's docstring is the text of its ``--help``. If ``main`` has a second par
 arguments that are not options of the tool, such as settings of ``pretrain_mesh.py``.
 """
 
+import ast
+import inspect
 import io
 import os
 import re
@@ -25,18 +27,26 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
-from dataclasses import replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_type_hints
 
 from megatron_mesh.errors import OutOfMemory, RanksLost, UserError
 from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 if TYPE_CHECKING:
-    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+    from tyro.constructors import (
+        ConstructorRegistry,
+        PrimitiveConstructorSpec,
+        PrimitiveTypeInfo,
+        StructConstructorSpec,
+        StructFieldSpec,
+        StructTypeInfo,
+    )
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as in a shell."""
@@ -138,16 +148,71 @@ def parse(
 
 @cache
 def _registry() -> "ConstructorRegistry":
-    """The types that tyro parses, with ours."""
+    """How tyro reads our types."""
     from tyro.constructors import ConstructorRegistry
 
     registry = ConstructorRegistry()
+    registry.struct_rule(_dataclass)
     registry.primitive_rule(_optional)
     return registry
 
 
+_DEFAULT_IN_TEXT = re.compile(r" \(default: [^)]*\)")
+
+
+def _dataclass(info: "StructTypeInfo") -> "StructConstructorSpec | None":
+    """Parse a dataclass of options, with the help texts and defaults that our docstrings mean.
+
+    tyro would keep the source's line breaks in help texts. It would also show "(default: unset)" after a text
+    that names a default, e.g. "(default: all)".
+    """
+    from tyro import MISSING_NONPROP
+    from tyro.constructors import StructConstructorSpec
+
+    if not is_dataclass(info.type):
+        return None
+    assert isinstance(info.type, type)
+    texts, types = _help_texts(info.type), get_type_hints(info.type, include_extras=True)
+    found = []
+    for each in fields(info.type):
+        if isinstance(info.default, info.type):
+            default = getattr(info.default, each.name)
+        elif each.default_factory is not MISSING:
+            default = each.default_factory()
+        else:
+            default = MISSING_NONPROP if each.default is MISSING else each.default
+        found.append(_field(each.name, types[each.name], default, texts.get(each.name)))
+    return StructConstructorSpec(instantiate=info.type, fields=tuple(found))
+
+
+def _field(name: str, kind: Any, default: Any, text: str | None) -> "StructFieldSpec":
+    from tyro.conf import arg
+    from tyro.constructors import StructFieldSpec
+
+    named = _DEFAULT_IN_TEXT.search(text or "")
+    if named and not default:
+        kind = Annotated[kind, arg(help_behavior_hint=named[0].strip())]
+    return StructFieldSpec(name, kind, default, text and _DEFAULT_IN_TEXT.sub("", text))
+
+
+@cache
+def _help_texts(cls: type) -> dict[str, str]:
+    """The strings below the fields of a dataclass, each on one line."""
+    (definition,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
 def _optional(info: "PrimitiveTypeInfo") -> "PrimitiveConstructorSpec | None":
-    """``X | None`` takes an X, and ``--help`` shows it as an X that is unset (tyro: ``{None}|X``)."""
+    """Parse ``X | None`` as an X, and show it as one in ``--help`` (tyro shows ``{None}|X``)."""
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
     if info.type_origin not in (Union, UnionType):

@@ -34,11 +34,12 @@ class RecursiveOptions:
     to_recursive: str | None = None
     """Layers of the new model as prelude+coreRloops+coda; its unrolled depth must be the model's."""
     recurrence: str | None = None
-    """Recurrence scheme; mesh if unset."""
+    """Recurrence scheme. (default: mesh)"""
     core: Literal["average", "first", "stepwise"] | None = None
-    """Layers of the core: the mean over all loops (default), the first loop's, or some at equal steps."""
+    """Layers of the core: the mean over all loops, the first loop's, or some at equal steps.
+    (default: average)"""
     seed: int | None = None
-    """Seed of the new routers; 1234 if unset."""
+    """Seed of the new routers. (default: 1234)"""
 
 
 @dataclass

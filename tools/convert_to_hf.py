@@ -33,9 +33,9 @@ class Options:
     save: Path | None = None
     """Directory for the model."""
     tokenizer_model: str | None = None
-    """Where the tokenizer is now, if it was moved since the training."""
+    """Where the tokenizer is now. (default: where it was in training)"""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Precision of the weights; the checkpoint's if unset."""
+    """Precision of the weights. (default: the checkpoint's)"""
     force: bool = False
     """Replace what is at --save."""
     refresh_code: Path | None = None

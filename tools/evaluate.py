@@ -33,7 +33,7 @@ class ModelOptions:
     load: Path | None = None
     """A training checkpoint: a run's directory, or an iter_... directory in it."""
     tokenizer_model: str | None = None
-    """With --load: where the tokenizer is now, if it was moved since the training."""
+    """With --load: where the tokenizer is now. (default: where it was in training)"""
     trust_remote_code: bool = False
     """Run the Python code that comes with --model (our own exports don't need this)."""
 
@@ -44,18 +44,22 @@ class MeasureOptions:
 
     tasks: Annotated[
         tuple[str, ...] | None,
-        arg(help=f"Tasks to run, of {', '.join(TASKS)}. All if unset, none with an empty list."),
+        arg(
+            help=f"Tasks to run, of {', '.join(TASKS)}; none with an empty list.",
+            help_behavior_hint="(default: all)",
+        ),
     ] = None
     num_fewshot: tuple[int, ...] = SHOTS
     """Numbers of examples in the prompt."""
     text: tuple[str, ...] = ()
-    """Files for perplexity: .jsonl or .txt, also compressed. Documents are packed as in training."""
+    """Files for perplexity: .jsonl or .txt, also compressed. Documents are packed as in training.
+    (default: none)"""
     json_keys: str = "text"
     """Key of the text in .jsonl files."""
     local_data: Path | None = None
     """Take data and lm-eval task files (.yaml) from this directory, not from the hub."""
     limit: int | None = None
-    """Use only the first N documents, for a quick look."""
+    """Use only the first N documents, for a quick look. (default: all)"""
 
 
 @dataclass
@@ -63,11 +67,11 @@ class EngineOptions:
     """How to run the model."""
 
     max_length: int | None = None
-    """Tokens in a sequence; the model's if unset. Longer sequences than in training give worse results."""
+    """Tokens in a sequence. Longer sequences than in training give worse results. (default: the model's)"""
     batch_size: int | Literal["auto"] = 8
     """Sequences in a batch, or auto. With auto, --text takes one sequence at a time."""
     device: str | None = None
-    """cpu, or a GPU by torch's name; the GPU if unset and there is one."""
+    """cpu, or a GPU by torch's name. (default: the GPU if there is one)"""
     engine: Literal["transformers", "vllm"] = "transformers"
     """Library that runs the model; vllm must be installed."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -31,7 +31,7 @@ class Options:
     load: Path | None = None
     """A run's directory (its newest checkpoint), or an iter_... directory in it."""
     tokenizer_model: str | None = None
-    """With --load: where the tokenizer is now, if it was moved since the training."""
+    """With --load: where the tokenizer is now. (default: where it was in training)"""
     prompt: Annotated[tuple[str, ...], UseAppendAction] = ()
     """Text to continue; may be given several times."""
     prompt_file: Path | None = None
@@ -47,11 +47,11 @@ class Options:
     num_beams: int = 1
     """Beams; above 1 for beam search."""
     num_loops: int | None = None
-    """Run the core this many times, if the scheme has no parameters per loop."""
+    """Run the core this many times, if the scheme has no parameters per loop. (default: as trained)"""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Precision of the computation; that of the weights if unset."""
+    """Precision of the computation. (default: the weights')"""
     attn_implementation: str | None = None
-    """sdpa, eager or flash_attention_2; sdpa if unset."""
+    """sdpa, eager or flash_attention_2. (default: sdpa)"""
     output: Path | None = None
     """New file for the text, which is printed as well."""
     seed: int = 0

@@ -58,7 +58,7 @@ class Options:
     gpus_per_node: int = 8
     """GPUs of a node."""
     figure: Path | None = None
-    """Write a picture of the schedule to this PNG file."""
+    """Write a picture of the schedule to this PNG file. (default: none)"""
 
 
 def main(options: Options, settings: list[str]) -> None:

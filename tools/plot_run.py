@@ -20,7 +20,7 @@ class Options:
     run: Path
     """The run's directory, with its metrics.jsonl."""
     output_dir: Path | None = None
-    """Directory for the figures; the run's if unset."""
+    """Directory for the figures. (default: the run's)"""
 
 
 def main(options: Options) -> None:

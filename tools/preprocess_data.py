@@ -38,7 +38,7 @@ class Options:
     tokenizer_model: str
     """A tokenizer.json, a directory that holds one, or a SentencePiece .model."""
     tokenizer_type: str | None = None
-    """HuggingFaceTokenizer or SentencePieceTokenizer; chosen by the file's name if unset."""
+    """HuggingFaceTokenizer or SentencePieceTokenizer. (default: by the file's name)"""
     json_keys: tuple[str, ...] = ("text",)
     """Keys to take from the JSON objects."""
     append_eod: bool = False

@@ -29,11 +29,11 @@ class SlurmOptions:
     time: str = "04:00:00"
     """Time limit of a job."""
     qos: str | None = None
-    """Quality of service, if the cluster requires one."""
+    """Quality of service, if the cluster requires one. (default: none)"""
     mem_per_cpu_gb: int = 4
     """Memory of a task in GB."""
     env_command: str | None = None
-    """Shell line to run before each task, e.g. 'source .venv/bin/activate'."""
+    """Shell line to run before each task, e.g. 'source .venv/bin/activate'. (default: none)"""
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Options:
     """A tokenizer.json, a directory that holds one, or a SentencePiece .model."""
     slurm: SlurmOptions
     tokenizer_type: str | None = None
-    """HuggingFaceTokenizer or SentencePieceTokenizer; chosen by the file's name if unset."""
+    """HuggingFaceTokenizer or SentencePieceTokenizer. (default: by the file's name)"""
     json_key: str = "text"
     """Key to take from the JSON objects."""
     append_eod: bool = False

@@ -75,19 +75,19 @@ class JobOptions:
     site: Path | None = None
     """The site's choices: your copy of examples/slurm/site.sh."""
     nodes: int | None = None
-    """Nodes of the job; 1 if unset."""
+    """Nodes of the job. (default: 1)"""
     gpus_per_node: int | None = None
-    """GPUs of a node; GPUS_PER_NODE of the site if unset."""
+    """GPUs of a node. (default: GPUS_PER_NODE of the site)"""
     time: str | None = None
-    """Time limit of a job; TIME_LIMIT of the site if unset."""
+    """Time limit of a job. (default: TIME_LIMIT of the site)"""
     gpu_memory_gib: float | None = None
-    """Refuse a plan that needs more memory per GPU than this."""
+    """Refuse a plan that needs more memory per GPU than this. (default: no limit)"""
     chain: int | None = None
-    """Number of jobs that resume the run one after another."""
+    """Number of jobs that resume the run one after another. (default: 1)"""
     sweep: Annotated[tuple[str, ...], UseAppendAction] = ()
     """NAME=V1,V2: one run for each value, as an array. Several sweeps are combined, value by value."""
     at_once: int | None = None
-    """With --sweep: run at most this many at a time."""
+    """With --sweep: run at most this many at a time. (default: all)"""
     dry_run: bool = False
     """Print the batch script or the change, and do nothing."""
 
