@@ -28,7 +28,8 @@ class Arguments:
     """A parsed command line."""
 
     config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
-    """YAML file of settings, named like the flags but with underscores, e.g. hidden_size: 768."""
+    """YAML file of settings, named like the flags but with underscores (hidden_size: 768), or the name of a
+    preset, such as pythia-1.4b."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print a plan of the run (parameters, FLOPs, steps and memory) and exit."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)

@@ -169,9 +169,9 @@ def _dataclass(info: "StructTypeInfo") -> "StructConstructorSpec | None":
     from tyro import MISSING_NONPROP
     from tyro.constructors import StructConstructorSpec
 
-    if not is_dataclass(info.type):
+    # tyro wraps a union of subcommands in a dataclass of its own.
+    if not isinstance(info.type, type) or not is_dataclass(info.type) or info.type.__module__[:5] == "tyro.":
         return None
-    assert isinstance(info.type, type)
     texts, types = _help_texts(info.type), get_type_hints(info.type, include_extras=True)
     found = []
     for each in fields(info.type):

@@ -85,7 +85,7 @@ class JobOptions:
     chain: int | None = None
     """Number of jobs that resume the run one after another. (default: 1)"""
     sweep: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """NAME=V1,V2: one run for each value, as an array. Several sweeps are combined, value by value."""
+    """NAME=V1,V2: one run for each value, as an array. Several --sweep run every combination."""
     at_once: int | None = None
     """With --sweep: run at most this many at a time. (default: all)"""
     dry_run: bool = False
