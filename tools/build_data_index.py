@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Build the index cache of a run's data in advance, so that no GPU waits for it.
 
-    python tools/build_data_index.py --config examples/configs/pythia-160m-mesh.yaml \\
+    python tools/build_data_index.py --config examples/configs/pythia-160m.yaml \\
         --data-path data/corpus_text_document --data-cache-path /local/cache --tokenizer-model tokenizer.json
 
 Takes every setting of pretrain_mesh.py (see its --help); give the run's own. The data, --split, --seq-length
