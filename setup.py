@@ -57,13 +57,13 @@ setup(
     description="Megatron-style pretraining of recursive (looped) transformers with MeSH",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    cmdclass={"build_py": BuildWithTools},
+    entry_points={"console_scripts": ["megatron-mesh = megatron_mesh.__main__:main"]},
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_mesh", "megatron_mesh.*"]),
     py_modules=["pretrain_mesh"],
-    cmdclass={"build_py": BuildWithTools},
-    entry_points={"console_scripts": ["megatron-mesh = megatron_mesh.__main__:main"]},
     package_data={"megatron_mesh.evaluation": ["*.json"]},
     install_requires=[
         "megatron-core==0.16.1",  # its seams are patched and subclassed: this version exactly
