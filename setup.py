@@ -5,8 +5,24 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
-PACKAGE = Path(__file__).with_name("megatron_mesh")
+ROOT = Path(__file__).parent
+PACKAGE = ROOT / "megatron_mesh"
+
+
+class BuildWithTools(build_py):
+    """Copy the programs in ``tools/`` and the presets into the package, so that a wheel has them."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:  # then they are used from where they are
+            return
+        for source, target in ((ROOT / "tools", "tools"), (ROOT / "examples/configs", "presets")):
+            directory = Path(self.build_lib, PACKAGE.name, target)
+            self.mkpath(str(directory))
+            for path in sorted(source.glob("*.py" if target == "tools" else "*.yaml")):
+                self.copy_file(str(path), str(directory / path.name))
 
 
 def constant(name: str, path: Path) -> Any:
@@ -39,8 +55,10 @@ setup(
     name="megatron_mesh",
     version=constant("__version__", PACKAGE / "__init__.py"),
     description="Megatron-style pretraining of recursive (looped) transformers with MeSH",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    cmdclass={"build_py": BuildWithTools},
+    entry_points={"console_scripts": ["megatron-mesh = megatron_mesh.__main__:main"]},
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",

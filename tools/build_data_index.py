@@ -1,34 +1,35 @@
 #!/usr/bin/env python
 """Build the index cache of a run's data in advance, so that no GPU waits for it.
 
-usage: build_data_index.py [--config FILE] --data-path PREFIX [--data-cache-path DIR] [SETTING ...]
+    python tools/build_data_index.py --config examples/configs/pythia-160m.yaml \\
+        --data-path data/corpus_text_document --data-cache-path /local/cache --tokenizer-model tokenizer.json
 
-example:
-  python tools/build_data_index.py --config examples/configs/pythia-160m-mesh.yaml \\
-      --data-path data/corpus_text_document --data-cache-path /local/cache --tokenizer-model tokenizer.json
-
-Takes every setting of pretrain_mesh.py (see its --help). Give the run's own: the data, --split, --seq-length
-and --seed decide which index is built; the others change nothing. The index serves any number of steps, ranks
-and loader processes, wherever the data are mounted. Several of these may run at once. The table of a blend
-depends on the length of the run, so the run builds it.
+Takes every setting of pretrain_mesh.py (see its --help); give the run's own. The data, --split, --seq-length
+and --seed decide which index is built, and the other settings change nothing. One index serves any number of
+steps, ranks and loader processes, wherever the data are mounted. Several of these commands may run at once.
+The table of a blend depends on the length of the run, so the run builds it.
 """
 
-import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 
-from megatron_mesh.arguments import parse_args
-from megatron_mesh.data import Tokenizer, build_datasets, build_tokenizer
+from megatron_mesh import command
 from megatron_mesh.errors import UserError
-from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
-from megatron_mesh.train.data import IdsOnly
 
 
-def main(argv: Sequence[str]) -> None:
-    """Build the cache and say how much data there is."""
-    if not argv or {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return
-    config = parse_args(argv).config
+@dataclass
+class Options:
+    """All options are settings of pretrain_mesh.py."""
+
+
+def main(options: Options, settings: list[str]) -> None:
+    """Build the cache and print how much data there is."""
+    if not settings:
+        raise UserError("the data are missing; give --data-path or a --config that names them")
+    from megatron_mesh.arguments import parse_args
+    from megatron_mesh.data import Tokenizer, build_datasets, build_tokenizer
+    from megatron_mesh.train.data import IdsOnly
+
+    config = parse_args(settings, prog="build_data_index.py").config
     tokenizer: Tokenizer = IdsOnly(0)
     if config.data.tokenizer_model is not None:
         tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
@@ -55,9 +56,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        with closed_pipe_is_no_error():
-            main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(main)

@@ -1,74 +1,75 @@
 #!/usr/bin/env python
-"""Convert a Hugging Face model to a checkpoint that a run can start from: our exports, and GPT-NeoX.
+"""Convert a Hugging Face model, an export of ours or a GPT-NeoX, to a checkpoint to start a run from.
 
-python tools/convert_from_hf.py --load pythia-410m --save pythia-410m-megatron
-python pretrain_mesh.py --config pythia-410m-megatron/config.yaml --load pythia-410m-megatron --finetune ...
+    python tools/convert_from_hf.py --load pythia-410m --save pythia-410m-megatron
+    python pretrain_mesh.py \\
+        --config pythia-410m-megatron/config.yaml --load pythia-410m-megatron --finetune ...
 
-The run can have any layout of ranks. A plain model can become a recursive one with new routers, for continued
+The run can have any rank layout. A plain model can become a recursive one with new routers, for continued
 pretraining:
 
-python tools/convert_from_hf.py --load pythia-410m --save recursive --to-recursive 4+8R2+4 --core average
+    python tools/convert_from_hf.py --load pythia-410m --save recursive --to-recursive 4+8R2+4 --core average
 
-A GPT-NeoX can be converted if it computes what our models do, like all of Pythia: parallel residual,
-attention biases, hidden_act "gelu", an even number of rotated dimensions per head, a whole rope_theta, no
-RoPE scaling. GPT-NeoX-20B (gelu_fast) and RedPajama-INCITE (use_parallel_residual false) are refused, as is
-anything else that would change the logits: one line, exit code 2. Weights are float32, bfloat16 or float16,
-without quantization or adapters, and kept bit for bit; if their dtypes differ, all become float32. Dropout
-is left out with a note. The vocabulary is padded for tensor parallelism; the loss ignores the padding.
+A GPT-NeoX can be converted if it computes what our models do, as all of Pythia does: parallel residual,
+attention biases, hidden_act "gelu", an even number of rotated dimensions per head, an integer rope_theta, no
+RoPE scaling. Anything else that would change the logits is refused with one line and exit status 2, for
+example GPT-NeoX-20B (gelu_fast) and RedPajama-INCITE (use_parallel_residual false). Weights must be float32,
+bfloat16 or float16, without quantization or adapters. They are copied bit for bit; if their dtypes differ,
+all become float32. Dropout is left out with a note. The vocabulary is padded for tensor parallelism, and the
+loss ignores the padding.
 """
 
-import argparse
-import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from megatron_mesh import command
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.requirements import check_transformers
-from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
-
-CORES = ("average", "first", "stepwise")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Convert a model as the command line asks."""
-    arguments = _parser().parse_args(argv)
+@dataclass
+class RecursiveOptions:
+    """Make a recursive model from a plain one."""
+
+    to_recursive: str | None = None
+    """Layers of the new model as prelude+coreRloops+coda; its unrolled depth must be the model's."""
+    recurrence: str | None = None
+    """Recurrence scheme. (default: mesh)"""
+    core: Literal["average", "first", "stepwise"] | None = None
+    """Layers of the core: the mean over all loops, the first loop's, or some at equal steps.
+    (default: average)"""
+    seed: int | None = None
+    """Seed of the new routers. (default: 1234)"""
+
+
+@dataclass
+class Options:
+    """Options of the conversion."""
+
+    load: Path
+    """Directory of the Hugging Face model."""
+    save: Path
+    """Directory for the checkpoint."""
+    recursive: RecursiveOptions
+
+
+def main(options: Options) -> None:
+    """Convert the model and print how to train it."""
+    from megatron_mesh.hf.requirements import check_transformers
+
     check_transformers()
-    # Megatron-core takes seconds to import, and --help doesn't need it.
     from megatron_mesh.hf.bring_in import Recursive, bring_in
 
-    choices = {name: getattr(arguments, name) for name in ("recurrence", "core", "seed")}
+    asked = options.recursive
+    choices = {name: getattr(asked, name) for name in ("recurrence", "core", "seed")}
     given = {name: value for name, value in choices.items() if value is not None}
-    if given and not arguments.to_recursive:
+    if given and not asked.to_recursive:
         raise UserError(f"--{next(iter(given))} needs --to-recursive; add that or leave it out")
-    recursive = Recursive(arguments.to_recursive, **given) if arguments.to_recursive else None
-    model = bring_in(arguments.load, arguments.save, recursive)
-    print(f"wrote {arguments.save} ({model.recurrence} {model.layers}); start a run from it with")
-    print(
-        f"  pretrain_mesh.py --config {arguments.save / 'config.yaml'} --load {arguments.save} --finetune ..."
-    )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="convert_from_hf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--load", type=Path, required=True, help="directory of the Hugging Face model")
-    parser.add_argument("--save", type=Path, required=True, help="directory for the checkpoint")
-    group = parser.add_argument_group("a recursive model from a plain one")
-    group.add_argument(
-        "--to-recursive", metavar="LAYERS", help="prelude+coreRloops+coda, as deep as the model"
-    )
-    group.add_argument("--recurrence", help="scheme (default: mesh)")
-    text = "layers of the core: the mean over all loops (default), the first loop's, or some at equal steps"
-    group.add_argument("--core", choices=CORES, help=text)
-    group.add_argument("--seed", type=int, help="seed of the new routers (default: 1234)")
-    return parser
+    recursive = Recursive(asked.to_recursive, **given) if asked.to_recursive else None
+    model = bring_in(options.load, options.save, recursive)
+    print(f"wrote {options.save} ({model.recurrence} {model.layers}); start a run from it with")
+    print(f"  pretrain_mesh.py --config {options.save / 'config.yaml'} --load {options.save} --finetune ...")
 
 
 if __name__ == "__main__":
-    try:
-        with closed_pipe_is_no_error():
-            main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(main)

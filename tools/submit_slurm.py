@@ -4,142 +4,148 @@
 Submit. Besides the options below, it takes every setting of pretrain_mesh.py. --save is the run's directory,
 on a file system that all nodes share:
 
-  python tools/submit_slurm.py --site my_site.sh --nodes 4 --gpu-memory-gib 76 --save /scratch/me/run1 \\
-      --config examples/configs/pythia-1.4b-mesh.yaml --data-path my_corpus_text_document \\
-      --save-interval 500 --dry-run
+    python tools/submit_slurm.py --site my_site.sh --nodes 4 --gpu-memory-gib 76 --save /scratch/me/run1 \\
+        --config examples/configs/pythia-1.4b.yaml --data-path my_corpus_text_document \\
+        --save-interval 500 --dry-run
 
-Without --dry-run the code and the settings are copied to RUN/slurm, and the job is submitted. It saves
-before its time is up and requeues itself until the run is done. Where users may not requeue, use a chain of
-jobs. A sweep submits one array of jobs, with a run for each value in a directory of its own under --save:
+Without --dry-run, the code and the settings are copied to RUN/slurm and the job is submitted. It saves before
+its time is up and requeues itself until the run is done. If users may not requeue jobs, use a chain of jobs.
+A sweep submits one array of jobs, with a run for each value in its own directory under --save:
 
-  python tools/submit_slurm.py --site my_site.sh --nodes 4 --chain 5 --save /scratch/me/run1 ...
-  python tools/submit_slurm.py --site my_site.sh --sweep seed=1,2,3 --save /scratch/me/sweep ...
+    python tools/submit_slurm.py --site my_site.sh --nodes 4 --chain 5 --save /scratch/me/run1 ...
+    python tools/submit_slurm.py --site my_site.sh --sweep seed=1,2,3 --save /scratch/me/sweep ...
 
 Later (a sweep's directory stands for all of its runs):
 
-  python tools/submit_slurm.py --status /scratch/me/run1 /scratch/me/sweep
-  python tools/submit_slurm.py --follow /scratch/me/run1
-  python tools/submit_slurm.py --requeue /scratch/me/run1
-  python tools/submit_slurm.py --change /scratch/me/run1 --nodes 8 --lr 1e-4
-  python tools/submit_slurm.py --cancel /scratch/me/run1
+    python tools/submit_slurm.py --status /scratch/me/run1 /scratch/me/sweep
+    python tools/submit_slurm.py --follow /scratch/me/run1
+    python tools/submit_slurm.py --requeue /scratch/me/run1
+    python tools/submit_slurm.py --change /scratch/me/run1 --nodes 8 --lr 1e-4
+    python tools/submit_slurm.py --cancel /scratch/me/run1
 """
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-_ROOT = Path(__file__).resolve().parents[1]
-# The code that is submitted is this clone's, even if the environment has another one installed.
-sys.path.insert(0, str(_ROOT))
+_ABOVE = Path(__file__).resolve().parents[1]
+"""The clone, or the package if the tool is installed."""
+if (_ABOVE / "megatron_mesh").is_dir():  # submit the clone's code even if another copy is installed
+    sys.path.insert(0, str(_ABOVE))
 
-from megatron_mesh.arguments import parse_args  # noqa: E402
+from tyro.conf import UseAppendAction  # noqa: E402
+
+from megatron_mesh import command  # noqa: E402
 from megatron_mesh.errors import UserError  # noqa: E402
-from megatron_mesh.runtime.pipes import closed_pipe_is_no_error  # noqa: E402
-from megatron_mesh.slurm import actions, status  # noqa: E402
-from megatron_mesh.slurm.actions import run_directory  # noqa: E402
-from megatron_mesh.slurm.change import Wanted, make_change, plan_change  # noqa: E402
-from megatron_mesh.slurm.commands import seconds_to_leave, tell_unused_options  # noqa: E402
-from megatron_mesh.slurm.follow import follow  # noqa: E402
-from megatron_mesh.slurm.script import Shape, array_script, batch_script, folder, save_note  # noqa: E402
-from megatron_mesh.slurm.site import Site, read_site  # noqa: E402
-from megatron_mesh.slurm.submission import (  # noqa: E402
-    check_clone,
-    check_memory,
-    check_new,
-    prepared,
-    write_and_submit,
-)
-from megatron_mesh.slurm.sweep import elements, runs_in, write_and_submit_sweep  # noqa: E402
 
-_FOR_NEW_RUNS = ("site", "nodes", "gpus_per_node", "time", "gpu_memory_gib", "sweep", "at_once", "dry_run")
+if TYPE_CHECKING:
+    from megatron_mesh.slurm.script import Shape
+    from megatron_mesh.slurm.site import Site
+
+_PROG = "submit_slurm.py"
 _FOR_CHANGES = ("site", "nodes", "gpus_per_node", "time", "gpu_memory_gib", "dry_run")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Do what the command line says."""
-    parser = _parser()
-    options, settings = parser.parse_known_args(argv)
-    _check_options(options, settings)
-    if options.status is not None:
-        _show(_runs(options.status), options.json)
-    elif options.follow is not None:
+@dataclass
+class RunOptions:
+    """Runs that have been submitted. Give one of these, with a run's or a sweep's directory."""
+
+    status: tuple[Path, ...] | None = None
+    """Show the state of a run, or a table of several."""
+    follow: Path | None = None
+    """Print the log of the run's job until the job ends."""
+    requeue: tuple[Path, ...] | None = None
+    """Save, and put the runs back in the queue."""
+    change: Path | None = None
+    """Give the run other nodes or settings."""
+    cancel: tuple[Path, ...] | None = None
+    """Cancel the jobs of the runs."""
+    json: bool = False
+    """With --status: print a list of objects."""
+
+
+@dataclass
+class JobOptions:
+    """A new run, or a change of one."""
+
+    site: Path | None = None
+    """The site's choices: your copy of examples/slurm/site.sh."""
+    nodes: int | None = None
+    """Nodes of the job. (default: 1)"""
+    gpus_per_node: int | None = None
+    """GPUs of a node. (default: GPUS_PER_NODE of the site)"""
+    time: str | None = None
+    """Time limit of a job. (default: TIME_LIMIT of the site)"""
+    gpu_memory_gib: float | None = None
+    """Refuse a plan that needs more memory per GPU than this. (default: no limit)"""
+    chain: int | None = None
+    """Number of jobs that resume the run one after another. (default: 1)"""
+    sweep: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """NAME=V1,V2: one run for each value, as an array. Several --sweep run every combination."""
+    at_once: int | None = None
+    """With --sweep: run at most this many at a time. (default: all)"""
+    dry_run: bool = False
+    """Print the batch script or the change, and do nothing."""
+
+
+@dataclass
+class Options:
+    """Options besides the settings of the run."""
+
+    run: RunOptions = field(default_factory=RunOptions)
+    job: JobOptions = field(default_factory=JobOptions)
+
+
+def main(options: Options, settings: list[str]) -> None:
+    """Act on submitted runs, or submit a new one."""
+    _check_options(options.run, options.job, settings)
+    from megatron_mesh.slurm import actions
+    from megatron_mesh.slurm.follow import follow
+    from megatron_mesh.slurm.submission import check_clone
+
+    run, job = options.run, options.job
+    if run.status is not None:
+        _show(_runs(run.status), run.json)
+    elif run.follow is not None:
         with suppress(KeyboardInterrupt):
-            for text in follow(_one_run(options.follow)):
+            for text in follow(_one_run(run.follow)):
                 print(text, end="", flush=True)
-    elif options.requeue is not None:
-        _act(_runs(options.requeue), functools.partial(actions.requeue, chain=options.chain or 1))
-    elif options.cancel is not None:
-        _act(_runs(options.cancel), actions.cancel)
-    elif options.change is not None:
-        _change(options, settings, parser.prog)
+    elif run.requeue is not None:
+        _act(_runs(run.requeue), functools.partial(actions.requeue, chain=job.chain or 1))
+    elif run.cancel is not None:
+        _act(_runs(run.cancel), actions.cancel)
+    elif run.change is not None:
+        _change(run.change, job, settings)
     else:
-        check_clone(_ROOT)
-        _submit(options, settings, parser.prog)
+        check_clone(_ABOVE)
+        _submit(job, settings)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="submit_slurm.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    group = parser.add_argument_group("runs that have been submitted")
-    later = group.add_mutually_exclusive_group()
-    runs = functools.partial(later.add_argument, type=Path, metavar="RUN", nargs="+")
-    runs("--status", help="show the state of a run, or a table for several")
-    later.add_argument(
-        "--follow", type=Path, metavar="RUN", help="print the log of its job until the job ends"
-    )
-    runs("--requeue", help="save, and put a run back in the queue")
-    later.add_argument("--change", type=Path, metavar="RUN", help="give a run other nodes or settings")
-    runs("--cancel", help="cancel the jobs of a run")
-    group.add_argument("--json", action="store_true", help="with --status: a list of objects")
-    group = parser.add_argument_group("a new run, or a change")
-    group.add_argument("--site", type=Path, help="the site's choices: a copy of examples/slurm/site.sh")
-    group.add_argument("--nodes", type=int, help="nodes of the job (default: 1)")
-    group.add_argument("--gpus-per-node", type=int, help="GPUs of each (default: GPUS_PER_NODE of the site)")
-    group.add_argument("--time", help="time limit of a job (default: TIME_LIMIT of the site)")
-    group.add_argument("--gpu-memory-gib", type=float, help="refuse a plan that needs more of a GPU")
-    group.add_argument("--chain", type=int, metavar="N", help="jobs that resume the run one after another")
-    group.add_argument(
-        "--sweep",
-        action="append",
-        metavar="NAME=V1,V2",
-        help="one run for each value, as an array; several sweeps make the product",
-    )
-    group.add_argument(
-        "--at-once", type=int, metavar="N", help="with --sweep: run at most N of them at a time"
-    )
-    group.add_argument(
-        "--dry-run", action="store_true", help="print the batch script or the change; do nothing"
-    )
-    return parser
-
-
-def _check_options(options: argparse.Namespace, settings: Sequence[str]) -> None:
+def _check_options(run: RunOptions, job: JobOptions, settings: Sequence[str]) -> None:
     """Refuse numbers that are not above 0, and options that the command would ignore."""
     for name in ("chain", "nodes", "gpus_per_node", "gpu_memory_gib", "at_once"):
-        value = getattr(options, name)
+        value = getattr(job, name)
         if value is not None and not value > 0:
             raise UserError(f"{_flag(name)} {value} must be above 0")
-    for command in ("status", "follow", "requeue", "cancel", "change"):
-        if getattr(options, command) is None:
-            continue
-        allowed = _FOR_CHANGES if command == "change" else ()
-        given = [_flag(name) for name in _FOR_NEW_RUNS if getattr(options, name) and name not in allowed]
-        given += [] if command == "change" else settings
-        if options.chain is not None and command not in ("requeue", "change"):
-            given.append("--chain")
+    actions = ("status", "follow", "requeue", "cancel", "change")
+    commands = [name for name in actions if getattr(run, name) is not None]
+    if len(commands) > 1:
+        raise UserError(f"{' and '.join(map(_flag, commands))} cannot be combined; give one of them")
+    for command_name in commands:
+        if getattr(run, command_name) == ():
+            raise UserError(f"{_flag(command_name)} needs at least one run's directory")
+        allowed = {"change": (*_FOR_CHANGES, "chain"), "requeue": ("chain",)}.get(command_name, ())
+        given = [_flag(name) for name, value in vars(job).items() if value and name not in allowed]
+        given += [] if command_name == "change" else settings
         if given:
-            raise UserError(f"{given[0]} is for a new run, not for --{command}; leave it out")
-    if options.json and options.status is None:
+            raise UserError(f"{given[0]} is for a new run, not for {_flag(command_name)}; leave it out")
+    if run.json and run.status is None:
         raise UserError("--json goes with --status")
-    if options.at_once and not options.sweep:
+    if job.at_once and not job.sweep:
         raise UserError("--at-once goes with --sweep")
 
 
@@ -148,6 +154,9 @@ def _flag(name: str) -> str:
 
 
 def _runs(paths: Sequence[Path]) -> list[Path]:
+    from megatron_mesh.slurm.actions import run_directory
+    from megatron_mesh.slurm.sweep import runs_in
+
     return [run for path in paths for run in runs_in(run_directory(path))]
 
 
@@ -159,7 +168,9 @@ def _one_run(path: Path) -> Path:
 
 
 def _act(runs: Sequence[Path], action: Callable[[Path], str]) -> None:
-    """Do it for every run, whatever happens with the others; exit status 2 if it failed for one of them."""
+    """Do it for every run, even if it fails for others; then the exit status is 2."""
+    from megatron_mesh.slurm import actions
+
     if len(runs) == 1:
         print(action(runs[0]))
         return
@@ -177,6 +188,8 @@ def _act(runs: Sequence[Path], action: Callable[[Path], str]) -> None:
 
 
 def _show(runs: Sequence[Path], as_json: bool) -> None:
+    from megatron_mesh.slurm import status
+
     found = status.statuses(runs)
     if as_json:
         print(status.as_json(found))
@@ -184,11 +197,15 @@ def _show(runs: Sequence[Path], as_json: bool) -> None:
         print(status.as_text(found[0]) if len(found) == 1 else status.as_table(found))
 
 
-def _change(options: argparse.Namespace, settings: Sequence[str], prog: str) -> None:
+def _change(run: Path, options: JobOptions, settings: Sequence[str]) -> None:
+    from megatron_mesh.slurm.change import Wanted, make_change, plan_change
+    from megatron_mesh.slurm.commands import tell_unused_options
+    from megatron_mesh.slurm.submission import check_memory
+
     wanted = Wanted(
         settings, options.site, options.nodes, options.gpus_per_node, options.time, options.chain or 1
     )
-    change = plan_change(_one_run(options.change), wanted, prog)
+    change = plan_change(_one_run(run), wanted, _PROG)
     gib = check_memory(change.config, change.shape.nodes * change.site.gpus_per_node, options.gpu_memory_gib)
     print(f"the fullest rank needs about {gib:.1f} GiB", file=sys.stderr)
     for line in change.differences:
@@ -198,7 +215,13 @@ def _change(options: argparse.Namespace, settings: Sequence[str], prog: str) -> 
         print(make_change(change))
 
 
-def _submit(options: argparse.Namespace, settings: Sequence[str], prog: str) -> None:
+def _submit(options: JobOptions, settings: Sequence[str]) -> None:
+    from megatron_mesh.arguments import parse_args
+    from megatron_mesh.slurm.actions import run_directory
+    from megatron_mesh.slurm.script import Shape, batch_script
+    from megatron_mesh.slurm.site import read_site
+    from megatron_mesh.slurm.submission import check_memory, check_new, prepared, write_and_submit
+
     if options.site is None:
         raise UserError("--site is missing; copy examples/slurm/site.sh, fill it in and give its path")
     site = read_site(options.site)
@@ -207,51 +230,58 @@ def _submit(options: argparse.Namespace, settings: Sequence[str], prog: str) -> 
         gpus_per_node=options.gpus_per_node or site.gpus_per_node,
         time_limit=options.time or site.time_limit,
     )
-    config = parse_args(settings, prog=prog).config
+    config = parse_args(settings, prog=_PROG).config
     if config.checkpoint.save is None:
         raise UserError("--save is missing: the run's directory, on a file system that all nodes share")
     run = run_directory(Path(config.checkpoint.save))
     check_new(run)
     shape = Shape(options.nodes or 1, options.chain or 1)
-    jobs = _sweep(options, settings, prog, run, site, shape) if options.sweep else None
+    jobs = _sweep(options, settings, run, site, shape) if options.sweep else None
     if jobs is None:
         config = prepared(config, run, site, shape.nodes)
         script = batch_script(run, config.checkpoint.load, site, shape)
-        _tell_memory(check_memory(config, shape.nodes * site.gpus_per_node, options.gpu_memory_gib))
+        _print_memory(check_memory(config, shape.nodes * site.gpus_per_node, options.gpu_memory_gib))
         if options.dry_run:
             print(script, end="")
             return
-        _tell_before_submission(site)
+        _print_notes(site)
         jobs = write_and_submit(config, run, site, shape)
     if jobs:
-        print(f"submitted job {', '.join(jobs)}; {prog} --status {run} shows its state")
+        print(f"submitted job {', '.join(jobs)}; {_PROG} --status {run} shows its state")
 
 
 def _sweep(
-    options: argparse.Namespace, settings: Sequence[str], prog: str, top: Path, site: Site, shape: Shape
+    options: JobOptions, settings: Sequence[str], top: Path, site: "Site", shape: "Shape"
 ) -> list[str]:
-    """Submit a sweep; its arrays' numbers, or none after a dry run."""
-    found = elements(options.sweep, settings, top, site, shape.nodes, prog)
+    """Submit a sweep; return its arrays' numbers, or none after a dry run."""
+    from megatron_mesh.slurm.script import array_script, batch_script, folder
+    from megatron_mesh.slurm.submission import check_memory
+    from megatron_mesh.slurm.sweep import elements, write_and_submit_sweep
+
+    found = elements(options.sweep, settings, top, site, shape.nodes, _PROG)
     shape = replace(shape, code=folder(top) / "code")
     world = shape.nodes * site.gpus_per_node
-    _tell_memory(max(check_memory(each.config, world, options.gpu_memory_gib) for each in found))
+    _print_memory(max(check_memory(each.config, world, options.gpu_memory_gib) for each in found))
     if options.dry_run:
         for each in found:
             print(f"# {each.run}")
         print(array_script(top, len(found), site, shape, options.at_once))
-        print("# Each run has a script of its own, which the array's script starts. That of the first is:")
+        print("# The array's script starts the script of each run. This is the first run's:")
         first = found[0]
         print(batch_script(first.run, first.config.checkpoint.load, site, shape), end="")
         return []
-    _tell_before_submission(site)
+    _print_notes(site)
     return write_and_submit_sweep(found, top, site, shape, options.at_once)
 
 
-def _tell_memory(gib: float) -> None:
+def _print_memory(gib: float) -> None:
     print(f"the fullest rank needs about {gib:.1f} GiB", file=sys.stderr)
 
 
-def _tell_before_submission(site: Site) -> None:
+def _print_notes(site: "Site") -> None:
+    from megatron_mesh.slurm.commands import seconds_to_leave, tell_unused_options
+    from megatron_mesh.slurm.script import save_note
+
     tell_unused_options()
     note = save_note(site, seconds_to_leave(site.partition))
     if note:
@@ -259,9 +289,4 @@ def _tell_before_submission(site: Site) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        with closed_pipe_is_no_error():
-            main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(main)

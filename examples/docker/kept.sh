@@ -1,3 +1,3 @@
-# Prints, as pip constraints, torch and the packages here that are compiled against it or make it compute.
+# Print, as pip constraints, torch and the installed packages that are compiled against it or that it runs on.
 pip list --format=freeze |
     grep -iE '^(torch|pytorch-triton|triton|transformer[-_]engine|flash[-_]attn|apex|nvidia|cuda)[^=]*=='

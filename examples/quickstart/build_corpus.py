@@ -1,54 +1,62 @@
 #!/usr/bin/env python
-"""A corpus from the text that this Python installation carries: documentation, licences and sources.
+"""Build a corpus from the text of this Python installation: documentation, licences and sources.
 
-python examples/quickstart/build_corpus.py --output-dir runs/quickstart/corpus --megabytes 16
+    python examples/quickstart/build_corpus.py --output-dir runs/quickstart/corpus --megabytes 16
 
-writes train.jsonl and, with 4 % of the text, valid.jsonl: a JSON object {"path": ..., "text": ...} per line.
-The documentation and the standard library are taken whole, then sources of the installed packages until the
+Writes train.jsonl and, with 4 % of the text, valid.jsonl. Each line is a JSON object {"path": ..., "text":
+...}. The documentation and the standard library come first, then sources of the installed packages until the
 size is reached. The same installation gives the same corpus.
 """
 
-import argparse
 import hashlib
 import os
-import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_mesh import command
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
-from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 LEAST = 8_000_000
-"""Bytes of text that every installation should have."""
+"""Every installation should have this many bytes of text."""
 VALID_SHARE, LARGEST_VALID = 0.04, 64 << 10
-"""Share of the text for validation, and the most bytes of a document there: many small ones vary less."""
+"""Share of the text for validation, and the largest document there in bytes: many small ones vary less."""
 _SMALLEST_FILE, _LARGEST_FILE = 200, 256 << 10
 _LONGEST_LINE = 1000  # sources with a longer one are tables or generated
 _DOCUMENTATION = (".md", ".rst", ".txt")
-_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
 
 
 class Document(NamedTuple):
-    """A line of the corpus."""
+    """One line of the corpus."""
 
     path: str
-    """Within the standard library or site-packages."""
+    """Path within the standard library or site-packages."""
     text: str
 
 
-def main(argv: Sequence[str]) -> None:
-    """Collect, then write."""
-    arguments = _parser().parse_args(argv)
-    output = Path(arguments.output_dir)
-    if arguments.megabytes <= 0:
-        raise UserError(f"--megabytes {arguments.megabytes:g} is out of range; it must be above 0")
+@dataclass
+class Options:
+    """Options of the corpus."""
+
+    output_dir: Path
+    """Directory for train.jsonl and valid.jsonl."""
+    megabytes: float = 16.0
+    """Text to collect, in MB."""
+
+
+def main(options: Options) -> None:
+    """Collect the documents and write them."""
+    output = options.output_dir
+    if options.megabytes <= 0:
+        raise UserError(f"--megabytes {options.megabytes:g} is out of range; it must be above 0")
     if (output / "train.jsonl").exists():
         raise UserError(f"{output} already holds a corpus; delete it, or choose another --output-dir")
-    train, valid = split(collect(find_documents(), round(arguments.megabytes * 1e6)))
+    train, valid = split(collect(find_documents(), round(options.megabytes * 1e6)))
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name, part in (("valid.jsonl", valid), ("train.jsonl", train)):
@@ -59,10 +67,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def collect(documents: Iterable[Document], size: int) -> list[Document]:
-    """The first documents that have ``size`` bytes of text together, none of them twice.
+    """Take documents until they have ``size`` bytes of text, without duplicates.
 
     Raises:
-        UserError: there is less than that, and less than ``LEAST``.
+        UserError: there is less text than ``size`` and ``LEAST``.
     """
     seen: set[str] = set()
     taken: list[Document] = []
@@ -71,21 +79,21 @@ def collect(documents: Iterable[Document], size: int) -> list[Document]:
         if total >= size:
             break
         key = _hash(document.text)
-        if key not in seen:  # the same licence lies in fifty packages
+        if key not in seen:  # fifty packages contain the same licence
             seen.add(key)
             taken.append(document)
             total += len(document.text.encode())
     if total < min(size, LEAST):
         raise UserError(
-            f"this Python installation carries only {total / 1e6:.1f} MB of text, and {LEAST / 1e6:g} MB are "
-            "needed; install more packages beside it (say, pip install sympy), or ask for less (--megabytes; "
+            f"this Python installation has only {total / 1e6:.1f} MB of text and needs {LEAST / 1e6:g} MB; "
+            "install more packages (for example pip install sympy), or ask for less text (--megabytes, or "
             "--corpus-mb of run.py)"
         )
     return taken
 
 
 def find_documents() -> Iterator[Document]:
-    """Everything that may go into the corpus, the best first; each part in an order of its own."""
+    """Yield all documents that may go into the corpus, the best kinds first, in a fixed order."""
     library = Path(sysconfig.get_path("stdlib"))
     packages = sorted({Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")})
     files = {root: [*_files(root)] for root in (library, *packages)}
@@ -99,7 +107,10 @@ def find_documents() -> Iterator[Document]:
 
 
 def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
-    """Training and validation documents, by a hash of their paths: a package more or less moves few."""
+    """Split into training and validation documents by a hash of their paths.
+
+    So one package more or less moves few documents between the two.
+    """
     train: list[Document] = []
     valid: list[Document] = []
     wanted = VALID_SHARE * sum(len(document.text.encode()) for document in documents)
@@ -114,7 +125,7 @@ def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
 
 
 def write_jsonl(path: Path, documents: list[Document]) -> int:
-    """Write the documents; the file has its name once it is complete. Returns the bytes of text in it."""
+    """Write the documents, renaming the file once it is complete. Return the bytes of text in it."""
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
         for document in documents:
@@ -124,7 +135,7 @@ def write_jsonl(path: Path, documents: list[Document]) -> int:
 
 
 def _language_reference() -> Iterator[Document]:
-    """Chapters of Python's reference manual, which ``help()`` shows (some distributions leave them out)."""
+    """Chapters of Python's reference manual, as ``help()`` shows them (some distributions omit them)."""
     if find_spec("pydoc_data") is None or find_spec("pydoc_data.topics") is None:
         return
     from pydoc_data.topics import topics
@@ -134,9 +145,9 @@ def _language_reference() -> Iterator[Document]:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """Paths within ``root`` of all files that are not tests or tables."""
+    """Paths, relative to ``root``, of all files except tests and generated tables."""
     for directory, subdirectories, names in os.walk(root):
-        subdirectories[:] = sorted(set(subdirectories) - _LEFT_OUT)
+        subdirectories[:] = sorted(set(subdirectories) - _SKIPPED)
         for name in sorted(names):
             if not name.startswith("test_") and not name.endswith("_pb2.py"):
                 yield Path(directory, name).relative_to(root)
@@ -165,19 +176,5 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output-dir", required=True, help="directory of train.jsonl and valid.jsonl")
-    parser.add_argument("--megabytes", type=float, default=16.0, help="text to collect (default: 16)")
-    return parser
-
-
 if __name__ == "__main__":
-    try:
-        with closed_pipe_is_no_error():
-            main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(main)

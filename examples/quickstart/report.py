@@ -1,4 +1,4 @@
-"""What the quickstart says at its end: how good the model is, where everything lies, what to do next."""
+"""The report at the end of the quickstart: how good the model is, where the files are, what to do next."""
 
 import json
 import math
@@ -11,18 +11,18 @@ from steps import Step, from_here, shell
 from megatron_mesh.probe.figures import LOSS_FILE, ROUTERS_FILE, read_metrics
 
 SAMPLE_FILE = "sample.txt"
-_TOKEN_BYTES = 2  # in the .bin files: ids of 4,096 pieces are 16 bits wide
+_TOKEN_BYTES = 2  # in the .bin files: a vocabulary of 4,096 fits in 16 bits
 
 
 def report(output: Path, training: Step, figures: Step) -> str:
-    """The final message, from the files below ``output``."""
+    """The report, from the files in ``output``."""
     return "\n\n".join(
         [_results(output), _sample(output), _places(output), _next_commands(output, training, figures)]
     )
 
 
 def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
-    """Loss in nats per token -> bits per byte of text, which tokenizers do not change."""
+    """Convert a loss in nats per token to bits per byte of text, which doesn't depend on the tokenizer."""
     return loss / math.log(2) * tokens / text_bytes
 
 
@@ -43,26 +43,24 @@ def _results(output: Path) -> str:
 
 def _sample(output: Path) -> str:
     text = (output / SAMPLE_FILE).read_text(encoding="utf-8").strip()
-    return "It writes:\n" + textwrap.indent(text, "  ")
+    return "Generated text:\n" + textwrap.indent(text, "  ")
 
 
 def _places(output: Path) -> str:
     model = output / "model"
     places = {
-        output / "corpus": "the text, a JSON object per line",
+        output / "corpus": "the text, one JSON object per line",
         output / "tokenizer": "the SentencePiece tokenizer",
         output / "data": "token ids for training and validation (.bin and .idx)",
         model: "checkpoints",
         model / "config.yaml": "every setting of the run",
-        model / "metrics.jsonl": "the numbers of every logged step",
-        model / LOSS_FILE: "training and validation loss",
-        model / ROUTERS_FILE: "where the routers write and read, per iteration",
+        model / "metrics.jsonl": "metrics of every logged step",
+        model / LOSS_FILE: "plot of the training and validation loss",
+        model / ROUTERS_FILE: "plot of where the routers write and read, per loop",
         output / "hf": "the model for Hugging Face transformers",
     }
     width = max(len(str(path)) for path in places)
-    return "\n".join(
-        ["Where things are:", *(f"  {path!s:<{width}}  {what}" for path, what in places.items())]
-    )
+    return "\n".join(["Files:", *(f"  {path!s:<{width}}  {what}" for path, what in places.items())])
 
 
 def _next_commands(output: Path, training: Step, figures: Step) -> str:
@@ -75,14 +73,14 @@ def _next_commands(output: Path, training: Step, figures: Step) -> str:
     preset = from_here(training.program.parent / "examples/configs/pythia-160m-mesh.yaml")
     commands = {
         "Train twice as long, from the last checkpoint:": shell(longer.command),
-        "Then draw it again:": shell(figures.command),
+        "Then plot it again:": shell(figures.command),
         "Train another recurrence scheme on the same data:": shell(scheme.command),
-        "See the plan of a model of the paper (examples/configs has them all):": shell(
+        "Print the plan of a model of the paper (examples/configs has all of them):": shell(
             [python, program, "--config", f"{preset}", "--dry-run"]
         ),
-        "All settings:": shell([python, program, "--help"]),
+        "List all settings:": shell([python, program, "--help"]),
     }
-    return "\n".join(["What to do next:", *(f"\n{title}\n{line}" for title, line in commands.items())])
+    return "\n".join(["Next steps:", *(f"\n{title}\n{line}" for title, line in commands.items())])
 
 
 def _with(step: Step, flags: dict[str, object]) -> Step:

@@ -1,31 +1,41 @@
 #!/usr/bin/env python
-"""From the text of this Python installation to a trained MeSH model, in a few minutes on two cores.
+"""Train a small MeSH model from the text of this Python installation, in a few minutes on two cores.
 
-python examples/quickstart/run.py
+    python examples/quickstart/run.py
 
-Each step is a command of its own, printed before it runs. A step that is done is skipped: after an
-interruption the same command goes on, and the training with it, from its last checkpoint.
+Each step is a command of its own, printed before it runs. Steps that are done are skipped: after an
+interruption, the same command resumes, and the training resumes from its last checkpoint.
 """
 
-import argparse
-import sys
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from report import SAMPLE_FILE, report
 from steps import Step, from_here, run_all
 
-from megatron_mesh.errors import UserError
-from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
+from megatron_mesh import command
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run the steps that are left, then say what came out."""
-    options = _parser().parse_args(argv)
+@dataclass
+class Options:
+    """Options of the quickstart."""
+
+    output_dir: Path = Path("runs/quickstart")
+    """Directory for everything."""
+    corpus_mb: float = 16.0
+    """Text to collect, in MB."""
+    config: Path = HERE / "quickstart.yaml"
+    """Settings of the training."""
+    steps: int = 600
+    """Optimizer steps."""
+
+
+def main(options: Options) -> None:
+    """Run the remaining steps, then report the results."""
     steps = plan(options)
     start = time.monotonic()
     run_all(steps, notes=options.output_dir / "done.json")
@@ -33,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     print(report(options.output_dir, training=steps[-4], figures=steps[-3]))
 
 
-def plan(options: argparse.Namespace) -> list[Step]:
+def plan(options: Options) -> list[Step]:
     """The steps, in order; the last four are the training, the figures, the conversion and the sample."""
     directory = options.output_dir
     corpus, data, model, hf = (directory / name for name in ("corpus", "data", "model", "hf"))
@@ -109,26 +119,5 @@ def plan(options: argparse.Namespace) -> list[Step]:
     ]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    output, config = Path("runs/quickstart"), HERE / "quickstart.yaml"
-    add("--output-dir", type=Path, default=output, help=f"directory for everything (default: {output})")
-    add("--corpus-mb", type=float, default=16.0, help="text to collect, in MB (default: 16)")
-    add("--config", type=Path, default=config, help="settings of the training (default: quickstart.yaml)")
-    add("--steps", type=int, default=600, help="optimizer steps (default: 600)")
-    return parser
-
-
 if __name__ == "__main__":
-    try:
-        with closed_pipe_is_no_error():
-            main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nInterrupted; the same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
+    command.run(main, if_interrupted="Interrupted; the same command resumes from here.")

@@ -1,4 +1,4 @@
-"""A step of the quickstart: a command that is shown as one would type it, then run."""
+"""A step of the quickstart: a command that is printed as you would type it, then run."""
 
 import json
 import os
@@ -22,11 +22,11 @@ class Step:
     flags: dict[str, object]
     """Flags with their values; None for a flag that takes none."""
     output: Path
-    """Exists once the step is complete."""
+    """File or directory that exists once the step is complete."""
 
     @property
     def command(self) -> list[str]:
-        """The words of the command, with paths as short as they can be from here."""
+        """The words of the command, with paths relative to the working directory where possible."""
         words = [str(from_here(Path(sys.executable))), str(from_here(self.program))]
         for flag, value in self.flags.items():
             words += [flag] if value is None else [flag, str(value)]
@@ -34,19 +34,20 @@ class Step:
 
     @property
     def settings(self) -> dict[str, object]:
-        """The flags that say what comes out, not where from and where to."""
+        """The flags that decide the result, without input and output paths."""
         return {flag: value for flag, value in self.flags.items() if not isinstance(value, Path)}
 
 
 def run_all(steps: list[Step], notes: Path) -> None:
-    """Run the steps whose output is not there yet.
+    """Run the steps that have no output yet.
 
-    ``notes`` is a JSON file of the settings of each step that is done, so that output which was made with
-    other settings is not taken for what is asked.
+    Args:
+        notes: JSON file with the settings of each finished step. Existing output is
+            used only if it was made with the same settings.
 
     Raises:
-        UserError: there is such output.
-        SystemExit: a step failed; with its exit code.
+        UserError: existing output was made with other settings.
+        SystemExit: a step failed; the exit status is the step's.
     """
     done = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
     for number, step in enumerate(steps, start=1):
@@ -67,13 +68,13 @@ def run_all(steps: list[Step], notes: Path) -> None:
 def _run(step: Step) -> None:
     print(shell(step.command), flush=True)
     start = time.monotonic()
-    # Threads that wait give up their core: where other programs run, spinning ones slow a step down tenfold.
+    # Waiting threads should give up their core: next to other programs, spinning ones are ten times slower.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     code = subprocess.run(step.command, check=False, env=environment).returncode
     if code:
         print(
-            f"\nThis step ended with code {code}. What is done is kept: once the cause is removed, the same "
-            "command goes on from here.",
+            f"\nThis step failed with exit status {code}. Fix the cause and run the same command again: it "
+            "resumes from here.",
             file=sys.stderr,
         )
         sys.exit(code)
@@ -85,11 +86,11 @@ def _spell(settings: dict[str, object]) -> str:
 
 
 def shell(words: list[str]) -> str:
-    """A command as one types it, broken before its flags if it is long."""
+    """The command as you would type it, with line breaks before the flags if it is long."""
     line = shlex.join(words)
     return line if len(line) <= 110 else line.replace(" --", " \\\n    --")
 
 
 def from_here(path: Path) -> Path:
-    """``path``, relative if it lies below the working directory."""
+    """``path``, relative if it is below the working directory."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

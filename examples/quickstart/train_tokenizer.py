@@ -1,45 +1,55 @@
 #!/usr/bin/env python
-"""A SentencePiece tokenizer from a JSONL corpus, for text in which white space matters.
+"""Train a SentencePiece tokenizer on a JSONL corpus in which white space matters.
 
-python examples/quickstart/train_tokenizer.py --input runs/quickstart/corpus/train.jsonl \\
-    --output-prefix runs/quickstart/tokenizer/tokenizer --vocab-size 4096
+    python examples/quickstart/train_tokenizer.py --input runs/quickstart/corpus/train.jsonl \\
+        --output-prefix runs/quickstart/tokenizer/tokenizer --vocab-size 4096
 
-writes PREFIX.model and PREFIX.vocab. Text comes back from its ids as it was: nothing is normalised, and
-characters outside the vocabulary become bytes (only U+2581, SentencePiece's own sign for a space, is lost).
+Writes PREFIX.model and PREFIX.vocab. Decoding restores the text exactly: nothing is normalised, and
+characters outside the vocabulary become bytes. Only U+2581, SentencePiece's own sign for a space, is lost.
 """
 
-import argparse
 import json
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import sentencepiece
-
+from megatron_mesh import command
 from megatron_mesh.errors import UserError
-from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
 
-def main(argv: Sequence[str]) -> None:
-    """Train, then write."""
-    arguments = _parser().parse_args(argv)
-    model, corpus = Path(f"{arguments.output_prefix}.model"), Path(arguments.input)
+@dataclass
+class Options:
+    """Options of the tokenizer."""
+
+    input: Path
+    """JSONL file with the text of each document under "text"."""
+    output_prefix: str
+    """Path of the tokenizer, without .model."""
+    vocab_size: int = 4096
+    """Pieces, including 256 bytes."""
+    sample_megabytes: float = 8.0
+    """Text to train on, in MB."""
+
+
+def main(options: Options) -> None:
+    """Train the tokenizer and write it."""
+    model, corpus = Path(f"{options.output_prefix}.model"), options.input
     if model.exists():
         raise UserError(f"{model} already exists; delete it, or choose another --output-prefix")
     if not corpus.is_file():
         raise UserError(f"--input {corpus} does not exist; build_corpus.py writes such a file")
     model.parent.mkdir(parents=True, exist_ok=True)
     partial = model.with_suffix(".partial")
-    lines = sample_lines(corpus, round(arguments.sample_megabytes * 1e6))
-    train(lines, partial, arguments.vocab_size)
+    lines = sample_lines(corpus, round(options.sample_megabytes * 1e6))
+    train(lines, partial, options.vocab_size)
     for suffix in (".vocab", ".model"):
         os.replace(f"{partial}{suffix}", model.with_suffix(suffix))
-    print(f"{model}: {arguments.vocab_size:,} pieces")
+    print(f"{model}: {options.vocab_size:,} pieces")
 
 
 def sample_lines(corpus: Path, size: int) -> Iterator[str]:
-    """Lines of the first documents of the corpus, ``size`` bytes of JSON altogether (no less than one)."""
+    """Lines of the first documents of the corpus, about ``size`` bytes of JSON (at least one document)."""
     with corpus.open(encoding="utf-8") as file:
         for document in file:
             yield from json.loads(document)["text"].splitlines(keepends=True)
@@ -52,8 +62,10 @@ def train(lines: Iterator[str], prefix: Path, vocab_size: int) -> None:
     """Train BPE on ``lines`` and write ``prefix``.model and ``prefix``.vocab.
 
     Raises:
-        UserError: the lines have fewer pieces than ``vocab_size``.
+        UserError: the lines have too few pieces for ``vocab_size``.
     """
+    import sentencepiece
+
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
@@ -65,7 +77,7 @@ def train(lines: Iterator[str], prefix: Path, vocab_size: int) -> None:
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,  # an indentation is one piece
+            allow_whitespace_only_pieces=True,  # so an indentation is one piece
             user_defined_symbols=["\n"],
             split_digits=True,
             minloglevel=2,
@@ -76,22 +88,5 @@ def train(lines: Iterator[str], prefix: Path, vocab_size: int) -> None:
         ) from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--input", required=True, help='JSONL file with the text of each document under "text"')
-    add("--output-prefix", required=True, help="path of the tokenizer, without .model")
-    add("--vocab-size", type=int, default=4096, help="pieces, 256 bytes among them (default: 4096)")
-    add("--sample-megabytes", type=float, default=8.0, help="text to train on (default: 8)")
-    return parser
-
-
 if __name__ == "__main__":
-    try:
-        with closed_pipe_is_no_error():
-            main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(main)

@@ -8,7 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from megatron_mesh.config.layers import parse_layers
 from megatron_mesh.config.settings import NEGATED, SETTINGS, unknown_setting
-from megatron_mesh.config.yaml_file import expand_path, load_yaml
+from megatron_mesh.config.yaml_file import expand_path, file_or_preset, load_yaml
 from megatron_mesh.errors import UserError
 
 # The setting of each part of a LayerLayout.
@@ -109,7 +109,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _load(path: Path) -> dict[Any, Any]:
     try:
-        content = load_yaml(path)
+        content = load_yaml(file_or_preset(path))
     except OSError as error:
         raise UserError(f"--config {path} cannot be read: {error.strerror}") from None
     except ValueError as error:

@@ -21,6 +21,16 @@ def load_yaml(path: Path) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
 
 
+def file_or_preset(path: Path) -> Path:
+    """Return ``path``, or the preset of that name (``pythia-1.4b``) if there is no such file."""
+    package = Path(__file__).resolve().parents[1]
+    if len(path.parts) == 1 and not path.exists():
+        for folder in (package / "presets", package.parent / "examples/configs"):  # in a wheel, in a clone
+            if (preset := folder / f"{path}.yaml").is_file():
+                return preset
+    return path
+
+
 _MERGE = "tag:yaml.org,2002:merge"
 
 

@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from huggingface_hub.serialization import StateDictSplit
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from torch import Tensor
 
 from megatron_mesh.checkpoint import offline
@@ -141,10 +141,10 @@ def _write_weights(
         max_shard_size=shard_bytes,
     )
     left_out: dict[str, Tensor] = {}
-    shards = track(plan.filename_to_tensors.items(), "shards", console=Console(stderr=True))
-    for file_name, names in shards:
-        shard = [wanted[name] for name in names]
-        left_out |= _write_shard(index, shard, trained, target, directory / file_name)
+    with Progress(console=Console(stderr=True)) as progress:  # ends before an error is printed
+        for file_name, names in progress.track(plan.filename_to_tensors.items(), description="shards"):
+            shard = [wanted[name] for name in names]
+            left_out |= _write_shard(index, shard, trained, target, directory / file_name)
     _write_index(plan, directory)
     if folding.needs_file(model) and target == stored[EMBEDDING].dtype:
         embedding = read_whole(index, EMBEDDING)

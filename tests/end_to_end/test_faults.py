@@ -2,7 +2,7 @@
 
 import pytest
 
-from tools.fault_test import main
+from tests.commands import tool
 
 AIMS = [
     "between data and .metadata x rank 0",
@@ -13,7 +13,9 @@ AIMS = [
 def test_chosen_faults(tmp_path, capsys) -> None:
     aims = [word for aim in AIMS for word in ("--aim", aim)]
     mishaps = ["--stops", "1", "--hangs", "0", "--full-disks", "1"]
-    assert main([*aims, *mishaps, "--steps", "24", "--output-dir", str(tmp_path / "faults")]) == 0
+    assert not tool("fault_test")(
+        [*aims, *mishaps, "--steps", "24", "--output-dir", str(tmp_path / "faults")]
+    )
     out = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line[0] == "|"][
         2:

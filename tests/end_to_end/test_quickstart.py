@@ -142,7 +142,7 @@ def test_an_installation_with_little_text_is_an_error(monkeypatch: pytest.Monkey
     from build_corpus import Document, collect
 
     documents = [Document("a.py", "x" * 600), Document("b.py", "x" * 600), Document("c.py", "y" * 600)]
-    with pytest.raises(UserError, match=r"carries only 0\.0 MB .* pip install"):
+    with pytest.raises(UserError, match=r"has only 0\.0 MB .* pip install"):
         collect(documents, 16_000_000)
     assert [document.path for document in collect(documents, 1100)] == ["a.py", "c.py"]
 
@@ -151,8 +151,8 @@ def test_the_corpus_is_the_same_every_time(
     output: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.syspath_prepend(QUICKSTART)
-    from build_corpus import main
+    from build_corpus import Options, main
 
-    main(["--output-dir", str(tmp_path), "--megabytes", "0.3"])
+    main(Options(tmp_path, megabytes=0.3))
     for name in ("train.jsonl", "valid.jsonl"):
         assert (tmp_path / name).read_bytes() == (output / "corpus" / name).read_bytes()

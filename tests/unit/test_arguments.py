@@ -132,13 +132,11 @@ def test_bad_flags(line: str, named: list[str]) -> None:
         ("--config", "--config"),
     ],
 )
-def test_values_of_the_wrong_type(line: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
+def test_values_of_the_wrong_type(line: str, named: str) -> None:
+    with pytest.raises(UserError) as error:
         parse_args(line.split())
-    assert exit_.value.code == 2
-    printed = capsys.readouterr()
-    assert named in printed.err
-    assert not printed.out
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,7 +145,7 @@ def test_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         parse_args(["--config", path, "--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    assert "python pretrain_mesh.py --config examples/configs/pythia-160m-mesh.yaml" in text
+    assert "python pretrain_mesh.py --config examples/configs/pythia-160m.yaml" in text
     for name in (*(flag(setting) for setting in SETTINGS), *SCHEMES, "model options", "data options"):
         assert name in text
     assert "(default: 4321)" in text
@@ -184,3 +182,17 @@ def test_exit_code_and_output_of_the_program(line: str, named: str) -> None:
     assert named in done.stderr
     assert "Traceback" not in done.stderr
     assert not done.stdout
+
+
+def test_help_shows_one_default_per_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(*line: str) -> str:
+        with pytest.raises(SystemExit):
+            parse_args([*line, "--help"])
+        return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+    assert "Keep this many of the newest checkpoints. (default: all)" in shown()
+    assert "Directory to save checkpoints to. (default: unset)" in shown()
+    path = _file(tmp_path, "keep_last: 3")
+    assert "Keep this many of the newest checkpoints. (default: 3)" in shown("--config", path)
+    # Two lines in the source are one sentence here.
+    assert "if a save blocks training for this long. --watchdog-timeout-minutes 0 disables it." in shown()

@@ -1,4 +1,4 @@
-"""The container's recipe: what it copies, installs and keeps. It is not built here."""
+"""The Dockerfile: what it copies, installs and keeps. The image is not built here."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from megatron_mesh.slurm.site import read_site
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples/docker"
 RECIPE = (FOLDER / "Dockerfile").read_text(encoding="utf-8")
-# As the image's pip lists them; what must not move first.
+# Lines of the image's pip: first the packages to keep.
 KEPT = """\
 torch==2.10.0a0+b4e4ee81d3.nv25.12
 torchvision==0.25.0a0+ca221243
@@ -27,7 +27,7 @@ nvidia-cudnn-frontend==1.16.0
 FREE = ["numpy==2.1.0", "transformers==4.0.0", "tokenizers==0.20.0", "pip==25.3"]
 
 
-def test_what_is_copied_is_what_the_build_uses() -> None:
+def test_the_build_copies_the_files_that_it_uses() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     assert "*" in lines  # nothing else gets in
     copied = [line.removeprefix("!") for line in lines if line.startswith("!")]
@@ -39,11 +39,11 @@ def test_what_is_copied_is_what_the_build_uses() -> None:
         assert (ROOT / name).is_file() and name.split("/")[0] in copied
 
 
-def test_the_build_proves_what_it_kept() -> None:
+def test_the_build_checks_that_it_kept_them() -> None:
     steps = [step.strip(" \\\n") for step in RECIPE.split("&&")]
     assert "sh examples/docker/kept.sh | diff kept.txt -" in steps
-    assert "python -c 'import torch; torch.zeros(1).numpy()'" in steps  # compiled for the numpy that is there
-    assert "chmod -R a+rX ." in steps  # whoever built it with a narrow umask, others may read it
+    assert "python -c 'import torch; torch.zeros(1).numpy()'" in steps  # torch and the installed numpy fit
+    assert "chmod -R a+rX ." in steps  # readable by others even if built with a narrow umask
 
 
 def setup_arguments(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
@@ -65,7 +65,7 @@ def test_the_extras_exist_and_leave_transformer_engine_to_the_image(monkeypatch)
     assert re.fullmatch(r"transformer-engine\[[\w,]+\]>=2\.9,<2\.12", te)
 
 
-def test_torch_and_what_is_built_on_it_is_kept(tmp_path: Path) -> None:
+def test_torch_and_packages_built_on_it_are_kept(tmp_path: Path) -> None:
     pip = tmp_path / "pip"
     pip.write_text("#!/bin/sh\ncat <<'END'\n" + "\n".join([*FREE, *KEPT]) + "\nEND\n")
     pip.chmod(0o755)

@@ -13,8 +13,10 @@ from megatron_mesh.checkpoint import integrity
 from megatron_mesh.checkpoint.index import read_index
 from megatron_mesh.checkpoint.integrity import damage
 from megatron_mesh.errors import UserError
+from tests.commands import tool
 from tests.unit.train.conftest import run
-from tools.checkpoint import main
+
+main = tool("checkpoint")
 
 
 def flip(path: Path) -> None:

@@ -7,10 +7,12 @@ import pytest
 from megatron_mesh.checkpoint import save as save_module
 from megatron_mesh.checkpoint.integrity import damage
 from megatron_mesh.errors import UserError
+from tests.commands import tool
 from tests.unit.checkpoint import old_format
 from tests.unit.train import fused_adam
 from tests.unit.train.conftest import run
-from tools.checkpoint import main
+
+main = tool("checkpoint")
 
 
 @pytest.fixture

@@ -152,7 +152,7 @@ def test_a_text_that_must_be_cut_is_counted(
     command = ["--input", path, "--output-prefix", str(tmp_path / "out"), "--workers", "1"]
     assert run_tool("preprocess_data", *command, "--tokenizer-model", str(tmp_path / "tokenizer.json")) == 0
     output = capsys.readouterr().out
-    assert "cut 1 of 4 documents: too long to be encoded whole, so some" in output
+    assert "cut 1 of 4 documents that were too long to encode whole; some" in output
     assert f"(first: {path}, line 1 to 4)" in output
 
 

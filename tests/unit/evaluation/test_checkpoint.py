@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 from pathlib import Path
 
@@ -18,10 +17,10 @@ from megatron_mesh.evaluation import model
 from megatron_mesh.evaluation.model import _OUR_MODEL_TYPE
 from megatron_mesh.evaluation.results import Results, open_results
 from megatron_mesh.hf.export import export_checkpoint
+from tests.commands import tool
 from tests.exports import saved_with_logits
 
-ROOT = Path(__file__).resolve().parents[3]
-main = runpy.run_path(str(ROOT / "tools/evaluate.py"))["main"]
+main = tool("evaluate")
 
 
 def read(directory: Path) -> Results:

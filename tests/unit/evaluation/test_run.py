@@ -1,7 +1,6 @@
 """What is asked for, what goes on after an interruption, and what is refused."""
 
 import json
-import runpy
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,9 +16,9 @@ from megatron_mesh.evaluation.local_data import LocalTask
 from megatron_mesh.evaluation.results import Result
 from megatron_mesh.evaluation.run import Settings, evaluate
 from megatron_mesh.evaluation.tasks import Task, choose
+from tests.commands import tool
 
-ROOT = Path(__file__).resolve().parents[3]
-main = runpy.run_path(str(ROOT / "tools/evaluate.py"))["main"]
+main = tool("evaluate")
 
 
 @pytest.fixture

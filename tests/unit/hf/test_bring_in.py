@@ -1,7 +1,6 @@
 """Stock GPT-NeoX models in, and recursive models from them."""
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.hf.bring_in import Recursive, bring_in
 from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.hf.recursive import core_sources
+from tests.commands import tool
 from tests.exports import TOKENS
 from tests.helpers import relative_error
 from tests.unit.hf.test_logits import load, weights_of
@@ -271,7 +271,7 @@ def test_a_run_goes_on_from_it(tmp_path, capsys) -> None:
     """The tool, then a training by the command that it names."""
     stock(tmp_path / "stock")
     call = ["--load", str(tmp_path / "stock"), "--save", str(tmp_path / "megatron")]
-    convert = runpy.run_path(str(ROOT / "tools/convert_from_hf.py"))["main"]
+    convert = tool("convert_from_hf")
     with pytest.raises(UserError, match="--core needs --to-recursive"):
         convert([*call, "--core", "first"])
     convert([*call, "--to-recursive", "1+1R2+1"])

@@ -1,9 +1,7 @@
 """tools/generate.py: what it prints, from a directory and from a checkpoint, and its errors."""
 
 import io
-import runpy
 import shutil
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -14,13 +12,14 @@ from megatron_mesh.data.tokenizer import build_tokenizer
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.hf.open_model import open_model
+from tests.commands import tool
 from tests.exports import saved_with_logits
 from tests.unit.hf.test_open_model import TOKENIZER
 
 pytestmark = pytest.mark.versions
 
 ROOT = Path(__file__).resolve().parents[3]
-main = runpy.run_path(str(ROOT / "tools/generate.py"))["main"]
+main = tool("generate")
 GREEDY = ["--temperature", "0", "--max-new-tokens", "9"]
 
 
@@ -86,23 +85,24 @@ def test_ways_in(looped, capsys, tmp_path, monkeypatch) -> None:
 
 def test_lines_of_a_prompt_file(tmp_path) -> None:
     """Line feeds alone end a prompt, with a carriage return before them or not."""
-    given = main.__globals__["_given"]
+    from tools.generate import Options, _given
+
     path = tmp_path / "prompts.txt"
 
     def prompts(text: str) -> list[str]:
         path.write_bytes(text.encode())
-        return list(given(Namespace(prompt=[], prompt_file=path)))
+        return list(_given(Options(prompt_file=path)))
 
     odd = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei\rj "
     assert prompts(f"{odd}\nb\r\n\n\ufeffc") == [odd, "b", "", "\ufeffc"]
     assert prompts("a\n") == prompts("a") == ["a"] and prompts("") == [] and prompts("\n") == [""]
     path.write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"--prompt-file .*prompts\.txt cannot be read: 'utf-8'"):
-        list(given(Namespace(prompt=[], prompt_file=path)))
+        list(_given(Options(prompt_file=path)))
     with pytest.raises(
         UserError, match=r"--prompt 'a\\udcff' is not UTF-8; give it in a UTF-8 --prompt-file"
     ):
-        list(given(Namespace(prompt=["a\udcff"], prompt_file=None)))
+        list(_given(Options(prompt=("a\udcff",))))
 
 
 def test_a_checkpoint_and_its_export_get_the_ids_of_the_training(looped, monkeypatch) -> None:

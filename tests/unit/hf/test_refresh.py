@@ -3,7 +3,6 @@
 import difflib
 import json
 import os
-import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,9 @@ from megatron_mesh.hf import refresh
 from megatron_mesh.hf.refresh import refresh_code
 from megatron_mesh.hf.ship import AUTO_MAP, sources, tokenizer_source
 from megatron_mesh.hf.versions import TESTED
+from tests.commands import tool
 from tests.exports import TOKENS
 
-ROOT = Path(__file__).resolve().parents[3]
 EARLY = "# Part of megatron_mesh 0.1.0 (Apache-2.0).\n"
 
 
@@ -210,13 +209,12 @@ def test_a_directory_that_cannot_be_written(early: Path, monkeypatch) -> None:
 
 
 def test_the_tool(early: Path, fresh: Path, capsys) -> None:
-    main = runpy.run_path(str(ROOT / "tools/convert_to_hf.py"))["main"]
+    main = tool("convert_to_hf")
     main(["--refresh-code", str(early)])
     out = capsys.readouterr().out
     assert f"refreshed in {early}: config.json, configuration_mesh.py" in out and "is kept in" in out
     main(["--refresh-code", str(early)])
     assert capsys.readouterr().out == f"{early} has no outdated code\n"
     for mistake in (["--refresh-code", str(early), "--save", "x"], [], ["--load", "x"]):
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(UserError, match="--refresh-code"):
             main(mistake)
-        assert ended.value.code == 2

@@ -1,7 +1,6 @@
 """A version of transformers that does not fit is named, with the remedy, by our tools and by exports."""
 
 import importlib.metadata
-import runpy
 import shutil
 from pathlib import Path
 
@@ -9,12 +8,12 @@ import pytest
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from megatron_mesh.errors import UserError
+from tests.commands import tool
 
-ROOT = Path(__file__).resolve().parents[3]
 TOOLS = {
-    "convert_to_hf.py": ["--load", "nowhere", "--save", "nowhere-else"],
-    "convert_from_hf.py": ["--load", "nowhere", "--save", "nowhere-else"],
-    "generate.py": ["--model", "nowhere", "--prompt", "x"],
+    "convert_to_hf": ["--load", "nowhere", "--save", "nowhere-else"],
+    "convert_from_hf": ["--load", "nowhere", "--save", "nowhere-else"],
+    "generate": ["--model", "nowhere", "--prompt", "x"],
 }
 
 
@@ -26,11 +25,11 @@ def old_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize("tool", TOOLS)
-def test_tools(old_transformers: None, tool: str) -> None:
-    main = runpy.run_path(str(ROOT / "tools" / tool))["main"]
+@pytest.mark.parametrize("name", TOOLS)
+def test_tools(old_transformers: None, name: str) -> None:
+    main = tool(name)
     with pytest.raises(UserError, match=r"4\.49\.0 is too old, 4\.57 or newer is needed: pip install"):
-        main(TOOLS[tool])
+        main(TOOLS[name])
 
 
 def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,9 +37,9 @@ def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
-    main = runpy.run_path(str(ROOT / "tools/convert_to_hf.py"))["main"]
+    main = tool("convert_to_hf")
     with pytest.raises(UserError, match=r"transformers is not installed: pip install 'megatron_mesh\[hf\]'"):
-        main(TOOLS["convert_to_hf.py"])
+        main(TOOLS["convert_to_hf"])
 
 
 def test_the_code_of_an_export(exported, old_transformers: None, tmp_path: Path) -> None:

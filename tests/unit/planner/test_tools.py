@@ -1,16 +1,12 @@
 """Run inspect_config.py and compare_pipelines.py: plans, suggestions, figures, tables and errors."""
 
-import runpy
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
 
-from megatron_mesh.command import call
 from megatron_mesh.errors import UserError
-from tools.compare_pipelines import main
+from tests.commands import tool
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIG = ["--config", str(ROOT / "examples" / "configs" / "pythia-6.9b-5+11R2+5-mesh.yaml")]
@@ -18,12 +14,8 @@ RING = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeline-
 SHARDED = "--use-distributed-optimizer"
 
 
-def tool(name: str) -> Callable[[list[str]], None]:
-    return runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["main"]
-
-
 inspect_config = tool("inspect_config")
-compare_pipelines = partial(call, main)
+compare_pipelines = tool("compare_pipelines")
 
 
 def test_plan_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

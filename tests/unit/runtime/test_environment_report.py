@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from megatron_mesh.runtime import device, environment_report, transformer_engine
 from megatron_mesh.runtime.environment_report import OPTIONAL, REQUIRED, report
+from tests.commands import tool
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -74,7 +74,7 @@ def test_layers_and_fp8_with_transformer_engine(monkeypatch, version, capability
 
 def test_the_tool_fails_where_something_needed_is_missing(monkeypatch, capsys) -> None:
     monkeypatch.setattr(environment_report, "REQUIRED", ("torch", "no-such-package"))
-    main = runpy.run_path(str(ROOT / "tools/env_report.py"))["main"]
+    main = tool("env_report")
     with pytest.raises(SystemExit, match="no-such-package missing"):
         main([])
     assert "no-such-package" in capsys.readouterr().out

@@ -69,4 +69,4 @@ def test_every_program_ends_quietly() -> None:
         ROOT / "pretrain_mesh.py",
     ]:
         _, main, tail = path.read_text().partition('if __name__ == "__main__":')
-        assert not main or re.search(r"with closed_pipe_is_no_error\(\)|command\.run\(main", tail), path
+        assert not main or re.search(r"with closed_pipe_is_no_error\(\)|command\.run\(\s*main", tail), path

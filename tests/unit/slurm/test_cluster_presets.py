@@ -1,7 +1,6 @@
 """The presets for clusters: the paper's model and optimizer, a layout that fits, scripts that can be made."""
 
 import re
-import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.cluster_presets import CLUSTERS, GPUS_PER_NODE, MODEL, cluster_presets, main
 from megatron_mesh.config.schema import Config
 from megatron_mesh.planner.report import Plan, make_plan
+from tests.commands import tool
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "examples/slurm/6.9b"
@@ -80,7 +80,7 @@ def test_the_tool_makes_a_script_of_it(nodes: int, tmp_path: Path, capsys: pytes
     text = (ROOT / "examples/slurm/site.sh").read_text()
     text = re.sub(r"(?m)^PYTHON=\S+", f"PYTHON={sys.executable}", text)
     (tmp_path / "site.sh").write_text(text)
-    submit = runpy.run_path(str(ROOT / "tools/submit_slurm.py"))["main"]
+    submit = tool("submit_slurm")
     line = f"--site {tmp_path}/site.sh --nodes {nodes} --gpu-memory-gib 72 --save {tmp_path}/run"
     line += f" --config {FOLDER}/{nodes}-nodes.yaml --data-path /data/text --save-interval 500 --dry-run"
     submit(line.split())

@@ -1,12 +1,11 @@
 """tools/submit_slurm.py, with a tiny model."""
 
 import json
-import runpy
 from pathlib import Path
 
-from tests.unit.slurm.conftest import ROOT
+from tests.commands import tool
 
-main = runpy.run_path(str(ROOT / "tools/submit_slurm.py"))["main"]
+main = tool("submit_slurm")
 MODEL = ["--layers", "1+1R2+1", "--hidden-size", "32", "--num-attention-heads", "2", "--seq-length", "16"]
 MODEL += ["--vocab-size", "128", "--train-iters", "10", "--lr-warmup-iters", "1", "--global-batch-size", "16"]
 DATA = ["--data-path", "/data/corpus_text_document"]
