@@ -15,7 +15,8 @@ from megatron_mesh.checkpoint.integrity import digest, read_checksums
 from megatron_mesh.config.schema import CheckpointConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation.engines import TRANSFORMERS, VLLM
-from megatron_mesh.hf.tokenizer import CLASS, tokenizer_of
+from megatron_mesh.hf.ship import TOKENIZER_CLASS
+from megatron_mesh.hf.tokenizer import tokenizer_of
 from megatron_mesh.runtime import device, strict_json
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -204,7 +205,9 @@ def _check_no_code(path: Path) -> None:
     for name in _MAY_NAME_CODE:
         code = _code_of(path / name)
         content = _read_json(path / name) if code else {}
-        ours = content.get("model_type") == _OUR_MODEL_TYPE or content.get("tokenizer_class") == CLASS
+        ours = (
+            content.get("model_type") == _OUR_MODEL_TYPE or content.get("tokenizer_class") == TOKENIZER_CLASS
+        )
         if code and not ours:  # for which the package's code is taken
             raise UserError(
                 f"{path / name} has an auto_map ({', '.join(sorted(map(str, code)))}): the model brings "

@@ -15,11 +15,9 @@ from megatron_mesh.data.tokenizer import (
 )
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.padding import Padding
+from megatron_mesh.hf.ship import TOKENIZER_CLASS, TOKENIZER_CODE
 from megatron_mesh.runtime import strict_json
 
-CODE = "tokenization_mesh"
-"""Module of the tokenizer class that an export brings if transformers has none with the same ids."""
-CLASS = "MeshTokenizer"
 _FAST_CLASS = "PreTrainedTokenizerFast"  # which transformers 4.57 and 5.x both know
 
 
@@ -57,7 +55,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int, padd
         fast, split = True, _write_json_tokenizer(tokenizer, padding, directory)
         end = tokenizer.backend.id_to_token(tokenizer.eod)
     settings: dict[str, Any] = {
-        "tokenizer_class": _FAST_CLASS if fast else CLASS,
+        "tokenizer_class": _FAST_CLASS if fast else TOKENIZER_CLASS,
         "bos_token": end,
         "eos_token": end,
         "pad_token": padding.token,
@@ -68,7 +66,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int, padd
         "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token types by default
     }
     if not fast:
-        settings["auto_map"] = {"AutoTokenizer": [f"{CODE}.{CLASS}", None]}
+        settings["auto_map"] = {"AutoTokenizer": [f"{TOKENIZER_CODE}.{TOKENIZER_CLASS}", None]}
     (directory / "tokenizer_config.json").write_text(strict_json.dumps(settings, indent=2), encoding="utf-8")
     _check(tokenizer, directory, padding)
     return not fast
@@ -79,7 +77,10 @@ def read_tokenizer(directory: Path) -> Any:
     from transformers import PreTrainedTokenizerFast  # takes seconds, and training does without
 
     path = directory / "tokenizer_config.json"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class") == CLASS:
+    if (
+        path.is_file()
+        and json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class") == TOKENIZER_CLASS
+    ):
         from megatron_mesh.hf.tokenization_mesh import MeshTokenizer
 
         return MeshTokenizer.from_pretrained(str(directory))
