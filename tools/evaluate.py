@@ -35,13 +35,13 @@ def main(argv: Sequence[str]) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # huggingface_hub reads it when it is imported
     # torch and transformers take seconds to import, and --help and mistakes do not need them.
     tasks = choose(options.tasks)
-    from megatron_mesh.evaluation.report import own_sheets, write_markdown
+    from megatron_mesh.evaluation.report import result_tables, write_markdown
     from megatron_mesh.evaluation.run import Settings, evaluate
 
     results = evaluate(Settings(**{**vars(options), "tasks": tasks}))
     console = Console()
-    for sheet in own_sheets(results):
-        console.print(sheet.rich())
+    for table in result_tables(results):
+        console.print(table.rich())
         console.print()
     path = write_markdown(results)
     print(f"wrote {results.path} and {path} (beside the paper's and Pythia's numbers)", file=sys.stderr)

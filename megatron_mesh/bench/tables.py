@@ -1,12 +1,8 @@
 """A report as tables, for a terminal and as Markdown."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from megatron_mesh.bench.report import COMPARED, PARTS, Report, Result, Spread, ratios
 from megatron_mesh.bench.settings import Settings
@@ -14,36 +10,17 @@ from megatron_mesh.bench.shapes import COMPILED, EAGER, FP8
 from megatron_mesh.bench.targets import targets
 from megatron_mesh.bench.variants import kind_of
 from megatron_mesh.runtime import device
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table of texts."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+from megatron_mesh.runtime.tables import TextTable
 
 
 def as_tables(report: Report) -> Group:
     """The report for a terminal."""
-    tables = []
-    for sheet in _sheets(report):
-        table = Table(*sheet.header, title=sheet.title, box=SIMPLE_HEAD)
-        for row in sheet.rows:
-            table.add_row(*map(Text, row))
-        tables.append(table)
-    return Group(*tables, _what(report.settings))
+    return Group(*(table.rich() for table in _tables(report)), _what(report.settings))
 
 
 def as_markdown(report: Report) -> str:
     """The same tables for a file."""
-    blocks = [_what(report.settings)]
-    for sheet in _sheets(report):
-        lines = (sheet.header, ["---"] * len(sheet.header), *sheet.rows)
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        blocks.append(f"**{sheet.title}**\n\n{table}")
-    return "\n\n".join(blocks) + "\n"
+    return "\n".join([_what(report.settings), "", *(table.markdown() for table in _tables(report))])
 
 
 def _what(settings: Settings) -> str:
@@ -62,10 +39,10 @@ def _what(settings: Settings) -> str:
     )
 
 
-def _sheets(report: Report) -> Iterator[Sheet]:
+def _tables(report: Report) -> Iterator[TextTable]:
     results = report.results
     yield _rates(report)
-    yield Sheet(
+    yield TextTable(
         "seconds per step: median (quartiles)",
         ["variant", *(part.replace("_", "-") for part in PARTS)],
         [
@@ -74,7 +51,7 @@ def _sheets(report: Report) -> Iterator[Sheet]:
         ],
     )
     shown = {pair: parts for pair, parts in ratios(results).items() if _is_shown(pair, results)}
-    yield Sheet(
+    yield TextTable(
         "quotients of times of the same round: median (quartiles)",
         ["quotient", *(part.replace("_", "-") for part in COMPARED)],
         [[pair, *(str(parts[part]) for part in COMPARED)] for pair, parts in shown.items()],
@@ -82,7 +59,7 @@ def _sheets(report: Report) -> Iterator[Sheet]:
     yield _kept(results)
     yield _targets(report)
     if report.skipped:
-        yield Sheet("left out", ["variant", "why"], [[*row] for row in report.skipped.items()])
+        yield TextTable("left out", ["variant", "why"], [[*row] for row in report.skipped.items()], 2)
 
 
 def _is_shown(pair: str, results: Mapping[str, Result]) -> bool:
@@ -92,7 +69,7 @@ def _is_shown(pair: str, results: Mapping[str, Result]) -> bool:
     return below in (next(iter(results)), "base") or above in twins
 
 
-def _rates(report: Report) -> Sheet:
+def _rates(report: Report) -> TextTable:
     rows = []
     for name, result in report.results.items():
         rates = result.rates(report.settings.tokens_per_step)
@@ -108,20 +85,20 @@ def _rates(report: Report) -> Sheet:
             ]
         )
     header = ["variant", "parameters", "tokens/s", "model TFLOP/s", "of peak", "peak GiB"]
-    return Sheet("speed and memory", header, rows)
+    return TextTable("speed and memory", header, rows)
 
 
-def _kept(results: Mapping[str, Result]) -> Sheet:
+def _kept(results: Mapping[str, Result]) -> TextTable:
     rows = [
         [name, str(kept.states), *(f"{n / 2**20:.3f}" for n in (kept.state_bytes, kept.total_bytes))]
         for name, result in results.items()
         if (kept := result.kept)
     ]
     header = ["variant", "states [S, B, H]", "MiB in states", "MiB in all"]
-    return Sheet("kept for backward by one micro-batch, parameters aside", header, rows)
+    return TextTable("kept for backward by one micro-batch, parameters aside", header, rows)
 
 
-def _targets(report: Report) -> Sheet:
+def _targets(report: Report) -> TextTable:
     rows = [
         [
             target.what,
@@ -131,4 +108,4 @@ def _targets(report: Report) -> Sheet:
         ]
         for target in targets(report)
     ]
-    return Sheet("targets for one H200 in bf16", ["figure", "target", "here", "verdict"], rows)
+    return TextTable("targets for one H200 in bf16", ["figure", "target", "here", "verdict"], rows)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from megatron_mesh.evaluation.published import paper, pythia
 from megatron_mesh.evaluation.results import HUB, Result, Results
-from megatron_mesh.evaluation.tables import Sheet
 from megatron_mesh.evaluation.tasks import AVERAGED, SHOTS, TASKS
 from megatron_mesh.runtime.files import replace_text
+from megatron_mesh.runtime.tables import TextTable
 
 REPORT_FILE = "results.md"
 
@@ -32,20 +32,20 @@ def write_markdown(results: Results) -> Path:
     if run["limit"]:
         lines += [f"**Only the first {run['limit']} documents of each task: not comparable.**", ""]
     measured = [shots for shots in SHOTS if any(r.shots == shots for r in results.finished.values())]
-    sheets = [*own_sheets(results), beside_paper(results), *(beside_pythia(results, n) for n in measured)]
-    lines += [sheet.markdown() for sheet in sheets]
+    tables = [*result_tables(results), paper_table(results), *(pythia_table(results, n) for n in measured)]
+    lines += [table.markdown() for table in tables]
     path = results.path.with_name(REPORT_FILE)
     replace_text(path, "\n".join(lines))
     return path
 
 
-def own_sheets(results: Results) -> list[Sheet]:
+def result_tables(results: Results) -> list[TextTable]:
     """What was measured, and what was not and why; tables without rows are left out."""
-    sheets = [_tasks(results), _averages(results), _perplexities(results), _not_run(results)]
-    return [sheet for sheet in sheets if sheet.rows]
+    tables = [_tasks(results), _averages(results), _perplexities(results), _not_run(results)]
+    return [table for table in tables if table.rows]
 
 
-def beside_paper(results: Results) -> Sheet:
+def paper_table(results: Results) -> TextTable:
     """This model above the paper's."""
     source, rows = paper()
     averages = results.averages()
@@ -73,10 +73,10 @@ def beside_paper(results: Results) -> Sheet:
         for row in rows
     ]
     title = "Beside the paper: perplexities, and averages of nine tasks"
-    return Sheet(title, header, [[_THIS, *ours], *cells], notes=notes)
+    return TextTable(title, header, [[_THIS, *ours], *cells], notes=notes)
 
 
-def beside_pythia(results: Results, shots: int) -> Sheet:
+def pythia_table(results: Results, shots: int) -> TextTable:
     """This model above the Pythia suite at one number of shots."""
     source, models = pythia()
     first = next(iter(models.values()))[str(shots)]
@@ -87,7 +87,7 @@ def beside_pythia(results: Results, shots: int) -> Sheet:
         for name, published in models.items()
     ]
     header = ["model", *(f"{TASKS[task].label} {metric}" for task, metric in columns)]
-    return Sheet(f"Beside Pythia, {shots}-shot", header, [ours, *cells], notes=[f"Source: {source}."])
+    return TextTable(f"Beside Pythia, {shots}-shot", header, [ours, *cells], notes=[f"Source: {source}."])
 
 
 _PERPLEXITIES = {
@@ -97,7 +97,7 @@ _PERPLEXITIES = {
 }
 
 
-def _tasks(results: Results) -> Sheet:
+def _tasks(results: Results) -> TextTable:
     rows = []
     for result in _in_order(results):
         measure = TASKS[result.name].metric
@@ -119,10 +119,10 @@ def _tasks(results: Results) -> Sheet:
     if local:
         notes.append(f"From local files, which can differ from the official ones: {', '.join(local)}.")
     header = ["task", "shots", "documents", "acc", "acc_norm", "acc_bytes", "±"]
-    return Sheet("Tasks", header, rows, notes=notes)
+    return TextTable("Tasks", header, rows, notes=notes)
 
 
-def _averages(results: Results) -> Sheet:
+def _averages(results: Results) -> TextTable:
     rows = []
     for shots, average in results.averages().items():
         count = len(AVERAGED) - len(average.missing)
@@ -130,10 +130,10 @@ def _averages(results: Results) -> Sheet:
         if average.missing:
             name = f"mean of {count} of {len(AVERAGED)}, without {', '.join(average.missing)}"
         rows.append([str(shots), name, f"{100 * average.value:.2f}"])
-    return Sheet("Averages of the paper's measure", ["shots", "tasks", "percent"], rows, 2)
+    return TextTable("Averages of the paper's measure", ["shots", "tasks", "percent"], rows, 2)
 
 
-def _perplexities(results: Results) -> Sheet:
+def _perplexities(results: Results) -> TextTable:
     names = ("token_perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")
     rows = []
     for result in results.finished.values():
@@ -141,15 +141,15 @@ def _perplexities(results: Results) -> Sheet:
             label = result.name if result.shots is None else TASKS[result.name].label
             rows.append([label, *(_number(result.metrics, name) for name in names)])
     header = ["text", "per token", "per word", "per byte", "bits per byte", "of last word"]
-    return Sheet("Perplexity", header, rows)
+    return TextTable("Perplexity", header, rows)
 
 
-def _not_run(results: Results) -> Sheet:
+def _not_run(results: Results) -> TextTable:
     by_reason: dict[tuple[int | None, str], list[str]] = {}
     for skipped in results.skipped:
         by_reason.setdefault((skipped.shots, skipped.reason), []).append(skipped.name)
     rows = [[str(shots), ", ".join(names), reason] for (shots, reason), names in by_reason.items()]
-    return Sheet("Not run", ["shots", "tasks", "why"], rows, 3)
+    return TextTable("Not run", ["shots", "tasks", "why"], rows, 3)
 
 
 def _in_order(results: Results) -> list[Result]:
