@@ -1,7 +1,7 @@
-"""Collects the code that an export carries: copies of our own source files, with relative imports.
+"""Collects the code that an export carries: copies of our own source files with relative imports.
 
-transformers loads a model's code from one flat directory. Before 5.0 it copies only the files that the model's
-two main files name in ``from .name import``, so every shipped file must be named in one of those two.
+transformers loads a model's code from one flat directory. Before 5.0 it copies only the files that the
+model's two main files name in ``from .name import``, so every shipped file must be named in one of those two.
 """
 
 import ast

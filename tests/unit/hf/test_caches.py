@@ -106,9 +106,9 @@ def test_prefill_in_chunks(scheme, chunk, name) -> None:
 def test_a_cache_by_another_name_is_refused(name) -> None:
     """Swallowing it would decode each token without those before it."""
     model = looped()
-    with pytest.raises(TypeError, match=f"doesn't know the cache {name!r}"):
+    with pytest.raises(TypeError, match=f"doesn't know a cache named {name!r}"):
         model(IDS, **{name: DynamicCache(config=model.config)})
-    with pytest.raises(TypeError, match=f"doesn't know the cache {name!r}"):
+    with pytest.raises(TypeError, match=f"doesn't know a cache named {name!r}"):
         model.model(IDS, **{name: DynamicCache(config=model.config)})
 
 
@@ -117,7 +117,7 @@ def test_caches_that_contradict_each_other() -> None:
     one, other = DynamicCache(config=model.config), DynamicCache(config=model.config)
     model(IDS, cache=one, past_key_values=one)
     assert one.get_seq_length() == 8
-    with pytest.raises(ValueError, match="two names of one argument"):
+    with pytest.raises(ValueError, match="two names of the same argument"):
         model(IDS, cache=one, past_key_values=other)
 
 

@@ -26,7 +26,7 @@ def test_a_config_that_changes_under_a_model(scheme, change) -> None:
     for value in (1, 3, 7):
         setattr(model.config, change, value)
         for options in ({"use_cache": False}, {"use_cache": True}):
-            with pytest.raises(ValueError, match=r"config was changed .* call model.set_num_loops"):
+            with pytest.raises(ValueError, match=r"config was changed .* call model\.set_num_loops"):
                 model(IDS, **options)
         with pytest.raises(ValueError, match="config was changed"):
             greedy(model)

@@ -29,7 +29,7 @@ def old_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tool", TOOLS)
 def test_tools(old_transformers: None, tool: str) -> None:
     main = runpy.run_path(str(ROOT / "tools" / tool))["main"]
-    with pytest.raises(UserError, match=r"4\.49\.0 is too old, 4\.57 or newer is needed: pip install"):
+    with pytest.raises(UserError, match=r"4\.49\.0 is too old; 4\.57 or newer is needed: pip install"):
         main(TOOLS[tool])
 
 
