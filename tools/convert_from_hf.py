@@ -34,14 +34,14 @@ def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
     check_transformers()
     # Megatron-core takes seconds to import, and --help doesn't need it.
-    from megatron_mesh.hf.bring_in import Recursive, bring_in
+    from megatron_mesh.hf.bring_in import ToRecursive, import_model
 
     choices = {name: getattr(arguments, name) for name in ("recurrence", "core", "seed")}
     given = {name: value for name, value in choices.items() if value is not None}
     if given and not arguments.to_recursive:
         raise UserError(f"--{next(iter(given))} needs --to-recursive; add that or leave it out")
-    recursive = Recursive(arguments.to_recursive, **given) if arguments.to_recursive else None
-    model = bring_in(arguments.load, arguments.save, recursive)
+    recursive = ToRecursive(arguments.to_recursive, **given) if arguments.to_recursive else None
+    model = import_model(arguments.load, arguments.save, recursive)
     print(f"wrote {arguments.save} ({model.recurrence} {model.layers}); start a run from it with")
     print(
         f"  pretrain_mesh.py --config {arguments.save / 'config.yaml'} --load {arguments.save} --finetune ..."

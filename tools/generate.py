@@ -35,14 +35,14 @@ def main(argv: Sequence[str]) -> None:
     # These take seconds to import, and --help and mistakes do not need them.
     import transformers
 
-    from megatron_mesh.hf.open_model import directory_of, dtype_named, open_model
+    from megatron_mesh.hf.open_model import dtype_named, open_model, temporary_export
     from megatron_mesh.runtime import device
 
     transformers.utils.logging.set_verbosity_error()
     with ExitStack() as stack:
         directory = arguments.model
         if directory is None:
-            directory = stack.enter_context(directory_of(arguments.load, arguments.tokenizer_model))
+            directory = stack.enter_context(temporary_export(arguments.load, arguments.tokenizer_model))
         options: dict[str, Any] = {"dtype": dtype_named(arguments.dtype)}
         if arguments.num_loops is not None:
             options["num_loops"] = arguments.num_loops

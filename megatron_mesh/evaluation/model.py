@@ -111,12 +111,12 @@ def opened(source: Source, how: Mapping[str, Any], engine: str = TRANSFORMERS) -
     Raises:
         UserError: the engine cannot read the model, or the tokenizer is another model's.
     """
-    from megatron_mesh.hf.open_model import directory_of
+    from megatron_mesh.hf.open_model import temporary_export
 
     with ExitStack() as stack:
         directory = source.path
         if source.is_checkpoint:
-            directory = stack.enter_context(directory_of(source.path, source.tokenizer_model))
+            directory = stack.enter_context(temporary_export(source.path, source.tokenizer_model))
         if engine == VLLM:
             lm = stack.enter_context(_served(directory, source, how))
         else:

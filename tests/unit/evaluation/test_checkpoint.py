@@ -55,7 +55,7 @@ def test_checkpoint_and_export_measure_the_same(
     with pytest.raises(UserError, match=r"results of another run \(model: "):
         main(again)
     named.unlink()
-    with pytest.raises(UserError, match=r"tokenizer is missing .* --tokenizer-model"):
+    with pytest.raises(UserError, match=r"cannot load the run's tokenizer .* --tokenizer-model"):
         main(again)
 
     exported = tmp_path / "exported"

@@ -129,7 +129,7 @@ def test_a_fast_tokenizer(exported, tmp_path) -> None:
     assert tokenizer.padding_side == "left" and tokenizer.model_max_length == 16
     assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == 0
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"the tokenizer is missing .* --tokenizer-model"):
+    with pytest.raises(UserError, match=r"cannot load the run's tokenizer .* --tokenizer-model"):
         export_checkpoint(checkpoint, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -185,7 +185,7 @@ def test_what_is_there_is_kept(exported, tmp_path) -> None:
     target.mkdir()
     export_checkpoint(checkpoint, target)  # an empty directory is nobody's
     (target / "mine.txt").write_text("precious")
-    with pytest.raises(UserError, match=r"exists already; .* --force"):
+    with pytest.raises(UserError, match=r"already exists; .* --force"):
         export_checkpoint(checkpoint, target)
     assert (target / "mine.txt").read_text() == "precious"
     export_checkpoint(checkpoint, target, force=True, dtype=torch.bfloat16)
@@ -199,7 +199,7 @@ def test_force_spares_the_checkpoint(exported, tmp_path) -> None:
     checkpoint = shutil.copytree(exported()[0], run / "iter_0000003")
     before = sorted(checkpoint.iterdir())
     for target in (checkpoint, run, tmp_path):
-        with pytest.raises(UserError, match=r"holds the checkpoint itself .*choose another"):
+        with pytest.raises(UserError, match=r"contains the checkpoint that is converted, .*choose another"):
             export_checkpoint(run, target, force=True)
     assert sorted(checkpoint.iterdir()) == before and [p.name for p in tmp_path.iterdir()] == ["run"]
 
@@ -219,7 +219,7 @@ def test_targets_that_cannot_be(exported, tmp_path) -> None:
     (tmp_path / "file").write_text("precious")
     with pytest.raises(UserError, match="file is a file; choose another --save"):
         export_checkpoint(exported()[0], tmp_path / "file", force=True)
-    with pytest.raises(UserError, match=r"cannot be written .*choose another --save"):
+    with pytest.raises(UserError, match=r"cannot write to --save .*choose another"):
         export_checkpoint(exported()[0], tmp_path / "file/model")
     assert (tmp_path / "file").read_text() == "precious"
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from megatron_mesh.hf.bring_in import bring_in
+from megatron_mesh.hf.bring_in import import_model
 from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.hf.modeling_mesh import MeshForCausalLM
 from tests.exports import TOKENS
@@ -60,7 +60,7 @@ def test_adapters(exported, tmp_path, scheme, targets) -> None:
         merged = adapted.merge_and_unload()
         assert relative_error(merged(TOKENS).logits, after) < 1e-4
         merged.save_pretrained(tmp_path / "merged")
-        bring_in(tmp_path / "merged", tmp_path / "back")
+        import_model(tmp_path / "merged", tmp_path / "back")
         export_checkpoint(tmp_path / "back", tmp_path / "again")
         for path in ("merged", "again"):
             assert torch.equal(load(tmp_path / path)(TOKENS).logits, merged(TOKENS).logits)

@@ -11,7 +11,7 @@ from megatron_mesh.checkpoint.content import NOT_WEIGHTS
 from megatron_mesh.checkpoint.offline import open_index
 from megatron_mesh.checkpoint.reader import read_whole
 from megatron_mesh.hf import folding
-from megatron_mesh.hf.bring_in import bring_in
+from megatron_mesh.hf.bring_in import import_model
 from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.recurrence import SCHEMES
 from tests.exports import TOKENS
@@ -66,7 +66,7 @@ def test_logits_and_way_back(exported, tmp_path, case) -> None:
     assert relative_error(ours, logits) < 1e-5
     if case["recurrence"] == "vanilla":
         return  # its embedding comes back with its scale; test_plain_models
-    bring_in(directory, tmp_path / "back")
+    import_model(directory, tmp_path / "back")
     before, after = weights_of(checkpoint), weights_of(tmp_path / "back")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -75,7 +75,7 @@ def test_logits_and_way_back(exported, tmp_path, case) -> None:
 def test_bfloat16_comes_back_bitwise(exported, tmp_path) -> None:
     checkpoint, directory, _ = exported(bf16=True)
     assert load(directory, dtype="auto").dtype == torch.bfloat16
-    bring_in(directory, tmp_path / "back")
+    import_model(directory, tmp_path / "back")
     before, after = weights_of(checkpoint), weights_of(tmp_path / "back")
     assert all(before[key].dtype == torch.bfloat16 and torch.equal(before[key], after[key]) for key in before)
 
@@ -90,7 +90,7 @@ def test_plain_models(exported, tmp_path, hidden_size, untied) -> None:
     assert not list(directory.glob("*.py"))
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert type(model) is GPTNeoXForCausalLM
-    settings = bring_in(directory, tmp_path / "back")
+    settings = import_model(directory, tmp_path / "back")
     before, after = weights_of(checkpoint), weights_of(tmp_path / "back")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -111,7 +111,7 @@ def test_a_plain_model_that_was_trained_on(exported, tmp_path, hidden_size) -> N
         model.gpt_neox.embed_in.weight[7] = torch.linspace(0.1, 0.9, hidden_size)
     model.save_pretrained(changed)
     assert (changed / folding.FILE).exists() == (hidden_size == 32)
-    bring_in(changed, tmp_path / "back")
+    import_model(changed, tmp_path / "back")
     export_checkpoint(tmp_path / "back", tmp_path / "again")
     again = GPTNeoXForCausalLM.from_pretrained(tmp_path / "again")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
@@ -124,6 +124,6 @@ def test_shards(exported, tmp_path) -> None:
     assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 3
     one, many = load(directory).state_dict(), load(tmp_path / "sharded").state_dict()
     assert all(torch.equal(one[name], many[name]) for name in one)
-    bring_in(tmp_path / "sharded", tmp_path / "back")
+    import_model(tmp_path / "sharded", tmp_path / "back")
     before, after = weights_of(checkpoint), weights_of(tmp_path / "back")
     assert all(torch.equal(before[key], after[key]) for key in before)

@@ -139,13 +139,13 @@ def config_with(**entries: object) -> Callable[[Path], None]:
     [
         (config_with(auto_map="modeling_mesh.MeshModel"), "auto_map is not a JSON object"),
         (edited, r"mesh\.py was edited after the export .* move it elsewhere"),
-        (not_ours, r"mesh\.py lacks the first line of exported code .* move it elsewhere"),
-        (newer, r"mesh\.py is from megatron_mesh 99\.0\.0 and this is .*; upgrade megatron_mesh"),
-        (config_with(model_type="llama"), r"config\.json is of a llama model; give an export"),
-        (config_with(recurrence="spiral"), r"knows no recurrence 'spiral'"),
-        (lambda path: (path / "config.json").write_text("{"), r"config\.json cannot be read"),
-        (lambda path: (path / "config.json").write_text("[]"), r"config\.json is of a None model"),
-        (lambda path: (path / "config.json").unlink(), r"config\.json cannot be read"),
+        (not_ours, r"mesh\.py would be overwritten, but lacks the first line .* move it elsewhere"),
+        (newer, r"mesh\.py is from megatron_mesh 99\.0\.0, which is newer than .*; upgrade megatron_mesh"),
+        (config_with(model_type="llama"), r"config\.json describes a llama model; give a directory written"),
+        (config_with(recurrence="spiral"), r"doesn't know the recurrence 'spiral'"),
+        (lambda path: (path / "config.json").write_text("{"), r"cannot read .*config\.json"),
+        (lambda path: (path / "config.json").write_text("[]"), r"config\.json describes a None model"),
+        (lambda path: (path / "config.json").unlink(), r"cannot read .*config\.json"),
     ],
 )
 def test_refused(fresh: Path, tmp_path: Path, spoil, message: str) -> None:
@@ -158,11 +158,11 @@ def test_refused(fresh: Path, tmp_path: Path, spoil, message: str) -> None:
     assert contents(directory) == before
 
 
-def test_a_place_that_is_taken(early: Path) -> None:
+def test_a_backup_overwrites_nothing(early: Path) -> None:
     (early / "replaced_code").mkdir()
     (early / "replaced_code/mesh.py").write_text("precious")
     before = contents(early)
-    with pytest.raises(UserError, match=r"replaced_code/mesh\.py is there already; move"):
+    with pytest.raises(UserError, match=r"replaced_code/mesh\.py already exists with other content; move"):
         refresh_code(early)
     assert contents(early) == before
 
@@ -204,7 +204,7 @@ def test_a_directory_that_cannot_be_written(early: Path, monkeypatch) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "write_text", denied)
-    with pytest.raises(UserError, match=r"early cannot be written .*Permission denied"):
+    with pytest.raises(UserError, match=r"cannot write to .*early .*Permission denied"):
         refresh_code(early)
     assert contents(early) == before
 

@@ -13,7 +13,7 @@ from megatron_mesh.checkpoint.offline import whole_checkpoint
 from megatron_mesh.config.check_parallel import check_tensor_parallel
 from megatron_mesh.config.derived import padded_vocab_size
 from megatron_mesh.config.schema import ParallelConfig
-from megatron_mesh.hf.bring_in import bring_in
+from megatron_mesh.hf.bring_in import import_model
 from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.parallel import build_stage
 from tests.exports import export_config, load_weights
@@ -36,7 +36,7 @@ def test_a_plain_model(tmp_path: Path, sizes: dict[str, int], tied: bool) -> Non
     model.resize_token_embeddings(**sizes)
     model.save_pretrained(tmp_path / "resized")
     rows = model.config.vocab_size
-    settings = bring_in(tmp_path / "resized", tmp_path / "megatron")
+    settings = import_model(tmp_path / "resized", tmp_path / "megatron")
     assert (settings.vocab_size, settings.make_vocab_size_divisible_by) == (rows, 128)
     for ranks in (2, 4, 8):
         heads = {"num_attention_heads": 8, "ffn_hidden_size": 128}  # not what this is about
@@ -59,7 +59,7 @@ def test_a_half_precision_import_starts_a_run(tmp_path: Path, dtype: torch.dtype
     """In float32 it has the source's loss."""
     model = stock(tmp_path / "stock", num_hidden_layers=2).to(dtype)
     model.save_pretrained(tmp_path / "stock")
-    bring_in(tmp_path / "stock", tmp_path / "megatron")
+    import_model(tmp_path / "stock", tmp_path / "megatron")
     assert relative_error(loss_of_run(tmp_path), loss_of(model.float())) < 1e-5
 
 
@@ -71,7 +71,7 @@ def test_an_export(exported: Callable[..., Any], tmp_path: Path, recurrence: str
     model = load(directory, dtype=torch.float32)
     model.resize_token_embeddings(rows)
     model.save_pretrained(tmp_path / "resized")
-    settings = bring_in(tmp_path / "resized", tmp_path / "megatron")
+    settings = import_model(tmp_path / "resized", tmp_path / "megatron")
     assert settings.vocab_size == rows
     found = weights_of(tmp_path / "megatron")["output_layer.weight"]
     assert torch.equal(found[:rows], model.get_output_embeddings().weight)

@@ -195,7 +195,7 @@ def test_what_transformers_cannot_reproduce_is_refused(tmp_path, monkeypatch) ->
     model = byte_level(tmp_path / "json.json", "<|endoftext|> $A")
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer_module, "_without_template", lambda processor: processor)
-        with pytest.raises(UserError, match=r"json cannot be exported: .* other ids .* --tokenizer-model"):
+        with pytest.raises(UserError, match=r"cannot export .*json: .* different ids .* --tokenizer-model"):
             export_tokenizer(model, tmp_path / "template")
     content = json.loads(model.read_text(encoding="utf-8"))
     vocabulary = content["model"]["vocab"]

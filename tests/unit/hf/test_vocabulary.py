@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_mesh.checkpoint.offline import whole_checkpoint
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf import vocabulary
-from megatron_mesh.hf.bring_in import bring_in
+from megatron_mesh.hf.bring_in import import_model
 from megatron_mesh.hf.export import export_checkpoint
 from megatron_mesh.hf.names import EMBEDDING, OUTPUT, VOCABULARY
 from tests.exports import TOKENS, saved_with_logits
@@ -23,7 +23,7 @@ TINY = {"recurrence": "base", "layers": "1+1R2+1", "seq_length": 64}
 
 
 def comes_back(checkpoint: Path, directory: Path, save: Path) -> bool:
-    bring_in(directory, save)
+    import_model(directory, save)
     before, after = weights_of(checkpoint), weights_of(save)
     return before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
@@ -98,7 +98,7 @@ def test_after_training_with_transformers(exported, tmp_path) -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight += 1.0
     model.save_pretrained(tmp_path / "trained")
-    bring_in(tmp_path / "trained", tmp_path / "back")
+    import_model(tmp_path / "trained", tmp_path / "back")
     before, after = weights_of(checkpoint), weights_of(tmp_path / "back")
     assert torch.equal(after[EMBEDDING][:97], before[EMBEDDING][:97] + 1.0)
     for key, weight in {EMBEDDING: before[EMBEDDING] + 1.0, OUTPUT: before[OUTPUT]}.items():
@@ -113,7 +113,7 @@ def test_rows_of_another_vocabulary_do_not_come_back(exported, tmp_path) -> None
     model.resize_token_embeddings(100)
     model.save_pretrained(changed)
     assert (changed / vocabulary.FILE).is_file()
-    bring_in(changed, tmp_path / "back")
+    import_model(changed, tmp_path / "back")
     after = weights_of(tmp_path / "back")
     assert after[OUTPUT].shape == (112, 32)
     assert torch.equal(after[OUTPUT][:100], model.get_output_embeddings().weight)

@@ -16,7 +16,7 @@ import transformers
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.bring_in import bring_in
+from megatron_mesh.hf.bring_in import import_model
 from megatron_mesh.hf.export import export_checkpoint
 
 HIDDEN, HEADS, VOCABULARY = 64, 4, 128
@@ -136,7 +136,7 @@ def logits_of(directory: Path) -> torch.Tensor:
 def in_and_out(directory: Path, scratch: Path) -> str:
     """Check the property for a directory; returns what became of it."""
     try:
-        bring_in(directory, scratch / "megatron")
+        import_model(directory, scratch / "megatron")
     except UserError as error:
         assert not list(scratch.glob("megatron*"))
         assert "\n" not in str(error)
