@@ -1,4 +1,4 @@
-"""Averages, tables and the published numbers."""
+"""Averages, tables, and published results."""
 
 import json
 from dataclasses import replace
@@ -19,7 +19,7 @@ def of(name: str, shots: int | None, **metrics: float) -> Result:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Results:
-    """Nine tasks at 0 shots, their paper's measure 0.1, 0.2, ... 0.9; two of them at 5; perplexities."""
+    """Nine 0-shot tasks with the paper's metric at 0.1, 0.2, ... 0.9, two 5-shot tasks, and perplexities."""
     run = {
         "path": "here",
         "model": "f" * 64,
@@ -40,18 +40,18 @@ def results(tmp_path: Path) -> Results:
     return found
 
 
-def test_averages_are_of_the_papers_measure(results: Results) -> None:
+def test_averages_use_the_papers_metric(results: Results) -> None:
     averages = results.averages()
     assert averages[0].value == pytest.approx(0.5) and averages[0].missing == []
     assert averages[5].value == pytest.approx(0.25)
     assert averages[5].missing == [name for name in AVERAGED if name not in ("piqa", "winogrande")]
 
 
-def test_a_part_is_never_called_the_average(results: Results) -> None:
+def test_a_partial_mean_is_never_called_the_average(results: Results) -> None:
     tables = {table.title: table for table in result_tables(results)}
-    zero, five = tables["Averages of the paper's measure"].rows
+    zero, five = tables["Averages of the paper's metric"].rows
     assert list(zero) == ["0", "average of the 9", "50.00"]
-    assert five[1].startswith("mean of 2 of 9, without hellaswag, arc_easy")
+    assert five[1].startswith("mean of 2 of the 9, without hellaswag, arc_easy")
     row = paper_table(results).rows[0]
     assert list(row) == ["this model", "11.25", "30.50", "12.50", "12.50", "50.00", ""]
 
@@ -64,7 +64,7 @@ def test_all_three_accuracies_are_named(results: Results) -> None:
     assert list(winogrande[3:]) == ["80.00*", "98.00", "", ""]
     assert len(table.notes) == 1
     results.add(replace(of("piqa", 0, acc_bytes=0.1), data="0" * 64))
-    assert result_tables(results)[0].notes[1].endswith("official ones: PIQA.")
+    assert result_tables(results)[0].notes[1].endswith("official data: PIQA.")
 
 
 def test_what_was_not_run_is_grouped(results: Results) -> None:
@@ -101,7 +101,7 @@ def test_the_files(results: Results) -> None:
 
 
 def test_published_numbers_are_complete(shared_dir: Path) -> None:
-    """Against the files that they were copied from."""
+    """They equal those in the files from which they were copied."""
     table = (shared_dir / "design/paper.md").read_text()
     _, rows = paper()
     for row in rows:
