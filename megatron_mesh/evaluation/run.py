@@ -166,9 +166,9 @@ def _unavailable(task: Task, shots: int, local: dict[str, LocalTask] | None) -> 
     if local is None:
         return None
     if task.name not in local:
-        return "the local data have no task file for it"
+        return "no task file in the local data"
     if shots and not local[task.name].has_examples:
-        return "its local task file has no split for examples (training_split)"
+        return "the local task file specifies no split for examples (training_split)"
     return None
 
 

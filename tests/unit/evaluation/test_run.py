@@ -232,7 +232,7 @@ def test_bad_local_data(
 
 
 def test_nothing_can_be_run(settings: Settings, local_data: Path) -> None:
-    with pytest.raises(UserError, match="no task can be run: sciq: the local data have no task file"):
+    with pytest.raises(UserError, match="no task can be run: sciq: no task file in the local data"):
         run.plan(replace(settings, local_data=local_data, tasks=choose(["sciq"])))
 
 
