@@ -1,4 +1,4 @@
-"""What an export holds, its errors, and that nothing half-written is left under a name that loads."""
+"""Contents and errors of exports. An interrupted export never looks like a complete one."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def ends(body: str, head: str) -> set[str]:
 
 
 def test_names_are_a_contract(exported) -> None:
-    """Published exports load only as long as these stay."""
+    """Published exports can only be loaded if these names never change."""
     routers = {
         f"model.recurrence.{kind}.{cycle}.{part}"
         for kind in ("write", "read")
@@ -90,7 +90,7 @@ def test_files(exported) -> None:
         "model.safetensors",
         "training_only/vocabulary_padding.safetensors",
     }
-    assert len({path.stat().st_mode for path in files.values()}) == 1, "as readable as each other"
+    assert len({path.stat().st_mode for path in files.values()}) == 1, "all files have the same permissions"
     recurrence = ROOT / "megatron_mesh/recurrence/mesh.py"
     assert (directory / "mesh.py").read_text().endswith(recurrence.read_text())  # the source itself
     card = (directory / "README.md").read_text()
@@ -110,7 +110,7 @@ def test_files(exported) -> None:
 
 
 def with_tokenizer(checkpoint: Path, directory: Path, tokenizer: Path) -> Path:
-    """A copy of a checkpoint whose training names a tokenizer."""
+    """Copy a checkpoint and add a tokenizer to its settings."""
     copy = shutil.copytree(checkpoint, directory / checkpoint.name)
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace("tokenizer_model: null", f"tokenizer_model: {tokenizer}"))
@@ -137,7 +137,7 @@ def test_a_fast_tokenizer(exported, tmp_path) -> None:
 @pytest.mark.versions
 @pytest.mark.parametrize("scheme", ["mesh", "vanilla"])
 def test_the_cards_example_runs(exported, tmp_path, monkeypatch, capsys, scheme) -> None:
-    """As it stands, and without a question whether the code may run."""
+    """Unchanged, and without asking interactively whether to trust the code."""
     (tmp_path / "tokenizer.json").write_text(TOKENIZER)
     source = exported(recurrence=scheme, layers={"vanilla": "4"}.get(scheme, "1+2R2+1"))[0]
     checkpoint = with_tokenizer(source, tmp_path, tmp_path / "tokenizer.json")
@@ -179,11 +179,11 @@ def test_a_sentencepiece_tokenizer(exported, tmp_path, options) -> None:
     assert tokenizer.eos_token_id == original.eos_id()
 
 
-def test_what_is_there_is_kept(exported, tmp_path) -> None:
+def test_existing_files_are_not_overwritten(exported, tmp_path) -> None:
     checkpoint, _, _ = exported()
     target = tmp_path / "model"
     target.mkdir()
-    export_checkpoint(checkpoint, target)  # an empty directory is nobody's
+    export_checkpoint(checkpoint, target)  # an empty directory may be used
     (target / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match=r"already exists; .* --force"):
         export_checkpoint(checkpoint, target)
@@ -204,8 +204,8 @@ def test_force_spares_the_checkpoint(exported, tmp_path) -> None:
     assert sorted(checkpoint.iterdir()) == before and [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_link_stays_one(exported, tmp_path) -> None:
-    """A directory on another disk is replaced there."""
+def test_a_symbolic_link_is_preserved(exported, tmp_path) -> None:
+    """The directory that it points to is replaced, which may be on another disk."""
     (tmp_path / "disk/model").mkdir(parents=True)
     (tmp_path / "disk/model/old.txt").touch()
     (tmp_path / "model").symlink_to(tmp_path / "disk/model")
@@ -215,7 +215,7 @@ def test_a_link_stays_one(exported, tmp_path) -> None:
     assert sorted(p.name for p in tmp_path.rglob("*model*") if p.is_dir()) == ["model", "model"]
 
 
-def test_targets_that_cannot_be(exported, tmp_path) -> None:
+def test_invalid_targets(exported, tmp_path) -> None:
     (tmp_path / "file").write_text("precious")
     with pytest.raises(UserError, match="file is a file; choose another --save"):
         export_checkpoint(exported()[0], tmp_path / "file", force=True)
@@ -237,7 +237,7 @@ def test_an_interrupted_conversion_leaves_no_model(exported, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         export_checkpoint(checkpoint, tmp_path / "model", shard_bytes=20_000)
     assert [path.name for path in tmp_path.iterdir()] == ["model.partial"]
-    assert not (tmp_path / "model.partial/config.json").exists()  # so that nothing loads it
+    assert not (tmp_path / "model.partial/config.json").exists()  # so that it cannot be loaded
     monkeypatch.undo()
     export_checkpoint(checkpoint, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -274,7 +274,7 @@ def test_the_tool(exported, tmp_path) -> None:
     one, other = (load_file(path / "model.safetensors") for path in (directory, tmp_path / "model"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     refused = call("--load", checkpoint, "--save", tmp_path / "model")
-    last = refused.stderr.splitlines()[-1]  # a torch for CUDA says first that it finds no GPU
+    last = refused.stderr.splitlines()[-1]  # torch built for CUDA may first warn about a missing GPU
     assert refused.returncode == 2 and last.startswith("error: ") and "--force" in last
 
 
@@ -298,7 +298,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.parametrize("scheme", ["static", "dynamic"])
 def test_coefficients_stay_in_float32(exported, scheme: str) -> None:
-    """In a bfloat16 export, and in the model that transformers makes of it."""
+    """In a bfloat16 export, and in the model that transformers loads from it."""
     directory = exported(recurrence=scheme, layers="1+2R2+1", bf16=True)[1]
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.bfloat16)
     dtypes = {("recurrence" in name, parameter.dtype) for name, parameter in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""tools/generate.py: what it prints, from a directory and from a checkpoint, and its errors."""
+"""tools/generate.py: its output for a directory and for a checkpoint, and its errors."""
 
 import io
 import runpy
@@ -26,7 +26,7 @@ GREEDY = ["--temperature", "0", "--max-new-tokens", "9"]
 
 @pytest.fixture(scope="module")
 def looped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A checkpoint with a SentencePiece tokenizer, which writes spaces before words; and its export."""
+    """A checkpoint with a SentencePiece tokenizer, whose pieces start with spaces, and its export."""
     directory = tmp_path_factory.mktemp("looped")
     lines = (ROOT / "megatron_mesh/hf/modeling_mesh.py").read_text(encoding="utf-8").splitlines()
     sentencepiece.SentencePieceTrainer.train(
@@ -46,8 +46,8 @@ def written(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     return capsys.readouterr().out
 
 
-def test_the_text_is_the_models(looped, capsys) -> None:
-    """Also the space before the first new word."""
+def test_prints_the_models_text(looped, capsys) -> None:
+    """Including the space before the first new word."""
     model, tokenizer = open_model(looped[1], dtype=torch.float32)
     for prompt in ("the value", "def forward(self"):
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -72,7 +72,7 @@ def test_a_new_word_keeps_its_space(looped, capsys, monkeypatch) -> None:
 
 
 def test_ways_in(looped, capsys, tmp_path, monkeypatch) -> None:
-    """Directory or checkpoint; command line, file or dialogue."""
+    """A directory or a checkpoint, with prompts on the command line, in a file, or in a dialogue."""
     checkpoint, directory = looped
     text = written(capsys, "--model", directory, "--prompt", "def", "--prompt", "class")
     assert text == written(capsys, "--load", checkpoint.parent, "--prompt", "def", "--prompt", "class")
@@ -85,7 +85,7 @@ def test_ways_in(looped, capsys, tmp_path, monkeypatch) -> None:
 
 
 def test_lines_of_a_prompt_file(tmp_path) -> None:
-    """Line feeds alone end a prompt, with a carriage return before them or not."""
+    """Only line feeds end a prompt. A carriage return before them is dropped."""
     given = main.__globals__["_given"]
     path = tmp_path / "prompts.txt"
 
@@ -165,6 +165,6 @@ def test_mistakes(looped, exported, tmp_path) -> None:
         "--num-loops",
         2,
     )
-    (plain / "tokenizer.json").write_text(TOKENIZER)  # names no end-of-text token
+    (plain / "tokenizer.json").write_text(TOKENIZER)  # has no end-of-text token
     with pytest.raises(UserError, match="the prompt is empty"):
         main(["--model", str(plain), "--prompt", ""])

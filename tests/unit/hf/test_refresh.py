@@ -1,4 +1,4 @@
-"""``--refresh-code``: old code becomes new, everything else stays, and nobody's work is lost."""
+"""``--refresh-code`` updates old code, changes nothing else, and loses nobody's edits."""
 
 import difflib
 import json
@@ -39,7 +39,7 @@ def fresh(exported) -> Path:
 
 @pytest.fixture
 def early(fresh: Path, tmp_path: Path) -> Path:
-    """The same export with early code: no checksums, a file less, a file more, nothing of tested versions."""
+    """The same export with early code: no checksums, one file fewer, one more, no list of versions."""
     directory = shutil.copytree(fresh, tmp_path / "early")
     for name, text in sources().items():
         (directory / name).write_text(f"{EARLY}# an earlier line\n{without_header(text)}")
@@ -73,13 +73,13 @@ def test_code_is_replaced_and_nothing_else(early: Path, fresh: Path) -> None:
     assert config.pop("auto_map") == {**AUTO_MAP, "AutoTokenizer": ["mine.Tokenizer", None]}
     assert config == {name: value for name, value in json.loads(old).items() if name != "auto_map"}
     removed = [x for x in difflib.ndiff(old.splitlines(), new.splitlines()) if x.startswith("- ")]
-    assert len(removed) <= 2, removed  # no other line is written anew
+    assert len(removed) <= 2, removed  # no other line changes
     assert refresh_code(early) == []
 
 
 @pytest.mark.parametrize("scheme", ["mesh", "vanilla"])
 def test_the_tokenizers_code_too(exported, tmp_path: Path, scheme: str) -> None:
-    """An export of a plain model has no code but that of its tokenizer, if it has any."""
+    """An export of a plain model has no code except perhaps that of its tokenizer."""
     fresh = exported(recurrence=scheme, layers="4" if scheme == "vanilla" else "1+2R2+1")[1]
     directory = shutil.copytree(fresh, tmp_path / "export")
     ((name, text),) = tokenizer_source().items()
@@ -104,7 +104,7 @@ def test_a_refreshed_model_computes_the_same(early: Path, fresh: Path) -> None:
     assert torch.equal(*logits)
 
 
-def test_code_with_a_checksum_is_not_kept(fresh: Path, tmp_path: Path, monkeypatch) -> None:
+def test_code_with_a_checksum_needs_no_backup(fresh: Path, tmp_path: Path, monkeypatch) -> None:
     directory = shutil.copytree(fresh, tmp_path / "model")
     newer = {**sources(), "mesh.py": sources()["mixing.py"]}
     monkeypatch.setattr(refresh.ship, "sources", lambda: newer)
@@ -150,7 +150,7 @@ def config_with(**entries: object) -> Callable[[Path], None]:
 )
 def test_refused(fresh: Path, tmp_path: Path, spoil, message: str) -> None:
     directory = shutil.copytree(fresh, tmp_path / "model")
-    (directory / "schemes.py").write_text(EARLY)  # there would be something to refresh
+    (directory / "schemes.py").write_text(EARLY)  # so that there is something to refresh
     spoil(directory)
     before = contents(directory)
     with pytest.raises(UserError, match=message):
@@ -174,7 +174,7 @@ def test_a_plain_model_has_no_code(exported) -> None:
 
 
 def test_an_interruption(early: Path, tmp_path: Path, monkeypatch) -> None:
-    """Wherever it ends, refreshing again completes it."""
+    """Refreshing again completes it, wherever it was interrupted."""
     whole = shutil.copytree(early, tmp_path / "whole")
     steps = len(refresh_code(whole)) - 1  # all but the removed file are put in place by os.replace
     real = os.replace

@@ -1,4 +1,4 @@
-"""A version of transformers that does not fit is named, with the remedy, by our tools and by exports."""
+"""Our tools and our exports report an unsupported version of transformers, and what to do."""
 
 import importlib.metadata
 import runpy
@@ -44,7 +44,7 @@ def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_code_of_an_export(exported, old_transformers: None, tmp_path: Path) -> None:
-    """transformers imports its configuration first."""
+    """The check is in its configuration file, which transformers imports first."""
     directory = shutil.copytree(exported()[1], tmp_path / "for-old-transformers")
     with pytest.raises(
         ImportError, match=r"found transformers==4\.49\.0\.\s.*pip install 'transformers>=4\.57'"

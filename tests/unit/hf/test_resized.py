@@ -1,4 +1,4 @@
-"""Models whose vocabulary was resized in transformers come in, split over ranks, and go out again."""
+"""Models whose vocabulary was resized in transformers convert to checkpoints, run in parallel, and back."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_a_plain_model(tmp_path: Path, sizes: dict[str, int], tied: bool) -> Non
     settings = import_model(tmp_path / "resized", tmp_path / "megatron")
     assert (settings.vocab_size, settings.make_vocab_size_divisible_by) == (rows, 128)
     for ranks in (2, 4, 8):
-        heads = {"num_attention_heads": 8, "ffn_hidden_size": 128}  # not what this is about
+        heads = {"num_attention_heads": 8, "ffn_hidden_size": 128}  # valid for all these ranks
         check_tensor_parallel(ParallelConfig(tensor_model_parallel_size=ranks), replaced(settings, heads))
     found = weights_of(tmp_path / "megatron")
     expected = {"embedding.word_embeddings.weight": model.gpt_neox.embed_in.weight}
@@ -56,7 +56,7 @@ def test_a_plain_model(tmp_path: Path, sizes: dict[str, int], tied: bool) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_half_precision_import_starts_a_run(tmp_path: Path, dtype: torch.dtype) -> None:
-    """In float32 it has the source's loss."""
+    """In float32, the run has the loss of the source."""
     model = stock(tmp_path / "stock", num_hidden_layers=2).to(dtype)
     model.save_pretrained(tmp_path / "stock")
     import_model(tmp_path / "stock", tmp_path / "megatron")
@@ -66,7 +66,7 @@ def test_a_half_precision_import_starts_a_run(tmp_path: Path, dtype: torch.dtype
 @pytest.mark.parametrize("recurrence", ["mesh", "vanilla"])
 @pytest.mark.parametrize("rows", [120, 90])
 def test_an_export(exported: Callable[..., Any], tmp_path: Path, recurrence: str, rows: int) -> None:
-    """Even where the new size lies within the padding of the training: its rows mean something now."""
+    """Even if the new size is within the padded size of the training, all its rows are preserved."""
     _, directory, _ = exported(recurrence=recurrence, layers="1+1R2+1" if recurrence == "mesh" else "3")
     model = load(directory, dtype=torch.float32)
     model.resize_token_embeddings(rows)
@@ -83,13 +83,13 @@ def replaced(settings: Any, changes: dict[str, Any]) -> Any:
 
 @torch.no_grad()
 def loss_of(model: torch.nn.Module) -> torch.Tensor:
-    """Losses [B, S - 1] of the source, by transformers."""
+    """Return the source's losses [B, S - 1], computed by transformers."""
     logits = model.eval()(TOKENS).logits
     return cross_entropy(logits[:, :-1].transpose(1, 2), TOKENS[:, 1:], reduction="none")
 
 
 def loss_of_run(tmp_path: Path) -> torch.Tensor:
-    """The same of a run that starts from the import."""
+    """Return the same losses, computed by a run that starts from the imported model."""
     model = whole_checkpoint(tmp_path / "megatron").config.model
     config = export_config(tmp_path / "run", **vars(model))
     with one_process(config):

@@ -1,4 +1,4 @@
-"""The code of an export is complete, and knows whether it was edited."""
+"""The code in an export is complete, and edits to it are detected."""
 
 import ast
 import sys
@@ -24,7 +24,7 @@ def test_the_auto_classes_are_there() -> None:
 
 
 def test_transformers_4_copies_every_file(tmp_path: Path) -> None:
-    """It copies the files that a file names, and not those that these name in turn."""
+    """transformers 4 copies the files that the main files import, but not those that these import."""
     texts = ship.sources()
     named = {entry.split(".")[0] for entry in ship.AUTO_MAP.values()}
     for module in list(named):
@@ -45,7 +45,7 @@ ALLOWED = {"torch", "transformers", "packaging", "sentencepiece"}
 
 
 def test_an_export_needs_torch_and_transformers_alone() -> None:
-    """packaging comes with transformers; sentencepiece is asked for by the tokenizer that needs it."""
+    """transformers requires packaging. Only exports with our tokenizer need sentencepiece."""
     for name, text in {**ship.sources(), **ship.tokenizer_source()}.items():
         imported = set()
         for node in ast.walk(ast.parse(text)):
@@ -58,7 +58,7 @@ def test_an_export_needs_torch_and_transformers_alone() -> None:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package whose modeling file imports over three files, in a folder below another."""
+    """A package whose modeling file imports a chain of files, in nested folders."""
     texts = {
         "hf/modeling/configuration_mesh.py": "import transformers\n",
         "hf/modeling/modeling_mesh.py": "from megatron_mesh.hf.modeling.attention import A\n",

@@ -1,4 +1,4 @@
-"""Padded rows of the vocabulary: not in an export, so never drawn; and there again on the way back."""
+"""Padded vocabulary rows are not in an export, so they are never sampled. A conversion back restores them."""
 
 import json
 import shutil
@@ -29,8 +29,8 @@ def comes_back(checkpoint: Path, directory: Path, save: Path) -> bool:
 
 
 @pytest.mark.parametrize("scheme", ["base", "vanilla"])
-def test_no_id_is_drawn_that_means_nothing(tmp_path, scheme) -> None:
-    """A vocabulary of 512, padded to 4,096, and a hot temperature."""
+def test_no_padded_id_is_sampled(tmp_path, scheme) -> None:
+    """With a vocabulary of 512 that is padded to 4,096, and a high temperature."""
     model = sentencepiece_model(tmp_path / "spm", model_type="bpe", normalization_rule_name="identity")
     layers = {"vanilla": "2"}.get(scheme, "1+1R2+1")
     settings = {**TINY, "recurrence": scheme, "layers": layers, "make_vocab_size_divisible_by": 4096}
@@ -48,7 +48,7 @@ def test_no_id_is_drawn_that_means_nothing(tmp_path, scheme) -> None:
     assert drawn.unique().numel() > 400
     assert drawn.max() < 512 and tokenizer.pad_token_id not in drawn
     assert comes_back(checkpoint, tmp_path / "hf", tmp_path / "back")
-    # Engines load every safetensors file at the top of a directory.
+    # Engines load every safetensors file next to config.json.
     assert (tmp_path / "hf" / vocabulary.FILE).is_file()
     assert not (tmp_path / "hf" / vocabulary.FILE.name).exists()
 
@@ -59,7 +59,7 @@ def test_no_id_is_drawn_that_means_nothing(tmp_path, scheme) -> None:
     ("size", "divisor", "rows", "kept"),
     [
         (402, 16, 403, 14),
-        (402, 402, 403, 0),  # no padded row
+        (402, 402, 403, 0),  # no padded rows
         (403, 16, 403, 14),
         (500, 16, 403, 110),  # --vocab-size beyond the tokenizer
     ],
@@ -79,7 +79,7 @@ def test_a_tokenizer_without_a_padding_token(tmp_path, scheme, untied, size, div
     with torch.no_grad():
         assert torch.allclose(model(TOKENS).logits[..., :402], logits[..., :402], atol=1e-5)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        # Some engines ignore suppress_tokens, and this row is never the likeliest.
+        # Some engines ignore suppress_tokens, but a mean row never has the highest logit.
         assert torch.allclose(module.weight[402], module.weight[:402].mean(0), atol=1e-5)
     path = tmp_path / "hf" / vocabulary.FILE
     assert path.is_file() == (kept > 0)
@@ -92,7 +92,7 @@ def test_a_tokenizer_without_a_padding_token(tmp_path, scheme, untied, size, div
 
 
 def test_after_training_with_transformers(exported, tmp_path) -> None:
-    """``save_pretrained`` drops the file with the padded rows: they are filled."""
+    """``save_pretrained`` doesn't copy the file with the padded rows, so they are filled with the mean."""
     checkpoint, directory, _ = exported()
     model = load(directory)
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_after_training_with_transformers(exported, tmp_path) -> None:
         assert torch.allclose(after[key][97:], weight[:97].mean(0).expand(15, -1), atol=1e-6)
 
 
-def test_rows_of_another_vocabulary_do_not_come_back(exported, tmp_path) -> None:
+def test_padded_rows_are_not_restored_after_resizing(exported, tmp_path) -> None:
     """After ``resize_token_embeddings`` into the same directory."""
     changed = shutil.copytree(exported()[1], tmp_path / "changed")
     model = load(changed)
