@@ -20,9 +20,9 @@ def _tensor_parallel_plan(stock: dict[str, str]) -> dict[str, str]:
     """Return GPT-NeoX's plan with its ``layers.*`` entries repeated for each of our lists of layers."""
     plan: dict[str, str] = {}
     for name, style in stock.items():
-        place, found, rest = name.partition("layers.*.")
+        prefix, found, rest = name.partition("layers.*.")
         if found:
-            plan |= {f"{place}{part}.*.{rest}": style for part in ("prelude", "core", "cores.*", "coda")}
+            plan |= {f"{prefix}{part}.*.{rest}": style for part in ("prelude", "core", "cores.*", "coda")}
         else:
             plan[name] = style
     return plan

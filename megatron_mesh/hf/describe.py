@@ -125,10 +125,17 @@ tags: [megatron_mesh, recursive-transformer]
 # {title}
 
 A GPT-NeoX model with the layer layout {layers} and the recurrence scheme `{scheme}`, pretrained with
-megatron_mesh {version}. {explanation} | | | |---|---| | non-embedding parameters | {parameters:,} | | layers
-that a token passes through | {depth} | | hidden size, heads | {model.hidden_size},
-{model.num_attention_heads} | | sequence length | {model.seq_length:,} | | vocabulary | {vocabulary:,} |
-{metrics} ## Use
+megatron_mesh {version}.
+{explanation}
+| | |
+|---|---|
+| non-embedding parameters | {parameters:,} |
+| layers that a token passes through | {depth} |
+| hidden size, heads | {model.hidden_size}, {model.num_attention_heads} |
+| sequence length | {model.seq_length:,} |
+| vocabulary | {vocabulary:,} |
+{metrics}
+## Use
 
 Tested with transformers {tested}.{refresh}
 
@@ -172,16 +179,16 @@ _LAYERS = """\
 ## Layers and hidden states
 
 Each application of a layer has its own module, on which you can register hooks: `model.unrolled.<i>` returns
-    the output of layer i, and `model.unrolled.<i>.attention` computes its attention. In the model's
-    `hidden_states`, entry 0 is the input of layer 0, and entry i + 1 is the output of layer i before the
-    recurrence mixes it. The last entry has passed the final norm.
+the output of layer i, and `model.unrolled.<i>.attention` computes its attention. In the model's
+`hidden_states`, entry 0 is the input of layer 0, and entry i + 1 is the output of layer i before the recurrence
+mixes it. The last entry has passed the final norm.
 
 | pass | layers i |
 |---|---|
 {rows}
 Two pitfalls of transformers: without `trust_remote_code=True`, `AutoTokenizer` may ask interactively whether
-    to trust the code. And two models whose directories have the same name share one class within a process,
-    even if their code differs.
+to trust the code. And two models whose directories have the same name share one class within a process, even
+if their code differs.
 
 """
 

@@ -137,7 +137,7 @@ def _check(tokenizer: Tokenizer, directory: Path, padding: Padding) -> None:
         if exported(text, verbose=False)["input_ids"] != tokenizer.tokenize(text):
             raise UserError(
                 f"cannot export {tokenizer.path}: for the text {text[:60]!r}, transformers gives different "
-                "ids than training; write a tokenizer.json by hand and convert with --tokenizer-model"
+                "ids than training; convert with --tokenizer-model and your own tokenizer.json"
             )
     if (exported.eos_token_id, exported.pad_token_id) != (tokenizer.eod, padding.id):
         raise UserError(

@@ -95,6 +95,7 @@ def test_files(exported) -> None:
     assert (directory / "mesh.py").read_text().endswith(recurrence.read_text())  # the source itself
     card = (directory / "README.md").read_text()
     assert "| core, loop 2 | 3 to 4 |\n| coda | 5 |" in card and "model.unrolled.<i>" in card
+    assert "\n| | |\n|---|---|\n| non-embedding parameters | " in card and "\n\n## Use\n\n" in card
     assert "mesh 1+2R2+1" in card and "| training loss, nats per token | 4.5000 |" in card
     assert "| validation loss, nats per token | not measured |" in card and "hidden_size: 32" in card
     assert f"Tested with transformers {', '.join(TESTED)}." in card
