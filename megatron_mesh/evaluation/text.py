@@ -68,11 +68,9 @@ def measure(
     Each token is predicted once; the first one follows an end-of-text token. The metrics are:
 
     - ``token_perplexity``: exp(nats / tokens), where end-of-text tokens count. This is the perplexity that
-    training
-      reports for its validation data.
+      training reports for its validation data.
     - ``word_perplexity`` and ``byte_perplexity``: the same with the number of words (separated by whitespace,
-    as in
-      lm-eval) and of UTF-8 bytes.
+      as in lm-eval) and of UTF-8 bytes.
     - ``bits_per_byte``: the logarithm of ``byte_perplexity`` to base 2.
 
     Args:

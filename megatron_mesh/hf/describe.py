@@ -180,8 +180,8 @@ _LAYERS = """\
 
 Each application of a layer has its own module, on which you can register hooks: `model.unrolled.<i>` returns
 the output of layer i, and `model.unrolled.<i>.attention` computes its attention. In the model's
-`hidden_states`, entry 0 is the input of layer 0, and entry i + 1 is the output of layer i before the recurrence
-mixes it. The last entry has passed the final norm.
+`hidden_states`, entry 0 is the input of layer 0, and entry i + 1 is the output of layer i before the
+recurrence mixes it. The last entry has passed the final norm.
 
 | pass | layers i |
 |---|---|
@@ -204,6 +204,9 @@ def model_card(checkpoint: Checkpoint, vocabulary: ExportVocabulary, tokenizer_n
         "training loss, nats per token": loss_in_words(state, "train_loss") or "not measured",
         "validation loss, nats per token": loss_in_words(state, "valid_loss") or "not measured",
     }
+    tokens = _TOKENS + (_TOKENIZER_CODE if tokenizer_needs_code else "")
+    if vocabulary.padding is None:
+        tokens = ""
     return _CARD.format(
         title=f"{model.recurrence} {model.layers}",
         layers=model.layers,
@@ -220,9 +223,7 @@ def model_card(checkpoint: Checkpoint, vocabulary: ExportVocabulary, tokenizer_n
         metrics="".join(f"| {name} | {value} |\n" for name, value in metrics.items()),
         trust=_TRUST if looped else "",
         tokenizer_trust=_TRUST if looped or tokenizer_needs_code else "",
-        tokens=""
-        if vocabulary.padding is None
-        else _TOKENS + (_TOKENIZER_CODE if tokenizer_needs_code else ""),
+        tokens=tokens,
         layer_table=_layer_table(layers) if looped else "",
         config=dump_config(checkpoint.config),
     )

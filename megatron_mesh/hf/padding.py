@@ -45,11 +45,7 @@ def padding_of(tokenizer: Tokenizer) -> Padding:
         ids = {token.content: i for i, token in tokenizer.backend.get_added_tokens_decoder().items()}
         # If the end-of-text token isn't an added token, the export splits special tokens (see
         # write_tokenizer). Then a token that training recognizes in text must not become special.
-        unknown = (
-            *configured_token(tokenizer.path, "unk_token"),
-            "<unk>",
-            "[UNK]",
-        )  # occurs in training data
+        unknown = (*configured_token(tokenizer.path, "unk_token"), "<unk>", "[UNK]")  # occurs in the data
         if tokenizer.eod in ids.values():
             for name in (*configured_token(tokenizer.path, "pad_token"), *_NAMES):
                 if name in ids and ids[name] != tokenizer.eod and name not in unknown:

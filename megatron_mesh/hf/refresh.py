@@ -39,8 +39,7 @@ def refresh_code(directory: Path) -> list[str]:
 
     Raises:
         UserError: the directory isn't an export, is newer than this package, contains edited code, or cannot
-            be
-            written. Then no file is changed.
+            be written. Then no file is changed.
     """
     config = _read_config(directory)
     looped, old = config["model_type"] != "gpt_neox", _shipped_files(directory)

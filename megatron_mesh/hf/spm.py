@@ -5,9 +5,8 @@ The ``tokenizers`` library can reproduce only some models exactly:
 - No Unigram models. sentencepiece adds scores in float32 and the library in float64, so that they can choose
   different segmentations of equal score, e.g. of ``*******``.
 - No normalization rules such as nmt_nfkc. The library applies them to whole graphemes.
-- No user-defined symbols together with whitespace rules. The library splits a text at the symbols first and
-would
-  apply the rules to each part.
+- No user-defined symbols together with whitespace rules. The library would split a text at the symbols first
+  and apply the rules to each part.
 """
 
 from pathlib import Path

@@ -79,10 +79,8 @@ def read_tokenizer(directory: Path) -> Any:
     from transformers import PreTrainedTokenizerFast  # takes seconds to import
 
     path = directory / "tokenizer_config.json"
-    if (
-        path.is_file()
-        and json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class") == TOKENIZER_CLASS
-    ):
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if settings.get("tokenizer_class") == TOKENIZER_CLASS:
         from megatron_mesh.hf.tokenization_mesh import MeshTokenizer
 
         return MeshTokenizer.from_pretrained(str(directory))
