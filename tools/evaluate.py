@@ -23,7 +23,7 @@ from rich.console import Console
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation.engines import ENGINES
-from megatron_mesh.evaluation.tasks import SHOTS, TASKS, choose
+from megatron_mesh.evaluation.tasks import SHOTS, TASKS, choose_tasks
 from megatron_mesh.runtime.console import show_messages
 from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
@@ -34,11 +34,11 @@ def main(argv: Sequence[str]) -> None:
     if options.local_data is not None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # huggingface_hub reads it when it is imported
     # torch and transformers take seconds to import, and --help and mistakes do not need them.
-    tasks = choose(options.tasks)
+    tasks = choose_tasks(options.tasks)
     from megatron_mesh.evaluation.report import result_tables, write_markdown
-    from megatron_mesh.evaluation.run import Settings, evaluate
+    from megatron_mesh.evaluation.run import Settings, run_evaluation
 
-    results = evaluate(Settings(**{**vars(options), "tasks": tasks}))
+    results = run_evaluation(Settings(**{**vars(options), "tasks": tasks}))
     console = Console()
     for table in result_tables(results):
         console.print(table.rich())

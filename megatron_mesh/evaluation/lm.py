@@ -38,7 +38,7 @@ class CheckedHFLM(HFLM):
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
 
-def open_lm(directory: Path, *, trust_remote_code: bool, **how: Any) -> CheckedHFLM:
+def open_hf_lm(directory: Path, *, trust_remote_code: bool, **how: Any) -> CheckedHFLM:
     """Load the model in ``directory``; ``how`` has ``HFLM``'s device, dtype, batch_size and max_length.
 
     Raises:

@@ -27,7 +27,7 @@ _PART_OF_MODEL = {".json", ".safetensors", ".bin", ".py", ".model", ".txt"}
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """The model to evaluate, which has been checked but not yet loaded."""
 
     path: Path
@@ -40,7 +40,7 @@ class Source:
     """For a checkpoint: path of the tokenizer, if it isn't the one in the run's settings."""
 
 
-def huggingface_source(path: Path, *, trust_remote_code: bool) -> Source:
+def huggingface_source(path: Path, *, trust_remote_code: bool) -> ModelSource:
     """Check a directory in the format of ``save_pretrained``.
 
     Raises:
@@ -52,10 +52,10 @@ def huggingface_source(path: Path, *, trust_remote_code: bool) -> Source:
         _check_no_code(path)
     parts = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in _PART_OF_MODEL)
     listed = {part.name: digest(part) for part in parts}
-    return Source(path, False, trust_remote_code, _sha256(listed))
+    return ModelSource(path, False, trust_remote_code, _sha256(listed))
 
 
-def checkpoint_source(load: Path, tokenizer_model: str | None) -> Source:
+def checkpoint_source(load: Path, tokenizer_model: str | None) -> ModelSource:
     """Check the newest checkpoint in a run's directory, or that in an iter_... directory.
 
     Raises:
@@ -75,7 +75,7 @@ def checkpoint_source(load: Path, tokenizer_model: str | None) -> Source:
     except ValueError as error:
         raise UserError(f"the checkpoint {path} is damaged: {error}; use --load with another one") from None
     listed["tokenizer"] = [tuple(digest(tokenizer.path))]
-    return Source(path, True, False, _sha256(listed), tokenizer_model)
+    return ModelSource(path, True, False, _sha256(listed), tokenizer_model)
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -100,7 +100,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 @contextmanager
-def opened(source: Source, how: Mapping[str, Any], engine: str = TRANSFORMERS) -> Iterator[Any]:
+def opened(source: ModelSource, how: Mapping[str, Any], engine: str = TRANSFORMERS) -> Iterator[Any]:
     """Load the model as a ``CheckedHFLM`` or ``CheckedVLLM``, until the end of the block.
 
     A checkpoint is exported to a temporary directory for that time.
@@ -131,21 +131,21 @@ def opened(source: Source, how: Mapping[str, Any], engine: str = TRANSFORMERS) -
         yield lm
 
 
-def _read(directory: Path, source: Source, how: Mapping[str, Any]) -> Any:
-    from megatron_mesh.evaluation.lm import open_lm
-    from megatron_mesh.hf.open_model import register
+def _read(directory: Path, source: ModelSource, how: Mapping[str, Any]) -> Any:
+    from megatron_mesh.evaluation.lm import open_hf_lm
+    from megatron_mesh.hf.open_model import register_classes
 
-    register()
-    return open_lm(directory, trust_remote_code=source.trust_remote_code, **how)
+    register_classes()
+    return open_hf_lm(directory, trust_remote_code=source.trust_remote_code, **how)
 
 
-def _served(directory: Path, source: Source, how: Mapping[str, Any]) -> Any:
+def _served(directory: Path, source: ModelSource, how: Mapping[str, Any]) -> Any:
     # We must not register our classes here: vLLM's processes load the code in the directory, and transformers
     # rejects two classes for the same configuration.
-    from megatron_mesh.evaluation.vllm_lm import open_lm
+    from megatron_mesh.evaluation.vllm_lm import open_vllm_lm
 
     trust = source.trust_remote_code or source.is_checkpoint or _has_only_our_code(directory)
-    return open_lm(directory, trust_remote_code=trust, **how)
+    return open_vllm_lm(directory, trust_remote_code=trust, **how)
 
 
 def _has_only_our_code(directory: Path) -> bool:

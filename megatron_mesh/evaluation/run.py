@@ -18,7 +18,7 @@ from megatron_mesh.evaluation.engines import TRANSFORMERS, VLLM, check_engine
 from megatron_mesh.evaluation.local_data import LocalTask, read_local_tasks
 from megatron_mesh.evaluation.results import HUB, AnswerTooLong, Result, Results, Skipped, label, open_results
 from megatron_mesh.evaluation.tasks import SHOTS, TASKS, Task
-from megatron_mesh.evaluation.text import Text, measure, open_text
+from megatron_mesh.evaluation.text import Text, measure_perplexity, open_text
 from megatron_mesh.hf.requirements import check_transformers
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Job:
+class EvaluationJob:
     """A measurement that gives one result. The first three fields are those of ``Result``."""
 
     name: str
@@ -62,7 +62,7 @@ class Job:
         return label(self.name, self.shots)
 
 
-def evaluate(settings: Settings) -> Results:
+def run_evaluation(settings: Settings) -> Results:
     """Compute the results that ``settings`` ask for, except those already in the output directory.
 
     Each result is written as soon as it is finished, so the same call resumes an interrupted evaluation. If
@@ -90,7 +90,11 @@ def evaluate(settings: Settings) -> Results:
 
 
 def _run(
-    jobs: list[Job], results: Results, source: model.Source, settings: Settings, device: str | None
+    jobs: list[EvaluationJob],
+    results: Results,
+    source: model.ModelSource,
+    settings: Settings,
+    device: str | None,
 ) -> None:
     harness.silence_warnings()
     how: dict[str, Any] = {
@@ -138,7 +142,7 @@ def check_settings(settings: Settings) -> None:
         )
 
 
-def plan(settings: Settings) -> tuple[list[Job], list[Skipped]]:
+def plan(settings: Settings) -> tuple[list[EvaluationJob], list[Skipped]]:
     """Return the jobs to run, and the tasks that cannot be run, with reasons.
 
     Raises:
@@ -172,7 +176,7 @@ def _unavailable(task: Task, shots: int, local: dict[str, LocalTask] | None) -> 
     return None
 
 
-def _task_job(task: Task, shots: int, limit: int | None, local: LocalTask | None) -> Job:
+def _task_job(task: Task, shots: int, limit: int | None, local: LocalTask | None) -> EvaluationJob:
     def run(lm: Any) -> Result:
         result = harness.run_task(lm, task, shots, limit=limit, local=local)
         logger.info(
@@ -180,16 +184,18 @@ def _task_job(task: Task, shots: int, limit: int | None, local: LocalTask | None
         )
         return result
 
-    return Job(task.name, shots, local.data if local else HUB, run)
+    return EvaluationJob(task.name, shots, local.data if local else HUB, run)
 
 
-def _text_job(text: Text, settings: Settings) -> Job:
+def _text_job(text: Text, settings: Settings) -> EvaluationJob:
     def run(lm: Any) -> Result:
         batch_size = settings.batch_size if isinstance(settings.batch_size, int) else lm.text_batch
         with _progress(text.label) as on_batch:
-            return measure(text, lm, batch_size=batch_size, limit=settings.limit, on_batch=on_batch)
+            return measure_perplexity(
+                text, lm, batch_size=batch_size, limit=settings.limit, on_batch=on_batch
+            )
 
-    return Job(text.label, None, text.data, run)
+    return EvaluationJob(text.label, None, text.data, run)
 
 
 @contextmanager
@@ -210,14 +216,14 @@ def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
         yield on_batch
 
 
-def _source(settings: Settings) -> model.Source:
+def _source(settings: Settings) -> model.ModelSource:
     if settings.load is not None:
         return model.checkpoint_source(settings.load, settings.tokenizer_model)
     assert settings.model is not None
     return model.huggingface_source(settings.model, trust_remote_code=settings.trust_remote_code)
 
 
-def _identity(settings: Settings, source: model.Source) -> dict[str, Any]:
+def _identity(settings: Settings, source: model.ModelSource) -> dict[str, Any]:
     """Return what all results in one file must share."""
     return {
         "path": str(source.path),

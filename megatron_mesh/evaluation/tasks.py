@@ -51,7 +51,7 @@ TASKS = {
 AVERAGED = [task.name for task in TASKS.values() if task.averaged]
 
 
-def choose(names: Sequence[str] | None) -> list[Task]:
+def choose_tasks(names: Sequence[str] | None) -> list[Task]:
     """Return the tasks with these names, or all tasks, in the order of ``TASKS``.
 
     Raises:

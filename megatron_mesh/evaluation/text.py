@@ -55,7 +55,7 @@ def open_text(patterns: Sequence[str], json_key: str) -> Text:
     return Text(tuple(paths), json_key, sha)
 
 
-def measure(
+def measure_perplexity(
     text: Text,
     lm: Any,
     *,

@@ -73,7 +73,7 @@ class CheckedVLLM(VLLM):
 
 
 @contextmanager
-def open_lm(
+def open_vllm_lm(
     directory: Path,
     *,
     trust_remote_code: bool,

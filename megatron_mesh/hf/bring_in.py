@@ -22,15 +22,15 @@ from megatron_mesh.hf import folding, vocabulary
 from megatron_mesh.hf.check_weights import check_weights
 from megatron_mesh.hf.config_file import dropout_note, read_config
 from megatron_mesh.hf.describe import SETTINGS_KEY
-from megatron_mesh.hf.names import EMBEDDING, RECURRENCE, VOCABULARY, Entry, entries
+from megatron_mesh.hf.names import EMBEDDING, RECURRENCE, VOCABULARY, ExportTensor, entries
 from megatron_mesh.hf.recursive import CoreInit, layer_sources, recursive_model
 from megatron_mesh.hf.settings import model_settings, own_settings
-from megatron_mesh.hf.weights import Weights
+from megatron_mesh.hf.weights import ModelWeights
 from megatron_mesh.model.config import recurrence_options
 from megatron_mesh.model.init import drawn
 from megatron_mesh.recurrence import build_scheme
 
-ReadTensor = Callable[[Entry], Tensor]
+ReadTensor = Callable[[ExportTensor], Tensor]
 """Returns the tensor that the checkpoint has for an entry."""
 
 
@@ -62,7 +62,7 @@ def import_model(directory: Path, save: Path, to_recursive: ToRecursive | None =
         raise UserError(f"--save {save} already exists; choose another directory")
     config_json = read_config(directory)
     source = model_settings(config_json, directory)
-    weights = Weights(directory)
+    weights = ModelWeights(directory)
     dtype = check_weights(source, weights, config_json["vocab_size"])
     names = ("gpt_neox.embed_in.weight", "embed_out.weight")
     source, embedding = folding.unfold(source, config_json.get(SETTINGS_KEY, {}), weights, *names)
@@ -101,7 +101,7 @@ def _dtype_note(dtype: torch.dtype) -> str | None:
 
 def _export_reader(
     model: ModelConfig,
-    weights: Weights,
+    weights: ModelWeights,
     embedding: Tensor | None,
     omitted: dict[str, Tensor],
     dtype: torch.dtype,
@@ -116,7 +116,7 @@ def _export_reader(
         dtype: dtype of the checkpoint.
     """
 
-    def read(entry: Entry) -> Tensor:
+    def read(entry: ExportTensor) -> Tensor:
         replaced = embedding if entry.key == EMBEDDING else None
         tensor = (weights[entry.name] if replaced is None else replaced).to(entry.dtype(dtype))
         if entry.key in VOCABULARY:
@@ -134,7 +134,7 @@ def _recursive_reader(
     sources = layer_sources(layout(model), to_recursive.core)
     routers = _new_routers(model, to_recursive.seed)
 
-    def read(entry: Entry) -> Tensor:
+    def read(entry: ExportTensor) -> Tensor:
         if entry.key.startswith(RECURRENCE):
             return routers[entry.key.removeprefix(RECURRENCE)]
         if entry.layer is None:
@@ -160,7 +160,7 @@ def _new_routers(model: ModelConfig, seed: int) -> dict[str, Tensor]:
     return dict(scheme.named_parameters())
 
 
-def _boxes(entry: Entry, tensor: Tensor) -> Iterator[Box]:
+def _boxes(entry: ExportTensor, tensor: Tensor) -> Iterator[Box]:
     if entry.layer is None:
         return cut(entry.key, tuple(tensor.shape), tensor)
     return cut(entry.key, (entry.layers, *tensor.shape), tensor[None], (entry.layer, *[0] * tensor.dim()))

@@ -8,14 +8,14 @@ from megatron_mesh.config.derived import layout
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.names import entries
-from megatron_mesh.hf.weights import Weights
+from megatron_mesh.hf.weights import ModelWeights
 from megatron_mesh.recurrence import SCHEMES
 
 # Causal masks and rotary frequencies: old versions of transformers saved them, but no version reads them.
 _BUFFERS = re.compile(r"(.*\.)?(attention\.(bias|masked_bias)|rotary_emb\.inv_freq)")
 
 
-def check_weights(model: ModelConfig, weights: Weights, rows: int) -> torch.dtype:
+def check_weights(model: ModelConfig, weights: ModelWeights, rows: int) -> torch.dtype:
     """Check names, shapes and dtypes of all tensors. Return their dtype, or float32 if they have several.
 
     float32 represents the values of every accepted dtype exactly. Tensors that are always in float32 don't
@@ -61,12 +61,12 @@ def check_weights(model: ModelConfig, weights: Weights, rows: int) -> torch.dtyp
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
-def _check_embedding(model: ModelConfig, weights: Weights, rows: int) -> None:
+def _check_embedding(model: ModelConfig, weights: ModelWeights, rows: int) -> None:
     """Check the hidden size and the vocabulary first: ``entries`` allocates routers of this hidden size."""
     _check_tensor(weights, _embedding(model), (rows, model.hidden_size))
 
 
-def _check_tensor(weights: Weights, name: str, shape: tuple[int, ...]) -> None:
+def _check_tensor(weights: ModelWeights, name: str, shape: tuple[int, ...]) -> None:
     if name not in weights:
         raise UserError(
             f"{weights.directory} lacks the tensor {name}, which its config.json calls for; download or "

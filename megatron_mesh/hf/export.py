@@ -19,7 +19,7 @@ from megatron_mesh.data.tokenizer import Tokenizer, check_vocab
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf import describe, folding, ship, vocabulary
 from megatron_mesh.hf.describe import ExportVocabulary
-from megatron_mesh.hf.names import EMBEDDING, VOCABULARY, Entry, entries
+from megatron_mesh.hf.names import EMBEDDING, VOCABULARY, ExportTensor, entries
 from megatron_mesh.hf.padding import padding_of
 from megatron_mesh.hf.tokenizer import tokenizer_of, write_tokenizer
 from megatron_mesh.hf.weights import write_tensors
@@ -161,13 +161,13 @@ def _write_weights(
     _write_index(plan, directory)
     if folding.needs_file(model) and target == stored[EMBEDDING].dtype:
         embedding = read_whole(index, EMBEDDING)
-        folding.write(vocabulary.to_export(embedding, trained, rows), directory)
+        folding.write_unscaled(vocabulary.to_export(embedding, trained, rows), directory)
     vocabulary.write_omitted_rows(omitted, directory)
     return target
 
 
 def _write_shard(
-    index: Index, shard: list[Entry], trained: int, dtype: torch.dtype, path: Path
+    index: Index, shard: list[ExportTensor], trained: int, dtype: torch.dtype, path: Path
 ) -> dict[str, Tensor]:
     """Write one weight file. Return the vocabulary rows that it omits, by the checkpoint's tensor names."""
     converted, omitted = {}, {}

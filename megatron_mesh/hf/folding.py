@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_mesh.config.schema import ModelConfig
-from megatron_mesh.hf.weights import TRAINING_ONLY, Weights, read_tensors, write_tensors
+from megatron_mesh.hf.weights import TRAINING_ONLY, ModelWeights, read_tensors, write_tensors
 from megatron_mesh.recurrence import SCHEMES
 
-FILE = TRAINING_ONLY / "embedding_before_scaling.safetensors"
-_OLD_FILE = "embedding_before_scaling.safetensors"
+EMBEDDING_FILE = TRAINING_ONLY / "embedding_before_scaling.safetensors"
+_OLD_NAME = "embedding_before_scaling.safetensors"
 """Location of the file in early exports."""
 _NAME = "embedding"
 
@@ -43,15 +43,15 @@ def needs_file(model: ModelConfig) -> bool:
     return is_folded(model) and model.untie_embeddings_and_output_weights and not exact
 
 
-def write(embedding: Tensor, directory: Path) -> None:
+def write_unscaled(embedding: Tensor, directory: Path) -> None:
     """Write the unscaled embedding [vocabulary, H] to an export's directory."""
-    path = directory / FILE
+    path = directory / EMBEDDING_FILE
     path.parent.mkdir(exist_ok=True)
     write_tensors({_NAME: embedding.contiguous()}, path)
 
 
 def unfold(
-    model: ModelConfig, ours: dict[str, Any], weights: Weights, name: str, head: str
+    model: ModelConfig, ours: dict[str, Any], weights: ModelWeights, name: str, head: str
 ) -> tuple[ModelConfig, Tensor | None]:
     """Return settings and unscaled embedding of the model before its scale was folded.
 
@@ -86,7 +86,7 @@ def unfold(
 
 def _stored_embedding(directory: Path) -> Tensor | None:
     """Return the unscaled embedding if the export has a file for it."""
-    for name in (FILE, _OLD_FILE):
+    for name in (EMBEDDING_FILE, _OLD_NAME):
         if (path := directory / name).is_file():
             return read_tensors(path).get(_NAME)
     return None

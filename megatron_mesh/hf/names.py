@@ -24,7 +24,7 @@ RECURRENCE = "decoder.recurrence."
 
 
 @dataclass(frozen=True)
-class Entry:
+class ExportTensor:
     """A tensor of an export, and its location in a checkpoint."""
 
     name: str
@@ -47,7 +47,7 @@ class Entry:
         return torch.promote_types(others, torch.float32) if self.full_precision else others
 
 
-def entries(model: ModelConfig, rows: int | None = None) -> list[Entry]:
+def entries(model: ModelConfig, rows: int | None = None) -> list[ExportTensor]:
     """List the tensors of a model's export, in the order of computation.
 
     A model without a loop becomes transformers' own GPT-NeoX, with the tensor names of released checkpoints.
@@ -62,21 +62,21 @@ def entries(model: ModelConfig, rows: int | None = None) -> list[Entry]:
     vocabulary = (padded_vocab_size(model) if rows is None else rows, model.hidden_size)
     folded = folding.is_folded(model)
     factor = folding.factor(model) if folded else 1.0
-    found = [Entry(f"{body}.embed_in.weight", EMBEDDING, vocabulary, factor=factor)]
+    found = [ExportTensor(f"{body}.embed_in.weight", EMBEDDING, vocabulary, factor=factor)]
     for ours, theirs, count in _parts(model):
         for index in range(count):
             for key, name, shape in _layer(model):
                 full_key = f"decoder.{ours}layers.{key}"
-                found.append(Entry(f"{body}.{theirs}.{index}.{name}", full_key, shape, index, count))
+                found.append(ExportTensor(f"{body}.{theirs}.{index}.{name}", full_key, shape, index, count))
     if looped:
         found += _recurrence(model, body)
     for kind in ("weight", "bias"):
         name, key = f"{body}.final_layer_norm.{kind}", f"decoder.final_layernorm.{kind}"
-        found.append(Entry(name, key, (model.hidden_size,)))
+        found.append(ExportTensor(name, key, (model.hidden_size,)))
     if model.untie_embeddings_and_output_weights:
-        found.append(Entry(f"{head}.weight", OUTPUT, vocabulary))
+        found.append(ExportTensor(f"{head}.weight", OUTPUT, vocabulary))
     elif folded:
-        found.append(Entry(f"{head}.weight", EMBEDDING, vocabulary))
+        found.append(ExportTensor(f"{head}.weight", EMBEDDING, vocabulary))
     return found
 
 
@@ -115,11 +115,11 @@ def _layer(model: ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         yield f"{key}.bias", f"{name}.bias", shape[:1]
 
 
-def _recurrence(model: ModelConfig, body: str) -> list[Entry]:
+def _recurrence(model: ModelConfig, body: str) -> list[ExportTensor]:
     options = recurrence_options(model)
     scheme = build_scheme(model.recurrence, model.hidden_size, layout(model).loops, options)
     return [
-        Entry(
+        ExportTensor(
             f"{body}.recurrence.{name}",
             f"{RECURRENCE}{name}",
             tuple(parameter.shape),

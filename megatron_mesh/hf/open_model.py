@@ -19,7 +19,7 @@ from megatron_mesh.hf.tokenization_mesh import MeshTokenizer
 from megatron_mesh.hf.tokenizer import read_tokenizer
 
 
-def register() -> None:
+def register_classes() -> None:
     """Register our classes with transformers, so that it uses them instead of code in a directory."""
     AutoConfig.register(MeshConfig.model_type, MeshConfig, exist_ok=True)
     AutoModel.register(MeshConfig, MeshModel, exist_ok=True)
@@ -52,7 +52,7 @@ def open_model(directory: Path, **options: Any) -> tuple[Any, Any]:
         UserError: model or tokenizer is missing or damaged, the model needs code that isn't ours, or the
             options don't fit the model.
     """
-    register()
+    register_classes()
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json; give a directory written by tools/convert_to_hf.py")
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):

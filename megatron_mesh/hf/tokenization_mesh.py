@@ -13,7 +13,7 @@ from typing import Any
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
-FILE = "tokenizer.model"
+_FILE = "tokenizer.model"
 
 
 class MeshTokenizer(PreTrainedTokenizer):
@@ -32,7 +32,7 @@ class MeshTokenizer(PreTrainedTokenizer):
         ValueError: ``vocab_file`` is not a SentencePiece model.
     """
 
-    vocab_files_names = {"vocab_file": FILE}  # noqa: RUF012
+    vocab_files_names = {"vocab_file": _FILE}  # noqa: RUF012
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
     def __init__(self, vocab_file: str, **kwargs: Any):
@@ -63,7 +63,7 @@ class MeshTokenizer(PreTrainedTokenizer):
         return "".join(parts)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        path = Path(save_directory) / (f"{filename_prefix}-{FILE}" if filename_prefix else FILE)
+        path = Path(save_directory) / (f"{filename_prefix}-{_FILE}" if filename_prefix else _FILE)
         if path.resolve() != Path(self.vocab_file).resolve():
             shutil.copyfile(self.vocab_file, path)
         return (str(path),)

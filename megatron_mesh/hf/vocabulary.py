@@ -21,7 +21,7 @@ from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.hf.names import EMBEDDING
 from megatron_mesh.hf.weights import TRAINING_ONLY, read_tensors, write_tensors
 
-FILE = TRAINING_ONLY / "vocabulary_padding.safetensors"
+PADDING_FILE = TRAINING_ONLY / "vocabulary_padding.safetensors"
 
 
 def to_export(weight: Tensor, trained: int, rows: int) -> Tensor:
@@ -32,8 +32,8 @@ def to_export(weight: Tensor, trained: int, rows: int) -> Tensor:
 def write_omitted_rows(weights: dict[str, Tensor], directory: Path) -> None:
     """Store the rows [*, H] that an export omits, by the names of the checkpoint's tensors."""
     if omitted := {name: weight.contiguous() for name, weight in weights.items() if len(weight)}:
-        (directory / FILE).parent.mkdir(exist_ok=True)
-        write_tensors(omitted, directory / FILE)
+        (directory / PADDING_FILE).parent.mkdir(exist_ok=True)
+        write_tensors(omitted, directory / PADDING_FILE)
 
 
 def read_omitted_rows(
@@ -51,7 +51,7 @@ def read_omitted_rows(
     """
     if trained.vocab_size is None:
         return None
-    omitted = read_tensors(directory / FILE) if (directory / FILE).is_file() else {}
+    omitted = read_tensors(directory / PADDING_FILE) if (directory / PADDING_FILE).is_file() else {}
     rows = config["vocab_size"]
     old_rows = padded_vocab_size(trained) - len(omitted.get(EMBEDDING, ()))
     has_new_padding_token = rows == old_rows + 1 and config.get("pad_token_id") == old_rows

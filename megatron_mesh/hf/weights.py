@@ -26,7 +26,7 @@ have this package's name: Python, started in the export, would import the direct
 """
 
 
-class Weights:
+class ModelWeights:
     """The weights in a directory, by name, from safetensors or pickle files. Pickled code is never run.
 
     Raises:

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation import harness
 from megatron_mesh.evaluation.results import Results
-from megatron_mesh.evaluation.run import Settings, evaluate
-from megatron_mesh.evaluation.tasks import AVERAGED, TASKS, choose
+from megatron_mesh.evaluation.run import Settings, run_evaluation
+from megatron_mesh.evaluation.tasks import AVERAGED, TASKS, choose_tasks
 from tests.unit.evaluation.samples import choices, sentence, write_jsonl
 
 
@@ -60,7 +60,7 @@ def by_hand(model_dir: Path, local_data: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def measured(model_dir: Path, local_data: Path, output: Path, **settings: Any) -> Results:
-    return evaluate(
+    return run_evaluation(
         Settings(
             output_dir=output,
             model=model_dir,
@@ -124,7 +124,7 @@ def test_missing_local_data_are_reported(model_dir: Path, local_data: Path, tmp_
         model_dir,
         local_data,
         tmp_path / "out",
-        tasks=choose(["lambada_openai", "sciq", "wikitext"]),
+        tasks=choose_tasks(["lambada_openai", "sciq", "wikitext"]),
         limit=2,
     )
     assert set(results.finished) == {"lambada_openai, 0-shot"}
@@ -164,7 +164,7 @@ def test_answers_longer_than_the_model_accepts(model_dir: Path, local_data: Path
     """Such a task is skipped and reported, and the others still run. A larger max_length allows it."""
     long = [{"goal": "a", "sol1": sentence(0, 60), "sol2": "the", "label": 0}]
     write_jsonl(local_data / "piqa.jsonl.gz", long)
-    asked: dict[str, Any] = {"tasks": choose(["piqa", "lambada_openai"]), "num_fewshot": (0,)}
+    asked: dict[str, Any] = {"tasks": choose_tasks(["piqa", "lambada_openai"]), "num_fewshot": (0,)}
     results = measured(model_dir, local_data, tmp_path / "out", **asked)
     assert results.finished.keys() == {"lambada_openai, 0-shot"}
     assert [(s.name, s.shots) for s in results.skipped] == [("piqa", 0)]
@@ -182,7 +182,7 @@ def test_tasks_of_the_hub(model_dir: Path, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     settings = Settings(tmp_path, model=model_dir, num_fewshot=(0, 2), device="cpu", limit=2)
-    results = evaluate(settings)
+    results = run_evaluation(settings)
     assert results.finished.keys() == {
         *(f"{name}, {shots}-shot" for name in AVERAGED for shots in (0, 2)), "wikitext, 0-shot"
     }  # fmt: skip
@@ -210,11 +210,11 @@ def test_hub_out_of_reach(model_dir: Path, tmp_path: Path, monkeypatch: pytest.M
         raise ConnectionError(f"Couldn't reach {path!r} on the Hub\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    settings = Settings(tmp_path, model=model_dir, tasks=choose(["sciq"]), device="cpu")
+    settings = Settings(tmp_path, model=model_dir, tasks=choose_tasks(["sciq"]), device="cpu")
     with pytest.raises(
         UserError, match=r"cannot load the data of sciq .*Couldn't reach 'allenai/sciq'.*--local-data"
     ):
-        evaluate(settings)
+        run_evaluation(settings)
 
 
 def test_packed_text_matches_a_plain_loop(model_dir: Path, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_packed_text_matches_a_plain_loop(model_dir: Path, tmp_path: Path) -> No
         device="cpu",
         dtype="float32",
     )
-    result = evaluate(settings).finished["text valid.jsonl.gz"]
+    result = run_evaluation(settings).finished["text valid.jsonl.gz"]
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).double()
@@ -267,7 +267,7 @@ def test_text_that_cannot_be_measured(model_dir: Path, tmp_path: Path) -> None:
     ):
         file.write_text(content)
         with pytest.raises(UserError, match=message):
-            evaluate(settings)
+            run_evaluation(settings)
 
 
 def test_tokenizer_of_another_model(model_dir: Path, tmp_path: Path) -> None:
@@ -277,10 +277,10 @@ def test_tokenizer_of_another_model(model_dir: Path, tmp_path: Path) -> None:
     tokenizer.save_pretrained(other)
     settings = Settings(tmp_path / "out", model=other, tasks=[], text=(__file__,), device="cpu")
     with pytest.raises(UserError, match=r"\.py: the name does not tell the format"):
-        evaluate(settings)
+        run_evaluation(settings)
     text = shutil.copy(__file__, tmp_path / "text.txt")
     with pytest.raises(UserError, match=r"has 354 entries, but the model's vocabulary only 352"):
-        evaluate(replace(settings, text=(str(text),)))
+        run_evaluation(replace(settings, text=(str(text),)))
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

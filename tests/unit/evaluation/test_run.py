@@ -15,8 +15,8 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation import harness, model, run
 from megatron_mesh.evaluation.local_data import LocalTask
 from megatron_mesh.evaluation.results import Result
-from megatron_mesh.evaluation.run import Settings, evaluate
-from megatron_mesh.evaluation.tasks import Task, choose
+from megatron_mesh.evaluation.run import Settings, run_evaluation
+from megatron_mesh.evaluation.tasks import Task, choose_tasks
 
 ROOT = Path(__file__).resolve().parents[3]
 main = runpy.run_path(str(ROOT / "tools/evaluate.py"))["main"]
@@ -28,7 +28,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     log: list[str] = []
 
     @contextmanager
-    def opened(source: model.Source, how: Mapping[str, Any], engine: str) -> Iterator[None]:
+    def opened(source: model.ModelSource, how: Mapping[str, Any], engine: str) -> Iterator[None]:
         log.append(f"open {source.path.name}")
         yield None
 
@@ -47,21 +47,21 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def settings(model_dir: Path, tmp_path: Path) -> Settings:
-    return Settings(tmp_path / "out", model=model_dir, tasks=choose(["piqa", "sciq"]), device="cpu")
+    return Settings(tmp_path / "out", model=model_dir, tasks=choose_tasks(["piqa", "sciq"]), device="cpu")
 
 
 def test_resumes_after_an_interruption(asked: list[str], settings: Settings) -> None:
     asked.append("stop")
     with pytest.raises(KeyboardInterrupt):
-        evaluate(settings)
+        run_evaluation(settings)
     assert asked == ["stop", "open " + settings.model.name, "piqa 0", "sciq 0"]
     asked.clear()
-    results = evaluate(settings)
+    results = run_evaluation(settings)
     assert asked == ["open " + settings.model.name, "sciq 0", "piqa 5", "sciq 5"]
     asked.clear()
-    assert evaluate(settings).finished == results.finished
+    assert run_evaluation(settings).finished == results.finished
     assert asked == [], "with nothing left to do, the model is not loaded"
-    evaluate(replace(settings, tasks=choose(["piqa", "winogrande"]), num_fewshot=(0,)))
+    run_evaluation(replace(settings, tasks=choose_tasks(["piqa", "winogrande"]), num_fewshot=(0,)))
     assert asked[1:] == ["winogrande 0"]
 
 
@@ -75,49 +75,49 @@ def test_results_of_another_run_are_kept(
         change = {"model": settings.output_dir.parent / "other"}
         shutil.copytree(settings.model, change["model"])
         (change["model"] / "generation_config.json").write_text("{}")
-    evaluate(settings)
+    run_evaluation(settings)
     before = (settings.output_dir / "results.json").read_text()
     with pytest.raises(
         UserError, match=rf"a different run \({next(iter(change))}: .*choose another --output-dir"
     ):
-        evaluate(replace(settings, **change))
+        run_evaluation(replace(settings, **change))
     assert (settings.output_dir / "results.json").read_text() == before
 
 
 def test_a_moved_model_is_the_same(asked: list[str], settings: Settings) -> None:
-    evaluate(settings)
+    run_evaluation(settings)
     moved = settings.output_dir.parent / "moved"
     shutil.copytree(settings.model, moved)
     (moved / "README.md").write_text("a card")
     asked.clear()
-    evaluate(replace(settings, model=moved))
+    run_evaluation(replace(settings, model=moved))
     assert asked == []
 
 
 def test_results_from_before_there_were_engines(asked: list[str], settings: Settings) -> None:
     """They were measured with transformers."""
-    path = evaluate(settings).path
+    path = run_evaluation(settings).path
     content = json.loads(path.read_text())
     assert content["run"].pop("engine") == "transformers"
     path.write_text(json.dumps(content))
     asked.clear()
-    evaluate(settings)
+    run_evaluation(settings)
     assert asked == []
     with pytest.raises(UserError, match=r"a different run \(engine: transformers there, vllm here\)"):
-        evaluate(replace(settings, engine="vllm", device=None))
+        run_evaluation(replace(settings, engine="vllm", device=None))
 
 
 def test_other_data_are_refused(asked: list[str], settings: Settings, local_data: Path) -> None:
-    evaluate(settings)
+    run_evaluation(settings)
     with pytest.raises(UserError, match=r"contains piqa, 0-shot for different data \(hub there, .* here\)"):
-        evaluate(replace(settings, local_data=local_data))
+        run_evaluation(replace(settings, local_data=local_data))
 
 
 def test_broken_results_are_not_overwritten(asked: list[str], settings: Settings) -> None:
     settings.output_dir.mkdir()
     (settings.output_dir / "results.json").write_text("{")
     with pytest.raises(UserError, match=r"cannot read the results in .*results\.json"):
-        evaluate(settings)
+        run_evaluation(settings)
     assert (settings.output_dir / "results.json").read_text() == "{"
 
 
@@ -144,7 +144,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize("change,message", BAD_SETTINGS, ids=[m for _, m in BAD_SETTINGS])
 def test_bad_settings(asked: list[str], settings: Settings, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        evaluate(replace(settings, **change))
+        run_evaluation(replace(settings, **change))
     assert asked == [] and not settings.output_dir.exists()
 
 
@@ -193,7 +193,7 @@ def test_bad_models(
     shutil.copytree(settings.model, broken)
     damage(broken)
     with pytest.raises(UserError, match=message):
-        evaluate(replace(settings, model=broken))
+        run_evaluation(replace(settings, model=broken))
     assert asked == []
 
 
@@ -233,7 +233,7 @@ def test_bad_local_data(
 
 def test_nothing_can_be_run(settings: Settings, local_data: Path) -> None:
     with pytest.raises(UserError, match="no task can be run: sciq: no task file in the local data"):
-        run.plan(replace(settings, local_data=local_data, tasks=choose(["sciq"])))
+        run.plan(replace(settings, local_data=local_data, tasks=choose_tasks(["sciq"])))
 
 
 def test_command_line(asked: list[str], settings: Settings, capsys: pytest.CaptureFixture) -> None:

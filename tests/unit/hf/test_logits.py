@@ -110,7 +110,7 @@ def test_a_plain_model_trained_after_its_export(exported, tmp_path, hidden_size)
     with torch.no_grad():
         model.gpt_neox.embed_in.weight[7] = torch.linspace(0.1, 0.9, hidden_size)
     model.save_pretrained(changed)
-    assert (changed / folding.FILE).exists() == (hidden_size == 32)
+    assert (changed / folding.EMBEDDING_FILE).exists() == (hidden_size == 32)
     import_model(changed, tmp_path / "back")
     export_checkpoint(tmp_path / "back", tmp_path / "again")
     again = GPTNeoXForCausalLM.from_pretrained(tmp_path / "again")
