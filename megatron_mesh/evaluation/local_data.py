@@ -1,4 +1,4 @@
-"""Tasks from files: data and lm-eval task files in a directory, for machines without the hub."""
+"""Finds lm-eval task files and their data in a directory, for machines without access to the hub."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from megatron_mesh.evaluation.tasks import TASKS
 
 @dataclass(frozen=True)
 class LocalTask:
-    """A task file whose data files were found."""
+    """A task file whose data files exist."""
 
     file: Path
     config: dict[str, Any]
-    """Its content, with the official task's name and absolute paths."""
+    """Content of the file, with the name of the official task and absolute paths."""
     data: str
     """SHA-256 over the task file and its data."""
 
     @property
     def has_examples(self) -> bool:
-        """Whether it names data to draw few-shot examples from, other than those it is tested on."""
+        """Whether the task has data for few-shot examples that are not its test data."""
         given = {name for name, value in self.config.items() if value}
         return (
             bool({"training_split", "fewshot_split"} & given) or {"validation_split", "test_split"} <= given
@@ -31,16 +31,16 @@ class LocalTask:
 
 
 def read_local_tasks(directory: Path) -> dict[str, LocalTask]:
-    """The known tasks by name, from all task files (.yaml) in ``directory`` and below.
+    """Return the known tasks, by name, from all task files (.yaml) in ``directory`` and its subdirectories.
 
-    A file is of the task NAME if its ``task`` is NAME or NAME_local. Data files are looked for under their
-    path from ``directory``, then by their name alone in it.
+    A file belongs to the task NAME if its ``task`` is NAME or NAME_local. A data file may be at its path
+    relative to ``directory``, or directly in ``directory``.
 
     Raises:
-        UserError: no task file is there, or one cannot be used.
+        UserError: there is no task file, or one of them is unusable.
     """
     if not directory.is_dir():
-        raise UserError(f"--local-data {directory}: no such directory")
+        raise UserError(f"--local-data {directory}: no such directory; create it or correct the path")
     found: dict[str, LocalTask] = {}
     for file in sorted(directory.rglob("*.yaml")):
         config = _read(file)
@@ -48,7 +48,7 @@ def read_local_tasks(directory: Path) -> dict[str, LocalTask]:
         if name not in TASKS:
             continue
         if name in found:
-            raise UserError(f"{file} and {found[name].file} are both of the task {name}; remove one of them")
+            raise UserError(f"{file} and {found[name].file} both define the task {name}; remove one of them")
         files: list[Path] = []
         settings = config.get("dataset_kwargs") or {}
         paths = _located(settings.get("data_files"), directory, file, files)
@@ -57,8 +57,8 @@ def read_local_tasks(directory: Path) -> dict[str, LocalTask]:
         found[name] = LocalTask(file, config, sha)
     if not found:
         raise UserError(
-            f"--local-data {directory}: no task file there; it needs lm-eval task files (.yaml) with a task "
-            f"of {', '.join(TASKS)}, also with _local after the name"
+            f"--local-data {directory} contains no task file; put lm-eval task files (.yaml) there whose "
+            f"task is one of {', '.join(TASKS)}, optionally with the suffix _local"
         )
     return found
 
@@ -68,23 +68,23 @@ def _read(file: Path) -> dict[str, Any]:
         config = load_yaml(file)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{file} cannot be read as a task file ({' '.join(str(error).split())}); with --local-data it is "
-            "plain YAML, without !function"
+            f"cannot read the task file {file} ({' '.join(str(error).split())}); with --local-data it must "
+            "be plain YAML without !function"
         ) from None
     return config if isinstance(config, dict) else {}
 
 
 def _located(value: Any, directory: Path, file: Path, files: list[Path]) -> Any:
-    """``data_files`` with absolute paths in place of the names in it, which are added to ``files``."""
+    """Return ``data_files`` with absolute paths, and append these paths to ``files``."""
     if isinstance(value, dict):
         return {split: _located(part, directory, file, files) for split, part in value.items()}
     if isinstance(value, list):
         return [_located(part, directory, file, files) for part in value]
     if not isinstance(value, str):
-        raise UserError(f"{file} names no data_files in its dataset_kwargs; with --local-data it has to")
+        raise UserError(f"{file} has no data_files in its dataset_kwargs; add them, --local-data needs them")
     tried = [directory / value, directory / Path(value).name]
     path = next((path for path in tried if path.is_file()), None)
     if path is None:
-        raise UserError(f"{file} names the data file {value}, which is not in {directory}; put it there")
+        raise UserError(f"{file} needs the data file {value}, which is not in {directory}; copy it there")
     files.append(path)
     return str(path.resolve())

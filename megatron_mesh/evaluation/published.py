@@ -1,4 +1,4 @@
-"""The numbers that others published, to hold ours against (paper.json, pythia.json)."""
+"""Published results to compare with: the paper's (paper.json) and Pythia's (pythia.json)."""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A model of the paper: perplexities, and average accuracies in percent."""
+    """A model in the paper's table: perplexities, and average accuracies in percent."""
 
     size: str
     layers: str
@@ -23,14 +23,14 @@ class PaperRow:
 
 
 def paper() -> tuple[str, list[PaperRow]]:
-    """The source, and the rows in the paper's order."""
+    """Return the citation, and the rows in the paper's order."""
     content = _read("paper.json")
     rows = [PaperRow(**dict(zip(content["columns"], row, strict=True))) for row in content["rows"]]
     return content["source"], rows
 
 
 def pythia() -> tuple[str, dict[str, dict[str, Any]]]:
-    """The source, and by model and number of shots ("0", "5") the measures of each task, as fractions."""
+    """Return the citation, and the metrics of each task by model and number of shots ("0" or "5")."""
     content = _read("pythia.json")
     return content["source"], content["models"]
 

@@ -1,4 +1,4 @@
-"""The tasks of the paper's tables, and the measure that each is reported in."""
+"""Lists the tasks of the paper's tables, and the metric that the paper reports for each."""
 
 import difflib
 from collections.abc import Sequence
@@ -7,24 +7,29 @@ from dataclasses import dataclass
 from megatron_mesh.errors import UserError
 
 SHOTS = (0, 5)
-"""Examples in the prompt: the paper's two columns."""
+"""Numbers of examples in the prompt, as in the paper."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task of lm-eval, under lm-eval's name."""
+    """A task of lm-eval."""
 
     name: str
+    """Name in lm-eval."""
     label: str
+    """Name in reports."""
     metric: str
-    """The paper's measure, in lm-eval's words: ``acc_norm`` divides log-likelihoods by the characters of a
-    choice, ``acc_bytes`` by its UTF-8 bytes, ``acc`` by nothing."""
+    """The paper's metric, by its name in lm-eval.
+
+    ``acc`` compares log-likelihoods of the choices, ``acc_norm`` divides them by the number of characters,
+    ``acc_bytes`` by the number of UTF-8 bytes.
+    """
     averaged: bool = True
-    """Whether it is one of the nine of the paper's average; the others are run without examples alone."""
+    """Whether it is one of the nine tasks of the paper's average. Others are only run without examples."""
 
     @property
     def normalised(self) -> bool:
-        """Whether it is a choice between texts whose length matters."""
+        """Whether log-likelihoods are divided by the length of the choices."""
         return self.metric == "acc_bytes"
 
 
@@ -46,15 +51,15 @@ TASKS = {
 AVERAGED = [task.name for task in TASKS.values() if task.averaged]
 
 
-def choose(names: Sequence[str] | None) -> list[Task]:
-    """The tasks named, or all of them, in the order of ``TASKS``.
+def choose_tasks(names: Sequence[str] | None) -> list[Task]:
+    """Return the tasks with these names, or all tasks, in the order of ``TASKS``.
 
     Raises:
-        UserError: a name is not known; the message has the nearest.
+        UserError: a name is unknown.
     """
     for name in names or ():
         if name not in TASKS:
             near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"--tasks {name}: no such task{hint} There are {', '.join(TASKS)}.")
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UserError(f"--tasks {name}: unknown task{hint}; choose from {', '.join(TASKS)}")
     return [task for task in TASKS.values() if names is None or task.name in names]

@@ -1,4 +1,4 @@
-"""Perplexity of a model on text of one's own, documents packed as in training."""
+"""Computes the perplexity of a model on the user's text, with documents packed as in training."""
 
 import hashlib
 import math
@@ -23,7 +23,7 @@ _CHUNK_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Text:
-    """Documents in files, as ``tools/preprocess_data.py`` reads them."""
+    """Documents in files of the formats that ``tools/preprocess_data.py`` reads."""
 
     paths: tuple[Path, ...]
     json_key: str
@@ -32,21 +32,21 @@ class Text:
 
     @property
     def label(self) -> str:
-        """For people, and the key among the results."""
+        """The label of the result."""
         return f"text {' '.join(path.name for path in self.paths)}"
 
     def documents(self) -> Iterator[str]:
-        """All documents that are not empty. Raises UserError at a broken one."""
+        """Yield all documents that aren't empty. Raise UserError for an invalid one."""
         for path in self.paths:
             for chunk in read_chunks(path, _CHUNK_BYTES):
                 parsed = parse_chunk(chunk, [self.json_key], skip_broken=True)
                 if parsed.broken:
-                    raise UserError(f"{parsed.broken[0]}. Correct it.")
+                    raise UserError(f"{parsed.broken[0]}; correct this line")
                 yield from filter(None, parsed.texts[0])
 
 
 def open_text(patterns: Sequence[str], json_key: str) -> Text:
-    """The text in files and globs. Raises UserError as ``expand_inputs`` does."""
+    """Find the text files that match ``patterns``. Raise UserError if ``expand_inputs`` does."""
     try:
         paths = expand_inputs(list(patterns))
     except UserError as error:
@@ -55,7 +55,7 @@ def open_text(patterns: Sequence[str], json_key: str) -> Text:
     return Text(tuple(paths), json_key, sha)
 
 
-def measure(
+def measure_perplexity(
     text: Text,
     lm: Any,
     *,
@@ -63,19 +63,22 @@ def measure(
     limit: int | None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Result:
-    """Perplexity of the documents, joined by end-of-text tokens and cut to the model's length.
+    """Compute the perplexity of the documents, joined by end-of-text tokens and split at the model's length.
+
+    Each token is predicted once; the first one follows an end-of-text token. The metrics are:
+
+    - ``token_perplexity``: exp(nats / tokens), where end-of-text tokens count. This is the perplexity that
+      training reports for its validation data.
+    - ``word_perplexity`` and ``byte_perplexity``: the same with the number of words (separated by whitespace,
+      as in lm-eval) and of UTF-8 bytes.
+    - ``bits_per_byte``: the logarithm of ``byte_perplexity`` to base 2.
 
     Args:
-        text: what is read.
-        lm: ``CheckedHFLM`` or ``CheckedVLLM``.
-        batch_size: windows at a time.
-        limit: only this many documents.
-        on_batch: called with the tokens done and their total.
-
-    The measures: ``token_perplexity`` = exp(nats / tokens), what the training's validation shows, with an
-    end-of-text token after each document; ``word_perplexity`` and ``byte_perplexity`` divide the same nats
-    by words (between white space, as lm-eval counts them) and UTF-8 bytes, ``bits_per_byte`` is the latter's
-    logarithm. Every token is predicted once; the first sees an end-of-text token before it.
+        text: the documents.
+        lm: a ``CheckedHFLM`` or ``CheckedVLLM``.
+        batch_size: number of windows at a time.
+        limit: use only this many documents.
+        on_batch: called with the number of finished tokens and their total.
 
     Raises:
         UserError: there is no text, or the tokenizer has no end-of-text token.
@@ -83,11 +86,9 @@ def measure(
     start = time.monotonic()
     documents = list(islice(text.documents(), limit))
     if not documents:
-        raise UserError(f"--text {' '.join(map(str, text.paths))}: no document with text in it")
+        raise UserError(f"--text {' '.join(map(str, text.paths))}: all documents are empty; give other files")
     if lm.eot_token_id is None:
-        raise UserError(
-            "the tokenizer names no end-of-text token; add eos_token to its tokenizer_config.json"
-        )
+        raise UserError("the tokenizer has no end-of-text token; add eos_token to its tokenizer_config.json")
     ids = _pack(documents, lm.tokenizer, lm.eot_token_id)
     nats = _negative_log_likelihood(lm, ids, batch_size, on_batch)
     words = sum(len(re.split(r"\s+", document)) for document in documents)
@@ -104,14 +105,14 @@ def measure(
 
 
 def _pack(documents: Sequence[str], tokenizer: Any, end: int) -> Tensor:
-    """Ids of all documents, one end-of-text token before the first and one after each."""
+    """Return the ids of all documents, with an end-of-text token before the first and after each."""
     parts = [torch.tensor([end], dtype=torch.int32)]
     for begin in range(0, len(documents), 256):
         batch = tokenizer(
             list(documents[begin : begin + 256]),
             add_special_tokens=False,
             return_attention_mask=False,
-            verbose=False,  # no warning about documents that are longer than the model's length
+            verbose=False,  # don't warn about documents that are longer than the model's sequences
         )
         parts += [torch.tensor([*ids, end], dtype=torch.int32) for ids in batch["input_ids"]]
     return torch.cat(parts)
@@ -120,7 +121,7 @@ def _pack(documents: Sequence[str], tokenizer: Any, end: int) -> Tensor:
 def _negative_log_likelihood(
     lm: Any, ids: Tensor, batch_size: int, on_batch: Callable[[int, int], None]
 ) -> float:
-    """Sum over all tokens but the first, in nats; windows as in training, the last one shorter."""
+    """Return the sum over all tokens except the first, in nats. The last window may be shorter."""
     length, total = lm.window, len(ids) - 1
     windows = [ids[begin : begin + length + 1] for begin in range(0, total, length)]
     batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
@@ -138,5 +139,5 @@ def _negative_log_likelihood(
 def _exp(nats: float) -> float:
     try:
         return math.exp(nats)
-    except OverflowError:  # an untrained model, on text without spaces
+    except OverflowError:  # e.g. word_perplexity of an untrained model on text without spaces
         return math.inf

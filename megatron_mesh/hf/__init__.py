@@ -1,5 +1,6 @@
-"""Models for Hugging Face: the code that exports carry, and the way there and back.
+"""Converts between our checkpoints and Hugging Face directories, in both directions.
 
-``configuration_mesh.py`` and ``modeling_mesh.py`` need torch and transformers only; an export holds copies of
-them and of ``recurrence/``.
+``export.py`` turns a checkpoint into a directory that transformers loads; ``bring_in.py`` turns such a
+directory, or a GPT-NeoX such as Pythia, into a checkpoint. An export carries copies of ``modeling_mesh.py``
+and the files that it imports, which need only torch and transformers (see ``ship.py``). Start reading there.
 """

@@ -1,8 +1,8 @@
-"""Reads the config.json of a Hugging Face model and refuses every model that we cannot reproduce exactly.
+"""Reads the config.json of a Hugging Face model and rejects every model that we cannot reproduce exactly.
 
-The check is an allow-list: each field must be known, of its type, and of a value that our model has. A field
-that is merely ignored could change what transformers computes, and the converted model would differ from
-its source without anyone noticing.
+The check is an allow-list: each field must be known, have the right type, and have a value that our model
+supports. If we ignored unknown fields, one of them could change what transformers computes, and the converted
+model would silently differ from its source.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.describe import SETTINGS_KEY
-from megatron_mesh.hf.fields import HARMLESS, shown
+from megatron_mesh.hf.fields import HARMLESS, short_json
 from megatron_mesh.hf.rope import check_rope
 from megatron_mesh.recurrence import SCHEMES
 
@@ -33,10 +33,10 @@ _LOOP_SIZES = {
     "coda_layers": 0,
     "mesh_slots": 1,
 }
-"""Fields that only our recursive models have, with their smallest values."""
+"""Fields that only our recursive models have, and their smallest values."""
 _LARGEST_SIZE, _LARGEST_LOOP_SIZE = 2**31 - 1, 4096
 _LOOP_FIELDS = (*_LOOP_SIZES, "recurrence", "mesh_transition_query", "embedding_scale")
-# transformers takes the value given here for a field that is absent.
+# Fields with only one supported value, which is also transformers' default for an absent field.
 _FIXED = {
     "hidden_act": "gelu",
     "use_parallel_residual": True,
@@ -53,19 +53,20 @@ _FIXED = {
 _FRACTIONS = ("hidden_dropout", "attention_dropout", "classifier_dropout")
 _ROPE = ("rope_parameters", "rotary_pct", "rotary_emb_base", "rope_theta", "partial_rotary_factor")
 _OURS = "megatron_mesh"
-"""Fields that begin so describe an export of ours."""
+"""Model type of our recursive models, and prefix of the fields that only our exports have."""
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Return the contents of ``directory/config.json``, checked.
+    """Read and check ``directory/config.json``.
 
     Raises:
-        UserError: the file is absent or not valid JSON, or the model is neither a GPT-NeoX nor an export of
-            ours, or one that we cannot reproduce exactly.
+        UserError: the file is missing or not valid JSON, or it describes a model that we cannot reproduce
+            exactly, such as one that is neither a GPT-NeoX nor one of our exports.
     """
     if (directory / "adapter_config.json").is_file():
         raise UserError(
-            f"{directory} holds a PEFT adapter (adapter_config.json); merge it into its model, then convert"
+            f"{directory} contains a PEFT adapter (adapter_config.json); merge it into its model and convert "
+            "the merged model"
         )
     path = directory / "config.json"
     config = _read_json(path)
@@ -81,11 +82,11 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def dropout_note(config: dict[str, Any]) -> str | None:
-    """Say which dropout of the source is left out; None if it has none."""
+    """Return a note about the source's dropout, which the conversion drops; None if there is no dropout."""
     rates = [f"{name} {config[name]}" for name in _FRACTIONS[:2] if config.get(name)]
     if not rates:
         return None
-    return f"{' and '.join(rates)} {'are' if len(rates) > 1 else 'is'} left out: models here have no dropout"
+    return f"ignored {' and '.join(rates)}: megatron_mesh models have no dropout"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -95,9 +96,9 @@ def _read_json(path: Path) -> dict[str, Any]:
             text, object_pairs_hook=_without_duplicates, parse_float=_finite, parse_constant=_finite
         )
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a Hugging Face model's directory") from None
+        raise UserError(f"cannot read {path} ({error}); give the directory of a Hugging Face model") from None
     if not isinstance(config, dict):
-        raise UserError(f"{path} is not a JSON object; give a Hugging Face model's directory")
+        raise UserError(f"{path} is not a JSON object; give the directory of a Hugging Face model")
     return config
 
 
@@ -106,7 +107,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is given twice")
+        raise ValueError(f"{twice!r} occurs twice")
     return found
 
 
@@ -119,12 +120,18 @@ def _finite(text: str) -> float:
 def _check_kind(config: dict[str, Any]) -> None:
     kind = config.get("model_type")
     if kind not in ("gpt_neox", _OURS):
-        raise UserError(f"this is a {shown(kind)} model; only gpt_neox (Pythia) and {_OURS} can be converted")
+        raise UserError(
+            f"model_type is {short_json(kind)}; only gpt_neox models such as Pythia, and {_OURS} models, can "
+            "be converted"
+        )
     if kind == "gpt_neox" and config.get("auto_map") is not None:
-        raise UserError("auto_map names code of the model's own, which may differ from GPT-NeoX's")
+        raise UserError(
+            "auto_map refers to custom code, which may differ from GPT-NeoX; remove it if stock GPT-NeoX "
+            "gives the same output"
+        )
     needed = (*_SIZES, *_LOOP_FIELDS) if kind == _OURS else _SIZES
-    if absent := [name for name in needed if name not in config]:
-        raise UserError(f"{', '.join(absent)} missing; download or export the model again")
+    if missing := [name for name in needed if name not in config]:
+        raise UserError(f"missing fields: {', '.join(missing)}; download or export the model again")
 
 
 def _check_sizes(config: dict[str, Any]) -> None:
@@ -145,12 +152,13 @@ def _check_values(config: dict[str, Any]) -> None:
     for name, wanted in _FIXED.items():
         value = config.get(name, wanted)
         if type(value) is not type(wanted) or value != wanted:
-            ours = shown(wanted)
-            raise UserError(f"{name} is {shown(value)}, and models here have {ours}; it cannot be converted")
+            raise UserError(
+                f"{name} is {short_json(value)}; only models with {short_json(wanted)} can be converted"
+            )
     _check_number(config, "layer_norm_eps", "a number above 0 and up to 1", lambda x: 0 < x <= 1)
     _check_number(config, "initializer_range", "a number from 0 to 1", lambda x: 0 <= x <= 1)
     for name in _FRACTIONS:
-        # The last one belongs to the heads of other tasks, and old files have null.
+        # classifier_dropout is only used by classification heads, and is null in old files.
         if name in config and not (name == "classifier_dropout" and config[name] is None):
             _check_number(config, name, "a number from 0 to 1", lambda x: 0 <= x <= 1)
     if type(config.get("tie_word_embeddings", False)) is not bool:
@@ -181,8 +189,8 @@ def _check_known(config: dict[str, Any]) -> None:
     for name, value in config.items():
         if name not in known and not name.startswith(_OURS) and value is not None:
             raise UserError(
-                f"{name} is {shown(value)}, and this converter doesn't know that field; remove it if it "
-                "doesn't change what the model computes"
+                f"{name} ({short_json(value)}) is an unknown field; remove it if it doesn't change what the "
+                "model computes"
             )
 
 
@@ -193,4 +201,4 @@ def _check_number(config: dict[str, Any], name: str, wanted: str, fits: Callable
 
 
 def _wrong(name: str, value: Any, wanted: str) -> UserError:
-    return UserError(f"{name} is {shown(value)}, and must be {wanted}; it cannot be converted")
+    return UserError(f"{name} is {short_json(value)}, but must be {wanted} for a conversion")

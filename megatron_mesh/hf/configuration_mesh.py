@@ -1,6 +1,6 @@
-"""Configuration of a MeSH model for Hugging Face transformers (4.57 and 5.x).
+"""MeSH model configuration for Hugging Face transformers (4.57 and 5.x).
 
-transformers imports this file of an export first, so this is where a version that doesn't fit is reported.
+transformers imports this file of an export first, so the check of its version is here.
 """
 
 import importlib
@@ -17,38 +17,51 @@ warn_if_untested()
 
 
 def _tensor_parallel_plan(stock: dict[str, str]) -> dict[str, str]:
-    """How tensor parallelism divides our modules, by GPT-NeoX's plan for ``layers.*``."""
+    """Return GPT-NeoX's plan with its ``layers.*`` entries repeated for each of our lists of layers."""
     plan: dict[str, str] = {}
     for name, style in stock.items():
-        place, found, rest = name.partition("layers.*.")
+        prefix, found, rest = name.partition("layers.*.")
         if found:
-            plan |= {f"{place}{part}.*.{rest}": style for part in ("prelude", "core", "cores.*", "coda")}
+            plan |= {f"{prefix}{part}.*.{rest}": style for part in ("prelude", "core", "cores.*", "coda")}
         else:
             plan[name] = style
     return plan
 
 
 class MeshConfig(GPTNeoXConfig):
-    """``GPTNeoXConfig`` plus the loop.
+    """Configuration of a [`MeshModel`]: that of a GPT-NeoX, and of the loop over its core layers.
 
-    ``num_hidden_layers`` follows from the rest: it is the unrolled depth, so that a cache has an entry for
-    every layer of every iteration.
+    ``num_hidden_layers`` cannot be set. It is always the unrolled depth, so that a cache has one entry for
+    each layer in each loop.
 
     Args:
-        recurrence: scheme, e.g. "mesh" or "base" (``schemes.py``).
-        prelude_layers, core_layers, coda_layers: layers before the loop, of the core, and after the loop.
-        num_loops: how often the core runs.
-        trained_loops: how often it ran in training.
-        mesh_slots: slots N of the memory.
-        mesh_transition_query: what the first cycle's routers look at, "prelude-output" or "embedding".
-        embedding_scale: factor on the token embedding.
-        kwargs: as in ``GPTNeoXConfig``.
+        recurrence (`str`, *optional*, defaults to `"mesh"`):
+            Recurrence scheme, a key of `SCHEMES` in `schemes.py`, such as `"mesh"` or `"base"`.
+        prelude_layers (`int`, *optional*, defaults to 1):
+            Number of layers before the loop.
+        core_layers (`int`, *optional*, defaults to 1):
+            Number of layers in the core, which runs `num_loops` times.
+        num_loops (`int`, *optional*, defaults to 2):
+            Number of times that the core runs.
+        coda_layers (`int`, *optional*, defaults to 1):
+            Number of layers after the loop.
+        trained_loops (`int`, *optional*, defaults to `num_loops`):
+            Number of times that the core ran in training.
+        mesh_slots (`int`, *optional*, defaults to 5):
+            Number of slots of the memory, for schemes that have one.
+        mesh_transition_query (`str`, *optional*, defaults to `"prelude-output"`):
+            Input of the first cycle's routers: `"prelude-output"` or `"embedding"`.
+        embedding_scale (`float`, *optional*, defaults to 1.0):
+            Factor by which the token embedding is multiplied.
+        kwargs:
+            Further arguments of [`GPTNeoXConfig`].
     """
 
     model_type = "megatron_mesh"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
     base_model_tp_plan = _tensor_parallel_plan(GPTNeoXConfig.base_model_tp_plan)
-    base_model_pp_plan = None  # type: ignore[assignment]  # a stage would need its part of the core K times, in turn
+    # A token would have to pass through a stage once for each loop, which a plan cannot express.
+    base_model_pp_plan = None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -81,18 +94,20 @@ class MeshConfig(GPTNeoXConfig):
 
     @property
     def depth(self) -> int:
-        """Layers that a token passes."""
+        """Number of layers that a token passes through, counting the core once for each loop."""
         return self.prelude_layers + self.core_layers * self.num_loops + self.coda_layers
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, with the model's code beside config.json. Saving a model calls this.
+        """Save the configuration and, next to it, the model's code. Saving a model calls this too.
 
-        transformers copies only code that it loaded from a directory, so this copies the package's.
+        transformers only copies code that it loaded from a model's directory. If the classes come from the
+        installed megatron_mesh, we have to write the code ourselves.
         """
         packaged = __name__.startswith("megatron_mesh.")
-        # By name: transformers would want a file of every import statement in a model's directory.
+        # transformers reads the import statements of this file and expects every module in the model's
+        # directory. An import by name escapes that.
         ship = importlib.import_module("megatron_mesh.hf.ship") if packaged else None
-        if ship is not None and not Path(save_directory).is_file():  # transformers refuses a file in words
+        if ship is not None and not Path(save_directory).is_file():  # transformers reports a file as an error
             self.auto_map = dict(ship.AUTO_MAP)
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             for name, text in ship.sources().items():

@@ -1,14 +1,14 @@
-"""Fields of a config.json: which ones are harmless, and how messages show values."""
+"""Lists the fields of a config.json that cannot change logits, and formats values for error messages."""
 
 from typing import Any
 
 from megatron_mesh.runtime import strict_json
 
-_LONGEST = 60
+_MAX_LENGTH = 60
 
 HARMLESS = frozenset(
     {
-        # Descriptions of the model and its file.
+        # Descriptions of the model and of the file.
         "architectures",
         "model_type",
         "transformers_version",
@@ -41,7 +41,7 @@ HARMLESS = frozenset(
         "num_labels",
         "tf_legacy_loss",
         "gradient_checkpointing",
-        # What forward returns, and with which kernels it runs.
+        # Outputs of forward(), and its kernels.
         "use_cache",
         "output_attentions",
         "output_hidden_states",
@@ -51,7 +51,7 @@ HARMLESS = frozenset(
         "_attn_implementation",
         "_attn_implementation_autoset",
         "experts_implementation",
-        # Not read by GPT-NeoX in any supported version.
+        # GPT-NeoX reads these in no supported version.
         "chunk_size_feed_forward",
         "cross_attention_hidden_size",
         "hidden_dropout_prob",
@@ -85,10 +85,10 @@ HARMLESS = frozenset(
         "begin_suppress_tokens",
     }
 )
-"""Fields that do not change the logits of a GPT-NeoX, whatever their values."""
+"""Fields that don't change the logits of a GPT-NeoX, whatever their values."""
 
 
-def shown(value: Any) -> str:
-    """Return a value as config.json has it, cut to one short line."""
+def short_json(value: Any) -> str:
+    """Return a value as JSON, truncated for an error message."""
     text = strict_json.dumps(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}..."

@@ -1,8 +1,8 @@
-"""Folds a plain model's embedding scale into its weights for export, and takes it out again.
+"""Folds a plain model's embedding scale into its exported embedding, and undoes this in a conversion back.
 
-Stock GPT-NeoX does not scale its embedding. A rounded product does not tell its factors, so the export keeps
-the embedding in a file of its own, unless it has it anyway. On the way back, that file counts only if its
-product equals the export's embedding bit for bit: the model may have been trained in between.
+Stock GPT-NeoX doesn't scale its embedding. The factors of a rounded product cannot be recovered, so the
+export stores the unscaled embedding in a separate file if it has no other copy of it. A conversion back uses
+that file only if scaling it gives the export's embedding bit for bit: the export may have been trained since.
 """
 
 from dataclasses import replace
@@ -14,53 +14,55 @@ import torch
 from torch import Tensor
 
 from megatron_mesh.config.schema import ModelConfig
-from megatron_mesh.hf.weights import TRAINING_ONLY, Weights, read_tensors, write_tensors
+from megatron_mesh.hf.weights import TRAINING_ONLY, ModelWeights, read_tensors, write_tensors
 from megatron_mesh.recurrence import SCHEMES
 
-FILE = TRAINING_ONLY / "embedding_before_scaling.safetensors"
-_OLD_FILE = "embedding_before_scaling.safetensors"
-"""Where earlier exports have it."""
+EMBEDDING_FILE = TRAINING_ONLY / "embedding_before_scaling.safetensors"
+_OLD_NAME = "embedding_before_scaling.safetensors"
+"""Location of the file in early exports."""
 _NAME = "embedding"
 
 
 def is_folded(model: ModelConfig) -> bool:
-    """Whether the export of a resolved model has the factor in its weights."""
+    """Whether the scale is folded into the weights when this (resolved) model is exported."""
     return model.scale_embeddings and not SCHEMES[model.recurrence].has_loop
 
 
 def factor(model: ModelConfig) -> float:
-    """What the embedding is multiplied by."""
+    """Return the embedding scale."""
     return model.hidden_size**0.5
 
 
 def needs_file(model: ModelConfig) -> bool:
-    """Whether the export has the embedding only as a product that was rounded.
+    """Whether the unscaled embedding cannot be recovered from the export's weights.
 
-    Products with a power of two are exact; tied weights are in the export as its output projection.
+    It can be if the scale is a power of two, since such products are exact, or if the weights are tied, since
+    then the output projection is a copy of it.
     """
     exact = frexp(factor(model))[0] == 0.5
     return is_folded(model) and model.untie_embeddings_and_output_weights and not exact
 
 
-def write(embedding: Tensor, directory: Path) -> None:
-    """Write the embedding [vocabulary, H] to an export's directory."""
-    path = directory / FILE
+def write_unscaled(embedding: Tensor, directory: Path) -> None:
+    """Write the unscaled embedding [vocabulary, H] to an export's directory."""
+    path = directory / EMBEDDING_FILE
     path.parent.mkdir(exist_ok=True)
     write_tensors({_NAME: embedding.contiguous()}, path)
 
 
-def taken_out(
-    model: ModelConfig, ours: dict[str, Any], weights: Weights, name: str, head: str
+def unfold(
+    model: ModelConfig, ours: dict[str, Any], weights: ModelWeights, name: str, head: str
 ) -> tuple[ModelConfig, Tensor | None]:
-    """Return settings and embedding of the model that was exported, if its scale was folded.
+    """Return settings and unscaled embedding of the model before its scale was folded.
 
     Args:
-        model: settings as the export states them.
-        ours: the settings that were trained with, as far as the export has them.
+        model: settings according to the export's config.json.
+        ours: the settings of the training run, if the export has them.
+        weights: the export's weights.
         name, head: names of the export's embedding and output projection.
 
     Returns:
-        ``model`` and None if the export is to be taken as it is.
+        ``model`` and None if nothing was folded, or if the export was trained since.
     """
     trained = replace(
         model,
@@ -70,11 +72,11 @@ def taken_out(
     if not ours or not is_folded(trained) or head not in weights:
         return model, None
     product = weights[name]
-    kept = _kept(weights.directory)
+    stored = _stored_embedding(weights.directory)
     if not trained.untie_embeddings_and_output_weights:
         embedding = weights[head]
-    elif kept is not None:
-        embedding = kept[: len(product)]  # without the padded rows that older exports have
+    elif stored is not None:
+        embedding = stored[: len(product)]  # early exports also store the padded rows
     else:
         embedding = (product / factor(model)).to(product.dtype)
     if embedding.dtype != product.dtype or not torch.equal(embedding * factor(model), product):
@@ -82,9 +84,9 @@ def taken_out(
     return trained, embedding
 
 
-def _kept(directory: Path) -> Tensor | None:
-    """Return the embedding that an export keeps in a file of its own, if it does."""
-    for name in (FILE, _OLD_FILE):
+def _stored_embedding(directory: Path) -> Tensor | None:
+    """Return the unscaled embedding if the export has a file for it."""
+    for name in (EMBEDDING_FILE, _OLD_NAME):
         if (path := directory / name).is_file():
             return read_tensors(path).get(_NAME)
     return None

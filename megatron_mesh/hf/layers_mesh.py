@@ -1,8 +1,8 @@
-"""Layers of a MeSH model for transformers: weights here, one attention index per (pass, layer) there.
+"""Layers of a MeSH model. Weights and positions in the unrolled network are separate modules.
 
-A layer of the core has one set of weights and is a different place in the network in each pass. ``MeshLayer``
-holds the weights. ``UnrolledLayer`` is one application of a layer: it has no weights, only the index by which
-caches and serving engines tell the places apart.
+A core layer has one set of weights but runs once in each loop, each time with a KV cache of its own.
+``MeshLayer`` holds the weights. ``UnrolledLayer`` stands for one application of a layer: it has no weights,
+only the index by which caches and serving engines tell the applications apart.
 """
 
 import inspect
@@ -21,14 +21,14 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 )
 
 CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-"""What transformers calls the cache: ``cache`` since 5.24, ``past_key_values`` before."""
+"""Name of the cache in outputs of transformers: ``cache`` since 5.24, ``past_key_values`` before."""
 
 
 class AttentionDispatcher(nn.Module):
-    """Calls the attention function for one (pass, layer). Has no weights.
+    """Updates the KV cache and calls the attention function, for one application of a layer. Has no weights.
 
-    ``generate_batch`` and vLLM's Transformers backend keep one KV cache for each such module, by
-    ``layer_idx`` (0 to unrolled depth - 1), and read ``scaling`` and ``is_causal`` from it.
+    ``generate_batch`` and vLLM's Transformers backend allocate one KV cache for each such module, identified
+    by ``layer_idx`` (0 to unrolled depth - 1), and read ``scaling`` and ``is_causal`` from it.
     """
 
     def __init__(self, config: GPTNeoXConfig, layer_idx: int):
@@ -48,38 +48,44 @@ class AttentionDispatcher(nn.Module):
         cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention output [B, S, heads, head size] and weights (None unless eager).
+        """Compute attention over the cached and the new tokens.
 
         Args:
-            query, key, value: [B, heads, S, head size].
-            attention_mask: as ``create_causal_mask`` made it.
+            query, key, value: tensors of shape [B, heads, S, head size].
+            attention_mask: a mask made by ``create_causal_mask``.
             layer_past: a ``Cache``, or the paged cache of ``generate_batch``.
-            cache_position: [S], places of the tokens in a static cache; transformers 4 wants them.
-            kwargs: for the attention function.
+            cache_position: positions [S] of the tokens in a static cache; only transformers 4 needs them.
+            kwargs: further arguments of the attention function.
+
+        Returns:
+            The output [B, S, heads, head size], and the attention weights (None unless attention is eager).
         """
         if isinstance(layer_past, Cache):
             where = {"cache_position": cache_position}
             key, value = layer_past.update(key, value, self.layer_idx, where)
         elif layer_past is not None and CACHE_NAME == "cache":
-            key, value = layer_past.update(key, value, self.layer_idx, kwargs)  # changes kwargs
+            key, value = layer_past.update(key, value, self.layer_idx, kwargs)  # also updates kwargs
         elif layer_past is not None:
             kwargs["cache"] = layer_past  # the attention function updates it
         name = self._implementation(paged="cache" in kwargs)
         attend = eager_attention_forward
         if name != "eager":
-            attend = ALL_ATTENTION_FUNCTIONS[name]  # vLLM finds the call by reading these lines
+            attend = ALL_ATTENTION_FUNCTIONS[name]  # vLLM looks for this call in the source code
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         return output, weights
 
     def _implementation(self, paged: bool) -> str:
         name = self.config._attn_implementation
         if paged and f"{name}_paged" in ALL_ATTENTION_FUNCTIONS:
-            name = f"{name}_paged"  # transformers 4 leaves that to the user, and any other forgets the past
+            name = f"{name}_paged"  # transformers 4 doesn't choose it, and others ignore the paged cache
         return name
 
 
 class MeshAttention(nn.Module):
-    """Projections of GPT-NeoX's attention; rows of query, key and value are interleaved per head."""
+    """Input and output projections of GPT-NeoX's attention.
+
+    The rows of query, key and value are interleaved per head.
+    """
 
     def __init__(self, config: GPTNeoXConfig):
         super().__init__()
@@ -95,7 +101,7 @@ class MeshAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         **kwargs: Any,
     ) -> Tensor:
-        """[B, S, H] -> [B, S, H]; under tensor parallelism each rank has whole heads."""
+        """Map [B, S, H] to [B, S, H]. Under tensor parallelism each rank holds some of the heads."""
         shape = hidden_states.shape[:-1]
         heads = self.query_key_value(hidden_states).view(*shape, -1, 3 * self.head_size).transpose(1, 2)
         query, key, value = heads.chunk(3, dim=-1)
@@ -106,7 +112,7 @@ class MeshAttention(nn.Module):
 
 
 class MeshLayer(GradientCheckpointingLayer):
-    """Weights of a GPT-NeoX layer with parallel residual; names of its tensors are ``GPTNeoXLayer``'s."""
+    """Weights of a GPT-NeoX layer with parallel residual, under the names of ``GPTNeoXLayer``."""
 
     def __init__(self, config: GPTNeoXConfig):
         super().__init__()
@@ -118,19 +124,19 @@ class MeshLayer(GradientCheckpointingLayer):
         self.mlp = GPTNeoXMLP(config)
 
     def forward(self, hidden_states: Tensor, dispatcher: nn.Module, **kwargs: Any) -> Tensor:
-        """[B, S, H] -> [B, S, H]; ``dispatcher`` computes the attention of this (pass, layer)."""
+        """Map [B, S, H] to [B, S, H]; ``dispatcher`` is that of the present ``UnrolledLayer``."""
         attended = self.attention(self.input_layernorm(hidden_states), dispatcher, **kwargs)
         processed = self.mlp(self.post_attention_layernorm(hidden_states))
         return self.post_mlp_dropout(processed) + self.post_attention_dropout(attended) + hidden_states
 
 
 class UnrolledLayer(nn.Module):
-    """One application of a layer: the place to hook what a (pass, layer) reads and writes."""
+    """One application of a layer. Register hooks here to see the layer's input and output in one pass."""
 
     def __init__(self, config: GPTNeoXConfig, layer_idx: int):
         super().__init__()
         self.attention = AttentionDispatcher(config, layer_idx)
 
     def forward(self, hidden_states: Tensor, layer: nn.Module, **kwargs: Any) -> Tensor:
-        """[B, S, H] -> [B, S, H], with the weights of ``layer``."""
+        """Map [B, S, H] to [B, S, H] with the weights of ``layer``."""
         return layer(hidden_states, self.attention, **kwargs)

@@ -1,7 +1,7 @@
-"""A recursive GPT-NeoX for Hugging Face transformers.
+"""MeSH model, a recursive GPT-NeoX, for Hugging Face transformers.
 
-Needs torch and transformers alone. The recurrence is the trainer's own source, which lies beside this file in
-an export.
+This file needs only torch and transformers. The recurrence schemes are the trainer's own source files; an
+export holds copies of them next to this one.
 """
 
 import inspect
@@ -38,22 +38,23 @@ from megatron_mesh.recurrence.mesh import MeSH
 from megatron_mesh.recurrence.mixing import weighted_sum
 from megatron_mesh.recurrence.schemes import SCHEMES, LoopState, RecurrenceOptions, build_scheme
 
-# Importing MeSH registers it; and transformers 4 copies just those files that this one names.
-_NEEDED = (CYCLES, MeSH, weighted_sum)
+# Importing MeSH registers the scheme. The other names make transformers 4 copy their files: it copies only
+# the files that this one imports from.
+_IMPORTED_FOR_THEIR_FILES = (CYCLES, MeSH, weighted_sum)
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 _OLD_CACHE_NAMES = ("past_key_value", "layer_past", "past", "mems", "state")
 
-# Trainer(label_smoothing_factor=...) shifts the labels only for classes whose names are in this table.
+# With label smoothing, Trainer shifts the labels only for classes whose names are in this table.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(MeshConfig.model_type, "MeshForCausalLM")
 
 
 class MeshPreTrainedModel(GPTNeoXPreTrainedModel):
-    """What transformers asks of a model class; see ``GPTNeoXPreTrainedModel``."""
+    """Base class of all MeSH models: loading, saving and initialization of weights."""
 
     config: MeshConfig
     config_class = MeshConfig
     base_model_prefix = "model"
-    # A device map keeps the recurrence together: its routers read and write one memory.
+    # Device maps must not split the recurrence, since its routers share one memory.
     _no_split_modules = ["MeshLayer", *sorted({scheme.__name__ for scheme in SCHEMES.values()})]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "cache", "layer_past"]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": UnrolledLayer, "attentions": AttentionDispatcher}  # noqa: RUF012
@@ -61,21 +62,21 @@ class MeshPreTrainedModel(GPTNeoXPreTrainedModel):
     def __init__(self, config: MeshConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         if SCHEMES[config.recurrence].full_precision:
-            # Of the instance: a model of another scheme has routers in its own type.
+            # Set for this instance only: in other schemes the routers have the dtype of the model.
             self._keep_in_fp32_modules_strict = {"recurrence"}
 
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
     ) -> None:
-        # Re-entrant checkpointing runs a backward pass per loop: DDP refuses the second gradient of a weight,
-        # and DeepSpeed's ZeRO-3 loses it without a word. transformers 4 asks for it by default, so a warning
-        # would come too often; gradients are the same.
+        # Re-entrant checkpointing runs a separate backward pass for each loop. DDP then fails at the second
+        # gradient of a core weight, and DeepSpeed's ZeRO-3 silently loses it. The gradients are the same
+        # without it. Re-entrant is the default of transformers 4, so we override it without a warning.
         function = partial(gradient_checkpointing_func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, function, **kwargs)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Draw what wasn't loaded; routers as the trainer draws them."""
+        """Initialize the weights that weren't loaded, the routers as in pretraining."""
         body = self.base_model
         assert isinstance(body, MeshModel)
         recurrence = body.recurrence
@@ -90,17 +91,19 @@ class MeshPreTrainedModel(GPTNeoXPreTrainedModel):
 
 
 class MeshModel(MeshPreTrainedModel):
-    """Embedding, prelude, K times the core, coda, final norm; see ``model/block.py`` of megatron_mesh.
+    """The bare MeSH model: embedding, prelude, K loops over the core, coda and final norm.
 
-    ``prelude``, ``core`` (or ``cores``) and ``coda`` hold the weights. ``unrolled`` lists the applications of
-    layers in the order in which a token meets them: ``unrolled[i]`` is the place for hooks on the i-th layer
-    that a token passes, and ``unrolled[i].attention`` on its attention.
+    ``prelude``, ``core`` (or ``cores``) and ``coda`` hold the weights. ``unrolled`` has one module for each
+    application of a layer, in the order of computation. Register hooks on ``unrolled[i]`` to see the i-th
+    layer that a token passes through, and on ``unrolled[i].attention`` to see its attention.
     """
 
     def __init__(self, config: MeshConfig):
         super().__init__(config)
         if not (config.use_parallel_residual and config.attention_bias):
-            raise ValueError("a MeSH model has use_parallel_residual=True and attention_bias=True")
+            raise ValueError(
+                "the config of a MeSH model needs use_parallel_residual=True, attention_bias=True"
+            )
         _check_loops(config, config.num_loops)
         self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size)
         self.emb_dropout = nn.Dropout(config.hidden_dropout)
@@ -121,7 +124,7 @@ class MeshModel(MeshPreTrainedModel):
         self.rotary_emb = GPTNeoXRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
-        # transformers 5 looks for cores.0.1 under cores.*.1: it replaces one of two neighbouring numbers.
+        # transformers 5 looks for cores.0.1 under cores.*.1: of two adjacent numbers it replaces only one.
         plan = dict(self._tp_plan or {})
         for index in range(config.core_layers):
             plan |= {name.replace("cores.*.*.", f"cores.*.{index}."): plan[name] for name in plan}
@@ -129,20 +132,20 @@ class MeshModel(MeshPreTrainedModel):
 
     @property
     def passes(self) -> list[nn.ModuleList]:
-        """The layers of each pass: prelude, K times the core, coda."""
+        """The layers of each pass: the prelude, the core in each of the K loops, the coda."""
         cores = [self.core] * self.recurrence.loops if self.recurrence.shared_core else list(self.cores)
         return [self.prelude, *cores, self.coda]
 
     def set_num_loops(self, loops: int) -> None:
-        """Run the core ``loops`` times from now on.
+        """Change how many times the core runs.
 
         Raises:
-            ValueError: the scheme has parameters for each loop, so the number of loops is part of the model.
+            ValueError: the scheme has separate parameters for each loop, so the number of loops is fixed.
         """
         _check_loops(self.config, loops)
         self.config.num_loops = self.recurrence.loops = loops
         self.unrolled = _unrolled(self.config)
-        self._output_capturing_hooks_installed = False  # the new modules have none yet
+        self._output_capturing_hooks_installed = False  # transformers 5 must hook into the new modules
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_in
@@ -163,20 +166,23 @@ class MeshModel(MeshPreTrainedModel):
         cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As ``GPTNeoXModel.forward``; ``inputs_embeds`` [B, S, H] are not yet scaled.
+        """Run the model; the arguments are those of ``GPTNeoXModel.forward``.
 
-        ``cache`` and ``past_key_values`` are two names of one argument. In the output, ``hidden_states`` are
-        the input of ``unrolled[0]``, then what each ``unrolled[i]`` returns (before the recurrence mixes it),
-        the last one normalised. ``attentions`` have one entry for each ``unrolled[i]``.
+        ``cache`` and ``past_key_values`` are two names of the same argument. ``inputs_embeds`` [B, S, H] are
+        multiplied by ``config.embedding_scale``, just like the embeddings of ``input_ids``.
+
+        In the output, ``hidden_states[0]`` is the input of ``unrolled[0]``, and ``hidden_states[i + 1]`` is
+        the output of ``unrolled[i]`` before the recurrence mixes it. The last entry has passed the final
+        norm. ``attentions[i]`` belongs to ``unrolled[i]``.
 
         Raises:
-            TypeError: a keyword that this model doesn't know carries a cache.
+            TypeError: the cache was passed under an unknown name.
             ValueError: the arguments contradict each other, or the config was changed after loading.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        self._check_unchanged()
-        cache = _the_cache(cache, past_key_values, kwargs)
+            raise ValueError("specify exactly one of input_ids and inputs_embeds")
+        self._check_config_unchanged()
+        cache = _resolve_cache(cache, past_key_values, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_in(input_ids)
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -184,13 +190,13 @@ class MeshModel(MeshPreTrainedModel):
             use_cache = False
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        places = self._places(inputs_embeds, attention_mask, position_ids, cache, cache_position)
+        extra = self._mask_and_positions(inputs_embeds, attention_mask, position_ids, cache, cache_position)
         hidden_states = self.emb_dropout(inputs_embeds * self.config.embedding_scale)
-        hidden_states = self._run_passes(hidden_states, layer_past=cache, **places, **kwargs)
+        hidden_states = self._run_passes(hidden_states, layer_past=cache, **extra, **kwargs)
         output: dict[str, Any] = {CACHE_NAME: cache}
         return BaseModelOutputWithPast(last_hidden_state=self.final_layer_norm(hidden_states), **output)
 
-    def _places(
+    def _mask_and_positions(
         self,
         inputs_embeds: Tensor,
         attention_mask: Any,
@@ -198,17 +204,17 @@ class MeshModel(MeshPreTrainedModel):
         cache: Any,
         cache_position: Tensor | None,
     ) -> dict[str, Any]:
-        """What layers ask of where the tokens are: mask, positions and their rotary embeddings."""
+        """Return the arguments of a layer that follow from the tokens' positions."""
         if cache_position is None:
-            # A paged cache comes with the places of its tokens.
+            # A paged cache always comes with cache_position.
             seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
             cache_position = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
         if position_ids is None:
             position_ids = cache_position.unsqueeze(0)
         mask = _mask(
             config=self.config,
-            inputs_embeds=inputs_embeds,  # its name in transformers 5
-            input_embeds=inputs_embeds,  # and in 4
+            inputs_embeds=inputs_embeds,  # the name in transformers 5
+            input_embeds=inputs_embeds,  # the name in transformers 4
             attention_mask=attention_mask,
             cache_position=cache_position,
             cache=cache,
@@ -223,27 +229,27 @@ class MeshModel(MeshPreTrainedModel):
         }
 
     def _run_passes(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """[B, S, H] -> [B, S, H]. The memory is of each token alone and needs no cache."""
-        state, place = LoopState(), 0
+        """Map [B, S, H] to [B, S, H]. The recurrence works on each token alone, so it needs no cache."""
+        state, position = LoopState(), 0
         for index, layers in enumerate(self.passes):
             hidden_states = self.recurrence(index, hidden_states, state)
             for layer in layers:
-                hidden_states = self.unrolled[place](hidden_states, layer, **kwargs)
-                place += 1
+                hidden_states = self.unrolled[position](hidden_states, layer, **kwargs)
+                position += 1
         return hidden_states
 
-    def _check_unchanged(self) -> None:
+    def _check_config_unchanged(self) -> None:
         if not self.config.num_hidden_layers == self.config.depth == len(self.unrolled):
             raise ValueError(
                 f"the config was changed to num_loops={self.config.num_loops} and "
                 f"num_hidden_layers={self.config.num_hidden_layers}, but the model was built with "
-                f"{self.recurrence.loops} loops and {len(self.unrolled)} unrolled layers; don't change the "
-                "config of a model, call model.set_num_loops(k)"
+                f"{self.recurrence.loops} loops and {len(self.unrolled)} unrolled layers; restore the config "
+                "and call model.set_num_loops(k) to change the number of loops"
             )
 
 
 class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
-    """``MeshModel`` with an output projection."""
+    """The MeSH model with a language modeling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_in.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": next(iter(GPTNeoXForCausalLM._tp_plan.values()))}  # noqa: RUF012
@@ -279,7 +285,7 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As ``GPTNeoXForCausalLM.forward``: logits [B, S, vocabulary], and the loss if there are labels."""
+        """Compute logits [B, S, vocabulary size], and the loss if ``labels`` are given."""
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -308,22 +314,22 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
 
 
 class _StockHead(MeshPreTrainedModel):
-    """``MeshModel`` below a head of GPT-NeoX's, whose own forward pass is inherited."""
+    """Base of models with a head of GPT-NeoX, whose ``forward`` they inherit."""
 
     def __init__(self, config: MeshConfig):
-        GPTNeoXPreTrainedModel.__init__(self, config)  # not the stock head's, which builds a GPTNeoXModel
+        GPTNeoXPreTrainedModel.__init__(self, config)  # the stock head's __init__ would build a GPTNeoXModel
         assert config.num_labels is not None  # transformers fills it in
         self.num_labels = config.num_labels
         self.model = MeshModel(config)
 
     @property
     def gpt_neox(self) -> MeshModel:
-        """What the stock forward pass calls the model below the head."""
+        """The model below the head, under the name that GPT-NeoX's ``forward`` uses."""
         return self.model
 
 
 class MeshForSequenceClassification(_StockHead, GPTNeoXForSequenceClassification):  # type: ignore[misc]
-    """As ``GPTNeoXForSequenceClassification``."""
+    """The MeSH model with a sequence classification head; see [`GPTNeoXForSequenceClassification`]."""
 
     def __init__(self, config: MeshConfig):
         super().__init__(config)
@@ -332,7 +338,7 @@ class MeshForSequenceClassification(_StockHead, GPTNeoXForSequenceClassification
 
 
 class MeshForTokenClassification(_StockHead, GPTNeoXForTokenClassification):  # type: ignore[misc]
-    """As ``GPTNeoXForTokenClassification``."""
+    """The MeSH model with a token classification head; see [`GPTNeoXForTokenClassification`]."""
 
     def __init__(self, config: MeshConfig):
         super().__init__(config)
@@ -342,7 +348,7 @@ class MeshForTokenClassification(_StockHead, GPTNeoXForTokenClassification):  # 
 
 
 class MeshForQuestionAnswering(_StockHead, GPTNeoXForQuestionAnswering):  # type: ignore[misc]
-    """As ``GPTNeoXForQuestionAnswering``."""
+    """The MeSH model with a head for extractive question answering; see [`GPTNeoXForQuestionAnswering`]."""
 
     def __init__(self, config: MeshConfig):
         super().__init__(config)
@@ -363,22 +369,22 @@ def _unrolled(config: MeshConfig) -> nn.ModuleList:
 
 
 def _mask(**arguments: Any) -> Any:
-    """``create_causal_mask`` with those arguments that this version of transformers knows."""
+    """Call ``create_causal_mask`` with the arguments that the installed version of transformers knows."""
     return create_causal_mask(**{name: value for name, value in arguments.items() if name in _MASK_ARGUMENTS})
 
 
-def _the_cache(cache: Any, past_key_values: Any, others: dict[str, Any]) -> Any:
-    """The cache, by whichever name it was given. Overlooking one would give wrong tokens silently."""
+def _resolve_cache(cache: Any, past_key_values: Any, others: dict[str, Any]) -> Any:
+    """Return the cache, whichever name it was passed under. Ignoring one would give wrong tokens."""
     if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise ValueError("cache and past_key_values are two names of one argument; give one of them")
+        raise ValueError("cache and past_key_values are two names of the same argument; pass only one")
     for name, value in others.items():
         if isinstance(value, Cache) or (name in _OLD_CACHE_NAMES and value is not None):
             raise TypeError(
-                f"forward() doesn't know the cache {name!r}; pass it as past_key_values, or update the "
-                "model's code (tools/convert_to_hf.py --refresh-code DIR)"
+                f"forward() doesn't know a cache named {name!r}; pass it as past_key_values, or update the "
+                "model's code with tools/convert_to_hf.py --refresh-code DIR"
             )
     if others.get("head_mask") is not None:
-        raise ValueError("head_mask is not supported")
+        raise ValueError("head_mask is not supported; leave it out")
     return past_key_values if cache is None else cache
 
 
@@ -389,6 +395,6 @@ def _check_loops(config: MeshConfig, loops: int) -> None:
     sizes = {scheme.num_parameters(config.hidden_size, n, config.mesh_slots) for n in (1, 2)}
     if loops != config.trained_loops and (len(sizes) > 1 or not scheme.shared_core):
         raise ValueError(
-            f"num_loops={loops} is not possible: the model was trained with {config.trained_loops}, and "
-            f"{config.recurrence!r} has parameters of its own for each loop"
+            f"num_loops={loops} is not possible: {config.recurrence!r} has separate parameters per loop, "
+            f"and the model was trained with {config.trained_loops} loops"
         )

@@ -1,8 +1,8 @@
-"""Which tensor of a checkpoint is which tensor of an export. Names of exported tensors are a contract.
+"""Maps tensor names of a checkpoint to those of an export, which must never change.
 
-A checkpoint has one tensor per parameter of a part of the model, its layers stacked along a first dimension;
-an export has one per layer. Contents are equal: the rows of query, key and value are interleaved per head
-([heads, 3, head size]) in both. Only the rows of the vocabulary differ; see ``vocabulary.py``.
+A checkpoint stacks the layers of a part (prelude, core or coda) along the first dimension of one tensor for
+each parameter; an export has one tensor for each layer. The contents are equal: both interleave the rows of
+query, key and value per head ([heads, 3, head size]). Only the vocabulary rows differ; see ``vocabulary.py``.
 """
 
 from collections.abc import Iterator
@@ -19,68 +19,69 @@ from megatron_mesh.recurrence import SCHEMES, build_scheme
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 VOCABULARY = (EMBEDDING, OUTPUT)
-"""Tensors with a row for each id."""
+"""Names of the tensors that have one row for each id."""
 RECURRENCE = "decoder.recurrence."
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor of an export, and where it is in a checkpoint."""
+class ExportTensor:
+    """A tensor of an export, and its location in a checkpoint."""
 
     name: str
-    """In the export."""
+    """Name in the export."""
     key: str
-    """In the checkpoint."""
+    """Name in the checkpoint."""
     shape: tuple[int, ...]
+    """Shape in the export."""
     layer: int | None = None
-    """Index along the first dimension of the checkpoint's tensor; None: it is not stacked."""
+    """Index along the first dimension of the checkpoint's tensor; None if it isn't stacked."""
     layers: int = 1
-    """Length of that dimension."""
+    """Size of that dimension."""
     factor: float = 1.0
-    """By which the checkpoint's tensor is multiplied."""
+    """Factor by which an export multiplies the checkpoint's tensor."""
     full_precision: bool = False
-    """Whether it stays in float32 where the others are narrower (``Scheme.full_precision``)."""
+    """Whether the tensor is float32 even in a model of lower precision (``Scheme.full_precision``)."""
 
     def dtype(self, others: torch.dtype) -> torch.dtype:
-        """The type of the tensor in a model whose other weights are in ``others``."""
+        """Return the dtype of the tensor in a model whose other weights have the dtype ``others``."""
         return torch.promote_types(others, torch.float32) if self.full_precision else others
 
 
-def entries(model: ModelConfig, rows: int | None = None) -> list[Entry]:
-    """Every tensor of the export of a resolved model, in the order in which a token meets them.
+def entries(model: ModelConfig, rows: int | None = None) -> list[ExportTensor]:
+    """List the tensors of a model's export, in the order of computation.
+
+    A model without a loop becomes transformers' own GPT-NeoX, with the tensor names of released checkpoints.
+    GPT-NeoX doesn't scale its embedding, so the scale is folded into the weights, which unties tied weights.
 
     Args:
-        model: its settings.
-        rows: of the vocabulary in the export (default: as in the checkpoint).
-
-    A model without a loop is exported as transformers' own GPT-NeoX, under the names of released checkpoints.
-    That one does not scale its embedding: the factor goes into the weights, and tied weights become two.
+        model: resolved settings of the model.
+        rows: size of the vocabulary in the export (default: as in the checkpoint).
     """
     looped = SCHEMES[model.recurrence].has_loop
     body, head = ("model", "lm_head") if looped else ("gpt_neox", "embed_out")
     vocabulary = (padded_vocab_size(model) if rows is None else rows, model.hidden_size)
     folded = folding.is_folded(model)
     factor = folding.factor(model) if folded else 1.0
-    found = [Entry(f"{body}.embed_in.weight", EMBEDDING, vocabulary, factor=factor)]
-    for ours, theirs, count in _sections(model):
+    found = [ExportTensor(f"{body}.embed_in.weight", EMBEDDING, vocabulary, factor=factor)]
+    for ours, theirs, count in _parts(model):
         for index in range(count):
             for key, name, shape in _layer(model):
-                place = f"decoder.{ours}layers.{key}"
-                found.append(Entry(f"{body}.{theirs}.{index}.{name}", place, shape, index, count))
+                full_key = f"decoder.{ours}layers.{key}"
+                found.append(ExportTensor(f"{body}.{theirs}.{index}.{name}", full_key, shape, index, count))
     if looped:
         found += _recurrence(model, body)
     for kind in ("weight", "bias"):
         name, key = f"{body}.final_layer_norm.{kind}", f"decoder.final_layernorm.{kind}"
-        found.append(Entry(name, key, (model.hidden_size,)))
+        found.append(ExportTensor(name, key, (model.hidden_size,)))
     if model.untie_embeddings_and_output_weights:
-        found.append(Entry(f"{head}.weight", OUTPUT, vocabulary))
+        found.append(ExportTensor(f"{head}.weight", OUTPUT, vocabulary))
     elif folded:
-        found.append(Entry(f"{head}.weight", EMBEDDING, vocabulary))
+        found.append(ExportTensor(f"{head}.weight", EMBEDDING, vocabulary))
     return found
 
 
-def _sections(model: ModelConfig) -> Iterator[tuple[str, str, int]]:
-    """Prefix in the checkpoint, list in the export, and number of layers, of each part."""
+def _parts(model: ModelConfig) -> Iterator[tuple[str, str, int]]:
+    """Yield prefix in the checkpoint, name in the export, and number of layers of each part."""
     layers = layout(model)
     if not SCHEMES[model.recurrence].has_loop:
         yield "", "layers", layers.depth
@@ -95,7 +96,7 @@ def _sections(model: ModelConfig) -> Iterator[tuple[str, str, int]]:
 
 
 def _layer(model: ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Key, name and shape of every parameter of one layer."""
+    """Yield name in the checkpoint, name in the export, and shape of each parameter of a layer."""
     assert model.ffn_hidden_size is not None, "resolve() fills in ffn_hidden_size"
     h, ffn = model.hidden_size, model.ffn_hidden_size
     linears = {
@@ -104,7 +105,7 @@ def _layer(model: ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         "mlp.linear_fc1": ("mlp.dense_h_to_4h", (ffn, h)),
         "mlp.linear_fc2": ("mlp.dense_4h_to_h", (h, ffn)),
     }
-    # Under the names that Transformer Engine's layers have, where a norm is part of the linear map after it.
+    # The checkpoint uses the names of Transformer Engine, which fuses a norm with the linear layer after it.
     norms = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "post_attention_layernorm"}
     for key, name in norms.items():
         yield f"{key}.layer_norm_weight", f"{name}.weight", (h,)
@@ -114,11 +115,11 @@ def _layer(model: ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         yield f"{key}.bias", f"{name}.bias", shape[:1]
 
 
-def _recurrence(model: ModelConfig, body: str) -> list[Entry]:
+def _recurrence(model: ModelConfig, body: str) -> list[ExportTensor]:
     options = recurrence_options(model)
     scheme = build_scheme(model.recurrence, model.hidden_size, layout(model).loops, options)
     return [
-        Entry(
+        ExportTensor(
             f"{body}.recurrence.{name}",
             f"{RECURRENCE}{name}",
             tuple(parameter.shape),

@@ -1,4 +1,4 @@
-"""Open a model from a Hugging Face directory, or from a checkpoint, by converting it into a temporary one."""
+"""Opens a Hugging Face directory with this package's own code, or a checkpoint through a temporary export."""
 
 import tempfile
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ from megatron_mesh.hf.tokenization_mesh import MeshTokenizer
 from megatron_mesh.hf.tokenizer import read_tokenizer
 
 
-def register() -> None:
-    """Register this package's classes with transformers, so that no code in a directory is run."""
+def register_classes() -> None:
+    """Register our classes with transformers, so that it uses them instead of code in a directory."""
     AutoConfig.register(MeshConfig.model_type, MeshConfig, exist_ok=True)
     AutoModel.register(MeshConfig, MeshModel, exist_ok=True)
     AutoModelForCausalLM.register(MeshConfig, MeshForCausalLM, exist_ok=True)
@@ -28,16 +28,16 @@ def register() -> None:
 
 
 @contextmanager
-def directory_of(load: Path, tokenizer_model: str | None = None) -> Iterator[Path]:
-    """A checkpoint as a Hugging Face directory with its tokenizer, until the end of the block.
+def temporary_export(load: Path, tokenizer_model: str | None = None) -> Iterator[Path]:
+    """Export a checkpoint to a temporary directory, which is removed at the end of the block.
 
     Raises:
-        UserError: as ``export_checkpoint``, or the run named no tokenizer.
+        UserError: ``export_checkpoint`` fails, or no tokenizer is known.
     """
-    saved = whole_checkpoint(load, check_sums=False)  # the conversion checks them
+    saved = whole_checkpoint(load, check_sums=False)  # export_checkpoint verifies the checksums
     if tokenizer_model is None and saved.config.data.tokenizer_model is None:
         raise UserError(
-            f"{load} was trained without a tokenizer; name the one of its data: --tokenizer-model"
+            f"{load} was trained without a tokenizer; specify the one of its data with --tokenizer-model"
         )
     with tempfile.TemporaryDirectory(prefix="model-") as scratch:
         directory = Path(scratch) / "model"
@@ -46,39 +46,44 @@ def directory_of(load: Path, tokenizer_model: str | None = None) -> Iterator[Pat
 
 
 def open_model(directory: Path, **options: Any) -> tuple[Any, Any]:
-    """The model and its tokenizer; ``options`` as in ``from_pretrained``.
+    """Load model and tokenizer from a directory. ``options`` are those of ``from_pretrained``.
 
     Raises:
-        UserError: the directory holds no model, a damaged one, or one with code that isn't ours; it holds no
-            tokenizer or a damaged one; or the options don't fit the model.
+        UserError: model or tokenizer is missing or damaged, the model needs code that isn't ours, or the
+            options don't fit the model.
     """
-    register()
+    register_classes()
     if not (directory / "config.json").is_file():
-        raise UserError(f"{directory} has no config.json; give a directory that tools/convert_to_hf.py wrote")
+        raise UserError(f"{directory} has no config.json; give a directory written by tools/convert_to_hf.py")
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise UserError(f"{directory} has no tokenizer.json; convert with --tokenizer-model, or put it there")
-    tokenizer = _tokenizer_in(directory)
+        raise UserError(
+            f"{directory} has no tokenizer.json; convert with --tokenizer-model, or copy the file there"
+        )
+    tokenizer = _open_tokenizer(directory)
     try:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
         if "num_loops" in options and not hasattr(config, "num_loops"):
-            raise UserError(f"the model in {directory} is a plain {config.model_type}: it has no --num-loops")
+            raise UserError(
+                f"--num-loops is for recursive models, and the model in {directory} is a plain "
+                f"{config.model_type}; leave it out"
+            )
         model = AutoModelForCausalLM.from_pretrained(str(directory), trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise UserError(f"the model in {directory} cannot be opened: {error}") from error
+        raise UserError(f"cannot open the model in {directory}: {error}") from error
     return model.eval(), tokenizer
 
 
-def _tokenizer_in(directory: Path) -> Any:
+def _open_tokenizer(directory: Path) -> Any:
     try:
         return read_tokenizer(directory)
     except Exception as error:  # transformers and its backends raise nothing more specific
         reason = " ".join(str(error).split())
         raise UserError(
-            f"the tokenizer in {directory} cannot be opened ({reason}); convert again, or put the model's "
-            "own tokenizer.json and tokenizer_config.json there"
+            f"cannot open the tokenizer in {directory} ({reason}); convert again, or copy the model's "
+            "original tokenizer.json and tokenizer_config.json there"
         ) from error
 
 
 def dtype_named(name: str | None) -> torch.dtype | str:
-    """A dtype of torch's; "auto", the weights' own, for None."""
+    """Return torch's dtype of that name, or "auto" (the dtype of the stored weights) for None."""
     return "auto" if name is None else getattr(torch, name)

@@ -1,6 +1,6 @@
-"""The padding token of an export.
+"""Chooses the padding token of an export.
 
-It is never the end-of-text token: fine-tuning hides padding from the loss, so the model would not learn to
+It is never the end-of-text token. Fine-tuning masks padding in the loss, so the model would not learn to
 stop.
 """
 
@@ -14,27 +14,27 @@ from megatron_mesh.data.tokenizer import (
 )
 
 NEW_TOKEN = "<|megatron_mesh_padding|>"
-"""For tokenizers that have none.
+"""Padding token for tokenizers that have no suitable one.
 
-A ``tokenizer.json`` reads it from text, unlike in training, so its name is not one that texts have.
+Unlike in training, a ``tokenizer.json`` recognizes it in text, so it has a name that no text contains.
 """
 
-# Padding tokens first, then start tokens, which training doesn't put anywhere.
+# Padding tokens first, then start tokens, which never occur in training data.
 _NAMES = ("<|padding|>", "<pad>", "<|pad|>", "[PAD]", "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>")
 
 
 @dataclass(frozen=True)
 class Padding:
-    """A padding token."""
+    """The padding token of an export."""
 
     token: str
     id: int
     is_new: bool = False
-    """Whether the tokenizer of the training lacks it. Its id then follows that tokenizer's."""
+    """Whether the training's tokenizer lacks it. Its id is then the size of that tokenizer's vocabulary."""
 
 
 def padding_of(tokenizer: Tokenizer) -> Padding:
-    """Return the padding token of a tokenizer: its own, else its start token, else a new one."""
+    """Return a tokenizer's own padding token, or else its start token, or else a new token."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         pieces = tokenizer.backend
         for index in (pieces.pad_id(), pieces.bos_id()):
@@ -43,9 +43,9 @@ def padding_of(tokenizer: Tokenizer) -> Padding:
     else:
         assert isinstance(tokenizer, HuggingFaceTokenizer)
         ids = {token.content: i for i, token in tokenizer.backend.get_added_tokens_decoder().items()}
-        # If the end-of-text token isn't an added token, the export splits special tokens (write_tokenizer).
-        # Then no token that training reads from text may become special.
-        unknown = (*configured_token(tokenizer.path, "unk_token"), "<unk>", "[UNK]")  # it occurs in text
+        # If the end-of-text token isn't an added token, the export splits special tokens (see
+        # write_tokenizer). Then a token that training recognizes in text must not become special.
+        unknown = (*configured_token(tokenizer.path, "unk_token"), "<unk>", "[UNK]")  # occurs in the data
         if tokenizer.eod in ids.values():
             for name in (*configured_token(tokenizer.path, "pad_token"), *_NAMES):
                 if name in ids and ids[name] != tokenizer.eod and name not in unknown:

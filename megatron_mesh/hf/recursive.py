@@ -1,6 +1,7 @@
-"""A recursive model started from a plain one: which layers its core is made of.
+"""Chooses the layers of a plain model from which a recursive model starts.
 
-The three choices are those of Bae et al., "Relaxed Recursive Transformers" (arXiv 2410.20672, sec. 2.3).
+The three ways to initialize the core are those of Bae et al., "Relaxed Recursive Transformers" (arXiv
+2410.20672, section 2.3).
 """
 
 from dataclasses import replace
@@ -17,33 +18,38 @@ CoreInit = Literal["average", "first", "stepwise"]
 
 
 def recursive_model(plain: ModelConfig, layers: str, recurrence: str) -> ModelConfig:
-    """The resolved settings of a recursive model of the same backbone.
+    """Return the resolved settings of a recursive model with the sizes of a plain one.
 
     Raises:
-        UserError: ``plain`` has a loop already, the new one would have none, or the depths differ.
+        UserError: ``plain`` already has a loop, the new model would have none, or the depths differ.
     """
     if SCHEMES[plain.recurrence].has_loop:
         raise UserError(
-            f"--to-recursive starts from a plain model, and this one is {plain.recurrence} already"
+            f"--to-recursive needs a plain model, but this one already has a loop ({plain.recurrence})"
         )
     if recurrence in SCHEMES and not SCHEMES[recurrence].shared_core:
-        raise UserError(f"--recurrence {recurrence} has no core that runs again; choose e.g. mesh or base")
+        raise UserError(
+            f"--recurrence {recurrence} doesn't share its core; choose another, e.g. mesh or base"
+        )
     target = parse_layers(layers)
     if not target.shared:
         raise UserError(f"--to-recursive {layers} has no loop; write prelude+coreRloops+coda, e.g. 4+8R2+4")
     if target.depth != layout(plain).depth:
         raise UserError(
-            f"--to-recursive {layers} is {target.depth} layers deep, the model {layout(plain).depth}; choose "
-            "parts that add up"
+            f"--to-recursive {layers} is {target.depth} layers deep, but the model has {layout(plain).depth} "
+            "layers; choose a layout of that depth"
         )
     return resolve_model(replace(plain, recurrence=recurrence, layers=layers))
 
 
 def core_sources(target: LayerLayout, choice: CoreInit) -> list[list[int]]:
-    """For each layer of the core, the layers of the plain model whose mean it starts as.
+    """Return, for each core layer, the layers of the plain model whose mean is its initial value.
 
-    average: those that stand at its place in each loop; first: the one in the first loop; stepwise: layers
-    at equal steps from the first to the last of all loops'.
+    Args:
+        target: layout of the recursive model.
+        choice: "average" takes the layers at the same position in every loop; "first" takes the layer of the
+            first loop; "stepwise" takes layers at equal distances from the first layer of all loops to the
+            last.
     """
     loops, core, start = target.loops, target.core, target.prelude
     if choice == "average":
@@ -55,7 +61,7 @@ def core_sources(target: LayerLayout, choice: CoreInit) -> list[list[int]]:
 
 
 def layer_sources(target: LayerLayout, choice: CoreInit) -> dict[str, list[list[int]]]:
-    """The same for each part of the recursive model, by its name."""
+    """Return the same for all layers, by the name of the part: prelude, core and coda."""
     first_of_coda = target.depth - target.coda
     return {
         "prelude": [[index] for index in range(target.prelude)],

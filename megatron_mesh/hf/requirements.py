@@ -1,4 +1,4 @@
-"""Check that transformers is installed and new enough, before anything imports it."""
+"""Checks that transformers is installed and new enough, before anything imports it."""
 
 import importlib.metadata
 
@@ -11,10 +11,10 @@ _REMEDY = "pip install 'megatron_mesh[hf]' (in a checkout: pip install -e '.[hf]
 
 
 def check_transformers() -> None:
-    """Raise UserError if transformers is missing, or too old for our models."""
+    """Raise UserError if transformers is missing or too old."""
     try:
         found = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
         raise UserError(f"transformers is not installed: {_REMEDY}") from None
     if Version(found).release < Version(OLDEST).release:
-        raise UserError(f"transformers {found} is too old, {OLDEST} or newer is needed: {_REMEDY}")
+        raise UserError(f"transformers {found} is too old; {OLDEST} or newer is needed: {_REMEDY}")

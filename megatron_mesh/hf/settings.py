@@ -1,4 +1,4 @@
-"""Settings of the model in a Hugging Face directory."""
+"""Derives our model settings from the config.json of a Hugging Face directory."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,11 +11,10 @@ from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.describe import SETTINGS_KEY
 from megatron_mesh.hf.rope import rotary_base, rotary_percent
-from megatron_mesh.hf.vocabulary import left_out
+from megatron_mesh.hf.vocabulary import read_omitted_rows
 from megatron_mesh.recurrence import SCHEMES
 
-# What config.json cannot say in Hugging Face's words, and how it is checked. The rest of our settings follows
-# from Hugging Face's fields.
+# Settings that have no counterpart among Hugging Face's fields, each with its check.
 _OWN: dict[str, Callable[[Any], bool]] = {
     "vocab_size": lambda x: x is None or (type(x) is int and 1 <= x <= 2**31),
     "make_vocab_size_divisible_by": lambda x: type(x) is int and 1 <= x <= 2**20,
@@ -27,15 +26,15 @@ _OWN: dict[str, Callable[[Any], bool]] = {
 
 
 def model_settings(config: dict[str, Any], directory: Path) -> ModelConfig:
-    """Return the resolved settings of the model of a checked ``config.json`` in ``directory``.
+    """Return the resolved model settings for a checked ``config.json`` in ``directory``.
 
-    Hugging Face's fields decide. An export of ours adds what they cannot express.
+    They come from Hugging Face's fields, and in our exports also from our own settings.
 
     Raises:
-        UserError: the settings that an export of ours carries are damaged, or no model can have them.
+        UserError: our own settings in the export are damaged, or no model can have these settings.
     """
     base = own_settings(config)
-    if left_out(config, base, directory) is None:
+    if read_omitted_rows(config, base, directory) is None:
         base = replace(base, vocab_size=config["vocab_size"])
     model = replace(
         base,
@@ -54,26 +53,29 @@ def model_settings(config: dict[str, Any], directory: Path) -> ModelConfig:
     try:
         return resolve_model(model)
     except UserError as error:
-        raise UserError(f"config.json asks for a model that cannot be built here: {error}") from None
+        raise UserError(
+            f"config.json describes a model that megatron_mesh doesn't support: {error}"
+        ) from None
 
 
 def own_settings(config: dict[str, Any]) -> ModelConfig:
-    """Return the settings that only an export of ours carries, with defaults for the others.
+    """Return the settings that only our exports have, with defaults for all others.
 
     Raises:
-        UserError: they are damaged.
+        UserError: the settings are damaged.
     """
     settings = config.get(SETTINGS_KEY, {})
     for name, fits in _OWN.items():
         if name in settings and not fits(settings[name]):
             raise UserError(
-                f"config.json: {SETTINGS_KEY} has {name} {settings[name]!r}; export the model again"
+                f"config.json: {name} in {SETTINGS_KEY} has the invalid value {settings[name]!r}; export the "
+                "model again"
             )
     return ModelConfig(**{name: settings[name] for name in _OWN if name in settings})
 
 
 def _recurrence(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the scheme, its memory and its layers."""
+    """Return the settings of the recurrence scheme, its memory, and the layer layout."""
     if config["model_type"] == "gpt_neox":
         layers = LayerLayout(0, config["num_hidden_layers"], 1, 0, shared=False)
         return {"recurrence": "vanilla", "layers": str(layers)}

@@ -1,7 +1,7 @@
-"""The code that an export carries: copies of our own source files, with their imports made relative.
+"""Collects the code that an export carries: copies of our own source files with relative imports.
 
-transformers loads a model's code from one flat directory and, before 5.0, copies only those files that the
-model's own two files name in ``from .name import``. So every shipped file must be named in one of those two.
+transformers loads a model's code from one flat directory. Before 5.0 it copies only the files that the
+model's two main files name in ``from .name import``, so every shipped file must be named in one of those two.
 """
 
 import ast
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import megatron_mesh
-from megatron_mesh.hf.tokenizer import CODE as TOKENIZER_CODE
+from megatron_mesh.hf import versions
 
 AUTO_MAP = {
     "AutoConfig": "configuration_mesh.MeshConfig",
@@ -22,17 +22,20 @@ AUTO_MAP = {
     "AutoModelForQuestionAnswering": "modeling_mesh.MeshForQuestionAnswering",
 }
 """``auto_map`` of config.json: the file and class that each of transformers' auto classes loads."""
+TOKENIZER_CODE, TOKENIZER_CLASS = "tokenization_mesh", "MeshTokenizer"
+"""Module and class of the tokenizer that an export carries if no stock tokenizer gives the same ids."""
 
 _ROOT = Path(str(megatron_mesh.__file__)).parent
-_PACKAGES = ("hf", "recurrence")  # the folders whose files may be shipped
-_FLAT = re.compile(rf"^([ \t]*from )megatron_mesh\.(?:{'|'.join(_PACKAGES)})\.", re.MULTILINE)
+_MODELING = Path(versions.__file__).parent  # the folder of the files that AUTO_MAP names
+_FOLDERS = (_MODELING, _ROOT / "recurrence")  # only files that lie in these may be shipped
+_PACKAGE_IMPORT = re.compile(r"^([ \t]*from )megatron_mesh\.(?:\w+\.)*(?=\w+ import )", re.MULTILINE)
 _HEADER = re.compile(r"# Part of megatron_mesh (\S+) \(Apache-2\.0\)(?:, sha256 ([0-9a-f]{64}))?\.\n")
 
 
 def sources() -> dict[str, str]:
-    """File name and text of every shipped file, the files that others import first.
+    """Return name and text of every shipped file, each after the files that it imports.
 
-    They are the files that AUTO_MAP names and whatever these import from this package.
+    These are the files that AUTO_MAP names, and the files of this package that they import.
 
     Raises:
         ValueError: a shipped file imports something from megatron_mesh that cannot be shipped.
@@ -40,27 +43,27 @@ def sources() -> dict[str, str]:
     found: dict[str, Path] = {}
     seen: set[Path] = set()
     for name in sorted({entry.split(".")[0] for entry in AUTO_MAP.values()}):
-        _collect(_ROOT / "hf" / f"{name}.py", found, seen)
+        _collect(_MODELING / f"{name}.py", found, seen)
     return {name: _shipped(path.read_text(encoding="utf-8")) for name, path in found.items()}
 
 
 def tokenizer_source() -> dict[str, str]:
-    """File name and text of the tokenizer class, for the exports that need it."""
-    path = Path(__file__).with_name(f"{TOKENIZER_CODE}.py")
+    """Return name and text of the tokenizer's file, for exports that need it."""
+    path = _MODELING / f"{TOKENIZER_CODE}.py"
     return {path.name: _shipped(path.read_text(encoding="utf-8"))}
 
 
 class Header(NamedTuple):
-    """What the first line of a shipped file tells."""
+    """The first line of a shipped file."""
 
     version: str
-    """Of the megatron_mesh that wrote the file."""
+    """The version of megatron_mesh that wrote the file."""
     intact: bool | None
-    """Whether the rest is as it was written; None if the line has no checksum, as in early exports."""
+    """Whether the rest of the file is unchanged; None if the line has no checksum, as in early exports."""
 
 
 def read_header(text: str) -> Header | None:
-    """The header of a shipped file's text, None if the text has no header of ours."""
+    """Return the header of a shipped file's text, or None if we didn't write the file."""
     match = _HEADER.match(text)
     if match is None:
         return None
@@ -81,26 +84,31 @@ def _collect(path: Path, found: dict[str, Path], seen: set[Path]) -> None:
 
 
 def _imports(path: Path) -> list[Path]:
-    """The files of this package that a file imports."""
+    """Return the files of this package that a file imports."""
     files = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            modules = [f"megatron_mesh.{path.parent.name}.{node.module}" if node.level else str(node.module)]
+            folder = ".".join(("megatron_mesh", *path.parent.relative_to(_ROOT).parts))
+            modules = [f"{folder}.{node.module}" if node.level else str(node.module)]
         else:
             continue
         for module in (name for name in modules if name.split(".")[0] == "megatron_mesh"):
-            _, *names = module.split(".")
-            file = _ROOT.joinpath(*names).with_suffix(".py")
-            if isinstance(node, ast.Import) or names[0] not in _PACKAGES or not file.is_file():
-                raise ValueError(f"{path} imports {module}: write 'from megatron_mesh.hf.NAME import ...'")
+            file = _ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py")
+            if isinstance(node, ast.Import) or file.parent not in _FOLDERS or not file.is_file():
+                folders = " or ".join(folder.relative_to(_ROOT.parent).as_posix() for folder in _FOLDERS)
+                raise ValueError(
+                    f"{path} imports {module}, which cannot be shipped: write "
+                    f"'from megatron_mesh.FOLDER.NAME import ...', where NAME is a file in {folders}"
+                )
             files.append(file)
     return files
 
 
 def _shipped(text: str) -> str:
-    text = _FLAT.sub(r"\1.", text)
+    """Return a source text with relative imports and a header."""
+    text = _PACKAGE_IMPORT.sub(r"\1.", text)
     return (
         f"# Part of megatron_mesh {megatron_mesh.__version__} (Apache-2.0), sha256 {_checksum(text)}.\n{text}"
     )

@@ -1,11 +1,12 @@
-"""A SentencePiece model as a ``tokenizer.json``, if that gives the same ids for every text.
+"""Converts a SentencePiece model to a ``tokenizer.json``, if that gives the same ids for every text.
 
-The ``tokenizers`` library can express only some models exactly:
+The ``tokenizers`` library can reproduce only some models exactly:
 
-- Unigram models cannot be: sentencepiece adds scores in single precision, the library in double, so equally
-  good segmentations of a text such as ``*******`` come out in another order.
-- Normalization rules (nmt_nfkc and others) cannot be: the library applies them to whole graphemes.
-- User-defined symbols split a text for the library, so that whitespace rules would apply to each part.
+- No Unigram models. sentencepiece adds scores in float32 and the library in float64, so that they can choose
+  different segmentations of equal score, e.g. of ``*******``.
+- No normalization rules such as nmt_nfkc. The library applies them to whole graphemes.
+- No user-defined symbols together with whitespace rules. The library would split a text at the symbols first
+  and apply the rules to each part.
 """
 
 from pathlib import Path
@@ -20,9 +21,9 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # ModelProt
 
 
 def to_fast_tokenizer(path: Path, eod: int) -> Tokenizer | None:
-    """The tokenizer of the ``tokenizers`` library with the same ids, or None if there is none.
+    """Return a tokenizer of the ``tokenizers`` library with the same ids, or None if none can have them.
 
-    Control symbols are not among its added tokens, so they are ordinary text where a text contains them.
+    Control symbols don't become added tokens, so that they are ordinary text, as in sentencepiece.
 
     Args:
         path: the SentencePiece model.
@@ -40,13 +41,13 @@ def to_fast_tokenizer(path: Path, eod: int) -> Tokenizer | None:
     )
     tokenizer.normalizer = normalizers.Sequence(_normalizers(proto.normalizer_spec))
     tokenizer.decoder = _decoder(proto)
-    own = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
-    tokenizer.add_tokens([AddedToken(symbol, special=False, normalized=False) for symbol in own])
+    user_defined = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(symbol, special=False, normalized=False) for symbol in user_defined])
     return tokenizer
 
 
 def symbols(path: Path) -> list[str]:
-    """Pieces of a model that were not learned from text, such as control symbols and bytes."""
+    """Return the pieces of a model that were not learned from text, such as control symbols and bytes."""
     return [piece.piece for piece in _read(path).pieces if piece.type != _NORMAL]
 
 
@@ -57,28 +58,29 @@ def _read(path: Path) -> Any:
 
 
 def _has_exact_rules(proto: Any) -> bool:
-    """Whether the library can express the normalization and the symbols of a model."""
+    """Whether the library can reproduce the normalization and the symbols of a model."""
     spec, trainer = proto.normalizer_spec, proto.trainer_spec
-    own = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+    user_defined = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
     if spec.precompiled_charsmap or proto.denormalizer_spec.precompiled_charsmap:
         return False
     if trainer.treat_whitespace_as_suffix or not spec.escape_whitespaces:
         return False
-    if own and (spec.add_dummy_prefix or spec.remove_extra_whitespaces):
+    if user_defined and (spec.add_dummy_prefix or spec.remove_extra_whitespaces):
         return False
-    if any(_SPACE in symbol or " " in symbol for symbol in own):
+    if any(_SPACE in symbol or " " in symbol for symbol in user_defined):
         return False
-    # sentencepiece gives a control symbol of one character where a text contains it.
+    # Unlike longer ones, control symbols of a single character are recognized in text by sentencepiece.
     reserved = [piece.piece for piece in proto.pieces if piece.type in (_UNKNOWN, _CONTROL)]
     return all(len(piece) > 1 for piece in reserved)
 
 
 def _merges(proto: Any) -> list[tuple[str, str]] | None:
-    """Merges of a BPE model, most urgent first; None if it is another model, or has no exact order.
+    """Return the merges of a BPE model in order of priority; None if it isn't BPE or has no unique order.
 
-    sentencepiece ranks a merge by the score of its result and takes the leftmost of equals. The library
-    ranks pairs. If two ways to the same result overlap in a text (``x y`` and ``y z`` with xy = yz), the
-    left one must come first: there the right part also starts the result.
+    sentencepiece ranks a merge by the score of its result, and of equal merges takes the leftmost. The
+    library ranks pairs instead. If two pairs with the same result can overlap in a text (``x y`` and ``y z``
+    with xy = yz), the pair on the left must come first. It is the one whose right half is also a prefix of
+    the result.
     """
     if proto.trainer_spec.model_type != _BPE or any(piece.type == _UNUSED for piece in proto.pieces):
         return None
@@ -87,7 +89,7 @@ def _merges(proto: Any) -> list[tuple[str, str]] | None:
     if len({scores[text] for text in longer}) < len(longer):
         return None
     if any(character not in scores for text in longer for character in text):
-        return None  # sentencepiece merges characters that are no pieces, the library does not
+        return None  # sentencepiece also merges characters that aren't pieces, the library doesn't
     ordered = []
     for text in longer:
         cuts = [cut for cut in range(1, len(text)) if text[:cut] in scores and text[cut:] in scores]
@@ -98,12 +100,12 @@ def _merges(proto: Any) -> list[tuple[str, str]] | None:
 
 def _normalizers(spec: Any) -> list[normalizers.Normalizer]:
     found: list[normalizers.Normalizer] = []
-    if spec.remove_extra_whitespaces:  # spaces alone: other white space is text
+    if spec.remove_extra_whitespaces:  # only spaces: other whitespace is ordinary text
         found += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         found.append(normalizers.Prepend(" "))
     found.append(normalizers.Replace(" ", _SPACE))
-    if spec.remove_extra_whitespaces:  # also U+2581 itself, at the end only
+    if spec.remove_extra_whitespaces:  # also removes U+2581 itself, but only at the end
         found.append(normalizers.Replace(Regex(rf"{_SPACE}+\z"), ""))
     return found
 

@@ -1,7 +1,7 @@
-"""A SentencePiece tokenizer for Hugging Face transformers (4.57 and 5.x) with sentencepiece's own ids.
+"""SentencePiece tokenizer for Hugging Face transformers (4.57 and 5.x) that calls sentencepiece itself.
 
-transformers reads SentencePiece models into a tokenizer of another library, which normalizes text in other
-ways and breaks ties between segmentations differently. This class asks sentencepiece itself.
+transformers converts SentencePiece models for the tokenizers library, which normalizes some text differently
+and breaks ties between segmentations differently. This class gives exactly the ids of sentencepiece.
 """
 
 import shutil
@@ -13,31 +13,33 @@ from typing import Any
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
-FILE = "tokenizer.model"
+_FILE = "tokenizer.model"
 
 
 class MeshTokenizer(PreTrainedTokenizer):
-    """Text to the ids that ``SentencePieceProcessor.encode`` gives, and back.
+    """Tokenizer with the ids of ``SentencePieceProcessor.encode``.
 
-    Control symbols such as ``</s>`` that are written in a text are ordinary text, as for sentencepiece. Set
-    ``split_special_tokens = False`` to read them as special tokens, for example in chat templates.
+    As in sentencepiece, control symbols such as ``</s>`` in a text are ordinary text. Set
+    ``split_special_tokens = False`` to read them as special tokens, for example for a chat template.
 
     Args:
-        vocab_file: the SentencePiece model.
-        kwargs: as in ``PreTrainedTokenizer``.
+        vocab_file (`str`):
+            Path of the SentencePiece model.
+        kwargs:
+            Further arguments of [`PreTrainedTokenizer`].
 
     Raises:
         ValueError: ``vocab_file`` is not a SentencePiece model.
     """
 
-    vocab_files_names = {"vocab_file": FILE}  # noqa: RUF012
+    vocab_files_names = {"vocab_file": _FILE}  # noqa: RUF012
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
     def __init__(self, vocab_file: str, **kwargs: Any):
         self.vocab_file = vocab_file
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(vocab_file))
-        except RuntimeError as error:  # for which transformers 4 returns False
+        except RuntimeError as error:  # from_pretrained of transformers 4 would return False
             raise ValueError(f"{vocab_file} is not a readable SentencePiece model: {error}") from error
         kwargs.setdefault("split_special_tokens", True)
         super().__init__(**kwargs)
@@ -51,7 +53,7 @@ class MeshTokenizer(PreTrainedTokenizer):
         return {**pieces, **self.added_tokens_encoder}
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Text of ``tokens``; special tokens among them as they are written."""
+        """Return the text of ``tokens``. Special tokens appear in it by name."""
         parts: list[str] = []
         for is_special, run in groupby(tokens, self._is_special):
             if is_special:
@@ -61,7 +63,7 @@ class MeshTokenizer(PreTrainedTokenizer):
         return "".join(parts)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        path = Path(save_directory) / (f"{filename_prefix}-{FILE}" if filename_prefix else FILE)
+        path = Path(save_directory) / (f"{filename_prefix}-{_FILE}" if filename_prefix else _FILE)
         if path.resolve() != Path(self.vocab_file).resolve():
             shutil.copyfile(self.vocab_file, path)
         return (str(path),)
@@ -82,10 +84,11 @@ class MeshTokenizer(PreTrainedTokenizer):
     def _text(self, ids: list[int], first: bool) -> str:
         if first:
             return self.pieces.decode(ids)
-        before = next(self._ordinary())  # so that no space is taken for the one that starts a text
+        # sentencepiece drops a space at the start of a text, so put an ordinary piece before these.
+        before = next(self._ordinary_ids())
         return self.pieces.decode([before, *ids])[len(self.pieces.decode([before])) :]
 
-    def _ordinary(self) -> Iterator[int]:
+    def _ordinary_ids(self) -> Iterator[int]:
         pieces = self.pieces
         kinds = (pieces.is_control, pieces.is_unknown, pieces.is_byte, pieces.is_unused)
         return (i for i in range(self.vocab_size) if not any(kind(i) for kind in kinds))

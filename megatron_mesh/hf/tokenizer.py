@@ -1,4 +1,4 @@
-"""The tokenizer in an export. It gives the ids of the training for any text, or the export is refused."""
+"""Writes the tokenizer of an export. It must give the same ids as in training, or the export is refused."""
 
 import json
 import shutil
@@ -15,19 +15,17 @@ from megatron_mesh.data.tokenizer import (
 )
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.padding import Padding
+from megatron_mesh.hf.ship import TOKENIZER_CLASS, TOKENIZER_CODE
 from megatron_mesh.runtime import strict_json
 
-CODE = "tokenization_mesh"
-"""Module of the tokenizer class that an export brings if transformers has none with the same ids."""
-CLASS = "MeshTokenizer"
-_FAST_CLASS = "PreTrainedTokenizerFast"  # which transformers 4.57 and 5.x both know
+_FAST_CLASS = "PreTrainedTokenizerFast"  # exists in both transformers 4.57 and 5.x
 
 
 def tokenizer_of(data: DataConfig, given: str | None) -> Tokenizer | None:
-    """The tokenizer of a run, or the one ``given`` in its place; None for a run on ids that named none.
+    """Return the tokenizer of a run, or the one at ``given`` instead; None if the run has no tokenizer.
 
     Raises:
-        UserError: it is not where it was, or cannot be read.
+        UserError: it was moved, or cannot be read.
     """
     if given is None and data.tokenizer_model is None:
         return None
@@ -35,19 +33,21 @@ def tokenizer_of(data: DataConfig, given: str | None) -> Tokenizer | None:
         return build_tokenizer(None if given else data.tokenizer_type, given or data.tokenizer_model)
     except UserError as error:
         raise UserError(
-            f"the tokenizer is missing ({error}) Say where it is now with --tokenizer-model."
+            f"cannot load the run's tokenizer ({str(error).rstrip('.')}); if it was moved, give its path "
+            "with --tokenizer-model"
         ) from error
 
 
 def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int, padding: Padding) -> bool:
-    """Write the files by which ``AutoTokenizer`` finds the tokenizer.
+    """Write the files from which ``AutoTokenizer`` loads the tokenizer.
 
-    Returns whether that needs the code in ``tokenization_mesh.py``, which the caller writes.
+    Returns:
+        Whether it needs the code in ``tokenization_mesh.py``, which the caller has to write.
 
     Raises:
-        UserError: transformers does not give the ids of the training for some text.
+        UserError: the tokenizer gives different ids in transformers than in training.
     """
-    # If special tokens are split, transformers doesn't look for them in text.
+    # With split_special_tokens, transformers doesn't recognize special tokens in text.
     end: str | None
     if isinstance(tokenizer, SentencePieceTokenizer):
         fast, split = _write_sentencepiece(tokenizer, directory), True
@@ -57,7 +57,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int, padd
         fast, split = True, _write_json_tokenizer(tokenizer, padding, directory)
         end = tokenizer.backend.id_to_token(tokenizer.eod)
     settings: dict[str, Any] = {
-        "tokenizer_class": _FAST_CLASS if fast else CLASS,
+        "tokenizer_class": _FAST_CLASS if fast else TOKENIZER_CLASS,
         "bos_token": end,
         "eos_token": end,
         "pad_token": padding.token,
@@ -68,18 +68,19 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int, padd
         "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token types by default
     }
     if not fast:
-        settings["auto_map"] = {"AutoTokenizer": [f"{CODE}.{CLASS}", None]}
+        settings["auto_map"] = {"AutoTokenizer": [f"{TOKENIZER_CODE}.{TOKENIZER_CLASS}", None]}
     (directory / "tokenizer_config.json").write_text(strict_json.dumps(settings, indent=2), encoding="utf-8")
     _check(tokenizer, directory, padding)
     return not fast
 
 
 def read_tokenizer(directory: Path) -> Any:
-    """The tokenizer of an export as transformers loads it, without running code that the directory brings."""
-    from transformers import PreTrainedTokenizerFast  # takes seconds, and training does without
+    """Load the tokenizer of an export as transformers does, but without running code in the directory."""
+    from transformers import PreTrainedTokenizerFast  # takes seconds to import
 
     path = directory / "tokenizer_config.json"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class") == CLASS:
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if settings.get("tokenizer_class") == TOKENIZER_CLASS:
         from megatron_mesh.hf.tokenization_mesh import MeshTokenizer
 
         return MeshTokenizer.from_pretrained(str(directory))
@@ -87,8 +88,8 @@ def read_tokenizer(directory: Path) -> Any:
 
 
 def _write_sentencepiece(tokenizer: SentencePieceTokenizer, directory: Path) -> bool:
-    """Write a tokenizer.json if one can have the same ids, else the model itself; return whether it could."""
-    from megatron_mesh.hf.spm import to_fast_tokenizer  # needs protobuf, which training does without
+    """Write tokenizer.json if it can give the same ids, else the model itself. Return whether it can."""
+    from megatron_mesh.hf.spm import to_fast_tokenizer  # needs protobuf, which training doesn't
 
     fast = to_fast_tokenizer(tokenizer.path, tokenizer.eod)
     if fast is None:
@@ -99,21 +100,22 @@ def _write_sentencepiece(tokenizer: SentencePieceTokenizer, directory: Path) -> 
 
 
 def _write_json_tokenizer(tokenizer: HuggingFaceTokenizer, padding: Padding, directory: Path) -> bool:
-    """Write a tokenizer.json that adds no tokens to a text and cuts none off.
+    """Write a tokenizer.json that adds no tokens to a text and doesn't truncate it.
 
-    Returns whether special tokens must be split: transformers makes the end-of-text token special, but
-    training reads it from text only if it is an added token of the tokenizer.
+    Returns:
+        Whether special tokens must be split. transformers makes the end-of-text token special, but training
+        recognizes it in text only if it is an added token of the tokenizer.
     """
     content = json.loads(tokenizer.path.read_text(encoding="utf-8"))
     content["truncation"] = content["padding"] = None
     content["post_processor"] = _without_template(content.get("post_processor"))
-    added = content["added_tokens"] = content.get("added_tokens") or []  # which transformers wants
+    added = content["added_tokens"] = content.get("added_tokens") or []  # transformers needs the field
     split = tokenizer.eod not in {token["id"] for token in added}
     for token in added:
         if split:
-            token["special"] = False  # read from text as in training
+            token["special"] = False  # so that it is recognized in text, as in training
         elif token["id"] in (tokenizer.eod, padding.id):
-            token["special"] = True  # skipped when decoding
+            token["special"] = True  # so that decoding can skip it
     (directory / "tokenizer.json").write_text(
         strict_json.dumps(content, ensure_ascii=False), encoding="utf-8"
     )
@@ -121,30 +123,30 @@ def _write_json_tokenizer(tokenizer: HuggingFaceTokenizer, padding: Padding, dir
 
 
 def _without_template(processor: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What a post-processor does besides adding tokens: offsets of byte-level tokens."""
+    """Return a post-processor without its template of tokens to add: only byte-level offsets remain."""
     steps = [processor, *processor.get("processors", [])] if processor else []
     return next((step for step in steps if step["type"] == "ByteLevel"), None)
 
 
 def _check(tokenizer: Tokenizer, directory: Path, padding: Padding) -> None:
-    """Compare the tokenizer of an export, as transformers loads it, with that of the training."""
+    """Raise UserError if the export's tokenizer gives different ids in transformers than in training."""
     exported = read_tokenizer(directory)
     for text in texts_with(_symbols(tokenizer)):
         if exported(text, verbose=False)["input_ids"] != tokenizer.tokenize(text):
             raise UserError(
-                f"{tokenizer.path} cannot be exported: transformers gives other ids than the training for "
-                f"{text[:60]!r}; convert with --tokenizer-model and a tokenizer.json of your own"
+                f"cannot export {tokenizer.path}: for the text {text[:60]!r}, transformers gives different "
+                "ids than training; convert with --tokenizer-model and your own tokenizer.json"
             )
     if (exported.eos_token_id, exported.pad_token_id) != (tokenizer.eod, padding.id):
         raise UserError(
-            f"{tokenizer.path} cannot be exported: transformers gives its end-of-text and padding tokens the "
-            f"ids {exported.eos_token_id} and {exported.pad_token_id}, not {tokenizer.eod} and {padding.id}; "
+            f"cannot export {tokenizer.path}: transformers gives its end-of-text and padding tokens the ids "
+            f"{exported.eos_token_id} and {exported.pad_token_id}, not {tokenizer.eod} and {padding.id}; "
             "convert with --tokenizer-model and a tokenizer.json whose ids have no gaps"
         )
 
 
 def _symbols(tokenizer: Tokenizer) -> list[str]:
-    """Texts of the tokens that are not learned from text: added, control and user-defined ones."""
+    """Return the tokens that were not learned from text: added, control and user-defined ones."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
     from megatron_mesh.hf.spm import symbols

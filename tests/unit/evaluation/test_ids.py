@@ -1,4 +1,4 @@
-"""Text becomes the ids of the training, whichever way lm-eval and the perplexity take."""
+"""Text gets the same ids as in training, for lm-eval's tasks and for the perplexity of texts."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ TEXTS = [
 @pytest.mark.parametrize("scheme", ["base", "vanilla"])
 @pytest.mark.parametrize("kind", ["bpe-prefix", "unigram-symbols", "json"])
 def test_ids(tmp_path: Path, kind: str, scheme: str) -> None:
-    """No code of an export runs, not even that of its tokenizer."""
+    """No code in an export runs, not even that of its tokenizer."""
     if kind == "json":
         path = byte_level(tmp_path / "tokenizer.json", "<s> $A <|endoftext|>", ("<s>",))
     else:
