@@ -25,6 +25,7 @@ from pathlib import Path
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.requirements import check_transformers
 from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
+from megatron_mesh.runtime.run_files import CONFIG_FILE
 
 CORES = ("average", "first", "stepwise")
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     model = bring_in(arguments.load, arguments.save, recursive)
     print(f"wrote {arguments.save} ({model.recurrence} {model.layers}); start a run from it with")
     print(
-        f"  pretrain_mesh.py --config {arguments.save / 'config.yaml'} --load {arguments.save} --finetune ..."
+        f"  pretrain_mesh.py --config {arguments.save / CONFIG_FILE} --load {arguments.save} --finetune ..."
     )
 
 

@@ -39,6 +39,7 @@ sys.path.insert(0, str(_ROOT))
 from megatron_mesh.arguments import parse_args  # noqa: E402
 from megatron_mesh.errors import UserError  # noqa: E402
 from megatron_mesh.runtime.pipes import closed_pipe_is_no_error  # noqa: E402
+from megatron_mesh.runtime.run_files import CODE_FOLDER  # noqa: E402
 from megatron_mesh.slurm import actions, status  # noqa: E402
 from megatron_mesh.slurm.actions import run_directory  # noqa: E402
 from megatron_mesh.slurm.change import Wanted, make_change, plan_change  # noqa: E402
@@ -232,7 +233,7 @@ def _sweep(
 ) -> list[str]:
     """Submit a sweep; its arrays' numbers, or none after a dry run."""
     found = elements(options.sweep, settings, top, site, shape.nodes, prog)
-    shape = replace(shape, code=folder(top) / "code")
+    shape = replace(shape, code=folder(top) / CODE_FOLDER)
     world = shape.nodes * site.gpus_per_node
     _tell_memory(max(check_memory(each.config, world, options.gpu_memory_gib) for each in found))
     if options.dry_run:

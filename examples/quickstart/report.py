@@ -8,7 +8,8 @@ from pathlib import Path
 
 from steps import Step, from_here, shell
 
-from megatron_mesh.probe.figures import LOSS_FILE, ROUTERS_FILE, read_metrics
+from megatron_mesh.probe.figures import read_metrics
+from megatron_mesh.runtime.run_files import CONFIG_FILE, LOSS_FIGURE, METRICS_FILE, ROUTERS_FIGURE
 
 SAMPLE_FILE = "sample.txt"
 _TOKEN_BYTES = 2  # in the .bin files: ids of 4,096 pieces are 16 bits wide
@@ -53,10 +54,10 @@ def _places(output: Path) -> str:
         output / "tokenizer": "the SentencePiece tokenizer",
         output / "data": "token ids for training and validation (.bin and .idx)",
         model: "checkpoints",
-        model / "config.yaml": "every setting of the run",
-        model / "metrics.jsonl": "the numbers of every logged step",
-        model / LOSS_FILE: "training and validation loss",
-        model / ROUTERS_FILE: "where the routers write and read, per iteration",
+        model / CONFIG_FILE: "every setting of the run",
+        model / METRICS_FILE: "the numbers of every logged step",
+        model / LOSS_FIGURE: "training and validation loss",
+        model / ROUTERS_FIGURE: "where the routers write and read, per iteration",
         output / "hf": "the model for Hugging Face transformers",
     }
     width = max(len(str(path)) for path in places)

@@ -18,6 +18,7 @@ from steps import Step, from_here, run_all
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
+from megatron_mesh.runtime.run_files import LOSS_FIGURE, checkpoint_path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -81,13 +82,13 @@ def plan(options: argparse.Namespace) -> list[Step]:
                 "--save": model,
                 "--load": model,
             },
-            output=model / f"iter_{options.steps:07d}",
+            output=checkpoint_path(model, options.steps),
         ),
         Step(
             "Draw the loss and the routers' weights",
             ROOT / "tools/plot_run.py",
             {"--run": model},
-            output=model / "loss.png",
+            output=model / LOSS_FIGURE,
         ),
         Step(
             "Convert it for Hugging Face",

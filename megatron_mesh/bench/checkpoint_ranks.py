@@ -26,6 +26,7 @@ from megatron_mesh.config.settings import with_values
 from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.planner.text import size
 from megatron_mesh.runtime.distributed import is_rank_zero, model_parallel_groups
+from megatron_mesh.runtime.run_files import CHECKPOINTS
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule
 
 SAVE, BACKGROUND, COPY = "save", "save in the background", "copy of its file"
@@ -142,7 +143,7 @@ def _remove(path: Path) -> None:
 
 def _load(config: Config, directory: Path, rounds: int) -> list[Figures]:
     """Load the one checkpoint in ``directory``."""
-    run, (checkpoint,) = build(config), list(directory.glob("iter_*"))
+    run, (checkpoint,) = build(config), list(directory.glob(CHECKPOINTS))
     found = []
     for number in range(1, rounds + 1):
         progress(f"another layout, round {number} of {rounds}: loading")

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 
-from megatron_mesh.checkpoint.directory import CONFIG_FILE, Checkpoint
+from megatron_mesh.checkpoint.directory import Checkpoint
 from megatron_mesh.config.length import counts_samples
 from megatron_mesh.config.resuming import ADAM, RESUMING, Kind, differing
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import flag, flatten
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.run_files import CONFIG_FILE
 
 
 def check_same_run(checkpoint: Checkpoint, config: Config) -> None:

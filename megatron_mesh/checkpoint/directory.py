@@ -8,7 +8,6 @@ or deleted. No run reads them.
 import json
 import logging
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -23,19 +22,21 @@ from megatron_mesh.config.sources import read_yaml
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import phases, strict_json
 from megatron_mesh.runtime.files import replace_text
+from megatron_mesh.runtime.run_files import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    LATEST_FILE,
+    VALIDATION_FILE,
+    checkpoint_step,
+)
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3
 OLD_FORMAT_VERSION = 2
 """Still read. It has one checksum for each file, and plain values in ``common.pt``."""
-CONFIG_FILE = "config.yaml"
 STATE_FILE = "state.json"
-VALIDATION_FILE = "validation.json"
-"""The validation loss of the checkpoint's own step, if one was measured: that is after it was saved."""
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
 
-_NAME = re.compile(r"iter_(\d{7,})")
 _UNFINISHED = (".partial", ".replaced", ".deleting")
 
 
@@ -72,21 +73,12 @@ class Checkpoint:
         return step, samples
 
 
-def step_directory(directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
-    return directory / f"iter_{step:07d}"
-
-
 def saved_steps(directory: Path) -> dict[int, Path]:
     """Complete checkpoints by step, ascending."""
     if not directory.is_dir():
         return {}
-    found = {
-        int(match[1]): path
-        for path in directory.iterdir()
-        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
-    }
-    return dict(sorted(found.items()))
+    found = {checkpoint_step(path.name): path for path in directory.iterdir() if path.is_dir()}
+    return {step: found[step] for step in sorted(step for step in found if step is not None)}
 
 
 def newest(path: Path) -> Path:
@@ -132,7 +124,7 @@ def _what_else(path: Path) -> str:
             f" is a Hugging Face model; tools/convert_from_hf.py --load {path} --save NEW makes a checkpoint "
             "of it, for --load NEW --finetune"
         )
-    if any(path.glob("iter_*/mp_rank_*")):
+    if any(path.glob(f"{CHECKPOINTS}/mp_rank_*")):
         return " holds a checkpoint of Megatron-LM, in a format of its own, which cannot be read"
     return ": no checkpoint there (no iter_...); check the directory"
 
@@ -206,7 +198,7 @@ def publish(partial: Path, final: Path, step: int) -> list[Path]:
         put_back(final.parent)
         raise
     phases.enter("latest")
-    tracker = final.parent / TRACKER_FILE
+    tracker = final.parent / LATEST_FILE
     try:
         _sync(final.parent)
         replace_text(tracker, str(step))
@@ -217,7 +209,7 @@ def publish(partial: Path, final: Path, step: int) -> list[Path]:
 
 def put_back(directory: Path) -> None:
     """Restore the names of checkpoints that were set aside for a replacement that was never published."""
-    for path in directory.glob("iter_*.replaced"):
+    for path in directory.glob(f"{CHECKPOINTS}.replaced"):
         if not (final := path.with_suffix("")).exists():
             path.rename(final)
 
@@ -249,7 +241,7 @@ def unfinished(directory: Path) -> list[Path]:
         The renamed directories, for deletion.
     """
     leaving = []
-    for path in directory.glob("iter_*"):
+    for path in directory.glob(CHECKPOINTS):
         if path.suffix not in _UNFINISHED:
             continue
         if path.suffix != ".deleting":

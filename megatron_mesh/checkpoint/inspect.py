@@ -18,6 +18,7 @@ from megatron_mesh.checkpoint.load import updates_of
 from megatron_mesh.checkpoint.reader import read_piece
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
+from megatron_mesh.runtime.run_files import CONFIG_FILE
 
 
 def table(directory: Path) -> str:
@@ -62,7 +63,7 @@ def description(path: Path) -> str:
     weights = sum(count for key, count in tensors.items() if not key.startswith(NOT_WEIGHTS))
     rest = sum(tensors.values()) - weights
     head = f"{weights:,} weights, {rest:,} other numbers, in {len(tensors):,} tensors"
-    config = (path / names.CONFIG_FILE).read_text(encoding="utf-8")
+    config = (path / CONFIG_FILE).read_text(encoding="utf-8")
     return f"{strict_json.dumps(state, indent=2)}\n\n{head}\n\n{config}"
 
 
@@ -103,7 +104,7 @@ def reshard(path: Path, save: Path, *, weights_only: bool) -> None:
         description["weights_only"] = True
     elif not checkpoint.weights_only:
         description["updates"] = updates_of(checkpoint)
-    config = (path / names.CONFIG_FILE).read_text(encoding="utf-8")
+    config = (path / CONFIG_FILE).read_text(encoding="utf-8")
     with offline.damage_named(path):
         offline.write(save, _boxes(index, weights_only), config, description)
     print(f"wrote {save}")

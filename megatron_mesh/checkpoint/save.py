@@ -30,6 +30,7 @@ from megatron_mesh.config.schema import Config
 from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime import phases, strict_json
 from megatron_mesh.runtime.agreement import Reason, from_rank_zero, in_words, to_rank_zero, with_host
+from megatron_mesh.runtime.run_files import CONFIG_FILE, checkpoint_path
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class Saver:
             self.complete()
 
     def _partial(self, step: int) -> Path:
-        return names.step_directory(self.directory, step).with_suffix(".partial")
+        return checkpoint_path(self.directory, step).with_suffix(".partial")
 
     def _start(
         self, partial: Path, stage: Stage, optimizer: MegatronOptimizer
@@ -163,7 +164,7 @@ class Saver:
             written = (entry for part, _ in gathered for entry in part)
             return missing or _attempt(lambda: self._publish(final, pending.description, written))
 
-        final = names.step_directory(self.directory, pending.step)
+        final = checkpoint_path(self.directory, pending.step)
         if reason := from_rank_zero(publish):
             self._give_up(pending.step, reason)
             return
@@ -204,7 +205,7 @@ class Saver:
 
         The checkpoint is complete without it.
         """
-        path = names.step_directory(self.directory, state.step)
+        path = checkpoint_path(self.directory, state.step)
         if dist.get_rank() or state.valid_loss_step != state.step or not path.is_dir():
             return
         try:
@@ -313,7 +314,7 @@ def write_small_files(
         )
     small = {
         INDEX_FILE: index_file(index_of(directory, listed)),
-        names.CONFIG_FILE: config.encode(),
+        CONFIG_FILE: config.encode(),
         names.STATE_FILE: strict_json.dumps(described, indent=2).encode(),
     }
     for name, content in small.items():

@@ -16,6 +16,7 @@ from megatron_mesh.data.indexed import IndexedFacts, inspect_prefix
 from megatron_mesh.data.stream import blend_index, blend_key
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
+from megatron_mesh.runtime.run_files import INDEX_CACHE_FOLDER
 
 
 class Source(NamedTuple):
@@ -87,7 +88,7 @@ class Planner:
         facts = self._facts.get(prefix) or self._facts.setdefault(prefix, inspect_prefix(prefix, source.flag))
         first, last = (round(edge * facts.sequences) for edge in source.share)  # as Megatron's builder does
         documents = range(first, last)
-        directory = Path(self._cache_path or f"{prefix}/cache")
+        directory = Path(self._cache_path or f"{prefix}/{INDEX_CACHE_FOLDER}")
         key = epoch_key(
             directory, Path(prefix).name, facts.fingerprint, documents, self._seq_length, self._seed
         )

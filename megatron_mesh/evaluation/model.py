@@ -17,6 +17,7 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation.engines import TRANSFORMERS, VLLM
 from megatron_mesh.hf.tokenizer import CLASS, tokenizer_of
 from megatron_mesh.runtime import device, strict_json
+from megatron_mesh.runtime.run_files import CHECKPOINT_PREFIX
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -62,7 +63,7 @@ def checkpoint_source(load: Path, tokenizer_model: str | None) -> Source:
     """
     if (load / "config.json").is_file():
         raise UserError(f"--load {load} is a Hugging Face directory: give it as --model")
-    named = load.name.startswith("iter_")  # perhaps an unfinished one, which reading it will say
+    named = load.name.startswith(CHECKPOINT_PREFIX)  # perhaps an unfinished one, which reading it will say
     path = load if named else candidates(CheckpointConfig(load=str(load)))[0]
     tokenizer = tokenizer_of(read_checkpoint(path).config.data, tokenizer_model)
     if tokenizer is None:

@@ -6,10 +6,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from megatron_mesh.checkpoint.directory import CONFIG_FILE
 from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.length import last_step
@@ -20,8 +20,9 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.distributed import is_rank_zero
 from megatron_mesh.runtime.failures import resumes
 from megatron_mesh.runtime.files import replace_text
-from megatron_mesh.runtime.logging import METRICS_FILE, Log, open_log
-from megatron_mesh.runtime.owner_file import OWNER_FILE, held_by_another, read_owner
+from megatron_mesh.runtime.logging import Log, open_log
+from megatron_mesh.runtime.owner_file import held_by_another, read_owner
+from megatron_mesh.runtime.run_files import CONFIG_FILE, METRICS_FILE, OWNER_FILE, numbered
 from megatron_mesh.train.metrics import perplexity
 
 logger = logging.getLogger(__name__)
@@ -117,11 +118,8 @@ def write_config(config: Config, directory: Path) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """The first of ``name.1.ext``, ``name.2.ext``, ... that is free, for what was in ``name.ext``."""
-    number = 1
-    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    return aside
+    """Return the first unused name for an earlier version of a file, such as ``config.1.yaml``."""
+    return next(free for n in count(1) if not (free := numbered(path, n)).exists())
 
 
 @contextmanager
