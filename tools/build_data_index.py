@@ -20,7 +20,7 @@ from megatron_mesh.arguments import parse_args
 from megatron_mesh.data import Tokenizer, build_datasets, build_tokenizer
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
-from megatron_mesh.train.data import IdsOnly
+from megatron_mesh.train.data import NoTokenizer
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
         print(__doc__)
         return
     config = parse_args(argv).config
-    tokenizer: Tokenizer = IdsOnly(0)
+    tokenizer: Tokenizer = NoTokenizer(0)
     if config.data.tokenizer_model is not None:
         tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
     seq_length = config.model.seq_length

@@ -35,7 +35,7 @@ class Box:
     """Whether the whole tensor may be larger or smaller in the checkpoint (a vocabulary's padding)."""
 
 
-def boxes_of_run(
+def split_span(
     sizes: Shape, start: int, end: int, limit: int = MAX_ELEMENTS
 ) -> Iterator[tuple[Shape, Shape]]:
     """The boxes, as offset and sizes, that elements ``start`` to ``end`` (exclusive) of a tensor make up.
@@ -56,12 +56,12 @@ def boxes_of_run(
             start += rows * row
             continue
         stop = min(end, (first + 1) * row)
-        for offset, inner in boxes_of_run(sizes[1:], within, within + stop - start, limit):
+        for offset, inner in split_span(sizes[1:], within, within + stop - start, limit):
             yield (first, *offset), (1, *inner)
         start = stop
 
 
-def run_as_boxes(key: str, place: ShardedTensor, start: int, end: int, data: Tensor) -> Iterator[Box]:
+def span_as_boxes(key: str, place: ShardedTensor, start: int, end: int, data: Tensor) -> Iterator[Box]:
     """Elements ``start`` to ``end`` of a rank's tensor as boxes of the whole tensor.
 
     Args:
@@ -73,7 +73,7 @@ def run_as_boxes(key: str, place: ShardedTensor, start: int, end: int, data: Ten
     leading = len(whole) - len(place.local_shape)  # of stacked layers
     begin = tuple(place.global_offset)
     done = 0
-    for offset, sizes in boxes_of_run(tuple(place.local_shape), start, end):
+    for offset, sizes in split_span(tuple(place.local_shape), start, end):
         count = math.prod(sizes)
         moved = (*begin[:leading], *(a + b for a, b in zip(begin[leading:], offset, strict=True)))
         view = data[done : done + count].view((*[1] * leading, *sizes))
@@ -92,14 +92,14 @@ def cut(key: str, shape: Shape, data: Tensor, offset: Shape | None = None) -> It
     """
     begin = offset or (0,) * len(shape)
     flat, done = data.detach().reshape(-1), 0
-    for inner, sizes in boxes_of_run(tuple(data.shape), 0, flat.numel()):
+    for inner, sizes in split_span(tuple(data.shape), 0, flat.numel()):
         count = math.prod(sizes)
         moved = tuple(a + b for a, b in zip(begin, inner, strict=True))
         yield Box(key, shape, moved, flat[done : done + count].view(sizes))
         done += count
 
 
-def whole_as_boxes(place: ShardedTensor) -> Iterator[Box]:
+def tensor_as_boxes(place: ShardedTensor) -> Iterator[Box]:
     """A rank's whole tensor, which ``place`` holds, as boxes."""
     data = place.data
-    yield from run_as_boxes(place.key, place, 0, data.numel(), data.detach().view(-1))
+    yield from span_as_boxes(place.key, place, 0, data.numel(), data.detach().view(-1))

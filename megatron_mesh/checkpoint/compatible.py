@@ -55,7 +55,7 @@ def schedule_position(checkpoint: Checkpoint, config: Config) -> int:
     return round(position / steps_or_samples[before] * steps_or_samples[now])
 
 
-def changes(checkpoint: Checkpoint, config: Config, fingerprints: Mapping[str, str]) -> list[str]:
+def describe_changes(checkpoint: Checkpoint, config: Config, fingerprints: Mapping[str, str]) -> list[str]:
     """What is different for a run of ``config`` from the checkpoint on; a sentence each.
 
     Args:

@@ -9,10 +9,10 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_mesh.checkpoint import fp8_state
-from megatron_mesh.checkpoint.boxes import Box, whole_as_boxes
+from megatron_mesh.checkpoint.boxes import Box, tensor_as_boxes
 from megatron_mesh.checkpoint.index import Index
 from megatron_mesh.checkpoint.reader import Damaged
-from megatron_mesh.checkpoint.shares import Share, shares_of
+from megatron_mesh.checkpoint.shares import Share, build_shares
 from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime.random import pack_generators
 
@@ -35,7 +35,7 @@ class Content:
         self.weights = stage.sharded_state_dict()
         held = {id(p) for module in stage.modules for p in module.parameters()}
         tensors = list(_tensors(self.weights))
-        self.shares: Sequence[Share] = shares_of(optimizer, [t for t in tensors if id(t.data) in held])
+        self.shares: Sequence[Share] = build_shares(optimizer, [t for t in tensors if id(t.data) in held])
         self._buffers = [tensor for tensor in tensors if id(tensor.data) not in held]
 
     def to_write(self) -> Iterator[Box]:
@@ -45,7 +45,7 @@ class Content:
         states = fp8_state.to_save(self.weights, self.stage.config)
         for tensor in (*self._buffers, *states.values()):
             if not any(tensor.replica_id):
-                yield from whole_as_boxes(tensor)
+                yield from tensor_as_boxes(tensor)
         yield generators(pack_generators())
 
     def to_read(self, *, with_optimizer: bool) -> Iterator[Box]:
@@ -53,7 +53,7 @@ class Content:
         for share in self.shares:
             yield from share.to_read(with_optimizer=with_optimizer)
         for tensor in self._buffers:
-            yield from whole_as_boxes(tensor)
+            yield from tensor_as_boxes(tensor)
 
 
 def generators(packed: torch.Tensor) -> Box:

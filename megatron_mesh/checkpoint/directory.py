@@ -81,7 +81,7 @@ def saved_steps(directory: Path) -> dict[int, Path]:
     return {step: found[step] for step in sorted(step for step in found if step is not None)}
 
 
-def newest(path: Path) -> Path:
+def newest_checkpoint(path: Path) -> Path:
     """The last checkpoint of the run in the directory ``path``, or ``path``, if it is one or holds none."""
     steps = {} if (path / STATE_FILE).is_file() else saved_steps(path)
     return list(steps.values())[-1] if steps else path
@@ -195,7 +195,7 @@ def publish(partial: Path, final: Path, step: int) -> list[Path]:
     try:
         partial.rename(final)
     except OSError:
-        put_back(final.parent)
+        restore_replaced(final.parent)
         raise
     phases.enter("latest")
     tracker = final.parent / LATEST_FILE
@@ -207,14 +207,14 @@ def publish(partial: Path, final: Path, step: int) -> list[Path]:
     return [replaced] if again else []
 
 
-def put_back(directory: Path) -> None:
+def restore_replaced(directory: Path) -> None:
     """Restore the names of checkpoints that were set aside for a replacement that was never published."""
     for path in directory.glob(f"{CHECKPOINTS}.replaced"):
         if not (final := path.with_suffix("")).exists():
             path.rename(final)
 
 
-def outdated(directory: Path, newest: int, keep_last: int | None, keep_every: int | None) -> Iterator[Path]:
+def retire_old(directory: Path, newest: int, keep_last: int | None, keep_every: int | None) -> Iterator[Path]:
     """Rename the checkpoints that are not to be kept, so that no name stands for half a checkpoint.
 
     Kept are the last ``keep_last`` up to step ``newest``, which was just written, and those of steps
@@ -234,7 +234,7 @@ def outdated(directory: Path, newest: int, keep_last: int | None, keep_every: in
             yield leaving
 
 
-def unfinished(directory: Path) -> list[Path]:
+def retire_unfinished(directory: Path) -> list[Path]:
     """Rename the unfinished checkpoints that a killed run left, so that later saves can use their names.
 
     Returns:

@@ -26,7 +26,7 @@ Weights = dict[str, dict[str, Any]]
 """By chunk of the model and name, as from ``Stage.sharded_state_dict``."""
 
 
-def is_kept(config: TransformerConfig) -> bool:
+def has_state(config: TransformerConfig) -> bool:
     """Whether modules have a state that lasts from step to step."""
     return bool(config.fp8) and config.fp8_recipe == "delayed"
 
@@ -34,7 +34,7 @@ def is_kept(config: TransformerConfig) -> bool:
 def to_save(weights: Weights, config: TransformerConfig) -> dict[str, ShardedTensor]:
     """The modules' states, by chunk, module and tensor; a module that has not run in FP8 has none."""
     found: dict[str, ShardedTensor] = {}
-    if not is_kept(config):
+    if not has_state(config):
         return found
     for name, state in _extra_states(weights).items():
         packed = state.data
@@ -47,7 +47,7 @@ def to_save(weights: Weights, config: TransformerConfig) -> dict[str, ShardedTen
 def to_fill(weights: Weights, index: Index, config: TransformerConfig) -> dict[str, ShardedTensor]:
     """The same for modules that have not run yet, if the checkpoint has states with histories as long."""
     wanted: dict[str, ShardedTensor] = {}
-    if not is_kept(config):
+    if not has_state(config):
         return wanted
     for name, state in _extra_states(weights).items():
         entries = {key: index.entries.get(f"{state.key}.{key}") for key in _TENSORS}

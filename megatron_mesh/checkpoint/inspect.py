@@ -37,7 +37,7 @@ def table(directory: Path) -> str:
             rows.append((f"{step:,}", "", "", "", "", str(error)))
             continue
         step = saved.train_state["step"]
-        train, valid = (loss_in_words(saved.train_state, name) for name in ("train_loss", "valid_loss"))
+        train, valid = (format_loss(saved.train_state, name) for name in ("train_loss", "valid_loss"))
         size = sum(file.stat().st_size for file in integrity.files(path)) / 2**30
         rows.append((f"{step:,}", f"{size:,.2f}", str(saved.world_size), train, valid, str(path)))
     if len(rows) == 1:
@@ -47,7 +47,7 @@ def table(directory: Path) -> str:
     return "\n".join(f"{line}  {row[-1]}" for line, row in zip(lines, rows, strict=True))
 
 
-def loss_in_words(state: dict[str, Any], name: str) -> str:
+def format_loss(state: dict[str, Any], name: str) -> str:
     """A loss, with its step if that is an earlier one: not every step is logged or validated."""
     if state[name] is None:
         return ""
@@ -57,7 +57,7 @@ def loss_in_words(state: dict[str, Any], name: str) -> str:
 
 def description(path: Path) -> str:
     """What a checkpoint holds: its state, the number of its tensors, its configuration."""
-    path = offline.whole_checkpoint(path, check_sums=False).path
+    path = offline.open_checkpoint(path, check_sums=False).path
     state = json.loads((path / names.STATE_FILE).read_text(encoding="utf-8"))
     tensors = {key: math.prod(entry.shape) for key, entry in read_index(path).entries.items()}
     weights = sum(count for key, count in tensors.items() if not key.startswith(NOT_WEIGHTS))
@@ -71,14 +71,14 @@ def verify(path: Path) -> int:
     """Compare every file with its checksum and print what is wrong; returns 1 if something is."""
     if not path.is_dir():
         raise UserError(f"{path} is not a directory; give a run's --save directory or an iter_... in it")
-    path = names.newest(path)
+    path = names.newest_checkpoint(path)
     if not any((path / name).exists() for name in (names.STATE_FILE, integrity.CHECKSUMS_FILE)):
         raise UserError(f"{path} holds no complete checkpoint (no iter_...); check the directory")
     found: list[str] = []
     try:
         digests = integrity.read_checksums(path)
         for name in track(sorted(digests), "reading", console=Console(stderr=True)):
-            found += integrity.differences(path, {name: digests[name]}, read=True)
+            found += integrity.find_differences(path, {name: digests[name]}, read=True)
     except ValueError as error:
         found, digests = [str(error)], {}
     for sentence in found:
@@ -93,7 +93,7 @@ def reshard(path: Path, save: Path, *, weights_only: bool) -> None:
 
     It has the newest format then. One box at a time is in memory.
     """
-    checkpoint = offline.whole_checkpoint(path)
+    checkpoint = offline.open_checkpoint(path)
     path = checkpoint.path
     if save.exists():
         raise UserError(f"{save} exists already; choose another --save")
@@ -105,7 +105,7 @@ def reshard(path: Path, save: Path, *, weights_only: bool) -> None:
     elif not checkpoint.weights_only:
         description["updates"] = updates_of(checkpoint)
     config = (path / CONFIG_FILE).read_text(encoding="utf-8")
-    with offline.damage_named(path):
+    with offline.name_checkpoint_in_errors(path):
         offline.write(save, _boxes(index, weights_only), config, description)
     print(f"wrote {save}")
 

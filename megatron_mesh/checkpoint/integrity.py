@@ -76,7 +76,7 @@ def _pieces(entry: Any) -> list[tuple[int, str]]:
     return [(int(length), str(digest)) for length, digest in pieces]
 
 
-def differences(
+def find_differences(
     directory: Path, digests: Digests, *, read: bool, share: int = 0, shares: int = 1
 ) -> list[str]:
     """How the files differ from their digests, as sentences; none if they do not.
@@ -100,22 +100,22 @@ def differences(
     return found
 
 
-def damage(directory: Path) -> list[str]:
+def find_damage(directory: Path) -> list[str]:
     """What is wrong with a checkpoint, all of which is read; nothing if it is whole."""
     try:
-        return differences(directory, read_checksums(directory), read=True)
+        return find_differences(directory, read_checksums(directory), read=True)
     except ValueError as error:
         return [str(error)]
 
 
-def damage_before_reading(directory: Path) -> list[str]:
+def find_cheap_damage(directory: Path) -> list[str]:
     """What is wrong with the sizes of files, or the contents of small ones; the tensors are not read."""
     try:
         digests = read_checksums(directory)
     except ValueError as error:
         return [str(error)]
     small = {name: pieces for name, pieces in digests.items() if not name.endswith(".distcp")}
-    return differences(directory, digests, read=False) or differences(directory, small, read=True)
+    return find_differences(directory, digests, read=False) or find_differences(directory, small, read=True)
 
 
 def _difference(path: Path, pieces: list[tuple[int, str]], *, read: bool) -> str | None:

@@ -11,20 +11,20 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_mesh.checkpoint import fp8_state, integrity
-from megatron_mesh.checkpoint.boxes import Box, whole_as_boxes
+from megatron_mesh.checkpoint.boxes import Box, tensor_as_boxes
 from megatron_mesh.checkpoint.compatible import schedule_position
 from megatron_mesh.checkpoint.content import Content, empty_generators
 from megatron_mesh.checkpoint.directory import (
     OLD_FORMAT_VERSION,
     Checkpoint,
     candidates,
-    put_back,
     read_checkpoint,
+    restore_replaced,
 )
 from megatron_mesh.checkpoint.index import Index
 from megatron_mesh.checkpoint.offline import open_index
-from megatron_mesh.checkpoint.reader import Damaged, fill, read_plain
-from megatron_mesh.checkpoint.shares import MAIN, set_updates_done, spread, state_key
+from megatron_mesh.checkpoint.reader import Damaged, fill, read_values
+from megatron_mesh.checkpoint.shares import MAIN, complete_parameters, set_updates_done, state_key
 from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import CheckpointConfig, Config
 from megatron_mesh.errors import UserError
@@ -105,7 +105,7 @@ class Search:
 def _candidates(settings: CheckpointConfig) -> list[Path]:
     try:
         if settings.save:
-            put_back(Path(settings.save))
+            restore_replaced(Path(settings.save))
         return candidates(settings)
     except OSError as error:
         raise UserError(f"checkpoints cannot be looked for ({error}); check --load and --save") from None
@@ -114,7 +114,7 @@ def _candidates(settings: CheckpointConfig) -> list[Path]:
 def _open(path: Path) -> Found | str:
     """Read what a checkpoint says of itself and of its tensors; or what is wrong with that, in words."""
     try:
-        if found := integrity.damage_before_reading(path):
+        if found := integrity.find_cheap_damage(path):
             return "; ".join(found)
         return Found(read_checkpoint(path), open_index(path))
     except PermissionError as error:  # no damage, so an earlier checkpoint must not take its place
@@ -127,7 +127,7 @@ def _old_damage(path: Path) -> list[str]:
     """Format 2: every file is read by one rank before anything is loaded; a collective operation."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     digests = integrity.read_checksums(path)
-    found = integrity.differences(path, digests, read=True, share=rank, shares=ranks)
+    found = integrity.find_differences(path, digests, read=True, share=rank, shares=ranks)
     return complaints("; ".join(found) or None)
 
 
@@ -199,14 +199,14 @@ def load_tensors(
         boxes = list(content.to_read(with_optimizer=with_optimizer))
         if with_optimizer:
             boxes = [_most_precise(box, index) for box in boxes]
-        boxes += [box for tensor in states.values() for box in whole_as_boxes(tensor)]
+        boxes += [box for tensor in states.values() for box in tensor_as_boxes(tensor)]
         if with_generators:
             packed.append(empty_generators(index))
         fill(index, boxes + packed)
 
     if damage := complaints(_damage_found_by(read)):
         return "; ".join(damage)
-    spread(stage, optimizer, content.shares, with_optimizer=with_optimizer)
+    complete_parameters(stage, optimizer, content.shares, with_optimizer=with_optimizer)
     for chunk, extra in fp8_state.extra_states(states, stage.config).items():
         stage.modules[int(chunk)].load_state_dict(extra, strict=False)
     for box in packed:
@@ -236,7 +236,7 @@ def updates_of(checkpoint: Checkpoint) -> int:
     """How many updates Adam counts."""
     if checkpoint.format_version != OLD_FORMAT_VERSION:
         return checkpoint.updates
-    saved = read_plain(checkpoint.path / COMMON_FILE)["optimizer"]
+    saved = read_values(checkpoint.path / COMMON_FILE)["optimizer"]
     inner = saved.get("optimizer", saved)
     if "common_step" in inner.get("state", {}):
         return int(inner["state"]["common_step"])

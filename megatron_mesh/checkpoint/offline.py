@@ -16,7 +16,7 @@ from megatron_mesh.checkpoint.writer import file_of, write_file
 from megatron_mesh.errors import UserError
 
 
-def whole_checkpoint(path: Path, *, check_sums: bool = True) -> names.Checkpoint:
+def open_checkpoint(path: Path, *, check_sums: bool = True) -> names.Checkpoint:
     """The checkpoint at ``path``, or the newest in a run's directory.
 
     Args:
@@ -29,7 +29,7 @@ def whole_checkpoint(path: Path, *, check_sums: bool = True) -> names.Checkpoint
     """
     if not path.is_dir():
         raise UserError(f"{path} is no directory; give a run's --save directory or an iter_... in it")
-    path = names.newest(path)
+    path = names.newest_checkpoint(path)
     checkpoint = names.read_checkpoint(path)
     if check_sums and (found := _damage(checkpoint)):
         raise UserError(f"{path} is damaged: {'; '.join(found)}; take another checkpoint")
@@ -38,8 +38,8 @@ def whole_checkpoint(path: Path, *, check_sums: bool = True) -> names.Checkpoint
 
 def _damage(checkpoint: names.Checkpoint) -> list[str]:
     if checkpoint.format_version == names.OLD_FORMAT_VERSION:
-        return integrity.damage(checkpoint.path)
-    return integrity.damage_before_reading(checkpoint.path)
+        return integrity.find_damage(checkpoint.path)
+    return integrity.find_cheap_damage(checkpoint.path)
 
 
 def open_index(path: Path) -> Index:
@@ -58,7 +58,7 @@ def open_index(path: Path) -> Index:
 
 
 @contextmanager
-def damage_named(path: Path) -> Iterator[None]:
+def name_checkpoint_in_errors(path: Path) -> Iterator[None]:
     """Name the checkpoint ``path`` in what is said of damage that is found while its tensors are read."""
     try:
         yield

@@ -63,7 +63,7 @@ def fill(index: Index, boxes: Iterable[Box]) -> int:
         return sum(_read_file(index, name, pieces) for name, pieces in files.items())
 
 
-def read_whole(index: Index, key: str, *, layer: int | None = None) -> Tensor:
+def read_tensor(index: Index, key: str, *, layer: int | None = None) -> Tensor:
     """One tensor, or one of the layers that are stacked in it, in host memory.
 
     Raises:
@@ -93,7 +93,7 @@ def read_piece(index: Index, piece: Piece) -> Tensor:
         raise Damaged(f"{path} cannot be read ({error.strerror})") from error
 
 
-def read_plain(path: Path) -> Any:
+def read_values(path: Path) -> Any:
     """The plain values in a file of ``torch.save``'s, of which none is run.
 
     Raises:

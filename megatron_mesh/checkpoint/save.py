@@ -101,7 +101,7 @@ class Saver:
         self._writer = BackgroundWriter()
         self._pruner = ThreadPoolExecutor(1, thread_name_prefix="ckpt-pruner")
         if dist.get_rank() == 0:
-            self._delete(names.unfinished(self.directory))
+            self._delete(names.retire_unfinished(self.directory))
 
     def save(self, stage: Stage, optimizer: MegatronOptimizer, state: TrainState) -> None:
         """Save the run as it stands; with ``async_save`` this returns when the state is copied."""
@@ -191,7 +191,7 @@ class Saver:
         phases.enter("pruning")
         settings = self.config.checkpoint
         try:
-            self._delete(names.outdated(self.directory, step, settings.keep_last, settings.keep_every))
+            self._delete(names.retire_old(self.directory, step, settings.keep_last, settings.keep_every))
         except OSError as error:  # the new one is complete all the same
             logger.error("old checkpoints in %s cannot be deleted: %s", self.directory, error)
 
@@ -307,7 +307,7 @@ def write_small_files(
     for entry in listed:
         digests.setdefault(entry.piece.file, []).append((entry.piece.length, entry.piece.sha256 or ""))
     phases.enter("checks")
-    if missing := integrity.differences(directory, digests, read=False):
+    if missing := integrity.find_differences(directory, digests, read=False):
         raise OSError(
             f"{'; '.join(missing)} in {directory}: not all ranks' files are seen on {socket.gethostname()}; "
             "--save must be on a disk that all nodes share"

@@ -18,14 +18,14 @@ from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
 from torch import Tensor
 
-from megatron_mesh.checkpoint.boxes import Box, run_as_boxes
+from megatron_mesh.checkpoint.boxes import Box, span_as_boxes
 from megatron_mesh.parallel import Stage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "fp32_param"
 """The main parameter of a bfloat16 weight; a float32 weight is its own."""
 
-Run = tuple[int, int]
+Span = tuple[int, int]
 
 
 def state_key(name: str, weight: str) -> str:
@@ -39,7 +39,7 @@ class Share:
 
     place: ShardedTensor
     """The rank's parameter, and where it lies in the whole model's."""
-    run: Run
+    span: Span
     """From which element of it up to which."""
     first: int
     """Index of the first element in ``main`` and ``moments``: the run's start for a shard, 0 if this rank
@@ -48,7 +48,7 @@ class Share:
     """Flat. The main parameter; the weight itself, if that is float32 or there is no optimizer."""
     moments: dict[str, Tensor]
     """Flat, by the names in ``MOMENTS``; none without an optimizer."""
-    runs: dict[int, Run]
+    spans: dict[int, Span]
     """Runs of all data-parallel ranks, by rank. Empty with the distributed optimizer."""
 
     @property
@@ -95,28 +95,28 @@ class Share:
         if group.size() == 1:
             return
         for tensor in (self.main, *(self.moments.values() if with_optimizer else ())):
-            for rank, (start, end) in self.runs.items():
+            for rank, (start, end) in self.spans.items():
                 dist.broadcast(tensor[start:end], dist.get_global_rank(group, rank), group)
 
     def _weight(self) -> Tensor:
         weight = self.place.data
         if is_float8tensor(weight):  # a checkpoint has what it was quantized from
             return self._part(self.main).to(self.place.dtype)
-        return _flat(weight)[slice(*self.run)]
+        return _flat(weight)[slice(*self.span)]
 
     def _moments(self) -> Iterator[Box]:
         for name, moment in self.moments.items():
             yield from self._boxes(state_key(name, self.place.key), self._part(moment))
 
     def _part(self, held: Tensor) -> Tensor:
-        start, end = self.run
+        start, end = self.span
         return held[start - self.first : end - self.first]
 
     def _boxes(self, key: str, data: Tensor) -> Iterator[Box]:
-        return run_as_boxes(key, self.place, *self.run, data)
+        return span_as_boxes(key, self.place, *self.span, data)
 
 
-def shares_of(optimizer: MegatronOptimizer | None, places: Sequence[ShardedTensor]) -> list[Share]:
+def build_shares(optimizer: MegatronOptimizer | None, places: Sequence[ShardedTensor]) -> list[Share]:
     """This rank's shares.
 
     Args:
@@ -124,19 +124,21 @@ def shares_of(optimizer: MegatronOptimizer | None, places: Sequence[ShardedTenso
         places: all of this rank's parameters, as from ``Stage.sharded_state_dict``.
     """
     if optimizer is None:
-        return [Share(place, run, 0, _flat(place.data), {}, runs) for place, run, runs in _even_runs(places)]
+        return [
+            Share(place, span, 0, _flat(place.data), {}, spans) for place, span, spans in _even_spans(places)
+        ]
     allocate(optimizer)
     member = only_member(optimizer)
     if isinstance(member, DistributedOptimizer):
         return [_shard(member, place) for place in places if place.data in member.model_param_gbuf_map]
     found = []
-    for place, run, runs in _even_runs(places):
+    for place, span, spans in _even_spans(places):
         main = getattr(place.data, "main_param", place.data)
-        found.append(Share(place, run, 0, _flat(main), _moments(member, main), runs))
+        found.append(Share(place, span, 0, _flat(main), _moments(member, main), spans))
     return found
 
 
-def spread(
+def complete_parameters(
     stage: Stage, optimizer: MegatronOptimizer | None, shares: Sequence[Share], *, with_optimizer: bool
 ) -> None:
     """Complete every rank's parameters after all have filled their shares; a collective operation."""
@@ -211,7 +213,7 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().view(-1)
 
 
-def _even_runs(places: Sequence[ShardedTensor]) -> Iterator[tuple[ShardedTensor, Run, dict[int, Run]]]:
+def _even_spans(places: Sequence[ShardedTensor]) -> Iterator[tuple[ShardedTensor, Span, dict[int, Span]]]:
     """Cut what data-parallel ranks hold alike into equal parts.
 
     All parameters are laid end to end, first those whose weights this rank's replicas write, then those that
@@ -226,13 +228,13 @@ def _even_runs(places: Sequence[ShardedTensor]) -> Iterator[tuple[ShardedTensor,
         total, begin = sum(place.data.numel() for place in chosen), 0
         for place in chosen:
             end = begin + place.data.numel()
-            runs = {}
+            spans = {}
             for rank in _overlapping(begin, end, total, group.size()):
                 cut = (total * rank // group.size(), total * (rank + 1) // group.size())
                 start, stop = max(begin, cut[0]), min(end, cut[1])
                 if start < stop:
-                    runs[rank] = (start - begin, stop - begin)
-            yield place, runs.get(group.rank(), (0, 0)), runs
+                    spans[rank] = (start - begin, stop - begin)
+            yield place, spans.get(group.rank(), (0, 0)), spans
             begin = end
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import megatron_mesh
 from megatron_mesh.checkpoint.directory import Checkpoint
-from megatron_mesh.checkpoint.inspect import loss_in_words
+from megatron_mesh.checkpoint.inspect import format_loss
 from megatron_mesh.config.derived import layout, non_embedding_parameters
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.layers import LayerLayout
@@ -198,8 +198,8 @@ def model_card(checkpoint: Checkpoint, ids: Ids, tokenizer_needs_code: bool) -> 
     metrics = {
         "steps": f"{state['step']:,}",
         "sequences": f"{state['consumed_samples']:,}",
-        "training loss, nats per token": loss_in_words(state, "train_loss") or "not measured",
-        "validation loss, nats per token": loss_in_words(state, "valid_loss") or "not measured",
+        "training loss, nats per token": format_loss(state, "train_loss") or "not measured",
+        "validation loss, nats per token": format_loss(state, "valid_loss") or "not measured",
     }
     return _CARD.format(
         title=f"{model.recurrence} {model.layers}",

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_mesh.checkpoint import offline
 from megatron_mesh.checkpoint.directory import Checkpoint
 from megatron_mesh.checkpoint.index import Index
-from megatron_mesh.checkpoint.reader import read_whole
+from megatron_mesh.checkpoint.reader import read_tensor
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.data.tokenizer import Tokenizer, check_vocab
 from megatron_mesh.errors import UserError
@@ -55,7 +55,7 @@ def export_checkpoint(
             checkpoint.
     """
     _check_target(directory, force)
-    saved = offline.whole_checkpoint(checkpoint)
+    saved = offline.open_checkpoint(checkpoint)
     tokenizer = tokenizer_of(saved.config.data, tokenizer_model)
     ids, trained = _ids(saved.config.model, tokenizer)
     directory = directory.resolve()  # a link stays one: what it points to is replaced
@@ -63,7 +63,7 @@ def export_checkpoint(
         raise UserError(f"--save {directory} holds the checkpoint itself ({saved.path}); choose another")
     partial = _empty_partial(directory)
     needs_code = tokenizer is not None and _write_tokenizer(tokenizer, partial, saved.config.model.seq_length)
-    with offline.damage_named(saved.path):
+    with offline.name_checkpoint_in_errors(saved.path):
         dtype = _write_weights(saved, partial, trained, ids.rows, dtype, shard_bytes)
     _write_texts(saved, partial, ids, str(dtype).removeprefix("torch."), needs_code)
     _put_in_place(partial, directory)
@@ -147,7 +147,7 @@ def _write_weights(
         left_out |= _write_shard(index, shard, trained, target, directory / file_name)
     _write_index(plan, directory)
     if folding.needs_file(model) and target == stored[EMBEDDING].dtype:
-        embedding = read_whole(index, EMBEDDING)
+        embedding = read_tensor(index, EMBEDDING)
         folding.write(vocabulary.to_export(embedding, trained, rows), directory)
     vocabulary.keep(left_out, directory)
     return target
@@ -159,7 +159,7 @@ def _write_shard(
     """Write one file of weights; return the rows of the vocabulary that it leaves out, by key."""
     converted, left_out = {}, {}
     for entry in shard:
-        tensor = read_whole(index, entry.key, layer=entry.layer)
+        tensor = read_tensor(index, entry.key, layer=entry.layer)
         if entry.key in VOCABULARY:
             left_out[entry.key] = tensor[trained:].to(dtype, copy=True)  # a view would keep all rows
             tensor = vocabulary.to_export(tensor, trained, entry.shape[0])

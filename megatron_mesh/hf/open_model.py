@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from megatron_mesh.checkpoint.offline import whole_checkpoint
+from megatron_mesh.checkpoint.offline import open_checkpoint
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.configuration_mesh import MeshConfig
 from megatron_mesh.hf.export import export_checkpoint
@@ -34,7 +34,7 @@ def directory_of(load: Path, tokenizer_model: str | None = None) -> Iterator[Pat
     Raises:
         UserError: as ``export_checkpoint``, or the run named no tokenizer.
     """
-    saved = whole_checkpoint(load, check_sums=False)  # the conversion checks them
+    saved = open_checkpoint(load, check_sums=False)  # the conversion checks them
     if tokenizer_model is None and saved.config.data.tokenizer_model is None:
         raise UserError(
             f"{load} was trained without a tokenizer; name the one of its data: --tokenizer-model"

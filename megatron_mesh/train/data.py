@@ -22,7 +22,7 @@ from megatron_mesh.data import (
 from megatron_mesh.runtime import device
 
 
-class IdsOnly(Tokenizer):
+class NoTokenizer(Tokenizer):
     """Placeholder when no tokenizer is given: tokenized data needs only the vocabulary size."""
 
     eod = -2  # no id of the text, and not ``pad`` either
@@ -49,7 +49,7 @@ def open_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
     """
     if config.data.tokenizer_model is None:
         assert config.model.vocab_size is not None, "resolve() asks for one of the two"
-        return config, IdsOnly(config.model.vocab_size)
+        return config, NoTokenizer(config.model.vocab_size)
     tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
     if config.model.vocab_size is not None:
         check_vocab(tokenizer, config.model.vocab_size)
@@ -76,7 +76,7 @@ def open_datasets(config: Config, tokenizer: Tokenizer, step: int = 0, consumed_
 def fingerprints_of(data: Datasets, tokenizer: Tokenizer) -> dict[str, str]:
     """What decides the samples of each stream, by its name, and the tokenizer; see ``TrainState``."""
     found = {name: stream.order for name, stream in data.named().items()}
-    if not isinstance(tokenizer, IdsOnly):
+    if not isinstance(tokenizer, NoTokenizer):
         found["tokenizer"] = tokenizer.unique_identifiers["sha256"]
     return found
 

@@ -10,7 +10,7 @@ from megatron_mesh.data import Datasets, SampleStream
 logger = logging.getLogger(__name__)
 
 
-def say_what_data(config: Config, data: Datasets, consumed_samples: int) -> None:
+def log_data(config: Config, data: Datasets, consumed_samples: int) -> None:
     """Say which sources the streams of a run take their samples from, and how often each is read."""
     lines = [
         line
@@ -41,7 +41,7 @@ def describe(name: str, stream: SampleStream, seq_length: int, consumed_samples:
         yield f"  {part.weight:6.2%} from {part.prefix}: {samples * seq_length:,} tokens, {epochs}"
 
 
-def sources_in_words(stream: SampleStream, samples: range) -> str:
+def describe_sources(stream: SampleStream, samples: range) -> str:
     """Which sources some samples come from, e.g. ``3 of data/books (epoch 1), 1 of data/code (epoch 2)``."""
     origins = [stream.origin(sample) for sample in samples]
     counts = Counter((origin.prefix, origin.epoch + 1) for origin in origins)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
-from megatron_mesh.checkpoint.compatible import changes, check_same_run
+from megatron_mesh.checkpoint.compatible import check_same_run, describe_changes
 from megatron_mesh.checkpoint.directory import saved_steps
 from megatron_mesh.checkpoint.load import Found, Search, load_checkpoint
 from megatron_mesh.checkpoint.save import Saved, Saver, Unsaved
@@ -30,7 +30,7 @@ from megatron_mesh.runtime.ownership import owned
 from megatron_mesh.runtime.start_times import STARTED
 from megatron_mesh.runtime.stopping import URGENT, StopRequests, write_status
 from megatron_mesh.train.data import fingerprints_of, open_batches, open_datasets, open_vocabulary
-from megatron_mesh.train.data_report import say_what_data, sources_in_words
+from megatron_mesh.train.data_report import describe_sources, log_data
 from megatron_mesh.train.metrics import RouterMeter, SpeedMeter, perplexity
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule, warn_if_lr_reaches_zero_early
 from megatron_mesh.train.output import (
@@ -81,7 +81,7 @@ def pretrain(config: Config) -> int:
             check_writable(config)
             run = build(config, search)
             if is_rank_zero():
-                say_what_data(run.config, run.data, run.state.consumed_samples)
+                log_data(run.config, run.data, run.state.consumed_samples)
         stop = StopRequests(config.checkpoint, started)
         with open_outputs(run.config, run.state) as log, stop.listening():
             write_status(config.checkpoint.save, "running")
@@ -106,7 +106,7 @@ def build(config: Config, search: Search | None = None) -> Run:
     start = start_position(config, found)
     data = open_datasets(config, tokenizer, *start)
     fingerprints = fingerprints_of(data, tokenizer)
-    differences = changes(found.checkpoint, config, fingerprints) if found else []
+    differences = describe_changes(found.checkpoint, config, fingerprints) if found else []
     phases.enter("model")
     stage = build_stage(config, initial_weights=found is None)
     optimizer = build_optimizer(config, stage)
@@ -117,7 +117,7 @@ def build(config: Config, search: Search | None = None) -> Run:
         if start != start_position(config, found):
             start = start_position(config, found)
             data = open_datasets(config, tokenizer, *start)
-        differences = changes(found.checkpoint, config, fingerprints) if found else []
+        differences = describe_changes(found.checkpoint, config, fingerprints) if found else []
     if is_rank_zero():
         for difference in differences:
             logger.warning("resuming: %s", difference)
@@ -188,7 +188,7 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
         in_a_hurry = reason in URGENT and step < last
         if run.data.validation and due(step, config.training.eval_interval, last) and not in_a_hurry:
             with speed.paused():
-                interrupted = measure(run, "valid", log, health, stop, saver)
+                interrupted = evaluate_and_log(run, "valid", log, health, stop, saver)
                 if interrupted and saver is not None:
                     save(run, saver, health)
             reason = interrupted or reason
@@ -202,7 +202,7 @@ def save(run: Run, saver: Saver, health: Health) -> None:
             saver.save(run.stage, run.optimizer, run.state)
 
 
-def measure(
+def evaluate_and_log(
     run: Run,
     kind: Literal["valid", "test"],
     log: Log,
@@ -247,9 +247,11 @@ def finish(run: Run, log: Log, health: Health, stop: StopRequests, saver: Saver 
         saver.note_validation(state)
     at_end = state.step == last_step(run.config.training, state.step, state.consumed_samples)
     if not reason and at_end and data.validation and state.valid_loss_step != state.step:
-        reason = measure(run, "valid", log, health, stop, saver)  # an earlier start was stopped during it
+        reason = evaluate_and_log(
+            run, "valid", log, health, stop, saver
+        )  # an earlier start was stopped during it
     if not reason and data.test is not None:
-        reason = measure(run, "test", log, health, stop, saver)
+        reason = evaluate_and_log(run, "test", log, health, stop, saver)
     if reason:
         nothing = "" if saver is not None else "; nothing was saved, since there is no --save"
         logger.info("stopped after step %d: %s%s", state.step, reason, nothing)
@@ -297,7 +299,7 @@ def record_skipped(log: Log, run: Run, outcome: Outcome, first_sample: int) -> N
     end = run.state.consumed_samples
     samples: dict[str, Any] = {"first_sample": first_sample, "last_sample": end - 1}
     if is_rank_zero():
-        samples["sources"] = sources_in_words(run.data.train, range(first_sample, end))
+        samples["sources"] = describe_sources(run.data.train, range(first_sample, end))
     log.record("skipped", run.state.step, loss=outcome.loss, grad_norm=outcome.grad_norm, **samples)
 
 
@@ -310,12 +312,12 @@ def diverged(config: Config, state: TrainState, saver: Saver | None, health: Hea
             "%d steps in a row had a loss or gradients that are not finite (--max-skipped-steps); the last "
             "good checkpoint: %s; resume from it with a lower --lr, or without the samples logged above",
             state.skipped,
-            last_good(config, state),
+            last_good_checkpoint(config, state),
         )
     return exits.DIVERGED
 
 
-def last_good(config: Config, state: TrainState) -> Path | str:
+def last_good_checkpoint(config: Config, state: TrainState) -> Path | str:
     """The newest checkpoint from before the steps that were skipped, or what is known of it in words."""
     if config.checkpoint.save is None:
         return "none"

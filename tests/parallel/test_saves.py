@@ -9,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megatron_mesh.checkpoint.offline import open_index
-from megatron_mesh.checkpoint.reader import read_whole
+from megatron_mesh.checkpoint.reader import read_tensor
 from megatron_mesh.config.schema import Config
 from tests.parallel import resume, saves
 from tests.parallel.layouts import LAYOUTS, model_of
@@ -75,7 +75,7 @@ def test_stock_torch_reads_the_same(layout: str, tmp_path) -> None:
     dcp.load(stock, storage_reader=dcp.FileSystemReader(path), no_dist=True)
     assert any(key.startswith("optimizer.state.fp32_param.") for key in stock)
     for key, tensor in stock.items():
-        assert torch.equal(read_whole(index, key), tensor), key
+        assert torch.equal(read_tensor(index, key), tensor), key
         weight = stock.get(key.removeprefix("optimizer.state.fp32_param."))
         if weight is not None and weight is not tensor:
             assert torch.equal(tensor.bfloat16(), weight), key

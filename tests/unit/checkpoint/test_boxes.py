@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mesh.checkpoint.boxes import MAX_ELEMENTS, Box, boxes_of_run, cut
+from megatron_mesh.checkpoint.boxes import MAX_ELEMENTS, Box, cut, split_span
 from megatron_mesh.checkpoint.index import index_of
-from megatron_mesh.checkpoint.reader import Damaged, fill, read_whole
+from megatron_mesh.checkpoint.reader import Damaged, fill, read_tensor
 from megatron_mesh.checkpoint.writer import write_file
 
 SHAPES = st.lists(st.integers(1, 6), max_size=4).map(tuple)
@@ -26,7 +26,7 @@ def boxes(whole: torch.Tensor, cuts: list[tuple[int, int]], limit: int) -> list[
     """The boxes of runs, which hold the elements of ``whole``."""
     found = []
     for start, end in cuts:
-        for offset, sizes in boxes_of_run(tuple(whole.shape), start, end, limit):
+        for offset, sizes in split_span(tuple(whole.shape), start, end, limit):
             part = whole
             for dimension, (first, length) in enumerate(zip(offset, sizes, strict=True)):
                 part = part.narrow(dimension, first, length)
@@ -45,13 +45,13 @@ def test_boxes_hold_the_run_in_its_order(shape, limit, data):
 
 def test_boxes_are_few():
     """Of a matrix: a part of a row, whole rows, a part of a row; and no more than their size asks for."""
-    assert list(boxes_of_run((10, 100), 250, 730)) == [
+    assert list(split_span((10, 100), 250, 730)) == [
         ((2, 50), (1, 50)),
         ((3, 0), (4, 100)),
         ((7, 0), (1, 30)),
     ]
     rows = MAX_ELEMENTS // 4096
-    assert len(list(boxes_of_run((4 * rows, 4096), 0, 4 * rows * 4096))) == 4
+    assert len(list(split_span((4 * rows, 4096), 0, 4 * rows * 4096))) == 4
 
 
 @given(SHAPES, st.integers(1, 50), st.integers(1, 50), st.data())
@@ -64,7 +64,7 @@ def test_what_one_layout_writes_another_reads(tmp_path_factory, shape, limit, ot
     wanted = boxes(target, runs(whole.numel(), data.draw), other_limit)
     assert fill(index, wanted) == sum(w.piece.length for w in written)
     assert torch.equal(target, whole)
-    assert torch.equal(read_whole(index, "x"), whole)
+    assert torch.equal(read_tensor(index, "x"), whole)
 
 
 def test_only_what_overlaps_is_read(tmp_path):
@@ -95,4 +95,4 @@ def test_what_is_missing_is_damage(tmp_path):
     written = write_file(tmp_path / "__0_0.distcp", boxes(whole, [(0, 32)], 8))
     index = index_of(tmp_path, written[:-1])
     with pytest.raises(Damaged, match="parts of x are missing"):
-        read_whole(index, "x")
+        read_tensor(index, "x")

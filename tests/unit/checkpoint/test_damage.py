@@ -11,7 +11,7 @@ import pytest
 
 from megatron_mesh.checkpoint import integrity
 from megatron_mesh.checkpoint.index import read_index
-from megatron_mesh.checkpoint.integrity import damage
+from megatron_mesh.checkpoint.integrity import find_damage
 from megatron_mesh.errors import UserError
 from tests.unit.train.conftest import run
 from tools.checkpoint import main
@@ -35,7 +35,7 @@ FILES = [".metadata", "__0_0.distcp", "config.yaml", "state.json"]
 def test_a_checkpoint_has_these_files_and_is_whole(checkpoints):
     newest = checkpoints / "iter_0000006"
     assert sorted(path.name for path in newest.iterdir()) == sorted([*FILES, "checksums.json"])
-    assert damage(newest) == []
+    assert find_damage(newest) == []
 
 
 @pytest.mark.parametrize("harm", HARM)
@@ -43,7 +43,7 @@ def test_a_checkpoint_has_these_files_and_is_whole(checkpoints):
 def test_damage_is_named(checkpoints, name, harm):
     newest = checkpoints / "iter_0000006"
     HARM[harm](newest / name)
-    (found,) = damage(newest)
+    (found,) = find_damage(newest)
     assert name in found
 
 
@@ -65,7 +65,7 @@ def test_files_that_are_no_part_of_it_are_ignored(tiny, straight, checkpoints, c
         (checkpoints / "iter_0000004" / name).write_bytes(b"foreign")
     (checkpoints / "iter_0000009").write_bytes(b"a file of that name")
     shutil.rmtree(checkpoints / "iter_0000006")
-    assert damage(checkpoints / "iter_0000004") == []
+    assert find_damage(checkpoints / "iter_0000004") == []
     assert main(["verify", str(checkpoints)]) == 0 and main(["list", str(checkpoints)]) == 0
     assert run(tiny(load=str(checkpoints))).values("loss") == straight.values("loss")[4:]
 
@@ -128,7 +128,7 @@ def test_checking_a_file_keeps_a_block_of_it(checkpoints, monkeypatch):
     with monkeypatch.context() as patch:
         digests = integrity.read_checksums(newest)
         patch.setattr(hashlib, "sha256", Watched)
-        assert integrity.differences(newest, digests, read=True) == []
+        assert integrity.find_differences(newest, digests, read=True) == []
     assert max(sizes) == 999 and sum(sizes) == sum(length for d in digests.values() for length, _ in d)
 
 

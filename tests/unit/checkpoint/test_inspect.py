@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mesh.checkpoint import offline
-from megatron_mesh.checkpoint.integrity import damage
+from megatron_mesh.checkpoint.integrity import find_damage
 from megatron_mesh.errors import UserError
 from tests.unit.train.conftest import run
 from tools.checkpoint import main
@@ -42,7 +42,7 @@ def test_a_rewrite_leaves_nothing_half_done(checkpoints, tmp_path, monkeypatch):
     assert not target.exists() and not left.exists()
     left.mkdir()
     (left / "half").touch()
-    assert main(command) == 0 and damage(target) == []
+    assert main(command) == 0 and find_damage(target) == []
 
 
 def full_disk(path, boxes):
@@ -73,7 +73,7 @@ def test_a_run_stands_for_its_newest(checkpoints, tmp_path, capsys):
 def test_a_rewritten_checkpoint_goes_on_bitwise(tiny, checkpoints, tmp_path):
     expected = run(tiny(load=str(checkpoints / "iter_0000004"))).values("loss")
     assert main(["reshard", str(checkpoints / "iter_0000004"), "--save", str(tmp_path / "new")]) == 0
-    assert damage(tmp_path / "new") == []
+    assert find_damage(tmp_path / "new") == []
     assert run(tiny(load=str(tmp_path / "new"))).values("loss") == expected
 
 

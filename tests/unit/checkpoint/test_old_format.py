@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mesh.checkpoint import save as save_module
-from megatron_mesh.checkpoint.integrity import damage
+from megatron_mesh.checkpoint.integrity import find_damage
 from megatron_mesh.errors import UserError
 from tests.unit.checkpoint import old_format
 from tests.unit.train import fused_adam
@@ -33,7 +33,7 @@ def test_it_goes_on_bitwise(tiny, old, tmp_path, monkeypatch, bf16, adam):
     if adam == "fused":
         fused_adam.install(monkeypatch)
     losses, directory = old(bf16=bf16)
-    assert damage(directory / "iter_0000003") == []
+    assert find_damage(directory / "iter_0000003") == []
     resumed = run(tiny(load=str(directory / "iter_0000003"), bf16=bf16))
     assert resumed.values("loss") == losses[3:]
     assert main(["reshard", str(directory / "iter_0000003"), "--save", str(tmp_path / "new")]) == 0

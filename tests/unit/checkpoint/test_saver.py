@@ -20,10 +20,10 @@ import pretrain_mesh
 from megatron_mesh.checkpoint import save as save_module
 from megatron_mesh.checkpoint import writer
 from megatron_mesh.checkpoint.boxes import Box
-from megatron_mesh.checkpoint.directory import outdated, publish, saved_steps, unfinished
+from megatron_mesh.checkpoint.directory import publish, retire_old, retire_unfinished, saved_steps
 from megatron_mesh.checkpoint.index import index_of
-from megatron_mesh.checkpoint.integrity import damage
-from megatron_mesh.checkpoint.reader import read_whole
+from megatron_mesh.checkpoint.integrity import find_damage
+from megatron_mesh.checkpoint.reader import read_tensor
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.runtime import exits, stopping
 from megatron_mesh.train import step as step_module
@@ -40,7 +40,7 @@ def test_background_saves_are_the_foreground_ones(tiny, straight, tmp_path):
     run(tiny(save=str(tmp_path), save_interval=1, async_save=True))
     assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
     for step in (1, 3, 5):
-        assert damage(tmp_path / f"iter_{step:07d}") == []
+        assert find_damage(tmp_path / f"iter_{step:07d}") == []
         outcome = run(tiny(load=str(tmp_path / f"iter_{step:07d}")))
         assert outcome.values("loss") == straight.values("loss")[step:]
         assert outcome.values("lr") == straight.values("lr")[step:]
@@ -83,7 +83,7 @@ def test_copies_leave_memory_as_they_are_written(monkeypatch, tmp_path):
     written = future.result()
     assert alive == [4, 3, 2, 1]
     index = index_of(tmp_path, written)
-    assert read_whole(index, "x").tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert read_tensor(index, "x").tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_an_error_of_the_disk_is_not_torchs(tmp_path):
@@ -154,11 +154,11 @@ def test_deletion_and_publication_leave_no_half_checkpoint(tmp_path):
     (partial / "new").touch()
     publish(partial, tmp_path / "iter_0000003", 3)
     assert (tmp_path / "iter_0000003" / "new").exists()
-    assert list(outdated(tmp_path, 3, 2, None)) == [tmp_path / "iter_0000001.deleting"]
+    assert list(retire_old(tmp_path, 3, 2, None)) == [tmp_path / "iter_0000001.deleting"]
     assert steps(tmp_path) == [2, 3]
     for suffix in ("partial", "replaced", "deleting"):
         (tmp_path / f"iter_0000009.{suffix}").mkdir()
-    leaving = unfinished(tmp_path)
+    leaving = retire_unfinished(tmp_path)
     assert len(leaving) == 5 and all(path.suffix == ".deleting" and path.is_dir() for path in leaving)
     names = sorted(path.name for path in tmp_path.iterdir() if path not in leaving)
     assert names == ["iter_0000002", "iter_0000003", "latest_checkpointed_iteration.txt"]
@@ -172,7 +172,7 @@ def test_what_is_damaged_does_not_count_as_kept(tiny, tmp_path):
         (tmp_path / f"iter_{step:07d}" / "state.json").unlink()
     stopped = run(tiny(**settings, exit_interval=3))
     assert stopped.ending == exits.STOPPED and steps(tmp_path) == [3, 4, 6]
-    assert damage(tmp_path / "iter_0000003") == []
+    assert find_damage(tmp_path / "iter_0000003") == []
 
 
 def test_old_and_unfinished_checkpoints_are_deleted_while_training_goes_on(tiny, tmp_path, monkeypatch):
@@ -213,7 +213,7 @@ def test_a_kill_between_two_renames_loses_no_checkpoint(tiny, straight, checkpoi
     (checkpoints / "iter_0000004.partial").mkdir()
     settings = {"load": str(checkpoints), "save": str(checkpoints)}
     assert run(tiny(**settings)).values("loss") == straight.values("loss")[4:]
-    assert damage(newest) == [] and not (checkpoints / "iter_0000004.replaced").exists()
+    assert find_damage(newest) == [] and not (checkpoints / "iter_0000004.replaced").exists()
 
 
 def test_a_checkpoint_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
@@ -238,7 +238,7 @@ def test_old_checkpoints_that_stay_do_not_fail_a_save(tiny, tmp_path, monkeypatc
     def busy(*arguments):
         raise OSError(errno.EBUSY, "Device or resource busy")
 
-    monkeypatch.setattr(save_module.names, "outdated", busy)
+    monkeypatch.setattr(save_module.names, "retire_old", busy)
     assert run(tiny(save=str(tmp_path), save_interval=3, keep_last=1)).ending == exits.DONE
     assert steps(tmp_path) == [3, 6] and "cannot be deleted" in caplog.text
 

@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_mesh.data.indexed import IndexedWriter
-from megatron_mesh.train.data_report import describe, sources_in_words
+from megatron_mesh.train.data_report import describe, describe_sources
 from megatron_mesh.train.loop import build, pretrain
 from tests.helpers import one_process
 from tests.unit.train.test_outputs import read
@@ -44,11 +44,11 @@ def test_the_sources_of_a_resumed_run_and_of_some_samples(tiny, blend):
     train, small, _ = describe("train", stream, 16, consumed_samples=32)
     assert train == "train data: 320 samples of 16 tokens, 5,120 tokens, from sample 32 on"
     assert small == f"  25.00% from {blend[1]}: 784 tokens, 1.63 epochs (0.163 of them done)"
-    assert sorted(sources_in_words(stream, range(8)).split(", ")) == [
+    assert sorted(describe_sources(stream, range(8)).split(", ")) == [
         f"2 of {blend[1]} (epoch 1)",
         f"6 of {blend[3]} (epoch 1)",
     ]
-    assert f"2 of {blend[1]} (epoch 2)" in sources_in_words(stream, range(240, 248))
+    assert f"2 of {blend[1]} (epoch 2)" in describe_sources(stream, range(240, 248))
 
 
 def test_each_validation_set_has_its_loss(tiny, corpus, blend, tmp_path, capsys):
