@@ -1,4 +1,9 @@
-"""Pretraining, from resolved settings to the last checkpoint."""
+"""The training loop: from a resolved configuration to the last checkpoint.
+
+``pretrain`` builds the run, resumes it if there is a checkpoint, and calls ``train``. That takes one step
+after another (``step.py``), logs, saves and evaluates when they are due, and stops when all ranks have agreed
+to (``vote.py``).
+"""
 
 import logging
 import time
@@ -48,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """The parts of a run, built and, if it resumes, loaded."""
+    """Everything that training uses, built and, if the run resumes, loaded from a checkpoint."""
 
     config: Config
     data: Datasets
@@ -58,11 +63,11 @@ class Run:
 
 
 def pretrain(config: Config) -> int:
-    """Train as ``config`` (resolved) says; returns how the run ended (``runtime/exits.py``).
+    """Train with a resolved ``config``; return an exit status (``runtime/exits.py``).
 
     Raises:
-        UserError: bad input, before anything is written.
-        OutOfMemory: with what helps.
+        UserError: the input is bad. Nothing has been written by then.
+        OutOfMemory: the device memory does not suffice. The message names settings that help.
     """
     started = time.monotonic()
     choose(config.precision, config.parallel)
@@ -74,7 +79,7 @@ def pretrain(config: Config) -> int:
         if is_rank_zero():
             warn_if_lr_reaches_zero_early(config)
             warn_if_nothing_is_saved(config)
-        with health.busy("the preparations"):
+        with health.busy("the start"):
             check_trackers(config.logging)
             phases.enter("loading a checkpoint")
             search = Search(config.checkpoint)
@@ -95,11 +100,15 @@ def pretrain(config: Config) -> int:
 
 
 STATUS = {exits.DONE: "done", exits.STOPPED: "stopped", exits.NOT_SAVED: "failed", exits.DIVERGED: "failed"}
-"""What ``run_status.txt`` says of each ending of a run with --save."""
+"""The word in ``run_status.txt`` for each exit status of a run with --save."""
 
 
 def build(config: Config, search: Search | None = None) -> Run:
-    """Open the data, build model, optimizer and schedule; take over the first checkpoint that is whole."""
+    """Open the data, build model, optimizer and schedule, and load the first intact checkpoint.
+
+    Args:
+        search: finds checkpoints to resume from; None starts a new run.
+    """
     found = search.next() if search is not None else None
     phases.enter("data")
     config, tokenizer = open_vocabulary(config)
@@ -126,10 +135,10 @@ def build(config: Config, search: Search | None = None) -> Run:
 
 
 def start_position(config: Config, found: Found | None) -> tuple[int, int]:
-    """Step and consumed samples at which the run starts.
+    """Return the step and the number of consumed samples at which the run starts.
 
     Raises:
-        UserError: this run cannot resume from the checkpoint.
+        UserError: a run with this configuration cannot resume from the checkpoint.
     """
     if found is None:
         return 0, 0
@@ -138,7 +147,7 @@ def start_position(config: Config, found: Found | None) -> tuple[int, int]:
 
 
 def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
-    """The loop; returns how the run ended (``runtime/exits.py``)."""
+    """Take steps until the run is complete or asked to stop; return an exit status (``runtime/exits.py``)."""
     config, stage, optimizer, state = run.config, run.stage, run.optimizer, run.state
     last = last_step(config.training, state.step, state.consumed_samples)
     batch_size = partial(batch_size_at, config.training)
@@ -196,7 +205,7 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
 
 
 def save(run: Run, saver: Saver, health: Health) -> None:
-    """Save the run as it stands, unless that has been done."""
+    """Save a checkpoint of the current step, unless there is one."""
     if not saver.has(run.state.step):
         with health.busy(f"the save after step {run.state.step}", run.config.checkpoint.save_timeout_minutes):
             saver.save(run.stage, run.optimizer, run.state)
@@ -210,10 +219,11 @@ def evaluate_and_log(
     stop: StopRequests,
     saver: Saver | None,
 ) -> str:
-    """Evaluate and log the loss. If a rank is asked to stop meanwhile, return why, without a result.
+    """Evaluate and log the loss. If a rank is asked to stop in the meantime, log nothing and return the
+    reason.
 
-    With several validation sets, each one's loss is logged, and their mean is the validation loss. A
-    background checkpoint is published during the evaluation, as soon as all ranks have written it.
+    With several validation sets, each loss is logged, and their mean is the validation loss. If a checkpoint
+    is being written in the background, it is published as soon as all ranks have written their parts.
     """
     state, data = run.state, run.data
     datasets = data.validation if kind == "valid" else {"": data.named()["test"]}
@@ -240,7 +250,7 @@ def evaluate_and_log(
 
 
 def finish(run: Run, log: Log, health: Health, stop: StopRequests, saver: Saver | None, reason: str) -> int:
-    """What comes after the last step: the checkpoint on its way and, unless the run was stopped, the test."""
+    """Finish the pending save and, unless the run was stopped, evaluate on the test data; return a status."""
     state, data = run.state, run.data
     if saver is not None:
         finish_saving(saver, run.config, health)
@@ -253,7 +263,7 @@ def finish(run: Run, log: Log, health: Health, stop: StopRequests, saver: Saver 
     if not reason and data.test is not None:
         reason = evaluate_and_log(run, "test", log, health, stop, saver)
     if reason:
-        nothing = "" if saver is not None else "; nothing was saved, since there is no --save"
+        nothing = "" if saver is not None else "; no checkpoint was saved, because there is no --save"
         logger.info("stopped after step %d: %s%s", state.step, reason, nothing)
         stop.honoured()
     if saver is not None and saver.failed:
@@ -265,14 +275,14 @@ def finish(run: Run, log: Log, health: Health, stop: StopRequests, saver: Saver 
 
 
 def finish_saving(saver: Saver, config: Config, health: Health) -> None:
-    """Publish the checkpoint on its way, if there is one, within the watchdog's limit for saves."""
+    """Publish the pending checkpoint, if there is one, within the watchdog's limit for saves."""
     phases.enter("the last save")
     with health.busy("the last save", config.checkpoint.save_timeout_minutes):
         saver.finish()
 
 
 def open_saver(config: Config, log: Log, loaded_step: int) -> Saver | None:
-    """What saves the run's checkpoints, if it has any; each is logged."""
+    """Return the run's ``Saver``, which logs every save; None without --save."""
     if config.checkpoint.save is None:
         return None
     grace = config.checkpoint.exit_grace_seconds
@@ -282,8 +292,8 @@ def open_saver(config: Config, log: Log, loaded_step: int) -> Saver | None:
         log.record("save", saved.step, path=str(saved.path), **seconds)
         if grace is not None and saved.seconds > grace and is_rank_zero():
             logger.warning(
-                "saving took %.0f s and --exit-grace-seconds leaves %.0f: a job that is told to stop may be "
-                "killed before its checkpoint is complete",
+                "saving took %.0f s, longer than --exit-grace-seconds %.0f: a job that is asked to stop may "
+                "be killed before its checkpoint is complete; raise the job's grace time and this setting",
                 saved.seconds,
                 grace,
             )
@@ -295,7 +305,7 @@ def open_saver(config: Config, log: Log, loaded_step: int) -> Saver | None:
 
 
 def record_skipped(log: Log, run: Run, outcome: Outcome, first_sample: int) -> None:
-    """Log a step that was not taken, with the samples it held; call it after the state has advanced."""
+    """Log a skipped step and its samples. Call this after the state has advanced."""
     end = run.state.consumed_samples
     samples: dict[str, Any] = {"first_sample": first_sample, "last_sample": end - 1}
     if is_rank_zero():
@@ -304,13 +314,13 @@ def record_skipped(log: Log, run: Run, outcome: Outcome, first_sample: int) -> N
 
 
 def diverged(config: Config, state: TrainState, saver: Saver | None, health: Health) -> int:
-    """Name the checkpoint to resume from, after too many steps that were not finite."""
+    """End the run after too many skipped steps in a row, and log which checkpoint to resume from."""
     if saver is not None:
         finish_saving(saver, config, health)  # it may be the last good one
     if is_rank_zero():
         logger.error(
-            "%d steps in a row had a loss or gradients that are not finite (--max-skipped-steps); the last "
-            "good checkpoint: %s; resume from it with a lower --lr, or without the samples logged above",
+            "stopped: %d steps in a row had a NaN or infinite loss or gradients (--max-skipped-steps); the "
+            "last good checkpoint: %s; resume from it with a lower --lr, or without the samples logged above",
             state.skipped,
             last_good_checkpoint(config, state),
         )
@@ -318,17 +328,17 @@ def diverged(config: Config, state: TrainState, saver: Saver | None, health: Hea
 
 
 def last_good_checkpoint(config: Config, state: TrainState) -> Path | str:
-    """The newest checkpoint from before the steps that were skipped, or what is known of it in words."""
+    """Return the newest checkpoint before the skipped steps, or "none", or "unknown" with the disk's error."""
     if config.checkpoint.save is None:
         return "none"
     try:
         steps = saved_steps(Path(config.checkpoint.save))
-    except OSError as error:  # the message is what matters here
+    except OSError as error:  # must not hide the message that the run diverged
         return f"unknown ({error})"
     good = [path for step, path in steps.items() if step <= state.step - state.skipped]
     return good[-1] if good else "none"
 
 
 def due(step: int, interval: int | None, last: int) -> bool:
-    """Whether ``step`` ends a period of ``interval`` steps (None and 0: never) or the run."""
+    """Return whether ``step`` is a multiple of ``interval`` (None and 0: never) or the last step."""
     return step == last or bool(interval and step % interval == 0)

@@ -42,8 +42,8 @@ def test_the_sources_of_a_resumed_run_and_of_some_samples(tiny, blend):
     with one_process(config):
         stream = build(config).data.train
     train, small, _ = describe("train", stream, 16, consumed_samples=32)
-    assert train == "train data: 320 samples of 16 tokens, 5,120 tokens, from sample 32 on"
-    assert small == f"  25.00% from {blend[1]}: 784 tokens, 1.63 epochs (0.163 of them done)"
+    assert train == "train data: 320 samples of 16 tokens, 5,120 tokens, starting at sample 32"
+    assert small == f"  25.00% from {blend[1]}: 784 tokens, 1.63 epochs (0.163 done)"
     assert sorted(describe_sources(stream, range(8)).split(", ")) == [
         f"2 of {blend[1]} (epoch 1)",
         f"6 of {blend[3]} (epoch 1)",

@@ -114,4 +114,4 @@ def test_a_stop_without_a_directory_says_that_nothing_was_saved(
     signal_in_evaluation(1)
     ending = pretrain(tiny(eval_interval=2, eval_iters=3, output_dir=str(tmp_path)))
     assert ending == exits.STOPPED_UNSAVED == 43
-    assert "stopped after step 2: SIGUSR1; nothing was saved, since there is no --save" in caplog.text
+    assert "stopped after step 2: SIGUSR1; no checkpoint was saved, because there is no --save" in caplog.text
