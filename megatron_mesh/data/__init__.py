@@ -1,4 +1,8 @@
-"""Text becomes an indexed data set, and an indexed data set becomes batches."""
+"""Data: raw text in, indexed data sets (.bin and .idx) in between, micro-batches for each rank out.
+
+Start reading in ``preprocess.py`` for the way from text to indexed data, and in ``datasets.py`` for the way
+from there to batches.
+"""
 
 from megatron_mesh.data.datasets import Datasets, build_datasets
 from megatron_mesh.data.loader import Batch, build_loader

@@ -328,7 +328,7 @@ def diverged(config: Config, state: TrainState, saver: Saver | None, health: Hea
 
 
 def last_good_checkpoint(config: Config, state: TrainState) -> Path | str:
-    """Return the newest checkpoint before the skipped steps, or "none", or "unknown" with the disk's error."""
+    """Return the newest checkpoint before the skipped steps, "none", or "unknown" with the disk's error."""
     if config.checkpoint.save is None:
         return "none"
     try:

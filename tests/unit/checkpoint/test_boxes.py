@@ -86,7 +86,7 @@ def test_padding_that_differs(tmp_path):
         fill(index, [Box("x", (rows, 4), (0, 0), target, padded=True)])
         both = min(rows, 6)
         assert torch.equal(target[:both], whole[:both]) and not target[both:].any()
-    with pytest.raises(Damaged, match=r"x is \[6, 4\] there and \[9, 4\] here"):
+    with pytest.raises(Damaged, match=r"x has shape \[6, 4\] in the checkpoint and \[9, 4\]"):
         fill(index, [Box("x", (9, 4), (0, 0), target)])
 
 

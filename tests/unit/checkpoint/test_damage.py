@@ -150,5 +150,5 @@ def test_checksums_are_made_while_writing(tiny, tmp_path, monkeypatch):
 def test_nothing_whole_is_an_error_that_says_so(tiny, checkpoints):
     for path in checkpoints.glob("iter_*"):
         flip(path / "state.json")
-    with pytest.raises(UserError, match=r"iter_0000006 is damaged \(state.json .*no earlier one is whole"):
+    with pytest.raises(UserError, match=r"iter_0000006 is damaged \(state.json .*no earlier one is intact"):
         run(tiny(load=str(checkpoints)))

@@ -52,7 +52,7 @@ def full_disk(path, boxes):
 def test_verify(checkpoints, capsys):
     newest = checkpoints / "iter_0000006"
     assert main(["verify", str(newest)]) == 0
-    assert "is whole: 4 files" in capsys.readouterr().out
+    assert "is intact: 4 files" in capsys.readouterr().out
     (newest / "state.json").write_bytes(b"x")
     (newest / "__0_0.distcp").unlink()
     assert main(["verify", str(newest)]) == 1
@@ -62,7 +62,7 @@ def test_verify(checkpoints, capsys):
 
 def test_a_run_stands_for_its_newest(checkpoints, tmp_path, capsys):
     assert main(["verify", str(checkpoints)]) == 0
-    assert f"{checkpoints / 'iter_0000006'} is whole" in capsys.readouterr().out
+    assert f"{checkpoints / 'iter_0000006'} is intact" in capsys.readouterr().out
     main(["show", str(checkpoints)])
     assert '"step": 6' in capsys.readouterr().out
     for command in ("verify", "show"):
@@ -114,7 +114,7 @@ def test_what_may_not_be_read_is_not_damaged(tiny, checkpoints, monkeypatch):
         return read_text(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "read_text", refused)
-    with pytest.raises(UserError, match=r"iter_0000006/.*json may not be read .*give yourself access"):
+    with pytest.raises(UserError, match=r"iter_0000006/.*json cannot be read .*give yourself permission"):
         run(tiny(load=str(checkpoints), train_iters=7, lr_decay_iters=6))
     for command in ("show", "verify", "list"):
         with pytest.raises(UserError, match="json may not be read"):

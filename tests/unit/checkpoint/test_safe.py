@@ -70,7 +70,7 @@ def plant_in_yaml(newest: Path, bomb: Bomb) -> None:
 REFUSALS = {
     plant_in_metadata: "names posix.mkdir, which no checkpoint needs",
     plant_in_tensors: "__0_0.distcp cannot be trusted: it holds more than tensors",
-    plant_an_object: "it is no list of tensors",
+    plant_an_object: "it is not a list of tensors",
     plant_in_yaml: "could not determine a constructor",
 }
 
@@ -135,7 +135,7 @@ def test_a_path_outside_is_refused(checkpoints):
     metadata = read_metadata(newest)
     next(iter(metadata.storage_data.values())).relative_path = "../iter_0000004/__0_0.distcp"
     (newest / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(UserError, match="names a file elsewhere"):
+    with pytest.raises(UserError, match="refers to a file outside the checkpoint"):
         read_index(newest)
 
 

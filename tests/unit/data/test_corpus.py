@@ -88,7 +88,7 @@ def test_a_damaged_second_member_is_not_taken_for_the_end(tmp_path: Path, plain:
     first, second = (COMPRESS[ending](part) for part in (plain[:700], plain[700:]))
     path = tmp_path / f"c.jsonl{ending}"
     path.write_bytes(first + b"damage" + second[6:])
-    with pytest.raises(UserError, match=rf"Cannot read .*c\.jsonl\{ending}"):
+    with pytest.raises(UserError, match=rf"cannot be read .*c\.jsonl\{ending}"):
         texts(path)
 
 
@@ -102,12 +102,12 @@ def test_damaged_and_misnamed_compression(tmp_path: Path, plain: bytes) -> None:
     for ending, compress in COMPRESS.items():
         path = tmp_path / f"c.jsonl{ending}"
         path.write_bytes(plain)
-        with pytest.raises(UserError, match="Cannot read"):
+        with pytest.raises(UserError, match="cannot be read"):
             texts(path)
         data = bytearray(compress(plain))
         data[len(data) // 2] ^= 0xFF
         path.write_bytes(data)
-        with pytest.raises(UserError, match=r"Cannot read|truncated|broken JSON|utf-8"):
+        with pytest.raises(UserError, match=r"cannot be read|truncated|broken JSON|utf-8"):
             texts(path)
 
 

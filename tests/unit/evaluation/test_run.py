@@ -137,7 +137,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"text": ("nothing.jsonl",)}, "--text nothing.jsonl: no such file"),
     ({"local_data": Path("nowhere")}, "--local-data nowhere: no such directory"),
     ({"model": Path("nowhere")}, "no such directory; give one that tools/convert_to_hf.py wrote"),
-    ({"model": None, "load": Path("nowhere")}, "--load nowhere: no checkpoint there"),
+    ({"model": None, "load": Path("nowhere")}, "--load nowhere does not exist"),
 ]
 
 

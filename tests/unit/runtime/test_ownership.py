@@ -201,7 +201,7 @@ def test_a_batch_script_gives_the_token_and_takes_it_back(tmp_path: Path, monkey
 
 def test_a_refused_start_leaves_no_directory(tmp_path: Path) -> None:
     config = tiny_config(save=str(tmp_path / "new/run"), load=str(tmp_path / "absent"))
-    with pytest.raises(UserError, match="no checkpoint there"):
+    with pytest.raises(UserError, match="absent does not exist"):
         pretrain(config)
     assert list(tmp_path.iterdir()) == []
 

@@ -33,7 +33,9 @@ def test_failed_saves_are_recorded_with_the_steps_at_risk(
         ("save_failed", 6, 4),
     ]
     assert records[1]["reason"].startswith("No space left on device (rank 0 on ")
-    assert "the last is of step 2), and later saves try again; steps at risk until then: 4" in caplog.text
+    assert (
+        "later saves try again; last complete checkpoint: step 2; steps at risk until then: 4" in caplog.text
+    )
     assert "save_failed" not in capsys.readouterr().out  # the line above is enough
 
 
@@ -91,9 +93,9 @@ def test_load_says_what_it_was_given(tiny, tmp_path) -> None:
     (tmp_path / "theirs/iter_0000010/mp_rank_00").mkdir(parents=True)
     cases = {
         tmp_path / "config.yaml": "is a file; give the directory of a run",
-        model: f"is a Hugging Face model; tools/convert_from_hf.py --load {model} --save NEW",
-        tmp_path / "theirs": "holds a checkpoint of Megatron-LM",
-        tmp_path / "absent": r"no checkpoint there \(no such directory\)",
+        model: f"is a Hugging Face model; .* tools/convert_from_hf.py --load {model} --save NEW",
+        tmp_path / "theirs": "holds a checkpoint in Megatron-LM's own format",
+        tmp_path / "absent": r"does not exist; give the directory of a run",
     }
     for path, words in cases.items():
         with pytest.raises(UserError, match=words):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mesh.checkpoint.compatible import changes, check_same_run
+from megatron_mesh.checkpoint.compatible import check_same_run, describe_changes
 from megatron_mesh.checkpoint.directory import read_checkpoint
 from megatron_mesh.config.length import batch_size_at, last_step
 from megatron_mesh.config.resuming import RESUMING, Kind
@@ -232,9 +232,9 @@ def test_a_tokenizer_that_differs_is_refused_where_that_is_asked_for(tiny, three
     state = {**checkpoint.train_state, "fingerprints": saved}
     checkpoint = replace(checkpoint, train_state=state)
     moved = tiny(tokenizer_model="elsewhere.json", require_same_data=True)
-    assert changes(checkpoint, moved, saved) == []
+    assert describe_changes(checkpoint, moved, saved) == []
     with pytest.raises(UserError, match="the tokenizer has changed since the checkpoint"):
-        changes(checkpoint, tiny(require_same_data=True), {**saved, "tokenizer": "b"})
+        describe_changes(checkpoint, tiny(require_same_data=True), {**saved, "tokenizer": "b"})
 
 
 def test_a_checkpoint_that_does_not_name_its_data(tiny, three_steps) -> None:
@@ -243,10 +243,10 @@ def test_a_checkpoint_that_does_not_name_its_data(tiny, three_steps) -> None:
     now = checkpoint.train_state["fingerprints"]
     state = {name: value for name, value in checkpoint.train_state.items() if name != "fingerprints"}
     earlier = replace(checkpoint, train_state=state)
-    (line,) = changes(earlier, tiny(), now)
+    (line,) = describe_changes(earlier, tiny(), now)
     assert "doesn't say which data it was trained on" in line
     with pytest.raises(UserError, match="leave out --require-same-data"):
-        changes(earlier, tiny(require_same_data=True), now)
+        describe_changes(earlier, tiny(require_same_data=True), now)
 
 
 def test_earlier_versions_made_steps_of_samples(tiny, tmp_path) -> None:
@@ -287,10 +287,12 @@ def test_each_kind_has_its_effect(tiny, three_steps, name) -> None:
         return
     check_same_run(checkpoint, config)
     if kind is Kind.NAMED:
-        assert any(line.startswith(f"{flag(name)} was") for line in changes(checkpoint, config, ours))
+        assert any(
+            line.startswith(f"{flag(name)} was") for line in describe_changes(checkpoint, config, ours)
+        )
         return
     stream = {Kind.ORDER: "train", Kind.TOKENIZER: "tokenizer", Kind.VALIDATION: "valid"}[kind]
     state = {**checkpoint.train_state, "fingerprints": {**ours, "valid": "a", "tokenizer": "a"}}
     now = {**ours, "valid": "a", "tokenizer": "a", stream: "b"}
-    (line,) = changes(replace(checkpoint, train_state=state), config, now)
+    (line,) = describe_changes(replace(checkpoint, train_state=state), config, now)
     assert line.startswith(f"{flag(name)} was")
