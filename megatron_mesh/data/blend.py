@@ -62,8 +62,8 @@ def parse_sets(words: list[str], flag: str) -> dict[str, list[str]]:
         if named and not _is_blend(words):
             other = next(word for word in words if not re.fullmatch(r"[\w.-]+=.+", word))
             raise UserError(
-                f"{flag} mixes NAME=PREFIX ({names[0]}=...) with {other!r}; name all sets or none (a name has "
-                "only letters, digits and ._-, and one prefix)"
+                f"{flag} mixes NAME=PREFIX ({names[0]}=...) with {other!r}; name all sets or none (a name "
+                "has only letters, digits and ._-, and one prefix)"
             )
         return {"": words}
     for name in names:

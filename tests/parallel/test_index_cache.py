@@ -61,7 +61,7 @@ def test_data_that_differ_between_nodes(root: Path) -> None:
 def test_data_of_equal_size_that_differ_between_nodes(root: Path) -> None:
     np.arange(2000, 0, -1).astype(np.uint16).tofile(root / "node1" / "one.bin")
     for refused in pool(2).run(refusal, root, WORDS, 1, False):
-        assert "The data one differ from those that rank 0 sees" in refused
+        assert "the data one differ from those that rank 0 sees" in refused
         assert "(rank 1 on host node1)" in refused
 
 
@@ -73,4 +73,4 @@ def test_bad_input_is_raised_on_every_rank(root: Path) -> None:
 def test_a_cache_that_one_node_cannot_write(root: Path) -> None:
     (root / "node1" / "cache").write_text("a file")
     for refused in pool(2).run(refusal, root, WORDS, 1, False):
-        assert "The index cache cache cannot be used" in refused and "(rank 1 on host node1)" in refused
+        assert "the index cache cache cannot be written" in refused and "(rank 1 on host node1)" in refused

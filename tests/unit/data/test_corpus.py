@@ -159,7 +159,7 @@ def test_the_remedy_converts_the_document(tmp_path: Path, name: str, case: str) 
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     with pytest.raises(UserError) as caught:
         texts(tmp_path / name)
-    command = str(caught.value).split("To convert it: ")[1]
+    command = str(caught.value).split("convert it with: ")[1]
     subprocess.run(command, shell=True, cwd=tmp_path, check=True)
     assert texts(tmp_path / "c.lines.jsonl") == ["one", "two"]
 
@@ -186,7 +186,7 @@ def test_skipping_a_broken_first_document(tmp_path: Path) -> None:
 
 def test_the_keys_of_an_object_without_text_are_named(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text('{"content": "a", "id": 1}\n')
-    with pytest.raises(UserError, match=r"no text under the key 'text'.*the keys here: 'content', 'id'"):
+    with pytest.raises(UserError, match=r"no text under the key 'text'.*its keys are: 'content', 'id'"):
         texts(tmp_path / "c.jsonl")
 
 

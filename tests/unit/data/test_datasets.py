@@ -163,7 +163,7 @@ def test_names_of_validation_sets() -> None:
     for words in (["p"], ["data/lang=en/text"], ["0.3", "lang=en/text", "0.7", "q"]):
         assert parse_sets(words, "--valid-data-path") == {"": words}
     cases = [
-        (["a=p", "a=q"], "--valid-data-path gives the name a twice"),
+        (["a=p", "a=q"], "--valid-data-path has two sets named a"),
         (["a=p", "q"], "--valid-data-path mixes NAME=PREFIX"),
         (["0.3", "a=p", "b=q"], "--valid-data-path mixes NAME=PREFIX"),
         (["loss=p"], "cannot be named loss"),
@@ -288,7 +288,7 @@ def test_prebuilt_cache(make_data, tmp_path: Path, hf_model: str, run_tool, caps
     build_datasets(config, tokenizer, seq_length=16, seed=1, train_samples=300, eval_samples=9)
     assert set(cache.iterdir()) == files  # a run finds what the tool built
     assert run_tool("build_data_index", *command, "--seq-length", "9999") == 2
-    assert capsys.readouterr().err.startswith("error: The train part")
+    assert capsys.readouterr().err.startswith("error: the train part")
 
 
 def test_unwritable_cache(make_data, tmp_path: Path) -> None:
@@ -301,15 +301,15 @@ def test_unwritable_cache(make_data, tmp_path: Path) -> None:
 def test_bad_input(make_data) -> None:
     a, b = make_data("a"), make_data("b")
     cases: list[tuple[list[str], dict[str, Any], str]] = [
-        ([], {}, "No training data"),
+        ([], {}, "no training data"),
         ([a + "x"], {}, "does not exist"),
         ([a], {"length": 2000}, "train part .* 2,000 tokens in 40 of 40 documents"),
         ([a], {"split": "99,1,0"}, "valid part .* 0 tokens"),
-        ([a], {"split": "0,1,0"}, "No training data"),
+        ([a], {"split": "0,1,0"}, "no training data"),
         ([a], {"train_data_path": [b]}, "--data-path and --train-data-path"),
-        ([a, b], {}, "not a number above 0"),
-        (["0.5", a, b], {}, "do not pair up"),
-        (["0.5", a, "-1", b], {}, "not a number above 0"),
+        ([a, b], {}, "is not a positive number"),
+        (["0.5", a, b], {}, "not pairs of WEIGHT PREFIX"),
+        (["0.5", a, "-1", b], {}, "is not a positive number"),
         ([a], {"split": "9x,1"}, "--split '9x,1'"),
         ([a], {"split": "0,0,0"}, "not all zero"),
     ]

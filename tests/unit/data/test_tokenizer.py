@@ -77,7 +77,7 @@ def test_bad_input(hf_model: str, sp_model: str, tmp_path: Path) -> None:
     backend.save(str(tmp_path / "no_eod.json"))
     cases = [
         (None, None, "--tokenizer-model"),
-        ("GPT2Tokenizer", hf_model, "not known"),
+        ("GPT2Tokenizer", hf_model, "is unknown; choose from"),
         (None, str(tmp_path / "absent.json"), "does not exist"),
         (None, str(tmp_path / "bad.json"), "not a readable tokenizer.json"),
         (None, str(tmp_path / "bad.model"), "not a readable SentencePiece"),

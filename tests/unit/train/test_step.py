@@ -106,5 +106,5 @@ def test_bfloat16_follows_float32(tiny):
 
 
 def test_ids_beyond_the_vocabulary(tiny):
-    with pytest.raises(UserError, match=r"the data hold token \d+, .* 50 entries.*--tokenizer-model"):
+    with pytest.raises(UserError, match=r"the data contain token \d+, .* 50 entries.*--tokenizer-model"):
         run(tiny(vocab_size=50, make_vocab_size_divisible_by=64))
