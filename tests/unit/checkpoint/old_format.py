@@ -1,4 +1,4 @@
-"""Writes checkpoints of format 2, as Megatron-core writes them: what runs before format 3 have left."""
+"""Writes checkpoints of format 2, as earlier versions did through Megatron-core."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from megatron_mesh.runtime.run_files import checkpoint_path
 
 
 def save(saver: Saver, stage: Any, optimizer: Any, state: Any) -> None:
-    """In place of ``Saver.save``; of one process."""
+    """Replaces ``Saver.save`` in a run of one process."""
     directory = checkpoint_path(saver.directory, state.step)
     directory.mkdir(parents=True)
     weights = {
@@ -38,7 +38,7 @@ def save(saver: Saver, stage: Any, optimizer: Any, state: Any) -> None:
 
 
 def write_checksums(directory: Path) -> None:
-    """One checksum for each file."""
+    """Write one checksum per file."""
     listed = {path.name: digest(path) for path in files(directory)}
     own = sha256(json.dumps(listed, sort_keys=True).encode())
     text = json.dumps({"algorithm": "sha256", "files": listed, "sha256_of_files": own})

@@ -1,4 +1,4 @@
-"""Checkpoints of format 2 still load, and one command makes new ones of them."""
+"""Checkpoints of format 2 still load, and one command converts them to the new format."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tools.checkpoint import main
 
 @pytest.fixture
 def old(tiny, tmp_path, monkeypatch):
-    """A run's losses, and the directory with its checkpoints of steps 3 and 6 in the old format."""
+    """The losses of a run, and its directory with old-format checkpoints of steps 3 and 6."""
 
     def make(**settings) -> tuple[list[float], Path]:
         with monkeypatch.context() as patch:
@@ -29,7 +29,7 @@ def old(tiny, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("adam", ["torch's", "fused"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_it_goes_on_bitwise(tiny, old, tmp_path, monkeypatch, bf16, adam):
+def test_it_resumes_bitwise(tiny, old, tmp_path, monkeypatch, bf16, adam):
     if adam == "fused":
         fused_adam.install(monkeypatch)
     losses, directory = old(bf16=bf16)

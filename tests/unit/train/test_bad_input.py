@@ -1,4 +1,4 @@
-"""What a run refuses, each time before anything is written."""
+"""Bad input is refused before anything is written."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from tests.unit.train.conftest import run, tree
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A directory with a checkpoint of step 1 of 6."""
+    """Returns a directory with a checkpoint of step 1 of 6."""
     made = []
 
     def get(tiny):
@@ -29,7 +29,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch):
-    """Run ``pretrain``, and see that it raises, and leaves every file below ``watched`` as it was."""
+    """Runs ``pretrain``, and checks that it raises and leaves every file below ``watched`` unchanged."""
     monkeypatch.chdir(tmp_path)
 
     def check(config, message, watched=tmp_path):

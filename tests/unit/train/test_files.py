@@ -1,4 +1,4 @@
-"""Disks that are full, and paths that are not what they should be: one line each, and no step is lost."""
+"""Full disks and wrong paths give a one-line error, and no step is lost."""
 
 import errno
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.unit.train.test_outputs import read
 def test_failed_saves_are_recorded_with_the_steps_at_risk(
     tiny, tmp_path, monkeypatch, caplog, capsys
 ) -> None:
-    """For whoever looks at the run (``submit_slurm.py --status``), and in the log."""
+    """They are in metrics.jsonl (for ``submit_slurm.py --status``) and in the log."""
     write = save_module.write_small_files
 
     def full(directory: Path, *args) -> None:
@@ -41,7 +41,7 @@ def test_failed_saves_are_recorded_with_the_steps_at_risk(
 
 @pytest.mark.parametrize("blocked", ["out", "out/metrics.jsonl", "out/config.yaml.partial"])
 def test_output_that_cannot_be_written_is_one_line(tiny, tmp_path, blocked: str) -> None:
-    """Something else is where the directory or one of its files should be: not even root can write there."""
+    """The directory or one of its files exists with another type, so not even root can write it."""
     path = tmp_path / blocked
     if blocked == "out":
         path.touch()
@@ -55,7 +55,7 @@ def test_output_that_cannot_be_written_is_one_line(tiny, tmp_path, blocked: str)
 
 
 def test_steps_at_risk_count_from_the_checkpoint_that_was_loaded(tiny, tmp_path, monkeypatch) -> None:
-    """Which may be in another directory."""
+    """It may be in another directory."""
     pretrain(tiny(save=str(tmp_path / "first"), exit_interval=3))
 
     def full(directory: Path, *args) -> None:
@@ -68,8 +68,8 @@ def test_steps_at_risk_count_from_the_checkpoint_that_was_loaded(tiny, tmp_path,
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-def test_the_list_says_of_which_step_a_loss_is(tiny, tmp_path, async_save: bool) -> None:
-    """Not every step is logged; the validation loss is added to a checkpoint that is complete without it."""
+def test_list_shows_the_step_of_a_loss(tiny, tmp_path, async_save: bool) -> None:
+    """Not every step is logged, and a validation loss is added after its checkpoint is complete."""
     steps = {"save_interval": 2, "log_interval": 4, "eval_interval": 3}
     pretrain(tiny(save=str(tmp_path), async_save=async_save, **steps))
     logged = {
@@ -84,7 +84,7 @@ def test_the_list_says_of_which_step_a_loss_is(tiny, tmp_path, async_save: bool)
     assert f"{logged['valid', 3]} (step 3)" in table(tmp_path).splitlines()[-1]
 
 
-def test_load_says_what_it_was_given(tiny, tmp_path) -> None:
+def test_load_describes_a_wrong_path(tiny, tmp_path) -> None:
     (tmp_path / "config.yaml").touch()
     model = tmp_path / "model"
     model.mkdir()
@@ -102,8 +102,8 @@ def test_load_says_what_it_was_given(tiny, tmp_path) -> None:
             pretrain(tiny(load=str(path)))
 
 
-def test_a_run_says_once_where_it_resumes(tiny, tmp_path, caplog) -> None:
-    """Case 13 on SLURM: the step that was loaded, from another run's directory."""
+def test_a_run_logs_once_where_it_resumes(tiny, tmp_path, caplog) -> None:
+    """The log names the step and the checkpoint, here from another run's directory."""
     caplog.set_level("INFO", logger="megatron_mesh")
     pretrain(tiny(save=str(tmp_path / "a"), train_iters=4, lr_decay_iters=6))
     pretrain(tiny(save=str(tmp_path / "b"), load=str(tmp_path / "a"), train_iters=6, lr_decay_iters=6))
