@@ -1,6 +1,6 @@
-"""Checkpoints: saves a run's state so that any rank layout can load it, and finds an intact one to resume
-from.
+"""Checkpoints: the state of a run goes in, and a run on any rank layout gets it back.
 
-Start reading in ``save.py`` and ``load.py``. ``directory.py`` knows the names, ``content.py`` what each rank
-writes and reads, ``index.py`` and ``integrity.py`` the format, and ``offline.py`` serves the tools.
+Start reading in ``save.py`` and ``load.py``. ``directory.py`` finds and publishes checkpoints, ``content.py``
+lists the tensors of a rank, ``index.py`` and ``integrity.py`` define the format, and ``offline.py`` serves
+the tools.
 """

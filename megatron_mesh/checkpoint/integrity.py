@@ -128,8 +128,8 @@ def _difference(path: Path, pieces: list[tuple[int, str]], *, read: bool) -> str
     if not read:
         return None
     with path.open("rb") as file:
-        whole = all(_sha256_of_next(file, length) == digest for length, digest in pieces)
-    return None if whole else "was changed after it was written (its checksum doesn't match)"
+        intact = all(_sha256_of_next(file, length) == digest for length, digest in pieces)
+    return None if intact else "was changed after it was written (its checksum doesn't match)"
 
 
 def _sha256_of_next(file: BinaryIO, length: int) -> str:

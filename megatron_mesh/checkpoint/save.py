@@ -70,8 +70,7 @@ class _Pending:
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time. All methods except ``written`` are collective
-    operations.
+    """Writes the checkpoints of a run, one at a time. All methods except ``written`` are collective.
 
     If a save fails, for whatever reason and on whichever rank, the run continues. The reason is logged with
     rank and host, earlier checkpoints stay, and the next ``save`` tries again. ``failed`` tells whether the

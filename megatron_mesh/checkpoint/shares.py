@@ -196,8 +196,7 @@ def set_updates_done(optimizer: MegatronOptimizer, count: int) -> None:
 
 
 def _counts_with_parameters(inner: Any) -> bool:
-    """Return whether Adam counts updates per parameter, like torch's. Transformer Engine's and apex's count
-    per parameter group."""
+    """Return whether Adam counts updates per parameter, as torch's does, or per group (TE's and apex's)."""
     return isinstance(inner, torch.optim.Adam)
 
 

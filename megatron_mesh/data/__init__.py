@@ -1,4 +1,4 @@
-"""Data: raw text in, indexed data sets (.bin and .idx) in between, micro-batches for each rank out.
+"""Data: raw text goes in, and is stored as indexed data sets; micro-batches for each rank come out.
 
 Start reading in ``preprocess.py`` for the way from text to indexed data, and in ``datasets.py`` for the way
 from there to batches.

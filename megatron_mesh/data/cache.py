@@ -58,10 +58,10 @@ def load(key: Key) -> Arrays | None:
         if manifest["description"] != key.description:
             return None
         arrays = {name: _map(key.path / f"{name}.npy") for name in manifest["arrays"]}
-        whole = all(_seal(array) == manifest["arrays"][name] for name, array in arrays.items())
+        intact = all(_seal(array) == manifest["arrays"][name] for name, array in arrays.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
         return None
-    return arrays if whole else None
+    return arrays if intact else None
 
 
 def build(key: Key, make: Make) -> None:

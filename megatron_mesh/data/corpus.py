@@ -126,15 +126,15 @@ def _decoded(chunk: Chunk) -> Iterator[tuple[int, str | bytes]]:
     start = 3 if chunk.first_line == 1 and chunk.data.startswith(b"\xef\xbb\xbf") else 0
     data = chunk.data[start:] if start else chunk.data
     try:
-        whole: str | bytes = data.decode()
+        text: str | bytes = data.decode()
     except UnicodeDecodeError:
-        whole = data
+        text = data
     if not chunk.is_jsonl:
-        yield 1, whole
-    elif isinstance(whole, str):
-        yield from enumerate(whole.split("\n"), chunk.first_line)
+        yield 1, text
+    elif isinstance(text, str):
+        yield from enumerate(text.split("\n"), chunk.first_line)
     else:
-        yield from enumerate(whole.split(b"\n"), chunk.first_line)
+        yield from enumerate(text.split(b"\n"), chunk.first_line)
 
 
 def _fields(line: str | bytes, keys: list[str], is_jsonl: bool) -> list[str]:

@@ -160,8 +160,7 @@ def _joined(rows: list[list[int]]) -> Encoded:
 
 
 def choose_encoder(tokenizer: Tokenizer, sample: list[str], *, fast: bool = True) -> tuple[Encoder, str]:
-    """Return the fastest encoder that gives the tokenizer's own ids, and a line that says which it is and
-    why.
+    """Return the fastest encoder that gives the tokenizer's own ids, with its name and the reason.
 
     Args:
         sample: texts from the corpus, a few KB, on which encoders are compared.

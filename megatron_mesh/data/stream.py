@@ -100,8 +100,7 @@ class SampleStream(torch.utils.data.Dataset):
 
 @lru_cache(maxsize=256)
 def epoch_order(seed: int, epoch: int, samples: int) -> tuple[int, int]:
-    """Return stride and shift of an epoch: its sample i is sample ``(i * stride + shift) % samples`` of the
-    first.
+    """Return stride and shift: sample i of an epoch is ``(i * stride + shift) % samples`` of the first epoch.
 
     The first epoch is in Megatron's shuffled order. Later ones walk through that order with a random stride
     that is coprime to ``samples``, so they visit every sample once. Unlike a permutation, which takes 8 bytes

@@ -1,4 +1,4 @@
-"""Training: takes a resolved configuration, and leaves checkpoints, metrics and an exit status.
+"""Training: a resolved configuration goes in; checkpoints, metrics and an exit status come out.
 
 Start reading in ``loop.py``, whose ``pretrain`` runs from the configuration to the last checkpoint;
 ``step.py`` is one step of it.

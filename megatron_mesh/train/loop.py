@@ -219,8 +219,7 @@ def evaluate_and_log(
     stop: StopRequests,
     saver: Saver | None,
 ) -> str:
-    """Evaluate and log the loss. If a rank is asked to stop in the meantime, log nothing and return the
-    reason.
+    """Evaluate and log the loss. If a rank is asked to stop meanwhile, return the reason and log nothing.
 
     With several validation sets, each loss is logged, and their mean is the validation loss. If a checkpoint
     is being written in the background, it is published as soon as all ranks have written their parts.
