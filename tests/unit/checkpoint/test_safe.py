@@ -68,7 +68,7 @@ def plant_in_yaml(newest: Path, bomb: Bomb) -> None:
 
 
 REFUSALS = {
-    plant_in_metadata: "names posix.mkdir, which no checkpoint needs",
+    plant_in_metadata: "refers to posix.mkdir, which no checkpoint needs",
     plant_in_tensors: "__0_0.distcp cannot be trusted: it holds more than tensors",
     plant_an_object: "it is not a list of tensors",
     plant_in_yaml: "could not determine a constructor",

@@ -44,7 +44,7 @@ def refused(tmp_path, monkeypatch):
 
 def test_no_checkpoint_to_load(tiny, refused, tmp_path):
     refused(tiny(load=str(tmp_path / "absent")), "absent does not exist; give the directory")
-    refused(tiny(load=str(tmp_path / "a"), save=str(tmp_path / "a"), finetune=True), "does not exist")
+    refused(tiny(load=str(tmp_path / "a"), save=str(tmp_path / "a"), finetune=True), "holds no checkpoint")
 
 
 def test_save_holds_checkpoints_of_another_run(tiny, saved, refused, tmp_path):

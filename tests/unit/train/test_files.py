@@ -110,4 +110,4 @@ def test_a_run_logs_once_where_it_resumes(tiny, tmp_path, caplog) -> None:
     said = [message for message in caplog.messages if message.startswith("resumed")]
     assert said == [f"resumed at step 4 from {tmp_path}/a/iter_0000004"]
     pretrain(tiny(save=str(tmp_path / "c"), load=str(tmp_path / "a"), finetune=True, train_iters=1))
-    assert f"starts from the weights of {tmp_path}/a/iter_0000004" in caplog.messages
+    assert f"started a new run from the weights of {tmp_path}/a/iter_0000004" in caplog.messages

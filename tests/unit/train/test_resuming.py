@@ -85,10 +85,10 @@ def test_nothing_is_logged_if_nothing_changed(tiny, three_steps, caplog) -> None
             {"router_init_std": 0.1},
             "--router-init-std was 0.02 in the checkpoint and is 0.1 now: the weights come from the",
         ),
-        ({"load_rng": False}, "--no-load-rng: the random number generators start from --seed"),
+        ({"load_rng": False}, "--no-load-rng: the random number generators restart from --seed"),
         (
             {"load_optim": False, "adam_beta2": 0.99},
-            "--no-load-optim: Adam's moments start at zero, and the learning-rate schedule",
+            "--no-load-optim: at step 3 of the run, Adam's moments restart at zero and the",
         ),
     ],
 )
@@ -110,7 +110,7 @@ def test_an_overridden_schedule_is_logged(tiny, three_steps, caplog) -> None:
     run(tiny(load=three_steps(tiny), lr=5e-3, override_opt_param_scheduler=True, exit_interval=4))
     (line,) = said(caplog)
     assert line.startswith(
-        "--lr was 0.01 in the checkpoint and is 0.005 now: from this step on the new schedule"
+        "--lr was 0.01 in the checkpoint and is 0.005 now: the new schedule applies from this step on"
     )
 
 
@@ -223,7 +223,7 @@ def test_changed_validation_data_are_logged(tiny, tmp_path, corpus, caplog) -> N
     corpus_at(tmp_path / "other", seed=4)
     run(tiny(**again, valid_data_path=[other], require_same_data=True))
     (line,) = said(caplog)
-    assert line.startswith("the data of validation or test have changed: their losses are not comparable")
+    assert line.startswith("the validation or test data have changed: their losses are not comparable")
 
 
 def test_require_same_data_refuses_another_tokenizer(tiny, three_steps, tmp_path) -> None:
@@ -244,7 +244,7 @@ def test_a_checkpoint_without_data_fingerprints(tiny, three_steps) -> None:
     state = {name: value for name, value in checkpoint.train_state.items() if name != "fingerprints"}
     earlier = replace(checkpoint, train_state=state)
     (line,) = describe_changes(earlier, tiny(), now)
-    assert "doesn't say which data it was trained on" in line
+    assert "didn't record its training data" in line
     with pytest.raises(UserError, match="leave out --require-same-data"):
         describe_changes(earlier, tiny(require_same_data=True), now)
 
