@@ -110,11 +110,11 @@ def candidates(settings: CheckpointConfig) -> list[Path]:
         return [load]
     found = list(reversed(saved_steps(load).values()))
     if (not found or any(found[0].glob("mp_rank_*"))) and (load != save or settings.finetune):
-        raise UserError(f"--load {settings.load}{_what_else(load)}")
+        raise UserError(f"--load {settings.load}{_describe_wrong_path(load)}")
     return found if settings.load_fallback else found[:1]
 
 
-def _what_else(path: Path) -> str:
+def _describe_wrong_path(path: Path) -> str:
     """Say what ``path`` is instead of a checkpoint, and what to do. Continues the sentence "--load PATH"."""
     if path.is_file():
         return " is a file; give the directory of a run (its --save) or of one checkpoint (iter_...)"

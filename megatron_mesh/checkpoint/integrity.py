@@ -19,7 +19,9 @@ Digests = dict[str, list[tuple[int, str]]]
 
 _BLOCK = 2**24
 
-_OURS = re.compile(r"\.metadata|metadata\.json|common\.pt|config\.yaml|state\.json|__\d+_\d+\.distcp")
+_CHECKPOINT_FILES = re.compile(
+    r"\.metadata|metadata\.json|common\.pt|config\.yaml|state\.json|__\d+_\d+\.distcp"
+)
 
 
 def sha256(data: bytes | memoryview) -> str:
@@ -35,17 +37,19 @@ def digest(path: Path) -> list[Any]:
 
 def files(directory: Path) -> list[Path]:
     """Return the files of a checkpoint, except for its checksums. Ignores others (``.nfs...``, a README)."""
-    return sorted(path for path in directory.iterdir() if _OURS.fullmatch(path.name))
+    return sorted(path for path in directory.iterdir() if _CHECKPOINT_FILES.fullmatch(path.name))
 
 
 def write_checksums(directory: Path, digests: Digests) -> None:
     """Write the digests of all other files to ``checksums.json``."""
     listed = dict(sorted(digests.items()))
-    text = strict_json.dumps({"algorithm": "sha256", "files": listed, "sha256_of_files": _of_list(listed)})
+    text = strict_json.dumps(
+        {"algorithm": "sha256", "files": listed, "sha256_of_files": _checksum_of_list(listed)}
+    )
     (directory / CHECKSUMS_FILE).write_text(text, encoding="utf-8")
 
 
-def _of_list(listed: Any) -> str:
+def _checksum_of_list(listed: Any) -> str:
     """Return the checksum of the list itself."""
     return sha256(strict_json.dumps(listed, sort_keys=True).encode())
 
@@ -60,7 +64,7 @@ def read_checksums(directory: Path) -> Digests:
     try:
         content: Any = json.loads((directory / CHECKSUMS_FILE).read_text(encoding="utf-8"))
         listed = content["files"]
-        if content["sha256_of_files"] != _of_list(listed):
+        if content["sha256_of_files"] != _checksum_of_list(listed):
             raise ValueError("it was changed after it was written")
         return {str(name): _pieces(entry) for name, entry in listed.items()}
     except FileNotFoundError:

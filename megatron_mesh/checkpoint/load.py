@@ -74,7 +74,7 @@ class Search:
                 sees the checkpoint.
         """
         if damage:
-            self._note(damage)
+            self._record_damage(damage)
         while self._number < len(self._paths):
             path = self._paths[self._number]
             self._number += 1
@@ -85,20 +85,21 @@ class Search:
                     f"{'; '.join(others)}; put --load and --save on a file system that all nodes share"
                 )
             if isinstance(found, str):
-                self._note(found)
+                self._record_damage(found)
                 continue
             if found.checkpoint.format_version == OLD_FORMAT_VERSION and (found_by_all := _old_damage(path)):
-                self._note("; ".join(found_by_all))
+                self._record_damage("; ".join(found_by_all))
                 continue
             return found
         if not self._paths:
             return None
         raise UserError(f"{self._first_damage}, and no earlier one is intact; --load another one")
 
-    def _note(self, damage: str) -> None:
+    def _record_damage(self, damage: str) -> None:
         sentence = f"the checkpoint {self._paths[self._number - 1]} is damaged"
         if dist.get_rank() == 0:
-            logger.error("%s: %s", sentence, damage)
+            more = self._fallback and self._number < len(self._paths)
+            logger.error("%s: %s%s", sentence, damage, "; trying the one before it" if more else "")
         self._first_damage = self._first_damage or f"{sentence} ({damage})"
         if not self._fallback:
             raise UserError(

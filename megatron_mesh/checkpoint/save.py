@@ -114,7 +114,7 @@ class Saver:
             self._give_up(state.step, reason)
             return
         described = description(state.state_dict(), dist.get_world_size())
-        part = _caught(lambda: self._start(partial, stage, optimizer))
+        part = _as_future(lambda: self._start(partial, stage, optimizer))
         if dist.get_rank() == 0:
             described["updates"] = updates_done(optimizer)
         self._pending = _Pending(state.step, part, described, started)
@@ -251,7 +251,7 @@ def _delete(path: Path) -> None:
         logger.error("%s cannot be deleted: %s; the next start of the run tries again", path, error)
 
 
-def _caught(work: Callable[[], Any]) -> "Future[list[Written]]":
+def _as_future(work: Callable[[], Any]) -> "Future[list[Written]]":
     """Do ``work``, and return its result or exception as a future. A future is returned as it is."""
     future: Future[list[Written]] = Future()
     try:
@@ -288,7 +288,7 @@ def _cause(error: BaseException) -> str:
 
 def _attempt(work: Callable[[], object]) -> str:
     """Do ``work`` on rank 0, which calls this; return the reason if it fails, or ""."""
-    return "; ".join(in_words([_outcome(_caught(work))[1]]))
+    return "; ".join(in_words([_outcome(_as_future(work))[1]]))
 
 
 def write_small_files(

@@ -38,7 +38,7 @@ def write_file(path: Path, boxes: Iterable[Box]) -> list[Written]:
         for box in boxes:
             phases.enter("writing a box")
             start, stream = file.tell(), _Stream(file)
-            stream.save(_alone(box.data))
+            stream.save(_with_own_storage(box.data))
             sizes = tuple(box.data.shape)
             piece = Piece(box.offset, sizes, path.name, start, stream.length, stream.sha256.hexdigest())
             written.append(Written(box.key, box.shape, box.data.dtype, piece))
@@ -90,7 +90,7 @@ class _Stream:
         """Do nothing when ``torch.save`` calls this: ``write_file`` flushes once, at the end."""
 
 
-def _alone(data: torch.Tensor) -> torch.Tensor:
+def _with_own_storage(data: torch.Tensor) -> torch.Tensor:
     """Return ``data`` in host memory, in a storage of its own, because ``torch.save`` writes entire storages.
 
     Contiguous data that is in host memory already is not copied.
@@ -124,10 +124,10 @@ def copies(boxes: Iterable[Box]) -> deque[Box]:
 
 def _write_copies(path: Path, boxes: deque[Box]) -> list[Written]:
     phases.enter("writing in the background")
-    return write_file(path, _each_once(boxes))
+    return write_file(path, _consume(boxes))
 
 
-def _each_once(boxes: deque[Box]) -> Iterable[Box]:
+def _consume(boxes: deque[Box]) -> Iterable[Box]:
     """Yield boxes and drop them, so that memory is freed as soon as it is written."""
     while boxes:
         yield boxes.popleft()

@@ -8,15 +8,15 @@ The other files inside a checkpoint belong to ``checkpoint/``::
     SAVE/latest_checkpointed_iteration.txt    step of the newest one (Megatron-LM's file)
     SAVE/config.yaml, config.1.yaml, ...      resolved settings, and those of earlier starts
     SAVE/metrics.jsonl, metrics.1.jsonl, ...  the numbers of the run, and those of earlier runs
-    SAVE/wandb_run_id.txt                     the Weights & Biases run
+    SAVE/wandb_run_id.txt                     id of the Weights & Biases run
     SAVE/loss.png, routers.png                figures, drawn by tools/plot_run.py
-    SAVE/run_status.txt                       how the run is or ended, for scripts
-    SAVE/run_owner.txt                        which process or job may write to SAVE
-    SAVE/stop                                 made by the user: save and stop after this step
-    SAVE/slurm/                               what the run's SLURM jobs need and note
+    SAVE/run_status.txt                       running, stopped, done or failed, for scripts
+    SAVE/run_owner.txt                        the process or job that may write to SAVE
+    SAVE/stop                                 created by the user: save and stop after this step
+    SAVE/slurm/                               settings, code, scripts and logs of the run's SLURM jobs
     PREFIX/cache/                             index of the data set PREFIX, unless --data-cache-path is given
 
-examples/slurm/job.sh is a shell script and spells some of these names itself; a test compares them.
+The shell script job.sh spells some of these names itself; a test compares them with this module.
 """
 
 import re

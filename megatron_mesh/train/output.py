@@ -72,8 +72,7 @@ def warn_if_nothing_is_saved(config: Config) -> None:
     idle = [flag(name) for name in names if getattr(config.checkpoint, name)]
     if config.checkpoint.save is None and idle:
         logger.warning(
-            "no checkpoint will be saved: %s has no effect without --save; give a directory with --save",
-            ", ".join(idle),
+            "no checkpoint will be saved: %s without --save; give a directory with --save", ", ".join(idle)
         )
 
 

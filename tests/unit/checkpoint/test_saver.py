@@ -64,7 +64,7 @@ def test_a_slow_save_gives_a_warning(tiny, tmp_path, caplog):
 def test_copies_are_freed_as_they_are_written(monkeypatch, tmp_path):
     alive, copied = [], []
     boxes = [Box("x", (8,), (2 * i,), torch.full((2,), float(i))) for i in range(4)]
-    original = writer._alone
+    original = writer._with_own_storage
 
     def watched(data):
         alive.append(sum(copy() is not None for copy in copied))
@@ -75,7 +75,7 @@ def test_copies_are_freed_as_they_are_written(monkeypatch, tmp_path):
         copied.append(weakref.ref(copy))
         return copy
 
-    monkeypatch.setattr(writer, "_alone", watched)
+    monkeypatch.setattr(writer, "_with_own_storage", watched)
     monkeypatch.setattr(writer.device, "copy_to_host", copy_to_host)
     future = writer.BackgroundWriter().start(tmp_path / "file", boxes)
     for box in boxes:

@@ -49,7 +49,7 @@ def global_batches(
     return list(torch.cat(per_rank, dim=1))
 
 
-def test_a_global_batch_depends_on_its_number_alone(stream: SampleStream) -> None:
+def test_a_global_batch_depends_only_on_its_number(stream: SampleStream) -> None:
     expected = [
         torch.stack([stream[i]["tokens"] for i in range(n * GLOBAL, (n + 1) * GLOBAL)])
         for n in range(200 // GLOBAL)
@@ -84,7 +84,7 @@ def test_shapes_and_an_incomplete_last_batch(stream: SampleStream) -> None:
     assert batches[0].loss_mask.shape == (2, 16) and batches[0].loss_mask.dtype == torch.float32
 
 
-def test_a_loader_leaves_the_random_state_alone(stream: SampleStream) -> None:
+def test_a_loader_does_not_change_the_random_state(stream: SampleStream) -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)

@@ -145,7 +145,7 @@ def test_an_interrupted_save_is_ignored(tiny, saved, tmp_path):
     assert outcome.values("loss") == saved(tiny)[1].values("loss")[3:]
 
 
-def test_finetune_takes_the_weights_alone(tiny, saved):
+def test_finetune_loads_only_the_weights(tiny, saved):
     directory, straight = saved(tiny)
     fresh = run(tiny())
     outcome = run(tiny(load=str(directory), finetune=True, lr=1e-3, seed=7))

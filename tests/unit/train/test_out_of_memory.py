@@ -36,7 +36,7 @@ def test_a_training_run(tiny, tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("script", ["pretrain_mesh.py", "tools/benchmark.py"])
-def test_the_command_ends_with_the_message_alone(script, tmp_path, monkeypatch, capsys, corpus) -> None:
+def test_the_command_prints_only_the_message(script, tmp_path, monkeypatch, capsys, corpus) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(step, "run_batch", full)
     sizes = "--layers 1+1R2+1 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --vocab-size 128"
