@@ -40,7 +40,8 @@ def test_names_are_spelled_in_one_module() -> None:
 
 
 def test_job_script_uses_the_same_names() -> None:
-    text = (ROOT / "examples/slurm/job.sh").read_text(encoding="utf-8")
+    (script,) = [*ROOT.glob("examples/slurm/job.sh"), *PACKAGE.glob("slurm/**/job.sh")]
+    text = script.read_text(encoding="utf-8")
     in_run = set(re.findall(r"\$RUN/([\w./]+)", text))
     starts = f"{run_files.SLURM_FOLDER}/{run_files.STARTS_FILE}"
     files = {run_files.OWNER_FILE, run_files.STATUS_FILE, run_files.STOP_FILE, run_files.SLURM_FOLDER, starts}
