@@ -48,7 +48,7 @@ def check_writable(config: Config) -> None:
     apart = output and is_rank_zero() and not _same(output, config.checkpoint.save)
     if output and apart and held_by_another(Path(output), None):
         owner = read_owner(Path(output) / OWNER_FILE)
-        raise UserError(f"--output-dir {output} is in use by {owner}; choose another directory")
+        raise UserError(f"--output-dir {output} belongs to {owner}; choose another directory")
     for name, directory in directories.items():
         if directory is None or not (name == "--save" or is_rank_zero()):
             continue

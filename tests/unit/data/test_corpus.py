@@ -85,7 +85,7 @@ def test_a_damaged_second_member_is_not_taken_for_the_end(tmp_path: Path, plain:
     first, second = (COMPRESS[ending](part) for part in (plain[:700], plain[700:]))
     path = tmp_path / f"c.jsonl{ending}"
     path.write_bytes(first + b"damage" + second[6:])
-    with pytest.raises(UserError, match=rf"cannot be read .*c\.jsonl\{ending}"):
+    with pytest.raises(UserError, match=rf"c\.jsonl\{ending} cannot be read"):
         texts(path)
 
 
