@@ -158,8 +158,7 @@ class _Opener:
                 self._data[prefix] = IndexedDataset(prefix)
             except OSError as error:
                 raise UserError(
-                    f"{error.filename} cannot be read on {socket.gethostname()} ({error.strerror}); check "
-                    "that this node has the data"
+                    f"{error.filename} cannot be read ({error.strerror}); check that this node has the data"
                 ) from None
         return self._data[prefix]
 
