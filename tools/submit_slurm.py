@@ -259,7 +259,7 @@ def _sweep(
     from megatron_mesh.slurm.sweep import elements, write_and_submit_sweep
 
     found = elements(options.sweep, settings, top, site, shape.nodes, _PROG)
-    shape = replace(shape, code=folder(top) / "code")
+    shape = replace(shape, code=folder(top) / CODE_FOLDER)
     world = shape.nodes * site.gpus_per_node
     _print_memory(max(check_memory(each.config, world, options.gpu_memory_gib) for each in found))
     if options.dry_run:

@@ -1,9 +1,9 @@
-"""Boxes: what a checkpoint stores of a tensor, and what a rank asks of it.
+"""Cuts tensors into boxes, the units in which a checkpoint stores them.
 
-A rank holds a contiguous run of a parameter's elements: its shard of the distributed optimizer, or its part
-of what replicas share. Such a run is a few boxes of the parameter's own shape, and boxes are what torch's
-distributed checkpoints hold. Any other layout of ranks finds what it needs by overlap, and nothing is
-gathered.
+A rank holds a contiguous span of a parameter's elements: its shard of the distributed optimizer, or its part
+of what replicas share. In the parameter's own shape that span is a few rectangular boxes, the chunks of
+torch's distributed checkpoints. A rank of any other layout reads the boxes that overlap with its own, so
+nothing is gathered for saving.
 """
 
 import math
@@ -14,33 +14,33 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
 MAX_ELEMENTS = 2**21
-"""Largest box (8 MiB in float32). Readers with another layout read whole boxes, so they are small."""
+"""Size limit of a box (8 MiB in float32). Other rank layouts have to read entire boxes, so they are small."""
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Box:
-    """A box of a tensor in a checkpoint, and the memory that it is written from or read into."""
+    """A box of a tensor in a checkpoint, and the memory to write it from or read it into."""
 
     key: str
     """Name of the tensor."""
     shape: Shape
-    """Of the whole tensor."""
+    """Shape of the full tensor."""
     offset: Shape
-    """Where in it the box begins."""
+    """Position of the box's first element in the full tensor."""
     data: Tensor
-    """As large as the box."""
+    """The memory. Its shape is that of the box."""
     padded: bool = False
-    """Whether the whole tensor may be larger or smaller in the checkpoint (a vocabulary's padding)."""
+    """Whether the full tensor may have another size in the checkpoint, because the vocabulary is padded."""
 
 
-def boxes_of_run(
+def split_span(
     sizes: Shape, start: int, end: int, limit: int = MAX_ELEMENTS
 ) -> Iterator[tuple[Shape, Shape]]:
-    """The boxes, as offset and sizes, that elements ``start`` to ``end`` (exclusive) of a tensor make up.
+    """Yield the boxes, as offset and sizes, that cover elements ``start`` to ``end`` (exclusive) of a tensor.
 
-    They come in the order of the elements, each is contiguous, and none has more than ``limit`` elements.
+    They come in element order. Each is contiguous and has at most ``limit`` elements.
     """
     if start >= end:
         return
@@ -56,24 +56,24 @@ def boxes_of_run(
             start += rows * row
             continue
         stop = min(end, (first + 1) * row)
-        for offset, inner in boxes_of_run(sizes[1:], within, within + stop - start, limit):
+        for offset, inner in split_span(sizes[1:], within, within + stop - start, limit):
             yield (first, *offset), (1, *inner)
         start = stop
 
 
-def run_as_boxes(key: str, place: ShardedTensor, start: int, end: int, data: Tensor) -> Iterator[Box]:
-    """Elements ``start`` to ``end`` of a rank's tensor as boxes of the whole tensor.
+def span_as_boxes(key: str, place: ShardedTensor, start: int, end: int, data: Tensor) -> Iterator[Box]:
+    """Yield elements ``start`` to ``end`` of a rank's tensor as boxes of the full tensor.
 
     Args:
-        key: name of the whole tensor in the checkpoint.
-        place: where in the whole tensor the rank's one lies; its data are not looked at.
+        key: name of the full tensor in the checkpoint.
+        place: the position of the rank's tensor in the full one. Its data are not used.
         data: the elements, [end - start], contiguous.
     """
     whole = tuple(place.global_shape)
-    leading = len(whole) - len(place.local_shape)  # of stacked layers
+    leading = len(whole) - len(place.local_shape)  # dimensions of stacked layers
     begin = tuple(place.global_offset)
     done = 0
-    for offset, sizes in boxes_of_run(tuple(place.local_shape), start, end):
+    for offset, sizes in split_span(tuple(place.local_shape), start, end):
         count = math.prod(sizes)
         moved = (*begin[:leading], *(a + b for a, b in zip(begin[leading:], offset, strict=True)))
         view = data[done : done + count].view((*[1] * leading, *sizes))
@@ -82,24 +82,24 @@ def run_as_boxes(key: str, place: ShardedTensor, start: int, end: int, data: Ten
 
 
 def cut(key: str, shape: Shape, data: Tensor, offset: Shape | None = None) -> Iterator[Box]:
-    """A large box as boxes that are small enough.
+    """Cut a large box into boxes of at most ``MAX_ELEMENTS``.
 
     Args:
-        key: name of the whole tensor.
-        shape: of the whole tensor.
-        data: the box's elements.
-        offset: where in the whole tensor it begins; default: with the first element.
+        key: name of the full tensor.
+        shape: shape of the full tensor.
+        data: the elements of the large box.
+        offset: position of the large box in the full tensor; by default its beginning.
     """
     begin = offset or (0,) * len(shape)
     flat, done = data.detach().reshape(-1), 0
-    for inner, sizes in boxes_of_run(tuple(data.shape), 0, flat.numel()):
+    for inner, sizes in split_span(tuple(data.shape), 0, flat.numel()):
         count = math.prod(sizes)
         moved = tuple(a + b for a, b in zip(begin, inner, strict=True))
         yield Box(key, shape, moved, flat[done : done + count].view(sizes))
         done += count
 
 
-def whole_as_boxes(place: ShardedTensor) -> Iterator[Box]:
-    """A rank's whole tensor, which ``place`` holds, as boxes."""
+def tensor_as_boxes(place: ShardedTensor) -> Iterator[Box]:
+    """Yield a rank's entire tensor ``place.data`` as boxes of the full tensor."""
     data = place.data
-    yield from run_as_boxes(place.key, place, 0, data.numel(), data.detach().view(-1))
+    yield from span_as_boxes(place.key, place, 0, data.numel(), data.detach().view(-1))

@@ -1,8 +1,8 @@
-"""Which box of which tensor lies where in which file of a checkpoint.
+"""The index of a checkpoint: the file and position of every box of every tensor.
 
-On disk that is ``.metadata`` of torch's distributed checkpoints, which torch's own readers take too. It is a
-pickle, and people load other people's checkpoints: it goes through an unpickler that knows the few classes
-it needs. The tensors themselves are read with ``weights_only=True``.
+On disk it is the ``.metadata`` file of torch's distributed checkpoints, which torch's own readers can read,
+too. That file is a pickle, and people load other people's checkpoints. So we read it with an unpickler that
+accepts only the few classes it needs. Tensors are read with ``weights_only=True``.
 """
 
 import pickle
@@ -29,7 +29,7 @@ INDEX_FILE = ".metadata"
 
 _DTYPES = {str(x).removeprefix("torch.") for x in vars(torch).values() if isinstance(x, torch.dtype)}
 
-# What torch.distributed.checkpoint writes to .metadata; none of it does anything when it is made.
+# The classes that torch.distributed.checkpoint writes to .metadata. Creating them has no side effects.
 _KNOWN = {
     "torch": {"Size", *_DTYPES},
     "torch.serialization": {"_get_layout"},
@@ -55,21 +55,21 @@ _KNOWN = {
 
 
 class Piece(NamedTuple):
-    """A box of a tensor on the disk: a file of ``torch.save`` inside a larger file."""
+    """A box of a tensor on disk: the output of ``torch.save``, inside a larger file."""
 
     offset: Shape
     sizes: Shape
     file: str
     start: int
-    """First byte."""
+    """Position of the first byte."""
     length: int
-    """In bytes."""
+    """Number of bytes."""
     sha256: str | None
-    """None in checkpoints of format 2, which have one checksum for a whole file."""
+    """None in checkpoints of format 2, which have one checksum per file."""
 
 
 class Written(NamedTuple):
-    """A piece that was just written, and the tensor that it belongs to."""
+    """A piece that was just written, with the tensor that it belongs to."""
 
     key: str
     shape: Shape
@@ -79,7 +79,7 @@ class Written(NamedTuple):
 
 @dataclass
 class Entry:
-    """A tensor of a checkpoint."""
+    """A tensor in a checkpoint, and its pieces."""
 
     shape: Shape
     dtype: torch.dtype
@@ -88,14 +88,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """The tensors of the checkpoint in ``directory`` by key."""
+    """The tensors of the checkpoint in ``directory``, by key."""
 
     directory: Path
     entries: dict[str, Entry]
 
 
 def index_of(directory: Path, written: Iterable[Written]) -> Index:
-    """The index of what all ranks have written to ``directory``."""
+    """Build the index of the pieces that all ranks have written to ``directory``."""
     entries: dict[str, Entry] = {}
     for key, shape, dtype, piece in written:
         entries.setdefault(key, Entry(shape, dtype)).pieces.append(piece)
@@ -103,7 +103,7 @@ def index_of(directory: Path, written: Iterable[Written]) -> Index:
 
 
 def index_file(index: Index) -> bytes:
-    """Contents of ``.metadata``."""
+    """Return the contents of ``.metadata``."""
     tensors: dict[str, Any] = {}
     places = {}
     for key, entry in index.entries.items():
@@ -123,37 +123,41 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _KNOWN.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint needs")
 
 
 def read_index(directory: Path, digests: Digests | None = None) -> Index:
     """Read ``.metadata``.
 
     Args:
-        directory: of the checkpoint.
-        digests: of its files' pieces, with which what is read later is compared; None for format 2, where
-            there are none, and for those who read no tensors.
+        directory: the checkpoint.
+        digests: checksums of the pieces, which are compared when tensors are read. None for format 2, which
+            has none per piece, and for callers that read no tensors.
 
     Raises:
-        UserError: it is missing, damaged, holds something that is no metadata, or a piece has no digest.
+        UserError: the file is missing, damaged or holds something else, or a piece has no checksum.
     """
     path = directory / INDEX_FILE
     try:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
         if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError("it is no list of tensors")
+            raise pickle.UnpicklingError("it is not a list of tensors")
         index = _index(directory, metadata, digests or {})
         if not index.entries:
-            raise pickle.UnpicklingError("it is no list of tensors")
+            raise pickle.UnpicklingError("it is not a list of tensors")
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: {directory} is no complete checkpoint") from None
-    # A damaged pickle raises whatever its bytes happen to lead to.
+        raise UserError(
+            f"{path} is missing, so {directory} is not a complete checkpoint; use another checkpoint"
+        ) from None
+    # A damaged pickle can raise any exception.
     except Exception as error:
-        raise UserError(f"{path} cannot be trusted: {error}; take another checkpoint") from error
+        raise UserError(f"{path} cannot be trusted: {error}; use another checkpoint") from error
     pieces = (piece for entry in index.entries.values() for piece in entry.pieces)
     if digests is not None and any(piece.sha256 is None for piece in pieces):
-        raise UserError(f"{directory / CHECKSUMS_FILE} lacks pieces of tensors; take another checkpoint")
+        raise UserError(
+            f"{directory / CHECKSUMS_FILE} has no checksums for some tensors; use another checkpoint"
+        )
     return index
 
 
@@ -166,7 +170,7 @@ def _index(directory: Path, metadata: Metadata, digests: Digests) -> Index:
     entries: dict[str, Entry] = {}
     for index, place in metadata.storage_data.items():
         if len(PurePosixPath(place.relative_path).parts) != 1 or place.relative_path == "..":
-            raise pickle.UnpicklingError(f"it names a file elsewhere, {place.relative_path}")
+            raise pickle.UnpicklingError(f"it refers to a file outside the checkpoint, {place.relative_path}")
         tensor = metadata.state_dict_metadata[index.fqn]
         if not isinstance(tensor, TensorStorageMetadata):
             continue

@@ -1,4 +1,4 @@
-"""The state of a run besides weights and optimizer, in one typed object so that nothing is forgotten."""
+"""The state of a run besides weights and optimizer, in one object, so that saving forgets nothing."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,32 +8,32 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 @dataclass
 class TrainState:
-    """Where a run stands. Equal on all ranks; each has generators of its own (``runtime/random.py``)."""
+    """The progress of a run, equal on all ranks. Random number generators are in ``runtime/random.py``."""
 
     schedule: OptimizerParamScheduler
     step: int = 0
-    """Optimizer steps done."""
+    """Number of steps done, including skipped ones."""
     consumed_samples: int = 0
-    """Sequences trained on by all ranks: the position in the data."""
+    """Number of sequences that all ranks have read: the position in the data."""
     train_loss: float | None = None
-    """Loss per token of the last logged step, ``train_loss_step``."""
+    """Loss per token at step ``train_loss_step``, the last logged one."""
     train_loss_step: int | None = None
     valid_loss: float | None = None
-    """Loss per token of the last validation, after ``valid_loss_step``."""
+    """Loss per token of the last validation, at step ``valid_loss_step``."""
     valid_loss_step: int | None = None
     fingerprints: dict[str, str] | None = None
-    """Of what decides the samples: by stream (``SampleStream.order``), and of the tokenizer."""
+    """Digests of each stream's data and order (``SampleStream.order``), and of the tokenizer."""
     skipped: int = 0
-    """Steps skipped in a row until now, since loss or gradients were not finite."""
+    """Number of steps in a row, up to now, that were skipped because loss or gradients were not finite."""
 
     def advance(self, samples: int, *, schedule_in_samples: bool = False) -> None:
-        """Count an optimizer step over ``samples`` sequences and set the next one's learning rate."""
+        """Count a step over ``samples`` sequences, and set the learning rate of the next step."""
         self.step += 1
         self.consumed_samples += samples
         self.schedule.step(samples if schedule_in_samples else 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything as JSON has it."""
+        """Return everything as JSON values."""
         return {
             "step": self.step,
             "consumed_samples": self.consumed_samples,
@@ -47,7 +47,7 @@ class TrainState:
         }
 
     def load_state_dict(self, saved: dict[str, Any], schedule_position: int) -> None:
-        """Take over what ``state_dict`` gave; the new schedule moves to ``schedule_position``."""
+        """Restore the result of ``state_dict``, and move the new schedule to ``schedule_position``."""
         self.step = saved["step"]
         self.consumed_samples = saved["consumed_samples"]
         self.train_loss, self.train_loss_step = saved["train_loss"], saved.get("train_loss_step")

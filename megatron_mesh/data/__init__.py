@@ -1,4 +1,8 @@
-"""Text becomes an indexed data set, and an indexed data set becomes batches."""
+"""Data: raw text goes in, and is stored as indexed data sets; micro-batches for each rank come out.
+
+Start reading in ``preprocess.py`` for the way from text to indexed data, and in ``datasets.py`` for the way
+from there to batches.
+"""
 
 from megatron_mesh.data.datasets import Datasets, build_datasets
 from megatron_mesh.data.loader import Batch, build_loader

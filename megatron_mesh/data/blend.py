@@ -1,4 +1,4 @@
-"""Parsing --data-path and --split: prefixes with weights, and shares of the documents."""
+"""Parses --data-path and --split: prefixes with weights, and shares of the documents."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from megatron_mesh.errors import UserError
 _RESERVED = ("loss", "perplexity")
 
 Share = tuple[float, float]
-"""From where to where, in fractions of the documents."""
+"""Start and end, as fractions of the documents."""
 
 
 class Part(NamedTuple):
@@ -26,29 +26,31 @@ class Part(NamedTuple):
 
 
 def parse_blend(words: list[str], flag: str) -> list[Part]:
-    """``[PREFIX]`` or ``[WEIGHT, PREFIX, WEIGHT, PREFIX, ...]``, given to ``flag``.
+    """Parse the words after ``flag``: ``PREFIX`` or ``WEIGHT PREFIX WEIGHT PREFIX ...``.
 
-    Raises UserError when weights and prefixes do not alternate or a weight is not a positive number.
+    Raises:
+        UserError: weights and prefixes do not alternate, or a weight is not a positive number.
     """
     if len(words) == 1:
         return [Part(words[0], 1.0)]
     if not words or len(words) % 2:
         raise UserError(
-            f"{flag} takes one prefix, or a blend WEIGHT PREFIX WEIGHT PREFIX ...; these {len(words)} words "
-            f"do not pair up: {' '.join(words)}"
+            f"{flag} got {len(words)} words that are not pairs of WEIGHT PREFIX: {' '.join(words)}; give one "
+            "prefix, or a blend WEIGHT PREFIX WEIGHT PREFIX ..."
         )
     weights = [_weight(word, flag) for word in words[::2]]
     return [Part(prefix, weight / sum(weights)) for prefix, weight in zip(words[1::2], weights, strict=True)]
 
 
 def parse_sets(words: list[str], flag: str) -> dict[str, list[str]]:
-    """The sets that ``flag`` names, each with the words of its blend.
+    """Parse the words after ``flag`` into data sets: for each name, the words of its blend.
 
-    ``[NAME=PREFIX, ...]`` gives several; anything else is one set, whose name is "". A name holds letters,
-    digits and ``._-``. A word under which there are data is a path, as ``lang=en/text`` may be.
+    ``NAME=PREFIX NAME=PREFIX ...`` are several sets; anything else is a single set with the name "". A name
+    consists of letters, digits and ``._-``. A word is a path if data exist there, even with ``=``, such as
+    ``lang=en/text``.
 
-    Raises UserError when a name is given twice or means something else in the log, or when only some of the
-    words have a name.
+    Raises:
+        UserError: a name is given twice or is reserved, or only some of the words have a name.
     """
     named = [
         match.groups()
@@ -60,16 +62,16 @@ def parse_sets(words: list[str], flag: str) -> dict[str, list[str]]:
         if named and not _is_blend(words):
             other = next(word for word in words if not re.fullmatch(r"[\w.-]+=.+", word))
             raise UserError(
-                f"{flag} mixes NAME=PREFIX ({names[0]}=...) with {other!r}, which is not one: a name has "
-                "letters, digits and ._- alone, and one prefix; name all sets or none"
+                f"{flag} mixes NAME=PREFIX ({names[0]}=...) with {other!r}; name all sets or none (a name "
+                "has only letters, digits and ._-, and one prefix)"
             )
         return {"": words}
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"{flag} gives the name {name} twice; each set needs a name of its own")
+            raise UserError(f"{flag} has two sets named {name}; give each set a different name")
         if name in _RESERVED:
             raise UserError(
-                f"{flag}: a set cannot be named {name}, which has a meaning in the log; rename it"
+                f"{flag}: a set cannot be named {name}, because the log uses that name; rename the set"
             )
     return {name: [prefix] for name, prefix in named}
 
@@ -79,14 +81,18 @@ def _is_blend(words: list[str]) -> bool:
 
 
 def parse_split(split: str) -> list[Share | None]:
-    """Shares of training, validation and test, e.g. ``969,30,1``; None where the share is zero.
+    """Parse the shares of training, validation and test, e.g. ``969,30,1``. A share of zero becomes None.
 
-    Raises UserError unless the text is one to three numbers, none negative and not all zero. Megatron's own
-    parser picks whatever digits it finds, so the text is checked first.
+    Megatron's parser accepts any text that contains digits, so this checks the text first.
+
+    Raises:
+        UserError: the text is not one to three numbers, or a number is negative, or all are zero.
     """
     number = r"\s*(\d+\.?\d*|\.\d+)\s*"
     if not re.fullmatch(rf"{number}(,{number}){{0,2}}", split) or not re.search("[1-9]", split):
-        raise UserError(f"--split {split!r} is not TRAIN,VALID,TEST, e.g. 969,30,1: numbers, not all zero.")
+        raise UserError(
+            f"--split {split!r} is not TRAIN,VALID,TEST; give three numbers, not all zero, e.g. 969,30,1"
+        )
     return convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
 
 
@@ -96,5 +102,7 @@ def _weight(word: str, flag: str) -> float:
     except ValueError:
         weight = math.nan
     if not 0 < weight < math.inf:
-        raise UserError(f"{flag}: {word!r} stands where a weight belongs and is not a number above 0.")
+        raise UserError(
+            f"{flag}: the weight {word!r} is not a positive number; give WEIGHT PREFIX WEIGHT PREFIX ..."
+        )
     return weight

@@ -1,7 +1,8 @@
 """The index cache: arrays that are built once, published atomically, and memory-mapped by every process.
 
 An entry is a directory of .npy files and a manifest. It is written under a temporary name and then renamed,
-so it appears whole or not at all, and whoever publishes first wins: an entry in use is never replaced.
+so no process ever sees a part of it. If several processes build the same entry, the first to publish wins,
+and an entry that is in use is never replaced.
 """
 
 import errno
@@ -34,7 +35,7 @@ Make = Callable[[], Arrays]
 
 
 class Key(NamedTuple):
-    """The name of an entry: ``kind``, for people, and everything that its content depends on."""
+    """Identifies an entry: ``kind`` is for people, ``description`` has everything its content depends on."""
 
     directory: Path
     kind: str
@@ -47,27 +48,27 @@ class Key(NamedTuple):
 
 
 def load(key: Key) -> Arrays | None:
-    """Memory-map an entry. Opens the manifest and each array once.
+    """Memory-map an entry, opening the manifest and each array once.
 
-    Returns None if the entry is absent, or isn't what was published under this key: truncated, partly
-    overwritten or copied from elsewhere. The check reads the manifest and both ends of each array.
+    Returns None if the entry is missing, truncated, partly overwritten or a copy of another entry. The check
+    reads the manifest and both ends of each array.
     """
     try:
         manifest = json.loads((key.path / _MANIFEST).read_text(encoding="utf-8"))
         if manifest["description"] != key.description:
             return None
         arrays = {name: _map(key.path / f"{name}.npy") for name in manifest["arrays"]}
-        whole = all(_seal(array) == manifest["arrays"][name] for name, array in arrays.items())
+        intact = all(_seal(array) == manifest["arrays"][name] for name, array in arrays.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
         return None
-    return arrays if whole else None
+    return arrays if intact else None
 
 
 def build(key: Key, make: Make) -> None:
-    """Publish what ``make`` returns as an entry, unless another process is faster or it is there already.
+    """Build an entry from the result of ``make`` and publish it, unless it exists. Replaces a damaged entry.
 
-    ``make`` runs in a process of its own: Megatron's C++ holds the GIL for minutes with 10^9 samples, and so
-    does numpy while it shuffles. A damaged entry is replaced.
+    ``make`` runs in a separate process, because Megatron's C++ code and numpy's shuffle hold Python's global
+    lock for minutes with 10^9 samples.
 
     Raises:
         OSError: the directory cannot be written.
@@ -100,7 +101,7 @@ def _write(directory: Path, description: str, arrays: Arrays) -> None:
 
 
 def _publish(partial: Path, key: Key) -> None:
-    """Rename ``partial`` to its final name. Renaming never replaces a directory that has files in it."""
+    """Rename ``partial`` to its final name. ``rename`` never replaces a directory that has files in it."""
     while load(key) is None:
         try:
             partial.rename(key.path)
@@ -112,10 +113,10 @@ def _publish(partial: Path, key: Key) -> None:
 
 
 def _remove_damaged(key: Key, aside: Path) -> None:
-    """Remove an entry that is not whole, by way of the name ``aside``.
+    """Remove a damaged entry, after renaming it to ``aside``.
 
-    While it exists nobody can publish, and whoever removes it holds a lock. So no good entry can take its
-    place in the meantime.
+    Only the holder of the lock renames, and nobody can publish while the damaged entry exists. So this cannot
+    remove a good entry that another process has published in the meantime.
     """
     handle = os.open(key.directory, os.O_RDONLY)
     try:
@@ -134,10 +135,10 @@ def _remove_damaged(key: Key, aside: Path) -> None:
 
 
 def _map(path: Path) -> np.ndarray:
-    """The array in a .npy file, memory-mapped. Opens the file once; ``numpy.load`` opens it three times."""
+    """Memory-map the array in a .npy file, opening it once. ``numpy.load`` would open it three times."""
     with open(path, "rb") as file:
         if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError(f"{path} is not an array that this module wrote")
+            raise ValueError(f"{path} was not written by this module")
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         if 0 in shape:
             return np.empty(shape, dtype)
@@ -145,14 +146,14 @@ def _map(path: Path) -> np.ndarray:
 
 
 def _seal(array: np.ndarray) -> list[object]:
-    """Type, shape, and a checksum of both ends of an array."""
+    """Return the dtype and shape of an array, and a checksum of both its ends."""
     data = array.reshape(-1).view(np.uint8)
     ends = zlib.crc32(data[-_EDGE_BYTES:].tobytes(), zlib.crc32(data[:_EDGE_BYTES].tobytes()))
     return [array.dtype.str, list(array.shape), ends]
 
 
 def _remove_abandoned(directory: Path) -> None:
-    """Remove what builders left that were killed more than a day ago."""
+    """Remove directories left behind by builders that were killed more than a day ago."""
     for path in directory.glob(f"*{_PARTIAL}*"):
         try:
             if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:

@@ -1,4 +1,4 @@
-"""Reading compressed files: .gz, .xz and .zst, of several members each, and no truncated file in silence."""
+"""Reads .gz, .xz and .zst files, including those with several members, and detects truncated ones."""
 
 import gzip
 import io
@@ -14,17 +14,18 @@ import zstandard
 from megatron_mesh.errors import UserError
 
 _ZSTD_WINDOW = 1 << 31
-"""The largest window that zstd knows (``zstd --ultra --long=31``): as many bytes of memory."""
+"""zstd's largest window (``zstd --ultra --long=31``); decompressing takes as many bytes of memory."""
 _INPUT_BYTES = 1 << 14
-"""Compressed bytes at a time. Highly repetitive text grows several thousand times."""
+"""Compressed bytes to decompress at a time. Small, since repetitive text can grow several thousand times."""
 
 
 @contextmanager
 def open_file(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Open a file and yield its bytes on the disk and its content, decompressed as the name says.
+    """Open a file; yield the raw file and its content, decompressed according to the suffix.
 
-    Raises UserError, also while the content is read, if the file cannot be read, is truncated, damaged or of
-    another format.
+    Raises:
+        UserError: the file cannot be read, is truncated, damaged or has another format. This may happen while
+            the caller reads the content.
     """
     suffix = path.suffix.lower()
     open_content = _OPENERS.get(suffix, lambda raw: raw)
@@ -33,17 +34,21 @@ def open_file(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
             yield raw, open_content(raw)
     except EOFError as error:
         raise UserError(
-            f"{path} is truncated: it ends in the middle of its {suffix} data; copy or download it again."
+            f"{path} is truncated: it ends in the middle of its {suffix} data; copy or download it again"
         ) from error
     except zstandard.ZstdError as error:
         if "too much memory" in str(error):
             raise UserError(
-                f"{path} needs a window above 2 GiB, the most that zstd supports; compress it again with "
-                "zstd --long=31 or less."
+                f"{path} needs a window above 2 GiB, which zstd cannot read here; compress it again with "
+                "zstd --long=31 or less"
             ) from error
-        raise UserError(f"Cannot read {path}: {error}; is it a complete {suffix} file?") from error
+        raise UserError(
+            f"{path} cannot be read: {error}; check that it is a complete {suffix} file"
+        ) from error
     except (OSError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"Cannot read {path}: {error}; is it complete and as its name says?") from error
+        raise UserError(
+            f"{path} cannot be read: {error}; check that it is complete and that its suffix is right"
+        ) from error
 
 
 class _Decompressor(Protocol):
@@ -57,10 +62,11 @@ class _Decompressor(Protocol):
 
 
 class _Members(io.RawIOBase):
-    """The content of all members of a .zst or .xz file, one after the other.
+    """A file object with the concatenated contents of all members of a .zst or .xz file.
 
-    zstandard's own takes a truncated file for a complete one, and lzma's one with a damaged second member for
-    one that ends after the first. This one raises EOFError or the decompressor's error.
+    The readers of the libraries hide damage: zstandard's reports no error for a truncated file, and lzma's
+        stops
+    silently before a damaged second member. This one raises EOFError or the decompressor's error.
     """
 
     def __init__(

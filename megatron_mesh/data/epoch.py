@@ -1,4 +1,4 @@
-"""One epoch of one data set, as Megatron's GPTDataset reads it, with its index in our cache."""
+"""One epoch of one data set: Megatron's GPTDataset, with its index in our cache."""
 
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ _EXTRA_TOKEN = 1  # a sample has one token more than its sequence, for the last 
 
 
 def epoch_key(cache: Path, name: str, fingerprint: str, documents: range, seq_length: int, seed: int) -> Key:
-    """The entry that holds the index of ``documents``. It names the data by content, not by place.
+    """Return the cache key of the index of ``documents``.
 
-    So data written anew are never read through an old index, and a cache that was built where the data are
-    mounted elsewhere is found.
+    It identifies the data by content, not by path. So rewritten data never use an old index, and a cache
+    works on machines that mount the data at another path.
     """
     description = {
         "index": "one epoch",
@@ -38,14 +38,14 @@ def epoch_key(cache: Path, name: str, fingerprint: str, documents: range, seq_le
 
 
 def tokens_in(data: IndexedDataset, documents: range) -> int:
-    """Number of tokens of ``documents``."""
+    """Return the number of tokens in ``documents``."""
     return int(data.sequence_lengths[documents.start : documents.stop].sum(dtype=np.int64))
 
 
 def epoch_index(data: IndexedDataset, documents: range, seq_length: int, seed: int) -> Arrays:
-    """The three arrays that GPTDataset builds for one epoch, equal to the last bit.
+    """Build the three arrays that GPTDataset builds for one epoch, bit for bit.
 
-    GPTDataset itself builds on rank 0 only, and writes in place.
+    We don't use GPTDataset for this because it builds only on rank 0 and does not write atomically.
     """
     random = np.random.RandomState(seed)
     order = _build_document_index(
@@ -53,7 +53,7 @@ def epoch_index(data: IndexedDataset, documents: range, seq_length: int, seed: i
     )
     lengths = data.sequence_lengths
     if 2 * len(order) > len(lengths):
-        lengths = lengths.copy()  # C++ reads it at random places
+        lengths = lengths.copy()  # C++ reads it in random order, which is slow in a memory-mapped file
     samples = helpers.build_sample_idx(
         lengths, order, seq_length, 1, tokens_in(data, documents), True, _EXTRA_TOKEN
     )
@@ -69,9 +69,9 @@ class Epoch(GPTDataset):
     """One epoch of samples.
 
     Args:
-        index: what ``epoch_index`` returned, memory-mapped.
-        leave_out_eod: don't count predictions of end-of-document tokens. (``eod_mask_loss`` of Megatron's
-            config leaves out those of the tokens that follow them.)
+        index: the result of ``epoch_index``, memory-mapped.
+        leave_out_eod: exclude predictions of end-of-document tokens from the loss. (Megatron's
+            ``eod_mask_loss`` excludes the predictions after them.)
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Epoch(GPTDataset):
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         sample = super().__getitem__(idx)
         if self._leave_out_eod:
-            # Not in place: GPTDataset keeps the mask of the first sample for the others.
+            # Not in place: GPTDataset reuses the mask of the first sample for the others.
             sample["loss_mask"] = sample["loss_mask"] * (sample["labels"] != self.config.tokenizer.eod)
         return sample
 

@@ -1,10 +1,10 @@
-"""Encode texts of any length with the ids of the whole text, while the tokenizer's memory stays bounded.
+"""Encodes texts of any length in bounded memory, with the same ids as encoding the entire text at once.
 
-Tokenizers take 20 to 120 bytes of memory for a byte of text. So a long text is encoded in windows that
-overlap, and two neighbours are joined where both have the same tokens at the same places. For byte-pair
-encoding two such tokens in a row prove that the result is the encoding of the whole: a sequence of tokens
-is the encoding of its word exactly if each pair of neighbours is. We ask for agreement over many more.
-A unigram model may choose otherwise between two divisions of the same score, as it does by rounding.
+Tokenizers need 20 to 120 bytes of memory per byte of text. So a long text is encoded in overlapping windows,
+and two neighbours are joined where they have the same tokens at the same positions. For byte-pair encoding,
+two such tokens in a row prove that the result is right: a sequence of tokens is the encoding of its word
+exactly if each pair of neighbours is. We require agreement over many more. A unigram model may still choose
+differently between two segmentations with the same score, since rounding decides between them.
 """
 
 from itertools import groupby
@@ -17,17 +17,17 @@ from megatron_mesh.data.encode import Encoded, Encoder, Locate, Located
 _Ids = np.ndarray[Any, Any]
 
 WINDOW = 1 << 20
-"""Characters that are encoded at once."""
+"""Characters to encode at once."""
 _OVERLAP = 1 << 13
 _MARGIN = 1 << 10
-"""Characters at the end of a window that are not compared: without the text that follows, their tokens may
-differ."""
+"""Characters at the end of a window that are not compared: their tokens may depend on the text after it."""
 _TRIES = 4
-"""Tokens at which a window tries to start. Some tokenizers divide long numbers in threes from their start."""
+"""How many starting tokens to try for a window. Some tokenizers split long numbers in threes from their
+start, so a window that begins inside a number may never agree."""
 
 
 def encode_texts(encoder: Encoder, texts: list[str], window: int = WINDOW) -> Encoded:
-    """Encode texts of any length; see ``Encoded`` for those whose windows didn't agree."""
+    """Encode texts of any length. ``Encoded.cut`` counts those whose windows did not agree."""
     if all(len(text) <= window for text in texts):
         return encoder.encode(texts)
     ids: list[_Ids] = []
@@ -48,16 +48,16 @@ def encode_texts(encoder: Encoder, texts: list[str], window: int = WINDOW) -> En
 
 
 def _encode_long(encoder: Encoder, text: str, window: int) -> tuple[list[_Ids], int]:
-    """The ids of a text in pieces, and how many joints there are at which its windows disagree."""
+    """Return the ids of a text in pieces, and the number of joints at which its windows disagree."""
     for locate in encoder.locators():
         result = _join_windows(locate, text, window)
         if result is not None:
             return result
-    raise AssertionError("the last way to locate tokens takes any text")
+    raise AssertionError("the last locator encodes any text")
 
 
 def _join_windows(locate: Locate, text: str, window: int) -> tuple[list[_Ids], int] | None:
-    """As ``_encode_long``; None if the tokens of a window cannot be located."""
+    """Do the work of ``_encode_long`` with one locator. Returns None if it cannot encode a window."""
     pieces: list[_Ids] = []
     start, cuts = 0, 0
     left = locate(text[:window])
@@ -82,9 +82,9 @@ def _join_windows(locate: Locate, text: str, window: int) -> tuple[list[_Ids], i
 
 
 def _joint(left: Located, right: Located, start: int, end: int) -> tuple[int, int] | None:
-    """Indices in two windows from which both have the same tokens up to character ``end``.
+    """Return the indices in two windows from which both have the same tokens up to character ``end``.
 
-    None if they differ in the second half of what they share, which begins at ``start``.
+    Returns None if they differ in the second half of their overlap, which begins at ``start``.
     """
     first, last = np.searchsorted(left.starts, [start, end])
     until = int(np.searchsorted(right.starts, end))

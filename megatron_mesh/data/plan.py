@@ -1,4 +1,4 @@
-"""Planning a run's data. Rank 0 inspects the files, and the other ranks only open what it names."""
+"""Plans a run's data on rank 0, which inspects the files. The other ranks only open what the plan lists."""
 
 import hashlib
 from collections.abc import Iterable
@@ -16,10 +16,11 @@ from megatron_mesh.data.indexed import IndexedFacts, inspect_prefix
 from megatron_mesh.data.stream import blend_index, blend_key
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
+from megatron_mesh.runtime.run_files import INDEX_CACHE_FOLDER
 
 
 class Source(NamedTuple):
-    """Where a data set comes from: the words of ``flag``, and a share of their documents."""
+    """The settings of one stream: the words after ``flag``, and the share of their documents to use."""
 
     kind: Split
     flag: str
@@ -30,7 +31,7 @@ class Source(NamedTuple):
 
 
 class PartPlan(NamedTuple):
-    """One prefix of a stream, as rank 0 sees it."""
+    """One prefix of a stream, as inspected by rank 0."""
 
     prefix: str
     weight: float
@@ -40,7 +41,7 @@ class PartPlan(NamedTuple):
 
 
 class StreamPlan(NamedTuple):
-    """The parts of a stream, and where the choice between them is cached (None for a single part)."""
+    """The parts of a stream, and the cache key of their blend (None for a single part)."""
 
     parts: list[PartPlan]
     num_samples: int
@@ -48,16 +49,16 @@ class StreamPlan(NamedTuple):
 
     @property
     def order(self) -> str:
-        """A digest of what decides the order of the samples: data, documents, weights, seed and length."""
+        """A digest of everything that determines the samples: data, documents, weights, seed and length."""
         parts = [(part.weight, part.key.description) for part in self.parts]
         return hashlib.sha256(strict_json.dumps(parts).encode()).hexdigest()[:32]
 
 
 class Planner:
-    """Makes the plans of one run's streams; inspects each prefix once.
+    """Plans the streams of one run. Inspects each prefix only once.
 
     Args:
-        cache_path: --data-cache-path; by default the index of a prefix is in ``PREFIX/cache``.
+        cache_path: --data-cache-path. By default the index of a prefix is in ``PREFIX/cache``.
     """
 
     def __init__(self, cache_path: str | None, seq_length: int, seed: int) -> None:
@@ -65,10 +66,11 @@ class Planner:
         self._facts: dict[str, IndexedFacts] = {}
 
     def stream(self, source: Source, num_samples: int) -> StreamPlan | None:
-        """The plan of one stream; None if it isn't required and a part has less than one sequence.
+        """Plan one stream. Returns None if it is optional and a part has less than one sequence.
 
         Raises:
-            UserError: files are missing or damaged, or a required part has less than one sequence.
+            UserError: files are missing or damaged, or a part of a required stream has less than one
+                sequence.
         """
         parts = []
         for prefix, weight in parse_blend(source.words, source.flag):
@@ -87,7 +89,7 @@ class Planner:
         facts = self._facts.get(prefix) or self._facts.setdefault(prefix, inspect_prefix(prefix, source.flag))
         first, last = (round(edge * facts.sequences) for edge in source.share)  # as Megatron's builder does
         documents = range(first, last)
-        directory = Path(self._cache_path or f"{prefix}/cache")
+        directory = Path(self._cache_path or f"{prefix}/{INDEX_CACHE_FOLDER}")
         key = epoch_key(
             directory, Path(prefix).name, facts.fingerprint, documents, self._seq_length, self._seed
         )
@@ -95,16 +97,17 @@ class Planner:
 
     def _too_few(self, part: PartPlan, split: Split, tokens: int) -> str:
         return (
-            f"The {split.name} part of {part.prefix} has {tokens:,} tokens in {len(part.documents):,} of "
-            f"{part.facts.sequences:,} documents; one sequence takes {self._seq_length + 1:,} (--seq-length "
-            "and a last label). Give more data, a shorter sequence, or another --split (0 leaves a part out)."
+            f"the {split.name} part of {part.prefix} has {tokens:,} tokens in {len(part.documents):,} of "
+            f"{part.facts.sequences:,} documents, but one sequence needs {self._seq_length + 1:,} "
+            "(--seq-length and a last label); give more data, a smaller --seq-length, or another --split (0 "
+            "for no such part)"
         )
 
     def build(self, streams: Iterable[StreamPlan]) -> None:
-        """Build the cache entries of ``streams`` that this process doesn't see.
+        """Build the cache entries of ``streams`` that are missing on this node.
 
         Raises:
-            UserError: the cache cannot be written, or the data here are not those of the plan.
+            UserError: the cache cannot be written, or the data differ from those in the plan.
         """
         for stream in streams:
             for part in stream.parts:
@@ -118,8 +121,7 @@ class Planner:
         facts = self._facts.get(part.prefix) or inspect_prefix(part.prefix)
         if facts != part.facts:
             raise UserError(
-                f"The data {part.prefix} differ from those that rank 0 sees; copy the same files to all "
-                "nodes."
+                f"the data {part.prefix} differ from those that rank 0 sees; copy the same files to all nodes"
             )
         data = IndexedDataset(part.prefix)
         _build(part.key, partial(epoch_index, data, part.documents, self._seq_length, self._seed))
@@ -130,7 +132,7 @@ def _build(key: cache.Key, make: cache.Make) -> None:
         cache.build(key, make)
     except OSError as error:
         raise UserError(
-            f"The index cache {key.directory} cannot be used: {error}; give a writable --data-cache-path."
+            f"the index cache {key.directory} cannot be written: {error}; give a writable --data-cache-path"
         ) from error
 
 

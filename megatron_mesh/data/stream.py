@@ -1,8 +1,8 @@
-"""An endless, repeatable stream of samples from one data set or a blend of several.
+"""An endless, reproducible stream of samples from one data set or a blend of several.
 
-Sample j depends on the data, the seed, the weights and j alone. Megatron sizes its indices by the length of
-the run, which changes the order of all samples when a run is extended; here every data set is indexed for
-one epoch, and the stream repeats the epochs, each in an order of its own.
+Sample j depends only on the data, the seed, the weights and j. Megatron's indices depend on the length of the
+run, so extending a run would change the order of all samples. Here every data set is indexed for one epoch,
+and the stream repeats it, each time in a different order.
 """
 
 import math
@@ -21,7 +21,7 @@ from megatron_mesh.runtime import strict_json
 
 
 class Origin(NamedTuple):
-    """Where a sample is from: the prefix, how often it was read through before, the place in one epoch."""
+    """Where a sample comes from: the prefix, the number of earlier epochs, and the position in the epoch."""
 
     prefix: str
     epoch: int
@@ -29,7 +29,7 @@ class Origin(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One data set of a blend: ``dataset`` holds one epoch, ``weight`` is its share (of a sum of 1)."""
+    """One data set of a blend: ``dataset`` is one epoch of it; all ``weight`` values sum to 1."""
 
     prefix: str
     weight: float
@@ -37,16 +37,16 @@ class Part(NamedTuple):
 
 
 def blend_key(cache: Path, weights: Sequence[float], num_samples: int) -> Key:
-    """The cache entry of a blend: which data set each sample comes from."""
+    """Return the cache key of a blend's index, which assigns a data set to each sample."""
     description = {"index": "blend", "weights": list(weights), "samples": num_samples}
     return Key(cache, "blend", strict_json.dumps(description))
 
 
 def blend_index(weights: Sequence[float], num_samples: int) -> Arrays:
-    """The data set of each sample [num_samples] int16, and its number within that one [num_samples] int64.
+    """Return the data set of each sample, [num_samples] int16, and its number in there, [num_samples] int64.
 
-    Each sample comes from the data set that lags furthest behind its weight. Megatron's
-    build_blending_indices is greedy, so a longer stream begins with the shorter one.
+    Each sample comes from the data set that is furthest behind its weight. Megatron's build_blending_indices
+    is greedy, so a longer stream begins with the same samples.
     """
     part_of = np.zeros(num_samples, np.int16)
     sample_of = np.zeros(num_samples, np.int64)
@@ -58,9 +58,9 @@ class SampleStream(torch.utils.data.Dataset):
     """The first ``num_samples`` samples of the stream.
 
     Args:
-        blend: what ``blend_index`` returned, memory-mapped: 10 bytes a sample, which the processes of a node
-            share. None for a single part.
-        order: a digest of all that decides which samples come in which order, but for their number.
+        blend: the result of ``blend_index``, memory-mapped: 10 bytes per sample, shared by the processes of a
+            node. None for a single part.
+        order: a digest of everything that determines the samples and their order, except for their number.
     """
 
     def __init__(
@@ -77,12 +77,12 @@ class SampleStream(torch.utils.data.Dataset):
         return self.num_samples
 
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
-        """Sample ``sample``: tokens, labels, position_ids (int64) and loss_mask (float32), each [S]."""
+        """Return tokens, labels, position_ids (int64) and loss_mask (float32) of a sample, each [S]."""
         part, _, position = self._locate(sample)
         return part.dataset[position]
 
     def origin(self, sample: int) -> Origin:
-        """Name where sample ``sample`` comes from."""
+        """Return where a sample comes from."""
         part, epoch, position = self._locate(sample)
         return Origin(part.prefix, epoch, position)
 
@@ -100,11 +100,11 @@ class SampleStream(torch.utils.data.Dataset):
 
 @lru_cache(maxsize=256)
 def epoch_order(seed: int, epoch: int, samples: int) -> tuple[int, int]:
-    """Stride and shift of an epoch: its i-th sample is ``(i * stride + shift) % samples`` of the first epoch.
+    """Return stride and shift: sample i of an epoch is ``(i * stride + shift) % samples`` of the first epoch.
 
-    The first epoch is in Megatron's shuffled order. A later one walks through that order with a random stride
-    that shares no factor with ``samples``, so it meets every sample once and needs no memory, where a
-    permutation would need 8 bytes a sample in every loader process.
+    The first epoch is in Megatron's shuffled order. Later ones walk through that order with a random stride
+    that is coprime to ``samples``, so they visit every sample once. Unlike a permutation, which takes 8 bytes
+    per sample in every loader process, this needs no memory.
     """
     if epoch == 0:
         return 1, 0

@@ -18,6 +18,7 @@ from megatron_mesh.evaluation.engines import TRANSFORMERS, VLLM
 from megatron_mesh.hf.ship import TOKENIZER_CLASS
 from megatron_mesh.hf.tokenizer import tokenizer_of
 from megatron_mesh.runtime import device, strict_json
+from megatron_mesh.runtime.run_files import CHECKPOINT_PREFIX
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -63,7 +64,7 @@ def checkpoint_source(load: Path, tokenizer_model: str | None) -> ModelSource:
     """
     if (load / "config.json").is_file():
         raise UserError(f"--load {load} is a Hugging Face directory; use --model for it")
-    named = load.name.startswith("iter_")  # read_checkpoint reports it if it is incomplete
+    named = load.name.startswith(CHECKPOINT_PREFIX)  # read_checkpoint reports it if it is incomplete
     path = load if named else candidates(CheckpointConfig(load=str(load)))[0]
     tokenizer = tokenizer_of(read_checkpoint(path).config.data, tokenizer_model)
     if tokenizer is None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from megatron_mesh.faults.disk import join_namespace
 from megatron_mesh.runtime import phases
+from megatron_mesh.runtime.run_files import CHECKPOINTS
 
 ENTRY = Path(__file__).resolve().parents[2] / "pretrain_mesh.py"
 HOLD_SECONDS = 120.0
@@ -132,7 +133,9 @@ class Watched:
             return ()
         self._stepped = True
         # Those that are being deleted in the background have to be gone at the end of the run only.
-        return tuple(path.name for path in self._save.glob("iter_*") if path.suffix not in ("", ".deleting"))
+        return tuple(
+            path.name for path in self._save.glob(CHECKPOINTS) if path.suffix not in ("", ".deleting")
+        )
 
 
 def run_rank(

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mesh.checkpoint.directory import saved_steps
+from megatron_mesh.runtime.run_files import CHECKPOINTS, METRICS_FILE, earlier_versions
 
 SETTINGS = """\
 recurrence: mesh
@@ -85,8 +86,9 @@ def records(output: Path) -> list[dict]:
 
     A start that finds no checkpoint keeps what an earlier one wrote as metrics.1.jsonl and so on.
     """
-    kept = sorted(output.glob("metrics.*.jsonl"), key=lambda path: int(path.name.split(".")[1]))
-    texts = [path.read_text(encoding="utf-8") for path in (*kept, output / "metrics.jsonl") if path.exists()]
+    metrics = output / METRICS_FILE
+    paths = [*earlier_versions(metrics), metrics]
+    texts = [path.read_text(encoding="utf-8") for path in paths if path.exists()]
     found = []
     for line in "\n".join(texts).splitlines():
         try:
@@ -125,7 +127,7 @@ def newest_step(save: Path) -> int:
 
 def unfinished(save: Path) -> list[str]:
     """Directories on their way in or out."""
-    return [path.name for path in save.glob("iter_*") if path.suffix]
+    return [path.name for path in save.glob(CHECKPOINTS) if path.suffix]
 
 
 def what_it_said(text: str, stepped: bool) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import megatron_mesh
 from megatron_mesh.checkpoint.directory import Checkpoint
-from megatron_mesh.checkpoint.inspect import loss_in_words
+from megatron_mesh.checkpoint.inspect import format_loss
 from megatron_mesh.config.derived import layout
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.layers import LayerLayout
@@ -202,8 +202,8 @@ def model_card(checkpoint: Checkpoint, vocabulary: ExportVocabulary, tokenizer_n
     metrics = {
         "steps": f"{state['step']:,}",
         "sequences": f"{state['consumed_samples']:,}",
-        "training loss, nats per token": loss_in_words(state, "train_loss") or "not measured",
-        "validation loss, nats per token": loss_in_words(state, "valid_loss") or "not measured",
+        "training loss, nats per token": format_loss(state, "train_loss") or "not measured",
+        "validation loss, nats per token": format_loss(state, "valid_loss") or "not measured",
     }
     tokens = _TOKENS + (_TOKENIZER_CODE if tokenizer_needs_code else "")
     if vocabulary.padding is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_mesh.checkpoint import offline
 from megatron_mesh.checkpoint.directory import Checkpoint
 from megatron_mesh.checkpoint.index import Index
-from megatron_mesh.checkpoint.reader import read_whole
+from megatron_mesh.checkpoint.reader import read_tensor
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.data.tokenizer import Tokenizer, check_vocab
 from megatron_mesh.errors import UserError
@@ -57,7 +57,7 @@ def export_checkpoint(
             contains the checkpoint.
     """
     _check_target(directory, force)
-    saved = offline.whole_checkpoint(checkpoint)
+    saved = offline.open_checkpoint(checkpoint)
     tokenizer = tokenizer_of(saved.config.data, tokenizer_model)
     exported, trained = _vocabulary(saved.config.model, tokenizer)
     directory = directory.resolve()  # keeps a symbolic link and replaces the directory that it points to
@@ -68,7 +68,7 @@ def export_checkpoint(
         )
     partial = _empty_partial(directory)
     needs_code = tokenizer is not None and _write_tokenizer(tokenizer, partial, saved.config.model.seq_length)
-    with offline.damage_named(saved.path):
+    with offline.name_checkpoint_in_errors(saved.path):
         dtype = _write_weights(saved, partial, trained, exported.rows, dtype, shard_bytes)
     _write_texts(saved, partial, exported, str(dtype).removeprefix("torch."), needs_code)
     _publish(partial, directory)
@@ -160,7 +160,7 @@ def _write_weights(
             omitted |= _write_shard(index, shard, trained, target, directory / file_name)
     _write_index(plan, directory)
     if folding.needs_file(model) and target == stored[EMBEDDING].dtype:
-        embedding = read_whole(index, EMBEDDING)
+        embedding = read_tensor(index, EMBEDDING)
         folding.write_unscaled(vocabulary.to_export(embedding, trained, rows), directory)
     vocabulary.write_omitted_rows(omitted, directory)
     return target
@@ -172,7 +172,7 @@ def _write_shard(
     """Write one weight file. Return the vocabulary rows that it omits, by the checkpoint's tensor names."""
     converted, omitted = {}, {}
     for entry in shard:
-        tensor = read_whole(index, entry.key, layer=entry.layer)
+        tensor = read_tensor(index, entry.key, layer=entry.layer)
         if entry.key in VOCABULARY:
             omitted[entry.key] = tensor[trained:].to(dtype, copy=True)  # a view would keep all rows in memory
             tensor = vocabulary.to_export(tensor, trained, entry.shape[0])

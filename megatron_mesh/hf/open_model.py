@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from megatron_mesh.checkpoint.offline import whole_checkpoint
+from megatron_mesh.checkpoint.offline import open_checkpoint
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.configuration_mesh import MeshConfig
 from megatron_mesh.hf.export import export_checkpoint
@@ -34,7 +34,7 @@ def temporary_export(load: Path, tokenizer_model: str | None = None) -> Iterator
     Raises:
         UserError: ``export_checkpoint`` fails, or no tokenizer is known.
     """
-    saved = whole_checkpoint(load, check_sums=False)  # export_checkpoint verifies the checksums
+    saved = open_checkpoint(load, check_sums=False)  # export_checkpoint verifies the checksums
     if tokenizer_model is None and saved.config.data.tokenizer_model is None:
         raise UserError(
             f"{load} was trained without a tokenizer; specify the one of its data with --tokenizer-model"

@@ -10,10 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
-
-METRICS_FILE = "metrics.jsonl"
-LOSS_FILE = "loss.png"
-ROUTERS_FILE = "routers.png"
+from megatron_mesh.runtime.run_files import LOSS_FIGURE, METRICS_FILE, ROUTERS_FIGURE
 
 Row = dict[str, Any]
 """A line of metrics.jsonl: ``kind``, ``step`` and the values of that kind."""
@@ -110,9 +107,9 @@ def draw_run(run: Path, output: Path) -> list[Path]:
     rows = read_metrics(run)
     if not rows.get("train"):
         raise UserError(f"{run / METRICS_FILE} has no training step yet; wait for the run's first line")
-    figures = {LOSS_FILE: loss_figure(rows)}
+    figures = {LOSS_FIGURE: loss_figure(rows)}
     if "router" in rows["train"][-1]:
-        figures[ROUTERS_FILE] = router_figure(rows["train"][-1])
+        figures[ROUTERS_FIGURE] = router_figure(rows["train"][-1])
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():

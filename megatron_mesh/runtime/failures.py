@@ -13,10 +13,9 @@ from typing import Any
 
 from megatron_mesh.runtime.files import replace_text
 from megatron_mesh.runtime.owner_file import given_token, held_by_another
+from megatron_mesh.runtime.run_files import CHECKPOINTS, STATUS_FILE
 
 FAILED, RUNNING = "failed", "running"
-STATUS_FILE = "run_status.txt"
-"""Its first line is one word for scripts. Further lines say why a run failed, one for each cause."""
 TURN_SECONDS = 5.0
 """How long a rank that writes to the status file waits for the rank before it."""
 
@@ -230,4 +229,4 @@ def _no_new_file(path: str, flags: int) -> int:
 
 def _is_another_runs(save: Path) -> bool:
     """Whether ``save`` holds checkpoints. A batch script that has claimed it owns it all the same."""
-    return any(save.glob("iter_*")) and given_token() is None
+    return any(save.glob(CHECKPOINTS)) and given_token() is None

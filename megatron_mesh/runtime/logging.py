@@ -18,12 +18,9 @@ from megatron_mesh.runtime import strict_json
 from megatron_mesh.runtime.console import Bar, Lines
 from megatron_mesh.runtime.files import replace_text
 from megatron_mesh.runtime.records import Kind, Record, Sink
+from megatron_mesh.runtime.run_files import METRICS_FILE, WANDB_ID_FILE
 
 logger = logging.getLogger(__name__)
-
-METRICS_FILE = "metrics.jsonl"
-WANDB_ID_FILE = "wandb_run_id.txt"
-"""In the output directory: which Weights & Biases run the numbers go to after a restart, too."""
 
 
 class Log:

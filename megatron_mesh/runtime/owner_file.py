@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mesh.runtime import strict_json
-
-OWNER_FILE = "run_owner.txt"
+from megatron_mesh.runtime.run_files import OWNER_FILE
 
 _SLURM_TOKEN = re.compile(r"(\d+(?:_\d+)?)\.\d+")
 """A job, or an element of an array, and how often it was restarted."""

@@ -22,7 +22,8 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
 from megatron_mesh.runtime.agreement import from_rank_zero
 from megatron_mesh.runtime.health import Health
-from megatron_mesh.runtime.owner_file import OWNER_FILE, Owner, describe_this_process, given_token, read_owner
+from megatron_mesh.runtime.owner_file import Owner, describe_this_process, given_token, read_owner
+from megatron_mesh.runtime.run_files import OWNER_FILE
 
 logger = logging.getLogger(__name__)
 

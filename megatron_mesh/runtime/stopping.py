@@ -16,12 +16,11 @@ from types import FrameType
 
 from megatron_mesh.config.schema import CheckpointConfig
 from megatron_mesh.runtime.distributed import is_rank_zero
-from megatron_mesh.runtime.failures import STATUS_FILE
 from megatron_mesh.runtime.files import replace_text
+from megatron_mesh.runtime.run_files import STATUS_FILE, STOP_FILE
 
 logger = logging.getLogger(__name__)
 
-STOP_FILE = "stop"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO_SECONDS = 5.0
 """A signal this soon after the first is the same request: launchers repeat signals that ranks already got."""

@@ -4,10 +4,11 @@ import os
 from pathlib import Path
 
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.run_files import BATCH_SCRIPT, STARTS_FILE
 from megatron_mesh.slurm.commands import CHANGING, Job, known_jobs, slurm, submit, withdraw
 from megatron_mesh.slurm.files import read_files
-from megatron_mesh.slurm.script import SCRIPT, folder, is_chained
-from megatron_mesh.slurm.submission import STARTS, note_jobs
+from megatron_mesh.slurm.script import folder, is_chained
+from megatron_mesh.slurm.submission import note_jobs
 
 
 class AlreadyDone(UserError):
@@ -44,7 +45,7 @@ def requeue(run: Path, chain: int) -> str:
 
 def _next_start(run: Path, in_chain: bool) -> str:
     """What happens after a job has saved; ``in_chain``: another one waits for its end."""
-    script = folder(run) / SCRIPT
+    script = folder(run) / BATCH_SCRIPT
     if in_chain:
         return "; the next job of the chain resumes"
     if script.is_file() and is_chained(script.read_text(encoding="utf-8")):
@@ -58,8 +59,8 @@ def submit_again(run: Path, chain: int) -> list[str]:
     Raises:
         UserError: there is none, SLURM refuses, or the directory cannot be written.
     """
-    script = folder(run) / SCRIPT
-    starts = folder(run) / STARTS
+    script = folder(run) / BATCH_SCRIPT
+    starts = folder(run) / STARTS_FILE
     try:
         if script.is_file() or starts.is_file():
             with starts.open("a", encoding="utf-8") as file:

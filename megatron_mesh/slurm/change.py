@@ -14,12 +14,13 @@ from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import flatten
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.run_files import BATCH_SCRIPT, CONFIG_FILE, SITE_FILE, STARTS_FILE
 from megatron_mesh.slurm.actions import suspended
 from megatron_mesh.slurm.commands import Job, known_jobs, slurm, submit, withdraw
 from megatron_mesh.slurm.files import read_files
-from megatron_mesh.slurm.script import SCRIPT, Shape, batch_script, folder, is_chained, option_of
+from megatron_mesh.slurm.script import Shape, batch_script, folder, is_chained, option_of
 from megatron_mesh.slurm.site import Site, read_site
-from megatron_mesh.slurm.submission import SETTINGS_FILE, SITE_FILE, STARTS, note_jobs, prepared
+from megatron_mesh.slurm.submission import note_jobs, prepared
 
 _SHAPE_OPTIONS = ("nodes", "gpus-per-node", "cpus-per-task", "time")
 
@@ -62,7 +63,7 @@ def plan_change(run: Path, wanted: Wanted, prog: str) -> Change:
     Raises:
         UserError: it changes nothing, is refused, or the run is running, done, or not the tool's.
     """
-    paths = [folder(run) / name for name in (SCRIPT, SETTINGS_FILE, SITE_FILE)]
+    paths = [folder(run) / name for name in (BATCH_SCRIPT, CONFIG_FILE, SITE_FILE)]
     if not all(path.is_file() for path in paths):
         raise UserError(f"{run} was not submitted with submit_slurm.py; change its batch script instead")
     old_script, old_site = (path.read_text(encoding="utf-8") for path in (paths[0], paths[2]))
@@ -151,9 +152,9 @@ def make_change(change: Change) -> str:
             if keeps:
                 slurm("scontrol", "hold", ",".join(job.number for job in change.waiting))
             else:
-                jobs = submit(target / "next" / SCRIPT, change.shape.chain, "--hold")
+                jobs = submit(target / "next" / BATCH_SCRIPT, change.shape.chain, "--hold")
             with _swapped(target) as aside:
-                with (target / STARTS).open("a", encoding="utf-8") as file:
+                with (target / STARTS_FILE).open("a", encoding="utf-8") as file:
                     file.write("by-hand -\n")
                 note_jobs(change.run, jobs)
         except BaseException:  # Ctrl-C too
@@ -185,8 +186,8 @@ def _words(change: Change, jobs: Sequence[str]) -> str:
 
 def _write_next(change: Change, target: Path) -> None:
     target.mkdir(exist_ok=True)
-    (target / SCRIPT).write_text(change.script, encoding="utf-8")
-    (target / SETTINGS_FILE).write_text(dump_config(change.config), encoding="utf-8")
+    (target / BATCH_SCRIPT).write_text(change.script, encoding="utf-8")
+    (target / CONFIG_FILE).write_text(dump_config(change.config), encoding="utf-8")
     site = change.site.path.read_text(encoding="utf-8")
     (target / SITE_FILE).write_text(site, encoding="utf-8")
 
@@ -198,7 +199,7 @@ def _swapped(target: Path) -> Iterator[Path]:
     Yields:
         A new directory with the earlier files. If the body fails, they are put back.
     """
-    names = (SCRIPT, SETTINGS_FILE, SITE_FILE)
+    names = (BATCH_SCRIPT, CONFIG_FILE, SITE_FILE)
     number = 1
     while (aside := target / f"before-{number}").exists():
         number += 1

@@ -1,7 +1,6 @@
 """What the files of a run say about it. Nothing here asks SLURM."""
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,15 +12,20 @@ from megatron_mesh.config.schema import TrainingConfig
 from megatron_mesh.config.sources import read_yaml
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
-from megatron_mesh.runtime.failures import STATUS_FILE
-from megatron_mesh.slurm.script import SCRIPT, folder, option_of
-from megatron_mesh.slurm.submission import JOBS, SETTINGS_FILE, STARTS
+from megatron_mesh.runtime.run_files import (
+    BATCH_SCRIPT,
+    CONFIG_FILE,
+    JOBS_FILE,
+    METRICS_FILE,
+    STARTS_FILE,
+    STATUS_FILE,
+    checkpoint_step,
+)
+from megatron_mesh.slurm.script import folder, option_of
 
-_METRICS_FILE = "metrics.jsonl"
 _BLOCK = 1 << 20
 _LONGEST_SEARCH = 64 * _BLOCK
 """Bytes of metrics.jsonl, from its end, in which the newest records are looked for."""
-_CHECKPOINT = re.compile(r"iter_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -105,13 +109,13 @@ def read_files(run: Path) -> RunFiles:
 def _read(run: Path) -> RunFiles:
     lines = _lines(run / STATUS_FILE)
     settings = _settings(run)
-    metrics = _working_directory(run) / (settings.get("output_dir") or run) / _METRICS_FILE
-    events = [event for event in map(_event, _lines(folder(run) / STARTS)) if event]
-    checkpoints = [int(match[1]) for path in run.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
-    if not (lines or events or checkpoints or metrics.exists() or (folder(run) / JOBS).exists()):
+    metrics = _working_directory(run) / (settings.get("output_dir") or run) / METRICS_FILE
+    events = [event for event in map(_event, _lines(folder(run) / STARTS_FILE)) if event]
+    checkpoints = [step for path in run.iterdir() if (step := checkpoint_step(path.name)) is not None]
+    if not (lines or events or checkpoints or metrics.exists() or (folder(run) / JOBS_FILE).exists()):
         raise UserError(f"{run} is not a run: it has no jobs, no metrics.jsonl and no checkpoints")
     train, save, failed = _newest_records(metrics)
-    jobs = dict.fromkeys([*_lines(folder(run) / JOBS), *(event.job for event in events)])
+    jobs = dict.fromkeys([*_lines(folder(run) / JOBS_FILE), *(event.job for event in events)])
     return RunFiles(
         run=run,
         word=(lines or ["not started"])[0],
@@ -133,7 +137,7 @@ def _lines(path: Path) -> list[str]:
 
 def _settings(run: Path) -> dict[str, Any]:
     """Settings as submitted, or as the trainer wrote them; {} if they are an older version's."""
-    for path in (folder(run) / SETTINGS_FILE, run / SETTINGS_FILE):
+    for path in (folder(run) / CONFIG_FILE, run / CONFIG_FILE):
         if path.is_file():
             try:
                 return read_yaml(path)
@@ -144,7 +148,7 @@ def _settings(run: Path) -> dict[str, Any]:
 
 def _working_directory(run: Path) -> Path:
     """Where relative paths of a run's settings start; this process's directory if the script doesn't say."""
-    script = folder(run) / SCRIPT
+    script = folder(run) / BATCH_SCRIPT
     text = script.read_text(encoding="utf-8") if script.is_file() else ""
     return Path(option_of(text, "chdir") or "")
 

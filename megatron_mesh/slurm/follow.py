@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.run_files import JOBS_FILE
 from megatron_mesh.slurm.commands import Job, known_jobs, slurm
 from megatron_mesh.slurm.files import RunFiles, read_files
 from megatron_mesh.slurm.script import folder
@@ -63,7 +64,7 @@ def _current(files: RunFiles) -> str:
 
 def _log(run: Path, job: str) -> Path:
     path = folder(run) / f"{job}.log"
-    if path.exists() or (folder(run) / "jobs.txt").exists():
+    if path.exists() or (folder(run) / JOBS_FILE).exists():
         return path
     found = re.search(r" StdOut=(.*?)(?: Power=|$)", slurm("scontrol", "-o", "show", "job", job))
     if found is None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.run_files import BATCH_SCRIPT, CODE_FOLDER, CONFIG_FILE, SITE_FILE, SLURM_FOLDER
 from megatron_mesh.slurm.site import Site, seconds_of
 
-FOLDER, SCRIPT, ARRAY_SCRIPT = "slurm", "job.sbatch", "array.sbatch"
 _NOT_IN_PATHS = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
 """SLURM's --output knows no way to write a backslash, and a line of a script no control characters."""
 
@@ -30,7 +30,7 @@ class Shape:
 
 def folder(run: Path) -> Path:
     """Where a run keeps what its jobs need."""
-    return run / FOLDER
+    return run / SLURM_FOLDER
 
 
 def batch_script(run: Path, load: str | None, site: Site, shape: Shape) -> str:
@@ -45,14 +45,14 @@ def batch_script(run: Path, load: str | None, site: Site, shape: Shape) -> str:
     if site.environment != "venv" and re.search("[:,]", str(run)):
         raise UserError(f"--save {run}: a container cannot mount a path with a colon or a comma; rename it")
     lines = _head(site, shape, run.name, f"{_pattern(folder(run))}/%j.log")
-    code = '"$RUN/slurm/code"' if shape.code is None else shlex.quote(str(shape.code))
-    lines += [f"RUN={shlex.quote(str(run))}", f"CODE={code}", 'SITE="$RUN/slurm/site.sh"']
-    lines += ['SETTINGS=(--config "$RUN/slurm/config.yaml")']
+    code = f'"$RUN/{SLURM_FOLDER}/{CODE_FOLDER}"' if shape.code is None else shlex.quote(str(shape.code))
+    lines += [f"RUN={shlex.quote(str(run))}", f"CODE={code}", f'SITE="$RUN/{SLURM_FOLDER}/{SITE_FILE}"']
+    lines += [f'SETTINGS=(--config "$RUN/{SLURM_FOLDER}/{CONFIG_FILE}")']
     if load is not None and load != str(run):
         lines += [f"LOAD={shlex.quote(load)}"]
     if shape.chain > 1:
         lines += ["REQUEUE=no # the next job of the chain resumes"]
-    return "\n".join([*lines, '. "$RUN/slurm/job.sh"', ""])
+    return "\n".join([*lines, f'. "$RUN/{SLURM_FOLDER}/job.sh"', ""])
 
 
 def array_script(top: Path, elements: int, site: Site, shape: Shape, at_once: int | None) -> str:
@@ -60,7 +60,7 @@ def array_script(top: Path, elements: int, site: Site, shape: Shape, at_once: in
     lines = _head(site, shape, top.name, f"{_pattern(folder(top))}/%a/%A_%a.log")
     limit = f"%{at_once}" if at_once else ""
     lines.insert(1, f"#SBATCH --array=0-{elements - 1}{limit}")
-    return "\n".join([*lines, f'. {shlex.quote(str(folder(top)))}/"$SLURM_ARRAY_TASK_ID"/{SCRIPT}', ""])
+    return "\n".join([*lines, f'. {shlex.quote(str(folder(top)))}/"$SLURM_ARRAY_TASK_ID"/{BATCH_SCRIPT}', ""])
 
 
 def option_of(script: str, name: str) -> str | None:

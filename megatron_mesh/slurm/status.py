@@ -8,11 +8,11 @@ from typing import Any
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
 from megatron_mesh.runtime.failures import RUNNING
+from megatron_mesh.runtime.run_files import SITE_FILE
 from megatron_mesh.slurm.commands import STATUS_SECONDS, Job, known_jobs
 from megatron_mesh.slurm.files import RunFiles, read_files
 from megatron_mesh.slurm.script import folder
 from megatron_mesh.slurm.site import read_site
-from megatron_mesh.slurm.submission import SITE_FILE
 
 UNFINISHED = 75
 """Exit status of a job whose run was stopped before its end (``examples/slurm/job.sh``)."""

@@ -13,11 +13,18 @@ from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import CheckpointConfig, Config
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.run_files import (
+    BATCH_SCRIPT,
+    CODE_FOLDER,
+    CONFIG_FILE,
+    JOBS_FILE,
+    SITE_FILE,
+    VERSION_FILE,
+)
 from megatron_mesh.slurm.commands import submit, withdraw
-from megatron_mesh.slurm.script import SCRIPT, Shape, batch_script, folder
+from megatron_mesh.slurm.script import Shape, batch_script, folder
 from megatron_mesh.slurm.site import Site
 
-JOBS, STARTS, SETTINGS_FILE, SITE_FILE = "jobs.txt", "starts.txt", "config.yaml", "site.sh"
 _SHELL_FILES = ("job.sh", "environment.sh", "task.sh")
 _ROOT = Path(megatron_mesh.__file__).resolve().parents[1]
 _EXAMPLES = _ROOT / "examples/slurm"
@@ -97,13 +104,13 @@ def write_run(config: Config, run: Path, site: Site, script: str, *, with_code: 
     """Write the files of ``RUN/slurm``, an empty directory."""
     target = folder(run)
     if with_code:
-        copy_code(target / "code")
+        copy_code(target / CODE_FOLDER)
     for name in _SHELL_FILES:
         shutil.copy(_EXAMPLES / name, target)
     shutil.copy(site.path, target / SITE_FILE)
-    (target / SETTINGS_FILE).write_text(dump_config(config), encoding="utf-8")
-    (target / "version.txt").write_text(f"{_version()}\n", encoding="utf-8")
-    (target / SCRIPT).write_text(script, encoding="utf-8")
+    (target / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+    (target / VERSION_FILE).write_text(f"{_version()}\n", encoding="utf-8")
+    (target / BATCH_SCRIPT).write_text(script, encoding="utf-8")
 
 
 def write_and_submit(config: Config, run: Path, site: Site, shape: Shape) -> list[str]:
@@ -115,7 +122,7 @@ def write_and_submit(config: Config, run: Path, site: Site, shape: Shape) -> lis
     script = batch_script(run, config.checkpoint.load, site, shape)
     with new_directories(folder(run)):
         write_run(config, run, site, script)
-        return submit_and_note(folder(run) / SCRIPT, shape.chain, lambda jobs: {run: jobs})
+        return submit_and_note(folder(run) / BATCH_SCRIPT, shape.chain, lambda jobs: {run: jobs})
 
 
 def submit_and_note(
@@ -136,7 +143,7 @@ def submit_and_note(
 
 def note_jobs(run: Path, jobs: Sequence[str]) -> None:
     """Add jobs to the list of those that the run has had."""
-    with (folder(run) / JOBS).open("a", encoding="utf-8") as file:
+    with (folder(run) / JOBS_FILE).open("a", encoding="utf-8") as file:
         file.writelines(f"{job}\n" for job in jobs)
 
 

@@ -10,7 +10,8 @@ from megatron_mesh.arguments import parse_args
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import SETTINGS, flag, unknown_setting
 from megatron_mesh.errors import UserError
-from megatron_mesh.slurm.script import ARRAY_SCRIPT, SCRIPT, Shape, array_script, batch_script, folder
+from megatron_mesh.runtime.run_files import ARRAY_SCRIPT, BATCH_SCRIPT, CODE_FOLDER, SLURM_FOLDER
+from megatron_mesh.slurm.script import Shape, array_script, batch_script, folder
 from megatron_mesh.slurm.site import Site
 from megatron_mesh.slurm.submission import copy_code, new_directories, prepared, submit_and_note, write_run
 
@@ -108,10 +109,10 @@ def write_and_submit_sweep(
     target = folder(top)
     scripts = [batch_script(each.run, each.config.checkpoint.load, site, shape) for each in found]
     with new_directories(target, *(folder(each.run) for each in found)):
-        copy_code(target / "code")
+        copy_code(target / CODE_FOLDER)
         for index, (each, script) in enumerate(zip(found, scripts, strict=True)):
             write_run(each.config, each.run, site, script, with_code=False)
-            (target / str(index)).symlink_to(Path("..", each.run.name, "slurm"))
+            (target / str(index)).symlink_to(Path("..", each.run.name, SLURM_FOLDER))
         script = array_script(top, len(found), site, shape, at_once)
         (target / ARRAY_SCRIPT).write_text(script, encoding="utf-8")
         return submit_and_note(
@@ -127,5 +128,7 @@ def runs_in(path: Path) -> list[Path]:
     """The runs of a sweep's directory, in the order of the array; any other path is a run itself."""
     if not (folder(path) / ARRAY_SCRIPT).is_file():
         return [path]
-    links = [link for link in folder(path).iterdir() if link.name.isdecimal() and (link / SCRIPT).is_file()]
+    links = [
+        link for link in folder(path).iterdir() if link.name.isdecimal() and (link / BATCH_SCRIPT).is_file()
+    ]
     return [path / link.readlink().parent.name for link in sorted(links, key=lambda link: int(link.name))]

@@ -1,4 +1,4 @@
-"""Metrics of a run: speed, memory, and where the routers write and read."""
+"""Measures a run: speed, memory, and how the MeSH routers weight their slots."""
 
 import math
 import time
@@ -18,12 +18,12 @@ from megatron_mesh.runtime import device
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where a float cannot hold it."""
+    """Return exp(loss), or infinity if that overflows a float."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 class SpeedMeter:
-    """Measures the time per step since the last ``read`` or construction; ``paused`` stops the clock."""
+    """Measures the time per step since construction or the last ``read``. ``paused`` stops the clock."""
 
     def __init__(self, config: Config, step: int, consumed_samples: int):
         self.seq_length = config.model.seq_length
@@ -33,7 +33,7 @@ class SpeedMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude what runs inside from the time per step; waits for the device before and after."""
+        """Exclude the enclosed work from the time per step. Waits for the device before and after."""
         device.synchronize()
         stopped = time.perf_counter()
         yield
@@ -41,10 +41,14 @@ class SpeedMeter:
         self._start += time.perf_counter() - stopped
 
     def read(self, step: int, consumed_samples: int) -> dict[str, float]:
-        """Return the speed of the steps up to ``step`` and the peak memory of the fullest rank.
+        """Return the speed since the last ``read`` and the peak memory of the fullest rank.
 
-        ``step`` ends after ``consumed_samples``. Tokens/s are those of the whole job, TFLOP/s those of the
-        unrolled network per device. Collective; waits for the device.
+        Tokens/s are for the whole job; TFLOP/s are per device and count the unrolled network. Collective;
+        waits for the device.
+
+        Args:
+            step: the step that has just ended.
+            consumed_samples: samples that the run has consumed by then.
         """
         device.synchronize()
         now = time.perf_counter()
@@ -66,19 +70,19 @@ class SpeedMeter:
 
 
 class RouterMeter:
-    """Mean write and read weight per cycle and slot, and the routers' entropy, over all tokens.
+    """Measures the routers' mean write and read weights per cycle and slot, and their entropy.
 
     Costs nothing outside ``observing``.
     """
 
     def __init__(self, scheme: Scheme | None, enabled: bool = True):
-        """``scheme``: the recurrence, on the ranks that hold it (those of the first pipeline stage)."""
+        """``scheme``: the recurrence; None on ranks without it, which are those after the first stage."""
         self.scheme = scheme if enabled and isinstance(scheme, MeSH) else None
         self._sums: dict[int, Tensor] = {}
 
     @contextmanager
     def observing(self, wanted: bool = True) -> Iterator[None]:
-        """Collect from the forward passes inside, if ``wanted``."""
+        """If ``wanted``, collect weights from the forward passes of the enclosed work."""
         if self.scheme is None or not wanted:
             yield
             return
@@ -100,13 +104,13 @@ class RouterMeter:
         self._sums[cycle] = self._sums[cycle] + sums if cycle in self._sums else sums
 
     def read(self) -> dict[str, Any]:
-        """Return means over tokens, micro-batches and ranks of the last ``observing``.
+        """Average over the tokens, micro-batches and ranks of the last ``observing``.
 
         Collective on the ranks that hold the routers; waits for the device.
 
         Returns:
             ``{"router": {"write": [cycle][slot], "read": [cycle][slot], "write_entropy": [cycle] (nats),
-            "read_entropy": [cycle]}}``, or nothing where the model has no routers.
+            "read_entropy": [cycle]}}``, or {} if the model has no routers.
         """
         if self.scheme is None:
             return {}

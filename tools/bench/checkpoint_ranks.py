@@ -31,6 +31,7 @@ from megatron_mesh.planner.text import size
 from megatron_mesh.runtime import device
 from megatron_mesh.runtime.console import show_messages
 from megatron_mesh.runtime.distributed import is_rank_zero, model_parallel_groups
+from megatron_mesh.runtime.run_files import CHECKPOINTS
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule
 from tools.bench.counting import Counts, counted
 
@@ -150,7 +151,7 @@ def _remove(path: Path) -> None:
 
 def _load(config: Config, directory: Path, rounds: int) -> list[Operation]:
     """Load the one checkpoint in ``directory``."""
-    run, (checkpoint,) = build_untrained(config), list(directory.glob("iter_*"))
+    run, (checkpoint,) = build_untrained(config), list(directory.glob(CHECKPOINTS))
     found = []
     for number in range(1, rounds + 1):
         print_progress(f"another rank layout, round {number} of {rounds}: loading")

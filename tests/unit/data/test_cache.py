@@ -1,4 +1,4 @@
-"""The index cache: what is in it, damage, and several processes that build it at once."""
+"""The index cache: contents, damage, and several processes that build it at once."""
 
 import multiprocessing
 import os
@@ -22,7 +22,7 @@ KEY_TEXT = "an entry of numbers"
 
 
 def numbers() -> cache.Arrays:
-    """Arrays larger than the two ends that are checked, and a small one."""
+    """Return an array larger than the two ends that are verified, and a small one."""
     return {"long": np.arange(100_000), "pairs": np.arange(6, dtype=np.int32).reshape(3, 2)}
 
 
@@ -86,7 +86,7 @@ def damage_truncated(entry: Path) -> None:
 
 
 def damage_tail_is_zero(entry: Path) -> None:
-    """As after a copy that was cut off, into a file of the full size."""
+    """Damage a file like an interrupted copy into a preallocated file."""
     os.truncate(entry / "long.npy", 400_000)
     os.truncate(entry / "long.npy", 100_000 * 8 + 128)
 
@@ -108,7 +108,7 @@ def damage_manifest(entry: Path) -> None:
 
 
 def damage_foreign(entry: Path) -> None:
-    """An entry of something else under this name."""
+    """Put another entry in this one's place."""
     other = cache.Key(entry.parent, "numbers", "something else")
     cache.build(other, numbers)
     shutil.rmtree(entry)
@@ -137,13 +137,13 @@ def test_a_damaged_or_foreign_entry_is_rebuilt(tmp_path: Path, damage: Callable[
     assert all(np.array_equal(loaded[name], array) for name, array in numbers().items())
 
 
-def test_a_whole_entry_is_not_built_again(tmp_path: Path) -> None:
+def test_an_intact_entry_is_not_rebuilt(tmp_path: Path) -> None:
     cache.build(key(tmp_path), numbers)
     cache.build(key(tmp_path), lambda: pytest.fail("it is there"))
 
 
 def _build_slowly(directory: Path, barrier, results) -> None:
-    """Ready at the same time as the others, whatever the scheduler does."""
+    """Build at the same time as the other processes, whatever the scheduler does."""
 
     def make() -> cache.Arrays:
         barrier.wait(60)
@@ -200,7 +200,7 @@ def test_a_killed_builder_leaves_no_entry(tmp_path: Path) -> None:
 
 
 def test_reordered_documents_are_noticed(tmp_path: Path) -> None:
-    """Even the last two of 400,000: the first mebibyte of the index and all sizes stay the same."""
+    """Even the last two of 400,000, where the first mebibyte of the index and all sizes are unchanged."""
     lengths = np.ones(400_000, np.int32)
     lengths[-2:] = 2, 3
     tokens = np.arange(lengths.sum()) % 60_000
@@ -216,7 +216,7 @@ def test_reordered_documents_are_noticed(tmp_path: Path) -> None:
 
 
 def test_reordered_documents_of_one_length_are_noticed(make_data) -> None:
-    """Where the file is small enough to be read whole."""
+    """If the file is small enough to be hashed entirely."""
     prefix = make_data("a")
     before = inspect_prefix(prefix).fingerprint
     tokens = np.fromfile(f"{prefix}.bin", np.uint16).reshape(40, 50)
@@ -226,7 +226,7 @@ def test_reordered_documents_of_one_length_are_noticed(make_data) -> None:
 
 
 def _anonymous_bytes() -> int:
-    """Memory of this process that is not a file's."""
+    """Return the memory of this process that is not mapped from a file."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
 
@@ -238,8 +238,8 @@ def _memory_of_a_blend(words: list[str], samples: int, results) -> None:
     results.put((_anonymous_bytes() - before, prefixes.count(words[1]) / len(prefixes)))
 
 
-def test_a_blend_takes_no_memory_of_its_own(make_data) -> None:
-    """Two million samples are 20 MB, which the processes of a node share."""
+def test_a_blend_is_memory_mapped(make_data) -> None:
+    """The index of two million samples takes 20 MB, which the processes of a node share."""
     samples = 2_000_000
     words = ["0.7", make_data("a"), "0.3", make_data("b", first=5000)]
     build(*words, train=samples)

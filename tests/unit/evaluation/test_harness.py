@@ -276,7 +276,7 @@ def test_tokenizer_of_another_model(model_dir: Path, tmp_path: Path) -> None:
     tokenizer.add_tokens([f"new{i}" for i in range(50)])
     tokenizer.save_pretrained(other)
     settings = Settings(tmp_path / "out", model=other, tasks=[], text=(__file__,), device="cpu")
-    with pytest.raises(UserError, match=r"\.py: the name does not tell the format"):
+    with pytest.raises(UserError, match=r"\.py: unknown suffix"):
         run_evaluation(settings)
     text = shutil.copy(__file__, tmp_path / "text.txt")
     with pytest.raises(UserError, match=r"has 354 entries, but the model's vocabulary only 352"):

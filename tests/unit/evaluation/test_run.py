@@ -136,7 +136,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"text": ("nothing.jsonl",)}, "--text nothing.jsonl: no such file"),
     ({"local_data": Path("nowhere")}, "--local-data nowhere: no such directory"),
     ({"model": Path("nowhere")}, "no such directory; give one written by tools/convert_to_hf.py"),
-    ({"model": None, "load": Path("nowhere")}, "--load nowhere: no checkpoint there"),
+    ({"model": None, "load": Path("nowhere")}, "--load nowhere does not exist"),
 ]
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from megatron_mesh.checkpoint import offline
-from megatron_mesh.checkpoint.offline import whole_checkpoint
+from megatron_mesh.checkpoint.offline import open_checkpoint
 from megatron_mesh.config.layers import parse_layers
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.bring_in import ToRecursive, import_model
@@ -155,7 +155,7 @@ def test_megatron_computes_the_same(tmp_path) -> None:
 
     model = stock(tmp_path / "stock", num_hidden_layers=3)
     import_model(tmp_path / "stock", tmp_path / "megatron")
-    config = whole_checkpoint(tmp_path / "megatron").config
+    config = open_checkpoint(tmp_path / "megatron").config
     names = ("recurrence", "layers", "hidden_size", "num_attention_heads", "scale_embeddings", "vocab_size")
     ours = export_config(tmp_path, **{name: getattr(config.model, name) for name in names})
     with one_process(ours), torch.no_grad():

@@ -252,7 +252,7 @@ def test_mistakes(exported, tmp_path) -> None:
             export_checkpoint(path, tmp_path / "out")
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
-    refused(tmp_path / "nowhere", "is no directory")
+    refused(tmp_path / "nowhere", "is not a directory")
     refused(tmp_path, "not a complete checkpoint")
     partial = shutil.copytree(checkpoint, tmp_path / "iter_0000003.partial")
     (partial / "state.json").unlink()

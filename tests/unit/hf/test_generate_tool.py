@@ -143,7 +143,7 @@ def test_mistakes(looped, exported, tmp_path) -> None:
     (tmp_path / "empty.txt").touch()
     refused("either --model", "--model", directory, "--load", checkpoint)
     refused(r"has no config\.json; give a directory written by", "--model", checkpoint)
-    refused("is no directory; give a run's --save", "--load", tmp_path / "nowhere")
+    refused("is not a directory; give a run's --save", "--load", tmp_path / "nowhere")
     refused("--num-beams 0 must be at least 1", "--model", directory, "--num-beams", 0)
     refused(
         "cannot open the model .*: FlashAttention2",

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
 from megatron_mesh.checkpoint.content import NOT_WEIGHTS
 from megatron_mesh.checkpoint.offline import open_index
-from megatron_mesh.checkpoint.reader import read_whole
+from megatron_mesh.checkpoint.reader import read_tensor
 from megatron_mesh.hf import folding
 from megatron_mesh.hf.bring_in import import_model
 from megatron_mesh.hf.export import export_checkpoint
@@ -54,7 +54,7 @@ def load(directory: Path, **options):
 def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Return every tensor of the checkpoint's model, without sharding."""
     index = open_index(checkpoint)
-    return {key: read_whole(index, key) for key in index.entries if not key.startswith(NOT_WEIGHTS)}
+    return {key: read_tensor(index, key) for key in index.entries if not key.startswith(NOT_WEIGHTS)}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['recurrence']}-{c['layers']}-{len(c)}")

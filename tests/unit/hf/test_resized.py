@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import GPTNeoXForCausalLM
 
-from megatron_mesh.checkpoint.offline import whole_checkpoint
+from megatron_mesh.checkpoint.offline import open_checkpoint
 from megatron_mesh.config.check_parallel import check_tensor_parallel
 from megatron_mesh.config.derived import padded_vocab_size
 from megatron_mesh.config.schema import ParallelConfig
@@ -90,7 +90,7 @@ def loss_of(model: torch.nn.Module) -> torch.Tensor:
 
 def loss_of_run(tmp_path: Path) -> torch.Tensor:
     """Return the same losses, computed by a run that starts from the imported model."""
-    model = whole_checkpoint(tmp_path / "megatron").config.model
+    model = open_checkpoint(tmp_path / "megatron").config.model
     config = export_config(tmp_path / "run", **vars(model))
     with one_process(config):
         stage = build_stage(config)

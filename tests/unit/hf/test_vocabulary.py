@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_mesh.checkpoint.offline import whole_checkpoint
+from megatron_mesh.checkpoint.offline import open_checkpoint
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf import vocabulary
 from megatron_mesh.hf.bring_in import import_model
@@ -88,7 +88,7 @@ def test_a_tokenizer_without_a_padding_token(tmp_path, scheme, untied, size, div
         assert stored.keys() == (set(VOCABULARY) if untied else {EMBEDDING})
         assert all(len(weight) == kept for weight in stored.values())
     assert comes_back(checkpoint, tmp_path / "hf", tmp_path / "back")
-    assert whole_checkpoint(tmp_path / "back").config.model.vocab_size == size
+    assert open_checkpoint(tmp_path / "back").config.model.vocab_size == size
 
 
 def test_after_training_with_transformers(exported, tmp_path) -> None:

@@ -20,8 +20,9 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import owner_file, ownership
 from megatron_mesh.runtime.entry import failures_from
 from megatron_mesh.runtime.failures import FAILED
-from megatron_mesh.runtime.owner_file import OWNER_FILE, Owner, held_by_another, read_owner
+from megatron_mesh.runtime.owner_file import Owner, held_by_another, read_owner
 from megatron_mesh.runtime.ownership import Ownership
+from megatron_mesh.runtime.run_files import OWNER_FILE
 from megatron_mesh.train import pretrain
 from megatron_mesh.train.output import check_writable
 from tests.helpers import tiny_config
@@ -200,7 +201,7 @@ def test_a_batch_script_gives_the_token_and_takes_it_back(tmp_path: Path, monkey
 
 def test_a_refused_start_leaves_no_directory(tmp_path: Path) -> None:
     config = tiny_config(save=str(tmp_path / "new/run"), load=str(tmp_path / "absent"))
-    with pytest.raises(UserError, match="no checkpoint there"):
+    with pytest.raises(UserError, match="absent does not exist"):
         pretrain(config)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""Full memory ends a run with one message that says what helps."""
+"""Running out of memory ends a run with one message that lists remedies."""
 
 import re
 import runpy
@@ -36,7 +36,7 @@ def test_a_training_run(tiny, tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("script", ["pretrain_mesh.py", "tools/bench/steps.py"])
-def test_the_command_ends_with_the_message_alone(script, tmp_path, monkeypatch, capsys, corpus) -> None:
+def test_the_command_prints_only_the_message(script, tmp_path, monkeypatch, capsys, corpus) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(step, "run_batch", full)
     sizes = "--layers 1+1R2+1 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --vocab-size 128"
@@ -53,7 +53,7 @@ def test_the_command_ends_with_the_message_alone(script, tmp_path, monkeypatch, 
     assert "--tensor-model-parallel-size" in said and "Traceback" not in said
 
 
-def test_the_cpu_says_it_in_other_words_and_other_errors_pass() -> None:
+def test_cpu_errors_are_recognized_and_others_pass() -> None:
     with pytest.raises(OutOfMemory, match="what helps: less"), explained(lambda: ["less"]):
         torch.empty(2**60, dtype=torch.uint8)
     for words in (
@@ -67,7 +67,7 @@ def test_the_cpu_says_it_in_other_words_and_other_errors_pass() -> None:
     assert not isinstance(error.value, OutOfMemory)
 
 
-def test_remedies_are_those_that_are_left() -> None:
+def test_remedies_in_use_are_left_out() -> None:
     def flags(**settings: object) -> set[str]:
         return set(re.findall(r"--[a-z][a-z0-9-]+(?: \d+)?", " ".join(remedies(tiny_config(**settings)))))
 
@@ -82,8 +82,8 @@ def test_remedies_are_those_that_are_left() -> None:
     }
 
 
-def test_one_of_many_ranks_says_it(monkeypatch, capsys) -> None:
-    """The ranks of a job end by ``os._exit``; here that is an exception."""
+def test_only_one_rank_reports(monkeypatch, capsys) -> None:
+    """The ranks of a job end with ``os._exit``, which is replaced by an exception here."""
 
     class Ended(BaseException):
         pass

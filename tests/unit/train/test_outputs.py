@@ -1,4 +1,4 @@
-"""What a run leaves behind: configuration, metrics.jsonl, TensorBoard events, console lines."""
+"""The output of a run: configuration, metrics.jsonl, TensorBoard events, console lines."""
 
 import io
 import json
@@ -77,8 +77,8 @@ def test_metrics_and_tensorboard(tiny, tmp_path, capsys):
     assert str(tmp_path / "out" / "metrics.jsonl") in out
 
 
-def test_a_full_disk_costs_numbers_and_not_the_run(tmp_path, caplog):
-    """/dev/full takes nothing, as a full disk."""
+def test_a_full_disk_does_not_end_the_run(tmp_path, caplog):
+    """/dev/full behaves like a full disk."""
     taken = Lines(9, io.StringIO())
     with Log([JsonLines(Path("/dev/full")), taken]) as log:
         log.record("valid", 3, loss=1.0, perplexity=2.7)
@@ -89,7 +89,7 @@ def test_a_full_disk_costs_numbers_and_not_the_run(tmp_path, caplog):
 
 
 def test_router_metrics(tiny):
-    """Against the softmax of what the routers' linear maps gave, over all micro-batches."""
+    """They equal the softmax of the routers' outputs over all micro-batches."""
     config = tiny()
     with one_process(config):
         parts = build(config)
@@ -140,7 +140,7 @@ def test_default_output_directory(tiny, tmp_path, monkeypatch):
 
 
 def test_earlier_files_are_kept(tiny, tmp_path):
-    """A second run into the same directory; the same configuration is not kept twice."""
+    """A second run in the same directory renames them; an equal configuration is not stored twice."""
     first = tiny(train_iters=1, lr_warmup_fraction=None, output_dir=str(tmp_path))
     second = with_values(first, {"seed": 99})
     pretrain(first)
@@ -197,7 +197,7 @@ def test_live_bar():
 
 
 class Wandb(ModuleType):
-    """Stands in for the package: notes the calls, and raises where it is told to."""
+    """Stands in for the package: records calls, and raises errors at chosen calls."""
 
     class CommError(Exception):
         pass
@@ -235,7 +235,7 @@ def wandb(monkeypatch) -> Wandb:
 
 
 def test_weights_and_biases(tiny, tmp_path, wandb):
-    """A run is made with the settings, gets the flat values of each step, and is ended."""
+    """A tracker run is started with the settings, gets the flat values of each step, and is finished."""
     config = tiny(wandb_project="p", train_iters=1, lr_warmup_fraction=None, output_dir=str(tmp_path))
     pretrain(config)
     name, settings = wandb.calls[0]
@@ -256,7 +256,7 @@ def test_weights_and_biases(tiny, tmp_path, wandb):
 
 
 def test_a_resumed_run_stays_the_same_run_of_the_tracker(tiny, tmp_path, wandb, monkeypatch):
-    """Case 5 of everyday faults: one id over all restarts; a new run has a new one; the user's counts."""
+    """Restarts use the same id, and a new run gets a new one. WANDB_RUN_ID overrides both."""
     settings = {"wandb_project": "p", "lr_decay_iters": 6, "output_dir": str(tmp_path / "out")}
     for steps in (2, 3, 4):
         pretrain(tiny(save=str(tmp_path / "a"), load=str(tmp_path / "a"), train_iters=steps, **settings))
@@ -268,7 +268,7 @@ def test_a_resumed_run_stays_the_same_run_of_the_tracker(tiny, tmp_path, wandb, 
 
 
 def test_a_restart_before_the_first_checkpoint_is_the_same_run(tiny, tmp_path, wandb):
-    """It adds to the metrics and keeps the tracker's id, unless the output is another run's."""
+    """It appends to the metrics and reuses the tracker's id, unless the output is another run's."""
     interrupted = {"train_iters": 6, "output_dir": str(tmp_path / "out"), "wandb_project": "p"}
     run = tiny(save=str(tmp_path / "a"), load=str(tmp_path / "a"), **interrupted)
     for _ in range(2):
@@ -295,7 +295,7 @@ def test_a_tracker_that_calls_exit_cannot_end_a_run(tiny, tmp_path, wandb, caplo
 
 @pytest.mark.parametrize("fails_at", ["init", 3, "finish", "log"])
 def test_a_tracker_cannot_end_a_run(tiny, tmp_path, wandb, fails_at, caplog):
-    """Case 6 of everyday faults: init, one step, the end, or each step; one line, the run is unharmed."""
+    """Whether it fails at init, at one step, at the end or at each step: one line, and the run continues."""
     wandb.fails_at = {fails_at}
     config = tiny(wandb_project="p", output_dir=str(tmp_path / "out"), save=str(tmp_path / "save"))
     assert pretrain(config) == exits.DONE

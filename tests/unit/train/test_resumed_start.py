@@ -1,4 +1,4 @@
-"""A resumed run computes no initial weights, which the checkpoint would replace."""
+"""A resumed run computes no initial weights, since the checkpoint would replace them."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.unit.train.conftest import run
 
 @pytest.fixture
 def nothing_is_drawn(monkeypatch):
-    """Fail where an initial weight is drawn, ours or one of torch's modules."""
+    """Fails if an initial weight is drawn, by us or by one of torch's modules."""
 
     def drawn(*args, **kwargs):
         pytest.fail("an initial weight is drawn")
@@ -43,8 +43,8 @@ def test_a_resumed_run_draws_nothing(tiny, tmp_path, nothing_is_drawn, recurrenc
 
 
 @pytest.mark.parametrize("initial_weights", [True, False])
-def test_building_leaves_the_generators_alone(tiny, initial_weights) -> None:
-    """Fresh or resumed, on whatever layout, a run has the generators that its seed gives."""
+def test_building_does_not_change_the_generators(tiny, initial_weights) -> None:
+    """New or resumed, on any layout, a run has the random number generators that its seed gives."""
     config = tiny()
     with process_groups(config):
         before = pack_generators()
