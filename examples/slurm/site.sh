@@ -1,0 +1,1 @@
+../../megatron_mesh/slurm/site.sh
