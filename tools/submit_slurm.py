@@ -33,8 +33,9 @@ from dataclasses import replace
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[1]
-# The code that is submitted is this clone's, even if the environment has another one installed.
-sys.path.insert(0, str(_ROOT))
+# In a clone, submit the clone's code even if another copy is installed.
+if (_ROOT / "megatron_mesh").is_dir():
+    sys.path.insert(0, str(_ROOT))
 
 from megatron_mesh.arguments import parse_args  # noqa: E402
 from megatron_mesh.errors import UserError  # noqa: E402
@@ -45,7 +46,7 @@ from megatron_mesh.slurm.change import Wanted, make_change, plan_change  # noqa:
 from megatron_mesh.slurm.commands import seconds_to_leave, tell_unused_options  # noqa: E402
 from megatron_mesh.slurm.follow import follow  # noqa: E402
 from megatron_mesh.slurm.script import Shape, array_script, batch_script, folder, save_note  # noqa: E402
-from megatron_mesh.slurm.site import Site, read_site  # noqa: E402
+from megatron_mesh.slurm.site import TEMPLATE, Site, read_site  # noqa: E402
 from megatron_mesh.slurm.submission import (  # noqa: E402
     check_clone,
     check_memory,
@@ -200,7 +201,7 @@ def _change(options: argparse.Namespace, settings: Sequence[str], prog: str) -> 
 
 def _submit(options: argparse.Namespace, settings: Sequence[str], prog: str) -> None:
     if options.site is None:
-        raise UserError("--site is missing; copy examples/slurm/site.sh, fill it in and give its path")
+        raise UserError(f"--site is missing; copy {TEMPLATE}, fill it in and give the copy's path")
     site = read_site(options.site)
     site = replace(
         site,

@@ -1,4 +1,4 @@
-"""A site file (``examples/slurm/site.sh``), read by bash just as jobs read it."""
+"""Read a site file, a filled-in copy of ``site.sh``, with bash, as jobs do."""
 
 import argparse
 import re
@@ -9,6 +9,8 @@ from pathlib import Path
 
 from megatron_mesh.errors import UserError
 
+TEMPLATE = Path(__file__).with_name("site.sh")
+"""The site file to copy and fill in."""
 ENVIRONMENTS = ("venv", "pyxis", "apptainer")
 LONGEST_WARNING = 65535
 """Seconds; the most that ``sbatch --signal`` takes."""
@@ -64,7 +66,7 @@ def read_site(path: Path) -> Site:
         UserError: the file cannot be read, a value is missing, or a value is wrong.
     """
     if not path.is_file():
-        raise UserError(f"--site {path} is not a file; copy examples/slurm/site.sh and fill it in")
+        raise UserError(f"--site {path} is not a file; copy {TEMPLATE} and fill it in")
     wanted = " ".join(f'"${{{name}-}}"' for name in _NAMES)
     command = ["bash", "-c", _PRINT_ALL.format(wanted), "bash", str(path.resolve())]
     try:
@@ -85,7 +87,7 @@ def read_site(path: Path) -> Site:
         )
     for name in _NAMES:
         if not found[name] and not (name == "CONTAINER" and found["ENVIRONMENT"] == "venv"):
-            raise UserError(f"--site {path}: {name} is not set; examples/slurm/site.sh says what it is")
+            raise UserError(f"--site {path}: {name} is not set; {TEMPLATE} explains it")
     if found["ENVIRONMENT"] == "venv" and shutil.which(found["PYTHON"]) is None:
         raise UserError(f"--site {path}: PYTHON={found['PYTHON']} cannot be run; give the venv's python")
     site = Site(

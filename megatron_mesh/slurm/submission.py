@@ -19,16 +19,21 @@ from megatron_mesh.slurm.site import Site
 
 JOBS, STARTS, SETTINGS_FILE, SITE_FILE = "jobs.txt", "starts.txt", "config.yaml", "site.sh"
 _SHELL_FILES = ("job.sh", "environment.sh", "task.sh")
-_ROOT = Path(megatron_mesh.__file__).resolve().parents[1]
-_EXAMPLES = _ROOT / "examples/slurm"
+_PACKAGE = Path(megatron_mesh.__file__).resolve().parent
+_ROOT = _PACKAGE.parent
+"""The clone, or the directory in which pip installed the package and ``pretrain_mesh.py``."""
 
 
 def check_clone(started_from: Path) -> None:
-    """Raise UserError unless this package is in the clone whose tool was started: its code gets copied."""
-    if started_from != _ROOT:
+    """Raise UserError if the tool belongs to one clone and the imported package to another.
+
+    Args:
+        started_from: the directory above the tool's own: a clone, or the package if the tool is installed.
+    """
+    if started_from not in (_ROOT, _PACKAGE):
         raise UserError(
-            f"{started_from} was started, but python found the package in {_ROOT}, whose code would be "
-            f"submitted; start {_ROOT}/tools/submit_slurm.py, or put the whole clone in {started_from}"
+            f"the tool is in {started_from}, but Python imported the package from {_ROOT} and would submit "
+            f"that code; start {_ROOT}/tools/submit_slurm.py, or use a complete clone"
         )
 
 
@@ -99,7 +104,7 @@ def write_run(config: Config, run: Path, site: Site, script: str, *, with_code: 
     if with_code:
         copy_code(target / "code")
     for name in _SHELL_FILES:
-        shutil.copy(_EXAMPLES / name, target)
+        shutil.copy(Path(__file__).with_name(name), target)
     shutil.copy(site.path, target / SITE_FILE)
     (target / SETTINGS_FILE).write_text(dump_config(config), encoding="utf-8")
     (target / "version.txt").write_text(f"{_version()}\n", encoding="utf-8")
@@ -175,10 +180,10 @@ def cannot_write(target: Path, error: OSError) -> UserError:
 
 
 def copy_code(target: Path) -> None:
-    """The code as it is now, changes that are not committed included."""
+    """Copy the package and ``pretrain_mesh.py`` as they are now, including uncommitted changes."""
     target.mkdir()
     shutil.copy(_ROOT / "pretrain_mesh.py", target)
-    for path in sorted((_ROOT / "megatron_mesh").rglob("*")):  # copytree would make one error of many
+    for path in sorted(_PACKAGE.rglob("*")):  # not copytree, which collects many errors into one
         copy = target / path.relative_to(_ROOT)
         if "__pycache__" in path.parts:
             continue
@@ -190,7 +195,9 @@ def copy_code(target: Path) -> None:
 
 
 def _version() -> str:
-    """The commit, if this is a clone, or else the package's version."""
+    """The commit if this is a clone, otherwise the package's version."""
+    if not (_ROOT / ".git").exists():  # an environment inside some other repository is not a clone of ours
+        return megatron_mesh.__version__
     command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty"]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=60)

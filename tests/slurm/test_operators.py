@@ -146,7 +146,7 @@ def test_submission_from_inside_an_allocation(cluster, settings, tmp_path) -> No
     script.write_text(
         f"#!/usr/bin/env bash\n#SBATCH {options} --output={tmp_path}/by_hand.log\n"
         f"RUN={tmp_path}/by_hand CODE={ROOT} SITE={site} SETTINGS=(--config {settings} {flags})\n"
-        f". {ROOT}/examples/slurm/job.sh\n"
+        f". {ROOT}/megatron_mesh/slurm/job.sh\n"
     )
     _inside(cluster, INSIDE, ["sbatch", script])
     number = _newest(cluster)
@@ -171,7 +171,7 @@ def test_an_outer_job_s_variables_do_not_reach_a_job_by_hand(cluster, tmp_path) 
     inner.write_text(
         f"#!/usr/bin/env bash\n#SBATCH --ntasks=2 --open-mode=append --output={tmp_path}/%j.log\n"
         f"RUN={tmp_path}/$SLURM_JOB_ID CODE={ROOT} SITE={tmp_path}/site.sh SETTINGS=()\n"
-        f". {ROOT}/examples/slurm/job.sh\n"
+        f". {ROOT}/megatron_mesh/slurm/job.sh\n"
     )
     _inside(cluster, ["salloc", "-n4", "-m", "cyclic"], ["sbatch", inner])
     numbers = [_newest(cluster)]

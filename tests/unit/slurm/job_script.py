@@ -1,4 +1,4 @@
-"""Runs examples/slurm/job.sh with commands of our own in place of SLURM's."""
+"""Runs job.sh with commands of our own in place of SLURM's."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[3] / "examples/slurm"
+SCRIPTS = Path(__file__).resolve().parents[3] / "megatron_mesh/slurm"
 
 # JOB is the job's end as "scontrol show job" has it; "scontrol requeue" ends the batch script as SLURM does.
 # SLURM's controller knows the job's number, element and restarts from the fixture, not from its environment.
@@ -58,7 +58,7 @@ def job(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     script = tmp_path / "job.sbatch"
     script.write_text(
         f"RUN={tmp_path}/run; CODE={tmp_path}/code; SITE={tmp_path}/site.sh; SETTINGS=(--config c.yaml)\n"
-        f". {EXAMPLES}/job.sh\n"
+        f". {SCRIPTS}/job.sh\n"
     )
 
     def start(trainer: str, state: str = RUNNING, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""What reaches a job from the shell that submitted it: examples/slurm/environment.sh."""
+"""What reaches a job from the shell that submitted it: environment.sh."""
 
 from tests.unit.slurm.job_script import HOOK, ending
 

@@ -1,4 +1,4 @@
-"""Which start of a run may write to it: examples/slurm/job.sh and task.sh."""
+"""Which start of a run may write to it: job.sh and task.sh."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.unit.slurm.job_script import CANCELLED, EXAMPLES, HOOK, ending
+from tests.unit.slurm.job_script import CANCELLED, HOOK, SCRIPTS, ending
 
 
 def test_an_element_that_crashed_restarts_beside_its_siblings(job, tmp_path) -> None:
@@ -79,7 +79,7 @@ def test_the_fence_ends_a_task_with_all_that_it_started(tmp_path) -> None:
     owner = tmp_path / "owner"
     owner.write_text("7.0\n")
     # In a session of its own, as SLURM starts tasks in a process group of their own.
-    command = ["bash", str(EXAMPLES / "task.sh"), str(owner), "7.0", "bash", "-c", "sleep 60 & echo $!; wait"]
+    command = ["bash", str(SCRIPTS / "task.sh"), str(owner), "7.0", "bash", "-c", "sleep 60 & echo $!; wait"]
     task = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert task.stdout is not None
     child = int(task.stdout.readline())
@@ -93,5 +93,5 @@ def test_the_fence_ends_a_task_with_all_that_it_started(tmp_path) -> None:
 
 def test_the_fence_goes_with_its_task(tmp_path) -> None:
     (tmp_path / "owner").write_text("7.0\n")
-    command = ["bash", str(EXAMPLES / "task.sh"), str(tmp_path / "owner"), "7.0", "bash", "-c", "exit 42"]
+    command = ["bash", str(SCRIPTS / "task.sh"), str(tmp_path / "owner"), "7.0", "bash", "-c", "exit 42"]
     assert subprocess.run(command, timeout=5, start_new_session=True).returncode == 42

@@ -191,7 +191,7 @@ def test_status_says_why_a_run_failed(run, status, monkeypatch) -> None:
 
 
 def test_the_exit_status_of_a_stopped_run_is_that_of_the_job_script(run, status, monkeypatch) -> None:
-    script = (ROOT / "examples/slurm/job.sh").read_text()
+    script = (ROOT / "megatron_mesh/slurm/job.sh").read_text()
     assert f"readonly UNFINISHED={UNFINISHED}\n" in script
     monkeypatch.setenv("JOB", FAILED.replace("256", str(UNFINISHED << 8)))
     assert status()["job 41"] == "FAILED: ended before the run did (exit status 75)"

@@ -198,7 +198,7 @@ def test_the_code_is_that_of_the_clone_whose_tool_was_started(lab) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", line]
     assert subprocess.check_output(command, env=environment, text=True, timeout=120).strip() == str(clone)
-    with pytest.raises(UserError, match=f"{clone} was started, but python found the package in {ROOT}"):
+    with pytest.raises(UserError, match=f"the tool is in {clone}, but Python imported the package from {ROOT}"):
         submission.check_clone(clone)
 
 
