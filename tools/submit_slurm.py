@@ -42,19 +42,19 @@ from megatron_mesh.errors import UserError  # noqa: E402
 from megatron_mesh.runtime.pipes import closed_pipe_is_no_error  # noqa: E402
 from megatron_mesh.slurm import actions, status  # noqa: E402
 from megatron_mesh.slurm.actions import run_directory  # noqa: E402
-from megatron_mesh.slurm.change import Wanted, make_change, plan_change  # noqa: E402
-from megatron_mesh.slurm.commands import seconds_to_leave, tell_unused_options  # noqa: E402
+from megatron_mesh.slurm.change import ChangeRequest, apply_change, plan_change  # noqa: E402
+from megatron_mesh.slurm.commands import kill_wait_and_grace, warn_about_unused_options  # noqa: E402
 from megatron_mesh.slurm.follow import follow  # noqa: E402
-from megatron_mesh.slurm.script import Shape, array_script, batch_script, folder, save_note  # noqa: E402
+from megatron_mesh.slurm.script import JobRequest, array_script, batch_script, slurm_directory, slow_save_note  # noqa: E402
 from megatron_mesh.slurm.site import TEMPLATE, Site, read_site  # noqa: E402
 from megatron_mesh.slurm.submission import (  # noqa: E402
     check_clone,
     check_memory,
-    check_new,
-    prepared,
+    check_not_submitted,
+    config_for_jobs,
     write_and_submit,
 )
-from megatron_mesh.slurm.sweep import elements, runs_in, write_and_submit_sweep  # noqa: E402
+from megatron_mesh.slurm.sweep import expand_sweep, runs_in, write_and_submit_sweep  # noqa: E402
 
 _FOR_NEW_RUNS = ("site", "nodes", "gpus_per_node", "time", "gpu_memory_gib", "sweep", "at_once", "dry_run")
 _FOR_CHANGES = ("site", "nodes", "gpus_per_node", "time", "gpu_memory_gib", "dry_run")
@@ -168,7 +168,7 @@ def _act(runs: Sequence[Path], action: Callable[[Path], str]) -> None:
     for run in runs:
         try:
             print(action(run))
-        except actions.AlreadyDone as done:
+        except actions.RunAlreadyDone as done:
             print(done)
         except UserError as error:
             print(f"error: {run}: {error}", file=sys.stderr)
@@ -178,7 +178,7 @@ def _act(runs: Sequence[Path], action: Callable[[Path], str]) -> None:
 
 
 def _show(runs: Sequence[Path], as_json: bool) -> None:
-    found = status.statuses(runs)
+    found = status.read_statuses(runs)
     if as_json:
         print(status.as_json(found))
     else:
@@ -186,17 +186,17 @@ def _show(runs: Sequence[Path], as_json: bool) -> None:
 
 
 def _change(options: argparse.Namespace, settings: Sequence[str], prog: str) -> None:
-    wanted = Wanted(
+    wanted = ChangeRequest(
         settings, options.site, options.nodes, options.gpus_per_node, options.time, options.chain or 1
     )
     change = plan_change(_one_run(options.change), wanted, prog)
-    gib = check_memory(change.config, change.shape.nodes * change.site.gpus_per_node, options.gpu_memory_gib)
+    gib = check_memory(change.config, change.request.nodes * change.site.gpus_per_node, options.gpu_memory_gib)
     print(f"the fullest rank needs about {gib:.1f} GiB", file=sys.stderr)
     for line in change.differences:
         print(line)
     if not options.dry_run:
-        tell_unused_options()
-        print(make_change(change))
+        warn_about_unused_options()
+        print(apply_change(change))
 
 
 def _submit(options: argparse.Namespace, settings: Sequence[str], prog: str) -> None:
@@ -212,40 +212,40 @@ def _submit(options: argparse.Namespace, settings: Sequence[str], prog: str) -> 
     if config.checkpoint.save is None:
         raise UserError("--save is missing: the run's directory, on a file system that all nodes share")
     run = run_directory(Path(config.checkpoint.save))
-    check_new(run)
-    shape = Shape(options.nodes or 1, options.chain or 1)
-    jobs = _sweep(options, settings, prog, run, site, shape) if options.sweep else None
+    check_not_submitted(run)
+    request = JobRequest(options.nodes or 1, options.chain or 1)
+    jobs = _sweep(options, settings, prog, run, site, request) if options.sweep else None
     if jobs is None:
-        config = prepared(config, run, site, shape.nodes)
-        script = batch_script(run, config.checkpoint.load, site, shape)
-        _tell_memory(check_memory(config, shape.nodes * site.gpus_per_node, options.gpu_memory_gib))
+        config = config_for_jobs(config, run, site, request.nodes)
+        script = batch_script(run, config.checkpoint.load, site, request)
+        _tell_memory(check_memory(config, request.nodes * site.gpus_per_node, options.gpu_memory_gib))
         if options.dry_run:
             print(script, end="")
             return
         _tell_before_submission(site)
-        jobs = write_and_submit(config, run, site, shape)
+        jobs = write_and_submit(config, run, site, request)
     if jobs:
         print(f"submitted job {', '.join(jobs)}; {prog} --status {run} shows its state")
 
 
 def _sweep(
-    options: argparse.Namespace, settings: Sequence[str], prog: str, top: Path, site: Site, shape: Shape
+    options: argparse.Namespace, settings: Sequence[str], prog: str, top: Path, site: Site, request: JobRequest
 ) -> list[str]:
     """Submit a sweep; its arrays' numbers, or none after a dry run."""
-    found = elements(options.sweep, settings, top, site, shape.nodes, prog)
-    shape = replace(shape, code=folder(top) / "code")
-    world = shape.nodes * site.gpus_per_node
+    found = expand_sweep(options.sweep, settings, top, site, request.nodes, prog)
+    request = replace(request, code=slurm_directory(top) / "code")
+    world = request.nodes * site.gpus_per_node
     _tell_memory(max(check_memory(each.config, world, options.gpu_memory_gib) for each in found))
     if options.dry_run:
         for each in found:
             print(f"# {each.run}")
-        print(array_script(top, len(found), site, shape, options.at_once))
+        print(array_script(top, len(found), site, request, options.at_once))
         print("# Each run has a script of its own, which the array's script starts. That of the first is:")
         first = found[0]
-        print(batch_script(first.run, first.config.checkpoint.load, site, shape), end="")
+        print(batch_script(first.run, first.config.checkpoint.load, site, request), end="")
         return []
     _tell_before_submission(site)
-    return write_and_submit_sweep(found, top, site, shape, options.at_once)
+    return write_and_submit_sweep(found, top, site, request, options.at_once)
 
 
 def _tell_memory(gib: float) -> None:
@@ -253,8 +253,8 @@ def _tell_memory(gib: float) -> None:
 
 
 def _tell_before_submission(site: Site) -> None:
-    tell_unused_options()
-    note = save_note(site, seconds_to_leave(site.partition))
+    warn_about_unused_options()
+    note = slow_save_note(site, kill_wait_and_grace(site.partition))
     if note:
         print(f"note: {note}", file=sys.stderr)
 

@@ -4,13 +4,13 @@ import os
 from pathlib import Path
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.slurm.commands import CHANGING, Job, known_jobs, slurm, submit, withdraw
+from megatron_mesh.slurm.commands import CHANGING, SlurmJob, find_jobs, slurm, submit, cancel_jobs
 from megatron_mesh.slurm.files import read_files
-from megatron_mesh.slurm.script import SCRIPT, folder, is_chained
-from megatron_mesh.slurm.submission import STARTS, note_jobs
+from megatron_mesh.slurm.script import SCRIPT, slurm_directory, is_chained
+from megatron_mesh.slurm.submission import STARTS, record_jobs
 
 
-class AlreadyDone(UserError):
+class RunAlreadyDone(UserError):
     """The run is trained to the end."""
 
 
@@ -20,31 +20,31 @@ def requeue(run: Path, chain: int) -> str:
     A running job saves first, a waiting one is left alone, and one that is over is submitted again.
 
     Raises:
-        AlreadyDone: the run is trained to the end.
+        RunAlreadyDone: the run is trained to the end.
         UserError: a job of it is suspended, starting or ending, or it can't be submitted again.
     """
     files = read_files(run)
-    if files.word == "done":
-        raise AlreadyDone(f"{run} is trained to the end; for more steps start a new run with --load {run}")
-    jobs = known_jobs(files.jobs).values()
+    if files.status == "done":
+        raise RunAlreadyDone(f"{run} is trained to the end; for more steps start a new run with --load {run}")
+    jobs = find_jobs(files.jobs).values()
     for job in jobs:
-        if job.waits:
+        if job.is_waiting:
             return f"job {job.number} is in the queue already ({job.state}, {job.reason})"
         if job.is_suspended:
             raise suspended(job)
         if job.state in CHANGING:
             raise UserError(f"job {job.number} is {job.state}, so it does not listen; ask again in a moment")
-        if job.runs:
+        if job.is_running:
             # The batch script's early warning: it has the run saved, and requeues itself.
             slurm("scancel", "--batch", "--signal=USR1", job.number)
-            in_chain = any(other.waits for other in jobs)
+            in_chain = any(other.is_waiting for other in jobs)
             return f"job {job.number} will save{_next_start(run, in_chain)}; see --status {run}"
     return f"submitted job {', '.join(submit_again(run, chain))}"
 
 
 def _next_start(run: Path, in_chain: bool) -> str:
     """What happens after a job has saved; ``in_chain``: another one waits for its end."""
-    script = folder(run) / SCRIPT
+    script = slurm_directory(run) / SCRIPT
     if in_chain:
         return "; the next job of the chain resumes"
     if script.is_file() and is_chained(script.read_text(encoding="utf-8")):
@@ -58,8 +58,8 @@ def submit_again(run: Path, chain: int) -> list[str]:
     Raises:
         UserError: there is none, SLURM refuses, or the directory cannot be written.
     """
-    script = folder(run) / SCRIPT
-    starts = folder(run) / STARTS
+    script = slurm_directory(run) / SCRIPT
+    starts = slurm_directory(run) / STARTS
     try:
         if script.is_file() or starts.is_file():
             with starts.open("a", encoding="utf-8") as file:
@@ -71,9 +71,9 @@ def submit_again(run: Path, chain: int) -> list[str]:
             )
         jobs = submit(script, chain)
         try:
-            note_jobs(run, jobs)
+            record_jobs(run, jobs)
         except BaseException:  # Ctrl-C too
-            withdraw(jobs)
+            cancel_jobs(jobs)
             raise
     except OSError as error:
         raise UserError(
@@ -87,14 +87,14 @@ def cancel(run: Path) -> str:
 
     A running job saves if it can within KillWait.
     """
-    jobs = [job for job in known_jobs(read_files(run).jobs).values() if not job.is_over]
+    jobs = [job for job in find_jobs(read_files(run).jobs).values() if not job.is_over]
     if not jobs:
         return f"{run} has no job in the queue"
-    withdraw([job.number for job in sorted(jobs, key=lambda job: job.waits)])
+    cancel_jobs([job.number for job in sorted(jobs, key=lambda job: job.is_waiting)])
     return "cancelled " + ", ".join(f"job {job.number} ({job.state})" for job in jobs)
 
 
-def suspended(job: Job) -> UserError:
+def suspended(job: SlurmJob) -> UserError:
     """The error for a job that cannot act because it is suspended."""
     return UserError(
         f"job {job.number} is suspended ({job.state}), so it cannot save; let it run again with "

@@ -15,17 +15,17 @@ from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import flatten
 from megatron_mesh.errors import UserError
 from megatron_mesh.slurm.actions import suspended
-from megatron_mesh.slurm.commands import Job, known_jobs, slurm, submit, withdraw
+from megatron_mesh.slurm.commands import SlurmJob, find_jobs, slurm, submit, cancel_jobs
 from megatron_mesh.slurm.files import read_files
-from megatron_mesh.slurm.script import SCRIPT, Shape, batch_script, folder, is_chained, option_of
+from megatron_mesh.slurm.script import SCRIPT, JobRequest, batch_script, slurm_directory, is_chained, sbatch_option
 from megatron_mesh.slurm.site import Site, read_site
-from megatron_mesh.slurm.submission import SETTINGS_FILE, SITE_FILE, STARTS, note_jobs, prepared
+from megatron_mesh.slurm.submission import SETTINGS_FILE, SITE_FILE, STARTS, record_jobs, config_for_jobs
 
 _SHAPE_OPTIONS = ("nodes", "gpus-per-node", "cpus-per-task", "time")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ChangeRequest:
     """What the command line asks for; None stays as it is."""
 
     settings: Sequence[str]
@@ -49,37 +49,37 @@ class Change:
     run: Path
     config: Config
     site: Site
-    shape: Shape
+    request: JobRequest
     script: str
     differences: list[str]
-    waiting: list[Job]
+    waiting: list[SlurmJob]
     keeps_jobs: bool
 
 
-def plan_change(run: Path, wanted: Wanted, prog: str) -> Change:
+def plan_change(run: Path, wanted: ChangeRequest, prog: str) -> Change:
     """Check a change as a new submission is checked. Writes nothing.
 
     Raises:
         UserError: it changes nothing, is refused, or the run is running, done, or not the tool's.
     """
-    paths = [folder(run) / name for name in (SCRIPT, SETTINGS_FILE, SITE_FILE)]
+    paths = [slurm_directory(run) / name for name in (SCRIPT, SETTINGS_FILE, SITE_FILE)]
     if not all(path.is_file() for path in paths):
         raise UserError(f"{run} was not submitted with submit_slurm.py; change its batch script instead")
     old_script, old_site = (path.read_text(encoding="utf-8") for path in (paths[0], paths[2]))
     waiting = _waiting_jobs(run)
     site = _site(wanted, paths[2], old_script)
-    shape = _shape(wanted, old_script, len(waiting))
+    request = _shape(wanted, old_script, len(waiting))
     if any(word.split("=")[0] == "--config" for word in wanted.settings):
         raise UserError("--change keeps all settings except those you give; leave out --config")
     before = parse_args(["--config", str(paths[1])], prog=prog).config
     config = parse_args(["--config", str(paths[1]), *wanted.settings], prog=prog).config
     if config.checkpoint.save != str(run):
         raise UserError(f"--save {config.checkpoint.save} would be another run; leave it out")
-    config = prepared(config, run, site, shape.nodes, shape.directory)
-    script = batch_script(run, config.checkpoint.load, site, shape)
+    config = config_for_jobs(config, run, site, request.nodes, request.directory)
+    script = batch_script(run, config.checkpoint.load, site, request)
     new_site = site.path.read_text(encoding="utf-8")
     differences = [
-        *(f"{name}: {option_of(old_script, name)} -> {option_of(script, name)}" for name in _SHAPE_OPTIONS),
+        *(f"{name}: {sbatch_option(old_script, name)} -> {sbatch_option(script, name)}" for name in _SHAPE_OPTIONS),
         *(f"{n}: {old} -> {flatten(config)[n]}" for n, old in flatten(before).items()),
     ]
     differences = [line for line in differences if len({*line.partition(": ")[2].split(" -> ")}) > 1]
@@ -92,18 +92,18 @@ def plan_change(run: Path, wanted: Wanted, prog: str) -> Change:
     if not differences and script == old_script:
         raise UserError(f"{run} has these nodes and settings already; nothing changes")
     keeps_jobs = script == old_script and not more_jobs
-    return Change(run, config, site, shape, script, differences, waiting, keeps_jobs)
+    return Change(run, config, site, request, script, differences, waiting, keeps_jobs)
 
 
-def _waiting_jobs(run: Path) -> list[Job]:
+def _waiting_jobs(run: Path) -> list[SlurmJob]:
     files = read_files(run)
-    if files.word == "done":
+    if files.status == "done":
         raise UserError(f"{run} is trained to the end; for more steps start a new run with --load {run}")
-    jobs = [job for job in known_jobs(files.jobs).values() if not job.is_over]
+    jobs = [job for job in find_jobs(files.jobs).values() if not job.is_over]
     for job in jobs:
         if job.is_suspended:
             raise suspended(job)
-        if job.runs:
+        if job.is_running:
             raise UserError(
                 f"job {job.number} of {run} is {job.state}; touch {run}/stop ends it after a save, or "
                 f"--cancel {run} at once; then change it"
@@ -111,10 +111,10 @@ def _waiting_jobs(run: Path) -> list[Job]:
     return jobs
 
 
-def _site(wanted: Wanted, path: Path, script: str) -> Site:
+def _site(wanted: ChangeRequest, path: Path, script: str) -> Site:
     """The site file, with the GPUs and the time that the run was submitted with."""
     site = read_site(wanted.site or path)
-    gpus, time = option_of(script, "gpus-per-node"), option_of(script, "time")
+    gpus, time = sbatch_option(script, "gpus-per-node"), sbatch_option(script, "time")
     return replace(
         site,
         gpus_per_node=wanted.gpus_per_node or int(gpus or site.gpus_per_node),
@@ -122,17 +122,17 @@ def _site(wanted: Wanted, path: Path, script: str) -> Site:
     )
 
 
-def _shape(wanted: Wanted, script: str, waiting: int) -> Shape:
+def _shape(wanted: ChangeRequest, script: str, waiting: int) -> JobRequest:
     code = re.search(r'^CODE=(?!"?\$RUN)(.*)$', script, re.MULTILINE)
-    return Shape(
-        nodes=wanted.nodes or int(option_of(script, "nodes") or 1),
+    return JobRequest(
+        nodes=wanted.nodes or int(sbatch_option(script, "nodes") or 1),
         chain=wanted.chain if wanted.chain > 1 or not is_chained(script) else max(2, waiting),
         code=Path(*shlex.split(code[1])) if code else None,
-        directory=Path(option_of(script, "chdir") or Path.cwd()),
+        directory=Path(sbatch_option(script, "chdir") or Path.cwd()),
     )
 
 
-def make_change(change: Change) -> str:
+def apply_change(change: Change) -> str:
     """Make it: keep the earlier files in ``RUN/slurm/before-N``; returns what happened to the jobs, in words.
 
     New jobs are submitted on hold before the waiting ones are withdrawn, so a refusal changes nothing.
@@ -140,7 +140,7 @@ def make_change(change: Change) -> str:
     Raises:
         UserError: SLURM refuses, or the directory cannot be written.
     """
-    target = folder(change.run)
+    target = slurm_directory(change.run)
     jobs: list[str] = []
     keeps = change.keeps_jobs and bool(change.waiting)
     # Those that the user holds stay held.
@@ -151,14 +151,14 @@ def make_change(change: Change) -> str:
             if keeps:
                 slurm("scontrol", "hold", ",".join(job.number for job in change.waiting))
             else:
-                jobs = submit(target / "next" / SCRIPT, change.shape.chain, "--hold")
+                jobs = submit(target / "next" / SCRIPT, change.request.chain, "--hold")
             with _swapped(target) as aside:
                 with (target / STARTS).open("a", encoding="utf-8") as file:
                     file.write("by-hand -\n")
-                note_jobs(change.run, jobs)
+                record_jobs(change.run, jobs)
         except BaseException:  # Ctrl-C too
             with suppress(UserError):  # the first error says more
-                withdraw(jobs)
+                cancel_jobs(jobs)
                 _release(held)
             raise
     except OSError as error:
@@ -166,7 +166,7 @@ def make_change(change: Change) -> str:
     finally:
         shutil.rmtree(target / "next", ignore_errors=True)
     if not keeps:
-        withdraw([job.number for job in change.waiting])
+        cancel_jobs([job.number for job in change.waiting])
     _release(held or jobs)
     return f"{_words(change, jobs)}; the earlier files are in {aside}"
 

@@ -40,7 +40,7 @@ _FIELDS = (
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """What SLURM says of a job. ``number`` is ARRAY_INDEX for an element of an array."""
 
     number: str
@@ -53,14 +53,14 @@ class Job:
     exit_status: int
 
     @property
-    def waits(self) -> bool:
+    def is_waiting(self) -> bool:
         """Whether it is in the queue."""
         return self.state in WAITING
 
     @property
-    def runs(self) -> bool:
+    def is_running(self) -> bool:
         """Whether it has nodes and its processes may run. That includes states that are not known here."""
-        return not (self.waits or self.is_suspended or self.is_over)
+        return not (self.is_waiting or self.is_suspended or self.is_over)
 
     @property
     def is_suspended(self) -> bool:
@@ -108,7 +108,7 @@ def _environment() -> dict[str, str]:
     }
 
 
-def tell_unused_options() -> None:
+def warn_about_unused_options() -> None:
     """Print which options of sbatch the environment holds, since the site file alone decides."""
     for name, value in os.environ.items():
         if name.startswith("SBATCH_"):
@@ -127,19 +127,19 @@ def submit(script: Path, chain: int, *options: str) -> list[str]:
         try:
             answer = slurm("sbatch", "--parsable", *options, *after, str(script))
         except BaseException:  # Ctrl-C too
-            withdraw(jobs)
+            cancel_jobs(jobs)
             raise
         jobs.append(answer.split()[-1].split(";")[0])
     return jobs
 
 
-def withdraw(jobs: Sequence[str]) -> None:
+def cancel_jobs(jobs: Sequence[str]) -> None:
     """Cancel jobs, the last ones first: none of a chain starts because the one before it is gone."""
     for job in reversed(jobs):
         slurm("scancel", job)
 
 
-def known_jobs(jobs: Sequence[str], seconds: float = 60) -> dict[str, Job]:
+def find_jobs(jobs: Sequence[str], seconds: float = 60) -> dict[str, SlurmJob]:
     """Those of ``jobs`` that SLURM still knows, in the same order; one question for all of them.
 
     Raises:
@@ -160,11 +160,11 @@ def known_jobs(jobs: Sequence[str], seconds: float = 60) -> dict[str, Job]:
     for line in filter(None, map(str.strip, answer.splitlines())):
         number, state, reason, nodes, used, limit, restarts, status, _ = line.split("|")[: len(_FIELDS)]
         exit_status = int(status) >> 8 & 255 if status.isdecimal() else 0
-        found[number] = Job(number, state, reason, nodes, used, limit, int(restarts or 0), exit_status)
+        found[number] = SlurmJob(number, state, reason, nodes, used, limit, int(restarts or 0), exit_status)
     return {number: found[number] for number in jobs if number in found}
 
 
-def seconds_to_leave(partition: str | None) -> tuple[int, int]:
+def kill_wait_and_grace(partition: str | None) -> tuple[int, int]:
     """Seconds between a job's SIGTERM and its SIGKILL, and those that the partition's preemption adds."""
     kill_wait = re.search(r"^KillWait\s*=\s*(\d+)", slurm("scontrol", "show", "config"), re.MULTILINE)
     partitions = [

@@ -14,7 +14,7 @@ from megatron_mesh.config.sources import read_yaml
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
 from megatron_mesh.runtime.failures import STATUS_FILE
-from megatron_mesh.slurm.script import SCRIPT, folder, option_of
+from megatron_mesh.slurm.script import SCRIPT, slurm_directory, sbatch_option
 from megatron_mesh.slurm.submission import JOBS, SETTINGS_FILE, STARTS
 
 _METRICS_FILE = "metrics.jsonl"
@@ -29,7 +29,7 @@ class Event:
     """A line of ``starts.txt``: a start or an end of a job's script (``examples/slurm/job.sh``)."""
 
     token: str
-    """Job and restart number."""
+    """SlurmJob and restart number."""
     step: int
     kind: str
     """start, or the end: done, stopped, failed, given-up, ended (by SLURM) or resumes."""
@@ -47,7 +47,7 @@ class RunFiles:
     """A run by its files.
 
     Attributes:
-        word: the first line of ``run_status.txt``, or "not started".
+        status: the first line of ``run_status.txt``, or "not started".
         causes: the further lines: why the run failed.
         jobs: numbers of its jobs, the oldest first; those submitted by hand from their first start.
         event: the last one noted; None for a run outside of SLURM.
@@ -59,7 +59,7 @@ class RunFiles:
     """
 
     run: Path
-    word: str
+    status: str
     causes: list[str]
     jobs: list[str]
     event: Event | None
@@ -106,15 +106,15 @@ def _read(run: Path) -> RunFiles:
     lines = _lines(run / STATUS_FILE)
     settings = _settings(run)
     metrics = _working_directory(run) / (settings.get("output_dir") or run) / _METRICS_FILE
-    events = [event for event in map(_event, _lines(folder(run) / STARTS)) if event]
+    events = [event for event in map(_event, _lines(slurm_directory(run) / STARTS)) if event]
     checkpoints = [int(match[1]) for path in run.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
-    if not (lines or events or checkpoints or metrics.exists() or (folder(run) / JOBS).exists()):
+    if not (lines or events or checkpoints or metrics.exists() or (slurm_directory(run) / JOBS).exists()):
         raise UserError(f"{run} is not a run: it has no jobs, no metrics.jsonl and no checkpoints")
     train, save, failed = _newest_records(metrics)
-    jobs = dict.fromkeys([*_lines(folder(run) / JOBS), *(event.job for event in events)])
+    jobs = dict.fromkeys([*_lines(slurm_directory(run) / JOBS), *(event.job for event in events)])
     return RunFiles(
         run=run,
-        word=(lines or ["not started"])[0],
+        status=(lines or ["not started"])[0],
         causes=lines[1:],
         jobs=list(jobs),
         event=events[-1] if events else None,
@@ -133,7 +133,7 @@ def _lines(path: Path) -> list[str]:
 
 def _settings(run: Path) -> dict[str, Any]:
     """Settings as submitted, or as the trainer wrote them; {} if they are an older version's."""
-    for path in (folder(run) / SETTINGS_FILE, run / SETTINGS_FILE):
+    for path in (slurm_directory(run) / SETTINGS_FILE, run / SETTINGS_FILE):
         if path.is_file():
             try:
                 return read_yaml(path)
@@ -144,9 +144,9 @@ def _settings(run: Path) -> dict[str, Any]:
 
 def _working_directory(run: Path) -> Path:
     """Where relative paths of a run's settings start; this process's directory if the script doesn't say."""
-    script = folder(run) / SCRIPT
+    script = slurm_directory(run) / SCRIPT
     text = script.read_text(encoding="utf-8") if script.is_file() else ""
-    return Path(option_of(text, "chdir") or "")
+    return Path(sbatch_option(text, "chdir") or "")
 
 
 def _event(line: str) -> Event | None:

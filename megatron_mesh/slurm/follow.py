@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.slurm.commands import Job, known_jobs, slurm
+from megatron_mesh.slurm.commands import SlurmJob, find_jobs, slurm
 from megatron_mesh.slurm.files import RunFiles, read_files
-from megatron_mesh.slurm.script import folder
+from megatron_mesh.slurm.script import slurm_directory
 
 _LINES = 20
 """Lines of what was printed before."""
@@ -51,10 +51,10 @@ def follow(run: Path, poll_seconds: float = 0.5) -> Iterator[str]:
 
 def _current(files: RunFiles) -> str:
     try:
-        known = list(known_jobs(files.jobs).values())
+        known = list(find_jobs(files.jobs).values())
     except UserError:
         return files.jobs[-1]
-    for is_current in (lambda job: job.runs or job.is_suspended, lambda job: job.waits):
+    for is_current in (lambda job: job.is_running or job.is_suspended, lambda job: job.is_waiting):
         found = [job.number for job in known if is_current(job)]
         if found:
             return found[0]
@@ -62,8 +62,8 @@ def _current(files: RunFiles) -> str:
 
 
 def _log(run: Path, job: str) -> Path:
-    path = folder(run) / f"{job}.log"
-    if path.exists() or (folder(run) / "jobs.txt").exists():
+    path = slurm_directory(run) / f"{job}.log"
+    if path.exists() or (slurm_directory(run) / "jobs.txt").exists():
         return path
     found = re.search(r" StdOut=(.*?)(?: Power=|$)", slurm("scontrol", "-o", "show", "job", job))
     if found is None:
@@ -74,7 +74,7 @@ def _log(run: Path, job: str) -> Path:
 def _look(run: Path, number: str) -> tuple[bool, str]:
     """Whether the job is over, and what there is to say about it."""
     try:
-        job: Job | None = known_jobs([number]).get(number)
+        job: SlurmJob | None = find_jobs([number]).get(number)
     except UserError as error:
         event = read_files(run).event  # without SLURM, its last words
         return event is not None and event.job == number and event.kind not in ("start", "resumes"), str(
@@ -82,7 +82,7 @@ def _look(run: Path, number: str) -> tuple[bool, str]:
         )
     if job is None:
         return True, f"job {number}: SLURM no longer knows it"
-    if job.waits or job.is_suspended:
+    if job.is_waiting or job.is_suspended:
         return False, f"job {number}: {job.state} ({job.reason})"
     return job.is_over, f"job {number}: {job.state}" if job.is_over else ""
 

@@ -16,7 +16,7 @@ _NOT_IN_PATHS = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
-class Shape:
+class JobRequest:
     """What a submission chooses besides the settings and the site."""
 
     nodes: int
@@ -28,12 +28,12 @@ class Shape:
     """Working directory of the jobs: relative paths in the settings start there."""
 
 
-def folder(run: Path) -> Path:
+def slurm_directory(run: Path) -> Path:
     """Where a run keeps what its jobs need."""
     return run / FOLDER
 
 
-def batch_script(run: Path, load: str | None, site: Site, shape: Shape) -> str:
+def batch_script(run: Path, load: str | None, site: Site, request: JobRequest) -> str:
     """The batch script of a run.
 
     Args:
@@ -44,26 +44,26 @@ def batch_script(run: Path, load: str | None, site: Site, shape: Shape) -> str:
     """
     if site.environment != "venv" and re.search("[:,]", str(run)):
         raise UserError(f"--save {run}: a container cannot mount a path with a colon or a comma; rename it")
-    lines = _head(site, shape, run.name, f"{_pattern(folder(run))}/%j.log")
-    code = '"$RUN/slurm/code"' if shape.code is None else shlex.quote(str(shape.code))
+    lines = _head(site, request, run.name, f"{_pattern(slurm_directory(run))}/%j.log")
+    code = '"$RUN/slurm/code"' if request.code is None else shlex.quote(str(request.code))
     lines += [f"RUN={shlex.quote(str(run))}", f"CODE={code}", 'SITE="$RUN/slurm/site.sh"']
     lines += ['SETTINGS=(--config "$RUN/slurm/config.yaml")']
     if load is not None and load != str(run):
         lines += [f"LOAD={shlex.quote(load)}"]
-    if shape.chain > 1:
+    if request.chain > 1:
         lines += ["REQUEUE=no # the next job of the chain resumes"]
     return "\n".join([*lines, '. "$RUN/slurm/job.sh"', ""])
 
 
-def array_script(top: Path, elements: int, site: Site, shape: Shape, at_once: int | None) -> str:
+def array_script(top: Path, expand_sweep: int, site: Site, request: JobRequest, at_once: int | None) -> str:
     """The batch script of a sweep: element N runs the script in ``top/slurm/N``, and its log is there."""
-    lines = _head(site, shape, top.name, f"{_pattern(folder(top))}/%a/%A_%a.log")
+    lines = _head(site, request, top.name, f"{_pattern(slurm_directory(top))}/%a/%A_%a.log")
     limit = f"%{at_once}" if at_once else ""
-    lines.insert(1, f"#SBATCH --array=0-{elements - 1}{limit}")
-    return "\n".join([*lines, f'. {shlex.quote(str(folder(top)))}/"$SLURM_ARRAY_TASK_ID"/{SCRIPT}', ""])
+    lines.insert(1, f"#SBATCH --array=0-{expand_sweep - 1}{limit}")
+    return "\n".join([*lines, f'. {shlex.quote(str(slurm_directory(top)))}/"$SLURM_ARRAY_TASK_ID"/{SCRIPT}', ""])
 
 
-def option_of(script: str, name: str) -> str | None:
+def sbatch_option(script: str, name: str) -> str | None:
     """The first value of an option of sbatch in a script: the tool's own, not the site's."""
     found = re.search(rf"^#SBATCH --{name}=(.*)$", script, re.MULTILINE)
     return " ".join(shlex.split(found[1])) if found else None
@@ -74,7 +74,7 @@ def is_chained(script: str) -> bool:
     return re.search("^REQUEUE=no", script, re.MULTILINE) is not None
 
 
-def _head(site: Site, shape: Shape, name: str, output: str) -> list[str]:
+def _head(site: Site, request: JobRequest, name: str, output: str) -> list[str]:
     if seconds_of(site.time_limit) <= site.warning_seconds:
         raise UserError(
             f"the time limit {site.time_limit} is used up by the early warning, which comes "
@@ -82,7 +82,7 @@ def _head(site: Site, shape: Shape, name: str, output: str) -> list[str]:
         )
     options = [
         f"--job-name={name}",
-        f"--nodes={shape.nodes}",
+        f"--nodes={request.nodes}",
         f"--ntasks-per-node={site.gpus_per_node}",
         f"--gpus-per-node={site.gpus_per_node}",
         f"--cpus-per-task={site.cpus_per_task}",
@@ -91,7 +91,7 @@ def _head(site: Site, shape: Shape, name: str, output: str) -> list[str]:
         "--open-mode=append",
         f"--signal=B:USR1@{site.warning_seconds}",
         f"--output={output}",
-        f"--chdir={shape.directory}",
+        f"--chdir={request.directory}",
         *site.sbatch_options,
     ]
     return ["#!/usr/bin/env bash", *(f"#SBATCH {line}" for line in _quoted(options))]
@@ -116,7 +116,7 @@ def _pattern(path: Path) -> str:
     return str(path).replace("%", "%%")
 
 
-def save_note(site: Site, seconds: tuple[int, int]) -> str | None:
+def slow_save_note(site: Site, seconds: tuple[int, int]) -> str | None:
     """A note if saving takes longer than SLURM leaves a job, or None.
 
     Args:

@@ -8,9 +8,9 @@ from typing import Any
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
 from megatron_mesh.runtime.failures import RUNNING
-from megatron_mesh.slurm.commands import STATUS_SECONDS, Job, known_jobs
+from megatron_mesh.slurm.commands import STATUS_SECONDS, SlurmJob, find_jobs
 from megatron_mesh.slurm.files import RunFiles, read_files
-from megatron_mesh.slurm.script import folder
+from megatron_mesh.slurm.script import slurm_directory
 from megatron_mesh.slurm.site import read_site
 from megatron_mesh.slurm.submission import SITE_FILE
 
@@ -25,12 +25,12 @@ class Status:
 
     Attributes:
         jobs: those that SLURM still knows.
-        silence: why SLURM said nothing; "" if it answered.
+        slurm_error: why SLURM said nothing; "" if it answered.
     """
 
     files: RunFiles
-    jobs: list[Job]
-    silence: str
+    jobs: list[SlurmJob]
+    slurm_error: str
 
     @property
     def state(self) -> str:
@@ -38,34 +38,34 @@ class Status:
 
         A run is interrupted if its jobs are gone and it has not said how it ended: killed, or cancelled.
         """
-        if self.files.word == "done":
+        if self.files.status == "done":
             return "done"
         for state, is_so in (
-            ("running", [job.runs for job in self.jobs]),
+            ("running", [job.is_running for job in self.jobs]),
             ("suspended", [job.is_suspended for job in self.jobs]),
-            ("waiting", [job.waits for job in self.jobs]),
+            ("waiting", [job.is_waiting for job in self.jobs]),
         ):
             if any(is_so):
                 return state
-        if self.files.word not in (RUNNING, "not started") or self.silence or not self.files.jobs:
-            return self.files.word
-        return _ENDS.get(self.files.event.kind, "interrupted") if self.files.event else self.files.word
+        if self.files.status not in (RUNNING, "not started") or self.slurm_error or not self.files.jobs:
+            return self.files.status
+        return _ENDS.get(self.files.event.kind, "interrupted") if self.files.event else self.files.status
 
 
-def statuses(runs: Sequence[Path]) -> list[Status]:
+def read_statuses(runs: Sequence[Path]) -> list[Status]:
     """The state of each run. SLURM is asked once for all of them.
 
     Raises:
         UserError: one of them is not a run's directory.
     """
     found = [read_files(run) for run in runs]
-    known: dict[str, Job] = {}
-    silence = ""
+    known: dict[str, SlurmJob] = {}
+    slurm_error = ""
     try:
-        known = known_jobs([job for files in found for job in files.jobs], seconds=STATUS_SECONDS)
+        known = find_jobs([job for files in found for job in files.jobs], seconds=STATUS_SECONDS)
     except UserError as error:
-        silence = str(error)
-    return [Status(files, [known[job] for job in files.jobs if job in known], silence) for files in found]
+        slurm_error = str(error)
+    return [Status(files, [known[job] for job in files.jobs if job in known], slurm_error) for files in found]
 
 
 def as_json(found: Sequence[Status]) -> str:
@@ -105,9 +105,9 @@ def _object(status: Status) -> dict[str, Any]:
             for job in status.jobs
         ],
         "forgotten_jobs": []
-        if status.silence
+        if status.slurm_error
         else sorted({*files.jobs} - {job.number for job in status.jobs}),
-        "slurm": status.silence or "answered",
+        "slurm": status.slurm_error or "answered",
     }
 
 
@@ -118,8 +118,8 @@ def as_text(status: Status) -> str:
     if files.event:
         rows.append(("last event", f"{files.event.text} (job {files.event.job}, {files.event.time})"))
     rows += [(f"job {job.number}", _job_text(job)) for job in status.jobs]
-    if status.silence:
-        rows.append(("slurm", f"{status.silence}; this is what the files say"))
+    if status.slurm_error:
+        rows.append(("slurm", f"{status.slurm_error}; this is what the files say"))
     elif not status.jobs:
         forgotten = f"SLURM no longer knows {', '.join(files.jobs[-3:])}"
         rows.append(("jobs", forgotten if files.jobs else "none: this run was not started on SLURM"))
@@ -150,7 +150,7 @@ def _progress(files: RunFiles) -> list[tuple[str, str]]:
 
 
 def _save_hint(files: RunFiles) -> str:
-    path = folder(files.run) / SITE_FILE
+    path = slurm_directory(files.run) / SITE_FILE
     if files.save is None or not path.is_file():
         return ""
     try:
@@ -178,8 +178,8 @@ def as_table(found: Sequence[Status]) -> str:
             (str(files.run), status.state, step, total, shown, checkpoint, risk, ", ".join(jobs) or "-")
         )
     lines = _aligned(rows)
-    silence = next((status.silence for status in found if status.silence), "")
-    return "\n".join([*lines, *([f"slurm: {silence}; this is what the files say"] if silence else [])])
+    slurm_error = next((status.slurm_error for status in found if status.slurm_error), "")
+    return "\n".join([*lines, *([f"slurm: {slurm_error}; this is what the files say"] if slurm_error else [])])
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -190,11 +190,11 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _job_text(job: Job) -> str:
+def _job_text(job: SlurmJob) -> str:
     parts = [job.state if job.reason in ("None", "") else f"{job.state} ({job.reason})"]
     if job.is_over and job.exit_status == UNFINISHED:
         parts = [f"{job.state}: ended before the run did (exit status {UNFINISHED})"]
-    if job.runs:
+    if job.is_running:
         parts.append(f"on {job.nodes}, {job.run_time} of {job.time_limit}")
     if job.restarts:
         parts.append(f"restarted {job.restarts} times")

@@ -13,8 +13,8 @@ from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import CheckpointConfig, Config
 from megatron_mesh.errors import UserError
-from megatron_mesh.slurm.commands import submit, withdraw
-from megatron_mesh.slurm.script import SCRIPT, Shape, batch_script, folder
+from megatron_mesh.slurm.commands import submit, cancel_jobs
+from megatron_mesh.slurm.script import SCRIPT, JobRequest, batch_script, slurm_directory
 from megatron_mesh.slurm.site import Site
 
 JOBS, STARTS, SETTINGS_FILE, SITE_FILE = "jobs.txt", "starts.txt", "config.yaml", "site.sh"
@@ -37,7 +37,7 @@ def check_clone(started_from: Path) -> None:
         )
 
 
-def prepared(config: Config, run: Path, site: Site, nodes: int, directory: Path | None = None) -> Config:
+def config_for_jobs(config: Config, run: Path, site: Site, nodes: int, directory: Path | None = None) -> Config:
     """The settings as the jobs will have them.
 
     Args:
@@ -89,18 +89,18 @@ def check_memory(config: Config, world_size: int, limit_gib: float | None) -> fl
     return gib
 
 
-def check_new(run: Path) -> None:
+def check_not_submitted(run: Path) -> None:
     """Raise UserError if ``run`` has been submitted before."""
-    if folder(run).exists():
+    if slurm_directory(run).exists():
         raise UserError(
             f"{run} was submitted before, with code and settings of its own; --requeue {run} resumes it, "
             f"--change {run} changes its nodes or settings, another --save starts another run"
         )
 
 
-def write_run(config: Config, run: Path, site: Site, script: str, *, with_code: bool = True) -> None:
+def write_job_files(config: Config, run: Path, site: Site, script: str, *, with_code: bool = True) -> None:
     """Write the files of ``RUN/slurm``, an empty directory."""
-    target = folder(run)
+    target = slurm_directory(run)
     if with_code:
         copy_code(target / "code")
     for name in _SHELL_FILES:
@@ -111,37 +111,37 @@ def write_run(config: Config, run: Path, site: Site, script: str, *, with_code: 
     (target / SCRIPT).write_text(script, encoding="utf-8")
 
 
-def write_and_submit(config: Config, run: Path, site: Site, shape: Shape) -> list[str]:
+def write_and_submit(config: Config, run: Path, site: Site, request: JobRequest) -> list[str]:
     """Write ``RUN/slurm`` and submit; the jobs' numbers.
 
     Raises:
         UserError: SLURM refuses, or the directory cannot be written. Then nothing is left behind.
     """
-    script = batch_script(run, config.checkpoint.load, site, shape)
-    with new_directories(folder(run)):
-        write_run(config, run, site, script)
-        return submit_and_note(folder(run) / SCRIPT, shape.chain, lambda jobs: {run: jobs})
+    script = batch_script(run, config.checkpoint.load, site, request)
+    with new_directories(slurm_directory(run)):
+        write_job_files(config, run, site, script)
+        return submit_and_record(slurm_directory(run) / SCRIPT, request.chain, lambda jobs: {run: jobs})
 
 
-def submit_and_note(
+def submit_and_record(
     script: Path, chain: int, runs: Callable[[list[str]], dict[Path, list[str]]]
 ) -> list[str]:
     """Submit, and add the jobs to the lists of their runs; jobs that cannot be noted are cancelled."""
     jobs = submit(script, chain)
     try:
         for run, theirs in runs(jobs).items():
-            note_jobs(run, theirs)
+            record_jobs(run, theirs)
     except BaseException as error:  # Ctrl-C too
-        withdraw(jobs)
+        cancel_jobs(jobs)
         if isinstance(error, OSError):
-            raise cannot_write(script.parent, error) from None
+            raise write_error(script.parent, error) from None
         raise
     return jobs
 
 
-def note_jobs(run: Path, jobs: Sequence[str]) -> None:
+def record_jobs(run: Path, jobs: Sequence[str]) -> None:
     """Add jobs to the list of those that the run has had."""
-    with (folder(run) / JOBS).open("a", encoding="utf-8") as file:
+    with (slurm_directory(run) / JOBS).open("a", encoding="utf-8") as file:
         file.writelines(f"{job}\n" for job in jobs)
 
 
@@ -167,11 +167,11 @@ def new_directories(*targets: Path) -> Iterator[None]:
             with suppress(OSError):  # others may have put something there
                 path.rmdir()
         if isinstance(error, OSError):
-            raise cannot_write(targets[0], error) from None
+            raise write_error(targets[0], error) from None
         raise
 
 
-def cannot_write(target: Path, error: OSError) -> UserError:
+def write_error(target: Path, error: OSError) -> UserError:
     """The error for a directory that cannot be written."""
     return UserError(
         f"{error.filename or target} cannot be written ({error.strerror}); nothing was submitted; "

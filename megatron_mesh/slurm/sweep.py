@@ -10,9 +10,9 @@ from megatron_mesh.arguments import parse_args
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import SETTINGS, flag, unknown_setting
 from megatron_mesh.errors import UserError
-from megatron_mesh.slurm.script import ARRAY_SCRIPT, SCRIPT, Shape, array_script, batch_script, folder
+from megatron_mesh.slurm.script import ARRAY_SCRIPT, SCRIPT, JobRequest, array_script, batch_script, slurm_directory
 from megatron_mesh.slurm.site import Site
-from megatron_mesh.slurm.submission import copy_code, new_directories, prepared, submit_and_note, write_run
+from megatron_mesh.slurm.submission import copy_code, new_directories, config_for_jobs, submit_and_record, write_job_files
 
 _BOOLEANS = {"true": True, "false": False}
 
@@ -25,7 +25,7 @@ class Element:
     config: Config
 
 
-def elements(
+def expand_sweep(
     sweeps: Sequence[str], settings: Sequence[str], top: Path, site: Site, nodes: int, prog: str
 ) -> list[Element]:
     """The runs of a sweep, each in ``top/NAME=VALUE`` (``top/NAME=VALUE_NAME=VALUE``).
@@ -50,7 +50,7 @@ def elements(
         config = _own_output(parse_args([*settings, *flags], prog=prog).config, label, names)
         run = top / label
         try:
-            found.append(Element(run, prepared(config, run, site, nodes)))
+            found.append(Element(run, config_for_jobs(config, run, site, nodes)))
         except UserError as error:
             raise UserError(f"{label}: {error}") from None
     return found
@@ -95,28 +95,28 @@ def _flags(name: str, value: str) -> list[str]:
 
 
 def write_and_submit_sweep(
-    found: Sequence[Element], top: Path, site: Site, shape: Shape, at_once: int | None
+    found: Sequence[Element], top: Path, site: Site, request: JobRequest, at_once: int | None
 ) -> list[str]:
     """Write every run of the sweep and submit them as one array (``chain`` arrays); the arrays' numbers.
 
-    The runs share one copy of the code, in ``top/slurm/code``, which is ``shape.code``. ``top/slurm/N`` is a
+    The runs share one copy of the code, in ``top/slurm/code``, which is ``request.code``. ``top/slurm/N`` is a
     link to ``RUN/slurm`` of element N.
 
     Raises:
         UserError: SLURM refuses, or the directory cannot be written. Then nothing is left behind.
     """
-    target = folder(top)
-    scripts = [batch_script(each.run, each.config.checkpoint.load, site, shape) for each in found]
-    with new_directories(target, *(folder(each.run) for each in found)):
+    target = slurm_directory(top)
+    scripts = [batch_script(each.run, each.config.checkpoint.load, site, request) for each in found]
+    with new_directories(target, *(slurm_directory(each.run) for each in found)):
         copy_code(target / "code")
         for index, (each, script) in enumerate(zip(found, scripts, strict=True)):
-            write_run(each.config, each.run, site, script, with_code=False)
+            write_job_files(each.config, each.run, site, script, with_code=False)
             (target / str(index)).symlink_to(Path("..", each.run.name, "slurm"))
-        script = array_script(top, len(found), site, shape, at_once)
+        script = array_script(top, len(found), site, request, at_once)
         (target / ARRAY_SCRIPT).write_text(script, encoding="utf-8")
-        return submit_and_note(
+        return submit_and_record(
             target / ARRAY_SCRIPT,
-            shape.chain,
+            request.chain,
             lambda arrays: {
                 each.run: [f"{array}_{index}" for array in arrays] for index, each in enumerate(found)
             },
@@ -125,7 +125,7 @@ def write_and_submit_sweep(
 
 def runs_in(path: Path) -> list[Path]:
     """The runs of a sweep's directory, in the order of the array; any other path is a run itself."""
-    if not (folder(path) / ARRAY_SCRIPT).is_file():
+    if not (slurm_directory(path) / ARRAY_SCRIPT).is_file():
         return [path]
-    links = [link for link in folder(path).iterdir() if link.name.isdecimal() and (link / SCRIPT).is_file()]
+    links = [link for link in slurm_directory(path).iterdir() if link.name.isdecimal() and (link / SCRIPT).is_file()]
     return [path / link.readlink().parent.name for link in sorted(links, key=lambda link: int(link.name))]

@@ -140,7 +140,7 @@ def test_a_change_that_is_interrupted_is_undone(lab, run, monkeypatch, error) ->
     def interrupted(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("megatron_mesh.slurm.change.note_jobs", interrupted)
+    monkeypatch.setattr("megatron_mesh.slurm.change.record_jobs", interrupted)
     monkeypatch.setenv("JOB", PENDING)
     before = files(run)
     with pytest.raises((KeyboardInterrupt, UserError)):

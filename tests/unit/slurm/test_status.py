@@ -297,7 +297,7 @@ def test_requeue_without_room_submits_nothing(run, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "jobs.txt")
 
-    monkeypatch.setattr("megatron_mesh.slurm.actions.note_jobs", full)
+    monkeypatch.setattr("megatron_mesh.slurm.actions.record_jobs", full)
     with pytest.raises(UserError, match="No space left on device"):
         main(["--requeue", str(run)])
     assert (run.parent / "scancel").read_text() == "42\n"

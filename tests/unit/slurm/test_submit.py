@@ -13,7 +13,7 @@ from megatron_mesh.arguments import parse_args
 from megatron_mesh.config.checks import resolve
 from megatron_mesh.errors import UserError
 from megatron_mesh.slurm import submission
-from megatron_mesh.slurm.script import option_of
+from megatron_mesh.slurm.script import sbatch_option
 from megatron_mesh.slurm.site import read_site, seconds_of
 from tests.unit.slurm.conftest import ROOT
 from tests.unit.slurm.tool import DATA, MODEL, SAVING, main, submit
@@ -88,7 +88,7 @@ def test_what_fails_leaves_nothing_behind(lab, monkeypatch, fault, message) -> N
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device", "somewhere")
 
-        monkeypatch.setattr(submission, "note_jobs", full)
+        monkeypatch.setattr(submission, "record_jobs", full)
     else:
 
         def denied(path: Path, *_: object, **__: object) -> None:
@@ -109,7 +109,7 @@ def test_an_interrupted_submission_leaves_no_job(lab, monkeypatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(submission, "note_jobs", interrupted)
+    monkeypatch.setattr(submission, "record_jobs", interrupted)
     with pytest.raises(KeyboardInterrupt):
         submit(lab, "--chain", "2")
     assert (lab / "scancel").read_text() == "42\n41\n" and not (lab / "run").exists()
@@ -171,7 +171,7 @@ def test_options_and_paths_are_quoted(lab) -> None:
     script = path.read_text()
     assert "#SBATCH --comment='two words'\n" in script and "#SBATCH --constraint='a|b'\n" in script
     assert "#SBATCH --exclusive\n" in script
-    assert option_of(script, "output") == f"{run}/slurm/%j.log".replace("50%", "50%%")
+    assert sbatch_option(script, "output") == f"{run}/slurm/%j.log".replace("50%", "50%%")
     (run / "slurm/job.sh").write_text('printf "%s\\n" "$RUN" "$CODE" "$SITE" "$LOAD" "${SETTINGS[@]}"\n')
     said = subprocess.run(["bash", str(path)], capture_output=True, text=True, check=True).stdout
     files = run / "slurm"
