@@ -45,7 +45,7 @@ from megatron_mesh.slurm.actions import run_directory  # noqa: E402
 from megatron_mesh.slurm.change import ChangeRequest, apply_change, plan_change  # noqa: E402
 from megatron_mesh.slurm.commands import kill_wait_and_grace, warn_about_unused_options  # noqa: E402
 from megatron_mesh.slurm.follow import follow  # noqa: E402
-from megatron_mesh.slurm.script import JobRequest, array_script, batch_script, slurm_directory, slow_save_note  # noqa: E402
+from megatron_mesh.slurm.script import JobRequest, array_script, batch_script, slow_save_note, slurm_directory  # noqa: E402
 from megatron_mesh.slurm.site import TEMPLATE, Site, read_site  # noqa: E402
 from megatron_mesh.slurm.submission import (  # noqa: E402
     check_clone,
@@ -190,7 +190,9 @@ def _change(options: argparse.Namespace, settings: Sequence[str], prog: str) -> 
         settings, options.site, options.nodes, options.gpus_per_node, options.time, options.chain or 1
     )
     change = plan_change(_one_run(options.change), wanted, prog)
-    gib = check_memory(change.config, change.request.nodes * change.site.gpus_per_node, options.gpu_memory_gib)
+    gib = check_memory(
+        change.config, change.request.nodes * change.site.gpus_per_node, options.gpu_memory_gib
+    )
     print(f"the fullest rank needs about {gib:.1f} GiB", file=sys.stderr)
     for line in change.differences:
         print(line)
@@ -229,7 +231,12 @@ def _submit(options: argparse.Namespace, settings: Sequence[str], prog: str) -> 
 
 
 def _sweep(
-    options: argparse.Namespace, settings: Sequence[str], prog: str, top: Path, site: Site, request: JobRequest
+    options: argparse.Namespace,
+    settings: Sequence[str],
+    prog: str,
+    top: Path,
+    site: Site,
+    request: JobRequest,
 ) -> list[str]:
     """Submit a sweep; its arrays' numbers, or none after a dry run."""
     found = expand_sweep(options.sweep, settings, top, site, request.nodes, prog)

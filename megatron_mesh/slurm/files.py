@@ -1,4 +1,4 @@
-"""What the files of a run say about it. Nothing here asks SLURM."""
+"""Read the state of a run from its files, without asking SLURM."""
 
 import os
 import re
@@ -14,46 +14,47 @@ from megatron_mesh.config.sources import read_yaml
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
 from megatron_mesh.runtime.failures import STATUS_FILE
-from megatron_mesh.slurm.script import SCRIPT, slurm_directory, sbatch_option
+from megatron_mesh.slurm.script import SCRIPT, sbatch_option, slurm_directory
 from megatron_mesh.slurm.submission import JOBS, SETTINGS_FILE, STARTS
 
 _METRICS_FILE = "metrics.jsonl"
 _BLOCK = 1 << 20
 _LONGEST_SEARCH = 64 * _BLOCK
-"""Bytes of metrics.jsonl, from its end, in which the newest records are looked for."""
+"""Search at most this many bytes from the end of metrics.jsonl for the newest records."""
 _CHECKPOINT = re.compile(r"iter_(\d+)")
 
 
 @dataclass(frozen=True)
 class Event:
-    """A line of ``starts.txt``: a start or an end of a job's script (``examples/slurm/job.sh``)."""
+    """A line of ``starts.txt``: the start or the end of ``job.sh``."""
 
     token: str
-    """SlurmJob and restart number."""
+    """Job number and restart number, separated by a dot."""
     step: int
     kind: str
-    """start, or the end: done, stopped, failed, given-up, ended (by SLURM) or resumes."""
+    """start, or how it ended: done, stopped, failed, given-up, ended (by SLURM) or resumes."""
     time: str
     text: str
 
     @property
     def job(self) -> str:
-        """The job's number."""
+        """The job number."""
         return self.token.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run by its files.
+    """The state of a run according to its files.
 
     Attributes:
         status: the first line of ``run_status.txt``, or "not started".
-        causes: the further lines: why the run failed.
-        jobs: numbers of its jobs, the oldest first; those submitted by hand from their first start.
-        event: the last one noted; None for a run outside of SLURM.
-        settings: those that are known by their files, as in YAML.
-        train: the newest record of a training step in metrics.jsonl; ``save`` of a checkpoint likewise.
-        failed_saves: records of saves that have failed since, the oldest first.
+        causes: its other lines, which say why the run failed.
+        jobs: numbers of the run's jobs, oldest first. A job submitted by hand appears with its first start.
+        event: the last event of a job; None if the run was not started on SLURM.
+        settings: the settings as in YAML; empty if no file of them can be read.
+        train: the newest record of a training step in metrics.jsonl.
+        save: the newest record of a checkpoint there.
+        failed_saves: records of failed saves since then, oldest first.
         checkpoint: step of the newest complete checkpoint, or None.
         updated: when metrics.jsonl was last written, in the local time zone.
     """
@@ -72,7 +73,7 @@ class RunFiles:
 
     @property
     def last_step(self) -> int | None:
-        """The step at which the run ends, as seen from its newest step; None without settings."""
+        """The step at which the run will end, from its newest step; None if the settings are unknown."""
         training = TrainingConfig(
             train_iters=self.settings.get("train_iters"),
             train_samples=self.settings.get("train_samples"),
@@ -91,10 +92,10 @@ class RunFiles:
 
 
 def read_files(run: Path) -> RunFiles:
-    """Read what is there.
+    """Read the files of a run.
 
     Raises:
-        UserError: ``run`` is not a run's directory, or cannot be read.
+        UserError: ``run`` is not the directory of a run, or cannot be read.
     """
     try:
         return _read(run)
@@ -132,7 +133,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _settings(run: Path) -> dict[str, Any]:
-    """Settings as submitted, or as the trainer wrote them; {} if they are an older version's."""
+    """The settings as submitted, or as the trainer wrote them; {} if an older version wrote them."""
     for path in (slurm_directory(run) / SETTINGS_FILE, run / SETTINGS_FILE):
         if path.is_file():
             try:
@@ -143,7 +144,7 @@ def _settings(run: Path) -> dict[str, Any]:
 
 
 def _working_directory(run: Path) -> Path:
-    """Where relative paths of a run's settings start; this process's directory if the script doesn't say."""
+    """The jobs' working directory, where relative paths in the settings start; this process's if unknown."""
     script = slurm_directory(run) / SCRIPT
     text = script.read_text(encoding="utf-8") if script.is_file() else ""
     return Path(sbatch_option(text, "chdir") or "")
@@ -152,7 +153,7 @@ def _working_directory(run: Path) -> Path:
 def _event(line: str) -> Event | None:
     words = line.split(maxsplit=4)
     if len(words) < 4 or not words[1].isdecimal():
-        return None  # a "by-hand" line, an older version's, or one that was cut off
+        return None  # a "by-hand" line, a truncated one, or one that an older version wrote
     token, step, kind, time, *text = words
     return Event(token, int(step), kind, time, "".join(text))
 
@@ -160,7 +161,7 @@ def _event(line: str) -> Event | None:
 def _newest_records(
     path: Path,
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None, list[dict[str, Any]]]:
-    """The newest records of a step and of a save, and the failed saves after that."""
+    """The newest record of a step, the newest of a save, and the failed saves after it."""
     train: dict[str, Any] | None = None
     save: dict[str, Any] | None = None
     failed: list[dict[str, Any]] = []
@@ -169,7 +170,7 @@ def _newest_records(
             record = strict_json.loads(line)
             kind = record["kind"]
         except (ValueError, TypeError, KeyError):
-            continue  # cut off: the last line, which is being written, or one at which the run was killed
+            continue  # truncated: the line is being written, or the run was killed while writing it
         if kind == "train":
             train = train or record
         elif kind == "save_failed" and save is None:
@@ -182,7 +183,7 @@ def _newest_records(
 
 
 def _lines_backwards(path: Path) -> Iterator[bytes]:
-    """The lines of a file, the last one first."""
+    """The lines of a file, last line first."""
     if not path.is_file():
         return
     with path.open("rb") as file:

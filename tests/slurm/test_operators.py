@@ -76,7 +76,7 @@ def test_other_nodes(start, undisturbed, cluster) -> None:
     assert job.wait_for_end() == "FAILED" and job.fields["ExitCode"] == "75:0"
     assert "stopped on request" in job.log.splitlines()[-1]
     text = tool(cluster, "--status", job.run)
-    assert "state       stopped\n" in text and "FAILED: ended before the run did" in text
+    assert "state       stopped\n" in text and "FAILED: ended before the end of the run" in text
     wait_until(lambda: cluster.job(dependant)["Reason"] == "DependencyNeverSatisfied", 60, "a refusal")
     text = tool(cluster, "--change", job.run, "--nodes", 2, "--gpus-per-node", 1)
     assert "nodes: 1 -> 2" in text and "gpus-per-node: 2 -> 1" in text
@@ -213,4 +213,4 @@ def test_status_without_a_controller(undisturbed, tmp_path, monkeypatch) -> None
     text = tool(undisturbed.cluster, "--status", undisturbed.run)
     assert "state       done\n" in text and f"{STEPS} of {STEPS}, loss" in text
     (line,) = [line for line in text.splitlines() if line.startswith("slurm")]
-    assert "this is what the files say" in line
+    assert "only the run's files were read" in line

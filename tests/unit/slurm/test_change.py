@@ -79,13 +79,17 @@ def test_another_site_file(lab, run, capsys, monkeypatch) -> None:
 @pytest.mark.parametrize(
     "job,flags,message",
     [
-        (RUNNING, ["--nodes", "2"], "job 41 of .* is RUNNING; touch .*/stop ends it after a save"),
+        (
+            RUNNING,
+            ["--nodes", "2"],
+            "job 41 of .* is RUNNING; stop it first: touch .*/stop saves and ends it",
+        ),
         (SUSPENDED, ["--nodes", "2"], "is suspended"),
         ("", [], "nothing changes"),
         ("", ["--nodes", "1"], "nothing changes"),
         ("", ["--nodes", "3"], "global"),
-        ("", ["--time", "1"], "used up by the early warning"),
-        ("", ["--gpu-memory-gib", "0.0001", "--lr", "1"], "GiB of 0.0001"),
+        ("", ["--time", "1"], "is too short: the early warning"),
+        ("", ["--gpu-memory-gib", "0.0001", "--lr", "1"], "GiB, more than --gpu-memory-gib 0.0001"),
         ("", ["--save", "/elsewhere"], "would be another run"),
         ("", ["--config", "other.yaml"], "leave out --config"),
         ("", ["--sweep", "seed=1,2"], "--sweep is for a new run"),

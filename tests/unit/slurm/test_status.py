@@ -56,7 +56,7 @@ def test_a_running_job(run, status, monkeypatch) -> None:
     assert rows["state"] == "running" and rows["step"].startswith("7 of 10, loss 1.0000, at ")
     assert rows["checkpoint"] == "step 5" and rows["at risk"].startswith("2 steps")
     assert rows["job 41"] == "RUNNING, on n[1-2], 01:00 of 02:00, restarted 3 times"
-    assert rows["last save"] == "70.0 s: more than the site file's SAVE_SECONDS=60, raise it"
+    assert rows["last save"] == "70.0 s: longer than the site file's SAVE_SECONDS=60; raise it"
     found = status("--json")
     assert (found["step"], found["steps_at_risk"], found["last_save_seconds"]) == (7, 2, 70.0)
     assert found["jobs"][0] | {"job": "41", "restarts": 3} == found["jobs"][0]
@@ -101,7 +101,7 @@ def test_without_a_controller_the_files_speak(run, status, monkeypatch) -> None:
     assert (
         rows["state"] == "running" and rows["step"].startswith("3 of 10") and rows["at risk"].startswith("3 ")
     )
-    assert rows["slurm"].endswith("Unable to contact slurm controller; this is what the files say")
+    assert rows["slurm"].endswith("Unable to contact slurm controller; only the run's files were read")
     assert (run.parent / "squeue").read_text() == "x\n"
     assert "Unable to contact" in status("--json")["slurm"]
 
@@ -161,7 +161,7 @@ def test_a_run_submitted_by_hand(lab, capsys, monkeypatch) -> None:
     assert (lab / "scancel").read_text() == "--batch --signal=USR1 7_2\n"
     monkeypatch.setenv("JOB_7_2", FAILED)
     with pytest.raises(
-        UserError, match=r"submit its script again with sbatch; its failures so far no longer"
+        UserError, match=r"submit its script again with sbatch \(its earlier failures no longer"
     ):
         main(["--requeue", str(run)])
     assert (run / "slurm/starts.txt").read_text().endswith("from step 0\nby-hand -\n")
@@ -194,7 +194,7 @@ def test_the_exit_status_of_a_stopped_run_is_that_of_the_job_script(run, status,
     script = (ROOT / "megatron_mesh/slurm/job.sh").read_text()
     assert f"readonly UNFINISHED={UNFINISHED}\n" in script
     monkeypatch.setenv("JOB", FAILED.replace("256", str(UNFINISHED << 8)))
-    assert status()["job 41"] == "FAILED: ended before the run did (exit status 75)"
+    assert status()["job 41"] == "FAILED: ended before the end of the run (exit status 75)"
 
 
 def test_requeue_saves_waits_or_submits(lab, run, capsys, monkeypatch) -> None:
@@ -204,7 +204,7 @@ def test_requeue_saves_waits_or_submits(lab, run, capsys, monkeypatch) -> None:
     assert "job 41 will save and requeue itself; see --status" in capsys.readouterr().out
     monkeypatch.setenv("JOB", PENDING)
     main(["--requeue", str(run)])
-    assert "in the queue already (PENDING, Priority)" in capsys.readouterr().out
+    assert "is already in the queue (PENDING, Priority)" in capsys.readouterr().out
     for state in (FAILED, ""):
         monkeypatch.setenv("JOB", state)
         main(["--requeue", str(run)])
@@ -223,7 +223,7 @@ def test_requeue_of_a_chain_says_what_resumes(lab, capsys, monkeypatch) -> None:
     monkeypatch.setenv("JOB_41", FAILED)
     monkeypatch.setenv("JOB_42", RUNNING)
     main(["--requeue", str(lab / "run")])
-    assert "job 42 will save; it is the last of its chain, so ask again" in capsys.readouterr().out
+    assert "job 42 will save; it is the last of its chain, so run --requeue again" in capsys.readouterr().out
 
 
 def test_a_state_that_is_not_known_is_not_over(run, status, capsys, monkeypatch) -> None:
@@ -288,7 +288,7 @@ def test_a_suspended_job_is_called_suspended(run, monkeypatch) -> None:
 @pytest.mark.parametrize("state", ["CONFIGURING", "COMPLETING"])
 def test_a_job_that_cannot_listen_is_not_said_to_save(lab, run, monkeypatch, state) -> None:
     monkeypatch.setenv("JOB", RUNNING.replace("RUNNING", state))
-    with pytest.raises(UserError, match=f"job 41 is {state}.* again in a moment"):
+    with pytest.raises(UserError, match=f"job 41 is {state}.*try again in a moment"):
         main(["--requeue", str(run)])
     assert not (lab / "scancel").exists()
 

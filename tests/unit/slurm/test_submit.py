@@ -67,7 +67,7 @@ def test_a_refused_submission_can_be_tried_again(lab, monkeypatch) -> None:
 
 def test_a_save_longer_than_slurm_waits_is_told(lab, capsys) -> None:
     submit(lab)
-    assert "a save takes up to 60 s, and SLURM leaves 30 s (KillWait)" in capsys.readouterr().err
+    assert "a save takes up to 60 s, but SLURM kills a job 30 s after" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_the_job_s_environment_is_its_own(lab, capsys, monkeypatch) -> None:
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
     submit(lab)
     assert (lab / "sbatch-environment").read_text() == "SLURM_CONF=/etc/slurm.conf\n"
-    assert "SBATCH_TIMELIMIT=5 is not used; the site file's SBATCH_OPTIONS" in capsys.readouterr().err
+    assert "SBATCH_TIMELIMIT=5 is ignored; set sbatch options in the site file" in capsys.readouterr().err
 
 
 def test_options_and_paths_are_quoted(lab) -> None:
@@ -182,7 +182,7 @@ def test_options_and_paths_are_quoted(lab) -> None:
 def test_a_container_needs_a_path_that_it_can_mount(lab) -> None:
     with (lab / "site.sh").open("a") as file:
         file.write("ENVIRONMENT=pyxis CONTAINER=image\n")
-    with pytest.raises(UserError, match="cannot mount a path with a colon or a comma"):
+    with pytest.raises(UserError, match="cannot mount a path with a colon or comma"):
         submit(lab, "--save", str(lab / "a,b"))
 
 
@@ -198,7 +198,9 @@ def test_the_code_is_that_of_the_clone_whose_tool_was_started(lab) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", line]
     assert subprocess.check_output(command, env=environment, text=True, timeout=120).strip() == str(clone)
-    with pytest.raises(UserError, match=f"the tool is in {clone}, but Python imported the package from {ROOT}"):
+    with pytest.raises(
+        UserError, match=f"the tool is in {clone}, but Python imported the package from {ROOT}"
+    ):
         submission.check_clone(clone)
 
 
@@ -208,9 +210,9 @@ def test_the_code_is_that_of_the_clone_whose_tool_was_started(lab) -> None:
         (["--nodes", "0"], "--nodes 0 must be above 0"),
         (["--chain", "0"], "--chain 0 must be above 0"),
         (["--tensor-model-parallel-size", "3"], "3"),
-        (["--gpu-memory-gib", "0.0001"], "GiB of 0.0001"),
-        (["--time", "2"], "used up by the early warning"),
-        (["--time", "soon"], "is not a time that sbatch takes"),
+        (["--gpu-memory-gib", "0.0001"], "GiB, more than --gpu-memory-gib 0.0001"),
+        (["--time", "2"], "is too short: the early warning"),
+        (["--time", "soon"], "is not in a form that sbatch accepts"),
         (["--site", "no_such_file"], "no_such_file is not a file"),
         (["--save", "a\\dir"], "has a backslash"),
         (["--json"], "--json goes with --status"),
@@ -250,11 +252,14 @@ def test_a_run_needs_its_directory_and_checkpoints(lab) -> None:
         ("ENVIRONMENT=conda", "one of venv, pyxis, apptainer"),
         ("ENVIRONMENT=pyxis", "CONTAINER is not set"),
         ("SAVE_SECONDS=a", "SAVE_SECONDS=a must be a whole number"),
-        ("SAVE_SECONDS=40000", "SAVE_SECONDS=40000 is too long: .* at most 65535 s, so give at most 32737"),
+        (
+            "SAVE_SECONDS=40000",
+            "SAVE_SECONDS=40000 is too large, .* at most 65535 s; set it to at most 32737",
+        ),
         ("GPUS_PER_NODE=", "GPUS_PER_NODE is not set"),
         ("PYTHON=/no/python", "cannot be run"),
-        ("if", "bash cannot read it"),
-        ("exec sleep 60", "did not finish within 0.5 s; put slow commands into prepare"),
+        ("if", "bash fails to read it"),
+        ("exec sleep 60", "did not finish within 0.5 s; move slow commands into prepare"),
     ],
 )
 def test_a_wrong_site_file(lab, change, message, monkeypatch) -> None:

@@ -101,16 +101,16 @@ def test_a_dry_run_shows_the_array(lab, capsys) -> None:
 @pytest.mark.parametrize(
     "flags,message",
     [
-        (["seed"], "is not a setting with values"),
-        (["seed=1,,2"], "is not a setting with values"),
-        (["seed=1,1"], "cannot name a directory"),
-        (["data_path=/a,/b"], "cannot name a directory"),
+        (["seed"], "is not NAME=VALUE"),
+        (["seed=1,,2"], "is not NAME=VALUE"),
+        (["seed=1,1"], "cannot name a run's directory"),
+        (["data_path=/a,/b"], "cannot name a run's directory"),
         (["sede=1"], "did you mean --seed"),
         (["save=a,b"], "its own directory under --save"),
         (["bf16=yes"], "write true or false"),
         (["seed=1,2", "--sweep", "seed=3"], "is given twice"),
         (["global_batch_size=16,17"], "global_batch_size=17: "),
-        (["seed=1,2", "--gpu-memory-gib", "0.0001"], "GiB of 0.0001"),
+        (["seed=1,2", "--gpu-memory-gib", "0.0001"], "GiB, more than --gpu-memory-gib 0.0001"),
     ],
 )
 def test_a_wrong_sweep_writes_nothing(lab, flags, message) -> None:
