@@ -25,11 +25,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.faults.aims import START, parse, spread
-from megatron_mesh.faults.job import Job
-from megatron_mesh.faults.kills import Kills
-from megatron_mesh.faults.mishaps import Mishap, Mishaps
-from megatron_mesh.faults.report import table
+from megatron_mesh.faults.aims import START, parse_target, spread_kills
+from megatron_mesh.faults.job import RankGroup
+from megatron_mesh.faults.kills import KillInjector
+from megatron_mesh.faults.mishaps import Fault, FaultInjector
+from megatron_mesh.faults.report import fault_table
 from megatron_mesh.faults.runs import Setup, write_inputs
 from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
 
@@ -40,18 +40,18 @@ def main(argv: Sequence[str]) -> int:
     """Train undisturbed and hurt, compare, and print what happened."""
     arguments = _parser().parse_args(argv)
     rng = random.Random(arguments.seed)
-    targets = [parse(text) for text in arguments.aim] or spread(arguments.kills, rng)
+    targets = [parse_target(text) for text in arguments.aim] or spread_kills(arguments.kills, rng)
     setup = _setup(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks' parent imports torch
     write_inputs(setup)
     calm, imports = train_calmly(setup, fresh=any(target.phase is START for target in targets))
     began = time.monotonic()
-    kills = Kills(setup, targets, rng, imports).run()
-    mishaps = Mishaps(setup, rng, _show)
+    kills = KillInjector(setup, targets, rng, imports).run()
+    mishaps = FaultInjector(setup, rng, _show)
     mishaps.stop(arguments.stops)
     mishaps.hang(arguments.hangs)
     skipped = mishaps.fill_disk(arguments.full_disks)
-    print(table(kills, mishaps.done))
+    print(fault_table(kills, mishaps.done))
     if skipped:
         print(f"not done: filling the disk, because {skipped}")
     repeated = max((kill.repeated for kill in kills), default=0)
@@ -116,15 +116,17 @@ def train_calmly(setup: Setup, *, fresh: bool) -> tuple[float, float]:
     """
     save = setup.directory / "calm"
     log, began = save.with_suffix(".log"), time.monotonic()
-    with Job(setup.ranks, setup.flags(save), save, log, fresh=fresh) as job:
-        job.until(lambda: job.imported)
+    with RankGroup(setup.ranks, setup.flags(save), save, log, fresh=fresh) as job:
+        job.wait_until(lambda: job.imported)
         imported = time.monotonic() - began
-        job.until_ended()
-        assert job.codes == [0] * setup.ranks, f"the undisturbed run ended with {job.codes}; see {log}"
+        job.wait_until_ended()
+        assert job.exit_codes == [0] * setup.ranks, (
+            f"the undisturbed run ended with {job.exit_codes}; see {log}"
+        )
     return time.monotonic() - began, imported
 
 
-def _show(mishap: Mishap) -> None:
+def _show(mishap: Fault) -> None:
     print(f"{mishap.kind}: {mishap.target}; {mishap.outcome}", file=sys.stderr, flush=True)
 
 

@@ -17,7 +17,7 @@ class Phase:
 
     Args:
         name: for people.
-        entered: the name with which the product enters it (``runtime/phases.py``).
+        event: the name with which the product enters it (``runtime/phases.py``).
         on_all: whether all ranks enter it; otherwise rank 0 does.
         with_writer: whether a rank's writer thread can be writing at the same time.
         saving: whether it belongs to a periodic save.
@@ -25,7 +25,7 @@ class Phase:
     """
 
     name: str
-    entered: str
+    event: str
     on_all: bool = True
     with_writer: bool = False
     saving: bool = False
@@ -63,7 +63,7 @@ PHASES = (
 
 
 @dataclass(frozen=True)
-class Target:
+class FaultTarget:
     """A kill to come."""
 
     phase: Phase
@@ -72,7 +72,7 @@ class Target:
     def __str__(self) -> str:
         return f"{self.phase.name} x {self.victim}"
 
-    def ranks_hit(self, ranks: int, rng: random.Random) -> list[int]:
+    def victim_ranks(self, ranks: int, rng: random.Random) -> list[int]:
         """The ranks that get the signal."""
         if self.victim == ALL:
             return list(range(ranks))
@@ -80,20 +80,20 @@ class Target:
             return [0]
         return [rng.randrange(ranks) if self.victim == WRITER else rng.randrange(1, ranks)]
 
-    def ranks_held(self, hit: Sequence[int]) -> list[int]:
+    def held_ranks(self, hit: Sequence[int]) -> list[int]:
         """The ranks that stand in the phase when the signal comes."""
         return list(hit) if self.phase.on_all else [0]
 
 
-def spread(kills: int, rng: random.Random) -> list[Target]:
+def spread_kills(kills: int, rng: random.Random) -> list[FaultTarget]:
     """So many kills, evenly over the phases and, within a phase, over its victims; in random order."""
     turns: dict[Phase, Iterator[str]] = {phase: cycle(phase.victims) for phase in PHASES}
-    targets = [Target(phase, next(turns[phase])) for phase in islice(cycle(PHASES), kills)]
+    targets = [FaultTarget(phase, next(turns[phase])) for phase in islice(cycle(PHASES), kills)]
     rng.shuffle(targets)
     return targets
 
 
-def parse(text: str) -> Target:
+def parse_target(text: str) -> FaultTarget:
     """``"rename x rank 0"`` as a target.
 
     Raises:
@@ -110,17 +110,17 @@ def parse(text: str) -> Target:
         raise UserError(
             f"--aim {text!r} names no victim; of {phase_name!r} they are: {', '.join(phase.victims)}"
         )
-    return Target(phase, victim)
+    return FaultTarget(phase, victim)
 
 
 @dataclass
 class Kill:
     """A kill that was done."""
 
-    target: Target
+    target: FaultTarget
     step: int = 0
     """The last step the run had logged."""
     notes: list[str] = field(default_factory=list)
     repeated: int = 0
-    said: str = ""
+    next_start: str = ""
     """What the next start said."""

@@ -13,7 +13,7 @@ _CLONE_NEWUSER, _CLONE_NEWNS = 0x10000000, 0x00020000
 _FILLER = "filler"
 
 
-class NoDisk(UserError):
+class DiskUnavailable(UserError):
     """No file system can be mounted here; the message says why."""
 
 
@@ -21,12 +21,12 @@ class SmallDisk:
     """``megabytes`` at ``path``, in a mount namespace that a waiting shell keeps alive; nobody need be root.
 
     Raises:
-        NoDisk: the system does not allow it.
+        DiskUnavailable: the system does not allow it.
     """
 
     def __init__(self, path: Path, megabytes: int):
         if shutil.which("unshare") is None:
-            raise NoDisk("the command unshare (util-linux) is not there")
+            raise DiskUnavailable("the command unshare (util-linux) is not there")
         path.mkdir(parents=True, exist_ok=True)
         mount = 'mount -t tmpfs -o "size=$1m" tmpfs "$2" && echo mounted && read -r line'
         self._holder = subprocess.Popen(
@@ -51,7 +51,7 @@ class SmallDisk:
         if self._holder.stdout.readline() != "mounted\n":
             reason = self._holder.stderr.read().strip()
             self.close()
-            raise NoDisk(f"no tmpfs can be mounted in a namespace of its own ({reason})")
+            raise DiskUnavailable(f"no tmpfs can be mounted in a namespace of its own ({reason})")
         self.namespace = self._holder.pid
         # Seen from outside.
         self.path = Path(f"/proc/{self.namespace}/root{path.resolve()}")

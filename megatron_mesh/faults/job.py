@@ -11,10 +11,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 
-from megatron_mesh.faults.rank import BEGINS, Aim, Report, run_rank
+from megatron_mesh.faults.rank import BEGINS, Aim, PhaseReport, run_rank
 
 
-class Job:
+class RankGroup:
     """A start of a run.
 
     Args:
@@ -45,7 +45,7 @@ class Job:
         self.log, self._log_start = log, log.stat().st_size if log.exists() else 0
         self.unfinished: list[str] = []
         """Unfinished checkpoints that were left when rank 0 began its first step."""
-        self.entered: Counter[str] = Counter()
+        self.phase_counts: Counter[str] = Counter()
         """Phases of rank 0."""
         self.imported = False
         """Whether a rank has imported the program."""
@@ -73,45 +73,47 @@ class Job:
             self.processes.append(process)
 
     @property
-    def codes(self) -> list[int | None]:
+    def exit_codes(self) -> list[int | None]:
         """Exit codes by rank; None while it runs, negative after a signal."""
         return [process.exitcode for process in self.processes]
 
     @property
-    def text(self) -> str:
+    def output(self) -> str:
         """What the ranks have printed since this start."""
         with self.log.open("rb") as file:
             file.seek(self._log_start)
             return file.read().decode(errors="replace")
 
-    def until(self, done: Callable[[], bool], seconds: float = 600.0) -> bool:
+    def wait_until(self, done: Callable[[], bool], seconds: float = 600.0) -> bool:
         """Watch until ``done`` (True), or until all ranks have ended or the time is over (False)."""
         deadline = time.monotonic() + seconds
         while True:
             self._read(0.02)
             if done():
                 return True
-            if None not in self.codes:
+            if None not in self.exit_codes:
                 self._read(0.0)
                 return done()
             if time.monotonic() > deadline:
                 return False
 
-    def until_held(self, ranks: Iterable[int]) -> bool:
+    def wait_until_held(self, ranks: Iterable[int]) -> bool:
         """Watch until all ``ranks`` hold where they were aimed at, or one has ended."""
         wanted = set(ranks)
-        self.until(lambda: wanted <= self._held or any(self.codes[rank] is not None for rank in wanted))
+        self.wait_until(
+            lambda: wanted <= self._held or any(self.exit_codes[rank] is not None for rank in wanted)
+        )
         return wanted <= self._held
 
-    def until_ended(self, seconds: float = 600.0) -> bool:
+    def wait_until_ended(self, seconds: float = 600.0) -> bool:
         """Watch until all ranks have ended; False if the time is over before."""
-        return self.until(lambda: None not in self.codes, seconds)
+        return self.wait_until(lambda: None not in self.exit_codes, seconds)
 
     def aim(self, rank: int, aim: Aim) -> None:
         """Let a rank hold elsewhere, counted from now on."""
         self._send(rank, aim)
 
-    def go(self, ranks: Iterable[int]) -> None:
+    def release(self, ranks: Iterable[int]) -> None:
         """Let ranks go on that are held."""
         for rank in ranks:
             self._held.discard(rank)
@@ -135,7 +137,7 @@ class Job:
         for connection in self._connections:
             connection.close()
 
-    def __enter__(self) -> "Job":
+    def __enter__(self) -> "RankGroup":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -155,12 +157,12 @@ class Job:
             except (EOFError, OSError):
                 self._connections[rank].close()
 
-    def _note(self, rank: int, report: Report) -> None:
+    def _note(self, rank: int, report: PhaseReport) -> None:
         if report.held:
             self._held.add(rank)
             return
         self.imported = self.imported or report.phase != BEGINS
-        self.entered[report.phase] += rank == 0
+        self.phase_counts[report.phase] += rank == 0
         self.unfinished += report.unfinished
 
 

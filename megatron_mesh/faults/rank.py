@@ -43,7 +43,7 @@ class Aim:
 
 
 @dataclass(frozen=True)
-class Report:
+class PhaseReport:
     """A rank has entered ``phase``."""
 
     phase: str
@@ -53,14 +53,14 @@ class Report:
     """Unfinished checkpoints that rank 0 sees in ``--save`` when it enters its first step."""
 
 
-class Watched:
+class PhaseReporter:
     """The listener. ``connection`` carries reports out, and in an ``Aim`` (hold there) or None (go on)."""
 
     def __init__(self, connection: Connection, save: Path):
         self._connection, self._save = connection, save
         self._lock = threading.Lock()
         self._stepped = False
-        self._goes = 0
+        self._releases = 0
         self._aim_at(None)
 
     def _aim_at(self, aim: Aim | None) -> None:
@@ -73,19 +73,19 @@ class Watched:
     def __call__(self, phase: str) -> None:
         with self._lock:
             self._take_orders()
-            aim, goes = self._aim, self._goes
+            aim, goes = self._aim, self._releases
             # A slow writer must not let this thread wait for it in the next save, where none would go on.
             awaits_writer = self._armed and aim is not None and aim.phase and not phase.startswith("writing")
         if awaits_writer:
-            self._wait_until(lambda: self._writer_held or self._goes > goes)
+            self._wait_until(lambda: self._writer_held or self._releases > goes)
         with self._lock:
             self._counts[phase] += 1
-            self._send(Report(phase, unfinished=self._unfinished(phase)))
+            self._send(PhaseReport(phase, unfinished=self._unfinished(phase)))
             holds, complete = self._is_aimed(phase)
             if complete:
-                self._send(Report(phase, held=True))
+                self._send(PhaseReport(phase, held=True))
         if holds:
-            self._wait_until(lambda: self._goes > goes)
+            self._wait_until(lambda: self._releases > goes)
 
     def _is_aimed(self, phase: str) -> tuple[bool, bool]:
         """Whether this thread holds here, and whether with it all that was aimed at is held."""
@@ -116,12 +116,12 @@ class Watched:
         try:
             while self._connection.poll():
                 aim = self._connection.recv()
-                self._goes += aim is None
+                self._releases += aim is None
                 self._aim_at(aim)
         except (EOFError, OSError):  # the tool has ended
             os._exit(_GAVE_UP)
 
-    def _send(self, report: Report) -> None:
+    def _send(self, report: PhaseReport) -> None:
         try:
             self._connection.send(report)
         except OSError:
@@ -157,7 +157,7 @@ def run_rank(
         join_namespace(namespace)
     if "torch" in sys.modules:  # a fork of a process that has imported everything
         sys.modules["torch"].set_num_threads(1)
-    watched = Watched(connection, save)
+    watched = PhaseReporter(connection, save)
     watched(BEGINS)
     phases.listen(watched)
     sys.argv = [ENTRY.name, *arguments]

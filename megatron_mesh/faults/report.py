@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from megatron_mesh.faults.aims import PHASES, Kill
-from megatron_mesh.faults.mishaps import Mishap
+from megatron_mesh.faults.mishaps import Fault
 
 _HEAD = ("phase", "victim", "how often", "steps repeated", "what the next start said")
 
 
-def table(kills: Sequence[Kill], mishaps: Sequence[Mishap]) -> str:
+def fault_table(kills: Sequence[Kill], mishaps: Sequence[Fault]) -> str:
     """A Markdown table: a row for each phase x victim that was hit, in the order of a run."""
 
     def place(kill: Kill) -> tuple[int, int]:
@@ -24,7 +24,7 @@ def table(kills: Sequence[Kill], mishaps: Sequence[Mishap]) -> str:
         span = f"{min(repeated)} to {max(repeated)}" if min(repeated) != max(repeated) else str(repeated[0])
         said = _counted([_said(kill) for kill in found])
         rows.append((target.phase.name, target.victim, str(len(found)), span, said))
-    by_kind: dict[tuple[str, str], list[Mishap]] = {}
+    by_kind: dict[tuple[str, str], list[Fault]] = {}
     for mishap in mishaps:
         by_kind.setdefault((f"{mishap.kind}, {mishap.target.phase.name}", mishap.target.victim), []).append(
             mishap
@@ -36,7 +36,7 @@ def table(kills: Sequence[Kill], mishaps: Sequence[Mishap]) -> str:
 
 def _said(kill: Kill) -> str:
     """Without the number of the step, which differs from kill to kill."""
-    *complaints, begins = kill.said.split("; ")
+    *complaints, begins = kill.next_start.split("; ")
     return "; ".join([*complaints, begins.rsplit(" at ", 1)[0], *kill.notes])
 
 

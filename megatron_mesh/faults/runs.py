@@ -80,7 +80,7 @@ def write_inputs(setup: Setup) -> None:
     setup.config.write_text(SETTINGS + text, encoding="utf-8")
 
 
-def records(output: Path) -> list[dict]:
+def read_records(output: Path) -> list[dict]:
     """The lines of the metrics; a killed run may leave half a line.
 
     A start that finds no checkpoint keeps what an earlier one wrote as metrics.1.jsonl and so on.
@@ -96,23 +96,23 @@ def records(output: Path) -> list[dict]:
     return found
 
 
-def steps(output: Path) -> list[int]:
+def logged_steps(output: Path) -> list[int]:
     """Steps in the order in which they were logged."""
-    return [record["step"] for record in records(output) if record["kind"] == "train"]
+    return [record["step"] for record in read_records(output) if record["kind"] == "train"]
 
 
-def losses(output: Path) -> dict[tuple[str, int], set[float]]:
+def logged_losses(output: Path) -> dict[tuple[str, int], set[float]]:
     """Every loss that was ever logged, by kind (train, valid, test) and step."""
     found: dict[tuple[str, int], set[float]] = {}
-    for record in records(output):
+    for record in read_records(output):
         if record["kind"] in ("train", "valid", "test"):
             found.setdefault((record["kind"], record["step"]), set()).add(record["loss"])
     return found
 
 
-def compare(calm: Path, hurt: Path) -> None:
+def compare_losses(calm: Path, hurt: Path) -> None:
     """Raise AssertionError unless a run has every loss of the undisturbed one, bit for bit, and no other."""
-    wanted, found = losses(calm), losses(hurt)
+    wanted, found = logged_losses(calm), logged_losses(hurt)
     different = [f"{kind} {step}" for kind, step in wanted if found.get((kind, step)) != wanted[kind, step]]
     assert not different, f"{hurt}: other losses than the undisturbed run's: {', '.join(different)}"
     assert wanted.keys() == found.keys(), f"{hurt}: losses of steps that the undisturbed run does not have"
@@ -123,12 +123,12 @@ def newest_step(save: Path) -> int:
     return max(saved_steps(save), default=0)
 
 
-def unfinished(save: Path) -> list[str]:
+def unfinished_checkpoints(save: Path) -> list[str]:
     """Directories on their way in or out."""
     return [path.name for path in save.glob("iter_*") if path.suffix]
 
 
-def what_it_said(text: str, stepped: bool) -> str:
+def resume_message(text: str, stepped: bool) -> str:
     """Return what a start said about where it begins, from its output; "" if it was killed before.
 
     Args:
@@ -140,11 +140,11 @@ def what_it_said(text: str, stepped: bool) -> str:
     return "; ".join([*complaints, begins] if begins else complaints)
 
 
-def wrong_start(said: str, complete: Sequence[int]) -> str:
+def resume_error(said: str, complete: Sequence[int]) -> str:
     """Return how a start failed to resume from the newest checkpoint that it did not call damaged.
 
     Args:
-        said: what the start said, from ``what_it_said``.
+        said: what the start said, from ``resume_message``.
         complete: steps of the checkpoints that were complete before it, ascending.
 
     Returns:
