@@ -1,4 +1,4 @@
-"""The ranks of a run as processes that are watched, without a launcher that would tidy up."""
+"""Start the ranks of a run as watched processes, without a launcher that would clean up after a failure."""
 
 import os
 import signal
@@ -15,15 +15,15 @@ from megatron_mesh.faults.rank import BEGINS, Aim, PhaseReport, run_rank
 
 
 class RankGroup:
-    """A start of a run.
+    """The ranks of one start of a run.
 
     Args:
-        ranks: processes.
-        flags: of ``pretrain_mesh.py``.
-        save: the run's directory, as the ranks see it.
-        log: gets what they print.
-        aims: where ranks are to hold.
-        fresh: start new interpreters that import everything, not forks of a process that has.
+        ranks: number of ranks.
+        flags: flags of ``pretrain_mesh.py``.
+        save: the run's directory as the ranks see it.
+        log: file to which the ranks' output is appended.
+        aims: where each of these ranks holds.
+        fresh: start new interpreters that import everything, instead of forks of a process that already has.
         namespace: see ``rank.run_rank``.
     """
 
@@ -44,11 +44,11 @@ class RankGroup:
             context.set_forkserver_preload(["megatron_mesh.train", "megatron_mesh.arguments"])
         self.log, self._log_start = log, log.stat().st_size if log.exists() else 0
         self.unfinished: list[str] = []
-        """Unfinished checkpoints that were left when rank 0 began its first step."""
+        """Unfinished checkpoints that still existed when rank 0 began its first step."""
         self.phase_counts: Counter[str] = Counter()
-        """Phases of rank 0."""
+        """How often rank 0 has entered each phase."""
         self.imported = False
-        """Whether a rank has imported the program."""
+        """Whether some rank has finished importing the program."""
         self._held: set[int] = set()
         self._connections: list[Connection] = []
         self.processes = []
@@ -74,18 +74,18 @@ class RankGroup:
 
     @property
     def exit_codes(self) -> list[int | None]:
-        """Exit codes by rank; None while it runs, negative after a signal."""
+        """Exit codes by rank: None while it runs, negative if a signal ended it."""
         return [process.exitcode for process in self.processes]
 
     @property
     def output(self) -> str:
-        """What the ranks have printed since this start."""
+        """The ranks' output since this start."""
         with self.log.open("rb") as file:
             file.seek(self._log_start)
             return file.read().decode(errors="replace")
 
     def wait_until(self, done: Callable[[], bool], seconds: float = 600.0) -> bool:
-        """Watch until ``done`` (True), or until all ranks have ended or the time is over (False)."""
+        """Wait until ``done()`` (True), or until all ranks have ended or the time is up (False)."""
         deadline = time.monotonic() + seconds
         while True:
             self._read(0.02)
@@ -98,7 +98,7 @@ class RankGroup:
                 return False
 
     def wait_until_held(self, ranks: Iterable[int]) -> bool:
-        """Watch until all ``ranks`` hold where they were aimed at, or one has ended."""
+        """Wait until all ``ranks`` hold at their aims (True), or one of them has ended (False)."""
         wanted = set(ranks)
         self.wait_until(
             lambda: wanted <= self._held or any(self.exit_codes[rank] is not None for rank in wanted)
@@ -106,28 +106,28 @@ class RankGroup:
         return wanted <= self._held
 
     def wait_until_ended(self, seconds: float = 600.0) -> bool:
-        """Watch until all ranks have ended; False if the time is over before."""
+        """Wait until all ranks have ended; False if the time is up first."""
         return self.wait_until(lambda: None not in self.exit_codes, seconds)
 
     def aim(self, rank: int, aim: Aim) -> None:
-        """Let a rank hold elsewhere, counted from now on."""
+        """Give a rank another aim, whose occurrences count from now on."""
         self._send(rank, aim)
 
     def release(self, ranks: Iterable[int]) -> None:
-        """Let ranks go on that are held."""
+        """Let held ranks continue."""
         for rank in ranks:
             self._held.discard(rank)
             self._send(rank, None)
 
     def signal(self, ranks: Iterable[int], number: signal.Signals) -> None:
-        """Send a signal to ranks; not to their loaders' processes, as a scheduler would."""
+        """Send a signal to ranks, but not to their data loaders, as a scheduler would."""
         for rank in ranks:
             process = self.processes[rank]
             if process.exitcode is None and process.pid is not None:
                 os.kill(process.pid, number)
 
     def close(self) -> None:
-        """End what is left, with the processes that the ranks have started."""
+        """Kill the remaining ranks and every process that the ranks have started."""
         for process in self.processes:
             process.kill()
             assert process.pid is not None
@@ -144,7 +144,7 @@ class RankGroup:
         self.close()
 
     def _send(self, rank: int, order: Aim | None) -> None:
-        with suppress(OSError):  # it has ended
+        with suppress(OSError):  # the rank has ended
             self._connections[rank].send(order)
 
     def _read(self, seconds: float) -> None:
@@ -153,11 +153,11 @@ class RankGroup:
             rank = self._connections.index(ready)  # type: ignore[arg-type]
             try:
                 while self._connections[rank].poll():
-                    self._note(rank, self._connections[rank].recv())
+                    self._record(rank, self._connections[rank].recv())
             except (EOFError, OSError):
                 self._connections[rank].close()
 
-    def _note(self, rank: int, report: PhaseReport) -> None:
+    def _record(self, rank: int, report: PhaseReport) -> None:
         if report.held:
             self._held.add(rank)
             return
