@@ -86,8 +86,8 @@ def check_memory(config: Config, world_size: int, limit_gib: float | None) -> fl
     if limit_gib is not None and gib > limit_gib:
         raise UserError(
             f"the fullest rank needs about {gib:.1f} GiB, more than --gpu-memory-gib {limit_gib:g}; use more "
-            "tensor or pipeline parallelism or recomputation; tools/inspect_config.py --suggest lists fitting "
-            "layouts"
+            "tensor or pipeline parallelism or recomputation; tools/inspect_config.py --suggest lists "
+            "layouts that fit"
         )
     return gib
 

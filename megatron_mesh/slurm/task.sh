@@ -1,7 +1,7 @@
 # One process of a run: task.sh OWNER_FILE TOKEN COMMAND...
 #
-# Runs COMMAND as long as the first line of OWNER_FILE is TOKEN. A node that SLURM has given up may still run its
-# tasks. They end at once when another start of the run has put its own token there, so that they don't write too.
+# Runs COMMAND, and kills it when another start's token is in the first line of OWNER_FILE. A node that SLURM gave up
+# may still run its tasks; this keeps them from writing to the run at the same time as the new start.
 
 owner_file=$1 token=$2
 shift 2
@@ -9,18 +9,18 @@ shift 2
 taken() {
     local now
     now=$(head -n 1 "$owner_file" 2>/dev/null)
-    [ -n "$now" ] && [ "$now" != "$token" ] # a file that cannot be read just now says nothing
+    [ -n "$now" ] && [ "$now" != "$token" ] # an unreadable file doesn't count
 }
 
 (
-    trap '' TERM USR1 # these are for the command
-    exec >/dev/null 2>&1 # srun waits for whoever holds the task's output
+    trap '' TERM USR1 # these signals are for the command
+    exec >/dev/null 2>&1 # srun waits for every process that holds the task's output
     while kill -0 $$; do
-        ! taken || kill -KILL 0 # the task's process group, with all that it has started
+        ! taken || kill -KILL 0 # the task's process group, including all that it has started
         sleep 5
     done
 ) &
 
-# Rank 0 takes over the file in this token's name (megatron_mesh/runtime/ownership.py).
+# With this token, rank 0 recognizes the owner file as its own (megatron_mesh/runtime/ownership.py).
 export MESH_RUN_TOKEN=$token
 exec "$@"

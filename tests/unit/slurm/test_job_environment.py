@@ -17,7 +17,7 @@ def test_an_element_of_an_array_acts_on_itself(job, tmp_path) -> None:
 
 def test_a_heterogeneous_job_is_refused(job, tmp_path) -> None:
     ended = job(ending("done", 0), SLURM_HET_SIZE="2", ELEMENT="HetJobId=7 HetJobOffset=0", HOOK=HOOK + "}")
-    assert ended.returncode == 2 and "a heterogeneous job (2 parts) cannot hold a run" in ended.stdout
+    assert ended.returncode == 2 and "a run cannot use a heterogeneous job (2 parts)" in ended.stdout
     assert not (tmp_path / "run").exists()
     assert (tmp_path / "hook").read_text().split() == ["refused", "0", str(tmp_path / "run"), "python"]
 
@@ -48,7 +48,7 @@ def test_variables_of_another_job_do_not_reach_srun(job, tmp_path) -> None:
     leaked = {"SLURM_CPU_BIND": "quiet,cores", "SLURM_MEM_PER_CPU": "10", "SLURM_MEM_PER_NODE": "20"}
     leaked |= {"SLURM_EXPORT_ENV": "NONE", "SRUN_DEBUG": "3", "SBATCH_TIMELIMIT": "1"}
     said = job(ending("done", 0), **own, **leaked).stdout
-    assert "another job" not in said and "not used" not in said
+    assert "another job" not in said and "ignored" not in said
 
     def environment() -> dict[str, str]:
         lines = (tmp_path / "environment").read_text().splitlines()

@@ -17,7 +17,7 @@ def test_an_element_that_crashed_restarts_beside_its_siblings(job, tmp_path) -> 
     ended = job(ending("running", 137, 20), **element, SLURM_RESTART_COUNT="1", QUEUE="RUNNING")
     assert "start on node1 from step 10" in ended.stdout
     ended = job(ending("done", 0), SLURM_JOB_ID="8", QUEUE="RUNNING")
-    assert ended.returncode == 2 and "error: job 7_2 runs in" in ended.stdout
+    assert ended.returncode == 2 and "error: job 7_2 is running in" in ended.stdout
 
 
 def test_a_running_job_keeps_its_run(job, tmp_path) -> None:
@@ -26,7 +26,7 @@ def test_a_running_job_keeps_its_run(job, tmp_path) -> None:
     noted = (tmp_path / "run/slurm/starts.txt").read_text()
     other = {"SLURM_JOB_ID": "8", "HOOK": HOOK + "}", "SQUEUE_PARTITION": "high", "SCONTROL_ALL": "1"}
     ended = job(ending("done", 0), **other, QUEUE="RUNNING")
-    assert ended.returncode == 2 and "error: job 7 runs in" in ended.stdout
+    assert ended.returncode == 2 and "error: job 7 is running in" in ended.stdout
     assert (tmp_path / "run/run_owner.txt").read_text() == "7.0\n"
     assert (tmp_path / "squeue-environment").read_text() == ""
     assert (tmp_path / "hook").read_text().split()[:2] == ["refused", "10"]
@@ -41,12 +41,12 @@ def test_an_owner_whose_counter_rises_is_not_dead(job, tmp_path, known) -> None:
     owner.write_text("7.0\n{}\n000000000001\n")
     beat = f'printf "7.0\\n{{}}\\n000000000002\\n" >{owner}'
     ended = job(ending("done", 0), SLURM_JOB_ID="8", QUEUE=known, MEANWHILE=beat)
-    assert ended.returncode == 2 and f"another start runs in {tmp_path}/run (7.0 {{}})" in ended.stdout
+    assert ended.returncode == 2 and f"another start is running in {tmp_path}/run (7.0 {{}})" in ended.stdout
     assert owner.read_text().startswith("7.0\n") and not (tmp_path / "srun").exists()
     # One that stays silent is dead, and one that ends in the meantime has left.
     for meanwhile in ("", f"rm {owner}"):
         ended = job(ending("done", 0), SLURM_JOB_ID="8", QUEUE=known, MEANWHILE=meanwhile)
-        assert ended.returncode == 0 and "to see whether the earlier start" in ended.stdout
+        assert ended.returncode == 0 and "to see whether an earlier start" in ended.stdout
         (tmp_path / "run/run_status.txt").unlink()
         owner.write_text("7.0\n{}\n000000000001\n")
 
@@ -58,7 +58,7 @@ def test_ranks_on_a_lost_node_do_not_keep_the_run(job, tmp_path, number, known) 
     (tmp_path / "run/run_owner.txt").write_text("7.0\n{}\n000000000001\n")
     ended = job(ending("done", 0), SLURM_JOB_ID=number, SLURM_RESTART_COUNT="1", QUEUE=known)
     assert ended.returncode == 0 and "to see whether" not in ended.stdout
-    assert "for what may be left of 7.0 to end" in ended.stdout
+    assert "for remaining processes of 7.0 to end" in ended.stdout
 
 
 def test_another_start_takes_over_the_decision(job, tmp_path) -> None:

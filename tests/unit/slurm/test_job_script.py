@@ -19,7 +19,7 @@ UNFINISHED = 75
         (ending("running", 1), f"{CANCELLED} Restarts=1", 1, False, "step 0: preempted or requeued"),
         (ending("running", 1), HELD, 1, False, "ended by SLURM at step 0: requeued and held"),
         (ending("running", 9), "JobState=OUT_OF_MEMORY Reason=None", 9, False, "0: out of memory"),
-        (ending("running", 1), "", 1, False, "the controller does not say why"),
+        (ending("running", 1), "", 1, False, "controller gives no reason"),
         (ending("stopped", 42, 20), RUNNING, UNFINISHED, False, "stopped on request at step 20"),
         (ending("running", 137, 20), RUNNING, 1, True, "failed with exit status 137; requeued"),
         (ending("running", 137, 20), CANCELLED, 137, False, "ended by SLURM"),
@@ -72,14 +72,14 @@ def test_it_stops_when_a_restart_brings_no_new_step(job, tmp_path) -> None:
     assert not (tmp_path / "requeued").exists()
     # SLURM itself might start it again.
     ended = job(ending("done", 0), SLURM_RESTART_COUNT="2")
-    assert ended.returncode == 1 and "given up: the run failed at step 0" in ended.stdout
+    assert ended.returncode == 1 and "given up after repeated failures at step 0" in ended.stdout
 
 
 def test_ranks_that_end_without_a_word_are_no_success(job) -> None:
     """Exit status 0 without "done" in run_status.txt."""
     assert "failed with exit status 0; requeued" in job("exit 0").stdout
     ended = job("exit 0", SLURM_RESTART_COUNT="1")
-    assert ended.returncode == 1 and "this was the last one" in ended.stdout
+    assert ended.returncode == 1 and "given up, because" in ended.stdout
 
 
 def test_only_failures_of_its_own_count(job, tmp_path) -> None:
@@ -94,7 +94,7 @@ def test_only_failures_of_its_own_count(job, tmp_path) -> None:
     with (tmp_path / "run/slurm/starts.txt").open("a") as file:
         file.write("by-hand -\n")  # --requeue
     assert "requeued" in job(died, SLURM_RESTART_COUNT="9").stdout
-    assert "the last one" in job(died, SLURM_RESTART_COUNT="10").stdout
+    assert "given up, because" in job(died, SLURM_RESTART_COUNT="10").stdout
 
 
 def test_new_steps_are_worth_another_start(job) -> None:
@@ -138,7 +138,7 @@ def test_a_chain_resumes_in_its_next_job(job, tmp_path) -> None:
     job(ending("done", 0), SLURM_JOB_ID="8")
     (tmp_path / "srun").unlink()
     ended = job(ending("done", 0), SLURM_JOB_ID="9")
-    assert ended.returncode == 0 and "was trained to the end before" in ended.stdout
+    assert ended.returncode == 0 and "already trained to the end" in ended.stdout
     assert not (tmp_path / "srun").exists() and not (tmp_path / "run/run_owner.txt").exists()
     assert " done " in (tmp_path / "run/slurm/starts.txt").read_text().splitlines()[-1]
 
