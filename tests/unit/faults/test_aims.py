@@ -1,4 +1,4 @@
-"""Kills are spread evenly, and what a run left is read as it was meant."""
+"""The fault test spreads kills evenly and judges runs correctly."""
 
 import json
 import random
@@ -24,26 +24,26 @@ def test_a_hundred_kills_are_even_over_phases_and_victims() -> None:
 
 
 @pytest.mark.parametrize("text", ["rename", "renaming x all", "rename x the writer", ""])
-def test_unknown_aims_are_a_user_s_mistake(text) -> None:
+def test_unknown_aims_are_user_errors(text) -> None:
     with pytest.raises(UserError, match="names no"):
         parse_target(text)
 
 
-def test_who_is_held_and_who_is_hit() -> None:
+def test_held_ranks_and_victims() -> None:
     rng = random.Random(0)
     rename, step = parse_target("rename x one rank"), parse_target("a step x all")
     assert all(rename.victim_ranks(4, rng) != [0] for _ in range(50))
-    assert rename.held_ranks([3]) == [0]  # rank 0 stands there when rank 3 is killed
+    assert rename.held_ranks([3]) == [0]  # rank 0 is held there when rank 3 is killed
     assert step.held_ranks(step.victim_ranks(4, rng)) == [0, 1, 2, 3]
     assert {parse_target("a step x the writer").victim_ranks(3, rng)[0] for _ in range(50)} == {0, 1, 2}
 
 
-def test_saves_that_are_left(tmp_path) -> None:
+def test_the_number_of_saves_left(tmp_path) -> None:
     setup = Setup(tmp_path, ranks=2, steps=10, save_interval=4)
     assert [setup.saves_after(step) for step in (0, 3, 4, 8, 9, 10)] == [3, 3, 2, 1, 1, 0]
 
 
-def test_what_a_start_said() -> None:
+def test_the_message_of_a_start() -> None:
     loaded = "noise\nresumed at step 12 from /runs/x/iter_0000012\n"
     assert resume_message(loaded, stepped=False) == "resumes at 12"
     assert (
@@ -71,7 +71,7 @@ DAMAGED = "the checkpoint /runs/x/iter_{:07d} is damaged: no .metadata"
         ("a new run", [], ""),
         ("a new run", [4], "began a new run, but 4 was complete"),
         (f"{DAMAGED.format(4)}; a new run", [4], ""),
-        ("", [4, 8], ""),  # killed before it said anything
+        ("", [4, 8], ""),  # killed before it printed anything
         (DAMAGED.format(8), [4, 8], ""),  # killed before it began
     ],
 )
@@ -81,12 +81,12 @@ def test_a_start_resumes_from_the_newest_checkpoint(said, complete, wrong) -> No
 
 @pytest.mark.parametrize("damaged", [False, True])
 def test_the_tool_fails_if_a_start_skips_a_checkpoint(damaged, tmp_path, monkeypatch) -> None:
-    """The last start of a run, with ranks that only claim to have run."""
+    """The last start of a run, with a fake group of ranks."""
     setup = Setup(tmp_path, ranks=2, steps=10, save_interval=4)
     for name in ("calm", "run/iter_0000004", "run/iter_0000008"):
         (tmp_path / name).mkdir(parents=True)
 
-    class Claims:
+    class FakeRanks:
         def __init__(self, *args, **settings) -> None:
             self.exit_codes, self.unfinished, self.phase_counts = [0, 0], [], Counter(["step"])
             self.output = f"resumed at step 4 from {tmp_path}/run/iter_0000004\n"
@@ -96,13 +96,13 @@ def test_the_tool_fails_if_a_start_skips_a_checkpoint(damaged, tmp_path, monkeyp
         def wait_until_ended(self) -> bool:
             return True
 
-        def __enter__(self) -> "Claims":
+        def __enter__(self) -> "FakeRanks":
             return self
 
         def __exit__(self, *error: object) -> None:
             pass
 
-    monkeypatch.setattr(kills_module, "RankGroup", Claims)
+    monkeypatch.setattr(kills_module, "RankGroup", FakeRanks)
     run = KilledRun(setup, "run", random.Random(0))
     if damaged:
         run.finish()
@@ -111,7 +111,7 @@ def test_the_tool_fails_if_a_start_skips_a_checkpoint(damaged, tmp_path, monkeyp
         run.finish()
 
 
-def test_another_loss_is_noticed(tmp_path) -> None:
+def test_a_different_loss_is_detected(tmp_path) -> None:
     calm, hurt = tmp_path / "calm", tmp_path / "hurt"
     for directory in (calm, hurt):
         directory.mkdir()
