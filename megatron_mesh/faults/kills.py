@@ -21,7 +21,7 @@ from megatron_mesh.faults.runs import (
 )
 
 _PATIENCE = 10.0
-"""Seconds after a kill after which the other ranks are killed too, as a launcher would."""
+"""How many seconds after a kill the other ranks are killed too, as by a launcher."""
 _END_ZONE = 3
 """With fewer saves than this left, aim only at the phases at the end of the run."""
 
@@ -30,8 +30,7 @@ class KillInjector:
     """Carries out the kills in ``targets`` on one run after another.
 
     Args:
-        imports_seconds: how long a new interpreter takes to import the program; needed if a target is a
-            start.
+        imports_seconds: how long a new interpreter imports the program; needed if a target is a start.
     """
 
     def __init__(
@@ -42,8 +41,7 @@ class KillInjector:
         self._targets, self._planned = list(targets), len(targets)
         at_end = sum(target.phase.at_end for target in targets)
         saves = setup.saves_after(0)
-        # A kill takes up to a save or two, which gives the number of runs over which to spread kills at the
-        # end.
+        # A kill uses up a save or two. That gives the number of runs, over which kills at the end are spread.
         self._at_end_per_run = (
             math.ceil(at_end / math.ceil((len(targets) - at_end + 1) / saves)) if at_end else 0
         )

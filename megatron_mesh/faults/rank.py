@@ -34,8 +34,7 @@ class Aim:
     Args:
         phase: the event of the phase; "" if only the writer holds.
         occurrence: which occurrence of it, counted from now or, with ``writing``, from when the writer holds.
-        writing: first hold the writer in the middle of its file during this save, counted from now; 0 for
-            not.
+        writing: during which save, counted from now, to hold the writer in the middle of its file, or 0.
     """
 
     phase: str
@@ -74,12 +73,11 @@ class PhaseReporter:
     def __call__(self, phase: str) -> None:
         with self._lock:
             self._take_orders()
-            aim, goes = self._aim, self._releases
-            # Wait here for a slow writer. In the next save, this thread and the writer would wait for each
-            # other.
+            aim, releases = self._aim, self._releases
+            # Wait for a slow writer here, because in the next save it and this thread would deadlock.
             awaits_writer = self._armed and aim is not None and aim.phase and not phase.startswith("writing")
         if awaits_writer:
-            self._wait_until(lambda: self._writer_held or self._releases > goes)
+            self._wait_until(lambda: self._writer_held or self._releases > releases)
         with self._lock:
             self._counts[phase] += 1
             self._send(PhaseReport(phase, unfinished=self._unfinished(phase)))
@@ -87,7 +85,7 @@ class PhaseReporter:
             if complete:
                 self._send(PhaseReport(phase, held=True))
         if holds:
-            self._wait_until(lambda: self._releases > goes)
+            self._wait_until(lambda: self._releases > releases)
 
     def _is_aimed(self, phase: str) -> tuple[bool, bool]:
         """Whether this thread holds here, and whether everything that the aim names is then held."""
