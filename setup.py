@@ -64,7 +64,11 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_mesh", "megatron_mesh.*"]),
     py_modules=["pretrain_mesh"],
-    package_data={"megatron_mesh.evaluation": ["*.json"]},
+    package_data={
+        "megatron_mesh": ["py.typed"],
+        "megatron_mesh.evaluation": ["*.json"],
+        "megatron_mesh.slurm": ["*.sh"],
+    },
     install_requires=[
         "megatron-core==0.16.1",  # its seams are patched and subclassed: this version exactly
         "torch>=2.9,<2.14",

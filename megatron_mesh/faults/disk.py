@@ -1,4 +1,4 @@
-"""A small disk that can be filled: a tmpfs, mounted where only the ranks that use it see it."""
+"""A small disk to fill up: a tmpfs in a mount namespace that only the ranks under test join."""
 
 import contextlib
 import ctypes
@@ -13,20 +13,22 @@ _CLONE_NEWUSER, _CLONE_NEWNS = 0x10000000, 0x00020000
 _FILLER = "filler"
 
 
-class NoDisk(UserError):
+class DiskUnavailable(UserError):
     """No file system can be mounted here; the message says why."""
 
 
 class SmallDisk:
-    """``megabytes`` at ``path``, in a mount namespace that a waiting shell keeps alive; nobody need be root.
+    """A tmpfs of ``megabytes`` at ``path``, in a mount namespace that a waiting shell keeps alive.
+
+    Works without root.
 
     Raises:
-        NoDisk: the system does not allow it.
+        DiskUnavailable: the system does not allow such a mount.
     """
 
     def __init__(self, path: Path, megabytes: int):
         if shutil.which("unshare") is None:
-            raise NoDisk("the command unshare (util-linux) is not there")
+            raise DiskUnavailable("the command unshare (of util-linux) is not installed")
         path.mkdir(parents=True, exist_ok=True)
         mount = 'mount -t tmpfs -o "size=$1m" tmpfs "$2" && echo mounted && read -r line'
         self._holder = subprocess.Popen(
@@ -51,29 +53,29 @@ class SmallDisk:
         if self._holder.stdout.readline() != "mounted\n":
             reason = self._holder.stderr.read().strip()
             self.close()
-            raise NoDisk(f"no tmpfs can be mounted in a namespace of its own ({reason})")
+            raise DiskUnavailable(f"no tmpfs can be mounted in a private namespace ({reason})")
         self.namespace = self._holder.pid
-        # Seen from outside.
+        # The path outside of the namespace.
         self.path = Path(f"/proc/{self.namespace}/root{path.resolve()}")
 
     def fill(self) -> None:
-        """Leave no block free."""
+        """Fill the disk to the last block."""
         with (self.path / _FILLER).open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(b"\0" * 4096)
 
     def empty(self) -> None:
-        """Free what ``fill`` has taken."""
+        """Free the space that ``fill`` took."""
         (self.path / _FILLER).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let go of the disk; it ends with the last rank that uses it."""
+        """Release the disk; it disappears with the last rank that uses it."""
         with contextlib.suppress(BrokenPipeError):
             self._holder.communicate()
 
 
 def join_namespace(process: int) -> None:
-    """Let this process, which has one thread, see what ``process`` has mounted."""
+    """Move this single-threaded process into the mount namespace of ``process``."""
     libc = ctypes.CDLL(None, use_errno=True)
     handles = [os.open(f"/proc/{process}/ns/{kind}", os.O_RDONLY) for kind in ("user", "mnt")]
     for handle, kind in zip(handles, (_CLONE_NEWUSER, _CLONE_NEWNS), strict=True):

@@ -1,17 +1,17 @@
-"""The table at the end."""
+"""The summary table of the fault test."""
 
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 
 from megatron_mesh.faults.aims import PHASES, Kill
-from megatron_mesh.faults.mishaps import Mishap
+from megatron_mesh.faults.mishaps import Fault
 
-_HEAD = ("phase", "victim", "how often", "steps repeated", "what the next start said")
+_HEAD = ("phase", "victim", "times", "steps repeated", "outcome")
 
 
-def table(kills: Sequence[Kill], mishaps: Sequence[Mishap]) -> str:
-    """A Markdown table: a row for each phase x victim that was hit, in the order of a run."""
+def fault_table(kills: Sequence[Kill], faults: Sequence[Fault]) -> str:
+    """A Markdown table with a row for each phase x victim that was hit, in the order of a run."""
 
     def place(kill: Kill) -> tuple[int, int]:
         phase = kill.target.phase
@@ -22,21 +22,21 @@ def table(kills: Sequence[Kill], mishaps: Sequence[Mishap]) -> str:
         found = list(group)
         target, repeated = found[0].target, [kill.repeated for kill in found]
         span = f"{min(repeated)} to {max(repeated)}" if min(repeated) != max(repeated) else str(repeated[0])
-        said = _counted([_said(kill) for kill in found])
-        rows.append((target.phase.name, target.victim, str(len(found)), span, said))
-    by_kind: dict[tuple[str, str], list[Mishap]] = {}
-    for mishap in mishaps:
-        by_kind.setdefault((f"{mishap.kind}, {mishap.target.phase.name}", mishap.target.victim), []).append(
-            mishap
+        outcome = _counted([_outcome(kill) for kill in found])
+        rows.append((target.phase.name, target.victim, str(len(found)), span, outcome))
+    by_kind: dict[tuple[str, str], list[Fault]] = {}
+    for fault in faults:
+        by_kind.setdefault((f"{fault.kind}, {fault.target.phase.name}", fault.target.victim), []).append(
+            fault
         )
     for (name, victim), same in by_kind.items():
         rows.append((name, victim, str(len(same)), "0", _counted([each.outcome for each in same])))
     return "\n".join(_markdown(rows))
 
 
-def _said(kill: Kill) -> str:
-    """Without the number of the step, which differs from kill to kill."""
-    *complaints, begins = kill.said.split("; ")
+def _outcome(kill: Kill) -> str:
+    """What the next start did, without the step, which differs from kill to kill."""
+    *complaints, begins = kill.next_start.split("; ")
     return "; ".join([*complaints, begins.rsplit(" at ", 1)[0], *kill.notes])
 
 

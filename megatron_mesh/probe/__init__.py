@@ -1,1 +1,1 @@
-"""Looking at runs: figures of what training reported."""
+"""Draw figures of the metrics that a run has logged."""

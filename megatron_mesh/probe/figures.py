@@ -1,4 +1,4 @@
-"""Figures of a run, from its metrics.jsonl: the loss, and where the routers write and read."""
+"""Draw a run's metrics.jsonl: the loss curves, and the routers' mean write and read weights."""
 
 import json
 from pathlib import Path
@@ -13,36 +13,36 @@ from megatron_mesh.runtime import strict_json
 from megatron_mesh.runtime.run_files import LOSS_FIGURE, METRICS_FILE, ROUTERS_FIGURE
 
 Row = dict[str, Any]
-"""A line of metrics.jsonl: ``kind``, ``step`` and the values of that kind."""
+"""A line of metrics.jsonl: ``kind``, ``step`` and the values of this kind."""
 
 
 def read_metrics(run: Path) -> dict[str, list[Row]]:
-    """The rows of each kind in ``run/metrics.jsonl``, ordered by step.
+    """Read the rows of each kind from ``run/metrics.jsonl``, ordered by step.
 
-    A run that was interrupted repeats the steps after its last checkpoint: the last row of a step counts.
+    An interrupted run repeats the steps after its last checkpoint, so the last row of a step counts.
 
     Raises:
-        UserError: there is no such file, or a line of it is not what training writes.
+        UserError: there is no such file, or one of its lines is not a row of metrics.
     """
     path = run / METRICS_FILE
     if not path.is_file():
-        raise UserError(f"{path} does not exist; give the directory of a run, where {METRICS_FILE} is")
+        raise UserError(f"{path} does not exist; give the directory of a run that has a {METRICS_FILE}")
     rows: dict[str, dict[int, Row]] = {}
     text = path.read_text(encoding="utf-8", errors="replace")
-    # What follows the last line break is a line that the run is still writing, or was killed at.
+    # The run is still writing what follows the last line break, or was killed while writing it.
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             row = json.loads(line)
             rows.setdefault(row["kind"], {})[row["step"]] = row
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"{path}, line {number} is not a row of a run's metrics; is the file damaged?"
+                f"{path}, line {number} is not a row of a run's metrics; the file may be damaged"
             ) from None
     return {kind: [steps[step] for step in sorted(steps)] for kind, steps in rows.items()}
 
 
 def loss_figure(rows: dict[str, list[Row]]) -> Figure:
-    """Training and validation loss in nats per token over steps."""
+    """Plot training and validation loss, in nats per token, over steps."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="Loss")
@@ -61,7 +61,7 @@ def loss_figure(rows: dict[str, list[Row]]) -> Figure:
 
 
 def _draw_sets(axes: Any, rows: list[Row]) -> None:
-    """A thin line for each validation set, over the steps at which it was measured."""
+    """Add a thin line for each validation set, over the steps at which it was measured."""
     for name in dict.fromkeys(name for row in rows for name in row.get("sets", {})):
         found = [row for row in rows if name in row.get("sets", {})]
         losses = [strict_json.number(row["sets"][name]) for row in found]
@@ -71,15 +71,15 @@ def _draw_sets(axes: Any, rows: list[Row]) -> None:
 
 
 def router_figure(row: Row) -> Figure:
-    """Mean write and read weight of each slot in each cycle at one step, as two heat maps.
+    """Draw the mean write and read weights of one step as two heat maps, cycles x slots.
 
     Args:
-        row: a ``train`` row of a run with routers; ``row["router"]["write"]`` and ``["read"]`` are
-            [K + 1 cycles][N slots], and each cycle's weights add up to 1.
+        row: a ``train`` row of a run with routers. ``row["router"]["write"]`` and ``["read"]`` are
+            [K + 1 cycles][N slots], and the weights of a cycle add up to 1.
     """
     cycles, slots = len(row["router"]["write"]), len(row["router"]["write"][0])
     figure = Figure(figsize=(3 + 1.4 * slots, 1.8 + 0.7 * cycles), layout="constrained")
-    figure.suptitle(f"Routers at step {row['step']:,}: mean weight per iteration and slot")
+    figure.suptitle(f"Routers at step {row['step']:,}: mean weight per cycle and slot")
     for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("write", "read"), strict=True):
         image = _heat_map(axes, row["router"][kind])
         axes.set(title=kind, xlabel="memory slot (0 starts as the embedding)")
@@ -102,7 +102,8 @@ def draw_run(run: Path, output: Path) -> list[Path]:
     """Write ``loss.png`` and, for a run with routers, ``routers.png`` (its last logged step) to ``output``.
 
     Raises:
-        UserError: see ``read_metrics``; or the run has not logged a step yet; or a file cannot be written.
+        UserError: the metrics cannot be read (see ``read_metrics``) or have no step yet, or a file cannot be
+            written.
     """
     rows = read_metrics(run)
     if not rows.get("train"):

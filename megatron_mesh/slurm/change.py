@@ -1,4 +1,4 @@
-"""Change the nodes or the settings of a run that has been submitted."""
+"""Change the nodes or the settings of a submitted run."""
 
 import os
 import re
@@ -15,19 +15,19 @@ from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import flatten
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.run_files import BATCH_SCRIPT, CONFIG_FILE, SITE_FILE, STARTS_FILE
-from megatron_mesh.slurm.actions import suspended
-from megatron_mesh.slurm.commands import Job, known_jobs, slurm, submit, withdraw
+from megatron_mesh.slurm.actions import suspended_error
+from megatron_mesh.slurm.commands import SlurmJob, cancel_jobs, find_jobs, slurm, submit
 from megatron_mesh.slurm.files import read_files
-from megatron_mesh.slurm.script import Shape, batch_script, folder, is_chained, option_of
+from megatron_mesh.slurm.script import JobRequest, batch_script, is_chained, sbatch_option, slurm_directory
 from megatron_mesh.slurm.site import Site, read_site
-from megatron_mesh.slurm.submission import note_jobs, prepared
+from megatron_mesh.slurm.submission import config_for_jobs, record_jobs
 
-_SHAPE_OPTIONS = ("nodes", "gpus-per-node", "cpus-per-task", "time")
+_COMPARED_OPTIONS = ("nodes", "gpus-per-node", "cpus-per-task", "time")
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the command line asks for; None stays as it is."""
+class ChangeRequest:
+    """The requested change. None leaves a value as it is."""
 
     settings: Sequence[str]
     site: Path | None = None
@@ -39,48 +39,52 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Change:
-    """A change that fits, not yet made.
+    """A change that has been checked but not yet applied.
 
     Attributes:
-        differences: what changes, a line each.
-        waiting: the jobs in the queue.
-        keeps_jobs: the batch script stays the same, so that jobs in the queue can stay there.
+        differences: one line for each value that changes.
+        waiting: the run's jobs in the queue.
+        keeps_jobs: whether the batch script stays the same, so that waiting jobs can keep their place.
     """
 
     run: Path
     config: Config
     site: Site
-    shape: Shape
+    request: JobRequest
     script: str
     differences: list[str]
-    waiting: list[Job]
+    waiting: list[SlurmJob]
     keeps_jobs: bool
 
 
-def plan_change(run: Path, wanted: Wanted, prog: str) -> Change:
-    """Check a change as a new submission is checked. Writes nothing.
+def plan_change(run: Path, wanted: ChangeRequest, prog: str) -> Change:
+    """Check a change like a new submission. Writes nothing.
 
     Raises:
-        UserError: it changes nothing, is refused, or the run is running, done, or not the tool's.
+        UserError: nothing would change, the settings are refused, or the run is running, done or was not
+            submitted with the tool.
     """
-    paths = [folder(run) / name for name in (BATCH_SCRIPT, CONFIG_FILE, SITE_FILE)]
+    paths = [slurm_directory(run) / name for name in (BATCH_SCRIPT, CONFIG_FILE, SITE_FILE)]
     if not all(path.is_file() for path in paths):
         raise UserError(f"{run} was not submitted with submit_slurm.py; change its batch script instead")
     old_script, old_site = (path.read_text(encoding="utf-8") for path in (paths[0], paths[2]))
     waiting = _waiting_jobs(run)
     site = _site(wanted, paths[2], old_script)
-    shape = _shape(wanted, old_script, len(waiting))
+    request = _job_request(wanted, old_script, len(waiting))
     if any(word.split("=")[0] == "--config" for word in wanted.settings):
-        raise UserError("--change keeps all settings except those you give; leave out --config")
+        raise UserError("--change starts from the run's own settings; leave out --config")
     before = parse_args(["--config", str(paths[1])], prog=prog).config
     config = parse_args(["--config", str(paths[1]), *wanted.settings], prog=prog).config
     if config.checkpoint.save != str(run):
         raise UserError(f"--save {config.checkpoint.save} would be another run; leave it out")
-    config = prepared(config, run, site, shape.nodes, shape.directory)
-    script = batch_script(run, config.checkpoint.load, site, shape)
+    config = config_for_jobs(config, run, site, request.nodes, request.directory)
+    script = batch_script(run, config.checkpoint.load, site, request)
     new_site = site.path.read_text(encoding="utf-8")
     differences = [
-        *(f"{name}: {option_of(old_script, name)} -> {option_of(script, name)}" for name in _SHAPE_OPTIONS),
+        *(
+            f"{name}: {sbatch_option(old_script, name)} -> {sbatch_option(script, name)}"
+            for name in _COMPARED_OPTIONS
+        ),
         *(f"{n}: {old} -> {flatten(config)[n]}" for n, old in flatten(before).items()),
     ]
     differences = [line for line in differences if len({*line.partition(": ")[2].split(" -> ")}) > 1]
@@ -91,31 +95,31 @@ def plan_change(run: Path, wanted: Wanted, prog: str) -> Change:
     if new_site != old_site:
         differences.append(f"site file: as {site.path} is now")
     if not differences and script == old_script:
-        raise UserError(f"{run} has these nodes and settings already; nothing changes")
+        raise UserError(f"{run} already has these nodes and settings, so nothing changes")
     keeps_jobs = script == old_script and not more_jobs
-    return Change(run, config, site, shape, script, differences, waiting, keeps_jobs)
+    return Change(run, config, site, request, script, differences, waiting, keeps_jobs)
 
 
-def _waiting_jobs(run: Path) -> list[Job]:
+def _waiting_jobs(run: Path) -> list[SlurmJob]:
     files = read_files(run)
-    if files.word == "done":
+    if files.status == "done":
         raise UserError(f"{run} is trained to the end; for more steps start a new run with --load {run}")
-    jobs = [job for job in known_jobs(files.jobs).values() if not job.is_over]
+    jobs = [job for job in find_jobs(files.jobs).values() if not job.is_over]
     for job in jobs:
         if job.is_suspended:
-            raise suspended(job)
-        if job.runs:
+            raise suspended_error(job)
+        if job.is_running:
             raise UserError(
-                f"job {job.number} of {run} is {job.state}; touch {run}/stop ends it after a save, or "
-                f"--cancel {run} at once; then change it"
+                f"job {job.number} of {run} is {job.state}; stop it first: touch {run}/stop saves and ends "
+                f"it, --cancel {run} ends it at once"
             )
     return jobs
 
 
-def _site(wanted: Wanted, path: Path, script: str) -> Site:
-    """The site file, with the GPUs and the time that the run was submitted with."""
+def _site(wanted: ChangeRequest, path: Path, script: str) -> Site:
+    """The site file, with the GPUs and the time limit with which the run was submitted."""
     site = read_site(wanted.site or path)
-    gpus, time = option_of(script, "gpus-per-node"), option_of(script, "time")
+    gpus, time = sbatch_option(script, "gpus-per-node"), sbatch_option(script, "time")
     return replace(
         site,
         gpus_per_node=wanted.gpus_per_node or int(gpus or site.gpus_per_node),
@@ -123,28 +127,29 @@ def _site(wanted: Wanted, path: Path, script: str) -> Site:
     )
 
 
-def _shape(wanted: Wanted, script: str, waiting: int) -> Shape:
+def _job_request(wanted: ChangeRequest, script: str, waiting: int) -> JobRequest:
     code = re.search(r'^CODE=(?!"?\$RUN)(.*)$', script, re.MULTILINE)
-    return Shape(
-        nodes=wanted.nodes or int(option_of(script, "nodes") or 1),
+    return JobRequest(
+        nodes=wanted.nodes or int(sbatch_option(script, "nodes") or 1),
         chain=wanted.chain if wanted.chain > 1 or not is_chained(script) else max(2, waiting),
         code=Path(*shlex.split(code[1])) if code else None,
-        directory=Path(option_of(script, "chdir") or Path.cwd()),
+        directory=Path(sbatch_option(script, "chdir") or Path.cwd()),
     )
 
 
-def make_change(change: Change) -> str:
-    """Make it: keep the earlier files in ``RUN/slurm/before-N``; returns what happened to the jobs, in words.
+def apply_change(change: Change) -> str:
+    """Apply a change and return a sentence that says what happened to the jobs.
 
-    New jobs are submitted on hold before the waiting ones are withdrawn, so a refusal changes nothing.
+    The earlier files move to ``RUN/slurm/before-N``. New jobs are submitted on hold before the waiting ones
+    are cancelled, so if SLURM refuses them, nothing has changed.
 
     Raises:
-        UserError: SLURM refuses, or the directory cannot be written.
+        UserError: SLURM refuses the jobs, or the directory cannot be written.
     """
-    target = folder(change.run)
+    target = slurm_directory(change.run)
     jobs: list[str] = []
     keeps = change.keeps_jobs and bool(change.waiting)
-    # Those that the user holds stay held.
+    # Jobs that the user holds stay held.
     held = [job.number for job in change.waiting if "Held" not in job.reason] if keeps else []
     try:
         _write_next(change, target / "next")
@@ -152,24 +157,26 @@ def make_change(change: Change) -> str:
             if keeps:
                 slurm("scontrol", "hold", ",".join(job.number for job in change.waiting))
             else:
-                jobs = submit(target / "next" / BATCH_SCRIPT, change.shape.chain, "--hold")
+                jobs = submit(target / "next" / BATCH_SCRIPT, change.request.chain, "--hold")
             with _swapped(target) as aside:
                 with (target / STARTS_FILE).open("a", encoding="utf-8") as file:
                     file.write("by-hand -\n")
-                note_jobs(change.run, jobs)
+                record_jobs(change.run, jobs)
         except BaseException:  # Ctrl-C too
-            with suppress(UserError):  # the first error says more
-                withdraw(jobs)
+            with suppress(UserError):  # report the first error, not that of the clean-up
+                cancel_jobs(jobs)
                 _release(held)
             raise
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be written ({error.strerror}); fix that first") from None
+        raise UserError(
+            f"{error.filename} cannot be written ({error.strerror}); nothing was changed"
+        ) from None
     finally:
         shutil.rmtree(target / "next", ignore_errors=True)
     if not keeps:
-        withdraw([job.number for job in change.waiting])
+        cancel_jobs([job.number for job in change.waiting])
     _release(held or jobs)
-    return f"{_words(change, jobs)}; the earlier files are in {aside}"
+    return f"{_summary(change, jobs)}; the earlier files are in {aside}"
 
 
 def _release(jobs: Sequence[str]) -> None:
@@ -177,7 +184,7 @@ def _release(jobs: Sequence[str]) -> None:
         slurm("scontrol", "release", ",".join(jobs))
 
 
-def _words(change: Change, jobs: Sequence[str]) -> str:
+def _summary(change: Change, jobs: Sequence[str]) -> str:
     old = ", ".join(job.number for job in change.waiting)
     if not jobs:
         return f"job {old} keeps its place in the queue"
@@ -194,10 +201,10 @@ def _write_next(change: Change, target: Path) -> None:
 
 @contextmanager
 def _swapped(target: Path) -> Iterator[Path]:
-    """Put the files of ``target/next`` in the place of those of ``target``, all or none of them.
+    """Replace the files of ``target`` with those of ``target/next``, all of them or none.
 
     Yields:
-        A new directory with the earlier files. If the body fails, they are put back.
+        A new directory that holds the earlier files. If the body fails, they are put back.
     """
     names = (BATCH_SCRIPT, CONFIG_FILE, SITE_FILE)
     number = 1

@@ -1,4 +1,4 @@
-"""What the files of a run say about it. Nothing here asks SLURM."""
+"""Read the state of a run from its files, without asking SLURM."""
 
 import os
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from megatron_mesh.runtime.run_files import (
     STATUS_FILE,
     checkpoint_step,
 )
-from megatron_mesh.slurm.script import folder, option_of
+from megatron_mesh.slurm.script import sbatch_option, slurm_directory
 
 _BLOCK = 1 << 20
 _LONGEST_SEARCH = 64 * _BLOCK
@@ -30,40 +30,41 @@ _LONGEST_SEARCH = 64 * _BLOCK
 
 @dataclass(frozen=True)
 class Event:
-    """A line of ``starts.txt``: a start or an end of a job's script (``examples/slurm/job.sh``)."""
+    """A line of ``starts.txt``: the start or the end of ``job.sh``."""
 
     token: str
-    """Job and restart number."""
+    """Job number and restart number, separated by a dot."""
     step: int
     kind: str
-    """start, or the end: done, stopped, failed, given-up, ended (by SLURM) or resumes."""
+    """start, or how it ended: done, stopped, failed, given-up, ended (by SLURM) or resumes."""
     time: str
     text: str
 
     @property
     def job(self) -> str:
-        """The job's number."""
+        """The job number."""
         return self.token.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run by its files.
+    """The state of a run according to its files.
 
     Attributes:
-        word: the first line of ``run_status.txt``, or "not started".
-        causes: the further lines: why the run failed.
-        jobs: numbers of its jobs, the oldest first; those submitted by hand from their first start.
-        event: the last one noted; None for a run outside of SLURM.
-        settings: those that are known by their files, as in YAML.
-        train: the newest record of a training step in metrics.jsonl; ``save`` of a checkpoint likewise.
-        failed_saves: records of saves that have failed since, the oldest first.
+        status: the first line of ``run_status.txt``, or "not started".
+        causes: its other lines, which say why the run failed.
+        jobs: numbers of the run's jobs, oldest first. A job submitted by hand appears with its first start.
+        event: the last event of a job; None if the run was not started on SLURM.
+        settings: the settings as in YAML; empty if no file of them can be read.
+        train: the newest record of a training step in metrics.jsonl.
+        save: the newest record of a checkpoint there.
+        failed_saves: records of failed saves since then, oldest first.
         checkpoint: step of the newest complete checkpoint, or None.
         updated: when metrics.jsonl was last written, in the local time zone.
     """
 
     run: Path
-    word: str
+    status: str
     causes: list[str]
     jobs: list[str]
     event: Event | None
@@ -76,7 +77,7 @@ class RunFiles:
 
     @property
     def last_step(self) -> int | None:
-        """The step at which the run ends, as seen from its newest step; None without settings."""
+        """The step at which the run will end, from its newest step; None if the settings are unknown."""
         training = TrainingConfig(
             train_iters=self.settings.get("train_iters"),
             train_samples=self.settings.get("train_samples"),
@@ -95,10 +96,10 @@ class RunFiles:
 
 
 def read_files(run: Path) -> RunFiles:
-    """Read what is there.
+    """Read the files of a run.
 
     Raises:
-        UserError: ``run`` is not a run's directory, or cannot be read.
+        UserError: ``run`` is not the directory of a run, or cannot be read.
     """
     try:
         return _read(run)
@@ -110,15 +111,17 @@ def _read(run: Path) -> RunFiles:
     lines = _lines(run / STATUS_FILE)
     settings = _settings(run)
     metrics = _working_directory(run) / (settings.get("output_dir") or run) / METRICS_FILE
-    events = [event for event in map(_event, _lines(folder(run) / STARTS_FILE)) if event]
+    events = [event for event in map(_event, _lines(slurm_directory(run) / STARTS_FILE)) if event]
     checkpoints = [step for path in run.iterdir() if (step := checkpoint_step(path.name)) is not None]
-    if not (lines or events or checkpoints or metrics.exists() or (folder(run) / JOBS_FILE).exists()):
+    if not (
+        lines or events or checkpoints or metrics.exists() or (slurm_directory(run) / JOBS_FILE).exists()
+    ):
         raise UserError(f"{run} is not a run: it has no jobs, no metrics.jsonl and no checkpoints")
     train, save, failed = _newest_records(metrics)
-    jobs = dict.fromkeys([*_lines(folder(run) / JOBS_FILE), *(event.job for event in events)])
+    jobs = dict.fromkeys([*_lines(slurm_directory(run) / JOBS_FILE), *(event.job for event in events)])
     return RunFiles(
         run=run,
-        word=(lines or ["not started"])[0],
+        status=(lines or ["not started"])[0],
         causes=lines[1:],
         jobs=list(jobs),
         event=events[-1] if events else None,
@@ -137,7 +140,7 @@ def _lines(path: Path) -> list[str]:
 
 def _settings(run: Path) -> dict[str, Any]:
     """Settings as submitted, or as the trainer wrote them; {} if they are an older version's."""
-    for path in (folder(run) / CONFIG_FILE, run / CONFIG_FILE):
+    for path in (slurm_directory(run) / CONFIG_FILE, run / CONFIG_FILE):
         if path.is_file():
             try:
                 return read_yaml(path)
@@ -148,15 +151,15 @@ def _settings(run: Path) -> dict[str, Any]:
 
 def _working_directory(run: Path) -> Path:
     """Where relative paths of a run's settings start; this process's directory if the script doesn't say."""
-    script = folder(run) / BATCH_SCRIPT
+    script = slurm_directory(run) / BATCH_SCRIPT
     text = script.read_text(encoding="utf-8") if script.is_file() else ""
-    return Path(option_of(text, "chdir") or "")
+    return Path(sbatch_option(text, "chdir") or "")
 
 
 def _event(line: str) -> Event | None:
     words = line.split(maxsplit=4)
     if len(words) < 4 or not words[1].isdecimal():
-        return None  # a "by-hand" line, an older version's, or one that was cut off
+        return None  # a "by-hand" line, a truncated one, or one that an older version wrote
     token, step, kind, time, *text = words
     return Event(token, int(step), kind, time, "".join(text))
 
@@ -164,7 +167,7 @@ def _event(line: str) -> Event | None:
 def _newest_records(
     path: Path,
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None, list[dict[str, Any]]]:
-    """The newest records of a step and of a save, and the failed saves after that."""
+    """The newest record of a step, the newest of a save, and the failed saves after it."""
     train: dict[str, Any] | None = None
     save: dict[str, Any] | None = None
     failed: list[dict[str, Any]] = []
@@ -173,7 +176,7 @@ def _newest_records(
             record = strict_json.loads(line)
             kind = record["kind"]
         except (ValueError, TypeError, KeyError):
-            continue  # cut off: the last line, which is being written, or one at which the run was killed
+            continue  # truncated: the line is being written, or the run was killed while writing it
         if kind == "train":
             train = train or record
         elif kind == "save_failed" and save is None:
@@ -186,7 +189,7 @@ def _newest_records(
 
 
 def _lines_backwards(path: Path) -> Iterator[bytes]:
-    """The lines of a file, the last one first."""
+    """The lines of a file, last line first."""
     if not path.is_file():
         return
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The state of runs: their files first, then what SLURM adds, if it answers within seconds."""
+"""Show the state of runs, from their files and, if SLURM answers within seconds, from its queue."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,67 +9,67 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
 from megatron_mesh.runtime.failures import RUNNING
 from megatron_mesh.runtime.run_files import SITE_FILE
-from megatron_mesh.slurm.commands import STATUS_SECONDS, Job, known_jobs
+from megatron_mesh.slurm.commands import STATUS_SECONDS, SlurmJob, find_jobs
 from megatron_mesh.slurm.files import RunFiles, read_files
-from megatron_mesh.slurm.script import folder
+from megatron_mesh.slurm.script import slurm_directory
 from megatron_mesh.slurm.site import read_site
 
 UNFINISHED = 75
-"""Exit status of a job whose run was stopped before its end (``examples/slurm/job.sh``)."""
+"""Exit status of a job whose run can be resumed (``job.sh``)."""
 _ENDS = {"done": "done", "stopped": "stopped", "failed": "failed", "given-up": "failed"}
 
 
 @dataclass(frozen=True)
 class Status:
-    """A run by its files and by SLURM.
+    """The state of a run according to its files and SLURM.
 
     Attributes:
-        jobs: those that SLURM still knows.
-        silence: why SLURM said nothing; "" if it answered.
+        jobs: the run's jobs that SLURM still knows.
+        slurm_error: why SLURM did not answer; "" if it did.
     """
 
     files: RunFiles
-    jobs: list[Job]
-    silence: str
+    jobs: list[SlurmJob]
+    slurm_error: str
 
     @property
     def state(self) -> str:
-        """One word: not started, waiting, running, suspended, stopped, failed, done or interrupted.
+        """One of not started, waiting, running, suspended, stopped, failed, done or interrupted.
 
-        A run is interrupted if its jobs are gone and it has not said how it ended: killed, or cancelled.
+        A run is interrupted if its jobs are gone and no file says how it ended: it was killed or cancelled.
         """
-        if self.files.word == "done":
+        if self.files.status == "done":
             return "done"
-        for state, is_so in (
-            ("running", [job.runs for job in self.jobs]),
+        for state, matches in (
+            ("running", [job.is_running for job in self.jobs]),
             ("suspended", [job.is_suspended for job in self.jobs]),
-            ("waiting", [job.waits for job in self.jobs]),
+            ("waiting", [job.is_waiting for job in self.jobs]),
         ):
-            if any(is_so):
+            if any(matches):
                 return state
-        if self.files.word not in (RUNNING, "not started") or self.silence or not self.files.jobs:
-            return self.files.word
-        return _ENDS.get(self.files.event.kind, "interrupted") if self.files.event else self.files.word
+        if self.files.status not in (RUNNING, "not started") or self.slurm_error or not self.files.jobs:
+            return self.files.status
+        return _ENDS.get(self.files.event.kind, "interrupted") if self.files.event else self.files.status
 
 
-def statuses(runs: Sequence[Path]) -> list[Status]:
-    """The state of each run. SLURM is asked once for all of them.
+def read_statuses(runs: Sequence[Path]) -> list[Status]:
+    """Read the state of each run. SLURM is asked once for all of them.
 
     Raises:
-        UserError: one of them is not a run's directory.
+        UserError: one of the paths is not the directory of a run.
     """
     found = [read_files(run) for run in runs]
-    known: dict[str, Job] = {}
-    silence = ""
+    known: dict[str, SlurmJob] = {}
+    slurm_error = ""
     try:
-        known = known_jobs([job for files in found for job in files.jobs], seconds=STATUS_SECONDS)
+        known = find_jobs([job for files in found for job in files.jobs], seconds=STATUS_SECONDS)
     except UserError as error:
-        silence = str(error)
-    return [Status(files, [known[job] for job in files.jobs if job in known], silence) for files in found]
+        slurm_error = str(error)
+    return [Status(files, [known[job] for job in files.jobs if job in known], slurm_error) for files in found]
 
 
 def as_json(found: Sequence[Status]) -> str:
-    """A list with one object for each run."""
+    """A JSON list with one object per run."""
     return strict_json.dumps([_object(status) for status in found], indent=2, ensure_ascii=False)
 
 
@@ -105,21 +105,21 @@ def _object(status: Status) -> dict[str, Any]:
             for job in status.jobs
         ],
         "forgotten_jobs": []
-        if status.silence
+        if status.slurm_error
         else sorted({*files.jobs} - {job.number for job in status.jobs}),
-        "slurm": status.silence or "answered",
+        "slurm": status.slurm_error or "answered",
     }
 
 
 def as_text(status: Status) -> str:
-    """One run, a line for each thing."""
+    """One run, one line per fact."""
     files = status.files
     rows = [("run", str(files.run)), ("state", status.state), *(("cause", cause) for cause in files.causes)]
     if files.event:
         rows.append(("last event", f"{files.event.text} (job {files.event.job}, {files.event.time})"))
     rows += [(f"job {job.number}", _job_text(job)) for job in status.jobs]
-    if status.silence:
-        rows.append(("slurm", f"{status.silence}; this is what the files say"))
+    if status.slurm_error:
+        rows.append(("slurm", f"{status.slurm_error}; only the run's files were read"))
     elif not status.jobs:
         forgotten = f"SLURM no longer knows {', '.join(files.jobs[-3:])}"
         rows.append(("jobs", forgotten if files.jobs else "none: this run was not started on SLURM"))
@@ -150,20 +150,22 @@ def _progress(files: RunFiles) -> list[tuple[str, str]]:
 
 
 def _save_hint(files: RunFiles) -> str:
-    path = folder(files.run) / SITE_FILE
+    path = slurm_directory(files.run) / SITE_FILE
     if files.save is None or not path.is_file():
         return ""
     try:
         limit = read_site(path).save_seconds
     except UserError:
-        return ""  # it may not be readable on this machine, and matters little here
+        return ""  # the site file may be valid only on the cluster, and the hint is optional
     return (
-        f": more than the site file's SAVE_SECONDS={limit}, raise it" if files.save["seconds"] > limit else ""
+        f": longer than the site file's SAVE_SECONDS={limit}; raise it"
+        if files.save["seconds"] > limit
+        else ""
     )
 
 
 def as_table(found: Sequence[Status]) -> str:
-    """Several runs, a line for each."""
+    """Several runs, one line each."""
     rows = [("run", "state", "step", "of", "loss", "checkpoint", "at risk", "jobs")]
     for status in found:
         files, train = status.files, status.files.train or {}
@@ -178,8 +180,10 @@ def as_table(found: Sequence[Status]) -> str:
             (str(files.run), status.state, step, total, shown, checkpoint, risk, ", ".join(jobs) or "-")
         )
     lines = _aligned(rows)
-    silence = next((status.silence for status in found if status.silence), "")
-    return "\n".join([*lines, *([f"slurm: {silence}; this is what the files say"] if silence else [])])
+    slurm_error = next((status.slurm_error for status in found if status.slurm_error), "")
+    if slurm_error:
+        lines.append(f"slurm: {slurm_error}; only the runs' files were read")
+    return "\n".join(lines)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -190,11 +194,11 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _job_text(job: Job) -> str:
+def _job_text(job: SlurmJob) -> str:
     parts = [job.state if job.reason in ("None", "") else f"{job.state} ({job.reason})"]
     if job.is_over and job.exit_status == UNFINISHED:
-        parts = [f"{job.state}: ended before the run did (exit status {UNFINISHED})"]
-    if job.runs:
+        parts = [f"{job.state}: ended before the end of the run (exit status {UNFINISHED})"]
+    if job.is_running:
         parts.append(f"on {job.nodes}, {job.run_time} of {job.time_limit}")
     if job.restarts:
         parts.append(f"restarted {job.restarts} times")

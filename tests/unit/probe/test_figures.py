@@ -1,4 +1,4 @@
-"""Figures from a run's metrics.jsonl: what is drawn is what was logged."""
+"""The figures show what metrics.jsonl contains."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The presets for clusters: the paper's model and optimizer, a layout that fits, scripts that can be made."""
+"""Cluster presets have the paper's model and optimizer, fit into memory and make valid batch scripts."""
 
 import re
 import sys
@@ -17,7 +17,7 @@ from tests.commands import tool
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "examples/slurm/6.9b"
 H100_GIB = 80e9 / 2**30
-ROOM_GIB = 6.0  # for CUDA, NCCL, what an operation needs for a moment, and fragmentation
+ROOM_GIB = 6.0  # for CUDA, NCCL, temporary buffers and fragmentation
 NODES = [cluster.nodes for cluster in CLUSTERS]
 
 
