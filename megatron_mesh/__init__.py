@@ -2,7 +2,8 @@
 
 import warnings
 
-from megatron_mesh.runtime import late_compile, unusable_imports
+from megatron_mesh.compat import imports as unusable_imports
+from megatron_mesh.compat import late_compile
 
 __version__ = "0.1.0"
 

@@ -11,12 +11,12 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.utils import is_te_min_version
 
 from megatron_mesh import kernels
+from megatron_mesh.compat.imports import BROKEN
 from megatron_mesh.config.schema import ParallelConfig, PrecisionConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.model.attention import attention_backend
 from megatron_mesh.runtime import device
 from megatron_mesh.runtime.distributed import is_rank_zero
-from megatron_mesh.runtime.unusable_imports import BROKEN
 
 logger = logging.getLogger(__name__)
 

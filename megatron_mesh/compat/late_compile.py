@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from megatron_mesh.runtime.import_hook import Execute, run_instead
+from megatron_mesh.compat.import_hook import Execute, run_instead
 
 
 def compiled_when_called(function: Callable[..., Any]) -> Callable[..., Any]:

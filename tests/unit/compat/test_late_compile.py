@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_mesh.compat.late_compile import compiled_when_called
 from megatron_mesh.runtime import device
-from megatron_mesh.runtime.late_compile import compiled_when_called
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -13,7 +13,7 @@ only ImportError, in one place only ModuleNotFoundError (``tensor_parallel/rando
 
 from types import ModuleType
 
-from megatron_mesh.runtime.import_hook import Execute, run_instead
+from megatron_mesh.compat.import_hook import Execute, run_instead
 
 BROKEN = (ImportError, OSError, RuntimeError, AssertionError)
 _NAMES = ("transformer_engine", "transformer_engine.pytorch", "apex", "amp_C")
