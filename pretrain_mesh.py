@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 
+from megatron_mesh import compat
 from megatron_mesh.arguments import Arguments, parse_args
 from megatron_mesh.config.checks import resolve
 from megatron_mesh.errors import UserError
@@ -38,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
         if rank_from_environment() == 0:
             print(dry_run_text(config, world_size))
         return exits.DONE
+    compat.check_versions()
     from megatron_mesh.train import pretrain
 
     return pretrain(config)
@@ -65,4 +67,5 @@ if __name__ == "__main__":  # loader processes may import this file
         check_place()
         show_messages(rank_from_environment() == 0)
         log_start_times()
+        compat.install()
         sys.exit(main(sys.argv[1:]))

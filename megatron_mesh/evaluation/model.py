@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -139,6 +140,7 @@ def _read(directory: Path, source: Source, how: Mapping[str, Any]) -> Any:
 def _served(directory: Path, source: Source, how: Mapping[str, Any]) -> Any:
     # Not registered: vLLM's processes take the code from the directory, and transformers refuses two classes
     # of one configuration.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when vLLM is imported
     from megatron_mesh.evaluation.vllm_lm import open_lm
 
     trust = source.trust_remote_code or source.is_checkpoint or _carries_our_code(directory)

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 
 from megatron.core.transformer.enums import AttnBackend
 
+from megatron_mesh.compat.megatron_model import ATTENTION_SWITCHES, clear_attention_switches
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.distributed import is_rank_zero
 
 logger = logging.getLogger(__name__)
 
-_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 _MEANING = {
     ("1", "1", "1"): "auto",
     ("1", "1", "0"): "auto",  # which takes the unfused one only if it has no other
@@ -29,7 +29,7 @@ _MEANING = {
     ("0", "0", "0"): "local",
 }
 # Read once: every model that is built sets them anew.
-_FROM_USER = {name: os.environ[name] for name in _SWITCHES if name in os.environ}
+_FROM_USER = {name: os.environ[name] for name in ATTENTION_SWITCHES if name in os.environ}
 
 
 def attention_backend(
@@ -45,15 +45,14 @@ def attention_backend(
     Raises:
         UserError: a switch that counts is neither 0 nor 1.
     """
-    for name in _SWITCHES:
-        os.environ.pop(name, None)
+    clear_attention_switches()
     if not switches:
         return AttnBackend[asked]
     words = ", ".join(f"{name}={value}" for name, value in switches.items())
     if not te_layers:
         _say_once(f"{words} in the environment: ignored, since the layers are not Transformer Engine's")
         return AttnBackend[asked]
-    meant = _MEANING.get(tuple(switches.get(name, "1") for name in _SWITCHES))  # type: ignore[arg-type]
+    meant = _MEANING.get(tuple(switches.get(name, "1") for name in ATTENTION_SWITCHES))  # type: ignore[arg-type]
     if asked != "auto":
         if meant != asked:
             _say_once(f"{words} in the environment: ignored, since --attention-backend is {asked}")
