@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
         prog="env_report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args(argv)
-    from megatron_mesh.runtime.environment_report import NO_TORCH, missing_required, report
+    from megatron_mesh.environment_report import NO_TORCH, missing_required, report
 
     rows = report()
     widths = [max(len(getattr(row, name)) for row in rows) for name in ("what", "found")]

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mesh import environment_report
+from megatron_mesh.environment_report import OPTIONAL, REQUIRED, report
 from megatron_mesh.model import implementation
-from megatron_mesh.runtime import device, environment_report
-from megatron_mesh.runtime.environment_report import OPTIONAL, REQUIRED, report
+from megatron_mesh.runtime import device
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 NO_FP8 = "the GPU (sm_80) has no FP8; it needs sm_89 (Ada), sm_90 (Hopper) or newer"
 
 
