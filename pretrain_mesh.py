@@ -17,9 +17,9 @@ from megatron_mesh.config.checks import resolve
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.console import show_messages
-from megatron_mesh.runtime.entry import failures_told
+from megatron_mesh.runtime.entry import report_errors
 from megatron_mesh.runtime.environment import (
-    check_place,
+    check_rank,
     rank_from_environment,
     world_size_from_environment,
 )
@@ -63,8 +63,8 @@ if __name__ == "__main__":  # loader processes may import this file
     # Until training starts there is nothing to save, and Ctrl-C during an import would end in a traceback
     # from wherever it was. Some libraries even catch it and continue with half of their modules.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with closed_pipe_is_no_error(), failures_told(sys.argv[1:]):
-        check_place()
+    with closed_pipe_is_no_error(), report_errors(sys.argv[1:]):
+        check_rank()
         show_messages(rank_from_environment() == 0)
         log_start_times()
         compat.install()

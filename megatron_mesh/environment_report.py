@@ -99,10 +99,6 @@ def _layers() -> list[Row]:
     tested = SUPPORTED["transformer-engine"]
     fitting = fits(_version("transformer-engine") or "0", tested)
     note = "" if fitting else f"megatron-core is tested with {tested}"
-        ""
-        if fits(_version("transformer-engine") or "0", tested)
-        else f"megatron-core is tested with {tested}"
-    )
     fp8 = device.why_no_fp8()
     return [Row("layers", "Transformer Engine's", note), Row("FP8", "no" if fp8 else "yes", fp8 or "")]
 

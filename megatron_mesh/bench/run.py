@@ -31,7 +31,7 @@ from megatron_mesh.model.implementation import choose, parts
 from megatron_mesh.runtime import device, ranges
 from megatron_mesh.runtime.distributed import process_groups
 from megatron_mesh.runtime.environment import world_size_from_environment
-from megatron_mesh.runtime.memory import explained
+from megatron_mesh.runtime.memory import explain_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def run(settings: Settings) -> Report:
     (chosen,) = {choose(config.precision, config.parallel) for config in configs.values()}
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    with process_groups(next(iter(configs.values()))), explained(lambda: _remedies(settings)):
+    with process_groups(next(iter(configs.values()))), explain_out_of_memory(lambda: _remedies(settings)):
         return Report(settings, _measured(settings, configs), skipped, parts(chosen))
 
 

@@ -25,7 +25,7 @@ _group: dist.ProcessGroup | None = None
 
 
 @contextmanager
-def group_apart(minutes: float) -> Iterator[None]:
+def separate_group(minutes: float) -> Iterator[None]:
     """Use a separate gloo group of all ranks for agreements inside; a collective operation.
 
     Args:
@@ -87,7 +87,7 @@ def with_host(reason: str | None) -> Reason:
     return None if reason is None else (reason, socket.gethostname())
 
 
-def in_words(reasons: Sequence[Reason], at_most: int = 5) -> list[str]:
+def summarize_reasons(reasons: Sequence[Reason], at_most: int = 5) -> list[str]:
     """Each distinct reason once, with the first rank and host that has it.
 
     Args:
@@ -107,12 +107,12 @@ def in_words(reasons: Sequence[Reason], at_most: int = 5) -> list[str]:
     return sentences if left <= 0 else [*sentences[:at_most], f"and {left} more reasons"]
 
 
-def complaints(reason: str | None) -> list[str]:
-    """What any ranks complain of (``in_words``); a collective operation.
+def gather_reasons(reason: str | None) -> list[str]:
+    """What any ranks complain of (``summarize_reasons``); a collective operation.
 
     Every rank gives its own ``reason``, or None.
     """
-    return in_words(from_every_rank(with_host(reason)))
+    return summarize_reasons(from_every_rank(with_host(reason)))
 
 
 def on_every_rank(make: Callable[[], _Result]) -> _Result:

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 _PR_SET_PDEATHSIG = 1
 
 
-def run_apart(work: Callable[[], None]) -> None:
+def run_in_fork(work: Callable[[], None]) -> None:
     """Call ``work`` in a fork of this process, and wait for it.
 
     A fork starts at once and needs no pickling. ``work`` must not use torch or CUDA; it leaves its result in

@@ -15,13 +15,13 @@ from megatron_mesh.config.placement import virtual_stages
 from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import RanksLost
 from megatron_mesh.runtime import device, exits, phases
-from megatron_mesh.runtime.agreement import group_apart
+from megatron_mesh.runtime.agreement import separate_group
 from megatron_mesh.runtime.environment import (
     rank_from_environment,
     world_size_from_environment,
 )
-from megatron_mesh.runtime.failures import RUNNING, Failures, place, resumes
-from megatron_mesh.runtime.health import Health, failures_reported, watched
+from megatron_mesh.runtime.failures import RUNNING, Failures, describe_rank, resumes
+from megatron_mesh.runtime.health import Health, report_failure, watched
 from megatron_mesh.runtime.meeting import Meeting
 from megatron_mesh.runtime.rendezvous import PortTaken
 
@@ -49,7 +49,7 @@ def process_groups(config: Config) -> Iterator[Health]:
     own_store = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
     health = Health(rank, world, failures_of(config, own_store))
     try:
-        with watched(health, config.parallel.watchdog_timeout_minutes), failures_reported(health):
+        with watched(health, config.parallel.watchdog_timeout_minutes), report_failure(health):
             dist.init_process_group(
                 device.backend(), store=store, rank=rank, world_size=world, timeout=timeout
             )
@@ -86,7 +86,7 @@ def shared_store(config: Config, rank: int, world: int, timeout: timedelta) -> d
         return meeting.store
     except RanksLost as error:
         failures = failures_of(config, meeting.store if meeting else None)
-        failures.tell(place(rank, world), str(error), RUNNING)
+        failures.report(describe_rank(rank, world), str(error), RUNNING)
         if meeting is not None:
             meeting.leave()
         sys.exit(exits.CRASHED)
@@ -119,7 +119,7 @@ def model_parallel_groups(config: Config) -> Iterator[None]:
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         # A save that takes too long is the watchdog's to end, with every rank's stacks.
         slowest = max(parallel.distributed_timeout_minutes, config.checkpoint.save_timeout_minutes + 5)
-        with group_apart(slowest):
+        with separate_group(slowest):
             yield
     finally:
         parallel_state.destroy_model_parallel()

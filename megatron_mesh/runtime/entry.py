@@ -14,19 +14,19 @@ from megatron_mesh.config.sources import read_yaml
 from megatron_mesh.errors import OutOfMemory, RanksLost, UserError
 from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.environment import (
-    check_place,
+    check_rank,
     local_rank_from_environment,
     rank_from_environment,
     world_size_from_environment,
 )
-from megatron_mesh.runtime.failures import FAILED, RUNNING, Failures, place, resumes
+from megatron_mesh.runtime.failures import FAILED, RUNNING, Failures, describe_rank, resumes
 
 SECONDS_ALONE = 10.0
 """How long a rank with an error looks for the others before it says so by itself."""
 
 
 @contextmanager
-def failures_told(argv: Sequence[str]) -> Iterator[None]:
+def report_errors(argv: Sequence[str]) -> Iterator[None]:
     """End the program with one message per cause, whichever rank has the error, and the right exit status.
 
     In a job of several processes, the other ranks hear of an error before torch.distributed has started, and
@@ -38,20 +38,20 @@ def failures_told(argv: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        sys.exit(_tell(argv, str(error), FAILED, exits.BAD_INPUT))
+        sys.exit(_report(argv, str(error), FAILED, exits.BAD_INPUT))
     except (OutOfMemory, RanksLost) as error:
-        sys.exit(_tell(argv, str(error), RUNNING, exits.CRASHED))
+        sys.exit(_report(argv, str(error), RUNNING, exits.CRASHED))
     except Exception as error:
         cause = "".join(traceback.format_exception_only(error)).strip()
         if world_size_from_environment() == 1:
             failures_from(argv).note(RUNNING, cause)
             raise
-        sys.exit(_tell(argv, cause, RUNNING, exits.CRASHED, traceback.format_exc()))
+        sys.exit(_report(argv, cause, RUNNING, exits.CRASHED, traceback.format_exc()))
 
 
-def _tell(argv: Sequence[str], cause: str, word: str, status: int, details: str = "") -> int:
+def _report(argv: Sequence[str], cause: str, word: str, status: int, details: str = "") -> int:
     try:
-        check_place()
+        check_rank()
         rank, world_size = rank_from_environment(), world_size_from_environment()
     except UserError:  # that is what there is to tell
         rank, world_size = 0, 1
@@ -59,10 +59,10 @@ def _tell(argv: Sequence[str], cause: str, word: str, status: int, details: str 
         print(f"error: {cause}", file=sys.stderr)
         failures_from(argv).note(word, cause)
         return status
-    who, told = place(rank, world_size), False
+    who, told = describe_rank(rank, world_size), False
     alone = failures_from(argv)
     # If the others do not come, somebody is waiting for the reason. One rank of each host is enough.
-    early = threading.Timer(SECONDS_ALONE, alone.tell, (who, cause, word, details))
+    early = threading.Timer(SECONDS_ALONE, alone.report, (who, cause, word, details))
     if local_rank_from_environment() == 0:
         early.start()
     # The launcher may end this process while it looks for the others; it has to say why all the same.
@@ -76,15 +76,15 @@ def _tell(argv: Sequence[str], cause: str, word: str, status: int, details: str 
         if meeting is not None:
             told = True
             failures = failures_from(argv, meeting.store)
-            if alone.has_told(cause):
-                failures.leave_untold(cause)
+            if alone.has_reported(cause):
+                failures.silence(cause)
             return meeting.fail(failures, who, cause, word, status, details)
     except ImportError:  # torch cannot be imported: the others cannot be told
         pass
     finally:
         early.cancel()
-        if not told and not alone.has_told(cause):
-            alone.tell(who, cause, word, details)
+        if not told and not alone.has_reported(cause):
+            alone.report(who, cause, word, details)
     return status
 
 

@@ -28,7 +28,7 @@ def local_rank_from_environment() -> int:
     return _number("LOCAL_RANK", "SLURM_LOCALID", default=0)
 
 
-def check_place() -> None:
+def check_rank() -> None:
     """Raise UserError unless rank and world size are numbers that fit each other."""
     rank, world_size = rank_from_environment(), world_size_from_environment()
     if not 0 <= rank < world_size:

@@ -23,7 +23,7 @@ TURN_SECONDS = 5.0
 _FIRST, _OVER, _INFORMED, _NOTES = (f"failures/{name}" for name in ("first", "over", "informed", "notes"))
 
 
-def place(rank: int, world_size: int) -> str:
+def describe_rank(rank: int, world_size: int) -> str:
     """A process of the job, in words."""
     return f"rank {rank} of {world_size} on host {socket.gethostname()}"
 
@@ -52,7 +52,7 @@ class Failures:
         self._new: dict[str, bool] = {}
         self.is_informed = False
 
-    def first(self, who: str, status: int) -> tuple[str, int]:
+    def note_first(self, who: str, status: int) -> tuple[str, int]:
         """Note that ``who`` ends the job with exit status ``status``, unless another has noted so before.
 
         Returns the first one noted, which is the reason why the others end.
@@ -65,7 +65,7 @@ class Failures:
             return who, status
         return self._remember(noted)
 
-    def someone(self) -> tuple[str, int] | None:
+    def first_failure(self) -> tuple[str, int] | None:
         """The first failure noted, if there is one. Doesn't wait.
 
         Raises:
@@ -80,13 +80,13 @@ class Failures:
         self._first = name, int(number)
         return self._first
 
-    def end_well(self) -> None:
+    def mark_success(self) -> None:
         """Note that the job has ended without a failure, so that nobody misses the store."""
         if self._store is not None:
             with suppress(RuntimeError):
                 self._store.set(_OVER, "")
 
-    def ended_well(self) -> bool:
+    def has_succeeded(self) -> bool:
         """Whether the job has ended without a failure.
 
         Raises:
@@ -94,7 +94,7 @@ class Failures:
         """
         return self._store is not None and self._store.check([_OVER])
 
-    def informed(self) -> None:
+    def mark_informed(self) -> None:
         """Tell the others that this rank ``is_informed``."""
         with self._lock:
             first_time, self.is_informed = not self.is_informed, True
@@ -111,7 +111,7 @@ class Failures:
                     return
                 time.sleep(0.2)
 
-    def lose_store(self) -> bool:
+    def drop_store(self) -> bool:
         """From now on this rank speaks for itself; returns whether it had a store."""
         with self._lock:
             store, self._store = self._store, None
@@ -121,7 +121,7 @@ class Failures:
         """From now on ``save`` is another start's: write nothing there."""
         self._save = None
 
-    def tell(self, who: str, cause: str, word: str, details: str = "") -> None:
+    def report(self, who: str, cause: str, word: str, details: str = "") -> None:
         """Print and note why ``who`` ends, unless another rank has told the same cause before.
 
         Args:
@@ -129,29 +129,29 @@ class Failures:
             word: see ``note``.
             details: printed in place of the cause, such as a traceback.
         """
-        if self.is_new(cause):
+        if self.is_first_report(cause):
             print(f"error: {who}: {details or cause}", file=sys.stderr, flush=True)
             self.note(word, f"{who}: {cause}")
 
-    def has_told(self, cause: str) -> bool:
+    def has_reported(self, cause: str) -> bool:
         """Whether this rank has told the cause."""
         with self._lock:
             return self._new.get(cause, False)
 
-    def leave_untold(self, cause: str) -> None:
+    def silence(self, cause: str) -> None:
         """Neither this rank nor another has to tell the cause from now on."""
-        self.is_new(cause)
+        self.is_first_report(cause)
         with self._lock:
             self._new[cause] = False
 
-    def is_new(self, cause: str) -> bool:
+    def is_first_report(self, cause: str) -> bool:
         """Whether no other rank has asked about this cause before. The same rank gets the same answer."""
         with self._lock:
             if cause not in self._new:
-                self._new[cause] = self._ask_first(cause)
+                self._new[cause] = self._claim_report(cause)
             return self._new[cause]
 
-    def _ask_first(self, cause: str) -> bool:
+    def _claim_report(self, cause: str) -> bool:
         if self._store is None:
             return True
         key = hashlib.sha256(cause.encode()).hexdigest()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_mesh.errors import OutOfMemory, UserError
 from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.environment import agent_holds_store, store_holder
-from megatron_mesh.runtime.failures import FAILED, RUNNING, Failures, place
+from megatron_mesh.runtime.failures import FAILED, RUNNING, Failures, describe_rank
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Health:
         limit = seconds if self._limit is None else self._limit
         return waiting if waiting > limit else 0.0
 
-    def was_suspended(self, seconds: float, now: float) -> None:
+    def ignore_suspension(self, seconds: float, now: float) -> None:
         """Don't count the last ``seconds`` before ``now``, in which this process did not run at all."""
         if self.rank == 0:
             logger.warning(
@@ -88,20 +88,20 @@ class Health:
         self._last = min(now, self._last + seconds)
 
     def __str__(self) -> str:
-        return f"{place(self.rank, self.world_size)} in {self._where}"
+        return f"{describe_rank(self.rank, self.world_size)} in {self._where}"
 
     def end(self, cause: str, word: str, status: int, details: str = "") -> None:
         """End this process and say why, unless another rank has said the same."""
         who = str(self)
-        _, status = self.failures.first(who, status)
-        self.failures.tell(who, cause, word, details)
+        _, status = self.failures.note_first(who, status)
+        self.failures.report(who, cause, word, details)
         self._exit(status)
 
     def follow(self, first: tuple[str, int]) -> None:
         """End this process because another rank has failed. One of the ranks that follow says so."""
         name, status = first
         hangs = status == exits.HUNG
-        if self.failures.is_new(f"after {name}") or hangs:
+        if self.failures.is_first_report(f"after {name}") or hangs:
             stacks = "; its stacks:" if hangs else ""
             print(f"error: {self} ends, because {name} failed{stacks}", file=sys.stderr, flush=True)
         if hangs:
@@ -111,7 +111,7 @@ class Health:
     def follow_lost_store(self) -> None:
         """End this process because the store is gone, so the process that held it has failed."""
         because = f"{store_holder()} is gone; unless it has said why, see whether it was killed"
-        if self.failures.lose_store():  # another thread of this process may find this at the same time
+        if self.failures.drop_store():  # another thread of this process may find this at the same time
             print(f"error: {self} ends, because {because}", file=sys.stderr, flush=True)
             if self.rank == 1:  # one line is enough, and the ranks can no longer agree on who writes it
                 self.failures.note(RUNNING, f"{self}: {because}")
@@ -125,7 +125,7 @@ class Health:
         faulthandler.dump_traceback(all_threads=True)
 
         def tell_others() -> None:
-            self.failures.first(who, exits.HUNG)
+            self.failures.note_first(who, exits.HUNG)
             self.failures.note(RUNNING, f"{who} {waited}")
             self._linger()
 
@@ -137,14 +137,14 @@ class Health:
     def abandon(self, cause: str) -> None:
         """End this process at once: it must not write anything more. The others follow."""
         who = str(self)
-        self.failures.first(who, exits.CRASHED)
+        self.failures.note_first(who, exits.CRASHED)
         print(f"error: {who}: {cause}", file=sys.stderr, flush=True)
         os._exit(exits.CRASHED)
 
     def finish(self) -> None:
         """This rank has ended its work well. It waits a little for others that still need the store."""
         if self.rank == 0:
-            self.failures.end_well()
+            self.failures.mark_success()
         self._linger()
 
     def _linger(self) -> None:
@@ -152,12 +152,12 @@ class Health:
 
         Rank 0 holds the store, or torchrun's agent does, which ends once one of its processes has failed.
         """
-        self.failures.informed()
+        self.failures.mark_informed()
         if self.rank == 0 or agent_holds_store():
             self.failures.wait_until_informed(self.world_size, LINGER_SECONDS)
 
     def _exit(self, status: int) -> None:
-        self.failures.informed()
+        self.failures.mark_informed()
         self.before_exit()
         # A launcher that sees this process end may kill the others. First let them say what is wrong.
         time.sleep(1)
@@ -166,7 +166,7 @@ class Health:
 
 
 @contextmanager
-def failures_reported(health: Health) -> Iterator[None]:
+def report_failure(health: Health) -> Iterator[None]:
     """Report a rank's failure once per cause, where it happened, without waiting for the other ranks.
 
     With several ranks the process ends here: destroying the process groups would wait for ranks that still
@@ -187,7 +187,7 @@ def failures_reported(health: Health) -> Iterator[None]:
         lost = _is_lost_connection(error)
         if lost:
             try:
-                first = health.failures.someone()
+                first = health.failures.first_failure()
             except dist.DistError:
                 health.follow_lost_store()
             else:
@@ -245,7 +245,7 @@ def _watch(health: Health, seconds: float, done: threading.Event) -> None:
         suspended = now - last - interval
         last = now
         if suspended > interval:
-            health.was_suspended(suspended, now)
+            health.ignore_suspension(suspended, now)
         if waiting := health.overdue(seconds, now):
             health.hang(waiting)
 
@@ -255,17 +255,19 @@ def _listen(health: Health, done: threading.Event) -> None:
     failures = health.failures
     while not done.wait(LISTEN_SECONDS) and not failures.is_informed:
         try:
-            if failures.ended_well():
-                failures.informed()
+            if failures.has_succeeded():
+                failures.mark_informed()
                 return
-            first = failures.someone()
+            first = failures.first_failure()
         except dist.DistError:
             if not done.wait(LISTEN_SECONDS):  # this rank may be about to find its own end
                 health.follow_lost_store()
             return
         if first is not None:
-            failures.is_new(f"after {first[0]}")  # while the store is there: the first to ask will say it
-            failures.informed()
+            failures.is_first_report(
+                f"after {first[0]}"
+            )  # while the store is there: the first to ask will say it
+            failures.mark_informed()
             if not done.wait(FOLLOW_SECONDS):
                 health.follow(first)
             return

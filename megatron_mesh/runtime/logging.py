@@ -98,12 +98,12 @@ class Guarded(Sink):
                 logger.error(
                     "%s: numbers were not logged: %s; the run is not affected",
                     self.name,
-                    in_a_line(error),
+                    first_line(error),
                 )
             self._lost += 1
 
 
-def in_a_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """An error of a library, in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -145,7 +145,7 @@ def open_log(config: Config, directory: Path, step: int, last: int, *, same_run:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # no server, no account, a broken installation; some call sys.exit
-            logger.error("%s cannot be started: %s; training continues without it", name, in_a_line(error))
+            logger.error("%s cannot be started: %s; training continues without it", name, first_line(error))
     sinks.append(Bar(console, step, last) if settings.progress and console.is_terminal else Lines(last))
     return Log(sinks, directory)
 

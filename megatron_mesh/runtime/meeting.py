@@ -94,7 +94,7 @@ class Meeting:
         """
         with suppress(dist.DistError):
             status = int(self.store.compare_set(_VERDICT, "", str(status)).decode())
-        failures.tell(who, cause, word, details)
+        failures.report(who, cause, word, details)
         with suppress(dist.DistError):
             self._arrive()
         self.leave()

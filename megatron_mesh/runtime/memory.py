@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def explained(remedies: Callable[[], Sequence[str]]) -> Iterator[None]:
+def explain_out_of_memory(remedies: Callable[[], Sequence[str]]) -> Iterator[None]:
     """Turn torch's out-of-memory error into ``OutOfMemory``. Its traceback goes to the log, at debug level.
 
     Args:

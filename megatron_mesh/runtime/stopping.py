@@ -59,7 +59,7 @@ class StopRequests:
         threading.Thread(target=_end_at_second_request, args=(reading,), daemon=True).start()
         wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        self._remove_file()  # left over from an earlier run
+        self.remove_stop_file()  # left over from an earlier run
         try:
             yield
         finally:
@@ -91,11 +91,8 @@ class StopRequests:
             return "the stop file"
         return ""
 
-    def honoured(self) -> None:
-        """Remove the stop file after the run has stopped, so that the next run does not stop too."""
-        self._remove_file()
-
-    def _remove_file(self) -> None:
+    def remove_stop_file(self) -> None:
+        """Remove the stop file, so that the next run does not stop too."""
         if self._file is None or not is_rank_zero():
             return
         try:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import entry, exits, meeting
-from megatron_mesh.runtime.entry import failures_from, failures_told
-from megatron_mesh.runtime.environment import check_place
+from megatron_mesh.runtime.entry import failures_from, report_errors
+from megatron_mesh.runtime.environment import check_rank
 from megatron_mesh.runtime.failures import FAILED, RUNNING, Failures, resumes
 
 RANKS = 16
@@ -28,7 +28,7 @@ def test_each_of_many_causes_at_once_is_noted(tmp_path: Path, running: bool) -> 
         failures = Failures(store, str(tmp_path))
         failures.running = running
         here.wait()
-        failures.tell(f"rank {number}", f"cause {number}", FAILED)
+        failures.report(f"rank {number}", f"cause {number}", FAILED)
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(RANKS)]
     for thread in threads:
@@ -114,7 +114,7 @@ def test_a_rank_whose_others_do_not_come_says_why(monkeypatch, capfd, local_rank
     monkeypatch.setattr(meeting, "meet_to_fail", look)
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(SystemExit) as end, failures_told([]):
+        with pytest.raises(SystemExit) as end, report_errors([]):
             raise UserError("no data")
     finally:
         signal.signal(signal.SIGTERM, handler)
@@ -139,8 +139,8 @@ def test_ranks_that_cannot_be(monkeypatch, capsys, variables: dict[str, str], me
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as ended, failures_told([]):
-        check_place()
+    with pytest.raises(SystemExit) as ended, report_errors([]):
+        check_rank()
     assert ended.value.code == exits.BAD_INPUT
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1

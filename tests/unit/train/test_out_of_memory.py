@@ -12,8 +12,8 @@ import torch
 from megatron_mesh.errors import OutOfMemory
 from megatron_mesh.runtime import exits, health
 from megatron_mesh.runtime.failures import Failures
-from megatron_mesh.runtime.health import Health, failures_reported
-from megatron_mesh.runtime.memory import explained, remedies
+from megatron_mesh.runtime.health import Health, report_failure
+from megatron_mesh.runtime.memory import explain_out_of_memory, remedies
 from megatron_mesh.train import pretrain, step
 from tests.helpers import tiny_config
 
@@ -54,15 +54,15 @@ def test_the_command_ends_with_the_message_alone(script, tmp_path, monkeypatch, 
 
 
 def test_the_cpu_says_it_in_other_words_and_other_errors_pass() -> None:
-    with pytest.raises(OutOfMemory, match="what helps: less"), explained(lambda: ["less"]):
+    with pytest.raises(OutOfMemory, match="what helps: less"), explain_out_of_memory(lambda: ["less"]):
         torch.empty(2**60, dtype=torch.uint8)
     for words in (
         "CUDA error: out of memory\nmore",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`",
     ):
-        with pytest.raises(OutOfMemory, match="what helps: less"), explained(lambda: ["less"]):
+        with pytest.raises(OutOfMemory, match="what helps: less"), explain_out_of_memory(lambda: ["less"]):
             raise RuntimeError(words)
-    with pytest.raises(RuntimeError, match="shape") as error, explained(lambda: ["less"]):
+    with pytest.raises(RuntimeError, match="shape") as error, explain_out_of_memory(lambda: ["less"]):
         torch.ones(2) @ torch.ones(3, 3)
     assert not isinstance(error.value, OutOfMemory)
 
@@ -97,7 +97,7 @@ def test_one_of_many_ranks_says_it(monkeypatch, capsys) -> None:
     for rank in (3, 5):
         with (
             pytest.raises(Ended, match=str(exits.CRASHED)),
-            failures_reported(Health(rank, 8, Failures(store))),
+            report_failure(Health(rank, 8, Failures(store))),
         ):
             raise OutOfMemory("out of memory: what helps: less")
     said = capsys.readouterr().err
