@@ -136,7 +136,7 @@ def test_a_rank_that_does_not_come_is_named(good, tmp_path: Path) -> None:
     codes, errors = job(tmp_path, line, None, line)
     assert codes == [1, 1]
     ((_, text),) = told(errors)
-    assert text.startswith("1 of 3 ranks did not come within 3 s (--distributed-timeout-minutes): 1; see")
+    assert text.startswith("1 of 3 ranks did not arrive within 3 s (--distributed-timeout-minutes): 1; check")
 
 
 def test_no_rank_zero(good, tmp_path: Path) -> None:

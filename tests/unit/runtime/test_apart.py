@@ -22,7 +22,7 @@ def test_an_error_arrives_with_its_traceback() -> None:
 
 def test_a_helper_that_is_killed_is_an_error() -> None:
     """As by the kernel when memory is used up."""
-    with pytest.raises(RuntimeError, match=r"ended early .SIGKILL.; see whether"):
+    with pytest.raises(RuntimeError, match=r"ended early .SIGKILL.; check whether"):
         run_in_fork(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 

@@ -73,7 +73,7 @@ def test_errors_of_the_stop_file_do_not_end_training(tmp_path, monkeypatch, capl
         with stop.listening():
             assert stop.reason(1) == ""
         stop.remove_stop_file()
-        assert caplog.text.count("cannot be removed: [Errno 116] Stale file handle") == 2
+        assert caplog.text.count("stop: [Errno 116] Stale file handle") == 2
         monkeypatch.undo()
         (tmp_path / "stop").touch()
         assert stop.reason(2) == "the stop file"
