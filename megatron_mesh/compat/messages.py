@@ -21,4 +21,4 @@ def silence(stack: ExitStack) -> None:
 
 def _remove(entry: object) -> None:
     with suppress(ValueError):  # already gone: the program has reset its filters
-        warnings.filters.remove(entry)  # type: ignore[attr-defined, arg-type]
+        warnings.filters.remove(entry)  # type: ignore[attr-defined]
