@@ -49,7 +49,7 @@ CONTEXT = ({"global_batch_size": 8}, {"context_parallel_size": 2})
 
 
 def ring() -> dict[str, Any]:
-    """Compare fused with unfused gradients on one of two pipeline ranks, and count the casts of each weight."""
+    """Compare fused with unfused gradients on one of two pipeline ranks, and count each weight's casts."""
     place = {"world_size": 2, "pipeline_model_parallel_size": 2, "global_batch_size": 8}
     unfused = phases(configure("2+2R2+2", **place, **ALWAYS_CAST), short=True)
     config = configure("2+2R2+2", gradient_accumulation_fusion=True, **place, **EVERYWHERE)
@@ -158,7 +158,7 @@ def marked() -> dict[str, dict[str, Any]]:
 
 
 def history() -> list[dict[str, Any]]:
-    """Delayed scaling: the value that each scale covers after a micro-batch, and each pass's largest input."""
+    """Delayed scaling: the value each scale covers after a micro-batch, and each pass's largest input."""
     config = configure("1+4R2+1", global_batch_size=2, fp8_recipe="delayed", fp8_amax_history_len=1, **FP8)
     stage = build_stage(config)
     found: list[dict[str, Any]] = []
