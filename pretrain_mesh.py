@@ -11,14 +11,15 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 
+from megatron_mesh import compat
 from megatron_mesh.arguments import Arguments, parse_args
 from megatron_mesh.config.checks import resolve
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.console import show_messages
-from megatron_mesh.runtime.entry import failures_told
+from megatron_mesh.runtime.entry import report_errors
 from megatron_mesh.runtime.environment import (
-    check_place,
+    check_rank,
     rank_from_environment,
     world_size_from_environment,
 )
@@ -38,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
         if rank_from_environment() == 0:
             print(dry_run_text(config, world_size))
         return exits.DONE
+    compat.check_versions()
     from megatron_mesh.train import pretrain
 
     return pretrain(config)
@@ -61,8 +63,9 @@ if __name__ == "__main__":  # loader processes may import this file
     # Until training starts there is nothing to save, so Ctrl-C just ends the process. As an exception it
     # would print a traceback from inside some import, and some libraries catch it and continue half imported.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with closed_pipe_is_no_error(), failures_told(sys.argv[1:]):
-        check_place()
+    with closed_pipe_is_no_error(), report_errors(sys.argv[1:]):
+        check_rank()
         show_messages(rank_from_environment() == 0)
         log_start_times()
+        compat.install()
         sys.exit(main(sys.argv[1:]))

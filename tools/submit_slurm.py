@@ -43,6 +43,7 @@ from megatron_mesh import command  # noqa: E402
 from megatron_mesh.errors import UserError  # noqa: E402
 
 if TYPE_CHECKING:
+    from megatron_mesh.slurm.script import JobRequest
     from megatron_mesh.slurm.site import Site
 
 _PROG = "submit_slurm.py"

@@ -12,7 +12,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -23,35 +22,10 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_mesh.checkpoint.boxes import Shape
 from megatron_mesh.checkpoint.integrity import CHECKSUMS_FILE, Digests
+from megatron_mesh.compat.torch_internals import METADATA_CLASSES, StorageInfo
 from megatron_mesh.errors import UserError
 
 INDEX_FILE = ".metadata"
-
-_DTYPES = {str(x).removeprefix("torch.") for x in vars(torch).values() if isinstance(x, torch.dtype)}
-
-# The classes that torch.distributed.checkpoint writes to .metadata. Creating them has no side effects.
-_KNOWN = {
-    "torch": {"Size", *_DTYPES},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.planner": {
-        "BytesIOWriteData",
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    },
-}
 
 
 class Piece(NamedTuple):
@@ -113,7 +87,7 @@ def index_file(index: Index) -> bytes:
         )
         for number, piece in enumerate(entry.pieces):
             place = MetadataIndex(key, piece.offset, number)
-            places[place] = _StorageInfo(piece.file, piece.start, piece.length)
+            places[place] = StorageInfo(piece.file, piece.start, piece.length)
     paths = {key: (key,) for key in tensors}
     metadata = Metadata(tensors, planner_data=paths, storage_data=places)
     return pickle.dumps(metadata)
@@ -121,7 +95,7 @@ def index_file(index: Index) -> bytes:
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if name in _KNOWN.get(module, ()):
+        if name in METADATA_CLASSES.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint needs")
 

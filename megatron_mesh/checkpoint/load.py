@@ -30,7 +30,7 @@ from megatron_mesh.config.schema import CheckpointConfig, Config
 from megatron_mesh.errors import UserError
 from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime import phases
-from megatron_mesh.runtime.agreement import complaints, from_rank_zero
+from megatron_mesh.runtime.agreement import from_rank_zero, gather_reasons
 from megatron_mesh.runtime.random import unpack_generators
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Search:
             self._number += 1
             found = from_rank_zero(lambda path=path: _open(path))  # type: ignore[misc]
             unseen = None if os.path.isdir(path) else f"the checkpoint {path} does not exist here"
-            if others := complaints(unseen):
+            if others := gather_reasons(unseen):
                 raise UserError(
                     f"{'; '.join(others)}; put --load and --save on a file system that all nodes share"
                 )
@@ -134,7 +134,7 @@ def _old_damage(path: Path) -> list[str]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     digests = integrity.read_checksums(path)
     found = integrity.find_differences(path, digests, read=True, share=rank, shares=ranks)
-    return complaints("; ".join(found) or None)
+    return gather_reasons("; ".join(found) or None)
 
 
 def load_checkpoint(
@@ -212,7 +212,7 @@ def load_tensors(
             packed.append(empty_generators(index))
         fill(index, boxes + packed)
 
-    if damage := complaints(_damage_found_by(read)):
+    if damage := gather_reasons(_damage_found_by(read)):
         return "; ".join(damage)
     complete_parameters(stage, optimizer, content.shares, with_optimizer=with_optimizer)
     for chunk, extra in fp8_state.extra_states(states, stage.config).items():

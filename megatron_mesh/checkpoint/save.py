@@ -29,7 +29,7 @@ from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import Config
 from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime import phases, strict_json
-from megatron_mesh.runtime.agreement import Reason, from_rank_zero, in_words, to_rank_zero, with_host
+from megatron_mesh.runtime.agreement import Reason, from_rank_zero, summarize_reasons, to_rank_zero, with_host
 from megatron_mesh.runtime.run_files import CONFIG_FILE, checkpoint_path
 
 logger = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ class Saver:
         gathered = to_rank_zero(outcome)
 
         def publish() -> str:
-            missing = "; ".join(in_words([reason for _, reason in gathered]))
+            missing = "; ".join(summarize_reasons([reason for _, reason in gathered]))
             written = (entry for part, _ in gathered for entry in part)
             return missing or _attempt(lambda: self._publish(final, pending.description, written))
 
@@ -288,7 +288,7 @@ def _cause(error: BaseException) -> str:
 
 def _attempt(work: Callable[[], object]) -> str:
     """Do ``work`` on rank 0, which calls this; return the reason if it fails, or ""."""
-    return "; ".join(in_words([_outcome(_as_future(work))[1]]))
+    return "; ".join(summarize_reasons([_outcome(_as_future(work))[1]]))
 
 
 def write_small_files(

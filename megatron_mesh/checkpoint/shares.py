@@ -19,6 +19,7 @@ from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, Mega
 from torch import Tensor
 
 from megatron_mesh.checkpoint.boxes import Box, span_as_boxes
+from megatron_mesh.compat.megatron_model import copy_main_to_model_weights, optimizer_shard
 from megatron_mesh.parallel import Stage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -147,8 +148,8 @@ def complete_parameters(
     for share in shares:
         share.broadcast(with_optimizer=with_optimizer)
     member = None if optimizer is None else only_member(optimizer)
-    if hasattr(member, "_copy_main_params_to_model_params"):
-        member._copy_main_params_to_model_params()  # type: ignore[union-attr]
+    if member is not None:
+        copy_main_to_model_weights(member)
     if isinstance(member, DistributedOptimizer):
         for group in stage.groups:
             group.start_param_sync(force_sync=True)
@@ -201,10 +202,10 @@ def _counts_with_parameters(inner: Any) -> bool:
 
 
 def _shard(optimizer: DistributedOptimizer, place: ShardedTensor) -> Share:
-    shard = optimizer._get_model_param_range_map(place.data)["param"]
+    start, end = optimizer_shard(optimizer, place.data)
     group, order = optimizer.model_param_group_index_map[place.data]
     main = optimizer.optimizer.param_groups[group]["params"][order]
-    return Share(place, (shard.start, shard.end), shard.start, _flat(main), _moments(optimizer, main), {})
+    return Share(place, (start, end), start, _flat(main), _moments(optimizer, main), {})
 
 
 def _moments(optimizer: MegatronOptimizer, main: Tensor) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_mesh.runtime import strict_json
-from megatron_mesh.runtime.apart import run_apart
+from megatron_mesh.runtime.apart import run_in_fork
 
 _MANIFEST = "manifest.json"
 _EDGE_BYTES = 1 << 16
@@ -81,7 +81,7 @@ def build(key: Key, make: Make) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        run_apart(lambda: _write(partial, key.description, make()))
+        run_in_fork(lambda: _write(partial, key.description, make()))
         _publish(partial, key)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,20 +1,15 @@
 """One epoch of one data set: Megatron's GPTDataset, with its index in our cache."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.datasets import helpers
-from megatron.core.datasets.gpt_dataset import (
-    GPTDataset,
-    GPTDatasetConfig,
-    _build_document_index,
-    _build_shuffle_index,
-)
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from megatron_mesh.compat.megatron_data import IndexedGPTDataset, document_order, sample_order
 from megatron_mesh.data.cache import Arrays, Key
 from megatron_mesh.runtime import strict_json
 
@@ -48,9 +43,7 @@ def epoch_index(data: IndexedDataset, documents: range, seq_length: int, seed: i
     We don't use GPTDataset for this because it builds only on rank 0 and does not write atomically.
     """
     random = np.random.RandomState(seed)
-    order = _build_document_index(
-        np.arange(documents.start, documents.stop, dtype=np.int32), 1, random, False
-    )
+    order = document_order(documents, random)
     lengths = data.sequence_lengths
     if 2 * len(order) > len(lengths):
         lengths = lengths.copy()  # C++ reads it in random order, which is slow in a memory-mapped file
@@ -61,11 +54,11 @@ def epoch_index(data: IndexedDataset, documents: range, seq_length: int, seed: i
     return {
         "document_index": order,
         "sample_index": samples,
-        "shuffle_index": _build_shuffle_index(count, count, random),
+        "shuffle_index": sample_order(count, random),
     }
 
 
-class Epoch(GPTDataset):
+class Epoch(IndexedGPTDataset):
     """One epoch of samples.
 
     Args:
@@ -95,6 +88,7 @@ class Epoch(GPTDataset):
             sample["loss_mask"] = sample["loss_mask"] * (sample["labels"] != self.config.tokenizer.eod)
         return sample
 
-    def _build_document_sample_shuffle_indices(self) -> Any:
+    def index_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """See ``IndexedGPTDataset``."""
         index = self._index
         return index["document_index"], index["sample_index"], index["shuffle_index"]

@@ -11,26 +11,13 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import (
-    _INDEX_HEADER,
-    DType,
-    _IndexWriter,
-    get_bin_path,
-    get_idx_path,
-)
+from megatron.core.datasets.indexed_dataset import DType, get_bin_path, get_idx_path
 
+from megatron_mesh.compat.megatron_data import INDEX_HEADER, NumpyIndexWriter
 from megatron_mesh.errors import UserError
 
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 _SAMPLES, _SAMPLE_BYTES = 63, 4096
-
-
-class _NumpyIndexWriter(_IndexWriter):
-    """Megatron's writer of .idx files, with a cumulative sum instead of its slow loop over documents."""
-
-    def _sequence_pointers(self, sequence_lengths: np.ndarray) -> np.ndarray:
-        ends = np.cumsum(sequence_lengths, dtype=np.int64) * DType.size(self.dtype)
-        return np.concatenate(([0], ends[:-1]))
 
 
 class IndexedWriter:
@@ -60,7 +47,7 @@ class IndexedWriter:
         """Write the index and give both files their final names."""
         self._bin.close()
         lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths])
-        with _NumpyIndexWriter(self._temporary[get_idx_path(self.prefix)], self.dtype) as writer:
+        with NumpyIndexWriter(self._temporary[get_idx_path(self.prefix)], self.dtype) as writer:
             writer.write(lengths, None, np.arange(len(lengths) + 1))
         for path, temporary in self._temporary.items():
             os.replace(temporary, path)
@@ -111,7 +98,7 @@ def _inspect(prefix: str, flag: str) -> IndexedFacts:
     with open(idx, "rb") as file:
         start = file.read(_HEADER.size)
     remedy = "write it again with tools/preprocess_data.py"
-    if len(start) < _HEADER.size or not start.startswith(_INDEX_HEADER):
+    if len(start) < _HEADER.size or not start.startswith(INDEX_HEADER):
         raise UserError(f"{idx} is truncated or not a Megatron index; {remedy}")
     _, version, code, sequences, documents = _HEADER.unpack_from(start)
     if version != 1 or code not in {kind.value for kind in DType}:

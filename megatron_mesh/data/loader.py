@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from megatron_mesh.compat.torch_internals import end_workers
 from megatron_mesh.errors import UserError
 
 
@@ -123,7 +124,7 @@ def _batches(loader: DataLoader[dict[str, torch.Tensor]]) -> Generator[Batch, No
             yield Batch(sample["tokens"], sample["labels"], sample["loss_mask"], sample["position_ids"])
     finally:
         if loader.num_workers:
-            samples._shutdown_workers()  # type: ignore[attr-defined]  # now, not at some later __del__
+            end_workers(samples)  # now, not at some later __del__
 
 
 @contextmanager

@@ -9,11 +9,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_mesh.compat.lm_eval_internals import ChecksRequests
 from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation.results import check_answer_lengths
 
 
-class CheckedHFLM(HFLM):
+class CheckedHFLM(ChecksRequests, HFLM):
     """``HFLM`` that rejects answers longer than the model's sequences and can score packed text."""
 
     text_batch = 1
@@ -33,9 +34,9 @@ class CheckedHFLM(HFLM):
         rows = zip(logits, tokens[:, 1:], strict=True)
         return sum(F.cross_entropy(row.float(), labels, reduction="sum").item() for row, labels in rows)
 
-    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+    def check_requests(self, requests: Any) -> None:
+        """Reject answers that are longer than the model's sequences."""
         check_answer_lengths(requests, self.window)
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
 
 def open_hf_lm(directory: Path, *, trust_remote_code: bool, **how: Any) -> CheckedHFLM:

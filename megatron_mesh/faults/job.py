@@ -41,7 +41,7 @@ class RankGroup:
         context: ForkServerContext | SpawnContext
         context = SpawnContext() if fresh else ForkServerContext()
         if not fresh:
-            context.set_forkserver_preload(["megatron_mesh.train", "megatron_mesh.arguments"])
+            context.set_forkserver_preload(["megatron_mesh.faults.preload"])
         self.log, self._log_start = log, log.stat().st_size if log.exists() else 0
         self.unfinished: list[str] = []
         """Unfinished checkpoints that still existed when rank 0 began its first step."""

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 
 from megatron.core.transformer.enums import AttnBackend
 
+from megatron_mesh.compat.megatron_model import ATTENTION_SWITCHES, clear_attention_switches
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.distributed import is_rank_zero
 
 logger = logging.getLogger(__name__)
 
-_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 _BACKENDS = {
     ("1", "1", "1"): "auto",
     ("1", "1", "0"): "auto",  # auto uses unfused attention only if there is nothing else
@@ -29,7 +29,7 @@ _BACKENDS = {
     ("0", "0", "0"): "local",
 }
 # Read at import, because every model that is built sets them anew.
-_SET_BY_USER = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+_SET_BY_USER = {name: os.environ[name] for name in ATTENTION_SWITCHES if name in os.environ}
 
 
 def attention_backend(
@@ -45,15 +45,14 @@ def attention_backend(
     Raises:
         UserError: a variable that takes effect is neither 0 nor 1.
     """
-    for name in _VARIABLES:
-        os.environ.pop(name, None)
+    clear_attention_switches()
     if not variables:
         return AttnBackend[setting]
     found = ", ".join(f"{name}={value}" for name, value in variables.items())
     if not te_layers:
         _warn_once(f"ignoring {found} from the environment, because the layers are not Transformer Engine's")
         return AttnBackend[setting]
-    implied = _BACKENDS.get(tuple(variables.get(name, "1") for name in _VARIABLES))  # type: ignore[arg-type]
+    implied = _BACKENDS.get(tuple(variables.get(name, "1") for name in ATTENTION_SWITCHES))  # type: ignore[arg-type]
     if setting != "auto":
         if implied != setting:
             _warn_once(f"ignoring {found} from the environment, because --attention-backend is {setting}")

@@ -8,13 +8,14 @@ from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import get_pg_size
 from torch import Tensor
 
 from megatron_mesh import kernels
+from megatron_mesh.compat.megatron_model import CustomTransformerBlock
 from megatron_mesh.config.placement import Part
 from megatron_mesh.model.config import MeshTransformerConfig
 from megatron_mesh.model.layer_spec import final_norm
@@ -24,7 +25,7 @@ from megatron_mesh.recurrence import LoopState, Scheme, build_scheme
 from megatron_mesh.runtime import ranges
 
 
-class MeshTransformerBlock(TransformerBlock):
+class MeshTransformerBlock(CustomTransformerBlock):
     """A ``TransformerBlock`` whose middle layers run K times.
 
     A forward consists of K + 2 *passes*: the prelude, K loops of the core, the coda. Before each pass, the
@@ -55,7 +56,7 @@ class MeshTransformerBlock(TransformerBlock):
             pg_collection=pg_collection,
         )
 
-    def _build_layers(self) -> None:
+    def build_layers(self) -> None:
         """Called by ``TransformerBlock.__init__``."""
         layers, part = self.config.layout, self.part
         self.prelude = self._section("prelude", part.prelude, layers.prelude)

@@ -1,7 +1,7 @@
-"""Exchange Python objects between ranks, at start and in saves: from rank 0 to all, or from each to all.
+"""Exchange Python objects between ranks, when a run starts and when it saves.
 
-That has a gloo group of its own, apart from those of training: messages need no GPU memory, and ranks
-may wait for a slow one as long as a save may take.
+The messages use a separate gloo group. They need no GPU memory, and its timeout is long enough for a save on
+a slow rank.
 """
 
 import socket
@@ -18,15 +18,15 @@ from megatron_mesh.errors import UserError
 _Result = TypeVar("_Result")
 
 Reason = tuple[str, str] | None
-"""Why a rank cannot go on, and the name of its host."""
+"""Why a rank cannot continue, and the name of its host."""
 
 _group: dist.ProcessGroup | None = None
-"""None stands for the default group."""
+"""None means the default group."""
 
 
 @contextmanager
-def group_apart(minutes: float) -> Iterator[None]:
-    """Use a separate gloo group of all ranks for agreements inside; a collective operation.
+def separate_group(minutes: float) -> Iterator[None]:
+    """Use a separate gloo group of all ranks for the exchanges inside; a collective operation.
 
     Args:
         minutes: how long a rank waits for the others before it fails.
@@ -36,7 +36,7 @@ def group_apart(minutes: float) -> Iterator[None]:
         yield
         return
     before, _group = _group, dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
-    dist.barrier(_group)  # a rank that leaves at once would break the connections that others still make
+    dist.barrier(_group)  # a rank that leaves early would break connections that others are still making
     try:
         yield
     finally:
@@ -87,40 +87,37 @@ def with_host(reason: str | None) -> Reason:
     return None if reason is None else (reason, socket.gethostname())
 
 
-def in_words(reasons: Sequence[Reason], at_most: int = 5) -> list[str]:
-    """Each distinct reason once, with the first rank and host that has it.
+def summarize_reasons(reasons: Sequence[Reason], at_most: int = 5) -> list[str]:
+    """List each distinct reason once, with the first rank and host that gave it.
 
     Args:
-        reasons: of all ranks, in their order.
-        at_most: how many to spell out; the rest is counted.
+        reasons: those of all ranks, in rank order.
+        at_most: how many to spell out; the others are counted.
     """
     found: dict[str, list[str]] = defaultdict(list)
     for number, reason in enumerate(reasons):
         if reason is not None:
-            said, host = reason
-            found[said].append(f"rank {number} on {host}")
+            text, host = reason
+            found[text].append(f"rank {number} on {host}")
     sentences = [
-        f"{said} ({places[0]}{f' and {others} more' if (others := len(places) - 1) else ''})"
-        for said, places in found.items()
+        f"{text} ({places[0]}{f' and {others} more' if (others := len(places) - 1) else ''})"
+        for text, places in found.items()
     ]
     left = len(sentences) - at_most
     return sentences if left <= 0 else [*sentences[:at_most], f"and {left} more reasons"]
 
 
-def complaints(reason: str | None) -> list[str]:
-    """What any ranks complain of (``in_words``); a collective operation.
-
-    Every rank gives its own ``reason``, or None.
-    """
-    return in_words(from_every_rank(with_host(reason)))
+def gather_reasons(reason: str | None) -> list[str]:
+    """Collect every rank's ``reason``, or None, and list the distinct ones; a collective operation."""
+    return summarize_reasons(from_every_rank(with_host(reason)))
 
 
 def on_every_rank(make: Callable[[], _Result]) -> _Result:
     """Call ``make`` on each rank; a collective operation.
 
     Raises:
-        UserError: ``make`` raised it, or an OSError, on some rank. Every rank raises the first of these,
-            which names its host and rank.
+        UserError: ``make`` raised a UserError or an OSError on some rank. Every rank raises the first one,
+            with the name of its rank and host.
     """
     result, problem = None, ""
     try:

@@ -1,7 +1,7 @@
-"""Run a function in a process of its own, so that this one's threads keep running.
+"""Run a function in a separate process, so that the threads of this one keep running.
 
-C++ that holds Python's global interpreter lock (GIL) for minutes stops every other thread: the owner's
-counter in ``--save`` (``ownership.py``), the watchdog, the listener, and Python's signal handlers.
+C++ code that holds Python's global interpreter lock (GIL) for minutes stops every other thread: the one that
+raises the owner's counter in ``--save`` (``ownership.py``), the watchdog, the listener, and signal handlers.
 """
 
 import ctypes
@@ -15,15 +15,15 @@ from multiprocessing.connection import Connection
 _PR_SET_PDEATHSIG = 1
 
 
-def run_apart(work: Callable[[], None]) -> None:
-    """Call ``work`` in a fork of this process, and wait for it.
+def run_in_fork(work: Callable[[], None]) -> None:
+    """Call ``work`` in a fork of this process and wait for it.
 
-    A fork starts at once and needs no pickling. ``work`` must not use torch or CUDA; it leaves its result in
-    files. The fork dies with this process: otherwise it would keep the sockets open by which other ranks
-    notice this one's death.
+    A fork starts at once and needs no pickling. ``work`` must not use torch or CUDA, and writes its result to
+    files. The fork dies with this process. Otherwise it would keep sockets open, and the other ranks would
+    not notice that this process has died.
 
     Raises:
-        RuntimeError: the process was killed, for example because the host's memory was used up.
+        RuntimeError: the fork was killed, for example because the host ran out of memory.
         Exception: what ``work`` raised.
     """
     context = multiprocessing.get_context("fork")
@@ -36,11 +36,11 @@ def run_apart(work: Callable[[], None]) -> None:
     except EOFError:
         process.join()
         raise RuntimeError(
-            f"a helper process ended early ({_ending(process.exitcode)}); see whether the host's memory was "
-            "used up"
+            f"a helper process ended early ({_ending(process.exitcode)}); check whether the host ran out of "
+            "memory"
         ) from None
     finally:
-        process.kill()  # it is over, unless this process was interrupted while it waited
+        process.kill()  # it has ended already, unless this process was interrupted while waiting
         process.join()
         here.close()
     if error is not None:
@@ -49,14 +49,14 @@ def run_apart(work: Callable[[], None]) -> None:
 
 def _run(work: Callable[[], None], answer: Connection, parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both, and the parent ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the parent ends this one
     signal.set_wakeup_fd(-1)
     if os.getppid() != parent:
         return
     try:
         work()
     except Exception as error:
-        error.add_note(f"In a process of its own:\n{traceback.format_exc()}")
+        error.add_note(f"In a helper process:\n{traceback.format_exc()}")
         answer.send(error)
     else:
         answer.send(None)

@@ -13,7 +13,11 @@ from megatron_mesh.runtime.records import Record, Sink
 
 
 def show_messages(speaks: bool) -> None:
-    """Send the package's messages to stderr: all if this process ``speaks``, else only warnings."""
+    """Send the package's log messages to stderr.
+
+    Args:
+        speaks: show all of them; otherwise only warnings and errors.
+    """
     handler = _CurrentStderr()
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("megatron_mesh")
@@ -34,18 +38,18 @@ class _CurrentStderr(logging.StreamHandler):
 
 
 class Lines(Sink):
-    """A line of text for each record."""
+    """Prints a line of text for each record."""
 
     def __init__(self, last: int, file: TextIO | None = None):
         self.last = last
         self.file = file
 
     def write(self, record: Record) -> None:
-        if record.kind != "save_failed":  # an error message has said so
+        if record.kind != "save_failed":  # the error was logged already
             print(self.text(record), file=self.file, flush=True)
 
     def text(self, record: Record) -> str:
-        """The record in words."""
+        """The record as text."""
         if record.kind == "summary":
             return summary(record)
         text = f"step {record.step:>{len(str(self.last))}}/{self.last} | {numbers(record)}"
@@ -68,7 +72,7 @@ class Bar(Sink):
             TextColumn("step"),
             MofNCompleteColumn(table_column=whole),
             BarColumn(bar_width=20, table_column=whole),
-            TextColumn("{task.description}", table_column=Column()),  # goes on in a second line
+            TextColumn("{task.description}", table_column=Column()),  # may wrap to a second line
             TextColumn("| eta"),
             TimeRemainingColumn(elapsed_when_finished=True, table_column=whole),
             console=console,
@@ -121,7 +125,7 @@ def numbers(record: Record) -> str:
 
 
 def summary(record: Record) -> str:
-    """A summary, one value a line."""
+    """A summary, one value per line."""
     lines = []
     for name, value in record.values.items():
         form = {float: ",.4f", int: ","}.get(type(value), "")

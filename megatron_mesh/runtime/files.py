@@ -1,4 +1,4 @@
-"""Text files that are whole at every moment."""
+"""Write text files atomically."""
 
 import os
 from contextlib import suppress
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``. Readers see what was there or all of ``text``, even after a crash.
+    """Write ``text`` to ``path`` atomically. Readers see the old text or the new one, even after a crash.
 
     Raises:
-        OSError: the file cannot be written. What was there stays.
+        OSError: the file cannot be written. The old text is still there.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:

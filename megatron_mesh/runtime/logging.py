@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class Log:
-    """Hands every record to every sink; without sinks, on ranks other than 0, it does nothing.
+    """Passes every record to every sink. On ranks other than 0 it has no sinks and does nothing.
 
     Args:
-        directory: where metrics.jsonl and the configuration are.
+        directory: the directory of metrics.jsonl and config.yaml.
     """
 
     def __init__(self, sinks: Sequence[Sink] = (), directory: Path | None = None):
@@ -41,12 +41,12 @@ class Log:
         return time.monotonic() - self._opened
 
     def tick(self, step: int) -> None:
-        """Optimizer step ``step`` is done."""
+        """Note that optimizer step ``step`` is done."""
         for sink in self.sinks:
             sink.tick(step)
 
     def record(self, kind: Kind, step: int, **values: Any) -> None:
-        """Log the numbers of step ``step``. A sink that fails loses them, and the run continues."""
+        """Log the numbers of step ``step``. If a sink fails, it loses them, but the run continues."""
         for sink in self.sinks:
             sink.write(Record(kind, step, values))
 
@@ -59,9 +59,9 @@ class Log:
 
 
 class Guarded(Sink):
-    """A sink whose errors, whatever they are, do not end the run: a full disk, a tracker without its server.
+    """Wraps a sink so that no error of it ends the run, such as a full disk or a tracker without its server.
 
-    The first error of a series is logged, and how many records were lost when the series ends.
+    The first error in a series is logged, and when the series ends, the number of records that were lost.
     """
 
     def __init__(self, sink: Sink) -> None:
@@ -93,37 +93,35 @@ class Guarded(Sink):
         except BaseException as error:  # some trackers call sys.exit
             if not self._lost:
                 logger.error(
-                    "%s: numbers were not logged: %s; the run is not affected",
+                    "%s: numbers were not logged: %s; training continues",
                     self.name,
-                    in_a_line(error),
+                    first_line(error),
                 )
             self._lost += 1
 
 
-def in_a_line(error: BaseException) -> str:
-    """An error of a library, in one line."""
+def first_line(error: BaseException) -> str:
+    """The type and first line of an error."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def check_trackers(settings: LoggingConfig) -> None:
-    """Raise UserError if a tracker is asked for whose package is not installed."""
+    """Raise UserError if the settings name a tracker whose package is not installed."""
     wanted = {
         "tensorboard": ("--tensorboard-dir", settings.tensorboard_dir),
         "wandb": ("--wandb-project", settings.wandb_project),
     }
     for package, (flag, value) in wanted.items():
         if value and importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"{flag} needs the package {package}; pip install {package}, or leave the flag out"
-            )
+            raise UserError(f"{flag} needs the package {package}; pip install {package}, or omit the flag")
 
 
 def open_log(config: Config, directory: Path, step: int, last: int, *, same_run: bool = False) -> Log:
     """Open the sinks that the settings name.
 
     Args:
-        step: at which the run starts; above 0 if it resumes.
-        last: at which it ends.
+        step: the step at which the run starts; above 0 if it resumes.
+        last: its last step.
         same_run: whether ``directory`` holds the output of an earlier start of this run.
     """
     settings = config.logging
@@ -141,17 +139,17 @@ def open_log(config: Config, directory: Path, step: int, last: int, *, same_run:
             sinks.append(start())
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # no server, no account, a broken installation; some call sys.exit
-            logger.error("%s cannot be started: %s; training continues without it", name, in_a_line(error))
+        except BaseException as error:  # no server, no account, or a broken installation; some call sys.exit
+            logger.error("cannot start %s: %s; training continues without it", name, first_line(error))
     sinks.append(Bar(console, step, last) if settings.progress and console.is_terminal else Lines(last))
     return Log(sinks, directory)
 
 
 class JsonLines(Sink):
-    """One JSON object a line: ``kind``, ``step`` and the values. Appends."""
+    """Appends one JSON object per line: ``kind``, ``step`` and the values."""
 
     def __init__(self, path: Path):
-        cut_off = False  # by a kill in the middle of a line
+        cut_off = False  # whether an earlier start was killed while it wrote the last line
         if path.exists() and path.stat().st_size:
             with path.open("rb") as file:
                 file.seek(-1, os.SEEK_END)
@@ -168,10 +166,10 @@ class JsonLines(Sink):
 
 
 class TensorBoard(Sink):
-    """TensorBoard events, with the names of ``Record.flat``.
+    """TensorBoard events, named as in ``Record.flat``.
 
     Args:
-        resumed_at: the step after which an earlier start's events are to be hidden.
+        resumed_at: hide events that an earlier start wrote after this step.
     """
 
     def __init__(self, directory: str, resumed_at: int | None):
@@ -188,7 +186,7 @@ class TensorBoard(Sink):
 
 
 class WeightsAndBiases(Sink):
-    """The Weights & Biases run ``run_id``, with the names of ``Record.flat``. It may have begun before."""
+    """The Weights & Biases run ``run_id``, new or resumed, with values named as in ``Record.flat``."""
 
     def __init__(self, config: Config, run_id: str, directory: Path):
         import wandb
@@ -210,13 +208,13 @@ class WeightsAndBiases(Sink):
 
 
 def wandb_run_id(directory: Path, same_run: bool) -> str:
-    """The id of the Weights & Biases run: one over all starts of the run that ``directory`` belongs to.
+    """The id of the Weights & Biases run. All starts of the run in ``directory`` share it.
 
-    WANDB_RUN_ID in the environment comes first, as in wandb itself.
+    WANDB_RUN_ID in the environment takes precedence, as in wandb itself.
     """
     path, given = directory / WANDB_ID_FILE, os.environ.get("WANDB_RUN_ID")
-    if given is None and same_run and path.exists() and (kept := path.read_text(encoding="utf-8").strip()):
-        return kept
+    if given is None and same_run and path.exists() and (stored := path.read_text(encoding="utf-8").strip()):
+        return stored
     number = given or uuid4().hex[:8]
     replace_text(path, f"{number}\n")
     return number

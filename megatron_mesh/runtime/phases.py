@@ -1,4 +1,4 @@
-"""The phases of a run, by name: what a start spends its time on, and where the fault test aims its kills."""
+"""Announce the phases of a run by name, for the breakdown of the start and for the fault test."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,11 @@ _listeners: list[Callable[[str], None]] = []
 
 
 def enter(phase: str) -> None:
-    """This process enters ``phase``, for example "data" or "planning a save"."""
+    """Announce that this process enters ``phase``, for example "data" or "planning a save"."""
     for listener in _listeners:
         listener(phase)
 
 
 def listen(listener: Callable[[str], None]) -> None:
-    """Call ``listener`` with the name of every phase that this process enters from now on, on its thread."""
+    """Call ``listener`` with the name of every later phase, in the thread that enters it."""
     _listeners.append(listener)

@@ -1,4 +1,4 @@
-"""Programs whose output goes to one that stops reading, such as ``| head``."""
+"""End quietly when the reader of the output stops reading, as in ``| head``."""
 
 import os
 import select
@@ -7,26 +7,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 CLOSED = 141
-"""Exit status of a program that was still printing: that of one which SIGPIPE ends."""
+"""Exit status if the program was still printing; the same as after SIGPIPE."""
 
 
 @contextmanager
 def closed_pipe_is_no_error() -> Iterator[None]:
-    """End the program without a traceback if nobody reads its output any more.
+    """End the program without a traceback when nobody reads its output any more.
 
-    If the work was already finished, the exit status stays. A training run doesn't end because of this.
+    If the work is already finished, the exit status stays. A training run doesn't end because of this.
     """
     try:
         yield
     except BrokenPipeError:
-        if not _nobody_reads():  # it was another pipe
+        if not _nobody_reads():  # the error came from another pipe
             raise
         sys.exit(CLOSED)
     finally:
         try:
             sys.stdout.flush()
         except BrokenPipeError:
-            # What is still in the buffer has to go somewhere when the interpreter ends.
+            # The interpreter flushes the buffer when it ends, so give it a place to write to.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

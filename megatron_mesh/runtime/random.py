@@ -1,4 +1,4 @@
-"""The states of all random number generators of a process, as one tensor."""
+"""Save and restore the states of all random number generators of a process, as one tensor."""
 
 import io
 import math
@@ -15,7 +15,7 @@ from megatron_mesh.runtime import device
 def pack_generators() -> torch.Tensor:
     """Pack the states of Python's, NumPy's, torch's and Megatron's generators into a uint8 tensor.
 
-    It has the same length on all ranks of a run.
+    The tensor has the same length on all ranks of a run.
     """
     python_version, python_state, gauss = random.getstate()
     name, keys, position, has_gauss, cached_gauss = np.random.get_state()
@@ -36,7 +36,7 @@ def pack_generators() -> torch.Tensor:
 
 
 def unpack_generators(packed: torch.Tensor) -> None:
-    """Restore the states that ``pack_generators`` returned."""
+    """Restore the states from ``pack_generators``."""
     with np.load(io.BytesIO(packed.numpy().tobytes()), allow_pickle=False) as arrays:
         version, *state = arrays["python"].tolist()
         gauss = float(arrays["python_gauss"])

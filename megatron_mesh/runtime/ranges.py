@@ -1,4 +1,4 @@
-"""Named ranges within a step, for profilers and timers. They cost nothing while nobody watches."""
+"""Name ranges of code within a step, for profilers and timers. Without a watcher they cost nothing."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -13,7 +13,7 @@ _watchers: list[Watcher] = []
 
 @contextmanager
 def watched_by(watcher: Watcher) -> Iterator[None]:
-    """Enter ``watcher(name)`` around every range inside. Adding the same watcher twice has no effect."""
+    """Enter ``watcher(name)`` around every range inside. Adding a watcher twice has no effect."""
     if watcher in _watchers:
         yield
         return
@@ -25,12 +25,12 @@ def watched_by(watcher: Watcher) -> Iterator[None]:
 
 
 def marking() -> AbstractContextManager[None]:
-    """Mark the ranges inside for torch's profiler, and as NVTX ranges for Nsight Systems."""
+    """Show the ranges inside in torch's profiler, and as NVTX ranges in Nsight Systems."""
     return watched_by(device.marked)
 
 
 def named(name: str) -> AbstractContextManager[None]:
-    """Name the range that runs inside."""
+    """Name the code inside."""
     return _watched(name) if _watchers else _NOTHING
 
 

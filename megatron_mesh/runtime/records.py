@@ -1,4 +1,4 @@
-"""The numbers that a run reports, and the interface of the sinks that take them."""
+"""The numbers that a run reports, and the interface of the sinks that receive them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,21 +9,21 @@ Kind = Literal["train", "skipped", "valid", "test", "save", "save_failed", "summ
 
 @dataclass(frozen=True)
 class Record:
-    """Numbers of one step; a value is a number, text, or lists and dicts of these."""
+    """The numbers of one step. A value is a number, a string, or a list or dict of these."""
 
     kind: Kind
     step: int
     values: dict[str, Any]
 
     def flat(self) -> Iterator[tuple[str, float]]:
-        """Every number by a name of its own, e.g. ``train/router/read/cycle1/slot2`` or ``valid/code``."""
+        """Every number with its own name, e.g. ``train/router/read/cycle1/slot2`` or ``valid/code``."""
         return _flatten(self.kind, self.values, ("cycle", "slot"))
 
 
 def _flatten(name: str, value: Any, levels: tuple[str, ...]) -> Iterator[tuple[str, float]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            # Validation sets stand beside the mean of their losses.
+            # The losses of validation sets appear at the level of their mean.
             yield from _flatten(name if key == "sets" else f"{name}/{key}", inner, levels)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
@@ -33,13 +33,13 @@ def _flatten(name: str, value: Any, levels: tuple[str, ...]) -> Iterator[tuple[s
 
 
 class Sink:
-    """A place for records. Does nothing by itself."""
+    """Receives records. This base class ignores them."""
 
     def tick(self, step: int) -> None:
-        """Optimizer step ``step`` is done."""
+        """Note that optimizer step ``step`` is done."""
 
     def write(self, record: Record) -> None:
-        """Take a record."""
+        """Write a record."""
 
     def close(self) -> None:
-        """No more records come."""
+        """Finish; no more records follow."""

@@ -1,4 +1,4 @@
-"""Log where the time to the first step goes, in one line, from the phases of the start."""
+"""Log how long each phase of a run's start takes, in one line after the first step."""
 
 import logging
 
@@ -8,7 +8,7 @@ from megatron_mesh.runtime.environment import process_age
 logger = logging.getLogger(__name__)
 
 STARTED = "after the first step"
-"""Entered once, when the first step is done."""
+"""The phase that begins when the first step is done."""
 _LABELS = {
     "imports": "imports",
     "groups": "groups",
@@ -20,10 +20,10 @@ _LABELS = {
 
 
 class StartTimes:
-    """Adds up the seconds of each phase until the first step is done, then logs them once.
+    """Sums up the seconds of each phase until the first step is done, then logs them once.
 
-    A phase lasts until the next one that this class knows. Other phases count towards the one around them.
-    The first phase includes the start of the interpreter.
+    A phase lasts until the next one in ``_LABELS`` begins. Other phases count as part of the current one. The
+    first phase includes the start of the interpreter.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class StartTimes:
         self._done = False
 
     def __call__(self, phase: str) -> None:
-        """The process enters ``phase``; see ``phases.listen``."""
+        """Account for the process entering ``phase``; called by ``phases.enter``."""
         if self._done or phase not in (*_LABELS, STARTED):
             return
         now = process_age()
@@ -45,5 +45,5 @@ class StartTimes:
 
 
 def log_start_times() -> None:
-    """Log the breakdown of this process's start when its first step is done. Call it first of all."""
+    """Log the breakdown once the first step is done. Call this before everything else."""
     phases.listen(StartTimes())

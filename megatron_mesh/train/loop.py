@@ -30,7 +30,7 @@ from megatron_mesh.runtime import exits, phases
 from megatron_mesh.runtime.distributed import is_rank_zero, process_groups
 from megatron_mesh.runtime.health import Health
 from megatron_mesh.runtime.logging import Log, check_trackers
-from megatron_mesh.runtime.memory import explained, remedies
+from megatron_mesh.runtime.memory import explain_out_of_memory, remedies
 from megatron_mesh.runtime.ownership import owned
 from megatron_mesh.runtime.start_times import STARTED
 from megatron_mesh.runtime.stopping import URGENT, StopRequests, write_status
@@ -73,7 +73,7 @@ def pretrain(config: Config) -> int:
     choose(config.precision, config.parallel)
     with (
         process_groups(config) as health,
-        explained(partial(remedies, config)),
+        explain_out_of_memory(partial(remedies, config)),
         owned(config.checkpoint.save, health),
     ):
         if is_rank_zero():
@@ -264,7 +264,7 @@ def finish(run: Run, log: Log, health: Health, stop: StopRequests, saver: Saver 
     if reason:
         nothing = "" if saver is not None else "; no checkpoint was saved, because there is no --save"
         logger.info("stopped after step %d: %s%s", state.step, reason, nothing)
-        stop.honoured()
+        stop.remove_stop_file()
     if saver is not None and saver.failed:
         return exits.NOT_SAVED
     validated = not data.validation or state.valid_loss_step == state.step

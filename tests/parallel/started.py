@@ -34,7 +34,7 @@ def start(config: Config, world_size: int) -> list[Start]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_mesh.train"])
+    context.set_forkserver_preload(["tests.preload"])
     results: Any = context.SimpleQueue()
     processes = [
         context.Process(target=_run, args=(rank, world_size, port, config, results))

@@ -27,7 +27,7 @@ from megatron_mesh.model.implementation import choose, describe
 from megatron_mesh.runtime import device, ranges, strict_json
 from megatron_mesh.runtime.distributed import process_groups
 from megatron_mesh.runtime.environment import world_size_from_environment
-from megatron_mesh.runtime.memory import explained
+from megatron_mesh.runtime.memory import explain_out_of_memory
 from tools.bench.measure import MemoryMeter, Times, measure_steps, saved_for_backward, write_traces
 from tools.bench.report import StepReport, VariantResult, check_output_file, report_as_json
 from tools.bench.settings import StepSettings, complete, kind_of
@@ -72,7 +72,7 @@ def compare_steps(settings: StepSettings) -> StepReport:
     (chosen,) = {choose(config.precision, config.parallel) for config in configs.values()}
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    with process_groups(next(iter(configs.values()))), explained(lambda: _remedies(settings)):
+    with process_groups(next(iter(configs.values()))), explain_out_of_memory(lambda: _remedies(settings)):
         return StepReport(settings, _measured(settings, configs), skipped, describe(chosen))
 
 

@@ -345,7 +345,7 @@ def start(arguments: list[str], requests: list[str], stop_file: Path, environmen
 def processes() -> multiprocessing.context.ForkServerContext:
     """Starts processes quickly, as forks of one that has only imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["tests.preload", __name__])
     return context
 
 

@@ -286,9 +286,9 @@ def test_fused_gradients_of_local_layers_beside_transformer_engine(monkeypatch: 
 @pytest.mark.parametrize(
     "capability, cuda, recipe, words",
     [
-        ((8, 0), "12.8", "tensorwise", "sm_80 has none"),
-        ((8, 9), "12.9", "blockwise", "scales of blocks, which begins with sm_90"),
-        ((9, 0), "12.8", "blockwise", "CUDA 12.8, .* begins with 12.9"),
+        ((8, 0), "12.8", "tensorwise", "sm_80. has no FP8"),
+        ((8, 9), "12.9", "blockwise", "no blockwise FP8; it needs sm_90"),
+        ((9, 0), "12.8", "blockwise", "CUDA 12.8, .* needs 12.9"),
         ((9, 0), "12.8", "delayed", None),
         ((9, 0), "12.10", "blockwise", None),
     ],

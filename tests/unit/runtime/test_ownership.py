@@ -76,7 +76,7 @@ def test_a_second_start_is_refused_and_touches_nothing(owner, tmp_path: Path, ca
         config = tiny_config(save=str(tmp_path), load=load)
         with pytest.raises(UserError) as refusal:
             pretrain(config)
-    said = f"belongs to process {owner.pid} on host {who['host']}, since {who['since']}; wait for its end"
+    said = f"is in use by process {owner.pid} on host {who['host']}, since {who['since']}; wait until it ends"
     assert said in str(refusal.value)
     # Nor do errors that are found before the directory is looked at.
     failures_from(["--save", str(tmp_path), "--load", str(tmp_path)]).note(FAILED, "no data")
@@ -99,7 +99,7 @@ def test_a_killed_owner_costs_no_time(owner, tmp_path: Path, caplog) -> None:
 
 
 def test_a_living_owner_on_another_machine_is_seen_by_its_counter(owner, elsewhere, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"belongs to process {owner.pid} on host"):
+    with pytest.raises(UserError, match=f"is in use by process {owner.pid} on host"):
         Ownership(tmp_path).claim()
 
 
@@ -161,7 +161,7 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch) -> None:
     mine.claim()
     mine._beat(7)
     assert (tmp_path / OWNER_FILE).read_text().endswith("000000000007\n")
-    with pytest.raises(UserError, match=f"belongs to process {os.getpid()}"):
+    with pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
         other.claim()
     mine.release()
     assert list(tmp_path.iterdir()) == []
@@ -249,7 +249,7 @@ def test_a_file_that_somebody_removed_is_put_back(tmp_path: Path, monkeypatch) -
             assert owner == who
             seen.add(counter)
         time.sleep(0.05)
-    with pytest.raises(UserError, match=f"belongs to process {os.getpid()}"):
+    with pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
         Ownership(tmp_path).claim()
     mine.release()
     assert list(tmp_path.iterdir()) == []

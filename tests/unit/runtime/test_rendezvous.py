@@ -105,7 +105,7 @@ def test_a_given_port_that_is_taken_is_one_clear_error(stranger, ports) -> None:
 
 
 def test_ranks_hear_that_the_given_port_is_taken(stranger, ports, monkeypatch, capfd) -> None:
-    """Rank 0 tells the cause at a spare port, and the other rank ends with the same status, in silence."""
+    """Rank 0 gives the cause at a spare port, and the other rank ends silently with the same status."""
     monkeypatch.setattr(rendezvous, "FOREIGN_SECONDS", 60)
     monkeypatch.setattr(Meeting, "held", False)
     place = Rendezvous("localhost", ports[:1], True, ports[1:], "mine")
@@ -167,7 +167,7 @@ def test_no_rank_zero(ports) -> None:
 
 
 def test_a_rank_that_is_there_twice_is_refused(ports, monkeypatch) -> None:
-    """Two jobs that were started by hand with the same MASTER_PORT cannot be told apart otherwise."""
+    """Two jobs started by hand with the same MASTER_PORT cannot be distinguished otherwise."""
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(ports[0]))
     first = Meeting(0, 2, LONG)
@@ -184,7 +184,7 @@ def test_a_rank_that_is_there_twice_is_refused(ports, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("stranger", ["talks"], indirect=True)
-def test_a_taken_port_is_told_by_two_ranks(stranger, ports, monkeypatch, capfd) -> None:
+def test_two_ranks_report_a_taken_port(stranger, ports, monkeypatch, capfd) -> None:
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(ports[0]))
     for rank in (0, 1):

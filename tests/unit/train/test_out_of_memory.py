@@ -12,8 +12,8 @@ import torch
 from megatron_mesh.errors import OutOfMemory
 from megatron_mesh.runtime import exits, health
 from megatron_mesh.runtime.failures import Failures
-from megatron_mesh.runtime.health import Health, failures_reported
-from megatron_mesh.runtime.memory import explained, remedies
+from megatron_mesh.runtime.health import Health, report_failure
+from megatron_mesh.runtime.memory import explain_out_of_memory, remedies
 from megatron_mesh.train import pretrain, step
 from tests.helpers import tiny_config
 
@@ -27,9 +27,7 @@ def full(*arguments: object, **keywords: object) -> None:
 
 def test_a_training_run(tiny, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(step, "run_batch", full)
-    with pytest.raises(
-        OutOfMemory, match=f"out of memory: {SAID}\nwhat helps: --micro-batch-size 1"
-    ) as error:
+    with pytest.raises(OutOfMemory, match=f"out of memory: {SAID}\ntry: --micro-batch-size 1") as error:
         pretrain(tiny(output_dir=str(tmp_path / "run")))
     assert "more of it" not in str(error.value)
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
@@ -49,20 +47,20 @@ def test_the_command_prints_only_the_message(script, tmp_path, monkeypatch, caps
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert ending.value.code == exits.CRASHED
     said = capsys.readouterr().err
-    assert f"error: out of memory: {SAID}\nwhat helps: " in said and "--recompute-granularity full" in said
+    assert f"error: out of memory: {SAID}\ntry: " in said and "--recompute-granularity full" in said
     assert "--tensor-model-parallel-size" in said and "Traceback" not in said
 
 
 def test_cpu_errors_are_recognized_and_others_pass() -> None:
-    with pytest.raises(OutOfMemory, match="what helps: less"), explained(lambda: ["less"]):
+    with pytest.raises(OutOfMemory, match="what helps: less"), explain_out_of_memory(lambda: ["less"]):
         torch.empty(2**60, dtype=torch.uint8)
     for words in (
         "CUDA error: out of memory\nmore",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`",
     ):
-        with pytest.raises(OutOfMemory, match="what helps: less"), explained(lambda: ["less"]):
+        with pytest.raises(OutOfMemory, match="try: less"), explain_out_of_memory(lambda: ["less"]):
             raise RuntimeError(words)
-    with pytest.raises(RuntimeError, match="shape") as error, explained(lambda: ["less"]):
+    with pytest.raises(RuntimeError, match="shape") as error, explain_out_of_memory(lambda: ["less"]):
         torch.ones(2) @ torch.ones(3, 3)
     assert not isinstance(error.value, OutOfMemory)
 
@@ -97,7 +95,7 @@ def test_only_one_rank_reports(monkeypatch, capsys) -> None:
     for rank in (3, 5):
         with (
             pytest.raises(Ended, match=str(exits.CRASHED)),
-            failures_reported(Health(rank, 8, Failures(store))),
+            report_failure(Health(rank, 8, Failures(store))),
         ):
             raise OutOfMemory("out of memory: what helps: less")
     said = capsys.readouterr().err

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mesh.runtime import device, environment_report, transformer_engine
-from megatron_mesh.runtime.environment_report import OPTIONAL, REQUIRED, report
+from megatron_mesh import environment_report
+from megatron_mesh.environment_report import OPTIONAL, REQUIRED, report
+from megatron_mesh.runtime import device, transformer_engine
 from tests.commands import tool
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
+NO_FP8 = "the GPU (sm_80) has no FP8; it needs sm_89 (Ada), sm_90 (Hopper) or newer"
 
 
 def test_every_part_is_there_with_its_version_or_what_its_lack_costs(monkeypatch) -> None:
@@ -53,7 +55,12 @@ def test_layers_and_fp8_where_transformer_engine_cannot_be_used(monkeypatch) -> 
     [
         ("2.10.0+769ed7787", (9, 0), "", ("yes", "")),
         ("2.12.0", (9, 0), "megatron-core is tested with >=2.9,<2.12", ("yes", "")),
-        ("2.11.0", (8, 0), "", ("no", "sm_80 has none: FP8 begins with sm_89 (Ada) and sm_90 (Hopper)")),
+        (
+            "2.11.0",
+            (8, 0),
+            "",
+            ("no", "the GPU (sm_80) has no FP8; it needs sm_89 (Ada), sm_90 (Hopper) or newer"),
+        ),
     ],
 )
 def test_layers_and_fp8_with_transformer_engine(monkeypatch, version, capability, note, fp8) -> None:

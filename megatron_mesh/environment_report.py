@@ -1,4 +1,4 @@
-"""Report what is installed, the hardware, and what is lost without each optional package."""
+"""Report the hardware, the installed packages, and what each missing optional package costs."""
 
 import importlib.metadata
 import os
@@ -8,21 +8,23 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_mesh.compat.versions import SUPPORTED, fits
+
 try:
     from megatron_mesh.runtime import device
-except (ImportError, OSError) as error:  # without torch, or one whose libraries are not there
+except (ImportError, OSError) as error:  # torch or a library that it needs is missing
     NO_TORCH = f"torch cannot be imported ({error})"
 else:
     NO_TORCH = ""
 
-# Distribution -> what is different without it.
+# Package -> what is different without it.
 OPTIONAL = {
     "transformer-engine": "no FP8; torch's attention, norms and AdamW",
-    "apex": "nothing with Transformer Engine; without both no fused weight gradients, and torch's AdamW",
-    "flash-attn": "flash attention comes from cuDNN (Transformer Engine) or torch instead",
-    "triton": "the memory is read by torch's operations, in several passes",
-    "gigatoken": "preprocessing uses Hugging Face's tokenizers, about a tenth as fast",
-    "datatrove": "no preprocessing over a cluster",
+    "apex": "not needed with Transformer Engine; without both: no fused weight gradients, and torch's AdamW",
+    "flash-attn": "flash attention comes from cuDNN (Transformer Engine) or torch",
+    "triton": "torch's operations read the memory, in several passes",
+    "gigatoken": "preprocessing uses Hugging Face's tokenizers and is ten times slower",
+    "datatrove": "no preprocessing on a cluster",
     "transformers": "no conversion to Hugging Face, no generation",
     "lm-eval": "no tools/evaluate.py",
     "wandb": "no logging to Weights & Biases",
@@ -33,7 +35,6 @@ REQUIRED = (
 )
 # NVIDIA's and nightly builds have other names.
 _ALSO_CALLED = {"triton": "pytorch-triton"}
-_TRANSFORMER_ENGINE = ">=2.9,<2.12"
 _VARIABLES = ("NCCL_", "SLURM_JOB_ID", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS", "MASTER_ADDR")
 _SLURM = ("sbatch", "srun", "scontrol")
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -91,15 +92,13 @@ def _optional() -> list[Row]:
 
 
 def _layers() -> list[Row]:
-    """What the layers will be made of, and whether they can compute in FP8."""
+    """Which layers a run would use, and whether they can compute in FP8."""
     reason = _why_not_transformer_engine()
     if reason:
-        return [Row("layers", "torch's", reason), Row("FP8", "no", "needs layers of Transformer Engine")]
-    from packaging.specifiers import SpecifierSet
-
-    # The upper end is what megatron-core 0.16.1 allows in its own extra.
-    beyond = not SpecifierSet(_TRANSFORMER_ENGINE).contains(_version("transformer-engine") or "0", True)
-    note = f"megatron-core is tested with {_TRANSFORMER_ENGINE}" if beyond else ""
+        return [Row("layers", "torch's", reason), Row("FP8", "no", "needs Transformer Engine's layers")]
+    tested = SUPPORTED["transformer-engine"]
+    fitting = fits(_version("transformer-engine") or "0", tested)
+    note = "" if fitting else f"megatron-core is tested with {tested}"
     fp8 = device.why_no_fp8()
     return [Row("layers", "Transformer Engine's", note), Row("FP8", "no" if fp8 else "yes", fp8 or "")]
 
@@ -108,7 +107,7 @@ def _why_not_transformer_engine() -> str | None:
     if not _version("transformer-engine"):
         return "Transformer Engine is not installed"
     if NO_TORCH or missing_required():
-        return NO_TORCH or "what is missing is needed first"
+        return NO_TORCH or "required packages are missing"
     # Megatron-core takes seconds to import.
     from megatron_mesh.runtime.transformer_engine import why_no_transformer_engine
 
@@ -119,8 +118,8 @@ def _surroundings() -> list[Row]:
     ports = sorted(path.name for path in _INFINIBAND.iterdir()) if _INFINIBAND.is_dir() else []
     slurm = [name for name in _SLURM if shutil.which(name)]
     rows = [
-        Row("InfiniBand", ", ".join(ports) or "none", "" if ports else "ranks on other nodes meet over TCP"),
-        Row("SLURM", ", ".join(slurm) or "none", "" if slurm else "no tools/submit_slurm.py here"),
+        Row("InfiniBand", ", ".join(ports) or "none", "" if ports else "nodes communicate over TCP"),
+        Row("SLURM", ", ".join(slurm) or "none", "" if slurm else "tools/submit_slurm.py does not work here"),
     ]
     found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)}
     return rows + [Row(f"${name}", value) for name, value in found.items()]
