@@ -19,7 +19,7 @@ from megatron_mesh.recurrence import SCHEMES
 _DESCRIPTION = f"""\
 Pretrain a recursive transformer.
 
-python pretrain_mesh.py --config examples/configs/pythia-160m-mesh.yaml --data-path my_corpus_text_document
+python pretrain_mesh.py --config examples/configs/pythia-160m.yaml --data-path my_corpus_text_document
 
 A flag overrides the YAML file, which overrides the defaults. Recurrence schemes: {", ".join(SCHEMES)}."""
 

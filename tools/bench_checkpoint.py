@@ -3,14 +3,14 @@
 
 In one process: how long training waits, and the speeds of saving and loading.
 
-python tools/bench_checkpoint.py --config examples/configs/pythia-160m-mesh.yaml --seq-length 128 \\
+python tools/bench_checkpoint.py --config examples/configs/pythia-160m.yaml --seq-length 128 \\
     --global-batch-size 8 --micro-batch-size 1 --directory runs/bench
 
 With --ranks N the tool starts N processes here. It prints seconds, bytes and memory of each rank: for saving,
 saving in the background, loading on the same layout, and loading with tensor parallelism (or without, if the
 settings have it).
 
-python tools/bench_checkpoint.py --ranks 4 --config examples/configs/pythia-160m-mesh.yaml --seq-length 128 \\
+python tools/bench_checkpoint.py --ranks 4 --config examples/configs/pythia-160m.yaml --seq-length 128 \\
     --global-batch-size 8 --micro-batch-size 1 --use-distributed-optimizer --directory runs/bench
 
 The tool takes every setting of pretrain_mesh.py. It needs twice the size of the checkpoint on the disk.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Where the ranks of a real pipeline wait, measured, beside what the planner says of the same run.
 
-torchrun --nproc-per-node 2 tools/bench_pipeline.py --config examples/configs/pythia-160m-mesh.yaml \\
+torchrun --nproc-per-node 2 tools/bench_pipeline.py --config examples/configs/pythia-160m.yaml \\
     --pipeline-model-parallel-size 2 --seq-length 128 --micro-batch-size 1 --global-batch-size 8
 
 Takes every setting of pretrain_mesh.py; data are random. The bubble is the share of the ranks' time in which

@@ -4,7 +4,7 @@
 usage: build_data_index.py [--config FILE] --data-path PREFIX [--data-cache-path DIR] [SETTING ...]
 
 example:
-  python tools/build_data_index.py --config examples/configs/pythia-160m-mesh.yaml \\
+  python tools/build_data_index.py --config examples/configs/pythia-160m.yaml \\
       --data-path data/corpus_text_document --data-cache-path /local/cache --tokenizer-model tokenizer.json
 
 Takes every setting of pretrain_mesh.py (see its --help). Give the run's own: the data, --split, --seq-length

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Plan a run from its settings alone, without GPU or data: memory, traffic, schedule, checkpoints.
 
-python tools/inspect_config.py --config examples/configs/pythia-6.9b-5+11R2+5-mesh.yaml \\
+python tools/inspect_config.py --config examples/configs/pythia-6.9b-5+11R2+5.yaml \\
     --nodes 4 --gpus-per-node 8 --tensor-model-parallel-size 2 --sequence-parallel \\
     --pipeline-model-parallel-size 4 --use-distributed-optimizer --figure schedule.png
-python tools/inspect_config.py --config examples/configs/pythia-6.9b-5+11R2+5-mesh.yaml --nodes 4 --suggest
+python tools/inspect_config.py --config examples/configs/pythia-6.9b-5+11R2+5.yaml --nodes 4 --suggest
 
 Beside the options below it takes every setting of pretrain_mesh.py, as that does.
 """

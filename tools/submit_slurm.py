@@ -5,7 +5,7 @@ Submit. Besides the options below, it takes every setting of pretrain_mesh.py. -
 on a file system that all nodes share:
 
   python tools/submit_slurm.py --site my_site.sh --nodes 4 --gpu-memory-gib 76 --save /scratch/me/run1 \\
-      --config examples/configs/pythia-1.4b-mesh.yaml --data-path my_corpus_text_document \\
+      --config examples/configs/pythia-1.4b.yaml --data-path my_corpus_text_document \\
       --save-interval 500 --dry-run
 
 Without --dry-run the code and the settings are copied to RUN/slurm, and the job is submitted. It saves

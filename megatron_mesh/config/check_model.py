@@ -1,5 +1,6 @@
 """Resolving the model: the scheme, its layers and its memory, and the sizes of the backbone."""
 
+import logging
 from dataclasses import replace
 
 from megatron_mesh.config.layers import LayerLayout, check_layout, parse_layers
@@ -9,6 +10,8 @@ from megatron_mesh.config.settings import flag, nearest
 from megatron_mesh.config.sources import LAYER_PARTS
 from megatron_mesh.errors import UserError
 from megatron_mesh.recurrence import SCHEMES, Scheme
+
+logger = logging.getLogger(__name__)
 
 _MEMORY_SETTINGS = (
     "mesh_slots",
@@ -102,7 +105,15 @@ def _layers(model: ModelConfig, scheme: type[Scheme]) -> LayerLayout:
             if given
             else "the layers are missing; give --layers, for example 4+8R2+4, or a preset with --config"
         )
-    if not scheme.shared_core:
+    if layers.shared and not scheme.has_loop:
+        logger.info(
+            "--recurrence %s: a plain model of %d layers, the unrolled depth of %s",
+            model.recurrence,
+            layers.depth,
+            layers,
+        )
+        layers = layers.unrolled()
+    elif not scheme.shared_core:
         layers = layers.distinct()
     _check_form(layers, model.recurrence, scheme)
     return layers

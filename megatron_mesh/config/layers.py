@@ -1,7 +1,7 @@
 """How the layers of a model are written: ``24``, ``4+8R2+4`` or ``4+8+8+4``."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_mesh.errors import UserError
 
@@ -39,8 +39,12 @@ class LayerLayout:
         return not self.shared and (self.prelude, self.loops, self.coda) == (0, 1, 0)
 
     def distinct(self) -> "LayerLayout":
-        """The same depth with no layer shared: what the plain model of equal compute has."""
-        return LayerLayout(self.prelude, self.core, self.loops, self.coda, shared=False)
+        """Return the same parts with separate weights for each loop: 4+8R2+4 becomes 4+8+8+4."""
+        return replace(self, shared=False)
+
+    def unrolled(self) -> "LayerLayout":
+        """Return the plain model of the same depth: 4+8R2+4 becomes 24."""
+        return LayerLayout(prelude=0, core=self.depth, loops=1, coda=0, shared=False)
 
     def __str__(self) -> str:
         if self.shared:

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
+from megatron_mesh.config.layers import parse_layers
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import SETTINGS, flatten
+from megatron_mesh.recurrence import SCHEMES
 
 
 class Kind(Enum):
@@ -151,9 +154,6 @@ _FREE = (
     "log_routers",
     "progress",
 )
-_EARLIER = {"eod_mask_loss_of": "next"}
-"""What checkpoints of earlier versions mean where they have no value."""
-
 RESUMING: dict[str, Rule] = {
     **dict.fromkeys(_WEIGHTS, Rule(Kind.WEIGHTS)),
     "bf16": Rule(Kind.OPTIMIZER),
@@ -168,11 +168,18 @@ RESUMING: dict[str, Rule] = {
 
 
 def differing(saved: Config, ours: Config, kind: Kind) -> list[str]:
-    """Names of the settings of one kind that differ, in the order of the schema."""
-    before, now = flatten(saved), flatten(ours)
+    """Return the names of the settings of one kind that differ, in the order of the schema."""
+    before, now = _comparable(saved), _comparable(ours)
+    return [name for name in SETTINGS if RESUMING[name].kind is kind and before[name] != now[name]]
 
-    def differs(name: str) -> bool:
-        default = _EARLIER.get(name)
-        return (before[name] or default) != (now[name] or default) if default else before[name] != now[name]
 
-    return [name for name in SETTINGS if RESUMING[name].kind is kind and differs(name)]
+def _comparable(config: Config) -> dict[str, Any]:
+    """Return the settings with one spelling for values that mean the same."""
+    settings = flatten(config)
+    # Earlier versions masked the next token and had no setting for it.
+    settings["eod_mask_loss_of"] = settings["eod_mask_loss_of"] or "next"
+    # Depth alone makes a plain model, and earlier versions wrote 4+8+8+4 where this one writes 24.
+    scheme = SCHEMES.get(config.model.recurrence)
+    if config.model.layers and scheme and not scheme.has_loop:
+        settings["layers"] = str(parse_layers(config.model.layers).depth)
+    return settings

@@ -147,7 +147,7 @@ def test_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         parse_args(["--config", path, "--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    assert "python pretrain_mesh.py --config examples/configs/pythia-160m-mesh.yaml" in text
+    assert "python pretrain_mesh.py --config examples/configs/pythia-160m.yaml" in text
     for name in (*(flag(setting) for setting in SETTINGS), *SCHEMES, "model options", "data options"):
         assert name in text
     assert "(default: 4321)" in text

@@ -59,7 +59,8 @@ def test_given_values_are_kept() -> None:
     [
         ("mesh", "4+8R3+4", "4+8R3+4", 6),
         ("base", "4+8R3+4", "4+8R3+4", None),
-        ("vanilla", "4+8R2+4", "4+8+8+4", None),
+        ("vanilla", "4+8R2+4", "24", None),
+        ("vanilla", "4+8+8+4", "4+8+8+4", None),
         ("vanilla", "24", "24", None),
         ("vanilla+mesh", "4+8R2+4", "4+8+8+4", 5),
         ("vanilla+mesh", "4+8+8+4", "4+8+8+4", 5),
@@ -70,7 +71,16 @@ def test_layers_and_slots(recurrence: str, given_layers: str, layers: str, slots
     assert (config["layers"], config["mesh_slots"]) == (layers, slots)
 
 
-@pytest.mark.parametrize(("recurrence", "layers"), [("mesh", "1+2R3+4"), ("vanilla", "1+2+2+2+4")])
+def test_the_log_says_that_a_plain_model_replaces_the_loop(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="megatron_mesh"):
+        once = resolve(with_values(Config(), {**GOOD, "recurrence": "vanilla"}))
+        resolve(once)
+    assert [record.getMessage() for record in caplog.records] == [
+        "--recurrence vanilla: a plain model of 24 layers, the unrolled depth of 4+8R2+4"
+    ]
+
+
+@pytest.mark.parametrize(("recurrence", "layers"), [("mesh", "1+2R3+4"), ("vanilla", "11")])
 def test_four_parts_become_one_string(recurrence: str, layers: str) -> None:
     parts = {"prelude_layers": 1, "core_layers": 2, "num_loops": 3, "coda_layers": 4}
     config = resolved(recurrence=recurrence, layers=None, **parts)

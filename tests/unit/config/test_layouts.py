@@ -38,6 +38,12 @@ def test_distinct_keeps_the_depth() -> None:
     assert distinct.depth == distinct.unique_layers == 24
 
 
+def test_unrolled_is_the_plain_model_of_the_same_depth() -> None:
+    unrolled = parse_layers("4+8R2+4").unrolled()
+    assert unrolled.plain
+    assert str(unrolled) == "24"
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
