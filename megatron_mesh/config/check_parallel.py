@@ -69,7 +69,7 @@ def check_context_parallel(
         )
     # Each rank takes an early and a late piece, so that a causal mask gives all the same to do; the
     # tensor-parallel ranks divide what it has of both.
-    sharded = parallel.sequence_parallel or keeps_states(model)
+    sharded = parallel.sequence_parallel or SCHEMES[model.recurrence].shards_states
     unit = 2 * ranks * (parallel.tensor_model_parallel_size if sharded else 1)
     if model.seq_length % unit:
         near = [str(n) for n in (model.seq_length // unit * unit, -(-model.seq_length // unit) * unit) if n]
@@ -105,7 +105,7 @@ def check_tensor_parallel(parallel: ParallelConfig, model: ModelConfig) -> None:
                 "leave it out or set --tensor-model-parallel-size above 1"
             )
         divided["--seq-length (with --sequence-parallel)"] = model.seq_length
-    elif keeps_states(model):
+    elif SCHEMES[model.recurrence].shards_states:
         divided["--seq-length (the recurrence's memory is sharded along it)"] = model.seq_length
     for what, number in divided.items():
         if number % size:
@@ -114,11 +114,6 @@ def check_tensor_parallel(parallel: ParallelConfig, model: ModelConfig) -> None:
                 f"--tensor-model-parallel-size {size} does not divide {what}, {number}; change one of them, "
                 f"for example to --tensor-model-parallel-size {near}"
             )
-
-
-def keeps_states(model: ModelConfig) -> bool:
-    """Whether the scheme has states and weights of its own, which tensor-parallel ranks share out."""
-    return SCHEMES[model.recurrence].kept_states(layout(model).loops) > 0
 
 
 def check_pipeline(

@@ -91,9 +91,7 @@ class MeshTransformerBlock(TransformerBlock):
         # Under tensor parallelism the memory is always sharded along the sequence. Without sequence
         # parallelism we scatter its inputs and gather its outputs.
         self.shards_states = (
-            get_pg_size(self.tp_group) > 1
-            and not config.sequence_parallel
-            and scheme.kept_states(config.layout.loops) > 0
+            get_pg_size(self.tp_group) > 1 and not config.sequence_parallel and scheme.shards_states
         )
         for parameter in scheme.parameters():
             # Each rank has the gradient of its shard. Megatron sums those with the first mark, and only

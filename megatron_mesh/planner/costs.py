@@ -43,11 +43,7 @@ def head_flops(model: ModelConfig) -> float:
 
 def enter_flops(model: ModelConfig, index: int) -> float:
     """What the recurrence computes at the start of pass ``index`` = 0..K+1, per token."""
-    scheme = SCHEMES[model.recurrence]
-    h, slots = model.hidden_size, model.mesh_slots or 0
-    # A model with one loop less has one cycle less: the last of the cycles 0..K starts pass K + 1.
-    upto = [scheme.forward_flops(h, loops, slots) if loops >= 0 else 0 for loops in (index - 2, index - 1)]
-    return upto[1] - upto[0]
+    return SCHEMES[model.recurrence].enter_flops(index, model.hidden_size, model.mesh_slots or 0)
 
 
 def layer_flops(model: ModelConfig) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatron_mesh.config.derived import layout, padded_vocab_size, tokens_of_rank
 from megatron_mesh.config.schema import Config
-from megatron_mesh.planner.costs import enter_flops, redone_layers
+from megatron_mesh.planner.costs import redone_layers
 from megatron_mesh.planner.fp8_memory import kept_casts_bytes, pass_casts_bytes
 from megatron_mesh.planner.layer_memory import MemoryEstimate, layer_bytes
 from megatron_mesh.planner.order import Step
@@ -91,12 +91,13 @@ def kept_bytes(config: Config, chunk: Chunk, *, pipelined: bool) -> int:
         kept += state  # the input, which a layer would hold otherwise
     if pipelined and not chunk.head:
         kept += state  # the output, which the schedule holds until its gradient has come
+    scheme = SCHEMES[model.recurrence]
     if pipelined:
-        # The schedule holds the state that arrived, beside what the recurrence made of it.
-        kept += sum(enter_flops(model, v) > 0 for v in chunk.enters) * state
+        # The schedule holds the state that arrived, and the layers hold what the recurrence made of it.
+        kept += sum(scheme.makes_new_state(v) for v in chunk.enters) * state
     elif chunk.enters:
-        kept += SCHEMES[model.recurrence].kept_states(layout(model).loops) * state
-    if 0 in chunk.enters and own_exchange(config):
+        kept += scheme.saved_states(layout(model).loops) * state
+    if 0 in chunk.enters and scheme.keeps_embedding and own_exchange(config):
         kept += state  # the embedding, of which the memory has a shard and the first layer a gathered copy
     return kept + (_head_bytes(config) if chunk.head else 0)
 

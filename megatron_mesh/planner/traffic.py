@@ -6,7 +6,6 @@ or a reduce-scatter sends n (g-1)/g from every rank, and an all-reduce twice tha
 
 from dataclasses import dataclass
 
-from megatron_mesh.config.check_parallel import keeps_states
 from megatron_mesh.config.derived import tokens_of_rank
 from megatron_mesh.config.schema import Config
 from megatron_mesh.planner.costs import redone_layers
@@ -18,6 +17,7 @@ from megatron_mesh.planner.parameters import (
     tied_over_pipeline,
 )
 from megatron_mesh.planner.stages import Chunk, Pipeline
+from megatron_mesh.recurrence import SCHEMES
 
 _GRADIENT = 4  # bytes: gradients are summed in float32
 
@@ -114,10 +114,10 @@ def context_parallel_bytes(config: Config, chunk: Chunk) -> int:
 
 
 def own_exchange(config: Config) -> bool:
-    """Whether the recurrence makes sequence shards of its own: it keeps states, and TP alone shards none."""
+    """Whether the recurrence scatters and gathers states itself: it shards them, and the layers don't."""
     parallel = config.parallel
     several = parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel
-    return several and keeps_states(config.model)
+    return several and SCHEMES[config.model.recurrence].shards_states
 
 
 def data_parallel_bytes(config: Config, pipeline: Pipeline, rank: int, replicas: int) -> tuple[float, float]:

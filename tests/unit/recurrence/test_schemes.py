@@ -61,6 +61,29 @@ def test_number_of_parameters(name: str, loops: int, slots: int) -> None:
     assert counted == SCHEMES[name].num_parameters(H, loops, slots)
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+def test_attributes_match_the_parameters(name: str) -> None:
+    scheme = SCHEMES[name]
+    one, two = (scheme.num_parameters(H, loops, 5) for loops in (1, 2))
+    assert scheme.per_loop_parameters == (one != two)
+    assert scheme.shards_states == (one > 0 or scheme.saved_states(1) > 0)
+    assert scheme.loops_can_vary() == (name in ADDED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attributes_match_what_a_forward_does(name: str) -> None:
+    scheme = build_scheme(name, H, 3, RecurrenceOptions(slots=6)).double()
+    scheme.init_parameters(lambda _, weight, std: torch.nn.init.normal_(weight))
+    seen: list[int] = []
+    scheme.observer = lambda cycle, write, read: seen.append(cycle)
+    state = LoopState()
+    for index, x in enumerate(outputs(5)):
+        new = scheme.enter(index, x, state) is not x
+        assert new == scheme.makes_new_state(index) == (scheme.enter_flops(index, H, 6) > 0)
+    assert ("h_emb" in state.kept) == scheme.keeps_embedding
+    assert seen == ([0, 1, 2, 3] if scheme.uses_memory else [])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_later_passes_read_only_what_was_shared(name: str) -> None:
     """What one pass computes reaches a later pass through ``share`` alone.
