@@ -1,14 +1,27 @@
-"""The command line: defaults < YAML file < flags. Flags carry Megatron-LM's names."""
+"""The command line of training: flags override the YAML file, which overrides the defaults."""
 
 import argparse
+import ast
+import dataclasses
+import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args
+from typing import Annotated, Any, Union, get_args, get_type_hints
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import NEGATED, SETTINGS, flag, flatten, unknown_setting, with_values
@@ -26,29 +39,29 @@ A flag overrides the YAML file, which overrides the defaults. Recurrence schemes
 
 @dataclass
 class Arguments:
-    """What a command line says."""
+    """A parsed command line."""
 
     config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
-    """YAML file of settings: the flags' names with underscores, e.g. hidden_size: 768."""
+    """YAML file of settings, named like the flags but with underscores, e.g. hidden_size: 768."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the plan (parameters, FLOPs, steps, memory) and exit."""
+    """Print a plan of the run (parameters, FLOPs, steps and memory) and exit."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     """All settings."""
 
 
 def parse_args(argv: Sequence[str], prog: str = "pretrain_mesh.py") -> Arguments:
-    """Read a command line (without the program's name) and the YAML file that it names.
+    """Parse a command line, without the program's name, and the YAML file that it names.
 
-    Nothing is checked across settings: that is ``config.checks.resolve``.
+    This checks each setting by itself. ``config.checks.resolve`` checks how they fit together.
 
     Raises:
-        UserError: an unknown or refused setting, or a YAML file that is not as it should be.
-        SystemExit: ``--help`` (0), or a flag's value of the wrong type (2, said on stderr).
+        UserError: a setting is unknown or not supported, or the YAML file is invalid. SystemExit: after
+        ``--help`` (0), or if a flag's value has the wrong type (2, after a message on stderr).
     """
     _refuse_unknown(argv)
     path = _config_file(argv, prog)
     file = read_yaml(path) if path else {}
-    # Fields that exclude each other stay at None here: whatever they hold afterwards is from a flag.
+    # Settings that exclude each other stay None here, so that any other value afterwards comes from a flag.
     plain = {name: value for name, value in file.items() if name not in ALTERNATIVE_NAMES}
     arguments = tyro.cli(
         Arguments,
@@ -65,11 +78,11 @@ def parse_args(argv: Sequence[str], prog: str = "pretrain_mesh.py") -> Arguments
         {name: flags[name] for name in ALTERNATIVE_NAMES & flags.keys()},
     )
     config = with_values(arguments.config, {**dict.fromkeys(ALTERNATIVE_NAMES), **chosen})
-    return replace(arguments, config=with_values(config, _homes(config)))
+    return replace(arguments, config=with_values(config, _expanded_paths(config)))
 
 
-def _homes(config: Config) -> dict[str, Any]:
-    """The paths, with ``~`` replaced: shells leave it in ``--save=~/x``."""
+def _expanded_paths(config: Config) -> dict[str, Any]:
+    """Return the paths with ``~`` expanded, since shells don't expand it in ``--save=~/x``."""
     paths = {name: value for name, value in flatten(config).items() if name in PATHS and value is not None}
     return {
         name: [expand_user(word) for word in value] if isinstance(value, list) else expand_user(value)
@@ -94,11 +107,54 @@ def _refuse_unknown(argv: Sequence[str]) -> None:
 
 
 _REGISTRY = ConstructorRegistry()
+_DEFAULT_IN_TEXT = re.compile(r" \(default: [^)]*\)")
+
+
+@_REGISTRY.struct_rule
+def _settings(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Parse a dataclass of settings, with the help texts and defaults that our docstrings mean.
+
+    tyro would keep the source's line breaks in help texts. It would also show "(default: unset)" after a text
+    that names a default, e.g. "(default: all)".
+    """
+    if not dataclasses.is_dataclass(info.type):
+        return None
+    texts = _help_texts(info.type)
+    return StructConstructorSpec(
+        instantiate=info.type,
+        fields=tuple(
+            _field(name, type_, getattr(info.default, name), texts.get(name))
+            for name, type_ in get_type_hints(info.type, include_extras=True).items()
+        ),
+    )
+
+
+def _field(name: str, type_: Any, default: Any, text: str | None) -> StructFieldSpec:
+    named = _DEFAULT_IN_TEXT.search(text or "")
+    if named and default is None:
+        type_ = Annotated[type_, tyro.conf.arg(help_behavior_hint=named[0].strip())]
+    return StructFieldSpec(name, type_, default, text and _DEFAULT_IN_TEXT.sub("", text))
+
+
+@cache
+def _help_texts(cls: type) -> dict[str, str]:
+    """The strings below the fields of a dataclass, each on one line."""
+    (definition,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
 
 
 @_REGISTRY.primitive_rule
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """``X | None`` takes an X, and ``--help`` shows it as an X that is unset (tyro: ``{None}|X``)."""
+    """Parse ``X | None`` as an X, and show it as one in ``--help`` (tyro shows ``{None}|X``)."""
     if info.type_origin not in (Union, UnionType):
         return None
     (inner,) = (option for option in get_args(info.type) if option is not NoneType)

@@ -184,3 +184,17 @@ def test_exit_code_and_output_of_the_program(line: str, named: str) -> None:
     assert named in done.stderr
     assert "Traceback" not in done.stderr
     assert not done.stdout
+
+
+def test_help_shows_one_default_per_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(*line: str) -> str:
+        with pytest.raises(SystemExit):
+            parse_args([*line, "--help"])
+        return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+    assert "Keep this many of the newest checkpoints. (default: all)" in shown()
+    assert "Directory to save checkpoints to. (default: unset)" in shown()
+    path = _file(tmp_path, "keep_last: 3")
+    assert "Keep this many of the newest checkpoints. (default: 3)" in shown("--config", path)
+    # Two lines in the source are one sentence here.
+    assert "if a save blocks training for this long. --watchdog-timeout-minutes 0 disables it." in shown()
