@@ -1,4 +1,4 @@
-"""Megatron-style pretraining of recursive (looped) transformers, with MeSH at its heart."""
+"""Pretraining of recursive (looped) transformers, and MeSH in particular, on Megatron-core."""
 
 import warnings
 
@@ -6,8 +6,8 @@ from megatron_mesh.runtime import late_compile, unusable_imports
 
 __version__ = "0.1.0"
 
-# Megatron-core says in every process and in five modules that Transformer Engine and apex are absent.
-# We say it once (runtime/device.py: describe), so those messages, and only those, are dropped here.
+# Megatron-core warns in every process and from five modules that Transformer Engine and apex are missing. The
+# log says it once (runtime/device.py: describe), so drop these warnings and no others.
 for _message in (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed. Falling back to Torch Norm",

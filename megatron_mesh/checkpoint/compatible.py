@@ -68,9 +68,9 @@ def changes(checkpoint: Checkpoint, config: Config, fingerprints: Mapping[str, s
         return []  # a new run, of which only the weights are taken over
     lines = _data_lines(checkpoint, config, fingerprints)
     by_meaning: dict[str, list[str]] = {}
-    for name in differing(saved, config, Kind.NAMED):
+    for name in differing(saved, config, Kind.REPORTED):
         if settings.load_optim or name not in ADAM:
-            by_meaning.setdefault(RESUMING[name].meaning, []).append(name)
+            by_meaning.setdefault(RESUMING[name].consequence, []).append(name)
     lines += [f"{_in_words(saved, config, names)}: {meaning}" for meaning, names in by_meaning.items()]
     schedule = _schedule_differences(saved, config)
     if not settings.load_optim:

@@ -50,7 +50,7 @@ def test_unrolled_is_the_plain_model_of_the_same_depth() -> None:
         ("4+8R0+4", "at least 1"),
         ("4+0R2+4", "--core-layers must be at least 1"),
         ("0", "--core-layers must be at least 1"),
-        ("4+8", "two parts"),
+        ("4+8", "two numbers"),
         ("4+8+7+4", "cores of different sizes [8, 7]"),
         ("4x8", "is not a layer layout"),
         ("", "is not a layer layout"),

@@ -20,7 +20,7 @@ def config(world_size: int, **changes: Any):
 
 REFUSED: list[tuple[int, dict[str, Any], list[str]]] = [
     (6, {"pipeline_model_parallel_size": 4}, ["= 4 does not divide", "processes, 6", "4 or 8"]),
-    (3, {"pipeline_model_parallel_size": 4}, ["start 4 (torchrun"]),
+    (3, {"pipeline_model_parallel_size": 4}, ["start 4 processes (torchrun"]),
     (
         2,
         {"context_parallel_size": 2, "transformer_impl": "local"},
@@ -28,11 +28,11 @@ REFUSED: list[tuple[int, dict[str, Any], list[str]]] = [
     ),
     (3, {"context_parallel_size": 2}, ["--context-parallel-size 2 = 2 does not divide", "2 or 4"]),
     (2, {"context_parallel_size": 2}, ["--context-parallel-size 2 needs --bf16"]),
-    (2, {"context_parallel_size": 2, "seq_length": 18, "bf16": True}, ["into 4 pieces", "16 and 20"]),
+    (2, {"context_parallel_size": 2, "seq_length": 18, "bf16": True}, ["into 4 pieces", "16 or 20"]),
     (
         4,
         {"context_parallel_size": 2, "tensor_model_parallel_size": 2, "seq_length": 20, "bf16": True},
-        ["into 8 pieces", "16 and 24"],
+        ["into 8 pieces", "16 or 24"],
     ),
     (2, {"overlap_param_gather": True}, ["needs --use-distributed-optimizer"]),
     (
@@ -42,18 +42,22 @@ REFUSED: list[tuple[int, dict[str, Any], list[str]]] = [
     ),
     (2, {"ddp_bucket_size": 1000}, ["--ddp-bucket-size needs --overlap-grad-reduce"]),
     (4, {"tensor_model_parallel_size": 4, "seq_length": 18}, ["--seq-length", "18", "size 3"]),
-    (4, {"pipeline_model_parallel_size": 4, "global_batch_size": 3}, ["3 micro-batches", "4 or more"]),
+    (
+        4,
+        {"pipeline_model_parallel_size": 4, "global_batch_size": 3},
+        ["at least 4 micro-batches", "only 3", "4 or more"],
+    ),
     (
         4,
         {"pipeline_model_parallel_size": 4, "microbatch_group_size_per_virtual_stage": 3},
-        ["from 4 to 32", "fits: 4"],
+        ["from 4 to 32", "use 4, the nearest"],
     ),
     (
         4,
         {"pipeline_model_parallel_size": 4, "microbatch_group_size_per_virtual_stage": 15},
-        ["must not be smaller than 4", "fits: 14"],
+        ["must not be smaller than 4", "use 14, the nearest"],
     ),
-    (4, {"pipeline_model_parallel_size": 4, "layers": "1+1R2+1"}, ["pipeline rank 1 would hold no layer"]),
+    (4, {"pipeline_model_parallel_size": 4, "layers": "1+1R2+1"}, ["pipeline rank 1 would have no layers"]),
     (1, {"watchdog_timeout_minutes": 40.0}, ["must be below --distributed-timeout-minutes 30"]),
     (1, {"microbatch_group_size_per_virtual_stage": 2}, ["--pipeline-model-parallel-size above 1"]),
     (1, {"pipeline_model_parallel_layout": "4/8/4"}, ["--pipeline-model-parallel-size above 1"]),
@@ -65,12 +69,12 @@ REFUSED: list[tuple[int, dict[str, Any], list[str]]] = [
     (
         2,
         {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "2,2/4,4"},
-        ["not prelude/core/coda", "2,2/4,4/3,1"],
+        ["write prelude/core/coda", "2,2/4,4/3,1"],
     ),
     (
         2,
         {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "2,2/4,3/2,2"},
-        ["the core has the parts (4, 3)", "an even one is 2,2/4,4/2,2"],
+        ["gives the core the parts (4, 3)", "an even layout is 2,2/4,4/2,2"],
     ),
     (
         4,
