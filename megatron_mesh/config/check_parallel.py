@@ -68,8 +68,8 @@ def check_context_parallel(
             f"--context-parallel-size {ranks} needs --bf16: Transformer Engine's context-parallel attention "
             "does not support float32"
         )
-    # Each rank takes an early and a late chunk of the sequence, so that all have equal work under a causal
-    # mask. Tensor-parallel ranks then divide both chunks.
+    # Each rank takes an early and a late piece of the sequence, so that all have equal work under a causal
+    # mask. Tensor-parallel ranks then divide both pieces.
     sharded = parallel.sequence_parallel or SCHEMES[model.recurrence].shards_states
     unit = 2 * ranks * (parallel.tensor_model_parallel_size if sharded else 1)
     if model.seq_length % unit:
@@ -125,7 +125,7 @@ def check_pipeline(
     """Check that layers divide over the pipeline's ranks, and micro-batches over its schedule."""
     ranks = parallel.pipeline_model_parallel_size
     looped = SCHEMES[model.recurrence].has_loop
-    _check_idle_settings(parallel, looped)
+    _refuse_settings_without_effect(parallel, looped)
     if ranks == 1:
         return
     if looped:
@@ -167,7 +167,7 @@ def _check_recomputed_groups(training: TrainingConfig, parts: Placement) -> None
         )
 
 
-def _check_idle_settings(parallel: ParallelConfig, looped: bool) -> None:
+def _refuse_settings_without_effect(parallel: ParallelConfig, looped: bool) -> None:
     """Refuse settings of a pipeline, or of the other kind of pipeline, that would have no effect."""
     pipeline_only = [
         "pipeline_model_parallel_layout",

@@ -27,7 +27,7 @@ def resolve_precision(
     """Resolve the precision settings; see ``checks.resolve``. ``model`` and ``training`` are resolved."""
     at_least(1, precision, "fp8_amax_history_len")
     at_least(0, precision, *_BF16_COUNTS)
-    _check_idle_settings(precision)
+    _refuse_settings_without_effect(precision)
     if precision.fp8_format is None:
         return precision
     if precision.transformer_impl == "local":
@@ -46,7 +46,7 @@ def resolve_precision(
     return precision
 
 
-def _check_idle_settings(precision: PrecisionConfig) -> None:
+def _refuse_settings_without_effect(precision: PrecisionConfig) -> None:
     """Refuse settings that would have no effect."""
     default = PrecisionConfig()
 

@@ -84,12 +84,12 @@ def _resolve_recompute(training: TrainingConfig, model: ModelConfig) -> Training
     """Fill in the settings of the granularity in use, and refuse those of the other one."""
     at_least(1, training, "recompute_num_layers")
     granularity = training.recompute_granularity
-    idle = {
+    unused = {
         None: ("recompute_method", "recompute_num_layers", "recompute_modules"),
         "selective": ("recompute_method", "recompute_num_layers"),
         "full": ("recompute_modules",),
     }
-    for name in idle[granularity]:
+    for name in unused[granularity]:
         if getattr(training, name) is not None:
             needed = "selective" if name == "recompute_modules" else "full"
             raise UserError(

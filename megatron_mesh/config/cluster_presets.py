@@ -1,7 +1,7 @@
-"""The 6.9B preset spread over clusters of H100 nodes, as YAML files, from one table.
+"""Cluster presets: the 6.9B preset with a rank layout for clusters of H100 nodes, generated from one table.
 
-``python -m megatron_mesh.config.cluster_presets examples/slurm/6.9b`` writes them; a test compares the files
-with the table, and the table with what the planner says. Why each layout: examples/slurm/6.9b/README.md.
+``python -m megatron_mesh.config.cluster_presets examples/slurm/6.9b`` writes the YAML files. A test compares
+them with the table, and the table with the planner. examples/slurm/6.9b/README.md explains the layouts.
 """
 
 import argparse

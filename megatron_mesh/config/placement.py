@@ -50,7 +50,7 @@ class Placement:
         yield from (("prelude", self.prelude), ("core", self.core), ("coda", self.coda))
 
     def span(self, section: str, rank: int) -> tuple[int, int]:
-        """Return the first layer of a section that ``rank`` owns, and the first that it no longer owns."""
+        """Return start and end of the layers of a section that ``rank`` owns."""
         parts = getattr(self, section)
         first = sum(parts[:rank])
         return first, first + parts[rank]
@@ -129,9 +129,8 @@ def loss_in_layers(model: ModelConfig) -> float:
     if model.vocab_size is None:
         return 0.0
     h, ffn = model.hidden_size, model.ffn_hidden_size or 4 * model.hidden_size
-    layer = (
-        4 * h * h + 2 * h * ffn + h * model.seq_length
-    )  # the last term: causal attention scores and values
+    attention = h * model.seq_length  # causal scores, and values weighted by them
+    layer = 4 * h * h + 2 * h * ffn + attention
     return h * padded_vocab_size(model) / layer
 
 
@@ -140,8 +139,7 @@ def _spread(layers: int, load: list[float], away_from: int, held: list[int] | No
 
     Args:
         held: layers of other sections on each rank. Of ranks with equal load, the one with the fewest layers
-        comes
-            first. Updated in place.
+            comes first. Updated in place.
     """
     counts = [0] * len(load)
     for _ in range(layers):

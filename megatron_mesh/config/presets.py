@@ -1,7 +1,7 @@
-"""The paper's models as YAML files, from one table.
+"""Presets: the paper's models as YAML files, generated from one table.
 
-``python -m megatron_mesh.config.presets examples/configs`` writes them; a test compares the files with
-the table. Source: MeSH (arXiv 2510.07739) on the Pythia suite (arXiv 2304.01373).
+``python -m megatron_mesh.config.presets examples/configs`` writes them, and a test checks that they are up to
+date. Source: MeSH (arXiv 2510.07739) on the Pythia suite (arXiv 2304.01373).
 """
 
 import argparse
@@ -17,7 +17,7 @@ from megatron_mesh.config.derived import non_embedding_parameters
 from megatron_mesh.config.layers import parse_layers
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import with_values
-from megatron_mesh.recurrence import SCHEMES as SCHEME_CLASSES
+from megatron_mesh.recurrence import SCHEMES
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ SIZES = (
     Size("6.9b", 4096, 32, ("6+10R2+6", "5+11R2+5"), 1.2e-4, 1, _OWN_SPLIT),
 )
 DEFAULT_SCHEME = "mesh"
-SCHEMES = (DEFAULT_SCHEME, "anchor-emb", "anchor", "residual", "base", "vanilla")
-"""The paper's schemes, whose parameter counts stand in the head of each file."""
+PAPER_SCHEMES = (DEFAULT_SCHEME, "anchor-emb", "anchor", "residual", "base", "vanilla")
+"""The paper's schemes. The head of each file lists their parameter counts."""
 
 
 def presets() -> Iterator[tuple[str, str]]:
@@ -110,9 +110,9 @@ def _text(size: Size, split: str) -> str:
 def _parameter_table(sections: dict[str, dict[str, Any]]) -> str:
     flat = {name: value for section in sections.values() for name, value in section.items()}
     schemes: dict[int, list[str]] = {}  # by number of parameters
-    for scheme in SCHEMES:
+    for scheme in PAPER_SCHEMES:
         model = resolve_model(with_values(Config(), {**flat, "recurrence": scheme}).model)
-        label = scheme if SCHEME_CLASSES[scheme].has_loop else f"{scheme} ({model.layers} layers)"
+        label = scheme if SCHEMES[scheme].has_loop else f"{scheme} ({model.layers} layers)"
         schemes.setdefault(non_embedding_parameters(model), []).append(label)
     return "".join(f"#   {count:>13,}  {', '.join(names)}\n" for count, names in schemes.items())
 

@@ -89,8 +89,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: the file can't be read or has another form, a key is unknown or given twice (also as ``x``
-        and
-            ``no_x``), or a value has the wrong type.
+            and ``no_x``), or a value has the wrong type.
     """
     settings: dict[str, Any] = {}
     for key, value in _load(path).items():
@@ -100,7 +99,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         try:
             converted = _convert(value, SETTINGS[name].type)
         except ValueError:
-            expected = describe(SETTINGS[name].type)
+            expected = _describe_type(SETTINGS[name].type)
             raise UserError(f"{path}: {key}: expected {expected}, got {value!r}") from None
         if name in settings:
             raise UserError(f"{path}: {name} and no_{name} are both given; keep one")
@@ -157,15 +156,15 @@ def _convert(value: Any, wanted: Any) -> Any:
     return wanted(value)
 
 
-def describe(wanted: Any) -> str:
+def _describe_type(wanted: Any) -> str:
     """Describe the type of a setting in words."""
     origin, options = get_origin(wanted), get_args(wanted)
     if origin in (Union, UnionType):
-        return f"{describe(_not_none(wanted))}, or null"
+        return f"{_describe_type(_not_none(wanted))}, or null"
     if origin is Literal:
         return "one of " + ", ".join(options)
     if origin is list:
-        return f"a list of items, each {describe(options[0])}"
+        return f"a list of items, each {_describe_type(options[0])}"
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[wanted]
 
 

@@ -107,7 +107,7 @@ def test_no_validation_batches_turn_validation_off() -> None:
     assert resolved(eval_iters=0)["eval_interval"] == 0
 
 
-def test_the_input_is_left_alone() -> None:
+def test_resolve_does_not_change_its_input() -> None:
     config = with_values(Config(), GOOD)
     before = flatten(config)
     resolve(config)
@@ -236,7 +236,7 @@ def test_tensor_parallelism_divides_the_model(size: int, changes: dict[str, Any]
 
 @st.composite
 def configs(draw: st.DrawFn) -> dict[str, Any]:
-    """Settings that fit each other with much left to be filled in."""
+    """Draw settings that fit each other and leave many others to ``resolve``."""
     scheme = draw(st.sampled_from(list(SCHEMES)))
     layers = ["4+8R2+4", "1+2R3+0"] if SCHEMES[scheme].shared_core else ["4+8R2+4", "1+2+2+2+0"]
     memory = {"mesh_slots": st.none() | st.integers(1, 7), "router_init_std": st.none() | st.floats(0, 1)}

@@ -28,7 +28,7 @@ _positive = st.integers(1, 9)
 
 
 @given(st.builds(LayerLayout, _count, _positive, _positive, _count, st.booleans()))
-def test_what_is_written_is_read_back(layout: LayerLayout) -> None:
+def test_parsing_inverts_str(layout: LayerLayout) -> None:
     assert parse_layers(str(layout)) == layout
 
 

@@ -1,4 +1,4 @@
-"""Layouts of ranks: what is refused and what is named instead; who owns which layers."""
+"""Rank layouts: which are refused and with which advice, and the placement of layers."""
 
 from typing import Any
 
@@ -109,7 +109,7 @@ REFUSED: list[tuple[int, dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("world_size", "changes", "named"), REFUSED, ids=lambda value: str(value)[:70])
-def test_refused_with_what_would_work(world_size: int, changes: dict[str, Any], named: list[str]) -> None:
+def test_errors_name_what_works(world_size: int, changes: dict[str, Any], named: list[str]) -> None:
     with pytest.raises(UserError) as error:
         config(world_size, **changes)
     for part in named:
@@ -127,7 +127,7 @@ def test_recommended_numbers_work() -> None:
     layers=st.tuples(st.integers(0, 9), st.integers(1, 12), st.integers(0, 9)),
     weighed=st.booleans(),
 )
-def test_every_layer_has_one_home(ranks: int, layers: tuple[int, int, int], weighed: bool) -> None:
+def test_every_layer_is_on_one_rank(ranks: int, layers: tuple[int, int, int], weighed: bool) -> None:
     prelude, core, coda = layers
     model = tiny_config("mesh", f"{prelude}+{core}R2+{coda}").model
     parallel = ParallelConfig(
@@ -149,11 +149,11 @@ def test_every_layer_has_one_home(ranks: int, layers: tuple[int, int, int], weig
         assert min(held) > 0 or sum(held) < ranks
 
 
-def test_what_does_not_divide_keeps_away_from_embedding_and_loss() -> None:
+def test_surplus_layers_are_far_from_embedding_and_loss() -> None:
     model = tiny_config("mesh", "5+11R2+5").model
     even = placement(model, ParallelConfig(pipeline_model_parallel_size=4))
     assert str(even) == "1,1,1,2/2,3,3,3/2,1,1,1"
-    # Here the output projection has the FLOPs of more than one of the tiny layers.
+    # The output projection has the FLOPs of more than one of these tiny layers.
     weighed = ParallelConfig(pipeline_model_parallel_size=4, account_for_loss_in_pipeline_split=True)
     assert placement(model, weighed).coda[-1] < even.coda[-1] + 1 and sum(placement(model, weighed).coda) == 5
     wide = tiny_config("mesh", "5+11R2+5", vocab_size=50304).model
@@ -161,7 +161,7 @@ def test_what_does_not_divide_keeps_away_from_embedding_and_loss() -> None:
 
 
 @pytest.mark.parametrize("ranks", range(1, 9))
-def test_the_group_size_that_is_chosen_is_one_that_megatron_takes(ranks: int) -> None:
+def test_megatron_accepts_the_default_group_size(ranks: int) -> None:
     parallel = ParallelConfig(pipeline_model_parallel_size=ranks)
     for micro_batches in range(ranks, 40):
         group = microbatch_group_size(parallel, micro_batches)

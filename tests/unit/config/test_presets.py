@@ -6,7 +6,7 @@ import yaml
 from megatron_mesh.arguments import parse_args
 from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.derived import layout
-from megatron_mesh.config.presets import SCHEMES, SIZES, main, presets
+from megatron_mesh.config.presets import PAPER_SCHEMES, SIZES, main, presets
 from megatron_mesh.config.schema import Config
 
 ON_DISK = Path(__file__).resolve().parents[3] / "examples" / "configs"
@@ -33,7 +33,7 @@ def test_one_file_per_size_and_split() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_split_has_the_depth_of_the_plain_model(name: str) -> None:
     depths = {"70m": 6, "160m": 12, "410m": 24, "1b": 16, "1.4b": 24, "2.8b": 32, "6.9b": 32}  # Pythia's
-    for scheme in SCHEMES:
+    for scheme in PAPER_SCHEMES:
         model = resolve(preset(name, "--recurrence", scheme)).model
         assert layout(model).depth == depths[name.removesuffix(".yaml").split("-")[1]]
         assert (model.layers == str(layout(model).depth)) == (scheme == "vanilla")

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and memory: real modules against the paper's numbers and against torch's counters."""
+"""Parameters, FLOPs and memory of real modules, compared with the paper and with torch's counters."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_mesh.arguments import parse_args
 from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.derived import layout, non_embedding_parameters
-from megatron_mesh.config.presets import SCHEMES as PAPER_SCHEMES
+from megatron_mesh.config.presets import PAPER_SCHEMES
 from megatron_mesh.config.schema import Config
 from megatron_mesh.model import build_model, build_on_meta
 from megatron_mesh.model.count import count_parameters
