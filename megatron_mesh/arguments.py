@@ -55,8 +55,8 @@ def parse_args(argv: Sequence[str], prog: str = "pretrain_mesh.py") -> Arguments
     This checks each setting by itself. ``config.checks.resolve`` checks how they fit together.
 
     Raises:
-        UserError: a setting is unknown or not supported, or the YAML file is invalid. SystemExit: after
-        ``--help`` (0), or if a flag's value has the wrong type (2, after a message on stderr).
+        UserError: a setting is unknown or not supported, or the YAML file is invalid.
+        SystemExit: after ``--help`` (0), or after a message on stderr about a value of the wrong type (2).
     """
     _refuse_unknown(argv)
     path = _config_file(argv, prog)
@@ -111,11 +111,11 @@ _DEFAULT_IN_TEXT = re.compile(r" \(default: [^)]*\)")
 
 
 @_REGISTRY.struct_rule
-def _settings(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """Parse a dataclass of settings, with the help texts and defaults that our docstrings mean.
+def _settings_group(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Parse a dataclass of settings, and correct how ``--help`` shows their docstrings and defaults.
 
-    tyro would keep the source's line breaks in help texts. It would also show "(default: unset)" after a text
-    that names a default, e.g. "(default: all)".
+    tyro keeps the line breaks of the source. It also shows "(default: unset)" after a text that names the
+    default, e.g. "(default: all)".
     """
     if not dataclasses.is_dataclass(info.type):
         return None
@@ -138,7 +138,7 @@ def _field(name: str, type_: Any, default: Any, text: str | None) -> StructField
 
 @cache
 def _help_texts(cls: type) -> dict[str, str]:
-    """The strings below the fields of a dataclass, each on one line."""
+    """Return the docstrings below the fields of a dataclass, each on one line."""
     (definition,) = ast.parse(inspect.getsource(cls)).body
     assert isinstance(definition, ast.ClassDef)
     return {

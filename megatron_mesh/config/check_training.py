@@ -36,9 +36,7 @@ def _check_rampup(training: TrainingConfig) -> None:
         return
     given = f"--rampup-batch-size {' '.join(map(str, words))}"
     if len(words) != 3 or min(words) < 1:
-        raise UserError(
-            f"{given} is wrong; give three numbers above 0, START INCREMENT SAMPLES, e.g. 32 32 1000000"
-        )
+        raise UserError(f"{given} must be three numbers above 0, START INCREMENT SAMPLES, e.g. 32 32 1000000")
     if training.train_samples is None:
         raise UserError(
             f"{given} needs --train-samples instead of --train-iters; give the run's length in samples"

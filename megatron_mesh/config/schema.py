@@ -30,7 +30,7 @@ class ModelConfig:
     mesh_slots: int | None = None
     """Slots N of the MeSH memory (default: K + 3)."""
     mesh_transition_query: Literal["prelude-output", "embedding"] = "prelude-output"
-    """State that the routers of the first cycle, between prelude and loop, see."""
+    """Input of the routers in the first cycle, between prelude and loop."""
     mesh_memory: Literal["factored", "slots"] = "factored"
     """Computation of the MeSH memory: factored (saves K + 2 states for backward), or slots (saves every slot
     of every cycle; a slow reference)."""
