@@ -49,8 +49,8 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
 def _scheme(name: str) -> type[Scheme]:
     if name not in SCHEMES:
         near = nearest(name.replace("*", "-emb"), SCHEMES)  # the paper writes anchor*
-        hint = f"did you mean {near}? " if near else ""
-        raise UserError(f"--recurrence {name} does not exist; {hint}The schemes are: {', '.join(SCHEMES)}")
+        hint = f"did you mean {near}? The" if near else "the"
+        raise UserError(f"--recurrence {name} does not exist; {hint} schemes are: {', '.join(SCHEMES)}")
     return SCHEMES[name]
 
 

@@ -40,8 +40,12 @@ class LoopState:
 
     share: Callable[[Tensor], tuple[Tensor, Tensor]] = _same_graph
     kept: dict[str, Tensor] = field(default_factory=dict)
+    """States by name: the embedding ``h_emb``, the prelude's output ``h_0``, the core's last input
+    ``h_t``."""
     outputs: list[Tensor] = field(default_factory=list)
+    """The outputs that a factored memory has written so far."""
     writes: list[Tensor] = field(default_factory=list)
+    """The write weights of these outputs."""
 
     def keep(self, name: str, x: Tensor) -> Tensor:
         """Keep ``x`` under ``name`` for later passes, and return it for the current pass."""

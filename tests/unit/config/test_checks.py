@@ -130,7 +130,7 @@ ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"num_attention_heads": 768}, ["rotates 0 of a head's 1", "lower --num-attention-heads"]),
     ({"recurrence": "mehs"}, ["mehs does not exist", "did you mean mesh?", "vanilla, base"]),
     ({"recurrence": "anchor*"}, ["did you mean anchor-emb?"]),
-    ({"recurrence": "xyz"}, ["xyz does not exist", "The schemes are: vanilla"]),
+    ({"recurrence": "xyz"}, ["xyz does not exist; the schemes are: vanilla"]),
     ({"layers": "4+8R0+4"}, ["runs 0 times", "--num-loops"]),
     ({"layers": "rubbish"}, ["'rubbish' is not a layer layout"]),
     ({"layers": None}, ["the layers are missing", "--layers"]),
