@@ -71,7 +71,7 @@ def _next_commands(output: Path, training: Step, figures: Step) -> str:
     longer = _with(training, {"--train-iters": 2 * steps, "--override-opt-param-scheduler": None})
     scheme = _with(training, {"--save": other, "--load": other, "--recurrence": "anchor"})
     python, program = training.command[:2]
-    preset = from_here(training.program.parent / "examples/configs/pythia-160m-mesh.yaml")
+    preset = from_here(training.program.parent / "examples/configs/pythia-160m.yaml")
     commands = {
         "Train twice as long, from the last checkpoint:": shell(longer.command),
         "Then plot it again:": shell(figures.command),

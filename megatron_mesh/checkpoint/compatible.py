@@ -72,9 +72,9 @@ def describe_changes(checkpoint: Checkpoint, config: Config, fingerprints: Mappi
         return []  # a new run, which loads only the weights
     lines = _data_lines(checkpoint, config, fingerprints)
     by_meaning: dict[str, list[str]] = {}
-    for name in differing(saved, config, Kind.NAMED):
+    for name in differing(saved, config, Kind.REPORTED):
         if settings.load_optim or name not in ADAM:
-            by_meaning.setdefault(RESUMING[name].meaning, []).append(name)
+            by_meaning.setdefault(RESUMING[name].consequence, []).append(name)
     lines += [f"{_in_words(saved, config, names)}: {meaning}" for meaning, names in by_meaning.items()]
     schedule = _schedule_differences(saved, config)
     if not settings.load_optim:

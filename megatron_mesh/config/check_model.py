@@ -1,14 +1,17 @@
-"""Resolving the model: the scheme, its layers and its memory, and the sizes of the backbone."""
+"""Resolving the model settings: scheme, layers, memory and sizes of the backbone."""
 
+import logging
 from dataclasses import replace
 
 from megatron_mesh.config.layers import LayerLayout, check_layout, parse_layers
 from megatron_mesh.config.ranges import at_least, positive
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.config.settings import flag, nearest
-from megatron_mesh.config.sources import LAYER_PARTS
+from megatron_mesh.config.sources import LAYER_SETTINGS
 from megatron_mesh.errors import UserError
 from megatron_mesh.recurrence import SCHEMES, Scheme
+
+logger = logging.getLogger(__name__)
 
 _MEMORY_SETTINGS = (
     "mesh_slots",
@@ -20,7 +23,7 @@ _MEMORY_SETTINGS = (
 
 
 def resolve_model(model: ModelConfig) -> ModelConfig:
-    """See ``checks.resolve``."""
+    """Resolve the model settings; see ``checks.resolve``."""
     scheme = _scheme(model.recurrence)
     _check_sizes(model)
     layers = _layers(model, scheme)
@@ -46,8 +49,8 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
 def _scheme(name: str) -> type[Scheme]:
     if name not in SCHEMES:
         near = nearest(name.replace("*", "-emb"), SCHEMES)  # the paper writes anchor*
-        hint = f"did you mean {near}? " if near else ""
-        raise UserError(f"--recurrence {name} does not exist; {hint}The schemes are: {', '.join(SCHEMES)}")
+        hint = f"did you mean {near}? The" if near else "the"
+        raise UserError(f"--recurrence {name} does not exist; {hint} schemes are: {', '.join(SCHEMES)}")
     return SCHEMES[name]
 
 
@@ -61,48 +64,57 @@ def _check_sizes(model: ModelConfig) -> None:
         divisors = [n for n in range(1, model.hidden_size + 1) if model.hidden_size % n == 0]
         near = [*[n for n in divisors if n < heads][-1:], *[n for n in divisors if n > heads][:1]]
         raise UserError(
-            f"--hidden-size {model.hidden_size} is not divisible by --num-attention-heads {heads}; the "
-            f"nearest number of heads that divides it: {' or '.join(map(str, near))}"
+            f"--hidden-size {model.hidden_size} is not divisible by --num-attention-heads {heads}; use "
+            f"{' or '.join(map(str, near))} heads"
         )
     _check_rotary(model.rotary_percent, model.hidden_size // model.num_attention_heads)
 
 
-def _check_rotary(share: float, head: int) -> None:
-    if not 0 < share <= 1:
-        raise UserError(f"--rotary-percent {share} is out of range; it must be above 0 and at most 1")
-    turned = int(head * share)
-    if turned >= 2 and turned % 2 == 0:
+def _check_rotary(fraction: float, head: int) -> None:
+    if not 0 < fraction <= 1:
+        raise UserError(f"--rotary-percent {fraction} is out of range; it must be above 0 and at most 1")
+    rotated = int(head * fraction)
+    if rotated >= 2 and rotated % 2 == 0:
         return
-    even = next((n for n in (turned + 1, turned - 1, 2) if n % 2 == 0 and 2 <= n <= head), None)
+    even = next((n for n in (rotated + 1, rotated - 1, 2) if n % 2 == 0 and 2 <= n <= head), None)
     remedy = (
-        f"--rotary-percent {min(1.0, (even + 0.5) / head):.3g} turns {even}"
+        f"use --rotary-percent {min(1.0, (even + 0.5) / head):.3g}, which rotates {even}"
         if even
         else "lower --num-attention-heads, so that a head has at least two dimensions"
     )
     raise UserError(
-        f"rotary position embedding turns pairs of dimensions, and --rotary-percent {share} of a head's "
-        f"{head} dimensions are {turned}; {remedy}"
+        f"--rotary-percent {fraction} rotates {rotated} of a head's {head} dimensions, but rotary embeddings "
+        f"need an even number of at least 2; {remedy}"
     )
 
 
 def _layers(model: ModelConfig, scheme: type[Scheme]) -> LayerLayout:
-    parts = {part: getattr(model, name) for name, part in LAYER_PARTS.items()}
-    given = [flag(name) for name in LAYER_PARTS if getattr(model, name) is not None]
+    numbers = {field: getattr(model, name) for name, field in LAYER_SETTINGS.items()}
+    given = [flag(name) for name in LAYER_SETTINGS if getattr(model, name) is not None]
     if model.layers is not None and given:
-        raise UserError(f"--layers and {given[0]} are both given; keep one way of naming the layers")
+        raise UserError(f"--layers and {given[0]} are both given; keep one of them")
     if model.layers is not None:
         layers = parse_layers(model.layers)
-    elif len(given) == len(parts):
-        layers = LayerLayout(**parts)
+    elif len(given) == len(numbers):
+        layers = LayerLayout(**numbers)
         check_layout(layers)
     else:
-        missing = [flag(name) for name in LAYER_PARTS if flag(name) not in given]
+        missing = [flag(name) for name in LAYER_SETTINGS if flag(name) not in given]
         raise UserError(
-            f"{', '.join(missing)} missing; the layers need all four parts, or --layers 4+8R2+4 instead"
+            f"{', '.join(missing)} missing; give all four of {', '.join(map(flag, LAYER_SETTINGS))}, "
+            "or only --layers"
             if given
-            else "the layers are missing; give --layers, for example 4+8R2+4, or a preset with --config"
+            else "the layers are missing; give --layers, e.g. 4+8R2+4, or a preset with --config"
         )
-    if not scheme.shared_core:
+    if layers.shared and not scheme.has_loop:
+        logger.info(
+            "--recurrence %s: a plain model of %d layers, the unrolled depth of %s",
+            model.recurrence,
+            layers.depth,
+            layers,
+        )
+        layers = layers.unrolled()
+    elif not scheme.shared_core:
         layers = layers.distinct()
     _check_form(layers, model.recurrence, scheme)
     return layers
@@ -111,19 +123,19 @@ def _layers(model: ModelConfig, scheme: type[Scheme]) -> LayerLayout:
 def _check_form(layers: LayerLayout, name: str, scheme: type[Scheme]) -> None:
     if scheme.shared_core and layers.plain:
         raise UserError(
-            f"--recurrence {name} applies a core several times, and --layers {layers} is a plain depth; "
-            "write prelude+coreRloops+coda, for example 4+8R2+4, or use --recurrence vanilla"
+            f"--recurrence {name} needs a core, but --layers {layers} is a plain depth; write "
+            "prelude+coreRloops+coda, e.g. 4+8R2+4, or use --recurrence vanilla"
         )
     if scheme.shared_core and not layers.shared:
         shared = replace(layers, shared=True)
         raise UserError(
-            f"--recurrence {name} shares the core's weights between loops, and --layers {layers} has "
-            f"cores of their own; write --layers {shared}, or use --recurrence vanilla+mesh"
+            f"--recurrence {name} shares the core's weights between loops, but --layers {layers} has "
+            f"separate cores; write --layers {shared}, or use --recurrence vanilla+mesh"
         )
     if scheme.has_loop and layers.plain:
         raise UserError(
-            f"--recurrence {name} works between the cores, and --layers {layers} is a plain depth; "
-            "write prelude+core+...+core+coda, for example 4+8+8+4"
+            f"--recurrence {name} needs separate cores, but --layers {layers} is a plain depth; write "
+            "prelude+core+...+core+coda, e.g. 4+8+8+4"
         )
 
 
@@ -132,6 +144,6 @@ def _refuse_memory_settings(model: ModelConfig) -> None:
     for name in _MEMORY_SETTINGS:
         if getattr(model, name) != getattr(default, name):
             raise UserError(
-                f"{flag(name)} belongs to MeSH, and --recurrence {model.recurrence} has no memory; "
-                "leave it out, or use --recurrence mesh"
+                f"{flag(name)} is a setting of MeSH, but --recurrence {model.recurrence} has no memory; "
+                "remove it, or use --recurrence mesh"
             )

@@ -1,4 +1,4 @@
-"""Layouts of ranks that cannot work are refused here, before any process group exists."""
+"""Checks of the rank layout. They refuse what can't work before any process group exists."""
 
 import math
 
@@ -13,7 +13,7 @@ from megatron_mesh.recurrence import SCHEMES
 
 
 def check_ranks(parallel: ParallelConfig, world_size: int) -> int:
-    """The data-parallel size; processes divide into groups that hold a model."""
+    """Check that the processes divide into groups that each hold a model; return the data-parallel size."""
     at_least(1, parallel, "tensor_model_parallel_size", "pipeline_model_parallel_size")
     at_least(1, parallel, "context_parallel_size", "num_virtual_stages_per_pipeline_rank")
     at_least(1, parallel, "microbatch_group_size_per_virtual_stage", "ddp_bucket_size")
@@ -22,8 +22,8 @@ def check_ranks(parallel: ParallelConfig, world_size: int) -> int:
     if parallel.watchdog_timeout_minutes >= parallel.distributed_timeout_minutes:
         raise UserError(
             f"--watchdog-timeout-minutes {parallel.watchdog_timeout_minutes:g} must be below "
-            f"--distributed-timeout-minutes {parallel.distributed_timeout_minutes:g}: else a rank that only "
-            "waits for a hung one fails first"
+            f"--distributed-timeout-minutes {parallel.distributed_timeout_minutes:g}; otherwise ranks that "
+            "wait for a hung rank fail before the watchdog can name it"
         )
     size = model_parallel_size(parallel)
     if world_size % size:
@@ -32,50 +32,51 @@ def check_ranks(parallel: ParallelConfig, world_size: int) -> int:
         sizes = " x ".join(f"{flag(n)} {getattr(parallel, n)}" for n in model_parallel_names(parallel))
         raise UserError(
             f"{sizes} = {size} does not divide the number of processes, {world_size}; "
-            f"start {' or '.join(near)} (torchrun --nproc-per-node), or plan with tools/inspect_config.py"
+            f"start {' or '.join(near)} processes (torchrun --nproc-per-node), or find a layout with "
+            "tools/inspect_config.py"
         )
     _check_data_parallel(parallel)
     return world_size // size
 
 
 def model_parallel_names(parallel: ParallelConfig) -> list[str]:
-    """The settings whose product is the number of ranks that hold one model; the rarer only if it is used."""
+    """Return the settings whose product is the number of ranks that hold one model."""
     names = ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
     return names + ["context_parallel_size"] * (parallel.context_parallel_size > 1)
 
 
 def model_parallel_size(parallel: ParallelConfig) -> int:
-    """Ranks that work on the same micro-batches."""
+    """Return the number of ranks that work on the same micro-batches."""
     return math.prod(getattr(parallel, name) for name in model_parallel_names(parallel))
 
 
 def check_context_parallel(
     parallel: ParallelConfig, model: ModelConfig, transformer_impl: str, *, bf16: bool
 ) -> None:
-    """The ranks of a context-parallel group share sequences, in Transformer Engine's attention."""
+    """Check that context-parallel ranks can divide sequences, and can use Transformer Engine's attention."""
     ranks = parallel.context_parallel_size
     if ranks == 1:
         return
     if transformer_impl == "local":
         raise UserError(
-            f"--context-parallel-size {ranks} needs Transformer Engine's attention, and "
-            "--transformer-impl local rules that out; for long sequences without it use "
-            "--tensor-model-parallel-size with --sequence-parallel"
+            f"--context-parallel-size {ranks} needs Transformer Engine's attention; remove "
+            "--transformer-impl local, or shard long sequences with --tensor-model-parallel-size and "
+            "--sequence-parallel"
         )
     if not bf16:
         raise UserError(
-            f"--context-parallel-size {ranks} needs --bf16: Transformer Engine's kernels for shared "
-            "sequences do not compute in float32"
+            f"--context-parallel-size {ranks} needs --bf16: Transformer Engine's context-parallel attention "
+            "does not support float32"
         )
-    # Each rank takes an early and a late piece, so that a causal mask gives all the same to do; the
-    # tensor-parallel ranks divide what it has of both.
-    sharded = parallel.sequence_parallel or keeps_states(model)
+    # Each rank takes an early and a late piece of the sequence, so that all have equal work under a causal
+    # mask. Tensor-parallel ranks then divide both pieces.
+    sharded = parallel.sequence_parallel or SCHEMES[model.recurrence].shards_states
     unit = 2 * ranks * (parallel.tensor_model_parallel_size if sharded else 1)
     if model.seq_length % unit:
         near = [str(n) for n in (model.seq_length // unit * unit, -(-model.seq_length // unit) * unit) if n]
         raise UserError(
-            f"--context-parallel-size {ranks} cuts sequences into {unit} pieces on this layout, and "
-            f"--seq-length {model.seq_length} is no multiple of that; the nearest are {' and '.join(near)}"
+            f"--context-parallel-size {ranks} divides sequences into {unit} pieces on this layout, but "
+            f"--seq-length {model.seq_length} is not a multiple of {unit}; use {' or '.join(near)}"
         )
 
 
@@ -83,13 +84,15 @@ def _check_data_parallel(parallel: ParallelConfig) -> None:
     if parallel.overlap_param_gather:
         for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
             if not getattr(parallel, name):
-                raise UserError(f"--overlap-param-gather needs {flag(name)}; add that or leave it out")
+                raise UserError(
+                    f"--overlap-param-gather needs {flag(name)}; add it, or remove --overlap-param-gather"
+                )
     if parallel.ddp_bucket_size is not None and not parallel.overlap_grad_reduce:
-        raise UserError("--ddp-bucket-size needs --overlap-grad-reduce; add that or leave it out")
+        raise UserError("--ddp-bucket-size needs --overlap-grad-reduce; add it, or remove --ddp-bucket-size")
 
 
 def check_tensor_parallel(parallel: ParallelConfig, model: ModelConfig) -> None:
-    """The ranks of a tensor-parallel group divide the model's dimensions."""
+    """Check that tensor parallelism divides the model's dimensions."""
     size = parallel.tensor_model_parallel_size
     divided = {
         "--num-attention-heads": model.num_attention_heads,
@@ -101,33 +104,28 @@ def check_tensor_parallel(parallel: ParallelConfig, model: ModelConfig) -> None:
     if parallel.sequence_parallel:
         if size == 1:
             raise UserError(
-                "--sequence-parallel splits the sequence over tensor-parallel ranks and there is only one; "
-                "leave it out or set --tensor-model-parallel-size above 1"
+                "--sequence-parallel divides the sequence over tensor-parallel ranks, but there is only one; "
+                "remove it, or set --tensor-model-parallel-size above 1"
             )
         divided["--seq-length (with --sequence-parallel)"] = model.seq_length
-    elif keeps_states(model):
+    elif SCHEMES[model.recurrence].shards_states:
         divided["--seq-length (the recurrence's memory is sharded along it)"] = model.seq_length
     for what, number in divided.items():
         if number % size:
             near = max(n for n in range(1, size) if number % n == 0)
             raise UserError(
                 f"--tensor-model-parallel-size {size} does not divide {what}, {number}; change one of them, "
-                f"for example to --tensor-model-parallel-size {near}"
+                f"e.g. to --tensor-model-parallel-size {near}"
             )
-
-
-def keeps_states(model: ModelConfig) -> bool:
-    """Whether the scheme has states and weights of its own, which tensor-parallel ranks share out."""
-    return SCHEMES[model.recurrence].kept_states(layout(model).loops) > 0
 
 
 def check_pipeline(
     parallel: ParallelConfig, model: ModelConfig, training: TrainingConfig, data_parallel: int
 ) -> None:
-    """Layers divide over the pipeline's ranks and micro-batches over its schedule."""
+    """Check that layers divide over the pipeline's ranks, and micro-batches over its schedule."""
     ranks = parallel.pipeline_model_parallel_size
     looped = SCHEMES[model.recurrence].has_loop
-    _check_idle_settings(parallel, looped)
+    _refuse_settings_without_effect(parallel, looped)
     if ranks == 1:
         return
     if looped:
@@ -143,8 +141,8 @@ def check_pipeline(
     if smallest // unit < ranks:
         name = "a START of --rampup-batch-size of" if training.rampup_batch_size else "--global-batch-size"
         raise UserError(
-            f"{smallest // unit} micro-batches per step and data-parallel rank are too few for "
-            f"--pipeline-model-parallel-size {ranks}, which needs as many; "
+            f"--pipeline-model-parallel-size {ranks} needs at least {ranks} micro-batches per step and "
+            f"data-parallel rank, but only {smallest // unit} fit into a batch; "
             f"use {name} {ranks * unit} or more, or a smaller --micro-batch-size"
         )
     for batch in batch_sizes(training):
@@ -155,8 +153,8 @@ def _check_parts(parts: Placement) -> None:
     empty = [r for r in range(parts.ranks) if not any(s[r] for _, s in parts.sections())]
     if empty:
         raise UserError(
-            f"pipeline rank {empty[0]} would hold no layer of prelude, core or coda ({parts}); use "
-            "fewer --pipeline-model-parallel-size, or --pipeline-model-parallel-layout"
+            f"pipeline rank {empty[0]} would have no layers ({parts}); use a smaller "
+            "--pipeline-model-parallel-size, or --pipeline-model-parallel-layout"
         )
 
 
@@ -164,13 +162,13 @@ def _check_recomputed_groups(training: TrainingConfig, parts: Placement) -> None
     group = training.recompute_num_layers or 1
     if training.recompute_method == "uniform" and any(n % group for _, s in parts.sections() for n in s):
         raise UserError(
-            f"--recompute-num-layers {group} must divide every rank's part of every section ({parts}), since "
-            "--recompute-method uniform recomputes groups of so many layers; 1 always does"
+            f"--recompute-num-layers {group} does not divide every rank's part of every section ({parts}), "
+            "as --recompute-method uniform needs; 1 always does"
         )
 
 
-def _check_idle_settings(parallel: ParallelConfig, looped: bool) -> None:
-    """Settings of a pipeline, or of the other kind of pipeline, would silently do nothing."""
+def _refuse_settings_without_effect(parallel: ParallelConfig, looped: bool) -> None:
+    """Refuse settings of a pipeline, or of the other kind of pipeline, that would have no effect."""
     pipeline_only = [
         "pipeline_model_parallel_layout",
         "account_for_embedding_in_pipeline_split",
@@ -181,17 +179,18 @@ def _check_idle_settings(parallel: ParallelConfig, looped: bool) -> None:
         for name in pipeline_only:
             if getattr(parallel, name):
                 raise UserError(
-                    f"{flag(name)} needs --pipeline-model-parallel-size above 1; add that or leave it out"
+                    f"{flag(name)} needs --pipeline-model-parallel-size above 1; add it, or remove "
+                    f"{flag(name)}"
                 )
     elif looped and parallel.num_virtual_stages_per_pipeline_rank:
         raise UserError(
-            "--num-virtual-stages-per-pipeline-rank is for vanilla; a looped model always has its K+2 "
-            "passes as virtual stages: leave it out"
+            "--num-virtual-stages-per-pipeline-rank is for vanilla, but the virtual stages of a looped model "
+            "are its K+2 passes; remove it"
         )
     elif not looped:
         for name in pipeline_only:
             if getattr(parallel, name):
-                raise UserError(f"{flag(name)} is for looped models; leave it out for vanilla")
+                raise UserError(f"{flag(name)} is for looped models, not for vanilla; remove it")
 
 
 def _check_plain_layers(parallel: ParallelConfig, depth: int) -> None:
@@ -203,7 +202,7 @@ def _check_plain_layers(parallel: ParallelConfig, depth: int) -> None:
         below = depth // (ranks * virtual) * ranks * virtual
         near = [str(n) for n in (below, below + ranks * virtual) if n]
         raise UserError(
-            f"--layers {depth} do not divide over --pipeline-model-parallel-size {ranks} x "
+            f"--layers {depth} is not divisible by --pipeline-model-parallel-size {ranks} x "
             f"--num-virtual-stages-per-pipeline-rank {virtual} = {ranks * virtual} chunks; "
-            f"the nearest that do: {' or '.join(near)}"
+            f"use {' or '.join(near)} layers"
         )

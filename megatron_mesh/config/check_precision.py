@@ -1,7 +1,8 @@
-"""Resolving precision: settings of FP8 that do not fit each other, the model or the layout are refused.
+"""Resolving the precision settings, and refusing FP8 settings that don't fit each other, the model or the
+rank layout.
 
-Whether Transformer Engine is there is asked where the model is built (``model/implementation.py``): a plan
-for another machine needs none.
+Whether Transformer Engine is installed is checked when the model is built (``model/implementation.py``),
+because plans for other machines don't need it.
 """
 
 from dataclasses import replace
@@ -13,9 +14,9 @@ from megatron_mesh.config.settings import flag
 from megatron_mesh.errors import UserError
 from megatron_mesh.recurrence import SCHEMES
 
-_UNIT = 16  # FP8 matrix products take sizes that divide by it
-_BLOCK = 128  # of blockwise scaling; what is gathered over tensor-parallel ranks consists of whole ones
-_HISTORY = 1024  # Transformer Engine's own default
+_UNIT = 16  # FP8 matrix products need sizes that are multiples of it
+_BLOCK = 128  # block size of blockwise scaling; tensor-parallel ranks gather whole blocks
+_HISTORY = 1024  # Transformer Engine's default
 _BF16_COUNTS = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
 _DELAYED = ("fp8_amax_history_len", "fp8_amax_compute_algo")
 
@@ -23,19 +24,19 @@ _DELAYED = ("fp8_amax_history_len", "fp8_amax_compute_algo")
 def resolve_precision(
     precision: PrecisionConfig, model: ModelConfig, training: TrainingConfig, parallel: ParallelConfig
 ) -> PrecisionConfig:
-    """See ``checks.resolve``; ``model`` and ``training`` are resolved."""
+    """Resolve the precision settings; see ``checks.resolve``. ``model`` and ``training`` are resolved."""
     at_least(1, precision, "fp8_amax_history_len")
     at_least(0, precision, *_BF16_COUNTS)
-    _check_idle_settings(precision)
+    _refuse_settings_without_effect(precision)
     if precision.fp8_format is None:
         return precision
     if precision.transformer_impl == "local":
-        raise UserError("--fp8-format needs Transformer Engine's layers; give --transformer-impl auto")
+        raise UserError("--fp8-format needs Transformer Engine's layers; use --transformer-impl auto")
     if not training.bf16:
-        raise UserError("--fp8-format needs --bf16: what is not in FP8 is in bfloat16")
+        raise UserError("--fp8-format needs --bf16, which applies to everything that is not in FP8; add it")
     if precision.fp8_param_gather and not parallel.use_distributed_optimizer:
         raise UserError(
-            "--fp8-param-gather needs --use-distributed-optimizer, which keeps the weights in float32"
+            "--fp8-param-gather needs --use-distributed-optimizer, which has the float32 weights; add it"
         )
     _check_sizes(precision, model, training, parallel)
     if precision.first_last_layers_bf16:
@@ -45,14 +46,14 @@ def resolve_precision(
     return precision
 
 
-def _check_idle_settings(precision: PrecisionConfig) -> None:
-    """Settings that would silently do nothing."""
+def _refuse_settings_without_effect(precision: PrecisionConfig) -> None:
+    """Refuse settings that would have no effect."""
     default = PrecisionConfig()
 
     def refuse(needed: str, *names: str) -> None:
         for name in names:
             if getattr(precision, name) != getattr(default, name):
-                raise UserError(f"{flag(name)} needs {needed}; add that or leave it out")
+                raise UserError(f"{flag(name)} needs {needed}; add it, or remove {flag(name)}")
 
     if precision.fp8_format is None:
         refuse(
@@ -86,8 +87,8 @@ def _check_sizes(
         if size % unit:
             kind = "blockwise FP8 with --sequence-parallel" if unit == _BLOCK else "FP8"
             raise UserError(
-                f"{what} is {size}, and {kind} needs a multiple of {unit}; the nearest are "
-                f"{' and '.join(str(n) for n in (size // unit * unit, -(-size // unit) * unit) if n)}"
+                f"{what} is {size}, but {kind} needs a multiple of {unit}, e.g. "
+                f"{' or '.join(str(n) for n in (size // unit * unit, -(-size // unit) * unit) if n)}"
             )
 
 
@@ -96,21 +97,21 @@ def _resolve_bf16_layers(
 ) -> PrecisionConfig:
     if precision.fp8_recipe == "delayed":
         raise UserError(
-            "--fp8-recipe delayed updates its scales once for all layers of a pass, and "
-            "--first-last-layers-bf16 divides them; leave that out, or use --fp8-recipe tensorwise"
+            "--fp8-recipe delayed updates its scales once for all layers of a pass, but "
+            "--first-last-layers-bf16 divides these layers; remove it, or use --fp8-recipe tensorwise"
         )
     start, end = (1 if getattr(precision, n) is None else getattr(precision, n) for n in _BF16_COUNTS)
     layers, ranks = layout(model), parallel.pipeline_model_parallel_size
     if SCHEMES[model.recurrence].has_loop:
         if precision.fp8_scope == "core":
             raise UserError(
-                "--first-last-layers-bf16 needs --fp8-scope all: with --fp8-scope core prelude and coda are "
-                "in bfloat16 already; leave it out"
+                "--first-last-layers-bf16 has no effect with --fp8-scope core, which already leaves prelude "
+                "and coda in bfloat16; remove it, or use --fp8-scope all"
             )
         if precision.fp8_param_gather and ranks > 1:
             raise UserError(
-                "--fp8-param-gather with --first-last-layers-bf16 is not built in for a looped model on a "
-                "pipeline; leave one of them out, or use --fp8-scope core"
+                "--fp8-param-gather with --first-last-layers-bf16 is not implemented for a looped model on a "
+                "pipeline; remove one of them, or use --fp8-scope core"
             )
         limits = {"prelude": (start, layers.prelude), "coda": (end, layers.coda)}
     else:
@@ -118,8 +119,7 @@ def _resolve_bf16_layers(
     for (where, (count, most)), name in zip(limits.items(), _BF16_COUNTS, strict=False):
         if count > most:
             raise UserError(
-                f"{flag(name)} {count} is more than the {most} layers of --layers {layers} that a {where} "
-                "has; lower it"
+                f"{flag(name)} {count} is too large; a {where} of --layers {layers} has {most} layers"
             )
     return replace(precision, num_layers_at_start_in_bf16=start, num_layers_at_end_in_bf16=end)
 
@@ -130,15 +130,15 @@ def _resolve_delayed(
     if SCHEMES[model.recurrence].has_loop:
         if precision.fp8_amax_compute_algo == "most_recent":
             raise UserError(
-                "--fp8-amax-compute-algo most_recent would scale each pass of the core by the one before, "
-                "whose values are others; use max, or --fp8-recipe tensorwise"
+                "--fp8-amax-compute-algo most_recent would scale each pass of the core by the previous pass, "
+                "which has other values; use max, or --fp8-recipe tensorwise"
             )
         recomputed = training.recompute_modules or []
         if training.recompute_granularity == "full" or "mlp" in recomputed:
             raise UserError(
-                "--fp8-recipe delayed cannot recompute layers of a loop: Transformer Engine puts the scales "
-                "of the first forward back in the order of the passes, backward in reverse; use "
-                "--fp8-recipe tensorwise, or recompute core_attn alone"
+                "--fp8-recipe delayed cannot recompute layers of a loop: Transformer Engine restores the "
+                "scales of the forward passes in the order in which they ran, but the backward runs them in "
+                "reverse; use --fp8-recipe tensorwise, or recompute only core_attn"
             )
     return replace(
         precision,

@@ -1,10 +1,10 @@
-"""Resolving batch, length, recompute and the learning-rate schedule."""
+"""Resolving batch size, length, recomputation and the learning-rate schedule."""
 
 from dataclasses import replace
 
 from megatron_mesh.config.derived import layout
 from megatron_mesh.config.length import batch_sizes, counts_samples
-from megatron_mesh.config.ranges import at_least, positive, share
+from megatron_mesh.config.ranges import at_least, fraction, positive
 from megatron_mesh.config.schema import ModelConfig, OptimizerConfig, TrainingConfig
 from megatron_mesh.config.settings import flag
 from megatron_mesh.errors import UserError
@@ -12,7 +12,7 @@ from megatron_mesh.recurrence import SCHEMES
 
 
 def resolve_training(training: TrainingConfig, model: ModelConfig, data_parallel: int) -> TrainingConfig:
-    """See ``checks.resolve``; ``model`` is resolved."""
+    """Resolve the training settings; see ``checks.resolve``. ``model`` is resolved."""
     at_least(1, training, "micro_batch_size", "global_batch_size", "train_iters", "train_samples")
     at_least(1, training, "max_skipped_steps")
     at_least(0, training, "seed", "eval_interval", "eval_iters")
@@ -30,7 +30,7 @@ def resolve_training(training: TrainingConfig, model: ModelConfig, data_parallel
 
 
 def _check_rampup(training: TrainingConfig) -> None:
-    """The batch sizes of a ramp-up lead from the first to ``global_batch_size``."""
+    """Check that a ramp-up goes from its first batch size to ``global_batch_size`` in equal steps."""
     words, batch = training.rampup_batch_size, training.global_batch_size
     if words is None:
         return
@@ -38,13 +38,15 @@ def _check_rampup(training: TrainingConfig) -> None:
     if len(words) != 3 or min(words) < 1:
         raise UserError(f"{given} must be three numbers above 0, START INCREMENT SAMPLES, e.g. 32 32 1000000")
     if training.train_samples is None:
-        raise UserError(f"{given} needs a run that counts samples; give --train-samples, not --train-iters")
+        raise UserError(
+            f"{given} needs --train-samples instead of --train-iters; give the run's length in samples"
+        )
     start, increment, _ = words
     assert batch is not None
     if start >= batch or (batch - start) % increment:
         raise UserError(
-            f"{given} must lead from START in steps of INCREMENT to --global-batch-size {batch}; "
-            f"{batch} - {start} = {batch - start} is not a positive multiple of {increment}"
+            f"{given} does not lead from START to --global-batch-size {batch} in steps of INCREMENT: "
+            f"{batch} - {start} = {batch - start} is not a positive multiple of {increment}; change one"
         )
 
 
@@ -53,41 +55,44 @@ def _check_batches(training: TrainingConfig, data_parallel: int) -> None:
     for batch in batch_sizes(training):
         if not batch % unit:
             continue
-        what = "a batch of --rampup-batch-size," if training.rampup_batch_size else "--global-batch-size"
+        ramp = f"--rampup-batch-size has a batch of {batch}, which"
+        subject = ramp if training.rampup_batch_size else f"--global-batch-size {batch}"
         near = [str(n) for n in (batch // unit * unit, batch // unit * unit + unit) if n]
         raise UserError(
-            f"{what} {batch} is not divisible by --micro-batch-size "
+            f"{subject} is not divisible by --micro-batch-size "
             f"{training.micro_batch_size} x data-parallel size {data_parallel} = {unit}; "
-            f"the nearest that is: {' or '.join(near)}"
+            f"use {' or '.join(near)}, the nearest that is"
         )
 
 
 def _check_length(training: TrainingConfig) -> None:
     if training.train_iters is not None and training.train_samples is not None:
-        raise UserError("--train-iters and --train-samples both set the length of the run; keep one")
+        raise UserError("--train-iters and --train-samples are both given; keep one")
     if training.train_iters is None and training.train_samples is None:
         raise UserError("the length of the run is missing; give --train-iters or --train-samples")
     first = batch_sizes(training)[0]
     if training.train_samples is not None and training.train_samples < first:
         raise UserError(
-            f"--train-samples {training.train_samples} is less than one global batch of {first}; "
-            "raise it, or lower --global-batch-size"
+            f"--train-samples {training.train_samples} is less than one global batch of {first}; raise it, "
+            "or lower --global-batch-size"
         )
 
 
 def _resolve_recompute(training: TrainingConfig, model: ModelConfig) -> TrainingConfig:
-    """The settings of the granularity in use get their defaults, the others must be unset."""
+    """Fill in the settings of the granularity in use, and refuse those of the other one."""
     at_least(1, training, "recompute_num_layers")
     granularity = training.recompute_granularity
-    idle = {
+    unused = {
         None: ("recompute_method", "recompute_num_layers", "recompute_modules"),
         "selective": ("recompute_method", "recompute_num_layers"),
         "full": ("recompute_modules",),
     }
-    for name in idle[granularity]:
+    for name in unused[granularity]:
         if getattr(training, name) is not None:
             needed = "selective" if name == "recompute_modules" else "full"
-            raise UserError(f"{flag(name)} needs --recompute-granularity {needed}; add that or leave it out")
+            raise UserError(
+                f"{flag(name)} needs --recompute-granularity {needed}; add it, or remove {flag(name)}"
+            )
     if granularity == "selective":
         return replace(training, recompute_modules=training.recompute_modules or ["core_attn"])
     if granularity == "full":
@@ -98,26 +103,29 @@ def _resolve_recompute(training: TrainingConfig, model: ModelConfig) -> Training
         sections = (layers.prelude, layers.core, layers.coda) if looped else (layers.depth,)
         if method == "uniform" and any(n % group for n in sections):
             raise UserError(
-                f"--recompute-num-layers {group} must divide every section of --layers {layers} "
-                "(--recompute-method uniform recomputes groups of so many layers); 1 always does"
+                f"--recompute-num-layers {group} does not divide every section of --layers {layers}, as "
+                "--recompute-method uniform needs; 1 always does"
             )
         return replace(training, recompute_method=method, recompute_num_layers=group)
     return training
 
 
 def resolve_optimizer(optimizer: OptimizerConfig, training: TrainingConfig) -> OptimizerConfig:
-    """See ``checks.resolve``; ``training`` is resolved. The schedule is in the unit of the run's length."""
+    """Resolve the optimizer settings; see ``checks.resolve``. ``training`` is resolved.
+
+    The schedule then has the unit of the run's length, steps or samples.
+    """
     positive(optimizer, "lr", "adam_eps")
     at_least(0, optimizer, "min_lr", "lr_warmup_init", "weight_decay", "clip_grad")
     at_least(0, optimizer, "lr_warmup_iters", "lr_warmup_samples")
     at_least(1, optimizer, *(f"{name}_{unit}" for name in _DECAYS for unit in _UNITS))
-    share(optimizer, "lr_warmup_fraction")
-    share(optimizer, "adam_beta1", "adam_beta2", below_one=True)
+    fraction(optimizer, "lr_warmup_fraction")
+    fraction(optimizer, "adam_beta1", "adam_beta2", below_one=True)
     for name in ("min_lr", "lr_warmup_init"):
         if getattr(optimizer, name) > optimizer.lr:
             raise UserError(
-                f"{flag(name)} {getattr(optimizer, name):g} is above the peak, --lr {optimizer.lr:g}; "
-                "lower it or raise --lr"
+                f"{flag(name)} {getattr(optimizer, name):g} is above the peak, --lr {optimizer.lr:g}; lower "
+                "it, or raise --lr"
             )
     length = training.train_samples if counts_samples(training) else training.train_iters
     assert length is not None
@@ -138,8 +146,8 @@ def _refuse_other_unit(optimizer: OptimizerConfig, unit: str, other: str) -> Non
     for name in ("lr_warmup", *_DECAYS):
         if getattr(optimizer, f"{name}_{other}") is not None:
             raise UserError(
-                f"{flag(f'{name}_{other}')} counts {_WORDS[other]}, and a run of --train-{unit} counts "
-                f"{_WORDS[unit]}; give {flag(f'{name}_{unit}')}"
+                f"{flag(f'{name}_{other}')} counts {_WORDS[other]}, but a run of --train-{unit} counts "
+                f"{_WORDS[unit]}; use {flag(f'{name}_{unit}')}"
             )
 
 
@@ -150,8 +158,8 @@ def _warmup(optimizer: OptimizerConfig, unit: str, decay: int) -> int:
     warmup = int(fraction * decay) if fraction is not None else given or 0
     if warmup >= decay:
         raise UserError(
-            f"the warm-up takes {warmup} {_WORDS[unit]} and the schedule (--lr-decay-{unit}, or else "
-            f"--train-{unit}) has {decay}; the warm-up must be shorter"
+            f"the warm-up takes {warmup} {_WORDS[unit]}, but the whole schedule (--lr-decay-{unit}, or else "
+            f"--train-{unit}) has {decay}; shorten the warm-up"
         )
     return warmup
 
@@ -161,12 +169,12 @@ def _check_wsd(optimizer: OptimizerConfig, unit: str, decay: int, warmup: int) -
     name = f"--lr-wsd-decay-{unit}"
     if optimizer.lr_decay_style != "WSD":
         if final is not None:
-            raise UserError(f"{name} needs --lr-decay-style WSD; add that or leave it out")
+            raise UserError(f"{name} needs --lr-decay-style WSD; add it, or remove {name}")
         return
     if final is None:
-        raise UserError(f"--lr-decay-style WSD needs {name}, the {_WORDS[unit]} of its final decay")
+        raise UserError(f"--lr-decay-style WSD needs {name}, the {_WORDS[unit]} of its final decay; add it")
     if warmup + final > decay:
         raise UserError(
             f"warm-up ({warmup} {_WORDS[unit]}) and the final decay of WSD ({final}) take longer than the "
-            f"schedule ({decay}); lower {name} or the warm-up"
+            f"whole schedule ({decay}); lower {name} or the warm-up"
         )

@@ -1,4 +1,4 @@
-"""``resolve``: settings that depend on others are filled in, and settings that do not fit are refused."""
+"""``resolve``: fill in settings that depend on others, and refuse settings that don't fit together."""
 
 from dataclasses import replace
 
@@ -17,15 +17,17 @@ from megatron_mesh.errors import UserError
 
 
 def resolve(config: Config, *, world_size: int = 1) -> Config:
-    """The configuration that a run of ``world_size`` processes uses: nothing in it is left to guess.
+    """Return the complete configuration of a run of ``world_size`` processes.
 
-    The layers are one string, the four parts None again. Decay and warm-up are set in the unit of the run's
-    length: steps with ``train_iters``, samples with ``train_samples``. Resolving a resolved configuration
-    changes nothing. Data may be missing (a dry run needs none), and ``vocab_size`` may wait for the
-    tokenizer: resolve again once it is known.
+    ``layers`` is then set, and ``prelude_layers`` etc. are None. Decay and warm-up have the unit of the run's
+    length: steps with ``train_iters``, samples with ``train_samples``. Resolving a second time changes
+    nothing.
+
+    Data may be missing, since a dry run needs none. If ``vocab_size`` is to come from the tokenizer, resolve
+    again once it is known.
 
     Raises:
-        UserError: a setting is out of range or does not fit another one.
+        UserError: a setting is out of range or doesn't fit another one.
     """
     model = resolve_model(config.model)
     check_data(config.data)
@@ -45,16 +47,15 @@ def resolve(config: Config, *, world_size: int = 1) -> Config:
 
 
 def check_vocabulary(model: ModelConfig, data: DataConfig) -> None:
-    """The vocabulary has a size, or a tokenizer that will tell it."""
+    """Refuse a run with neither a vocabulary size nor a tokenizer."""
     if model.vocab_size is None and data.tokenizer_model is None:
         raise UserError(
-            "the size of the vocabulary is not known; give --tokenizer-model (its size is used) or "
-            "--vocab-size"
+            "the vocabulary size is not known; give --tokenizer-model (its size is used) or --vocab-size"
         )
 
 
 def check_data(data: DataConfig) -> None:
-    """One kind of data path only, and a tokenizer where one is needed."""
+    """Refuse a mixture of data path settings, and a missing tokenizer."""
     at_least(0, data, "num_workers")
     paths = {
         "--data-path": data.data_path,
@@ -68,27 +69,27 @@ def check_data(data: DataConfig) -> None:
             raise UserError(f"{name} is empty; give the prefix of a .bin/.idx pair, or WEIGHT PREFIX ...")
     if "--data-path" in given and len(given) > 1:
         raise UserError(
-            f"--data-path (divided by --split) and {given[1]} are both given; give --data-path alone, or "
+            f"--data-path and {given[1]} are both given; give --data-path alone, which --split divides, or "
             "--train-data-path, --valid-data-path and --test-data-path"
         )
     if given and not {"--data-path", "--train-data-path"} & set(given):
-        raise UserError(f"{given[0]} is given without --train-data-path; give that too, or use --data-path")
+        raise UserError(f"{given[0]} is given without --train-data-path; add it, or use --data-path")
     if data.eod_mask_loss and data.tokenizer_model is None:
-        raise UserError(
-            "--eod-mask-loss needs a tokenizer, which names the end-of-document token; give --tokenizer-model"
-        )
+        raise UserError("--eod-mask-loss needs the tokenizer's end-of-document token; give --tokenizer-model")
     if data.eod_mask_loss_of is not None and not data.eod_mask_loss:
         raise UserError(
-            f"--eod-mask-loss-of {data.eod_mask_loss_of} is given without --eod-mask-loss; give that too"
+            f"--eod-mask-loss-of {data.eod_mask_loss_of} is given without --eod-mask-loss; add it"
         )
 
 
 def check_checkpoint(checkpoint: CheckpointConfig) -> None:
-    """Saving needs a place to save to; taking only the weights needs something to load."""
+    """Refuse settings of checkpoints that are out of range or lack another one."""
     at_least(1, checkpoint, "save_interval", "keep_last", "keep_every", "exit_interval")
     for name in ("exit_duration_in_mins", "exit_grace_seconds", "save_timeout_minutes"):
         positive(checkpoint, name)
     if checkpoint.keep_every is not None and checkpoint.keep_last is None:
-        raise UserError("--keep-every says what to keep beside the last ones; give --keep-last too")
+        raise UserError("--keep-every has no effect without --keep-last; add it")
     if checkpoint.finetune and checkpoint.load is None:
-        raise UserError("--finetune starts from a checkpoint's weights; give its directory with --load")
+        raise UserError(
+            "--finetune needs a checkpoint to take the weights from; give its directory with --load"
+        )

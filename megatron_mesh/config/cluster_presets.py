@@ -1,7 +1,7 @@
-"""The 6.9B preset spread over clusters of H100 nodes, as YAML files, from one table.
+"""Cluster presets: the 6.9B preset with a rank layout for clusters of H100 nodes, generated from one table.
 
-``python -m megatron_mesh.config.cluster_presets examples/slurm/6.9b`` writes them; a test compares the files
-with the table, and the table with what the planner says. Why each layout: examples/slurm/6.9b/README.md.
+``python -m megatron_mesh.config.cluster_presets examples/slurm/6.9b`` writes the YAML files. A test compares
+them with the table, and the table with the planner. examples/slurm/6.9b/README.md explains the layouts.
 """
 
 import argparse
@@ -14,13 +14,13 @@ import yaml
 
 from megatron_mesh.config.presets import presets
 
-MODEL = "pythia-6.9b-mesh.yaml"
+MODEL = "pythia-6.9b.yaml"
 GPUS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A row of the table: ``layout`` are settings of ranks and batch."""
+    """A row of the table. ``layout`` holds the settings of ranks and batch."""
 
     nodes: int
     layout: dict[str, Any]
@@ -32,12 +32,12 @@ CLUSTERS = (
     Cluster(64, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "micro_batch_size": 2}),
 )
 _EVERYWHERE: dict[str, dict[str, Any]] = {
-    "ranks: what is left of the GPUs are replicas, which share the optimizer's state": {
+    "ranks: all other GPUs hold replicas, which shard the optimizer's state": {
         "use_distributed_optimizer": True,
         "overlap_grad_reduce": True,
         "overlap_param_gather": True,
     },
-    "precision: the core in FP8, prelude, coda, routers and memory in bfloat16": {
+    "precision: the core in FP8; prelude, coda, routers and memory in bfloat16": {
         "transformer_impl": "transformer_engine",
         "gradient_accumulation_fusion": True,
         "fp8_format": "hybrid",
@@ -48,7 +48,7 @@ _EVERYWHERE: dict[str, dict[str, Any]] = {
 
 
 def cluster_presets() -> Iterator[tuple[str, str]]:
-    """File name and text of every preset."""
+    """Yield the file name and text of every preset."""
     model = dict(presets())[MODEL]
     for cluster in CLUSTERS:
         yield f"{cluster.nodes}-nodes.yaml", _text(cluster, model)
@@ -69,7 +69,7 @@ def _text(cluster: Cluster, model: str) -> str:
 
 
 def main() -> None:
-    """Write every preset into a directory, over what it holds of these."""
+    """Write every preset to a directory, replacing files of the same names."""
     parser = argparse.ArgumentParser(
         description=main.__doc__,
         epilog="example: python -m megatron_mesh.config.cluster_presets examples/slurm/6.9b",

@@ -1,4 +1,4 @@
-"""Quantities that follow from a resolved model configuration."""
+"""Numbers that follow from a resolved configuration."""
 
 from megatron_mesh.config.layers import LayerLayout, parse_layers
 from megatron_mesh.config.schema import Config, ModelConfig
@@ -6,27 +6,27 @@ from megatron_mesh.errors import UserError
 
 
 def layout(model: ModelConfig) -> LayerLayout:
-    """The layers of a resolved model."""
+    """Return the layer layout of a resolved model."""
     assert model.layers is not None, "resolve() fills in layers"
     return parse_layers(model.layers)
 
 
 def padded_vocab_size(model: ModelConfig) -> int:
-    """Rows of the embedding: the vocabulary rounded up to ``make_vocab_size_divisible_by``.
+    """Return the vocabulary size rounded up to a multiple of ``make_vocab_size_divisible_by``.
 
-    It depends on the model alone, never on how many ranks share it (Megatron-LM's padding does), so a
-    checkpoint fits every layout.
+    Unlike Megatron-LM's padding, it doesn't depend on tensor parallelism, so a checkpoint fits every rank
+    layout.
 
     Raises:
-        UserError: the size of the vocabulary is not known.
+        UserError: the vocabulary size isn't known.
     """
     if model.vocab_size is None:
-        raise UserError("the size of the vocabulary is not known; give --tokenizer-model or --vocab-size")
+        raise UserError("the vocabulary size is not known; give --tokenizer-model or --vocab-size")
     multiple = model.make_vocab_size_divisible_by
     return -(-model.vocab_size // multiple) * multiple
 
 
 def tokens_of_rank(config: Config) -> int:
-    """Tokens of a micro-batch on each rank that shares its sequences in attention."""
+    """Return the tokens of a micro-batch that one context-parallel rank processes."""
     tokens = config.training.micro_batch_size * config.model.seq_length
     return tokens // config.parallel.context_parallel_size

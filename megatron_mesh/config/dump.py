@@ -1,4 +1,4 @@
-"""The resolved configuration on disk: a YAML file that ``--config`` reads back."""
+"""Writing the resolved configuration as a YAML file that ``--config`` reads back."""
 
 from dataclasses import asdict
 
@@ -10,7 +10,7 @@ from megatron_mesh.config.yaml_file import escape_path
 
 
 def dump_config(config: Config) -> str:
-    """Every setting as flat YAML, under one comment per group. As ``--config`` it gives ``config`` again."""
+    """Return all settings as flat YAML that ``--config`` reads back, with a comment above each group."""
     groups = asdict(config)
     for settings in groups.values():
         settings.update({name: _escaped(settings[name]) for name in PATHS & settings.keys()})
@@ -21,7 +21,7 @@ def dump_config(config: Config) -> str:
 
 
 def _escaped(value: str | list[str] | None) -> str | list[str] | None:
-    """A path, or several, such that reading the file doesn't expand it."""
+    """Escape a path, or several, so that reading the file doesn't expand it."""
     if isinstance(value, list):
         return [escape_path(word) for word in value]
     return None if value is None else escape_path(value)

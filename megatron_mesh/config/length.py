@@ -1,22 +1,22 @@
-"""How long a run is and how large its batches are. ``training`` is resolved everywhere.
+"""The length of a run and the size of its batches, from resolved settings.
 
 A run of ``train_iters`` counts steps. A run of ``train_samples`` counts samples, so its number of steps
-depends on the batch sizes on the way: those of a ramp-up, and those before and after a resume.
+depends on the batch sizes during a ramp-up, and before and after the run resumes.
 """
 
 from megatron_mesh.config.schema import TrainingConfig
 
 
 def counts_samples(training: TrainingConfig) -> bool:
-    """Whether length and schedule are in samples; otherwise they are in steps."""
+    """Return whether the run's length and schedule count samples instead of steps."""
     return training.train_samples is not None
 
 
 def batch_size_at(training: TrainingConfig, consumed_samples: int) -> int:
-    """Sequences of the global batch that begins after ``consumed_samples``.
+    """Return the size of the global batch after ``consumed_samples`` samples.
 
-    With ``rampup_batch_size`` this follows Megatron-LM (``megatron/core/num_microbatches_calculator.py``):
-    the batch starts at START and grows by INCREMENT, in equal shares of SAMPLES, up to ``global_batch_size``.
+    With ``rampup_batch_size`` it follows Megatron-LM (``megatron/core/num_microbatches_calculator.py``): it
+    starts at START and grows by INCREMENT in equal shares of SAMPLES, up to ``global_batch_size``.
     """
     assert training.global_batch_size is not None
     if not training.rampup_batch_size:
@@ -29,7 +29,7 @@ def batch_size_at(training: TrainingConfig, consumed_samples: int) -> int:
 
 
 def batch_sizes(training: TrainingConfig) -> list[int]:
-    """All sizes that a global batch has in a run, ascending."""
+    """Return all global batch sizes of a run, in ascending order."""
     assert training.global_batch_size is not None
     if not training.rampup_batch_size:
         return [training.global_batch_size]
@@ -38,9 +38,9 @@ def batch_sizes(training: TrainingConfig) -> list[int]:
 
 
 def last_step(training: TrainingConfig, step: int = 0, consumed_samples: int = 0) -> int:
-    """The step at which a run ends that has done ``step`` steps over ``consumed_samples`` samples.
+    """Return the last step of a run that has done ``step`` steps with ``consumed_samples`` samples.
 
-    An incomplete batch at the end of ``train_samples`` is left out, as in Megatron-LM.
+    An incomplete batch at the end of ``train_samples`` is dropped, as in Megatron-LM.
     """
     if training.train_samples is None:
         assert training.train_iters is not None
@@ -54,7 +54,7 @@ def last_step(training: TrainingConfig, step: int = 0, consumed_samples: int = 0
 
 
 def last_sample(training: TrainingConfig, step: int = 0, consumed_samples: int = 0) -> int:
-    """The number of samples after which such a run ends, or at most ``global_batch_size - 1`` more."""
+    """Return the number of samples after which such a run ends. It may end up to one batch earlier."""
     if training.train_samples is not None:
         return max(training.train_samples, consumed_samples)
     assert training.train_iters is not None and training.global_batch_size is not None

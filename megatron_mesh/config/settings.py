@@ -1,4 +1,4 @@
-"""The settings by name. Names are unique over all groups, so flags and YAML keys are flat."""
+"""All settings by name. Names are unique across groups, so flags and YAML keys are flat."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -11,7 +11,7 @@ from megatron_mesh.errors import UserError
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a setting stands in ``Config``, and its annotated type."""
+    """A setting's group in ``Config`` and its type."""
 
     group: str
     type: Any
@@ -23,17 +23,16 @@ SETTINGS: dict[str, Setting] = {
     for name, type_ in get_type_hints(cls).items()
 }
 
-# ``no_<name>`` sets a boolean to false, on the command line and in YAML.
 NEGATED: dict[str, str] = {f"no_{name}": name for name, s in SETTINGS.items() if s.type is bool}
+"""``no_<name>`` sets a boolean to false, on the command line and in YAML."""
 
-# Settings of Megatron-LM that are left out on purpose; those that only begin with the name count too.
 REFUSED: dict[str, str] = {
-    "cpu_offloading": "offloading of activations counts on every layer running once, and the core runs K "
+    "cpu_offloading": "offloading of activations relies on every layer running once, but the core runs K "
     "times; to save memory use --recompute-granularity",
-    "fp16": "half precision needs loss scaling, which is not built in; use --bf16",
-    "num_layers_per_virtual_pipeline_stage": "a looped model has its K+2 passes as virtual stages; for "
+    "fp16": "float16 needs loss scaling, which is not implemented; use --bf16",
+    "num_layers_per_virtual_pipeline_stage": "the virtual stages of a looped model are its K+2 passes; for "
     "vanilla use --num-virtual-stages-per-pipeline-rank",
-    "virtual_pipeline_model_parallel_size": "a looped model has its K+2 passes as virtual stages; for "
+    "virtual_pipeline_model_parallel_size": "the virtual stages of a looped model are its K+2 passes; for "
     "vanilla use --num-virtual-stages-per-pipeline-rank",
     "decoder_first_pipeline_num_layers": "use --pipeline-model-parallel-layout",
     "decoder_last_pipeline_num_layers": "use --pipeline-model-parallel-layout",
@@ -43,20 +42,22 @@ REFUSED: dict[str, str] = {
     "decrease_batch_size_if_needed": "START and INCREMENT of --rampup-batch-size must be multiples of "
     "--micro-batch-size x data-parallel size",
 }
+"""Settings of Megatron-LM that are unsupported on purpose, with the reason. Longer names that start with one
+of these are unsupported too."""
 
 
 def flag(name: str) -> str:
-    """``hidden_size`` -> ``--hidden-size``."""
+    """Return the flag of a setting: ``--hidden-size`` for ``hidden_size``."""
     return "--" + name.replace("_", "-")
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Every setting by name, in the order of the schema."""
+    """Return the value of every setting by name, in the order of the schema."""
     return {name: getattr(getattr(config, s.group), name) for name, s in SETTINGS.items()}
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """A copy of ``config`` with the named settings replaced (KeyError for a name that is none)."""
+    """Return a copy of ``config`` with the named settings replaced."""
     by_group: dict[str, dict[str, Any]] = {group.name: {} for group in fields(Config)}
     for name, value in values.items():
         by_group[SETTINGS[name].group][name] = value
@@ -64,17 +65,17 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like ``name``, or None if none is near."""
+    """Return the known name most similar to ``name``, or None if none is similar."""
     return next(iter(get_close_matches(name, list(known), n=1)), None)
 
 
 def unknown_setting(name: str, known: Iterable[str], spell: Callable[[str], str]) -> UserError:
-    """The error for a name that is no setting: why it is refused, or else the nearest known one.
+    """Return the error for an unknown setting: why it isn't supported, or else the most similar known one.
 
     Args:
-        name: with underscores, as in ``SETTINGS``.
-        known: names that are accepted where this one was found.
-        spell: writes a name as the user did, e.g. ``flag``.
+        name: the name with underscores, as in ``SETTINGS``.
+        known: the names that are accepted in its place.
+        spell: converts a name to the spelling that the user sees, e.g. ``flag``.
     """
     for refused, reason in REFUSED.items():
         if name == refused or name.startswith(f"{refused}_"):

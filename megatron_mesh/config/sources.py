@@ -1,4 +1,4 @@
-"""Where settings come from: YAML files, and how a later source overrides an earlier one."""
+"""The sources of settings: reading YAML files, and letting a later source override an earlier one."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,18 +11,16 @@ from megatron_mesh.config.settings import NEGATED, SETTINGS, unknown_setting
 from megatron_mesh.config.yaml_file import expand_path, file_or_preset, load_yaml
 from megatron_mesh.errors import UserError
 
-# The setting of each part of a LayerLayout.
-LAYER_PARTS = {
+LAYER_SETTINGS = {
     "prelude_layers": "prelude",
     "core_layers": "core",
     "num_loops": "loops",
     "coda_layers": "coda",
 }
+"""Settings that each give one field of ``LayerLayout``."""
 
-# Two ways to say one thing. A source that takes one way drops what an earlier source said the other
-# way; one source that takes both is refused by ``resolve``. All of these are None unless given.
 ALTERNATIVES: tuple[tuple[set[str], set[str]], ...] = (
-    ({"layers"}, set(LAYER_PARTS)),
+    ({"layers"}, set(LAYER_SETTINGS)),
     ({"train_iters"}, {"train_samples"}),
     ({"lr_decay_iters"}, {"lr_decay_samples"}),
     ({"lr_warmup_iters"}, {"lr_warmup_fraction", "lr_warmup_samples"}),
@@ -30,12 +28,15 @@ ALTERNATIVES: tuple[tuple[set[str], set[str]], ...] = (
     ({"lr_wsd_decay_iters"}, {"lr_wsd_decay_samples"}),
     ({"data_path"}, {"train_data_path", "valid_data_path", "test_data_path"}),
 )
+"""Pairs of alternatives. If a source gives one, it removes the other from earlier sources; ``resolve``
+refuses both in one source. All these settings are None unless given."""
 
-# A source that gives the first drops what an earlier source said of the second, which described it.
 DESCRIBES: tuple[tuple[str, str], ...] = (("tokenizer_model", "tokenizer_type"),)
+"""Pairs of a setting and one that describes it. If a source gives the first, it removes the second from
+earlier sources."""
+
 ALTERNATIVE_NAMES = frozenset().union(*(names for pair in ALTERNATIVES for names in pair), *DESCRIBES)
 
-# Settings in which a YAML file may write ~ and $VAR, as a shell lets the command line do.
 PATHS = frozenset(
     {
         "data_path",
@@ -50,17 +51,18 @@ PATHS = frozenset(
         "tensorboard_dir",
     }
 )
+"""Settings in which a YAML file may contain ~ and $VAR, as a command line may in a shell."""
 
 
 def merge(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of two sources, the later one's first.
+    """Merge the settings of two sources; the later one takes precedence.
 
-    A part of the layers (say ``num_loops``) given after a whole ``layers`` changes that part of it.
+    A setting such as ``num_loops`` in the later source changes one number of ``layers`` in the earlier one.
     """
     kept = dict(earlier)
-    if earlier.get("layers") and "layers" not in later and 0 < len(LAYER_PARTS.keys() & later) < 4:
+    if earlier.get("layers") and "layers" not in later and 0 < len(LAYER_SETTINGS.keys() & later) < 4:
         kept["layers"] = _change_layers(earlier["layers"], later)
-        later = {name: value for name, value in later.items() if name not in LAYER_PARTS}
+        later = {name: value for name, value in later.items() if name not in LAYER_SETTINGS}
     for one, other in ALTERNATIVES:
         if one & later.keys():
             kept = {name: value for name, value in kept.items() if name not in other}
@@ -75,19 +77,19 @@ def merge(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any
 def _change_layers(layers: str, parts: Mapping[str, Any]) -> str:
     if layers.strip().isdecimal():
         raise UserError(
-            f"layers {layers} is a plain depth, of which no part can be changed; give --layers anew, or "
-            "all of --prelude-layers, --core-layers, --num-loops and --coda-layers"
+            f"layers {layers} is a plain depth without prelude, core and coda; give --layers, or all of "
+            "--prelude-layers, --core-layers, --num-loops and --coda-layers"
         )
-    changes = {LAYER_PARTS[name]: parts[name] for name in LAYER_PARTS.keys() & parts}
+    changes = {LAYER_SETTINGS[name]: parts[name] for name in LAYER_SETTINGS.keys() & parts}
     return str(replace(parse_layers(layers), **changes))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file of flat keys, converted to the types of the schema.
+    """Read a YAML file of flat keys, and convert its values to the types of the schema.
 
     Raises:
-        UserError: the file cannot be read or is not such a file, a key is unknown or given twice
-            (as ``x`` and ``no_x``), or a value has another type.
+        UserError: the file can't be read or has another form, a key is unknown or given twice (also as ``x``
+            and ``no_x``), or a value has the wrong type.
     """
     settings: dict[str, Any] = {}
     for key, value in _load(path).items():
@@ -97,10 +99,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         try:
             converted = _convert(value, SETTINGS[name].type)
         except ValueError:
-            expected = describe(SETTINGS[name].type)
+            expected = _describe_type(SETTINGS[name].type)
             raise UserError(f"{path}: {key}: expected {expected}, got {value!r}") from None
         if name in settings:
-            raise UserError(f"{path}: {name} and no_{name} are both given; keep one of them")
+            raise UserError(f"{path}: {name} and no_{name} are both given; keep one")
         if name in PATHS:
             converted = _expanded(converted, path, name)
         settings[name] = not converted if key in NEGATED else converted
@@ -131,9 +133,10 @@ def _expanded(value: str | list[str] | None, file: Path, name: str) -> str | lis
 
 
 def _convert(value: Any, wanted: Any) -> Any:
-    """``value``, as YAML read it, in the type of a field; ValueError if it is of another kind.
+    """Convert a YAML value to the type of a field. Raise ValueError if that isn't possible.
 
-    YAML 1.1 reads ``1e-3`` as text and ``24`` as a number, so numbers and text go over into each other.
+    Numbers and text are converted to each other, because YAML 1.1 reads ``1e-3`` as text and ``24`` as a
+    number.
     """
     origin, options = get_origin(wanted), get_args(wanted)
     if origin in (Union, UnionType):
@@ -153,15 +156,15 @@ def _convert(value: Any, wanted: Any) -> Any:
     return wanted(value)
 
 
-def describe(wanted: Any) -> str:
-    """The type of a setting in words."""
+def _describe_type(wanted: Any) -> str:
+    """Describe the type of a setting in words."""
     origin, options = get_origin(wanted), get_args(wanted)
     if origin in (Union, UnionType):
-        return f"{describe(_not_none(wanted))}, or null"
+        return f"{_describe_type(_not_none(wanted))}, or null"
     if origin is Literal:
         return "one of " + ", ".join(options)
     if origin is list:
-        return f"a list of items, each {describe(options[0])}"
+        return f"a list of items, each {_describe_type(options[0])}"
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[wanted]
 
 

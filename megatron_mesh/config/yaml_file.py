@@ -1,4 +1,4 @@
-"""Reading YAML files, and paths in them as a shell would read them."""
+"""Reading YAML files, and expanding paths in them like a shell."""
 
 import os
 from pathlib import Path
@@ -9,11 +9,11 @@ import yaml
 
 
 def load_yaml(path: Path) -> Any:
-    """The content of a YAML file.
+    """Return the content of a YAML file.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not UTF-8 or not YAML, or a mapping has a key twice (PyYAML takes the last one).
+        OSError: the file can't be read.
+        ValueError: it isn't UTF-8 or YAML, or has duplicate keys (of which PyYAML would take the last).
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
@@ -35,7 +35,7 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is given twice, naming both lines."""
+    """Rejects duplicate keys and names their lines."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -50,25 +50,27 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def expand_path(text: str) -> str:
-    """``text`` with ``~``, ``$VAR`` and ``${VAR}`` replaced as in a shell; ``$$`` stands for ``$``.
+    """Expand ``~``, ``$VAR`` and ``${VAR}`` as a shell does. ``$$`` is a literal ``$``.
 
     Raises:
-        ValueError: no such variable, or a ``$`` that begins none.
+        ValueError: a variable isn't set, or a ``$`` isn't followed by a name.
     """
     try:
         return expand_user(Template(text).substitute(os.environ))
     except KeyError as error:
         raise ValueError(f"the environment variable {error.args[0]} is not set") from None
     except ValueError:
-        raise ValueError("a $ must begin a variable, e.g. $HOME; write $$ for the character") from None
+        raise ValueError(
+            "a $ must be followed by the name of a variable, e.g. $HOME; write $$ for a literal $"
+        ) from None
 
 
 def expand_user(text: str) -> str:
-    """``text`` with a leading ``~`` replaced, also in NAME=PATH."""
+    """Expand a leading ``~``, also in NAME=PATH."""
     name, equals, path = text.partition("=")
     return name + equals + os.path.expanduser(path) if path.startswith("~") else os.path.expanduser(text)
 
 
 def escape_path(text: str) -> str:
-    """``text`` with every ``$`` protected from ``expand_path``."""
+    """Escape every ``$`` for ``expand_path``."""
     return text.replace("$", "$$")

@@ -392,8 +392,7 @@ def _check_loops(config: MeshConfig, loops: int) -> None:
     if loops < 1:
         raise ValueError(f"num_loops={loops} must be at least 1")
     scheme = SCHEMES[config.recurrence]
-    sizes = {scheme.num_parameters(config.hidden_size, n, config.mesh_slots) for n in (1, 2)}
-    if loops != config.trained_loops and (len(sizes) > 1 or not scheme.shared_core):
+    if loops != config.trained_loops and not scheme.loops_can_vary():
         raise ValueError(
             f"num_loops={loops} is not possible: {config.recurrence!r} has separate parameters per loop, "
             f"and the model was trained with {config.trained_loops} loops"

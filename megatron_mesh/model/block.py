@@ -93,9 +93,7 @@ class MeshTransformerBlock(CustomTransformerBlock):
         # Under tensor parallelism the memory is always sharded along the sequence. Without sequence
         # parallelism we scatter its inputs and gather its outputs.
         self.shards_states = (
-            get_pg_size(self.tp_group) > 1
-            and not config.sequence_parallel
-            and scheme.kept_states(config.layout.loops) > 0
+            get_pg_size(self.tp_group) > 1 and not config.sequence_parallel and scheme.shards_states
         )
         for parameter in scheme.parameters():
             # Each tensor-parallel rank has the gradient for its sequence shard only. The first attribute

@@ -101,12 +101,13 @@ def activation_bytes(config: Config, chunk: Chunk, *, pipelined: bool) -> int:
         stored += state  # the input, which a layer would store otherwise
     if pipelined and not chunk.head:
         stored += state  # the output, which the schedule holds until its gradient arrives
+    scheme = SCHEMES[model.recurrence]
     if pipelined:
         # The schedule holds the state that arrived, the layers the one that the recurrence made from it.
-        stored += sum(sizes.enter_flops(model, v) > 0 for v in chunk.enters) * state
+        stored += sum(scheme.makes_new_state(v) for v in chunk.enters) * state
     elif chunk.enters:
-        stored += SCHEMES[model.recurrence].kept_states(layout(model).loops) * state
-    if 0 in chunk.enters and scatters_memory(config):
+        stored += scheme.saved_states(layout(model).loops) * state
+    if 0 in chunk.enters and scheme.keeps_embedding and scatters_memory(config):
         stored += state  # the embedding: the memory holds a shard, the first layer a gathered copy
     return stored + (sizes.head_activation_bytes(config) if chunk.head else 0)
 

@@ -7,7 +7,6 @@ bytes in all) or a reduce-scatter makes every rank send n (g-1)/g bytes, and an 
 from dataclasses import dataclass
 
 from megatron_mesh.config import sizes
-from megatron_mesh.config.check_parallel import keeps_states
 from megatron_mesh.config.derived import tokens_of_rank
 from megatron_mesh.config.schema import Config
 from megatron_mesh.planner.costs import (
@@ -18,6 +17,7 @@ from megatron_mesh.planner.costs import (
     replicated_parameters,
 )
 from megatron_mesh.planner.stages import Chunk, Pipeline
+from megatron_mesh.recurrence import SCHEMES
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,13 @@ def context_parallel_bytes(config: Config, chunk: Chunk) -> int:
 def scatters_memory(config: Config) -> bool:
     """Whether the block scatters the memory's inputs along the sequence itself (see ``model/block.py``).
 
-    It does under tensor parallelism without sequence parallelism, if the scheme stores states.
+    It does under tensor parallelism without sequence parallelism, if the scheme shards states.
     """
     parallel = config.parallel
     return (
         parallel.tensor_model_parallel_size > 1
         and not parallel.sequence_parallel
-        and keeps_states(config.model)
+        and SCHEMES[config.model.recurrence].shards_states
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.sizes import flops_per_token
-from megatron_mesh.recurrence import MeSH, Scheme
+from megatron_mesh.recurrence import Scheme
 from megatron_mesh.runtime import device
 
 
@@ -77,7 +77,7 @@ class RouterMeter:
 
     def __init__(self, scheme: Scheme | None, enabled: bool = True):
         """``scheme``: the recurrence; None on ranks without it, which are those after the first stage."""
-        self.scheme = scheme if enabled and isinstance(scheme, MeSH) else None
+        self.scheme = scheme if enabled and scheme is not None and scheme.uses_memory else None
         self._sums: dict[int, Tensor] = {}
 
     @contextmanager

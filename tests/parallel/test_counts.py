@@ -74,7 +74,7 @@ def small(ranks: int, settings: dict[str, Any]) -> Config:
 
 
 def large(ranks: int, settings: dict[str, Any]) -> Config:
-    file = Path(__file__).parents[2] / "examples" / "configs" / "pythia-160m-mesh.yaml"
+    file = Path(__file__).parents[2] / "examples" / "configs" / "pythia-160m.yaml"
     values = {"seq_length": 128, "micro_batch_size": 1, "global_batch_size": 8, **settings}
     return resolve(with_values(parse_args(["--config", str(file)]).config, values), world_size=ranks)
 

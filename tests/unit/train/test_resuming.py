@@ -286,7 +286,7 @@ def test_each_kind_has_its_effect(tiny, three_steps, name) -> None:
             check_same_run(checkpoint, config)
         return
     check_same_run(checkpoint, config)
-    if kind is Kind.NAMED:
+    if kind is Kind.REPORTED:
         assert any(
             line.startswith(f"{flag(name)} was") for line in describe_changes(checkpoint, config, ours)
         )
