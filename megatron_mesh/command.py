@@ -80,6 +80,7 @@ def run(
             if removes_files:
                 signal.signal(signal.SIGTERM, signal.default_int_handler)
                 os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+            # What a program installs in its process goes here; importing the package still installs it.
             status = call(main, sys.argv[1:])
         except (UserError, OutOfMemory, RanksLost) as error:
             if prints_errors():
@@ -169,9 +170,9 @@ def _dataclass(info: "StructTypeInfo") -> "StructConstructorSpec | None":
     from tyro import MISSING_NONPROP
     from tyro.constructors import StructConstructorSpec
 
-    if not is_dataclass(info.type):
+    # tyro wraps a union of subcommands in a dataclass of its own.
+    if not isinstance(info.type, type) or not is_dataclass(info.type) or info.type.__module__[:5] == "tyro.":
         return None
-    assert isinstance(info.type, type)
     texts, types = _help_texts(info.type), get_type_hints(info.type, include_extras=True)
     found = []
     for each in fields(info.type):
@@ -253,7 +254,8 @@ _REWORDED = {
 def _one_line(box: str) -> str:
     """The message in a box that tyro prints. The rest of the box repeats ``--help``."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [line[1:-1].rstrip() for line in plain.splitlines() if line[:1] in ("│", "|")]
+    title = 1 if plain.startswith("╭") else 2  # without UTF-8, the title has a line of its own
+    lines = [line[1:-1].rstrip() for line in plain.splitlines()[title:]]
     end = next(index for index, line in enumerate(lines) if line and set(line) <= set(" ─-"))
     message, hints = lines[:end], lines[end:]
     if "Missing from" in message[0]:

@@ -38,7 +38,7 @@ class Load:
     generators: int
     """Bytes of the random number generators' piece that it reads, on the same layout."""
     filled: int
-    """Bytes that ``fill`` says it has read."""
+    """Bytes that ``fill`` reports as read."""
 
 
 def save_and_load(config: Config, directory: Path) -> tuple[Save, Save, Load]:

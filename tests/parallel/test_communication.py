@@ -1,4 +1,4 @@
-"""The check of a job's communication: right results, and a wrong one is noticed."""
+"""The communication check accepts correct results and reports a wrong one."""
 
 import os
 import socket
@@ -20,7 +20,7 @@ def measure(megabytes: float) -> list[communication.Measurement]:
 
 
 def measure_with_a_fault(megabytes: float) -> None:
-    """What one rank gives lies one element further on than it should."""
+    """Measure while one rank sends data that are shifted by one element."""
     original, shift = communication._filled, int(dist.get_rank() == 1)
     communication._filled = lambda *values: original(*values).roll(shift)
     try:
@@ -29,7 +29,7 @@ def measure_with_a_fault(megabytes: float) -> None:
         communication._filled = original
 
 
-def test_every_operation_is_right_and_timed() -> None:
+def test_every_operation_is_correct_and_timed() -> None:
     found = pool(3).run(measure, 0.1)
     assert [each.name for each in found[0]] == [
         "all-reduce",
@@ -39,16 +39,16 @@ def test_every_operation_is_right_and_timed() -> None:
     ]
     for each in found[0]:
         assert each.seconds > 0 and each.bus_gb_per_second > 0 and abs(each.size - 1e5) < 12
-    assert found[0] == found[1] == found[2]  # the slowest rank's time, known to all
+    assert found[0] == found[1] == found[2]  # all ranks report the slowest rank's time
 
 
-def test_a_wrong_result_is_noticed() -> None:
+def test_a_wrong_result_is_reported() -> None:
     with pytest.raises(WorkerError, match=r"all-reduce gave a wrong result on rank 0 on \S+, .*2 on "):
         pool(3).run(measure_with_a_fault, 0.1)
 
 
 def test_bus_bandwidth_is_that_of_nccl_tests() -> None:
-    """doc/PERFORMANCE.md there: factors of size / time, for 4 ranks."""
+    """See its doc/PERFORMANCE.md: factors on size / time for 4 ranks."""
     factors = {name: factor(4) for name, (factor, _) in communication._OPERATIONS.items()}
     assert factors == {"all-reduce": 1.5, "all-gather": 0.75, "reduce-scatter": 0.75, "send to the next": 1}
 
@@ -65,7 +65,7 @@ def test_bad_input_is_one_message(flags: tuple[str, ...]) -> None:
     assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
-def test_a_rank_that_does_not_come_is_one_message() -> None:
+def test_a_missing_rank_is_one_message() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
