@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compare the ring pipeline with running the whole loop on one stage, and with a copy of the core per loop.
 
-    python tools/compare_pipelines.py --config examples/configs/pythia-6.9b-5+11R2+5-mesh.yaml \\
+    python tools/compare_pipelines.py --config examples/configs/pythia-6.9b-5+11R2+5.yaml \\
         --tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 4 \\
         --use-distributed-optimizer --gpus 8 32 128 512
 

@@ -2,14 +2,14 @@
 
 In one process:
 
-    python -m tools.bench.checkpoints --config examples/configs/pythia-160m-mesh.yaml --seq-length 128 \\
+    python -m tools.bench.checkpoints --config examples/configs/pythia-160m.yaml --seq-length 128 \\
         --global-batch-size 8 --micro-batch-size 1 --directory runs/bench
 
 With --ranks N the benchmark starts N processes on this machine. It prints seconds, bytes and memory of each
 rank for saving, saving in the background, copying, loading on the same rank layout, and loading with tensor
 parallelism (or without, if the settings have it).
 
-    python -m tools.bench.checkpoints --ranks 4 --config examples/configs/pythia-160m-mesh.yaml \\
+    python -m tools.bench.checkpoints --ranks 4 --config examples/configs/pythia-160m.yaml \\
         --seq-length 128 --global-batch-size 8 --micro-batch-size 1 --use-distributed-optimizer \\
         --directory runs/bench
 

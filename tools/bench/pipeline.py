@@ -1,6 +1,6 @@
 """Measure how long the ranks of a real pipeline wait, and compare it with what the planner predicts.
 
-    torchrun --nproc-per-node 2 -m tools.bench.pipeline --config examples/configs/pythia-160m-mesh.yaml \\
+    torchrun --nproc-per-node 2 -m tools.bench.pipeline --config examples/configs/pythia-160m.yaml \\
         --pipeline-model-parallel-size 2 --seq-length 128 --micro-batch-size 1 --global-batch-size 8
 
 All settings of pretrain_mesh.py are accepted; the data are random. The bubble is the share of the ranks' time
