@@ -1,4 +1,4 @@
-"""What each rank writes, reads, holds and sends while a checkpoint is saved and loaded: in workers."""
+"""Count what each rank writes, reads, stores and sends in a save and a load. Runs in workers."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from tools.bench.counting import Counts
 
 @dataclass
 class Save:
-    """Of one rank."""
+    """Counts of one rank."""
 
     path: Path
     counts: Counts
@@ -27,18 +27,18 @@ class Save:
 
 @dataclass
 class Load:
-    """Of one rank."""
+    """Counts of one rank."""
 
     counts: Counts
     read: int
     asked: int
-    """Elements of main parameters and moments that it reads for itself and its replicas."""
+    """Elements of main parameters and moments that the rank reads for itself and its replicas."""
     overlapping: int
-    """Bytes of the stored pieces that hold any of these elements, each piece once."""
+    """Bytes of the stored pieces that contain any of these elements, each piece counted once."""
     generators: int
-    """Bytes of the random number generators' piece that it reads, on the same layout."""
+    """Bytes of the random generators' piece, which the rank reads if the layout is the same."""
     filled: int
-    """Bytes that ``fill`` reports as read."""
+    """Bytes read according to ``fill``."""
 
 
 def save_and_load(config: Config, directory: Path) -> tuple[Save, Save, Load]:
@@ -72,7 +72,7 @@ def _load(run: UntrainedRun, checkpoint: Path, *, same_layout: bool) -> Load:
 
 
 def overlapping_bytes(checkpoint: Path, boxes: Iterable[Box]) -> int:
-    """By torch's own reader of ``.metadata``, pair by pair."""
+    """Sum the bytes of all stored pieces that overlap a box, using torch's own reader of ``.metadata``."""
     metadata = FileSystemReader(str(checkpoint)).read_metadata()
     found = {}
     for box in boxes:

@@ -1,4 +1,4 @@
-"""The communication check accepts correct results and reports a wrong one."""
+"""Test the check of a job's communication: it passes correct results and notices a wrong one."""
 
 import os
 import socket
@@ -20,7 +20,7 @@ def measure(megabytes: float) -> list[communication.Measurement]:
 
 
 def measure_with_a_fault(megabytes: float) -> None:
-    """Measure while one rank sends data that are shifted by one element."""
+    """Shift the data of one rank by an element."""
     original, shift = communication._filled, int(dist.get_rank() == 1)
     communication._filled = lambda *values: original(*values).roll(shift)
     try:
@@ -39,16 +39,16 @@ def test_every_operation_is_correct_and_timed() -> None:
     ]
     for each in found[0]:
         assert each.seconds > 0 and each.bus_gb_per_second > 0 and abs(each.size - 1e5) < 12
-    assert found[0] == found[1] == found[2]  # all ranks report the slowest rank's time
+    assert found[0] == found[1] == found[2]  # all ranks know the slowest rank's time
 
 
-def test_a_wrong_result_is_reported() -> None:
+def test_a_wrong_result_is_noticed() -> None:
     with pytest.raises(WorkerError, match=r"all-reduce gave a wrong result on rank 0 on \S+, .*2 on "):
         pool(3).run(measure_with_a_fault, 0.1)
 
 
 def test_bus_bandwidth_is_that_of_nccl_tests() -> None:
-    """See its doc/PERFORMANCE.md: factors on size / time for 4 ranks."""
+    """The factors on size / time for 4 ranks, from doc/PERFORMANCE.md in nccl-tests."""
     factors = {name: factor(4) for name, (factor, _) in communication._OPERATIONS.items()}
     assert factors == {"all-reduce": 1.5, "all-gather": 0.75, "reduce-scatter": 0.75, "send to the next": 1}
 
