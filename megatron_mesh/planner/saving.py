@@ -22,7 +22,7 @@ MOMENTS = 8
 
 @dataclass(frozen=True)
 class Disk:
-    """Speed of writing checkpoints. Defaults are cautious; ``tools.bench.checkpoints`` measures it."""
+    """How fast checkpoints are written. The defaults are cautious; measure with tools/bench_checkpoint.py."""
 
     gb_per_s: float = 5.0
     """GB/s that the shared file system takes from all ranks together."""
