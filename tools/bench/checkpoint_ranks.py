@@ -259,7 +259,7 @@ def on_ranks(ranks: int, work: Callable[..., T], *args: object) -> list[T]:
 
 
 def _work(work: Callable[..., T], *args: object) -> T:
-    show_messages(speaks=False)
+    show_messages(False)
     device.prepare()
     dist.init_process_group(device.backend())
     try:
