@@ -1,14 +1,8 @@
 """The command line of training: flags override the YAML file, which overrides the defaults."""
 
 import argparse
-import ast
-import dataclasses
-import inspect
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 

@@ -132,7 +132,7 @@ class PhaseReporter:
         if phase != "step" or self._stepped or os.environ["RANK"] != "0":
             return ()
         self._stepped = True
-        # Those that are being deleted in the background have to be gone at the end of the run only.
+        # Checkpoints that are being deleted in the background may exist until the end of the run.
         return tuple(
             path.name for path in self._save.glob(CHECKPOINTS) if path.suffix not in ("", ".deleting")
         )

@@ -134,10 +134,10 @@ def resume_message(text: str, stepped: bool) -> str:
     Args:
         stepped: whether it has begun a step.
     """
-    gather_reasons = [line for line in text.splitlines() if "is damaged" in line or line.startswith("error:")]
+    complaints = [line for line in text.splitlines() if "is damaged" in line or line.startswith("error:")]
     loaded = re.findall(r"^resumed at step (\d+) from ", text, re.MULTILINE)
     begins = f"resumes at {loaded[-1]}" if loaded else "a new run" if stepped else ""
-    return "; ".join([*gather_reasons, begins] if begins else gather_reasons)
+    return "; ".join([*complaints, begins] if begins else complaints)
 
 
 def resume_error(message: str, complete: Sequence[int]) -> str:

@@ -107,7 +107,7 @@ def draw_run(run: Path, output: Path) -> list[Path]:
     """
     rows = read_metrics(run)
     if not rows.get("train"):
-        raise UserError(f"{run / METRICS_FILE} has no training step yet; wait for the run's first line")
+        raise UserError(f"{run / METRICS_FILE} has no training step yet; wait for the first logged step")
     figures = {LOSS_FIGURE: loss_figure(rows)}
     if "router" in rows["train"][-1]:
         figures[ROUTERS_FIGURE] = router_figure(rows["train"][-1])

@@ -46,7 +46,7 @@ def requeue(run: Path, chain: int) -> str:
 
 
 def _next_start(run: Path, in_chain: bool) -> str:
-    """What happens after a job has saved; ``in_chain``: another one waits for its end."""
+    """What happens after a job has saved. ``in_chain`` means that another job waits for its end."""
     script = slurm_directory(run) / BATCH_SCRIPT
     if in_chain:
         return "; the next job of the chain resumes"

@@ -25,7 +25,7 @@ from megatron_mesh.slurm.script import sbatch_option, slurm_directory
 
 _BLOCK = 1 << 20
 _LONGEST_SEARCH = 64 * _BLOCK
-"""Bytes of metrics.jsonl, from its end, in which the newest records are looked for."""
+"""Search at most this many bytes from the end of metrics.jsonl for the newest records."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _settings(run: Path) -> dict[str, Any]:
-    """Settings as submitted, or as the trainer wrote them; {} if they are an older version's."""
+    """The settings as submitted, or as the trainer wrote them; {} if an older version wrote them."""
     for path in (slurm_directory(run) / CONFIG_FILE, run / CONFIG_FILE):
         if path.is_file():
             try:
@@ -150,7 +150,7 @@ def _settings(run: Path) -> dict[str, Any]:
 
 
 def _working_directory(run: Path) -> Path:
-    """Where relative paths of a run's settings start; this process's directory if the script doesn't say."""
+    """The jobs' working directory, where relative paths in the settings start; this process's if unknown."""
     script = slurm_directory(run) / BATCH_SCRIPT
     text = script.read_text(encoding="utf-8") if script.is_file() else ""
     return Path(sbatch_option(text, "chdir") or "")

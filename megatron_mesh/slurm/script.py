@@ -29,7 +29,7 @@ class JobRequest:
 
 
 def slurm_directory(run: Path) -> Path:
-    """Where a run keeps what its jobs need."""
+    """The directory in which a run keeps the files of its jobs."""
     return run / SLURM_FOLDER
 
 
@@ -43,7 +43,9 @@ def batch_script(run: Path, load: str | None, site: Site, request: JobRequest) -
         UserError: the early warning would come before the job's start, or a path cannot be part of a script.
     """
     if site.environment != "venv" and re.search("[:,]", str(run)):
-        raise UserError(f"--save {run}: a container cannot mount a path with a colon or a comma; rename it")
+        raise UserError(
+            f"--save {run}: a container cannot mount a path with a colon or comma; choose another"
+        )
     lines = _head(site, request, run.name, f"{_pattern(slurm_directory(run))}/%j.log")
     code = f'"$RUN/{SLURM_FOLDER}/{CODE_FOLDER}"' if request.code is None else shlex.quote(str(request.code))
     lines += [f"RUN={shlex.quote(str(run))}", f"CODE={code}", f'SITE="$RUN/{SLURM_FOLDER}/{SITE_FILE}"']

@@ -154,7 +154,7 @@ def submit_and_record(
 
 
 def record_jobs(run: Path, jobs: Sequence[str]) -> None:
-    """Add jobs to the list of those that the run has had."""
+    """Append jobs to the run's list of jobs."""
     with (slurm_directory(run) / JOBS_FILE).open("a", encoding="utf-8") as file:
         file.writelines(f"{job}\n" for job in jobs)
 

@@ -1,4 +1,4 @@
-"""The benchmark of checkpoints as a user starts it."""
+"""The checkpoint benchmark, started as a user starts it."""
 
 import subprocess
 import sys

@@ -17,6 +17,11 @@ def test_cuda_is_named_in_one_file() -> None:
     assert named == {"megatron_mesh/runtime/device.py"}
 
 
+def test_the_package_does_not_import_tools() -> None:
+    pattern = re.compile(r"^\s*(from|import) tools\b", re.MULTILINE)
+    assert not [p for p in PACKAGE.rglob("*.py") if pattern.search(p.read_text())]
+
+
 def test_stage_predicates_only_in_parallel() -> None:
     pattern = re.compile(
         r"is_pipeline_(first|last)_stage|is_pp_(first|last)_stage|get_pipeline_model_parallel_rank"

@@ -120,7 +120,7 @@ def measure_rank(config: Config, directory: Path, rounds: int) -> list[Operation
 def _save_and_load(config: Config, directory: Path, rounds: int) -> list[Operation]:
     """Measure on the rank layout of ``config``. One checkpoint is left, for the other layout."""
     run, found, copies = build_untrained(config), [], directory / "copy"
-    kept = run.save(directory)[1].path
+    checkpoint = run.save(directory)[1].path
 
     def save(kind: str) -> Path:
         counts, saved = run.save(directory, background=kind == BACKGROUND)
@@ -128,7 +128,7 @@ def _save_and_load(config: Config, directory: Path, rounds: int) -> list[Operati
         return saved.path
 
     def copy() -> Path:
-        found.append(_copy(kept, copies))
+        found.append(_copy(checkpoint, copies))
         return copies
 
     writes: list[Callable[[], Path]] = [partial(save, SAVE), partial(save, BACKGROUND), copy]
@@ -137,7 +137,7 @@ def _save_and_load(config: Config, directory: Path, rounds: int) -> list[Operati
         for write in rotated(writes, number):
             _remove(write())
         print_progress(f"round {number + 1} of {rounds}: loading")
-        found.append(_figures(LOAD, run.load(kept), kept))
+        found.append(_figures(LOAD, run.load(checkpoint), checkpoint))
     return found
 
 
@@ -260,7 +260,7 @@ def on_ranks(ranks: int, work: Callable[..., T], *args: object) -> list[T]:
 
 
 def _work(work: Callable[..., T], *args: object) -> T:
-    show_messages(speaks=False)
+    show_messages(False)
     device.prepare()
     dist.init_process_group(device.backend())
     try:

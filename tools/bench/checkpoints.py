@@ -124,7 +124,7 @@ def measure_checkpoints(config: Config, directory: Path, rounds: int) -> Checkpo
 
     def copy() -> None:
         step()  # as before a save: after a step, the system may be slower to provide memory for files
-        times["copy"].append(_seconds(lambda: _copy(kept, directory / "copy")))
+        times["copy"].append(_seconds(lambda: _copy(checkpoint, directory / "copy")))
         shutil.rmtree(directory / "copy")
 
     def save_and_remove(background: bool) -> None:
@@ -135,15 +135,15 @@ def measure_checkpoints(config: Config, directory: Path, rounds: int) -> Checkpo
         shutil.rmtree(saved.path)
 
     step()
-    kept = save(background=False).path
+    checkpoint = save(background=False).path
     writes: list[Callable[[], None]] = [partial(save_and_remove, False), partial(save_and_remove, True), copy]
     for number in range(rounds):
         times["step"].append(_seconds(step))
         for write in rotated(writes, number):
             write()
-        times["load"].append(_seconds(lambda: _load(config, kept, stage, optimizer, state)))
-    size = sum(file.stat().st_size for file in kept.iterdir())
-    shutil.rmtree(kept)
+        times["load"].append(_seconds(lambda: _load(config, checkpoint, stage, optimizer, state)))
+    size = sum(file.stat().st_size for file in checkpoint.iterdir())
+    shutil.rmtree(checkpoint)
     middle = {name: median(values) for name, values in times.items()}
     return CheckpointTimes(
         size / 1e9,

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from megatron_mesh.model.count import count_parameters
+from megatron_mesh.model.flops import forward_flops_per_token
 from torch import Tensor, nn
 
 from megatron_mesh.config.derived import non_embedding_parameters
@@ -13,8 +15,6 @@ from megatron_mesh.hf.configuration_mesh import MeshConfig
 from megatron_mesh.hf.modeling_mesh import MeshModel
 from megatron_mesh.hf.names import entries
 from megatron_mesh.model import build_model, build_on_meta
-from megatron_mesh.model.count import count_parameters
-from megatron_mesh.model.flops import forward_flops_per_token
 from megatron_mesh.planner.report import make_plan
 from megatron_mesh.planner.traffic import own_exchange
 from megatron_mesh.recurrence import SCHEMES, LoopState, RecurrenceOptions, Scheme
