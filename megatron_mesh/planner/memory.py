@@ -36,7 +36,7 @@ class InFlight:
     """Bytes, including what full recomputation recreates at that moment."""
     micro_batches: int
     """Micro-batches with stored activations."""
-    passes: int
+    chunks: int
     """Chunks with stored activations, over all micro-batches."""
 
 
@@ -66,23 +66,23 @@ def in_flight(config: Config, pipeline: Pipeline, rank: int, order: Sequence[Ste
     chunks = pipeline.chunks[rank]
     stored = [activation_bytes(config, chunk, pipelined=pipeline.ranks > 1) for chunk in chunks]
     recomputed = [_recomputed_bytes(config, chunk) for chunk in chunks]
-    held = most = passes = most_passes = most_micro_batches = 0
+    held = most = stored_chunks = most_chunks = most_micro_batches = 0
     open_chunks: dict[int, int] = {}  # by micro-batch
     for backward, chunk, micro_batch in order:
         if backward:
             most = max(most, held + recomputed[chunk])
             held -= stored[chunk]
-            passes -= 1
+            stored_chunks -= 1
             open_chunks[micro_batch] -= 1
             if not open_chunks[micro_batch]:
                 del open_chunks[micro_batch]
         else:
             held += stored[chunk]
-            passes += 1
+            stored_chunks += 1
             open_chunks[micro_batch] = open_chunks.get(micro_batch, 0) + 1
-            most, most_passes = max(most, held), max(most_passes, passes)
+            most, most_chunks = max(most, held), max(most_chunks, stored_chunks)
             most_micro_batches = max(most_micro_batches, len(open_chunks))
-    return InFlight(most, most_micro_batches, most_passes)
+    return InFlight(most, most_micro_batches, most_chunks)
 
 
 def activation_bytes(config: Config, chunk: Chunk, *, pipelined: bool) -> int:

@@ -25,7 +25,7 @@ def schedule_order(pipeline: Pipeline) -> tuple[tuple[Step, ...], ...]:
     0.16.1, ``pipeline_parallel/schedules.py``).
     """
     return tuple(
-        rank_order(pipeline.ranks, rank, pipeline.passes, pipeline.micro_batches, pipeline.group)
+        rank_order(pipeline.ranks, rank, pipeline.chunks_per_rank, pipeline.micro_batches, pipeline.group)
         for rank in range(pipeline.ranks)
     )
 

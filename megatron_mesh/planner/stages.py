@@ -37,7 +37,7 @@ class Pipeline:
     """The chunks of every rank, and the number of micro-batches in a step."""
 
     chunks: tuple[tuple[Chunk, ...], ...]
-    """[rank][pass]."""
+    """[rank][chunk]."""
     layers: tuple[int, ...]
     """Distinct layers on each rank: a shared core counts once."""
     micro_batches: int
@@ -52,8 +52,8 @@ class Pipeline:
         return len(self.chunks)
 
     @property
-    def passes(self) -> int:
-        """Chunks per rank, V."""
+    def chunks_per_rank(self) -> int:
+        """Number of chunks on each rank, V: one for each pass of a ring."""
         return len(self.chunks[0])
 
     def core_layers(self, rank: int) -> int:

@@ -166,7 +166,7 @@ def _summary(plan: Plan) -> list[tuple[str, str]]:
         ("precision", _precision_text(plan)),
     ]
     if stages.ranks > 1:
-        formula = (stages.ranks - 1) / (stages.passes * stages.micro_batches)
+        formula = (stages.ranks - 1) / (stages.chunks_per_rank * stages.micro_batches)
         rows.append(
             (
                 "bubble",
@@ -192,9 +192,11 @@ def _pipeline_text(plan: Plan) -> str:
     if stages.ranks == 1:
         return "none"
     if SCHEMES[plan.config.model.recurrence].has_loop:
-        kind = f"ring of {stages.passes} passes: {', '.join(chunk.name for chunk in stages.chunks[0])}"
+        kind = (
+            f"ring of {stages.chunks_per_rank} passes: {', '.join(chunk.name for chunk in stages.chunks[0])}"
+        )
     else:
-        kind = f"{stages.passes} chunks per rank"
+        kind = f"{stages.chunks_per_rank} chunks per rank"
     return f"{kind}; micro-batches in groups of {stages.group}" if stages.group else kind
 
 
@@ -220,7 +222,7 @@ def _memory_rows(plan: Plan) -> list[list[str]]:
                 rank.layers,
                 f"{rank.parameters:,}",
                 *map(size, parts),
-                str(rank.in_flight.passes),
+                str(rank.in_flight.chunks),
                 str(rank.in_flight.micro_batches),
                 f"{rank.busy_share:.1%}",
             ]

@@ -107,7 +107,7 @@ def test_in_flight_follows_the_order() -> None:
     order = [Step(*s) for s in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 1, 0), (1, 0, 0), (0, 1, 1), (1, 1, 1))]
     stages = Pipeline((chunks, chunks), (5, 5), 2, 2)
     a, b = (activation_bytes(config, chunk, pipelined=True) for chunk in chunks)
-    assert in_flight(config, stages, 0, order) == InFlight(2 * a + b, micro_batches=2, passes=3)
+    assert in_flight(config, stages, 0, order) == InFlight(2 * a + b, micro_batches=2, chunks=3)
 
 
 def test_full_recomputation_adds_a_layer_at_a_time() -> None:
