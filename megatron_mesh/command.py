@@ -80,7 +80,9 @@ def run(
             if removes_files:
                 signal.signal(signal.SIGTERM, signal.default_int_handler)
                 os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-            # What a program installs in its process goes here; importing the package still installs it.
+            from megatron_mesh import compat
+
+            compat.install()
             status = call(main, sys.argv[1:])
         except (UserError, OutOfMemory, RanksLost) as error:
             if prints_errors():

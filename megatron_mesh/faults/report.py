@@ -36,8 +36,8 @@ def fault_table(kills: Sequence[Kill], faults: Sequence[Fault]) -> str:
 
 def _outcome(kill: Kill) -> str:
     """What the next start did, without the step, which differs from kill to kill."""
-    *gather_reasons, begins = kill.next_start.split("; ")
-    return "; ".join([*gather_reasons, begins.rsplit(" at ", 1)[0], *kill.notes])
+    *complaints, begins = kill.next_start.split("; ")
+    return "; ".join([*complaints, begins.rsplit(" at ", 1)[0], *kill.notes])
 
 
 def _counted(texts: Sequence[str]) -> str:
