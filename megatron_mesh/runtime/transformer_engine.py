@@ -6,8 +6,8 @@ import importlib.util
 
 from megatron.core.utils import is_te_min_version
 
+from megatron_mesh.compat.imports import BROKEN
 from megatron_mesh.runtime import device
-from megatron_mesh.runtime.unusable_imports import BROKEN
 
 NO_GPU = "there is no GPU"
 _OLDEST = "2.9"  # the lower bound in megatron-core 0.16.1's own extra
