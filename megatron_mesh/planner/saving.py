@@ -15,7 +15,7 @@ BUFFER = 4 * MAX_ELEMENTS
 
 @dataclass(frozen=True)
 class Disk:
-    """How fast checkpoints are written. The defaults are cautious; ``tools.bench.checkpoints`` measures it."""
+    """How fast checkpoints are written. Cautious defaults; ``tools.bench.checkpoints`` measures it."""
 
     gb_per_s: float = 5.0
     """GB/s that the shared file system accepts from all ranks together."""
