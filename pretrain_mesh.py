@@ -13,10 +13,10 @@ from contextlib import redirect_stderr, redirect_stdout
 
 from megatron_mesh import compat
 from megatron_mesh.arguments import Arguments, parse_args
-from megatron_mesh.config.checks import resolve
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.errors import UserError
+from megatron_mesh.metrics.console import show_messages
 from megatron_mesh.runtime import exits
-from megatron_mesh.runtime.console import show_messages
 from megatron_mesh.runtime.entry import report_errors
 from megatron_mesh.runtime.environment import (
     check_rank,

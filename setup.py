@@ -39,7 +39,7 @@ def tested_transformers() -> str:
     A minor release may rename arguments that our exports use, so those that weren't tested are left out, also
     between tested ones. Patch releases only fix bugs, so those after a tested one are allowed.
     """
-    tested = constant("TESTED", PACKAGE / "hf/versions.py")
+    tested = constant("TESTED", PACKAGE / "hf/modeling/versions.py")
     minors = [tuple(int(part) for part in version.split(".")[:2]) for version in tested]
     major, newest = minors[-1]
     skipped = [f"!={major}.{minor}.*" for minor in range(newest) if (major, minor) not in minors]

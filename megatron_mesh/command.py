@@ -74,7 +74,7 @@ def run(
     with closed_pipe_is_no_error():
         try:
             if show_progress:
-                from megatron_mesh.runtime.console import show_messages
+                from megatron_mesh.metrics.console import show_messages
 
                 show_messages(True)
             if removes_files:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from megatron_mesh import command
 from megatron_mesh.arguments import parse_args
-from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.derived import layout
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import UserError
 from megatron_mesh.recurrence import SCHEMES

@@ -55,10 +55,10 @@ class Options:
 
 def main(options: Options) -> None:
     """Convert the model and print how to train it."""
-    from megatron_mesh.hf.requirements import check_transformers
+    from megatron_mesh.hf.convert.open_model import check_transformers
 
     check_transformers()
-    from megatron_mesh.hf.bring_in import ToRecursive, import_model
+    from megatron_mesh.hf.convert.import_model import ToRecursive, import_model
 
     asked = options.recursive
     choices = {name: getattr(asked, name) for name in ("recurrence", "core", "seed")}

@@ -60,7 +60,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Continue every prompt."""
-    from megatron_mesh.hf.requirements import check_transformers
+    from megatron_mesh.hf.convert.open_model import check_transformers
 
     _check(options)
     prompts = list(_given(options))

@@ -78,14 +78,14 @@ def main(options: Options, settings: list[str]) -> None:
 
 
 def _print_plan(config: "Config", options: Options) -> None:
-    from megatron_mesh.config.checks import resolve
+    from megatron_mesh.config.resolve import resolve
 
     world_size = options.nodes * options.gpus_per_node
     config = resolve(config, world_size=world_size)
     # Megatron-core takes seconds to import, and mistakes in the settings don't need it.
     from megatron_mesh.planner.dry_run import with_vocabulary
     from megatron_mesh.planner.figure import save_schedule
-    from megatron_mesh.planner.report import make_plan
+    from megatron_mesh.planner.plan import make_plan
     from megatron_mesh.planner.saving import Disk
     from megatron_mesh.planner.text import plan_text
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from steps import Step, from_here, shell
 
-from megatron_mesh.probe.figures import read_metrics
+from megatron_mesh.metrics.figures import read_metrics
 from megatron_mesh.runtime.run_files import CONFIG_FILE, LOSS_FIGURE, METRICS_FILE, ROUTERS_FIGURE
 
 SAMPLE_FILE = "sample.txt"

@@ -13,7 +13,7 @@ run.
 **torch's compiler is loaded when it is first used.** Megatron-core 0.16.1 decorates some forty functions with
 ``jit_fuser``, which is ``torch.compile`` (``megatron/core/jit.py``). The first of them makes torch import its
 whole compiler: 770 of 3,350 modules, and a third of the import time, on every rank and in every tool. Our
-settings use none of these functions (``model/config.py``: ``bias_activation_fusion`` and the like).
+settings use none of these functions (``model/transformer_config.py``: ``bias_activation_fusion`` and the like).
 """
 
 import functools

@@ -267,7 +267,7 @@ TABLE = (
         "tests/unit/runtime/test_device.py::test_every_patched_name_exists",
     ),
     Dependence(
-        "megatron_mesh/hf/modeling_mesh.py: _tp_plan",
+        "megatron_mesh/hf/modeling/modeling_mesh.py: _tp_plan",
         "transformers",
         "PreTrainedModel._tp_plan, _no_split_modules, _is_hf_initialized and the like",
         "a model describes itself to transformers by these; exports carry the file alone",
@@ -275,7 +275,7 @@ TABLE = (
         versions=">=4.57.6,<5.25",
     ),
     Dependence(
-        "megatron_mesh/hf/layers_mesh.py: _attn_implementation",
+        "megatron_mesh/hf/modeling/layers_mesh.py: _attn_implementation",
         "transformers",
         "PretrainedConfig._attn_implementation",
         "chooses the attention function; exports carry the file alone",

@@ -1,6 +1,6 @@
 """Numbers that follow from a resolved configuration."""
 
-from megatron_mesh.config.layers import LayerLayout, parse_layers
+from megatron_mesh.config.layout import LayerLayout, parse_layers
 from megatron_mesh.config.schema import Config, ModelConfig
 from megatron_mesh.errors import UserError
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_mesh.config.derived import layout
-from megatron_mesh.config.layers import LayerLayout
+from megatron_mesh.config.layout import LayerLayout
 from megatron_mesh.config.schema import ModelConfig, ParallelConfig
 from megatron_mesh.config.sizes import loss_in_layers
 from megatron_mesh.errors import UserError

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from megatron_mesh.config.check_model import resolve_model
-from megatron_mesh.config.layers import parse_layers
+from megatron_mesh.config.layout import parse_layers
+from megatron_mesh.config.resolve.model import resolve_model
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.config.sizes import non_embedding_parameters

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from megatron_mesh.config.layers import parse_layers
+from megatron_mesh.config.layout import parse_layers
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import SETTINGS, flatten
 from megatron_mesh.recurrence import SCHEMES

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from megatron_mesh.config.layers import parse_layers
+from megatron_mesh.config.layout import parse_layers
 from megatron_mesh.config.settings import NEGATED, SETTINGS, unknown_setting
 from megatron_mesh.config.yaml_file import expand_path, file_or_preset, load_yaml
 from megatron_mesh.errors import UserError

@@ -18,7 +18,7 @@ from megatron_mesh.data import cache
 from megatron_mesh.data.blend import parse_blend, parse_sets, parse_split
 from megatron_mesh.data.epoch import Epoch
 from megatron_mesh.data.indexed import file_sizes
-from megatron_mesh.data.plan import Planner, Source, StreamPlan
+from megatron_mesh.data.sources import Planner, Source, StreamPlan
 from megatron_mesh.data.stream import Part, SampleStream
 from megatron_mesh.data.tokenizer import Tokenizer
 from megatron_mesh.errors import UserError

@@ -6,8 +6,8 @@ from pathlib import Path
 from megatron_mesh.evaluation.published import paper, pythia
 from megatron_mesh.evaluation.results import HUB, Result, Results
 from megatron_mesh.evaluation.tasks import AVERAGED, SHOTS, TASKS
+from megatron_mesh.metrics.tables import TextTable
 from megatron_mesh.runtime.files import replace_text
-from megatron_mesh.runtime.tables import TextTable
 
 REPORT_FILE = "results.md"
 

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.evaluation import harness, model
+from megatron_mesh.evaluation import harness, model_source
 from megatron_mesh.evaluation.engines import TRANSFORMERS, VLLM, check_engine
 from megatron_mesh.evaluation.local_data import LocalTask, read_local_tasks
+from megatron_mesh.evaluation.perplexity import Text, measure_perplexity, open_text
 from megatron_mesh.evaluation.results import HUB, AnswerTooLong, Result, Results, Skipped, label, open_results
 from megatron_mesh.evaluation.tasks import SHOTS, TASKS, Task
-from megatron_mesh.evaluation.text import Text, measure_perplexity, open_text
-from megatron_mesh.hf.requirements import check_transformers
+from megatron_mesh.hf.convert.open_model import check_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def run_evaluation(settings: Settings) -> Results:
     check_settings(settings)
     harness.check_installed(settings.engine)
     check_transformers()
-    device = None if settings.engine == VLLM else str(model.choose_device(settings.device))
+    device = None if settings.engine == VLLM else str(model_source.choose_device(settings.device))
     jobs, skipped = plan(settings)
     with Console(stderr=True).status("hashing the model's files"):
         source = _source(settings)
@@ -92,7 +92,7 @@ def run_evaluation(settings: Settings) -> Results:
 def _run(
     jobs: list[EvaluationJob],
     results: Results,
-    source: model.ModelSource,
+    source: model_source.ModelSource,
     settings: Settings,
     device: str | None,
 ) -> None:
@@ -104,7 +104,7 @@ def _run(
     }
     if device is not None:
         how["device"] = device
-    with model.opened(source, how, settings.engine) as lm:
+    with model_source.opened(source, how, settings.engine) as lm:
         for number, job in enumerate(jobs, start=1):
             logger.info("[%d/%d] %s", number, len(jobs), job.label)
             try:
@@ -216,14 +216,14 @@ def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
         yield on_batch
 
 
-def _source(settings: Settings) -> model.ModelSource:
+def _source(settings: Settings) -> model_source.ModelSource:
     if settings.load is not None:
-        return model.checkpoint_source(settings.load, settings.tokenizer_model)
+        return model_source.checkpoint_source(settings.load, settings.tokenizer_model)
     assert settings.model is not None
-    return model.huggingface_source(settings.model, trust_remote_code=settings.trust_remote_code)
+    return model_source.huggingface_source(settings.model, trust_remote_code=settings.trust_remote_code)
 
 
-def _identity(settings: Settings, source: model.ModelSource) -> dict[str, Any]:
+def _identity(settings: Settings, source: model_source.ModelSource) -> dict[str, Any]:
     """Return what all results in one file must share."""
     return {
         "path": str(source.path),

@@ -7,8 +7,8 @@ import torch
 from megatron_mesh.config.derived import layout
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.names import entries
-from megatron_mesh.hf.weights import ModelWeights
+from megatron_mesh.hf.convert.tensors import entries
+from megatron_mesh.hf.convert.weights import ModelWeights
 from megatron_mesh.recurrence import SCHEMES
 
 # Causal masks and rotary frequencies: old versions of transformers saved them, but no version reads them.

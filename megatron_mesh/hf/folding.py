@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_mesh.config.schema import ModelConfig
-from megatron_mesh.hf.weights import TRAINING_ONLY, ModelWeights, read_tensors, write_tensors
+from megatron_mesh.hf.convert.weights import TRAINING_ONLY, ModelWeights, read_tensors, write_tensors
 from megatron_mesh.recurrence import SCHEMES
 
 EMBEDDING_FILE = TRAINING_ONLY / "embedding_before_scaling.safetensors"

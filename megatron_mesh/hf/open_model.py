@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from megatron_mesh.checkpoint.offline import open_checkpoint
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.configuration_mesh import MeshConfig
-from megatron_mesh.hf.export import export_checkpoint
-from megatron_mesh.hf.modeling_mesh import MeshForCausalLM, MeshModel
-from megatron_mesh.hf.tokenization_mesh import MeshTokenizer
-from megatron_mesh.hf.tokenizer import read_tokenizer
+from megatron_mesh.hf.convert.export import export_checkpoint
+from megatron_mesh.hf.convert.export_tokenizer import read_tokenizer
+from megatron_mesh.hf.modeling.configuration_mesh import MeshConfig
+from megatron_mesh.hf.modeling.modeling_mesh import MeshForCausalLM, MeshModel
+from megatron_mesh.hf.modeling.tokenization_mesh import MeshTokenizer
 
 
 def register_classes() -> None:

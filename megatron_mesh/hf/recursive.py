@@ -7,9 +7,9 @@ The three ways to initialize the core are those of Bae et al., "Relaxed Recursiv
 from dataclasses import replace
 from typing import Literal
 
-from megatron_mesh.config.check_model import resolve_model
 from megatron_mesh.config.derived import layout
-from megatron_mesh.config.layers import LayerLayout, parse_layers
+from megatron_mesh.config.layout import LayerLayout, parse_layers
+from megatron_mesh.config.resolve.model import resolve_model
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.recurrence import SCHEMES

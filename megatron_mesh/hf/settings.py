@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_mesh.config.check_model import resolve_model
-from megatron_mesh.config.layers import LayerLayout
+from megatron_mesh.config.layout import LayerLayout
+from megatron_mesh.config.resolve.model import resolve_model
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.describe import SETTINGS_KEY
+from megatron_mesh.hf.convert.describe import SETTINGS_KEY
 from megatron_mesh.hf.rope import rotary_base, rotary_percent
 from megatron_mesh.hf.vocabulary import read_omitted_rows
 from megatron_mesh.recurrence import SCHEMES

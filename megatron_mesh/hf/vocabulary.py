@@ -18,8 +18,8 @@ from torch import Tensor
 
 from megatron_mesh.config.derived import padded_vocab_size
 from megatron_mesh.config.schema import ModelConfig
-from megatron_mesh.hf.names import EMBEDDING
-from megatron_mesh.hf.weights import TRAINING_ONLY, read_tensors, write_tensors
+from megatron_mesh.hf.convert.tensors import EMBEDDING
+from megatron_mesh.hf.convert.weights import TRAINING_ONLY, read_tensors, write_tensors
 
 PADDING_FILE = TRAINING_ONLY / "vocabulary_padding.safetensors"
 

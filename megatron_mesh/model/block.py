@@ -17,10 +17,10 @@ from torch import Tensor
 from megatron_mesh import kernels
 from megatron_mesh.compat.megatron_model import CustomTransformerBlock
 from megatron_mesh.config.placement import Part
-from megatron_mesh.model.config import MeshTransformerConfig
 from megatron_mesh.model.layer_spec import final_norm
 from megatron_mesh.model.precision import Name, section_config
 from megatron_mesh.model.section import Section
+from megatron_mesh.model.transformer_config import MeshTransformerConfig
 from megatron_mesh.recurrence import LoopState, Scheme, build_scheme
 from megatron_mesh.runtime import ranges
 

@@ -10,11 +10,11 @@ from torch.overrides import TorchFunctionMode
 from megatron_mesh.config.derived import padded_vocab_size
 from megatron_mesh.config.placement import Part
 from megatron_mesh.config.schema import Config
-from megatron_mesh.model.config import transformer_config
 from megatron_mesh.model.gpt import MeshGPTModel
 from megatron_mesh.model.implementation import LOCAL, Implementation, choose
 from megatron_mesh.model.init import init_weights, zero_weights
 from megatron_mesh.model.layer_spec import layer_spec
+from megatron_mesh.model.transformer_config import transformer_config
 from megatron_mesh.runtime import device
 
 

@@ -16,8 +16,8 @@ from torch.nn import Parameter
 from megatron_mesh.compat.megatron_model import CustomGPTModel
 from megatron_mesh.config.placement import Part
 from megatron_mesh.model.block import MeshTransformerBlock
-from megatron_mesh.model.config import MeshTransformerConfig
 from megatron_mesh.model.layer_spec import final_norm
+from megatron_mesh.model.transformer_config import MeshTransformerConfig
 from megatron_mesh.recurrence import SCHEMES
 
 

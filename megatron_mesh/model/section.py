@@ -9,7 +9,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor
 
-from megatron_mesh.model.config import MeshTransformerConfig
+from megatron_mesh.model.transformer_config import MeshTransformerConfig
 
 
 class Section(TransformerBlock):

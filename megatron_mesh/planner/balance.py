@@ -10,7 +10,7 @@ from megatron_mesh.config.schema import ModelConfig, ParallelConfig
 from megatron_mesh.config.sizes import loss_in_layers
 from megatron_mesh.planner.costs import Cost
 from megatron_mesh.planner.order import rank_order
-from megatron_mesh.planner.simulate import simulate
+from megatron_mesh.planner.schedule import simulate
 
 _SECTIONS = ("prelude", "core", "coda")
 _MICRO_BATCHES_PER_RANK = 6  # in the trial runs: enough to reach a steady state

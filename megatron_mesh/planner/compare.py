@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_mesh.config.derived import layout
-from megatron_mesh.config.layers import LayerLayout
+from megatron_mesh.config.layout import LayerLayout
 from megatron_mesh.config.placement import microbatch_group_size
 from megatron_mesh.config.schema import Config, PrecisionConfig
 from megatron_mesh.config.sizes import GRADIENT_BYTES, layer_parameters
 from megatron_mesh.planner.balance import balanced_placement
-from megatron_mesh.planner.report import Plan, data_parallel_size, make_plan, plan_for
+from megatron_mesh.planner.plan import Plan, data_parallel_size, make_plan, plan_for
 from megatron_mesh.planner.stages import Chunk, Pipeline, plain_pipeline
 
 

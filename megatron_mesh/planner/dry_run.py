@@ -3,15 +3,15 @@
 from collections import Counter
 from dataclasses import replace
 
-from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.derived import layout, padded_vocab_size
 from megatron_mesh.config.length import batch_sizes, last_sample, last_step
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config, ParallelConfig
 from megatron_mesh.config.sizes import flops_per_token
 from megatron_mesh.errors import UserError
 from megatron_mesh.model import build_on_meta
 from megatron_mesh.model.naming import count_parameters
-from megatron_mesh.planner.report import Plan, make_plan, ranks_text
+from megatron_mesh.planner.plan import Plan, make_plan, ranks_text
 from megatron_mesh.planner.saving import Disk
 from megatron_mesh.planner.text import saving_rows, size
 from megatron_mesh.recurrence import SCHEMES

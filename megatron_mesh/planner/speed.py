@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_mesh.config.schema import Config
 from megatron_mesh.planner.costs import Cost, chunk_costs
 from megatron_mesh.planner.order import schedule_order
-from megatron_mesh.planner.simulate import Timeline, simulate
+from megatron_mesh.planner.schedule import Timeline, simulate
 from megatron_mesh.planner.stages import Chunk, Pipeline
 from megatron_mesh.planner.traffic import data_parallel_bytes, message_bytes, tensor_parallel_bytes
 

@@ -6,16 +6,16 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from megatron_mesh.config.check_model import resolve_model
-from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.derived import layout
+from megatron_mesh.config.resolve import resolve
+from megatron_mesh.config.resolve.model import resolve_model
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.errors import UserError
 from megatron_mesh.planner.balance import balanced_placement
-from megatron_mesh.planner.memory import rank_memory
 from megatron_mesh.planner.order import schedule_order
-from megatron_mesh.planner.report import data_parallel_size
+from megatron_mesh.planner.plan import data_parallel_size
+from megatron_mesh.planner.rank_memory import rank_memory
 from megatron_mesh.planner.speed import Hardware, chunk_seconds, data_parallel_time, pipeline_time
 from megatron_mesh.planner.stages import Pipeline, pipeline
 from megatron_mesh.recurrence import SCHEMES

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_mesh.config.derived import layout, padded_vocab_size
 from megatron_mesh.config.settings import flag
-from megatron_mesh.planner.report import Plan, RankReport, ranks_text
+from megatron_mesh.planner.plan import Plan, RankReport, ranks_text
 from megatron_mesh.planner.saving import Disk, save_seconds
 from megatron_mesh.planner.speed import Hardware
 from megatron_mesh.planner.suggest import Suggestion

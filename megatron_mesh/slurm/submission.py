@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import megatron_mesh
-from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.dump import dump_config
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import CheckpointConfig, Config
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.run_files import (
@@ -86,7 +86,7 @@ def check_memory(config: Config, world_size: int, limit_gib: float | None) -> fl
     """
     # Imported late: Megatron-core takes seconds, and --help and wrong options don't need it.
     from megatron_mesh.planner.dry_run import with_vocabulary
-    from megatron_mesh.planner.report import make_plan
+    from megatron_mesh.planner.plan import make_plan
 
     plan = make_plan(resolve(with_vocabulary(config), world_size=world_size), world_size)
     gib = max(rank.memory.total for rank in plan.ranks) / 2**30

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.length import last_sample
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data import (
     Batch,

@@ -24,19 +24,19 @@ from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.length import batch_size_at, last_step
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data import Datasets
+from megatron_mesh.metrics.log import Log, check_trackers
+from megatron_mesh.metrics.meters import RouterMeter, SpeedMeter, perplexity
 from megatron_mesh.model.implementation import choose
 from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.runtime import exits, phases
 from megatron_mesh.runtime.distributed import is_rank_zero, process_groups
 from megatron_mesh.runtime.health import Health
-from megatron_mesh.runtime.logging import Log, check_trackers
 from megatron_mesh.runtime.memory import explain_out_of_memory, remedies
 from megatron_mesh.runtime.ownership import owned
 from megatron_mesh.runtime.start_times import STARTED
 from megatron_mesh.runtime.stopping import URGENT, StopRequests, write_status
 from megatron_mesh.train.data import fingerprints_of, open_batches, open_datasets, open_vocabulary
 from megatron_mesh.train.data_report import describe_sources, log_data
-from megatron_mesh.train.metrics import RouterMeter, SpeedMeter, perplexity
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule, warn_if_lr_reaches_zero_early
 from megatron_mesh.train.output import (
     check_writable,

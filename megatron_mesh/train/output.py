@@ -17,13 +17,13 @@ from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import flag
 from megatron_mesh.config.sources import read_yaml
 from megatron_mesh.errors import UserError
+from megatron_mesh.metrics.log import Log, open_log
+from megatron_mesh.metrics.meters import perplexity
 from megatron_mesh.runtime.distributed import is_rank_zero
 from megatron_mesh.runtime.failures import resumes
 from megatron_mesh.runtime.files import replace_text
-from megatron_mesh.runtime.logging import Log, open_log
 from megatron_mesh.runtime.owner_file import held_by_another, read_owner
 from megatron_mesh.runtime.run_files import CONFIG_FILE, METRICS_FILE, OWNER_FILE, numbered
-from megatron_mesh.train.metrics import perplexity
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from megatron_mesh.checkpoint import writer
 from megatron_mesh.checkpoint.save import Saver
 from megatron_mesh.config.schema import Config
+from megatron_mesh.metrics.log import Log
 from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime.distributed import model_parallel_groups
 from megatron_mesh.runtime.health import Health
-from megatron_mesh.runtime.logging import Log
 from megatron_mesh.runtime.stopping import StopRequests
 from megatron_mesh.train import loop, pretrain
 from megatron_mesh.train import step as step_module

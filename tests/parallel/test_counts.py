@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from megatron_mesh.arguments import parse_args
-from megatron_mesh.config.checks import resolve
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import with_values
-from megatron_mesh.planner.report import make_plan
+from megatron_mesh.planner.plan import make_plan
 from tests.helpers import tiny_config
 from tests.parallel import counts
 from tests.parallel.pool import pool

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_mesh.hf.bring_in import import_model
-from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.convert.export import export_checkpoint
+from megatron_mesh.hf.convert.import_model import import_model
 from megatron_mesh.recurrence import SCHEMES
 from megatron_mesh.runtime.distributed import model_parallel_groups
 from tests.exports import TOKENS, export_config, load_weights, saved_with_logits

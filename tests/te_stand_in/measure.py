@@ -22,7 +22,7 @@ from megatron_mesh.checkpoint.index import Index
 from megatron_mesh.checkpoint.load import load_tensors
 from megatron_mesh.checkpoint.offline import open_index, write
 from megatron_mesh.checkpoint.save import description
-from megatron_mesh.model import te_layers
+from megatron_mesh.model import layers_te
 from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.parallel.ring import ring_chunks
 from megatron_mesh.runtime.distributed import model_parallel_groups
@@ -67,7 +67,7 @@ def ring() -> dict[str, Any]:
 
 def context() -> dict[str, Any]:
     """Compare two ranks that share each sequence with two that process the same sequences."""
-    te_layers.TEDotProductAttention.cp_stream = "none: a stream is a GPU's"
+    layers_te.TEDotProductAttention.cp_stream = "none: a stream is a GPU's"
     asked = [configure(world_size=2, bf16=True, **settings) for settings in CONTEXT]
     # In float32, which the real kernels don't support, so that the sums can be compared closely.
     each, shared = (replace(config, training=replace(config.training, bf16=False)) for config in asked)

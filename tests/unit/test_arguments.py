@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_mesh.arguments import parse_args
-from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.dump import dump_config
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import SETTINGS, flag, flatten
 from megatron_mesh.errors import UserError

@@ -23,13 +23,13 @@ from megatron_mesh.checkpoint.save import Saved, Saver
 from megatron_mesh.checkpoint.shares import MOMENTS, allocate, only_member
 from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.checkpoint.writer import file_of
-from megatron_mesh.config.checks import resolve
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import with_values
+from megatron_mesh.metrics.console import show_messages
 from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.planner.text import size
 from megatron_mesh.runtime import device
-from megatron_mesh.runtime.console import show_messages
 from megatron_mesh.runtime.distributed import is_rank_zero, model_parallel_groups
 from megatron_mesh.runtime.run_files import CHECKPOINTS
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule

@@ -30,8 +30,8 @@ from megatron_mesh.checkpoint import integrity
 from megatron_mesh.checkpoint.load import Search, load_checkpoint
 from megatron_mesh.checkpoint.save import Saved, Saver
 from megatron_mesh.checkpoint.state import TrainState
-from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.ranges import at_least
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import UserError
 from megatron_mesh.parallel import Stage, build_stage

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 
 from rich.console import Group
 
+from megatron_mesh.metrics.tables import TextTable
 from megatron_mesh.runtime import device
-from megatron_mesh.runtime.tables import TextTable
 from tools.bench.report import COMPARED, PARTS, Spread, StepReport, VariantResult, ratios, targets
 from tools.bench.settings import COMPILED, EAGER, FP8, StepSettings, kind_of
 

@@ -13,8 +13,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_mesh.checkpoint.state import TrainState
-from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.derived import padded_vocab_size
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.data import Batch

@@ -19,7 +19,7 @@ from megatron_mesh.config.settings import with_values
 from megatron_mesh.config.sizes import non_embedding_parameters
 from megatron_mesh.errors import UserError
 from megatron_mesh.model import build_model, implementation
-from megatron_mesh.planner.report import make_plan
+from megatron_mesh.planner.plan import make_plan
 from megatron_mesh.runtime import ranges
 from tests.helpers import one_process
 from tests.parallel.watch import IN_HOST_MEMORY, Watch

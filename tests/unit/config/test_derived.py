@@ -1,8 +1,8 @@
 import pytest
 
-from megatron_mesh.config.check_model import resolve_model
 from megatron_mesh.config.derived import layout, padded_vocab_size
-from megatron_mesh.config.layers import LayerLayout
+from megatron_mesh.config.layout import LayerLayout
+from megatron_mesh.config.resolve.model import resolve_model
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.config.sizes import non_embedding_parameters
 from megatron_mesh.errors import UserError

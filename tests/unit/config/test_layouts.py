@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mesh.config.layers import LayerLayout, parse_layers
+from megatron_mesh.config.layout import LayerLayout, parse_layers
 from megatron_mesh.errors import UserError
 
 

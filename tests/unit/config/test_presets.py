@@ -4,9 +4,9 @@ import pytest
 import yaml
 
 from megatron_mesh.arguments import parse_args
-from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.derived import layout
 from megatron_mesh.config.presets import PAPER_SCHEMES, SIZES, main, presets
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
 
 ON_DISK = Path(__file__).resolve().parents[3] / "examples" / "configs"

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_mesh.config import resuming
-from megatron_mesh.config.check_model import resolve_model
+from megatron_mesh.config.resolve.model import resolve_model
 from megatron_mesh.config.resuming import RESUMING, Kind, differing
 from megatron_mesh.config.schema import Config, ModelConfig
 from megatron_mesh.config.settings import SETTINGS

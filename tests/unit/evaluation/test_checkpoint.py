@@ -13,10 +13,10 @@ import datasets
 from transformers import dynamic_module_utils
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.evaluation import model
-from megatron_mesh.evaluation.model import _OUR_MODEL_TYPE
+from megatron_mesh.evaluation import model_source
+from megatron_mesh.evaluation.model_source import _OUR_MODEL_TYPE
 from megatron_mesh.evaluation.results import Results, open_results
-from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.convert.export import export_checkpoint
 from tests.commands import tool
 from tests.exports import saved_with_logits
 
@@ -47,7 +47,7 @@ def test_checkpoint_and_export_measure_the_same(
     again = ["--load", str(checkpoint.parent), "--output-dir", str(tmp_path / "a"), *rest]
     moved = shutil.copy(model_dir / "tokenizer.json", tmp_path / "moved.json")
     with monkeypatch.context() as patch:
-        patch.setattr(model, "opened", None)  # all results exist, so the model is not loaded
+        patch.setattr(model_source, "opened", None)  # all results exist, so the model is not loaded
         main([*again, "--tokenizer-model", str(moved)])
     named = tmp_path / "tokenizer.json"
     named.write_text(named.read_text() + " ")

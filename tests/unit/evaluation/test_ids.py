@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra: eval)")
 
 from megatron_mesh.data.tokenizer import build_tokenizer
-from megatron_mesh.evaluation.model import checkpoint_source, huggingface_source, opened
-from megatron_mesh.evaluation.text import _pack
-from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.evaluation.model_source import checkpoint_source, huggingface_source, opened
+from megatron_mesh.evaluation.perplexity import _pack
+from megatron_mesh.hf.convert.export import export_checkpoint
 from tests.exports import saved_with_logits
 from tests.unit.hf.tokenizers_of_tests import SENTENCEPIECE, byte_level, sentencepiece_model
 

@@ -10,7 +10,7 @@ from megatron_mesh.evaluation.published import paper, pythia
 from megatron_mesh.evaluation.report import paper_table, pythia_table, result_tables, write_markdown
 from megatron_mesh.evaluation.results import Result, Results, Skipped
 from megatron_mesh.evaluation.tasks import AVERAGED, TASKS
-from megatron_mesh.runtime.tables import TextTable
+from megatron_mesh.metrics.tables import TextTable
 
 
 def of(name: str, shots: int | None, **metrics: float) -> Result:

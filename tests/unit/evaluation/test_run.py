@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.evaluation import harness, model, run
+from megatron_mesh.evaluation import harness, model_source, run
 from megatron_mesh.evaluation.local_data import LocalTask
 from megatron_mesh.evaluation.results import Result
 from megatron_mesh.evaluation.run import Settings, run_evaluation
@@ -27,7 +27,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     log: list[str] = []
 
     @contextmanager
-    def opened(source: model.ModelSource, how: Mapping[str, Any], engine: str) -> Iterator[None]:
+    def opened(source: model_source.ModelSource, how: Mapping[str, Any], engine: str) -> Iterator[None]:
         log.append(f"open {source.path.name}")
         yield None
 
@@ -39,7 +39,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(harness, "check_installed", lambda engine: None)
     monkeypatch.setattr(harness, "version", lambda: "0")
-    monkeypatch.setattr(model, "opened", opened)
+    monkeypatch.setattr(model_source, "opened", opened)
     monkeypatch.setattr(harness, "run_task", run_task)
     return log
 
@@ -200,13 +200,13 @@ def test_trusted_code_and_the_two_directories(settings: Settings, tmp_path: Path
     directory = tmp_path / "remote"
     shutil.copytree(settings.model, directory)
     _edit("config.json", auto_map={"AutoConfig": "mine.Config"})(directory)
-    assert model.huggingface_source(directory, trust_remote_code=True).trust_remote_code
+    assert model_source.huggingface_source(directory, trust_remote_code=True).trust_remote_code
     with pytest.raises(UserError, match="is a Hugging Face directory; use --model"):
-        model.checkpoint_source(directory, None)
+        model_source.checkpoint_source(directory, None)
     unfinished = tmp_path / "iter_0000010.partial"
     unfinished.mkdir()
     with pytest.raises(UserError, match=r"partial is not a complete checkpoint .*--load another one"):
-        model.checkpoint_source(unfinished, None)
+        model_source.checkpoint_source(unfinished, None)
 
 
 BAD_DATA: list[tuple[Callable[[Path], Any], str]] = [

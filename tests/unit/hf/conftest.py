@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.convert.export import export_checkpoint
 from tests.exports import saved_with_logits
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
-from megatron_mesh.hf.configuration_mesh import MeshConfig
-from megatron_mesh.hf.modeling_mesh import MeshForCausalLM
+from megatron_mesh.hf.modeling.configuration_mesh import MeshConfig
+from megatron_mesh.hf.modeling.modeling_mesh import MeshForCausalLM
 
 ROUTED = ["mesh", "vanilla+mesh", "dynamic", "static"]
 """The schemes that have parameters."""

@@ -14,10 +14,10 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from megatron_mesh.checkpoint import offline
 from megatron_mesh.checkpoint.offline import open_checkpoint
-from megatron_mesh.config.layers import parse_layers
+from megatron_mesh.config.layout import parse_layers
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.bring_in import ToRecursive, import_model
-from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.convert.export import export_checkpoint
+from megatron_mesh.hf.convert.import_model import ToRecursive, import_model
 from megatron_mesh.hf.recursive import core_sources
 from tests.commands import tool
 from tests.exports import TOKENS

@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
-from megatron_mesh.hf.layers_mesh import CACHE_NAME
+from megatron_mesh.hf.modeling.layers_mesh import CACHE_NAME
 from tests.helpers import relative_error
 from tests.unit.hf.models import END, IDS, PADDING, SCHEMES, greedy, looped, stock, unrolled_twin
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf import export as export_module
-from megatron_mesh.hf.export import export_checkpoint
-from megatron_mesh.hf.names import entries
-from megatron_mesh.hf.ship import sources
-from megatron_mesh.hf.versions import TESTED
+from megatron_mesh.hf.convert import export as export_module
+from megatron_mesh.hf.convert.export import export_checkpoint
+from megatron_mesh.hf.convert.ship import sources
+from megatron_mesh.hf.convert.tensors import entries
+from megatron_mesh.hf.modeling.versions import TESTED
 from tests.exports import TOKENS, export_config, renew_checksums, saved_with_logits
 from tests.unit.hf.test_open_model import TOKENIZER
 
@@ -285,7 +285,7 @@ def test_peak_memory_is_a_shard(tmp_path) -> None:
     code = f"""
 import resource, torch
 from pathlib import Path
-from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.convert.export import export_checkpoint
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 export_checkpoint(Path({str(checkpoint)!r}), Path({str(tmp_path / "hf")!r}), shard_bytes=8 * 2**20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

@@ -10,7 +10,7 @@ import torch
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf import folding
-from megatron_mesh.hf.bring_in import import_model
+from megatron_mesh.hf.convert.import_model import import_model
 from tests.unit.hf.test_logits import load, weights_of
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from megatron_mesh.hf.bring_in import import_model
-from megatron_mesh.hf.export import export_checkpoint
-from megatron_mesh.hf.modeling_mesh import MeshForCausalLM
+from megatron_mesh.hf.convert.export import export_checkpoint
+from megatron_mesh.hf.convert.import_model import import_model
+from megatron_mesh.hf.modeling.modeling_mesh import MeshForCausalLM
 from tests.exports import TOKENS
 from tests.helpers import relative_error
 from tests.unit.hf.models import IDS, ROUTED, SCHEMES, looped, mesh_config, unrolled_twin

@@ -10,7 +10,7 @@ import torch
 
 from megatron_mesh.data.tokenizer import build_tokenizer
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.convert.export import export_checkpoint
 from megatron_mesh.hf.open_model import open_model
 from tests.commands import tool
 from tests.exports import saved_with_logits
@@ -27,7 +27,7 @@ GREEDY = ["--temperature", "0", "--max-new-tokens", "9"]
 def looped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint with a SentencePiece tokenizer, whose pieces start with spaces, and its export."""
     directory = tmp_path_factory.mktemp("looped")
-    lines = (ROOT / "megatron_mesh/hf/modeling_mesh.py").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "megatron_mesh/hf/modeling/modeling_mesh.py").read_text(encoding="utf-8").splitlines()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(directory / "spm"), vocab_size=400,
         model_type="bpe", normalization_rule_name="identity", minloglevel=2,
@@ -56,7 +56,7 @@ def test_prints_the_models_text(looped, capsys) -> None:
 
 
 def test_a_new_word_keeps_its_space(looped, capsys, monkeypatch) -> None:
-    from megatron_mesh.hf.modeling_mesh import MeshForCausalLM
+    from megatron_mesh.hf.modeling.modeling_mesh import MeshForCausalLM
 
     _, tokenizer = open_model(looped[1])
     new = tokenizer(" return", return_tensors="pt")["input_ids"]
@@ -106,7 +106,7 @@ def test_lines_of_a_prompt_file(tmp_path) -> None:
 
 
 def test_a_checkpoint_and_its_export_get_the_ids_of_the_training(looped, monkeypatch) -> None:
-    from megatron_mesh.hf.modeling_mesh import MeshForCausalLM
+    from megatron_mesh.hf.modeling.modeling_mesh import MeshForCausalLM
 
     checkpoint, directory = looped
     trained = build_tokenizer(None, str(checkpoint.parents[1] / "spm.model"))

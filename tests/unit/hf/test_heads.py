@@ -14,7 +14,7 @@ from transformers import (
     GPTNeoXForTokenClassification,
 )
 
-from megatron_mesh.hf.modeling_mesh import (
+from megatron_mesh.hf.modeling.modeling_mesh import (
     MeshForQuestionAnswering,
     MeshForSequenceClassification,
     MeshForTokenClassification,

@@ -11,8 +11,8 @@ from megatron_mesh.checkpoint.content import NOT_WEIGHTS
 from megatron_mesh.checkpoint.offline import open_index
 from megatron_mesh.checkpoint.reader import read_tensor
 from megatron_mesh.hf import folding
-from megatron_mesh.hf.bring_in import import_model
-from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.convert.export import export_checkpoint
+from megatron_mesh.hf.convert.import_model import import_model
 from megatron_mesh.recurrence import SCHEMES
 from tests.exports import TOKENS
 from tests.helpers import relative_error

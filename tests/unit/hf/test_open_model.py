@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.bring_in import import_model
-from megatron_mesh.hf.modeling_mesh import MeshForCausalLM
+from megatron_mesh.hf.convert.import_model import import_model
+from megatron_mesh.hf.modeling.modeling_mesh import MeshForCausalLM
 from megatron_mesh.hf.open_model import open_model
 from tests.exports import TOKENS
 from tests.helpers import relative_error

@@ -12,10 +12,10 @@ import torch
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf import refresh
-from megatron_mesh.hf.refresh import refresh_code
-from megatron_mesh.hf.ship import AUTO_MAP, sources, tokenizer_source
-from megatron_mesh.hf.versions import TESTED
+from megatron_mesh.hf.convert import refresh
+from megatron_mesh.hf.convert.refresh import refresh_code
+from megatron_mesh.hf.convert.ship import AUTO_MAP, sources, tokenizer_source
+from megatron_mesh.hf.modeling.versions import TESTED
 from tests.commands import tool
 from tests.exports import TOKENS
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXForCausalLM
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.bring_in import import_model
-from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.convert.export import export_checkpoint
+from megatron_mesh.hf.convert.import_model import import_model
 from tests.unit.hf.test_bring_in import ROOT, stock
 from tests.unit.hf.test_logits import weights_of
 

@@ -10,11 +10,11 @@ from torch.nn.functional import cross_entropy
 from transformers import GPTNeoXForCausalLM
 
 from megatron_mesh.checkpoint.offline import open_checkpoint
-from megatron_mesh.config.check_parallel import check_tensor_parallel
 from megatron_mesh.config.derived import padded_vocab_size
+from megatron_mesh.config.resolve.parallel import check_tensor_parallel
 from megatron_mesh.config.schema import ParallelConfig
-from megatron_mesh.hf.bring_in import import_model
-from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.convert.export import export_checkpoint
+from megatron_mesh.hf.convert.import_model import import_model
 from megatron_mesh.parallel import build_stage
 from tests.exports import export_config, load_weights
 from tests.helpers import one_process, relative_error

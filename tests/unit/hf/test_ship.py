@@ -8,7 +8,7 @@ import pytest
 from transformers.dynamic_module_utils import get_relative_imports
 
 import megatron_mesh
-from megatron_mesh.hf import ship
+from megatron_mesh.hf.convert import ship
 
 PACKAGE = Path(megatron_mesh.__file__).parent
 
@@ -66,7 +66,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "hf/modeling/other.py": "",
         "recurrence/schemes.py": "import torch\n\nfrom .mixing import x\n",
         "recurrence/mixing.py": "from .schemes import SCHEMES\n",
-        "hf/export.py": "",
+        "hf/convert/export.py": "",
     }
     root = tmp_path / "megatron_mesh"
     for name, text in texts.items():
@@ -97,7 +97,7 @@ def test_files_are_found_by_their_imports(package: Path) -> None:
     [
         "import megatron_mesh.hf.modeling.attention",
         "from megatron_mesh.errors import UserError",
-        "from megatron_mesh.hf.export import export_checkpoint",
+        "from megatron_mesh.hf.convert.export import export_checkpoint",
         "from megatron_mesh.recurrence import SCHEMES",
         "from megatron_mesh.hf.modeling.nowhere import x",
         "from . import attention",

@@ -14,7 +14,7 @@ import setuptools
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from megatron_mesh.hf.versions import TESTED, minor, warn_if_untested
+from megatron_mesh.hf.modeling.versions import TESTED, minor, warn_if_untested
 
 ROOT = Path(__file__).resolve().parents[3]
 ENGINES = "5.19.0"  # SGLang pins it, vLLM allows it

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_mesh.checkpoint.offline import open_checkpoint
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf import vocabulary
-from megatron_mesh.hf.bring_in import import_model
-from megatron_mesh.hf.export import export_checkpoint
-from megatron_mesh.hf.names import EMBEDDING, OUTPUT, VOCABULARY
+from megatron_mesh.hf.convert.export import export_checkpoint
+from megatron_mesh.hf.convert.import_model import import_model
+from megatron_mesh.hf.convert.tensors import EMBEDDING, OUTPUT, VOCABULARY
 from tests.exports import TOKENS, saved_with_logits
 from tests.unit.hf.test_logits import load, weights_of
 from tests.unit.hf.tokenizers_of_tests import byte_level, sentencepiece_model

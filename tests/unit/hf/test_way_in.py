@@ -16,8 +16,8 @@ import transformers
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.bring_in import import_model
-from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.convert.export import export_checkpoint
+from megatron_mesh.hf.convert.import_model import import_model
 
 HIDDEN, HEADS, VOCABULARY = 64, 4, 128
 TOKENS = torch.randint(0, 97, (2, 24), generator=torch.Generator().manual_seed(2))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from megatron_mesh.planner.order import Step, rank_order
-from megatron_mesh.planner.report import make_plan
+from megatron_mesh.planner.plan import make_plan
 from tests.helpers import tiny_config
 from tests.unit.planner.recorded import recorded
 

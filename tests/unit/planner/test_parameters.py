@@ -6,7 +6,7 @@ import torch
 from megatron_mesh.config.placement import placement
 from megatron_mesh.model.build import build_on_meta
 from megatron_mesh.planner.costs import rank_parameters
-from megatron_mesh.planner.report import make_plan
+from megatron_mesh.planner.plan import make_plan
 from megatron_mesh.recurrence import SCHEMES
 from tests.helpers import tiny_config
 

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from megatron_mesh.config.derived import non_embedding_parameters
 from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.configuration_mesh import MeshConfig
-from megatron_mesh.hf.modeling_mesh import MeshModel
-from megatron_mesh.hf.names import entries
+from megatron_mesh.hf.convert.tensors import entries
+from megatron_mesh.hf.modeling.configuration_mesh import MeshConfig
+from megatron_mesh.hf.modeling.modeling_mesh import MeshModel
+from megatron_mesh.metrics.meters import RouterMeter
 from megatron_mesh.model import build_model, build_on_meta
-from megatron_mesh.planner.report import make_plan
+from megatron_mesh.planner.plan import make_plan
 from megatron_mesh.planner.traffic import own_exchange
 from megatron_mesh.recurrence import SCHEMES, LoopState, RecurrenceOptions, Scheme
 from megatron_mesh.recurrence.schemes import Draw
 from megatron_mesh.runtime.distributed import process_groups
-from megatron_mesh.train.metrics import RouterMeter
 from tests.helpers import tiny_config
 
 LAYERS, LOOPS, HIDDEN = "1+2R3+1", 3, 32

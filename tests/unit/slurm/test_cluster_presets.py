@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_mesh.arguments import parse_args
-from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.cluster_presets import CLUSTERS, GPUS_PER_NODE, MODEL, cluster_presets, main
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
-from megatron_mesh.planner.report import Plan, make_plan
+from megatron_mesh.planner.plan import Plan, make_plan
 from tests.commands import tool
 
 ROOT = Path(__file__).resolve().parents[3]

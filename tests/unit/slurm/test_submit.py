@@ -12,7 +12,7 @@ import pytest
 
 import megatron_mesh
 from megatron_mesh.arguments import parse_args
-from megatron_mesh.config.checks import resolve
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.errors import UserError
 from megatron_mesh.slurm import submission
 from megatron_mesh.slurm.script import sbatch_option

@@ -13,8 +13,8 @@ import torch
 from megatron_mesh.checkpoint.load import Search
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data.indexed import IndexedWriter
+from megatron_mesh.metrics.log import Log
 from megatron_mesh.runtime.distributed import process_groups
-from megatron_mesh.runtime.logging import Log
 from megatron_mesh.runtime.random import pack_generators
 from megatron_mesh.runtime.records import Record, Sink
 from megatron_mesh.runtime.stopping import StopRequests

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_mesh.checkpoint import writer
+from megatron_mesh.metrics.console import numbers
 from megatron_mesh.runtime import exits
-from megatron_mesh.runtime.console import numbers
 from megatron_mesh.train import step
 from tests.unit.train.conftest import run
 

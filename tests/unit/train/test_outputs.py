@@ -19,15 +19,15 @@ from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.config.sizes import flops_per_token
 from megatron_mesh.config.sources import read_yaml
+from megatron_mesh.metrics.console import Bar, Lines
+from megatron_mesh.metrics.log import JsonLines, Log
+from megatron_mesh.metrics.meters import RouterMeter
 from megatron_mesh.runtime import exits
-from megatron_mesh.runtime.console import Bar, Lines
-from megatron_mesh.runtime.logging import JsonLines, Log
 from megatron_mesh.runtime.records import Record
 from megatron_mesh.runtime.stopping import write_status
 from megatron_mesh.train import pretrain
 from megatron_mesh.train.data import open_batches
 from megatron_mesh.train.loop import build
-from megatron_mesh.train.metrics import RouterMeter
 from megatron_mesh.train.output import open_outputs
 from megatron_mesh.train.step import run_batch
 from tests.helpers import one_process, randomise

@@ -30,8 +30,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transfor
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
-from megatron_mesh.model.config import MeshTransformerConfig
 from megatron_mesh.model.layers import ParallelResidualLayer
+from megatron_mesh.model.transformer_config import MeshTransformerConfig
 
 # FP8 matrix products need multiples of 16 rows, and a row-parallel layer may scatter them.
 _ROWS = 16

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import megatron_mesh
-from megatron_mesh.hf import versions
+from megatron_mesh.hf.modeling import versions
 
 AUTO_MAP = {
     "AutoConfig": "configuration_mesh.MeshConfig",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.describe import SETTINGS_KEY
+from megatron_mesh.hf.convert.describe import SETTINGS_KEY
 from megatron_mesh.hf.fields import HARMLESS, short_json
 from megatron_mesh.hf.rope import check_rope
 from megatron_mesh.recurrence import SCHEMES

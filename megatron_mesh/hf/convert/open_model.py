@@ -5,7 +5,7 @@ import importlib.metadata
 from packaging.version import Version
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.versions import OLDEST
+from megatron_mesh.hf.modeling.versions import OLDEST
 
 _REMEDY = "pip install 'megatron_mesh[hf]' (in a checkout: pip install -e '.[hf]')"
 

@@ -17,12 +17,13 @@ from megatron_mesh.checkpoint.reader import read_tensor
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.data.tokenizer import Tokenizer, check_vocab
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf import describe, folding, ship, vocabulary
-from megatron_mesh.hf.describe import ExportVocabulary
-from megatron_mesh.hf.names import EMBEDDING, VOCABULARY, ExportTensor, entries
+from megatron_mesh.hf import folding, vocabulary
+from megatron_mesh.hf.convert import describe, ship
+from megatron_mesh.hf.convert.describe import ExportVocabulary
+from megatron_mesh.hf.convert.export_tokenizer import tokenizer_of, write_tokenizer
+from megatron_mesh.hf.convert.tensors import EMBEDDING, VOCABULARY, ExportTensor, entries
+from megatron_mesh.hf.convert.weights import write_tensors
 from megatron_mesh.hf.padding import padding_of
-from megatron_mesh.hf.tokenizer import tokenizer_of, write_tokenizer
-from megatron_mesh.hf.weights import write_tensors
 from megatron_mesh.recurrence import SCHEMES
 from megatron_mesh.runtime import strict_json
 

@@ -14,8 +14,8 @@ from megatron_mesh.data.tokenizer import (
     build_tokenizer,
 )
 from megatron_mesh.errors import UserError
+from megatron_mesh.hf.convert.ship import TOKENIZER_CLASS, TOKENIZER_CODE
 from megatron_mesh.hf.padding import Padding
-from megatron_mesh.hf.ship import TOKENIZER_CLASS, TOKENIZER_CODE
 from megatron_mesh.runtime import strict_json
 
 _FAST_CLASS = "PreTrainedTokenizerFast"  # exists in both transformers 4.57 and 5.x
@@ -81,7 +81,7 @@ def read_tokenizer(directory: Path) -> Any:
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if settings.get("tokenizer_class") == TOKENIZER_CLASS:
-        from megatron_mesh.hf.tokenization_mesh import MeshTokenizer
+        from megatron_mesh.hf.modeling.tokenization_mesh import MeshTokenizer
 
         return MeshTokenizer.from_pretrained(str(directory))
     return PreTrainedTokenizerFast.from_pretrained(str(directory))
@@ -89,7 +89,7 @@ def read_tokenizer(directory: Path) -> Any:
 
 def _write_sentencepiece(tokenizer: SentencePieceTokenizer, directory: Path) -> bool:
     """Write tokenizer.json if it can give the same ids, else the model itself. Return whether it can."""
-    from megatron_mesh.hf.spm import to_fast_tokenizer  # needs protobuf, which training doesn't
+    from megatron_mesh.hf.convert.spm import to_fast_tokenizer  # needs protobuf, which training doesn't
 
     fast = to_fast_tokenizer(tokenizer.path, tokenizer.eod)
     if fast is None:
@@ -149,6 +149,6 @@ def _symbols(tokenizer: Tokenizer) -> list[str]:
     """Return the tokens that were not learned from text: added, control and user-defined ones."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
-    from megatron_mesh.hf.spm import symbols
+    from megatron_mesh.hf.convert.spm import symbols
 
     return symbols(tokenizer.path)

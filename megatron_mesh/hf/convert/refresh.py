@@ -10,9 +10,9 @@ from packaging.version import Version
 
 import megatron_mesh
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf import ship
-from megatron_mesh.hf.describe import TESTED_KEY
-from megatron_mesh.hf.versions import TESTED
+from megatron_mesh.hf.convert import ship
+from megatron_mesh.hf.convert.describe import TESTED_KEY
+from megatron_mesh.hf.modeling.versions import TESTED
 from megatron_mesh.recurrence import SCHEMES
 from megatron_mesh.runtime import strict_json
 

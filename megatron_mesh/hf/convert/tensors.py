@@ -13,7 +13,7 @@ import torch
 from megatron_mesh.config.derived import layout, padded_vocab_size
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.hf import folding
-from megatron_mesh.model.config import recurrence_options
+from megatron_mesh.model.transformer_config import recurrence_options
 from megatron_mesh.recurrence import SCHEMES, build_scheme
 
 EMBEDDING = "embedding.word_embeddings.weight"

@@ -16,8 +16,8 @@ from megatron_mesh.checkpoint.integrity import digest, read_checksums
 from megatron_mesh.config.schema import CheckpointConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation.engines import TRANSFORMERS, VLLM
-from megatron_mesh.hf.ship import TOKENIZER_CLASS
-from megatron_mesh.hf.tokenizer import tokenizer_of
+from megatron_mesh.hf.convert.export_tokenizer import tokenizer_of
+from megatron_mesh.hf.convert.ship import TOKENIZER_CLASS
 from megatron_mesh.runtime import device, strict_json
 from megatron_mesh.runtime.run_files import CHECKPOINT_PREFIX
 
@@ -159,7 +159,7 @@ def _has_only_our_code(directory: Path) -> bool:
     """
     if not any(_code_of(directory / name) for name in _MAY_NAME_CODE):
         return False
-    from megatron_mesh.hf import ship
+    from megatron_mesh.hf.convert import ship
 
     ours = {**ship.sources(), **ship.tokenizer_source()}
     for path in directory.glob("*.py"):

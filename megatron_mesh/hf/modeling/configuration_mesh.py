@@ -10,7 +10,7 @@ from typing import Any
 from transformers import GPTNeoXConfig
 from transformers.utils.versions import require_version
 
-from megatron_mesh.hf.versions import OLDEST, warn_if_untested
+from megatron_mesh.hf.modeling.versions import OLDEST, warn_if_untested
 
 require_version(f"transformers>={OLDEST}", f"Install it: pip install 'transformers>={OLDEST}'")
 warn_if_untested()
@@ -106,7 +106,7 @@ class MeshConfig(GPTNeoXConfig):
         packaged = __name__.startswith("megatron_mesh.")
         # transformers reads the import statements of this file and expects every module in the model's
         # directory. An import by name escapes that.
-        ship = importlib.import_module("megatron_mesh.hf.ship") if packaged else None
+        ship = importlib.import_module("megatron_mesh.hf.convert.ship") if packaged else None
         if ship is not None and not Path(save_directory).is_file():  # transformers reports a file as an error
             self.auto_map = dict(ship.AUTO_MAP)
             Path(save_directory).mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mesh.config.derived import layout
-from megatron_mesh.config.layers import LayerLayout
+from megatron_mesh.config.layout import LayerLayout
 from megatron_mesh.config.placement import virtual_stages
 from megatron_mesh.config.schema import Config, ModelConfig
 from megatron_mesh.errors import UserError

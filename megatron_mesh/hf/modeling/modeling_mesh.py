@@ -31,8 +31,8 @@ try:
 except ImportError:  # transformers 4
     from transformers.utils.generic import check_model_inputs as capture_outputs  # type: ignore[assignment]
 
-from megatron_mesh.hf.configuration_mesh import MeshConfig
-from megatron_mesh.hf.layers_mesh import CACHE_NAME, AttentionDispatcher, MeshLayer, UnrolledLayer
+from megatron_mesh.hf.modeling.configuration_mesh import MeshConfig
+from megatron_mesh.hf.modeling.layers_mesh import CACHE_NAME, AttentionDispatcher, MeshLayer, UnrolledLayer
 from megatron_mesh.recurrence.memory import CYCLES
 from megatron_mesh.recurrence.mesh import MeSH
 from megatron_mesh.recurrence.mixing import weighted_sum

@@ -20,14 +20,14 @@ from megatron_mesh.config.schema import Config, ModelConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf import folding, vocabulary
 from megatron_mesh.hf.check_weights import check_weights
-from megatron_mesh.hf.config_file import dropout_note, read_config
-from megatron_mesh.hf.describe import SETTINGS_KEY
-from megatron_mesh.hf.names import EMBEDDING, RECURRENCE, VOCABULARY, ExportTensor, entries
+from megatron_mesh.hf.convert.config_json import dropout_note, read_config
+from megatron_mesh.hf.convert.describe import SETTINGS_KEY
+from megatron_mesh.hf.convert.tensors import EMBEDDING, RECURRENCE, VOCABULARY, ExportTensor, entries
+from megatron_mesh.hf.convert.weights import ModelWeights
 from megatron_mesh.hf.recursive import CoreInit, layer_sources, recursive_model
 from megatron_mesh.hf.settings import model_settings, own_settings
-from megatron_mesh.hf.weights import ModelWeights
-from megatron_mesh.model.config import recurrence_options
 from megatron_mesh.model.init import drawn
+from megatron_mesh.model.transformer_config import recurrence_options
 from megatron_mesh.recurrence import build_scheme
 
 ReadTensor = Callable[[ExportTensor], Tensor]

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import replace
 
-from megatron_mesh.config.layers import LayerLayout, check_layout, parse_layers
+from megatron_mesh.config.layout import LayerLayout, check_layout, parse_layers
 from megatron_mesh.config.ranges import at_least, positive
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.config.settings import flag, nearest

@@ -1,0 +1,1 @@
+"""From checkpoints to Hugging Face directories and back."""

@@ -1,0 +1,1 @@
+"""What exports ship: the model, its configuration and its tokenizer for transformers."""

@@ -1,1 +1,0 @@
-"""Draw figures of the metrics that a run has logged."""
