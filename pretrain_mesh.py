@@ -17,14 +17,13 @@ from megatron_mesh.config.resolve import resolve
 from megatron_mesh.errors import UserError
 from megatron_mesh.metrics.console import show_messages
 from megatron_mesh.runtime import exits
-from megatron_mesh.runtime.entry import report_errors
+from megatron_mesh.runtime.entry import closed_pipe_is_no_error, report_errors
 from megatron_mesh.runtime.environment import (
     check_rank,
     rank_from_environment,
     world_size_from_environment,
 )
-from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
-from megatron_mesh.runtime.start_times import log_start_times
+from megatron_mesh.runtime.phases import log_start_times
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     config = resolve(arguments.config, world_size=world_size)
     # Imported late: Megatron-core takes seconds to import, and --help and input errors don't need it.
     if arguments.dry_run:
-        from megatron_mesh.planner.dry_run import dry_run_text
+        from megatron_mesh.planner.text import dry_run_text
 
         if rank_from_environment() == 0:
             print(dry_run_text(config, world_size))

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_type_hint
 
 from megatron_mesh.errors import OutOfMemory, RanksLost, UserError
 from megatron_mesh.runtime import exits
-from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
+from megatron_mesh.runtime.entry import closed_pipe_is_no_error
 
 if TYPE_CHECKING:
     from tyro.constructors import (

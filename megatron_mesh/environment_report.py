@@ -109,7 +109,7 @@ def _why_not_transformer_engine() -> str | None:
     if NO_TORCH or missing_required():
         return NO_TORCH or "required packages are missing"
     # Megatron-core takes seconds to import.
-    from megatron_mesh.runtime.transformer_engine import why_no_transformer_engine
+    from megatron_mesh.model.implementation import why_no_transformer_engine
 
     return why_no_transformer_engine() or (None if device.has_gpu() else "there is no GPU")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megatron_mesh import command
 from megatron_mesh.arguments import parse_args
-from megatron_mesh.config.derived import layout
+from megatron_mesh.config.layout import layout
 from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import UserError

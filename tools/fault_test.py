@@ -73,8 +73,7 @@ def main(options: Options) -> None:
 def _test(options: Options) -> None:
     from megatron_mesh.faults.aims import START, parse_target, spread_kills
     from megatron_mesh.faults.kills import KillInjector
-    from megatron_mesh.faults.mishaps import FaultInjector
-    from megatron_mesh.faults.report import fault_table
+    from megatron_mesh.faults.mishaps import FaultInjector, fault_table
     from megatron_mesh.faults.runs import write_inputs
 
     rng = random.Random(options.seed)

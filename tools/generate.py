@@ -69,7 +69,7 @@ def main(options: Options) -> None:
     check_transformers()
     import transformers
 
-    from megatron_mesh.hf.open_model import dtype_named, open_model, temporary_export
+    from megatron_mesh.hf.convert.open_model import dtype_named, open_model, temporary_export
     from megatron_mesh.runtime import device
 
     transformers.utils.logging.set_verbosity_error()

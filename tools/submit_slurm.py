@@ -155,7 +155,7 @@ def _flag(name: str) -> str:
 
 def _runs(paths: Sequence[Path]) -> list[Path]:
     from megatron_mesh.slurm.actions import run_directory
-    from megatron_mesh.slurm.sweep import runs_in
+    from megatron_mesh.slurm.submission import runs_in
 
     return [run for path in paths for run in runs_in(run_directory(path))]
 
@@ -198,7 +198,7 @@ def _show(runs: Sequence[Path], as_json: bool) -> None:
 
 
 def _change(run: Path, options: JobOptions, settings: Sequence[str]) -> None:
-    from megatron_mesh.slurm.change import ChangeRequest, apply_change, plan_change
+    from megatron_mesh.slurm.actions import ChangeRequest, apply_change, plan_change
     from megatron_mesh.slurm.commands import warn_about_unused_options
     from megatron_mesh.slurm.submission import check_memory
 
@@ -263,8 +263,7 @@ def _sweep(
     """Submit a sweep; return its arrays' numbers, or none after a dry run."""
     from megatron_mesh.runtime.run_files import CODE_FOLDER
     from megatron_mesh.slurm.script import array_script, batch_script, slurm_directory
-    from megatron_mesh.slurm.submission import check_memory
-    from megatron_mesh.slurm.sweep import expand_sweep, write_and_submit_sweep
+    from megatron_mesh.slurm.submission import check_memory, expand_sweep, write_and_submit_sweep
 
     found = expand_sweep(options.sweep, settings, top, site, request.nodes, _PROG)
     request = replace(request, code=slurm_directory(top) / CODE_FOLDER)

@@ -6,7 +6,7 @@
 from collections.abc import Iterable, Mapping
 
 from megatron_mesh.checkpoint.directory import Checkpoint
-from megatron_mesh.config.length import counts_samples
+from megatron_mesh.config.layout import counts_samples
 from megatron_mesh.config.resuming import ADAM, RESUMING, Kind, differing
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import flag, flatten

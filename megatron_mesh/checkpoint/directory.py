@@ -15,19 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mesh.config.length import counts_samples, last_step
+from megatron_mesh.config.layout import counts_samples, last_step
 from megatron_mesh.config.schema import CheckpointConfig, Config
-from megatron_mesh.config.settings import with_values
-from megatron_mesh.config.sources import read_yaml
+from megatron_mesh.config.settings import read_yaml, with_values
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import phases, strict_json
-from megatron_mesh.runtime.files import replace_text
 from megatron_mesh.runtime.run_files import (
     CHECKPOINTS,
     CONFIG_FILE,
     LATEST_FILE,
     VALIDATION_FILE,
     checkpoint_step,
+    replace_text,
 )
 
 logger = logging.getLogger(__name__)

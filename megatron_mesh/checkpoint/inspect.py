@@ -11,9 +11,8 @@ from rich.progress import track
 
 from megatron_mesh.checkpoint import directory as names
 from megatron_mesh.checkpoint import integrity, offline
-from megatron_mesh.checkpoint.boxes import Box, cut
 from megatron_mesh.checkpoint.content import NOT_WEIGHTS
-from megatron_mesh.checkpoint.index import Index, read_index
+from megatron_mesh.checkpoint.index import Box, Index, cut, read_index
 from megatron_mesh.checkpoint.load import updates_of
 from megatron_mesh.checkpoint.reader import read_piece
 from megatron_mesh.errors import UserError
@@ -21,7 +20,7 @@ from megatron_mesh.runtime import strict_json
 from megatron_mesh.runtime.run_files import CONFIG_FILE
 
 
-def table(directory: Path) -> str:
+def checkpoint_table(directory: Path) -> str:
     """List the checkpoints in a run's directory (or one checkpoint): step, size, losses.
 
     A checkpoint whose description cannot be read gets a line with the error.

@@ -11,9 +11,8 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_mesh.checkpoint import fp8_state, integrity
-from megatron_mesh.checkpoint.boxes import Box, tensor_as_boxes
 from megatron_mesh.checkpoint.compatible import schedule_position
-from megatron_mesh.checkpoint.content import Content, empty_generators
+from megatron_mesh.checkpoint.content import Content, TrainState, empty_generators
 from megatron_mesh.checkpoint.directory import (
     OLD_FORMAT_VERSION,
     Checkpoint,
@@ -21,17 +20,16 @@ from megatron_mesh.checkpoint.directory import (
     read_checkpoint,
     restore_replaced,
 )
-from megatron_mesh.checkpoint.index import Index
+from megatron_mesh.checkpoint.index import Box, Index, tensor_as_boxes
 from megatron_mesh.checkpoint.offline import open_index
 from megatron_mesh.checkpoint.reader import Damaged, fill, read_values
 from megatron_mesh.checkpoint.shares import MAIN, complete_parameters, set_updates_done, state_key
-from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import CheckpointConfig, Config
 from megatron_mesh.errors import UserError
 from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime import phases
-from megatron_mesh.runtime.agreement import from_rank_zero, gather_reasons
-from megatron_mesh.runtime.random import unpack_generators
+from megatron_mesh.runtime.device import unpack_generators
+from megatron_mesh.runtime.distributed import from_rank_zero, gather_reasons
 
 logger = logging.getLogger(__name__)
 

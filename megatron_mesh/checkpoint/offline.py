@@ -8,8 +8,7 @@ from typing import Any
 
 from megatron_mesh.checkpoint import directory as names
 from megatron_mesh.checkpoint import integrity
-from megatron_mesh.checkpoint.boxes import Box
-from megatron_mesh.checkpoint.index import Index, read_index
+from megatron_mesh.checkpoint.index import Box, Index, read_index
 from megatron_mesh.checkpoint.reader import Damaged
 from megatron_mesh.checkpoint.save import make_empty, write_small_files
 from megatron_mesh.checkpoint.writer import file_of, write_file

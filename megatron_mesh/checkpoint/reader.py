@@ -20,8 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_mesh.checkpoint.boxes import Box
-from megatron_mesh.checkpoint.index import Entry, Index, Piece
+from megatron_mesh.checkpoint.index import Box, Entry, Index, Piece
 from megatron_mesh.checkpoint.integrity import sha256
 from megatron_mesh.errors import UserError
 

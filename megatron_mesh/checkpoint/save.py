@@ -20,16 +20,21 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_mesh import __version__
 from megatron_mesh.checkpoint import directory as names
 from megatron_mesh.checkpoint import integrity
-from megatron_mesh.checkpoint.content import Content
+from megatron_mesh.checkpoint.content import Content, TrainState
 from megatron_mesh.checkpoint.index import INDEX_FILE, Written, index_file, index_of
 from megatron_mesh.checkpoint.shares import updates_done
-from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.checkpoint.writer import BackgroundWriter, file_of, write_file
-from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import Config
+from megatron_mesh.config.settings import dump_config
 from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime import phases, strict_json
-from megatron_mesh.runtime.agreement import Reason, from_rank_zero, summarize_reasons, to_rank_zero, with_host
+from megatron_mesh.runtime.distributed import (
+    Reason,
+    from_rank_zero,
+    summarize_reasons,
+    to_rank_zero,
+    with_host,
+)
 from megatron_mesh.runtime.run_files import CONFIG_FILE, checkpoint_path
 
 logger = logging.getLogger(__name__)
@@ -113,7 +118,7 @@ class Saver:
         if reason := from_rank_zero(lambda: _attempt(lambda: make_empty(partial))):
             self._give_up(state.step, reason)
             return
-        described = description(state.state_dict(), dist.get_world_size())
+        described = describe_state(state.state_dict(), dist.get_world_size())
         part = _as_future(lambda: self._start(partial, stage, optimizer))
         if dist.get_rank() == 0:
             described["updates"] = updates_done(optimizer)
@@ -326,7 +331,7 @@ def make_empty(directory: Path) -> None:
     directory.mkdir(parents=True)
 
 
-def description(train_state: dict[str, Any], world_size: int = 1) -> dict[str, Any]:
+def describe_state(train_state: dict[str, Any], world_size: int = 1) -> dict[str, Any]:
     """Return the contents of the state file: format, versions, and ``TrainState.state_dict``."""
     return {
         "format_version": names.FORMAT_VERSION,

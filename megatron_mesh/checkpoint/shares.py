@@ -18,7 +18,7 @@ from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
 from torch import Tensor
 
-from megatron_mesh.checkpoint.boxes import Box, span_as_boxes
+from megatron_mesh.checkpoint.index import Box, span_as_boxes
 from megatron_mesh.compat.megatron_model import copy_main_to_model_weights, optimizer_shard
 from megatron_mesh.parallel import Stage
 

@@ -12,8 +12,7 @@ from typing import BinaryIO
 
 import torch
 
-from megatron_mesh.checkpoint.boxes import Box
-from megatron_mesh.checkpoint.index import Piece, Written
+from megatron_mesh.checkpoint.index import Box, Piece, Written
 from megatron_mesh.runtime import device, phases
 
 WRITER_NAME = "ckpt-writer"
@@ -114,10 +113,10 @@ class BackgroundWriter:
 
     def start(self, path: Path, boxes: Iterable[Box]) -> "Future[list[Written]]":
         """Copy ``boxes`` and return a future for the written pieces."""
-        return self._thread.submit(_write_copies, path, copies(boxes))
+        return self._thread.submit(_write_copies, path, host_copies(boxes))
 
 
-def copies(boxes: Iterable[Box]) -> deque[Box]:
+def host_copies(boxes: Iterable[Box]) -> deque[Box]:
     """Copy the data of boxes to host memory."""
     return deque(replace(box, data=device.copy_to_host(box.data)) for box in boxes)
 

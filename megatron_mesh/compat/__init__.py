@@ -17,7 +17,7 @@ warnings::
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_mesh.compat import changes, imports, messages
+from megatron_mesh.compat import changes, imports
 from megatron_mesh.compat.versions import check_versions
 
 __all__ = ["check_versions", "install", "installed", "uninstall"]
@@ -29,7 +29,7 @@ def install() -> None:
     Hides GPU libraries that cannot be used here, defers loading torch's compiler, and silences messages of
     Megatron-core that ``runtime/device.py: describe`` replaces by one line.
     """
-    changes.make("messages", messages.silence)
+    changes.make("messages", imports.silence)
     changes.make("imports", imports.hook)
 
 

@@ -14,10 +14,13 @@ run.
 ``jit_fuser``, which is ``torch.compile`` (``megatron/core/jit.py``). The first of them makes torch import its
 whole compiler: 770 of 3,350 modules, and a third of the import time, on every rank and in every tool. Our
 settings use none of these functions (``model/transformer_config.py``: ``bias_activation_fusion`` and the like).
+
+Silence messages of Megatron-core that are wrong or repeated here; all its other messages stay.
 """
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from importlib.abc import MetaPathFinder
@@ -107,3 +110,24 @@ def compile_at_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
         return compiled[0](*args, **kwargs)
 
     return call
+
+
+# Megatron-core prints in every process and from five modules that Transformer Engine and apex are missing.
+# We log it once (runtime/device.py: describe).
+_WARNINGS = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed. Falling back to Torch Norm",
+    "The following imports from `dynamic_context.py` will be removed",
+)
+
+
+def silence(stack: ExitStack) -> None:
+    """Ignore the warnings that Megatron-core prints when it is imported, until ``stack`` is closed."""
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+        stack.callback(_remove, warnings.filters[0])
+
+
+def _remove(entry: object) -> None:
+    with suppress(ValueError):  # already gone: the program has reset its filters
+        warnings.filters.remove(entry)  # type: ignore[attr-defined]

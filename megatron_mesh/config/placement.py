@@ -7,8 +7,7 @@ three parts. Each of the model's K + 2 passes goes around the ring of ranks and 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_mesh.config.derived import layout
-from megatron_mesh.config.layout import LayerLayout
+from megatron_mesh.config.layout import LayerLayout, layout
 from megatron_mesh.config.schema import ModelConfig, ParallelConfig
 from megatron_mesh.config.sizes import loss_in_layers
 from megatron_mesh.errors import UserError

@@ -5,7 +5,7 @@ counters. H is the hidden size and F the width of the MLP. With an argument ``tp
 of ``tp`` tensor-parallel ranks holds.
 """
 
-from megatron_mesh.config.derived import layout, padded_vocab_size, tokens_of_rank
+from megatron_mesh.config.layout import layout, padded_vocab_size, tokens_of_rank
 from megatron_mesh.config.schema import Config, ModelConfig
 from megatron_mesh.recurrence import SCHEMES, Scheme
 

@@ -3,26 +3,35 @@
 An entry is a directory of .npy files and a manifest. It is written under a temporary name and then renamed,
 so no process ever sees a part of it. If several processes build the same entry, the first to publish wins,
 and an entry that is in use is never replaced.
+
+Run a function in a separate process, so that the threads of this one keep running.
+
+C++ code that holds Python's global interpreter lock (GIL) for minutes stops every other thread: the one that
+raises the owner's counter in ``--save`` (``ownership.py``), the watchdog, the listener, and signal handlers.
 """
 
+import ctypes
 import errno
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import time
+import traceback
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from megatron_mesh.runtime import strict_json
-from megatron_mesh.runtime.apart import run_in_fork
 
 _MANIFEST = "manifest.json"
 _EDGE_BYTES = 1 << 16
@@ -64,7 +73,7 @@ def load(key: Key) -> Arrays | None:
     return arrays if intact else None
 
 
-def build(key: Key, make: Make) -> None:
+def build_entry(key: Key, make: Make) -> None:
     """Build an entry from the result of ``make`` and publish it, unless it exists. Replaces a damaged entry.
 
     ``make`` runs in a separate process, because Megatron's C++ code and numpy's shuffle hold Python's global
@@ -160,3 +169,57 @@ def _remove_abandoned(directory: Path) -> None:
                 shutil.rmtree(path)
         except OSError:  # another process removes it too
             continue
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def run_in_fork(work: Callable[[], None]) -> None:
+    """Call ``work`` in a fork of this process and wait for it.
+
+    A fork starts at once and needs no pickling. ``work`` must not use torch or CUDA, and writes its result to
+    files. The fork dies with this process. Otherwise it would keep sockets open, and the other ranks would
+    not notice that this process has died.
+
+    Raises:
+        RuntimeError: the fork was killed, for example because the host ran out of memory.
+        Exception: what ``work`` raised.
+    """
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(work, there, os.getpid()), daemon=True)
+    process.start()
+    there.close()
+    try:
+        error = here.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(
+            f"a helper process ended early ({_ending(process.exitcode)}); check whether the host ran out of "
+            "memory"
+        ) from None
+    finally:
+        process.kill()  # it has ended already, unless this process was interrupted while waiting
+        process.join()
+        here.close()
+    if error is not None:
+        raise error
+
+
+def _run(work: Callable[[], None], answer: Connection, parent: int) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the parent ends this one
+    signal.set_wakeup_fd(-1)
+    if os.getppid() != parent:
+        return
+    try:
+        work()
+    except Exception as error:
+        error.add_note(f"In a helper process:\n{traceback.format_exc()}")
+        answer.send(error)
+    else:
+        answer.send(None)
+
+
+def _ending(status: int | None) -> str:
+    return signal.Signals(-status).name if status is not None and status < 0 else f"exit status {status}"

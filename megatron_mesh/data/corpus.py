@@ -1,16 +1,24 @@
-"""Reads raw text (JSON Lines or plain text, also compressed) in chunks that worker processes can parse."""
+"""Reads raw text (JSON Lines or plain text, also compressed) in chunks that worker processes can parse.
+
+Reads .gz, .xz and .zst files, including those with several members, and detects truncated ones.
+"""
 
 import glob
+import gzip
+import io
 import json
+import lzma
 import re
 import shlex
-from collections.abc import Iterator
-from contextlib import suppress
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Protocol, cast
 
-from megatron_mesh.data.compressed import SUFFIXES as _COMPRESSED
-from megatron_mesh.data.compressed import open_file
+import zstandard
+
 from megatron_mesh.errors import UserError
 
 _JSONL = (".jsonl", ".json", ".ndjson")
@@ -20,7 +28,7 @@ _FORMATS = f"{', '.join(_JSONL)} (a JSON object per line) and {', '.join(_TEXT)}
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TextChunk:
     """Some complete lines of a JSONL file, or an entire text file."""
 
     path: Path
@@ -65,12 +73,12 @@ def expand_inputs(patterns: list[str]) -> list[Path]:
         if _format_suffix(path) not in _JSONL + _TEXT:
             raise UserError(
                 f"--input {path}: unknown suffix; rename the file to {_FORMATS}, if compressed followed by "
-                f"one of {', '.join(_COMPRESSED)}"
+                f"one of {', '.join(SUFFIXES)}"
             )
     return paths
 
 
-def read_chunks(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
+def read_chunks(path: Path, chunk_bytes: int) -> Iterator[TextChunk]:
     """Cut a file into chunks of about ``chunk_bytes`` of decompressed text, or of one longer line.
 
     Raises:
@@ -87,14 +95,14 @@ def read_chunks(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
                 continue
             data = b"".join([*begun, block[:cut]])
             begun = [block[cut:]]
-            yield Chunk(path, first_line, data, is_jsonl, raw.tell() - reported)
+            yield TextChunk(path, first_line, data, is_jsonl, raw.tell() - reported)
             first_line += data.count(b"\n")
             reported = raw.tell()
         if data := b"".join(begun):
-            yield Chunk(path, first_line, data, is_jsonl, raw.tell() - reported)
+            yield TextChunk(path, first_line, data, is_jsonl, raw.tell() - reported)
 
 
-def parse_chunk(chunk: Chunk, keys: list[str], *, skip_broken: bool) -> ParsedChunk:
+def parse_chunk(chunk: TextChunk, keys: list[str], *, skip_broken: bool) -> ParsedChunk:
     """Parse the documents of a chunk. A text file is one document, with the same text under every key.
 
     Raises:
@@ -121,7 +129,7 @@ def parse_chunk(chunk: Chunk, keys: list[str], *, skip_broken: bool) -> ParsedCh
     return parsed
 
 
-def _decoded(chunk: Chunk) -> Iterator[tuple[int, str | bytes]]:
+def _decoded(chunk: TextChunk) -> Iterator[tuple[int, str | bytes]]:
     """Yield numbered lines, or the entire text of a text file. They are bytes if the UTF-8 is broken."""
     start = 3 if chunk.first_line == 1 and chunk.data.startswith(b"\xef\xbb\xbf") else 0
     data = chunk.data[start:] if start else chunk.data
@@ -163,7 +171,7 @@ def _fields(line: str | bytes, keys: list[str], is_jsonl: bool) -> list[str]:
     return texts
 
 
-def _mostly_objects(chunk: Chunk) -> bool:
+def _mostly_objects(chunk: TextChunk) -> bool:
     """Return whether most lines are valid JSON objects, so that only single documents are broken."""
     lines, objects = 0, 0
     for _, line in _decoded(chunk):
@@ -173,7 +181,7 @@ def _mostly_objects(chunk: Chunk) -> bool:
     return 2 * objects > lines
 
 
-def _how_to_convert(chunk: Chunk) -> str:
+def _how_to_convert(chunk: TextChunk) -> str:
     """If the file is a JSON array or has objects over several lines, say how to convert it; otherwise "".
 
     Only the first chunk can show that.
@@ -215,6 +223,106 @@ def _line_of(error: ValueError, line: str | bytes, number: int) -> int:
 def _format_suffix(path: Path) -> str:
     """Return the suffix of the format in lower case, e.g. ``.jsonl`` for ``A.JSONL.gz``."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
+    if suffixes and suffixes[-1] in SUFFIXES:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
+
+
+_ZSTD_WINDOW = 1 << 31
+"""zstd's largest window (``zstd --ultra --long=31``); decompressing takes as many bytes of memory."""
+_INPUT_BYTES = 1 << 14
+"""Compressed bytes to decompress at a time. Small, since repetitive text can grow several thousand times."""
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Open a file; yield the raw file and its content, decompressed according to the suffix.
+
+    Raises:
+        UserError: the file cannot be read, is truncated, damaged or has another format. This may happen while
+            the caller reads the content.
+    """
+    suffix = path.suffix.lower()
+    open_content = _OPENERS.get(suffix, lambda raw: raw)
+    try:
+        with open(path, "rb") as raw:
+            yield raw, open_content(raw)
+    except EOFError as error:
+        raise UserError(
+            f"{path} is truncated: it ends in the middle of its {suffix} data; copy or download it again"
+        ) from error
+    except zstandard.ZstdError as error:
+        if "too much memory" in str(error):
+            raise UserError(
+                f"{path} needs a window above 2 GiB, which zstd cannot read here; compress it again with "
+                "zstd --long=31 or less"
+            ) from error
+        raise UserError(
+            f"{path} cannot be read: {error}; check that it is a complete {suffix} file"
+        ) from error
+    except (OSError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(
+            f"{path} cannot be read: {error}; check that it is complete and that its suffix is right"
+        ) from error
+
+
+class _Decompressor(Protocol):
+    """One member of a compressed file."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+class _Members(io.RawIOBase):
+    """A file object with the concatenated contents of all members of a .zst or .xz file.
+
+    The readers of the libraries hide damage: zstandard's reports no error for a truncated file, and lzma's
+        stops
+    silently before a damaged second member. This one raises EOFError or the decompressor's error.
+    """
+
+    def __init__(
+        self, raw: IO[bytes], open_member: Callable[[], _Decompressor], padding: bytes = b""
+    ) -> None:
+        self._raw, self._open_member, self._padding = raw, open_member, padding
+        self._member: _Decompressor | None = None
+        self._input = b""
+        self._output = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._output:
+            self._input = self._input or self._raw.read(_INPUT_BYTES)
+            if not self._input:
+                if self._member is not None:
+                    raise EOFError("the file ends within a member")
+                return 0
+            if self._member is None:
+                self._input = self._input.lstrip(self._padding)
+                self._member = self._open_member() if self._input else None
+                continue
+            self._output = memoryview(self._member.decompress(self._input))
+            self._input = self._member.unused_data
+            if self._member.eof:
+                self._member = None
+        count = min(len(buffer), len(self._output))
+        buffer[:count] = self._output[:count]
+        self._output = self._output[count:]
+        return count
+
+
+def _open_zstd_frame() -> _Decompressor:
+    return zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
+
+
+_OPENERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
+    ".gz": lambda raw: cast(IO[bytes], gzip.GzipFile(fileobj=raw)),
+    ".xz": lambda raw: io.BufferedReader(_Members(raw, lzma.LZMADecompressor, padding=b"\0"), 1 << 17),
+    ".zst": lambda raw: io.BufferedReader(_Members(raw, _open_zstd_frame), 1 << 17),
+}
+SUFFIXES = tuple(_OPENERS)

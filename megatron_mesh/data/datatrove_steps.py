@@ -16,9 +16,8 @@ from datatrove.utils.batching import batched
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, get_bin_path
 
 from megatron_mesh.data.corpus import parse_chunk, read_chunks
-from megatron_mesh.data.encode import choose_encoder, spot_check
+from megatron_mesh.data.encode import choose_encoder, encode_texts, spot_check
 from megatron_mesh.data.indexed import IndexedWriter, inspect_prefix
-from megatron_mesh.data.long_texts import encode_texts
 from megatron_mesh.data.preprocess import CHUNK_BYTES, CHUNKS_PER_CHECK
 from megatron_mesh.data.tokenizer import build_tokenizer
 from megatron_mesh.errors import UserError

@@ -17,10 +17,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
 
-from megatron_mesh.data.corpus import Chunk, expand_inputs, parse_chunk, read_chunks
-from megatron_mesh.data.encode import Encoded, Encoder, GigatokenEncoder, choose_encoder, spot_check
+from megatron_mesh.data.corpus import TextChunk, expand_inputs, parse_chunk, read_chunks
+from megatron_mesh.data.encode import (
+    Encoded,
+    Encoder,
+    GigatokenEncoder,
+    choose_encoder,
+    encode_texts,
+    spot_check,
+)
 from megatron_mesh.data.indexed import IndexedWriter
-from megatron_mesh.data.long_texts import encode_texts
 from megatron_mesh.data.tokenizer import Tokenizer
 from megatron_mesh.errors import UserError
 
@@ -95,7 +101,7 @@ class _Task:
     dtype: type[np.number[Any]]
     skip_broken: bool
 
-    def __call__(self, chunk: Chunk, number: int) -> _Result:
+    def __call__(self, chunk: TextChunk, number: int) -> _Result:
         parsed = parse_chunk(chunk, self.keys, skip_broken=self.skip_broken)
         check = number % CHUNKS_PER_CHECK == 0 and isinstance(self.encoder, GigatokenEncoder)
         if check and (part := spot_check(self.encoder, [t for texts in parsed.texts for t in texts if t])):
@@ -150,7 +156,7 @@ def preprocess(
 
 def _run(
     task: _Task,
-    chunks: Iterable[Chunk],
+    chunks: Iterable[TextChunk],
     settings: PreprocessSettings,
     on_progress: Callable[[Progress], None],
 ) -> Progress:
@@ -189,12 +195,14 @@ _task: _Task | None = None
 """The task of a worker process, inherited by fork: the tokenizer is neither pickled nor loaded again."""
 
 
-def _map_in_order(task: _Task, chunks: Iterable[Chunk], workers: int) -> Iterator[tuple[Chunk, _Result]]:
+def _map_in_order(
+    task: _Task, chunks: Iterable[TextChunk], workers: int
+) -> Iterator[tuple[TextChunk, _Result]]:
     """Yield results in the order of the chunks, with a bounded number of chunks and bytes in memory."""
     if workers == 1:
         yield from ((chunk, task(chunk, number)) for number, chunk in enumerate(chunks))
         return
-    pending: deque[tuple[Chunk, Future[_Result]]] = deque()
+    pending: deque[tuple[TextChunk, Future[_Result]]] = deque()
     waiting_bytes, most = 0, 3 * workers
     pool: Executor = ProcessPoolExecutor(
         workers, get_context("fork"), initializer=_start_worker, initargs=(task,)
@@ -224,7 +232,7 @@ def _start_worker(task: _Task) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers, too; the main process ends them
 
 
-def _work(chunk: Chunk, number: int) -> _Result:
+def _work(chunk: TextChunk, number: int) -> _Result:
     assert _task is not None
     return _task(chunk, number)
 

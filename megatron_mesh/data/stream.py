@@ -1,4 +1,6 @@
-"""An endless, reproducible stream of samples from one data set or a blend of several.
+"""One epoch of one data set: Megatron's GPTDataset, with its index in our cache.
+
+An endless, reproducible stream of samples from one data set or a blend of several.
 
 Sample j depends only on the data, the seed, the weights and j. Megatron's indices depend on the length of the
 run, so extending a run would change the order of all samples. Here every data set is indexed for one epoch,
@@ -14,10 +16,93 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from megatron.core.datasets import helpers
-from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
 
+from megatron_mesh.compat.megatron_data import IndexedGPTDataset, document_order, sample_order
 from megatron_mesh.data.cache import Arrays, Key
 from megatron_mesh.runtime import strict_json
+
+_EXTRA_TOKEN = 1  # a sample has one token more than its sequence, for the last label
+
+
+def epoch_key(cache: Path, name: str, fingerprint: str, documents: range, seq_length: int, seed: int) -> Key:
+    """Return the cache key of the index of ``documents``.
+
+    It identifies the data by content, not by path. So rewritten data never use an old index, and a cache
+    works on machines that mount the data at another path.
+    """
+    description = {
+        "index": "one epoch",
+        "data": fingerprint,
+        "documents": [documents.start, documents.stop],
+        "sequence_length": seq_length,
+        "seed": seed,
+    }
+    return Key(cache, name, strict_json.dumps(description))
+
+
+def tokens_in(data: IndexedDataset, documents: range) -> int:
+    """Return the number of tokens in ``documents``."""
+    return int(data.sequence_lengths[documents.start : documents.stop].sum(dtype=np.int64))
+
+
+def epoch_index(data: IndexedDataset, documents: range, seq_length: int, seed: int) -> Arrays:
+    """Build the three arrays that GPTDataset builds for one epoch, bit for bit.
+
+    We don't use GPTDataset for this because it builds only on rank 0 and does not write atomically.
+    """
+    random = np.random.RandomState(seed)
+    order = document_order(documents, random)
+    lengths = data.sequence_lengths
+    if 2 * len(order) > len(lengths):
+        lengths = lengths.copy()  # C++ reads it in random order, which is slow in a memory-mapped file
+    samples = helpers.build_sample_idx(
+        lengths, order, seq_length, 1, tokens_in(data, documents), True, _EXTRA_TOKEN
+    )
+    count = samples.shape[0] - 1
+    return {
+        "document_index": order,
+        "sample_index": samples,
+        "shuffle_index": sample_order(count, random),
+    }
+
+
+class Epoch(IndexedGPTDataset):
+    """One epoch of samples.
+
+    Args:
+        index: the result of ``epoch_index``, memory-mapped.
+        leave_out_eod: exclude predictions of end-of-document tokens from the loss. (Megatron's
+            ``eod_mask_loss`` excludes the predictions after them.)
+    """
+
+    def __init__(
+        self,
+        data: IndexedDataset,
+        name: str,
+        documents: range,
+        index: Arrays,
+        split: Split,
+        config: GPTDatasetConfig,
+        *,
+        leave_out_eod: bool = False,
+    ) -> None:
+        self._index, self._leave_out_eod = index, leave_out_eod
+        super().__init__(data, name, documents, None, split, config)
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(idx)
+        if self._leave_out_eod:
+            # Not in place: GPTDataset reuses the mask of the first sample for the others.
+            sample["loss_mask"] = sample["loss_mask"] * (sample["labels"] != self.config.tokenizer.eod)
+        return sample
+
+    def index_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """See ``IndexedGPTDataset``."""
+        index = self._index
+        return index["document_index"], index["sample_index"], index["shuffle_index"]
 
 
 class Origin(NamedTuple):
@@ -28,7 +113,7 @@ class Origin(NamedTuple):
     position: int
 
 
-class Part(NamedTuple):
+class StreamPart(NamedTuple):
     """One data set of a blend: ``dataset`` is one epoch of it; all ``weight`` values sum to 1."""
 
     prefix: str
@@ -64,7 +149,12 @@ class SampleStream(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, parts: list[Part], seed: int, num_samples: int, blend: Arrays | None = None, order: str = ""
+        self,
+        parts: list[StreamPart],
+        seed: int,
+        num_samples: int,
+        blend: Arrays | None = None,
+        order: str = "",
     ) -> None:
         assert (len(parts) > 1) == (blend is not None)
         self.parts = parts
@@ -86,7 +176,7 @@ class SampleStream(torch.utils.data.Dataset):
         part, epoch, position = self._locate(sample)
         return Origin(part.prefix, epoch, position)
 
-    def _locate(self, sample: int) -> tuple[Part, int, int]:
+    def _locate(self, sample: int) -> tuple[StreamPart, int, int]:
         if not 0 <= sample < self.num_samples:
             raise IndexError(f"sample {sample} of {self.num_samples}")
         part = self.parts[0]

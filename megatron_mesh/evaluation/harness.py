@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.evaluation.engines import TRANSFORMERS, VLLM
-from megatron_mesh.evaluation.local_data import LocalTask
 from megatron_mesh.evaluation.results import HUB, Result
-from megatron_mesh.evaluation.tasks import Task
+from megatron_mesh.evaluation.tasks import TRANSFORMERS, VLLM, LocalTask, Task
 
 _FOLDERS = ("arc", "hellaswag", "lambada", "mmlu/continuation", "piqa", "sciq", "wikitext", "winogrande")
 _FEWSHOT_SEED = 1234  # the default of lm_eval's command line, so that the same examples are drawn
@@ -42,7 +40,7 @@ def check_installed(engine: str = TRANSFORMERS) -> None:
         )
 
 
-def version() -> str:
+def harness_version() -> str:
     """Return lm-eval's version. Its tasks may change from one version to the next."""
     return importlib.metadata.version("lm_eval")
 

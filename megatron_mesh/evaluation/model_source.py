@@ -15,7 +15,7 @@ from megatron_mesh.checkpoint.directory import STATE_FILE, candidates, read_chec
 from megatron_mesh.checkpoint.integrity import digest, read_checksums
 from megatron_mesh.config.schema import CheckpointConfig
 from megatron_mesh.errors import UserError
-from megatron_mesh.evaluation.engines import TRANSFORMERS, VLLM
+from megatron_mesh.evaluation.tasks import TRANSFORMERS, VLLM
 from megatron_mesh.hf.convert.export_tokenizer import tokenizer_of
 from megatron_mesh.hf.convert.ship import TOKENIZER_CLASS
 from megatron_mesh.runtime import device, strict_json
@@ -115,7 +115,7 @@ def opened(source: ModelSource, how: Mapping[str, Any], engine: str = TRANSFORME
     Raises:
         UserError: the engine cannot load the model, or the tokenizer belongs to another model.
     """
-    from megatron_mesh.hf.open_model import temporary_export
+    from megatron_mesh.hf.convert.open_model import temporary_export
 
     with ExitStack() as stack:
         directory = source.path
@@ -135,7 +135,7 @@ def opened(source: ModelSource, how: Mapping[str, Any], engine: str = TRANSFORME
 
 def _read(directory: Path, source: ModelSource, how: Mapping[str, Any]) -> Any:
     from megatron_mesh.evaluation.lm import open_hf_lm
-    from megatron_mesh.hf.open_model import register_classes
+    from megatron_mesh.hf.convert.open_model import register_classes
 
     register_classes()
     return open_hf_lm(directory, trust_remote_code=source.trust_remote_code, **how)

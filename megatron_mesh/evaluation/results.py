@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.evaluation.engines import TRANSFORMERS
-from megatron_mesh.evaluation.tasks import AVERAGED, TASKS
+from megatron_mesh.evaluation.tasks import AVERAGED, TASKS, TRANSFORMERS
 from megatron_mesh.runtime import strict_json
-from megatron_mesh.runtime.files import replace_text
+from megatron_mesh.runtime.run_files import replace_text
 
 RESULTS_FILE = "results.json"
 HUB = "hub"

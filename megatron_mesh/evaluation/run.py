@@ -14,11 +14,18 @@ from rich.progress import Progress
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation import harness, model_source
-from megatron_mesh.evaluation.engines import TRANSFORMERS, VLLM, check_engine
-from megatron_mesh.evaluation.local_data import LocalTask, read_local_tasks
 from megatron_mesh.evaluation.perplexity import Text, measure_perplexity, open_text
 from megatron_mesh.evaluation.results import HUB, AnswerTooLong, Result, Results, Skipped, label, open_results
-from megatron_mesh.evaluation.tasks import SHOTS, TASKS, Task
+from megatron_mesh.evaluation.tasks import (
+    SHOTS,
+    TASKS,
+    TRANSFORMERS,
+    VLLM,
+    LocalTask,
+    Task,
+    check_engine,
+    read_local_tasks,
+)
 from megatron_mesh.hf.convert.open_model import check_transformers
 
 logger = logging.getLogger(__name__)
@@ -232,5 +239,5 @@ def _identity(settings: Settings, source: model_source.ModelSource) -> dict[str,
         "dtype": settings.dtype,
         "limit": settings.limit,
         "max_length": settings.max_length,
-        "lm_eval": harness.version(),
+        "lm_eval": harness.harness_version(),
     }

@@ -1,15 +1,58 @@
-"""Show a run's progress: as a live bar on a terminal, as plain lines elsewhere."""
+"""The numbers that a run reports, and the interface of the sinks that receive them.
+
+Show a run's progress: as a live bar on a terminal, as plain lines elsewhere.
+"""
 
 import logging
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TextIO
+from typing import Any, Literal, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from megatron_mesh.runtime.records import Record, Sink
+Kind = Literal["train", "skipped", "valid", "test", "save", "save_failed", "summary"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """The numbers of one step. A value is a number, a string, or a list or dict of these."""
+
+    kind: Kind
+    step: int
+    values: dict[str, Any]
+
+    def flat(self) -> Iterator[tuple[str, float]]:
+        """Every number with its own name, e.g. ``train/router/read/cycle1/slot2`` or ``valid/code``."""
+        return _flatten(self.kind, self.values, ("cycle", "slot"))
+
+
+def _flatten(name: str, value: Any, levels: tuple[str, ...]) -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            # The losses of validation sets appear at the level of their mean.
+            yield from _flatten(name if key == "sets" else f"{name}/{key}", inner, levels)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _flatten(f"{name}/{levels[0]}{index}", inner, levels[1:])
+    elif isinstance(value, (int, float)):
+        yield name, value
+
+
+class Sink:
+    """Receives records. This base class ignores them."""
+
+    def tick(self, step: int) -> None:
+        """Note that optimizer step ``step`` is done."""
+
+    def write(self, record: Record) -> None:
+        """Write a record."""
+
+    def close(self) -> None:
+        """Finish; no more records follow."""
 
 
 def show_messages(speaks: bool) -> None:
@@ -51,7 +94,7 @@ class Lines(Sink):
     def text(self, record: Record) -> str:
         """The record as text."""
         if record.kind == "summary":
-            return summary(record)
+            return format_summary(record)
         text = f"step {record.step:>{len(str(self.last))}}/{self.last} | {numbers(record)}"
         if record.kind != "train":
             return text
@@ -124,7 +167,7 @@ def numbers(record: Record) -> str:
     return " | ".join(parts)
 
 
-def summary(record: Record) -> str:
+def format_summary(record: Record) -> str:
     """A summary, one value per line."""
     lines = []
     for name, value in record.values.items():

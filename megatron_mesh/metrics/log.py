@@ -14,11 +14,9 @@ from rich.console import Console
 
 from megatron_mesh.config.schema import Config, LoggingConfig
 from megatron_mesh.errors import UserError
-from megatron_mesh.metrics.console import Bar, Lines
+from megatron_mesh.metrics.console import Bar, Kind, Lines, Record, Sink
 from megatron_mesh.runtime import strict_json
-from megatron_mesh.runtime.files import replace_text
-from megatron_mesh.runtime.records import Kind, Record, Sink
-from megatron_mesh.runtime.run_files import METRICS_FILE, WANDB_ID_FILE
+from megatron_mesh.runtime.run_files import METRICS_FILE, WANDB_ID_FILE, replace_text
 
 logger = logging.getLogger(__name__)
 

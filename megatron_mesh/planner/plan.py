@@ -4,13 +4,10 @@ from dataclasses import dataclass
 
 from megatron_mesh.config.resolve.parallel import model_parallel_size
 from megatron_mesh.config.schema import Config
-from megatron_mesh.planner.costs import chunk_costs, rank_parameters
-from megatron_mesh.planner.order import schedule_order
-from megatron_mesh.planner.rank_memory import InFlight, MemoryEstimate, rank_memory
-from megatron_mesh.planner.saving import Saving, rank_saving
-from megatron_mesh.planner.schedule import Timeline, simulate
+from megatron_mesh.planner.costs import Traffic, chunk_costs, rank_parameters, rank_traffic
+from megatron_mesh.planner.rank_memory import InFlight, MemoryEstimate, Saving, rank_memory, rank_saving
+from megatron_mesh.planner.schedule import Timeline, schedule_order, simulate
 from megatron_mesh.planner.stages import Pipeline, pipeline
-from megatron_mesh.planner.traffic import Traffic, rank_traffic
 
 
 @dataclass(frozen=True)

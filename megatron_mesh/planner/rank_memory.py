@@ -1,15 +1,24 @@
-"""Estimate a rank's memory: weights, gradients, optimizer state, and activations in schedule order."""
+"""Estimate a rank's memory: weights, gradients, optimizer state, and activations in schedule order.
+
+Estimate what saving a checkpoint costs: bytes written by each rank, host memory, and time.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_mesh.checkpoint.index import MAX_ELEMENTS
 from megatron_mesh.config import sizes
-from megatron_mesh.config.derived import layout
+from megatron_mesh.config.layout import layout
 from megatron_mesh.config.schema import Config
-from megatron_mesh.planner.costs import rank_parameters, recomputed_layers
-from megatron_mesh.planner.order import Step
+from megatron_mesh.planner.costs import (
+    holds_tied_copy,
+    rank_parameters,
+    recomputed_layers,
+    replicated_parameters,
+    scatters_memory,
+)
+from megatron_mesh.planner.schedule import Step
 from megatron_mesh.planner.stages import Chunk, Pipeline
-from megatron_mesh.planner.traffic import scatters_memory
 from megatron_mesh.recurrence import SCHEMES
 
 
@@ -124,7 +133,7 @@ def _recomputed_bytes(config: Config, chunk: Chunk) -> int:
 
 
 def cached_cast_bytes(config: Config, pipeline: Pipeline, rank: int) -> int:
-    """FP8 casts that live as long as the weights: tensorwise, shared by all passes (``model/precision.py``).
+    """FP8 casts that live as long as the weights: tensorwise, shared by all passes (``model/transformer_config.py``).
 
     Weights stored in FP8 (``fp8_param_gather``) add nothing: with their transpose they take as much as in
     bfloat16. The layers that ``first_last_layers_bf16`` excludes are counted too.
@@ -148,3 +157,59 @@ def per_pass_cast_bytes(config: Config, chunk: Chunk, layers: int) -> int:
 def _layer_cast_bytes(config: Config) -> int:
     tp = config.parallel.tensor_model_parallel_size
     return sizes.FP8_CAST_BYTES * sizes.layer_matrix_parameters(config.model, tp)
+
+
+BUFFER = 4 * MAX_ELEMENTS
+"""Bytes of host memory that a foreground save needs: it copies one box of a tensor from the GPU at a time."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """How fast checkpoints are written. Cautious defaults; ``tools.bench.checkpoints`` measures it."""
+
+    gb_per_s: float = 5.0
+    """GB/s that the shared file system accepts from all ranks together."""
+    rank_gb_per_s: float = 0.4
+    """GB/s of one rank, where a single thread copies, computes checksums and writes."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Bytes that a pipeline rank writes to a checkpoint."""
+
+    largest: int
+    """By one process: tensor-parallel rank 0 writes most, because it also writes the replicated weights."""
+    total: int
+    """By all tensor- and data-parallel ranks of this pipeline rank."""
+
+    def host_memory(self, *, background: bool) -> int:
+        """Host memory for saving. A background save also copies everything that the process writes."""
+        return BUFFER + self.largest * background
+
+
+def rank_saving(config: Config, pipeline: Pipeline, rank: int, replicas: int) -> Saving:
+    """Bytes that pipeline rank ``rank`` writes.
+
+    A bfloat16 weight is saved with its float32 main parameter and two moments, a float32 weight with the two
+    moments. In a pipeline with a tied embedding, the first rank saves its weight and the last its moments.
+
+    Args:
+        replicas: ranks that hold the same parameters and write equal shares of them.
+    """
+    tp = config.parallel.tensor_model_parallel_size
+    parameters = rank_parameters(config, pipeline, rank)
+    replicated = replicated_parameters(config, pipeline, rank)
+    per_parameter = sizes.weight_bytes(config) + sizes.optimizer_bytes(config)
+    by_other = 0
+    if holds_tied_copy(config, pipeline, rank):
+        skipped = per_parameter - sizes.MOMENTS_BYTES if rank else sizes.MOMENTS_BYTES
+        by_other = sizes.embedding_parameters(config.model, tp) * skipped
+    total = (tp * (parameters - replicated) + replicated) * per_parameter - tp * by_other
+    return Saving(-(-(parameters * per_parameter - by_other) // replicas), total)
+
+
+def save_seconds(savings: Sequence[Saving], disk: Disk) -> float:
+    """Time to write a checkpoint, limited by the file system or by the process that writes most."""
+    total = sum(saving.total for saving in savings) / disk.gb_per_s
+    largest = max(saving.largest for saving in savings) / disk.rank_gb_per_s
+    return max(total, largest) / 1e9

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_mesh.config.derived import layout
-from megatron_mesh.config.layout import LayerLayout
+from megatron_mesh.config.layout import LayerLayout, layout
 from megatron_mesh.config.placement import microbatch_group_size, placement
 from megatron_mesh.config.schema import Config
 from megatron_mesh.recurrence import SCHEMES

@@ -1,6 +1,11 @@
-"""Turn errors at the entry point into messages and exit statuses."""
+"""Turn errors at the entry point into messages and exit statuses.
+
+End quietly when the reader of the output stops reading, as in ``| head``.
+"""
 
 import argparse
+import os
+import select
 import signal
 import sys
 import threading
@@ -10,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_mesh.config.sources import read_yaml
+from megatron_mesh.config.settings import read_yaml
 from megatron_mesh.errors import OutOfMemory, RanksLost, UserError
 from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.environment import (
@@ -69,7 +74,7 @@ def _report(argv: Sequence[str], cause: str, word: str, status: int, details: st
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(status))
     try:
         # torch takes seconds to import, and a single process does not need it.
-        from megatron_mesh.runtime.meeting import meet_to_fail
+        from megatron_mesh.runtime.rendezvous import meet_to_fail
 
         meeting = meet_to_fail(rank, world_size)
         early.cancel()
@@ -110,3 +115,33 @@ def _read(config: Path) -> dict[str, Any]:
         return read_yaml(config)
     except UserError:
         return {}
+
+
+CLOSED = 141
+"""Exit status if the program was still printing; the same as after SIGPIPE."""
+
+
+@contextmanager
+def closed_pipe_is_no_error() -> Iterator[None]:
+    """End the program without a traceback when nobody reads its output any more.
+
+    If the work is already finished, the exit status stays. A training run doesn't end because of this.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        if not _nobody_reads():  # the error came from another pipe
+            raise
+        sys.exit(CLOSED)
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The interpreter flushes the buffer when it ends, so give it a place to write to.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _nobody_reads() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -21,7 +21,7 @@ from uuid import uuid4
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
-from megatron_mesh.runtime.agreement import from_rank_zero
+from megatron_mesh.runtime.distributed import from_rank_zero
 from megatron_mesh.runtime.health import Health
 from megatron_mesh.runtime.owner_file import Owner, describe_this_process, given_token, read_owner
 from megatron_mesh.runtime.run_files import OWNER_FILE

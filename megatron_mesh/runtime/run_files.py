@@ -17,9 +17,13 @@ The other files inside a checkpoint belong to ``checkpoint/``::
     PREFIX/cache/                             index of the data set PREFIX, unless --data-cache-path is given
 
 The shell script job.sh spells some of these names itself; a test compares them with this module.
+
+Write text files atomically.
 """
 
+import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 CONFIG_FILE = "config.yaml"
@@ -73,3 +77,22 @@ def earlier_versions(path: Path) -> list[Path]:
     """Return the earlier files of this name (see ``numbered``), the oldest first."""
     found = path.parent.glob(f"{path.stem}.*{path.suffix}")
     return sorted(found, key=lambda earlier: int(earlier.name.split(".")[1]))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` atomically. Readers see the old text or the new one, even after a crash.
+
+    Raises:
+        OSError: the file cannot be written. The old text is still there.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise

@@ -16,8 +16,7 @@ from types import FrameType
 
 from megatron_mesh.config.schema import CheckpointConfig
 from megatron_mesh.runtime.distributed import is_rank_zero
-from megatron_mesh.runtime.files import replace_text
-from megatron_mesh.runtime.run_files import STATUS_FILE, STOP_FILE
+from megatron_mesh.runtime.run_files import STATUS_FILE, STOP_FILE, replace_text
 
 logger = logging.getLogger(__name__)
 

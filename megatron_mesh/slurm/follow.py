@@ -10,8 +10,8 @@ from pathlib import Path
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.run_files import JOBS_FILE
 from megatron_mesh.slurm.commands import SlurmJob, find_jobs, slurm
-from megatron_mesh.slurm.files import RunFiles, read_files
 from megatron_mesh.slurm.script import slurm_directory
+from megatron_mesh.slurm.status import RunFiles, read_files
 
 _LINES = 20
 """Start with this many lines of earlier output."""

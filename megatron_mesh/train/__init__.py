@@ -4,7 +4,7 @@ Start reading in ``loop.py``, whose ``pretrain`` runs from the configuration to 
 ``step.py`` is one step of it.
 """
 
-from megatron_mesh.checkpoint.state import TrainState
+from megatron_mesh.checkpoint.content import TrainState
 from megatron_mesh.train.loop import pretrain
 
 __all__ = ["TrainState", "pretrain"]

@@ -17,11 +17,11 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
 from megatron_mesh.checkpoint.compatible import check_same_run, describe_changes
+from megatron_mesh.checkpoint.content import TrainState
 from megatron_mesh.checkpoint.directory import saved_steps
 from megatron_mesh.checkpoint.load import Found, Search, load_checkpoint
 from megatron_mesh.checkpoint.save import Saved, Saver, Unsaved
-from megatron_mesh.checkpoint.state import TrainState
-from megatron_mesh.config.length import batch_size_at, last_step
+from megatron_mesh.config.layout import batch_size_at, last_step
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data import Datasets
 from megatron_mesh.metrics.log import Log, check_trackers
@@ -30,19 +30,25 @@ from megatron_mesh.model.implementation import choose
 from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.runtime import exits, phases
 from megatron_mesh.runtime.distributed import is_rank_zero, process_groups
+from megatron_mesh.runtime.failures import explain_out_of_memory, remedies
 from megatron_mesh.runtime.health import Health
-from megatron_mesh.runtime.memory import explain_out_of_memory, remedies
 from megatron_mesh.runtime.ownership import owned
-from megatron_mesh.runtime.start_times import STARTED
+from megatron_mesh.runtime.phases import STARTED
 from megatron_mesh.runtime.stopping import URGENT, StopRequests, write_status
-from megatron_mesh.train.data import fingerprints_of, open_batches, open_datasets, open_vocabulary
-from megatron_mesh.train.data_report import describe_sources, log_data
+from megatron_mesh.train.data import (
+    describe_sources,
+    fingerprints_of,
+    log_data,
+    open_batches,
+    open_datasets,
+    open_vocabulary,
+)
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule, warn_if_lr_reaches_zero_early
 from megatron_mesh.train.output import (
     check_writable,
     open_outputs,
     position,
-    summary,
+    run_summary,
     warn_if_nothing_is_saved,
 )
 from megatron_mesh.train.step import evaluate, train_step
@@ -84,7 +90,7 @@ def pretrain(config: Config) -> int:
             phases.enter("loading a checkpoint")
             search = Search(config.checkpoint)
             check_writable(config)
-            run = build(config, search)
+            run = build_run(config, search)
             if is_rank_zero():
                 log_data(run.config, run.data, run.state.consumed_samples)
         stop = StopRequests(config.checkpoint, started)
@@ -93,7 +99,7 @@ def pretrain(config: Config) -> int:
             health.failures.running = True
             ending = train(run, log, health, stop)
             phases.enter("the end")
-            log.record("summary", run.state.step, **summary(run.config, run.state, log))
+            log.record("summary", run.state.step, **run_summary(run.config, run.state, log))
         if config.checkpoint.save is not None:
             write_status(config.checkpoint.save, STATUS[ending])
     return ending
@@ -103,7 +109,7 @@ STATUS = {exits.DONE: "done", exits.STOPPED: "stopped", exits.NOT_SAVED: "failed
 """The word in ``run_status.txt`` for each exit status of a run with --save."""
 
 
-def build(config: Config, search: Search | None = None) -> Run:
+def build_run(config: Config, search: Search | None = None) -> Run:
     """Open the data, build model, optimizer and schedule, and load the first intact checkpoint.
 
     Args:

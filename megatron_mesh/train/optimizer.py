@@ -12,7 +12,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
-from megatron_mesh.config.length import counts_samples
+from megatron_mesh.config.layout import counts_samples
 from megatron_mesh.config.schema import Config, OptimizerConfig
 from megatron_mesh.parallel import Stage
 

@@ -10,20 +10,17 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from megatron_mesh.checkpoint.state import TrainState
-from megatron_mesh.config.dump import dump_config
-from megatron_mesh.config.length import last_step
+from megatron_mesh.checkpoint.content import TrainState
+from megatron_mesh.config.layout import last_step
 from megatron_mesh.config.schema import Config
-from megatron_mesh.config.settings import flag
-from megatron_mesh.config.sources import read_yaml
+from megatron_mesh.config.settings import dump_config, flag, read_yaml
 from megatron_mesh.errors import UserError
 from megatron_mesh.metrics.log import Log, open_log
 from megatron_mesh.metrics.meters import perplexity
 from megatron_mesh.runtime.distributed import is_rank_zero
 from megatron_mesh.runtime.failures import resumes
-from megatron_mesh.runtime.files import replace_text
 from megatron_mesh.runtime.owner_file import held_by_another, read_owner
-from megatron_mesh.runtime.run_files import CONFIG_FILE, METRICS_FILE, OWNER_FILE, numbered
+from megatron_mesh.runtime.run_files import CONFIG_FILE, METRICS_FILE, OWNER_FILE, numbered, replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +158,7 @@ def position(config: Config, state: TrainState) -> dict[str, int]:
     }
 
 
-def summary(config: Config, state: TrainState, log: Log) -> dict[str, Any]:
+def run_summary(config: Config, state: TrainState, log: Log) -> dict[str, Any]:
     """Return the final report of a run: steps, time, losses, and the paths of its files."""
     values: dict[str, Any] = {
         "steps": state.step,

@@ -12,13 +12,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 from torch import Tensor
 
-from megatron_mesh.checkpoint.state import TrainState
-from megatron_mesh.config.length import batch_size_at, counts_samples
+from megatron_mesh.checkpoint.content import TrainState
+from megatron_mesh.config.layout import batch_size_at, counts_samples
 from megatron_mesh.config.schema import Config, TrainingConfig
 from megatron_mesh.data import Batch, SampleStream
 from megatron_mesh.errors import UserError
 from megatron_mesh.parallel import Stage
-from megatron_mesh.runtime import device, phases, ranges
+from megatron_mesh.runtime import device, phases
 from megatron_mesh.runtime.health import Health
 from megatron_mesh.train.data import open_batches
 from megatron_mesh.train.vote import Outcome, Vote, agree, agree_in_evaluation, clip
@@ -51,15 +51,15 @@ def train_step(
         beat: called before every micro-batch, to show that this rank is making progress.
     """
     batch_size = batch_size_at(training, state.consumed_samples)
-    with ranges.named("clear"):
+    with phases.named("clear"):
         stage.zero_grad_buffer()
         optimizer.zero_grad()
-    with ranges.named("forward-backward"):
+    with phases.named("forward-backward"):
         totals = run_batch(stage, batches, training, batch_size=batch_size, beat=beat)
-    with ranges.named("agreement"):
+    with phases.named("agreement"):
         optimizer.prepare_grads()
         outcome = agree(optimizer, totals, vote())
-    with ranges.named("update"):
+    with phases.named("update"):
         if outcome.taken:
             clip(optimizer, outcome.grad_norm)
             optimizer.step_with_ready_grads()

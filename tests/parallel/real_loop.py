@@ -95,7 +95,7 @@ def watch_steps(corpus: str, case: dict[str, Any]) -> tuple[dict[int, Seen], lis
     config = config_of(corpus, {"train_iters": 6, **case})
     saver = BackgroundSave(4 if dist.get_rank() == dist.get_world_size() - 1 else 0)
     with model_parallel_groups(config), patch.object(loop, "open_saver", lambda *parts: saver):
-        run = loop.build(config)
+        run = loop.build_run(config)
         with Watch() as watch:
             health = _StepByStep(watch)
             loop.train(run, Log(), health, StopRequests(config.checkpoint, time.monotonic()))
@@ -126,7 +126,7 @@ def stop_in_evaluation(corpus: str, directory: Path) -> tuple[int, int, dict[str
                 watch.seen = Seen()
 
     with model_parallel_groups(config), Watch() as watch:
-        run = loop.build(config)
+        run = loop.build_run(config)
         with open_outputs(config, run.state) as log:
             health = Asking(dist.get_rank(), dist.get_world_size(), None)
             ending = loop.train(run, log, health, stop)
@@ -177,7 +177,7 @@ def _watched(config: Config, release: int) -> Watched:
                 found.pending.append(step)
                 found.writing.extend([step] if not parts[-1].done() else [])
 
-        run, health = loop.build(config), _StepByStep(watch, before)
+        run, health = loop.build_run(config), _StepByStep(watch, before)
         with patch.object(loop, "open_saver", keep), open_outputs(config, run.state) as log:
             loop.train(run, log, health, StopRequests(config.checkpoint, time.monotonic()))
     found.steps = health.steps

@@ -54,8 +54,8 @@ def _run(rank: int, world_size: int, port: int, config: Config, results: Any) ->
     import torch
 
     from megatron_mesh.runtime import phases
+    from megatron_mesh.runtime.phases import log_start_times
     from megatron_mesh.runtime.run_files import OWNER_FILE
-    from megatron_mesh.runtime.start_times import log_start_times
     from megatron_mesh.train import pretrain
     from tests.parallel.forked import hurry
 

@@ -19,8 +19,8 @@ from tests.parallel.pool import pool
 
 def save(directory: Path, settings: dict, source: Path) -> None:
     """Load the weights of ``source`` on this rank layout and save them. Runs in workers."""
+    from megatron_mesh.checkpoint.content import TrainState
     from megatron_mesh.checkpoint.save import Saver
-    from megatron_mesh.checkpoint.state import TrainState
     from megatron_mesh.parallel import build_stage
     from megatron_mesh.train.optimizer import build_optimizer, build_schedule
 

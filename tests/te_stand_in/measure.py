@@ -21,7 +21,7 @@ from megatron_mesh.checkpoint.content import Content
 from megatron_mesh.checkpoint.index import Index
 from megatron_mesh.checkpoint.load import load_tensors
 from megatron_mesh.checkpoint.offline import open_index, write
-from megatron_mesh.checkpoint.save import description
+from megatron_mesh.checkpoint.save import describe_state
 from megatron_mesh.model import layers_te
 from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.parallel.ring import ring_chunks
@@ -179,7 +179,7 @@ def history() -> list[dict[str, Any]]:
 def saved(stage: Stage, directory: Path) -> Index:
     """A checkpoint of a stage without an optimizer."""
     path = directory / "saved"
-    write(path, Content(stage, None).to_write(), "", description({}))
+    write(path, Content(stage, None).to_write(), "", describe_state({}))
     return open_index(path)
 
 

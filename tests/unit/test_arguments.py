@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 
 from megatron_mesh.arguments import parse_args
-from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
-from megatron_mesh.config.settings import SETTINGS, flag, flatten
+from megatron_mesh.config.settings import SETTINGS, dump_config, flag, flatten
 from megatron_mesh.errors import UserError
 from megatron_mesh.recurrence import SCHEMES
 

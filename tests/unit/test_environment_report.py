@@ -11,7 +11,8 @@ import pytest
 
 from megatron_mesh import environment_report
 from megatron_mesh.environment_report import OPTIONAL, REQUIRED, report
-from megatron_mesh.runtime import device, transformer_engine
+from megatron_mesh.model import implementation
+from megatron_mesh.runtime import device
 from tests.commands import tool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,12 +41,10 @@ def layers() -> dict[str, tuple[str, str]]:
 def test_layers_and_fp8_where_transformer_engine_cannot_be_used(monkeypatch) -> None:
     """Installed is not enough: what keeps it from working is said."""
     monkeypatch.setattr(environment_report, "_version", lambda name: "2.11.0")
-    monkeypatch.setattr(
-        transformer_engine, "why_no_transformer_engine", lambda: "libcudart.so cannot be loaded"
-    )
+    monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: "libcudart.so cannot be loaded")
     assert layers()["layers"] == ("torch's", "libcudart.so cannot be loaded")
     assert layers()["FP8"][0] == "no"
-    monkeypatch.setattr(transformer_engine, "why_no_transformer_engine", lambda: None)
+    monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: None)
     monkeypatch.setattr(device, "has_gpu", lambda: False)
     assert layers()["layers"] == ("torch's", "there is no GPU")
 
@@ -65,7 +64,7 @@ def test_layers_and_fp8_where_transformer_engine_cannot_be_used(monkeypatch) -> 
 )
 def test_layers_and_fp8_with_transformer_engine(monkeypatch, version, capability, note, fp8) -> None:
     installed = environment_report._version
-    monkeypatch.setattr(transformer_engine, "why_no_transformer_engine", lambda: None)
+    monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: None)
     monkeypatch.setattr(device, "has_gpu", lambda: True)
     monkeypatch.setattr(device, "gpus", lambda: [("H100", "80 GiB")])
     monkeypatch.setattr(device, "libraries", lambda: {"NCCL": "2.28.9"})

@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.launcher import LaunchConfig, elastic_launch
 
+from megatron_mesh.checkpoint.content import TrainState
 from megatron_mesh.checkpoint.load import Search, load_checkpoint
 from megatron_mesh.checkpoint.save import Saved, Saver
 from megatron_mesh.checkpoint.shares import MOMENTS, allocate, only_member
-from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.checkpoint.writer import file_of
 from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config

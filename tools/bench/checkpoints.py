@@ -27,16 +27,15 @@ from statistics import median
 from megatron_mesh import command
 from megatron_mesh.arguments import parse_args
 from megatron_mesh.checkpoint import integrity
+from megatron_mesh.checkpoint.content import TrainState
 from megatron_mesh.checkpoint.load import Search, load_checkpoint
 from megatron_mesh.checkpoint.save import Saved, Saver
-from megatron_mesh.checkpoint.state import TrainState
-from megatron_mesh.config.ranges import at_least
 from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
+from megatron_mesh.config.settings import at_least
 from megatron_mesh.errors import UserError
 from megatron_mesh.parallel import Stage, build_stage
-from megatron_mesh.planner.dry_run import with_vocabulary
-from megatron_mesh.planner.text import table
+from megatron_mesh.planner.text import format_table, with_vocabulary
 from megatron_mesh.runtime.distributed import process_groups
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule
 from megatron_mesh.train.step import train_step
@@ -80,7 +79,7 @@ def main(options: Options, settings: list[str]) -> None:
     else:
         check_kernel()
         by_rank = on_ranks(options.ranks, measure_rank, config, options.directory, options.rounds)
-        print(table(summary_rows(by_rank)))
+        print(format_table(summary_rows(by_rank)))
         print(f"\n{_NOTES}")
 
 

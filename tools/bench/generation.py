@@ -19,7 +19,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
 from megatron_mesh import command
 from megatron_mesh.config.layout import LayerLayout, parse_layers
-from megatron_mesh.config.ranges import at_least
+from megatron_mesh.config.settings import at_least
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.modeling.configuration_mesh import MeshConfig
 from megatron_mesh.hf.modeling.modeling_mesh import MeshForCausalLM

@@ -21,17 +21,16 @@ from megatron.core.pipeline_parallel import schedules
 
 from megatron_mesh import command
 from megatron_mesh.arguments import parse_args
-from megatron_mesh.checkpoint.state import TrainState
-from megatron_mesh.config.ranges import at_least
+from megatron_mesh.checkpoint.content import TrainState
 from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
+from megatron_mesh.config.settings import at_least
 from megatron_mesh.errors import UserError
 from megatron_mesh.parallel import build_stage
 from megatron_mesh.planner.costs import Cost
-from megatron_mesh.planner.dry_run import with_vocabulary
-from megatron_mesh.planner.order import Step, schedule_order
 from megatron_mesh.planner.plan import make_plan
-from megatron_mesh.planner.schedule import Span, Timeline, simulate
+from megatron_mesh.planner.schedule import Span, Step, Timeline, schedule_order, simulate
+from megatron_mesh.planner.text import with_vocabulary
 from megatron_mesh.runtime import device
 from megatron_mesh.runtime.distributed import process_groups
 from megatron_mesh.runtime.environment import rank_from_environment, world_size_from_environment

@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-from megatron_mesh.config.check_precision import resolve_precision
-from megatron_mesh.config.ranges import at_least, positive
 from megatron_mesh.config.resolve.model import resolve_model
 from megatron_mesh.config.resolve.parallel import (
     check_context_parallel,
@@ -11,8 +9,9 @@ from megatron_mesh.config.resolve.parallel import (
     check_ranks,
     check_tensor_parallel,
 )
-from megatron_mesh.config.resolve.training import resolve_optimizer, resolve_training
+from megatron_mesh.config.resolve.training import resolve_optimizer, resolve_precision, resolve_training
 from megatron_mesh.config.schema import CheckpointConfig, Config, DataConfig, ModelConfig
+from megatron_mesh.config.settings import at_least, positive
 from megatron_mesh.errors import UserError
 
 

@@ -4,10 +4,8 @@ import logging
 from dataclasses import replace
 
 from megatron_mesh.config.layout import LayerLayout, check_layout, parse_layers
-from megatron_mesh.config.ranges import at_least, positive
 from megatron_mesh.config.schema import ModelConfig
-from megatron_mesh.config.settings import flag, nearest
-from megatron_mesh.config.sources import LAYER_SETTINGS
+from megatron_mesh.config.settings import LAYER_SETTINGS, at_least, flag, nearest, positive
 from megatron_mesh.errors import UserError
 from megatron_mesh.recurrence import SCHEMES, Scheme
 

@@ -2,12 +2,10 @@
 
 import math
 
-from megatron_mesh.config.derived import layout, padded_vocab_size
-from megatron_mesh.config.length import batch_sizes
+from megatron_mesh.config.layout import batch_sizes, layout, padded_vocab_size
 from megatron_mesh.config.placement import Placement, microbatch_group_size, placement
-from megatron_mesh.config.ranges import at_least, positive
 from megatron_mesh.config.schema import ModelConfig, ParallelConfig, TrainingConfig
-from megatron_mesh.config.settings import flag
+from megatron_mesh.config.settings import at_least, flag, positive
 from megatron_mesh.errors import UserError
 from megatron_mesh.recurrence import SCHEMES
 

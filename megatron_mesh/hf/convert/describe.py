@@ -6,13 +6,12 @@ from typing import Any
 import megatron_mesh
 from megatron_mesh.checkpoint.directory import Checkpoint
 from megatron_mesh.checkpoint.inspect import format_loss
-from megatron_mesh.config.derived import layout
-from megatron_mesh.config.dump import dump_config
-from megatron_mesh.config.layout import LayerLayout
+from megatron_mesh.config.layout import LayerLayout, layout
 from megatron_mesh.config.schema import ModelConfig
+from megatron_mesh.config.settings import dump_config
 from megatron_mesh.config.sizes import non_embedding_parameters
 from megatron_mesh.hf.convert.ship import AUTO_MAP
-from megatron_mesh.hf.folding import is_folded
+from megatron_mesh.hf.convert.tensors import is_folded
 from megatron_mesh.hf.modeling.versions import OLDEST, TESTED
 from megatron_mesh.model.transformer_config import recurrence_options
 from megatron_mesh.recurrence import SCHEMES

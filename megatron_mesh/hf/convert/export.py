@@ -17,13 +17,11 @@ from megatron_mesh.checkpoint.reader import read_tensor
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.data.tokenizer import Tokenizer, check_vocab
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf import folding, vocabulary
-from megatron_mesh.hf.convert import describe, ship
+from megatron_mesh.hf.convert import describe, ship, tensors
 from megatron_mesh.hf.convert.describe import ExportVocabulary
-from megatron_mesh.hf.convert.export_tokenizer import tokenizer_of, write_tokenizer
+from megatron_mesh.hf.convert.export_tokenizer import padding_of, tokenizer_of, write_tokenizer
 from megatron_mesh.hf.convert.tensors import EMBEDDING, VOCABULARY, ExportTensor, entries
 from megatron_mesh.hf.convert.weights import write_tensors
-from megatron_mesh.hf.padding import padding_of
 from megatron_mesh.recurrence import SCHEMES
 from megatron_mesh.runtime import strict_json
 
@@ -160,10 +158,10 @@ def _write_weights(
             shard = [wanted[name] for name in names]
             omitted |= _write_shard(index, shard, trained, target, directory / file_name)
     _write_index(plan, directory)
-    if folding.needs_file(model) and target == stored[EMBEDDING].dtype:
+    if tensors.needs_file(model) and target == stored[EMBEDDING].dtype:
         embedding = read_tensor(index, EMBEDDING)
-        folding.write_unscaled(vocabulary.to_export(embedding, trained, rows), directory)
-    vocabulary.write_omitted_rows(omitted, directory)
+        tensors.write_unscaled(tensors.to_export(embedding, trained, rows), directory)
+    tensors.write_omitted_rows(omitted, directory)
     return target
 
 
@@ -176,7 +174,7 @@ def _write_shard(
         tensor = read_tensor(index, entry.key, layer=entry.layer)
         if entry.key in VOCABULARY:
             omitted[entry.key] = tensor[trained:].to(dtype, copy=True)  # a view would keep all rows in memory
-            tensor = vocabulary.to_export(tensor, trained, entry.shape[0])
+            tensor = tensors.to_export(tensor, trained, entry.shape[0])
         if entry.factor != 1:
             tensor = tensor * entry.factor
         converted[entry.name] = tensor.to(entry.dtype(dtype)).contiguous()

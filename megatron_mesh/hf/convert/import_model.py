@@ -1,10 +1,18 @@
-"""Converts a Hugging Face directory to a checkpoint: one of our exports, or a GPT-NeoX such as Pythia."""
+"""Derives our model settings from the config.json of a Hugging Face directory.
+
+Chooses the layers of a plain model from which a recursive model starts.
+
+The three ways to initialize the core are those of Bae et al., "Relaxed Recursive Transformers" (arXiv
+2410.20672, section 2.3).
+
+Converts a Hugging Face directory to a checkpoint: one of our exports, or a GPT-NeoX such as Pythia.
+"""
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -12,23 +20,160 @@ from rich.progress import track
 from torch import Tensor
 
 from megatron_mesh.checkpoint import offline
-from megatron_mesh.checkpoint.boxes import Box, cut
-from megatron_mesh.checkpoint.save import description
-from megatron_mesh.config.derived import layout, padded_vocab_size
-from megatron_mesh.config.dump import dump_config
+from megatron_mesh.checkpoint.index import Box, cut
+from megatron_mesh.checkpoint.save import describe_state
+from megatron_mesh.config.layout import LayerLayout, layout, padded_vocab_size, parse_layers
+from megatron_mesh.config.resolve.model import resolve_model
 from megatron_mesh.config.schema import Config, ModelConfig
+from megatron_mesh.config.settings import dump_config
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf import folding, vocabulary
-from megatron_mesh.hf.check_weights import check_weights
-from megatron_mesh.hf.convert.config_json import dropout_note, read_config
+from megatron_mesh.hf.convert import tensors
+from megatron_mesh.hf.convert.config_json import dropout_note, read_config, rotary_base, rotary_percent
 from megatron_mesh.hf.convert.describe import SETTINGS_KEY
-from megatron_mesh.hf.convert.tensors import EMBEDDING, RECURRENCE, VOCABULARY, ExportTensor, entries
+from megatron_mesh.hf.convert.tensors import (
+    EMBEDDING,
+    RECURRENCE,
+    VOCABULARY,
+    ExportTensor,
+    check_weights,
+    entries,
+    read_omitted_rows,
+)
 from megatron_mesh.hf.convert.weights import ModelWeights
-from megatron_mesh.hf.recursive import CoreInit, layer_sources, recursive_model
-from megatron_mesh.hf.settings import model_settings, own_settings
-from megatron_mesh.model.init import drawn
+from megatron_mesh.model.build import drawn
 from megatron_mesh.model.transformer_config import recurrence_options
-from megatron_mesh.recurrence import build_scheme
+from megatron_mesh.recurrence import SCHEMES, build_scheme
+
+# Settings that have no counterpart among Hugging Face's fields, each with its check.
+_OWN: dict[str, Callable[[Any], bool]] = {
+    "vocab_size": lambda x: x is None or (type(x) is int and 1 <= x <= 2**31),
+    "make_vocab_size_divisible_by": lambda x: type(x) is int and 1 <= x <= 2**20,
+    "mesh_memory": lambda x: x in ("factored", "slots"),
+    "router_init_std": lambda x: x is None or type(x) in (int, float),
+    "router_bias_init": lambda x: type(x) in (int, float),
+    "depth_scaled_init": lambda x: type(x) is bool,
+}
+
+
+def model_settings(config: dict[str, Any], directory: Path) -> ModelConfig:
+    """Return the resolved model settings for a checked ``config.json`` in ``directory``.
+
+    They come from Hugging Face's fields, and in our exports also from our own settings.
+
+    Raises:
+        UserError: our own settings in the export are damaged, or no model can have these settings.
+    """
+    base = own_settings(config)
+    if read_omitted_rows(config, base, directory) is None:
+        base = replace(base, vocab_size=config["vocab_size"])
+    model = replace(
+        base,
+        **_recurrence(config),
+        hidden_size=config["hidden_size"],
+        num_attention_heads=config["num_attention_heads"],
+        ffn_hidden_size=config["intermediate_size"],
+        seq_length=config["max_position_embeddings"],
+        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
+        rotary_percent=rotary_percent(config),
+        rotary_base=rotary_base(config),
+        norm_epsilon=float(config.get("layer_norm_eps", 1e-5)),
+        init_method_std=float(config.get("initializer_range", 0.02)),
+        scale_embeddings=config["model_type"] != "gpt_neox" and config["embedding_scale"] != 1.0,
+    )
+    try:
+        return resolve_model(model)
+    except UserError as error:
+        raise UserError(
+            f"config.json describes a model that megatron_mesh doesn't support: {error}"
+        ) from None
+
+
+def own_settings(config: dict[str, Any]) -> ModelConfig:
+    """Return the settings that only our exports have, with defaults for all others.
+
+    Raises:
+        UserError: the settings are damaged.
+    """
+    settings = config.get(SETTINGS_KEY, {})
+    for name, fits in _OWN.items():
+        if name in settings and not fits(settings[name]):
+            raise UserError(
+                f"config.json: {name} in {SETTINGS_KEY} has the invalid value {settings[name]!r}; export the "
+                "model again"
+            )
+    return ModelConfig(**{name: settings[name] for name in _OWN if name in settings})
+
+
+def _recurrence(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the recurrence scheme, its memory, and the layer layout."""
+    if config["model_type"] == "gpt_neox":
+        layers = LayerLayout(0, config["num_hidden_layers"], 1, 0, shared=False)
+        return {"recurrence": "vanilla", "layers": str(layers)}
+    scheme = SCHEMES[config["recurrence"]]
+    names = ("prelude_layers", "core_layers", "num_loops", "coda_layers")
+    prelude, core, loops, coda = (config[name] for name in names)
+    layers = LayerLayout(prelude, core, loops, coda, scheme.shared_core)
+    found = {"recurrence": config["recurrence"], "layers": str(layers)}
+    if scheme.uses_memory:
+        found |= {name: config[name] for name in ("mesh_slots", "mesh_transition_query")}
+    return found
+
+
+CoreInit = Literal["average", "first", "stepwise"]
+
+
+def recursive_model(plain: ModelConfig, layers: str, recurrence: str) -> ModelConfig:
+    """Return the resolved settings of a recursive model with the sizes of a plain one.
+
+    Raises:
+        UserError: ``plain`` already has a loop, the new model would have none, or the depths differ.
+    """
+    if SCHEMES[plain.recurrence].has_loop:
+        raise UserError(
+            f"--to-recursive needs a plain model, but this one already has a loop ({plain.recurrence})"
+        )
+    if recurrence in SCHEMES and not SCHEMES[recurrence].shared_core:
+        raise UserError(
+            f"--recurrence {recurrence} doesn't share its core; choose another, e.g. mesh or base"
+        )
+    target = parse_layers(layers)
+    if not target.shared:
+        raise UserError(f"--to-recursive {layers} has no loop; write prelude+coreRloops+coda, e.g. 4+8R2+4")
+    if target.depth != layout(plain).depth:
+        raise UserError(
+            f"--to-recursive {layers} is {target.depth} layers deep, but the model has {layout(plain).depth} "
+            "layers; choose a layout of that depth"
+        )
+    return resolve_model(replace(plain, recurrence=recurrence, layers=layers))
+
+
+def core_sources(target: LayerLayout, choice: CoreInit) -> list[list[int]]:
+    """Return, for each core layer, the layers of the plain model whose mean is its initial value.
+
+    Args:
+        target: layout of the recursive model.
+        choice: "average" takes the layers at the same position in every loop; "first" takes the layer of the
+            first loop; "stepwise" takes layers at equal distances from the first layer of all loops to the
+            last.
+    """
+    loops, core, start = target.loops, target.core, target.prelude
+    if choice == "average":
+        return [[start + loop * core + index for loop in range(loops)] for index in range(core)]
+    if choice == "first":
+        return [[start + index] for index in range(core)]
+    last = loops * core - 1
+    return [[start + round(index * last / max(1, core - 1))] for index in range(core)]
+
+
+def layer_sources(target: LayerLayout, choice: CoreInit) -> dict[str, list[list[int]]]:
+    """Return the same for all layers, by the name of the part: prelude, core and coda."""
+    first_of_coda = target.depth - target.coda
+    return {
+        "prelude": [[index] for index in range(target.prelude)],
+        "core": core_sources(target, choice),
+        "coda": [[first_of_coda + index] for index in range(target.coda)],
+    }
+
 
 ReadTensor = Callable[[ExportTensor], Tensor]
 """Returns the tensor that the checkpoint has for an entry."""
@@ -65,8 +210,8 @@ def import_model(directory: Path, save: Path, to_recursive: ToRecursive | None =
     weights = ModelWeights(directory)
     dtype = check_weights(source, weights, config_json["vocab_size"])
     names = ("gpt_neox.embed_in.weight", "embed_out.weight")
-    source, embedding = folding.unfold(source, config_json.get(SETTINGS_KEY, {}), weights, *names)
-    omitted = vocabulary.read_omitted_rows(config_json, own_settings(config_json), directory) or {}
+    source, embedding = tensors.unfold(source, config_json.get(SETTINGS_KEY, {}), weights, *names)
+    omitted = tensors.read_omitted_rows(config_json, own_settings(config_json), directory) or {}
     model, read = source, _export_reader(source, weights, embedding, omitted, dtype)
     if to_recursive is not None:
         model = recursive_model(source, to_recursive.layers, to_recursive.recurrence)
@@ -86,7 +231,7 @@ def import_model(directory: Path, save: Path, to_recursive: ToRecursive | None =
         "valid_loss": None,
         "schedule": {},
     }
-    offline.write(save, boxes, dump_config(config), {**description(start), "weights_only": True})
+    offline.write(save, boxes, dump_config(config), {**describe_state(start), "weights_only": True})
     return model
 
 
@@ -120,7 +265,7 @@ def _export_reader(
         replaced = embedding if entry.key == EMBEDDING else None
         tensor = (weights[entry.name] if replaced is None else replaced).to(entry.dtype(dtype))
         if entry.key in VOCABULARY:
-            return vocabulary.from_export(tensor, padded_vocab_size(model), omitted.get(entry.key))
+            return tensors.from_export(tensor, padded_vocab_size(model), omitted.get(entry.key))
         return tensor
 
     return read

@@ -9,10 +9,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 
 from megatron_mesh.checkpoint.integrity import digest, files, sha256
-from megatron_mesh.checkpoint.save import Saver, description
+from megatron_mesh.checkpoint.save import Saver, describe_state
 from megatron_mesh.checkpoint.shares import only_member
-from megatron_mesh.config.dump import dump_config
-from megatron_mesh.runtime.random import pack_generators
+from megatron_mesh.config.settings import dump_config
+from megatron_mesh.runtime.device import pack_generators
 from megatron_mesh.runtime.run_files import checkpoint_path
 
 
@@ -32,7 +32,7 @@ def save(saver: Saver, stage: Any, optimizer: Any, state: Any) -> None:
     }
     dist_checkpointing.save(content, str(directory))
     (directory / "config.yaml").write_text(dump_config(saver.config))
-    described = {**description(state.state_dict()), "format_version": 2}
+    described = {**describe_state(state.state_dict()), "format_version": 2}
     (directory / "state.json").write_text(json.dumps(described))
     write_checksums(directory)
 

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mesh.checkpoint.boxes import MAX_ELEMENTS, Box, cut, split_span
-from megatron_mesh.checkpoint.index import index_of
+from megatron_mesh.checkpoint.index import MAX_ELEMENTS, Box, cut, index_of, split_span
 from megatron_mesh.checkpoint.reader import Damaged, fill, read_tensor
 from megatron_mesh.checkpoint.writer import write_file
 

@@ -19,12 +19,11 @@ import torch
 import pretrain_mesh
 from megatron_mesh.checkpoint import save as save_module
 from megatron_mesh.checkpoint import writer
-from megatron_mesh.checkpoint.boxes import Box
 from megatron_mesh.checkpoint.directory import publish, retire_old, retire_unfinished, saved_steps
-from megatron_mesh.checkpoint.index import index_of
+from megatron_mesh.checkpoint.index import Box, index_of
 from megatron_mesh.checkpoint.integrity import find_damage
 from megatron_mesh.checkpoint.reader import read_tensor
-from megatron_mesh.config.dump import dump_config
+from megatron_mesh.config.settings import dump_config
 from megatron_mesh.runtime import exits, stopping
 from megatron_mesh.train import step as step_module
 from tests.parallel.saves import FAULTS

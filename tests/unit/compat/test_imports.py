@@ -59,7 +59,7 @@ def test_other_errors_keep_their_traceback_and_a_working_library_is_imported(tmp
 
 
 WHY = (
-    "from megatron_mesh.runtime.transformer_engine import why_no_transformer_engine as why;"
+    "from megatron_mesh.model.implementation import why_no_transformer_engine as why;"
     "from megatron.core.extensions.transformer_engine import HAVE_TE; print(HAVE_TE, why())"
 )
 

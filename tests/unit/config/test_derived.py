@@ -1,7 +1,6 @@
 import pytest
 
-from megatron_mesh.config.derived import layout, padded_vocab_size
-from megatron_mesh.config.layout import LayerLayout
+from megatron_mesh.config.layout import LayerLayout, layout, padded_vocab_size
 from megatron_mesh.config.resolve.model import resolve_model
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.config.sizes import non_embedding_parameters

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 
-from megatron_mesh.config.length import batch_size_at, batch_sizes, last_sample, last_step
+from megatron_mesh.config.layout import batch_size_at, batch_sizes, last_sample, last_step
 from megatron_mesh.config.schema import TrainingConfig
 
 

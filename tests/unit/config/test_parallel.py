@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mesh.config.derived import layout
+from megatron_mesh.config.layout import layout
 from megatron_mesh.config.placement import Part, microbatch_group_size, placement, virtual_stages
 from megatron_mesh.config.schema import ParallelConfig
 from megatron_mesh.errors import UserError

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from megatron_mesh.arguments import parse_args
-from megatron_mesh.config.derived import layout
-from megatron_mesh.config.presets import PAPER_SCHEMES, SIZES, main, presets
+from megatron_mesh.config.layout import layout
+from megatron_mesh.config.presets import PAPER_SCHEMES, SIZES, presets, write_presets
 from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
 
@@ -75,5 +75,5 @@ def test_a_short_run_of_a_preset() -> None:
 
 def test_main_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["presets", str(tmp_path / "new")])
-    main()
+    write_presets()
     assert {path.name for path in (tmp_path / "new").iterdir()} == PRESETS.keys()

@@ -2,9 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mesh.config.settings import REFUSED, SETTINGS
-from megatron_mesh.config.sources import PATHS, merge, read_yaml
-from megatron_mesh.config.yaml_file import load_yaml
+from megatron_mesh.config.settings import PATHS, REFUSED, SETTINGS, load_yaml, merge, read_yaml
 from megatron_mesh.errors import UserError
 
 

@@ -110,7 +110,7 @@ def damage_manifest(entry: Path) -> None:
 def damage_foreign(entry: Path) -> None:
     """Put another entry in this one's place."""
     other = cache.Key(entry.parent, "numbers", "something else")
-    cache.build(other, numbers)
+    cache.build_entry(other, numbers)
     shutil.rmtree(entry)
     other.path.rename(entry)
 
@@ -127,19 +127,19 @@ def damage_no_directory(entry: Path) -> None:
 
 @pytest.mark.parametrize("damage", [f for name, f in globals().items() if name.startswith("damage_")])
 def test_a_damaged_or_foreign_entry_is_rebuilt(tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    cache.build(key(tmp_path), numbers)
+    cache.build_entry(key(tmp_path), numbers)
     assert cache.load(key(tmp_path)) is not None
     damage(key(tmp_path).path)
     assert cache.load(key(tmp_path)) is None
-    cache.build(key(tmp_path), numbers)
+    cache.build_entry(key(tmp_path), numbers)
     loaded = cache.load(key(tmp_path))
     assert loaded is not None and only_the_entry(tmp_path)
     assert all(np.array_equal(loaded[name], array) for name, array in numbers().items())
 
 
 def test_an_intact_entry_is_not_rebuilt(tmp_path: Path) -> None:
-    cache.build(key(tmp_path), numbers)
-    cache.build(key(tmp_path), lambda: pytest.fail("it is there"))
+    cache.build_entry(key(tmp_path), numbers)
+    cache.build_entry(key(tmp_path), lambda: pytest.fail("it is there"))
 
 
 def _build_slowly(directory: Path, barrier, results) -> None:
@@ -149,7 +149,7 @@ def _build_slowly(directory: Path, barrier, results) -> None:
         barrier.wait(60)
         return numbers()
 
-    cache.build(key(directory), make)
+    cache.build_entry(key(directory), make)
     loaded = cache.load(key(directory))
     results.put(loaded is not None and np.array_equal(loaded["long"], numbers()["long"]))
 
@@ -157,7 +157,7 @@ def _build_slowly(directory: Path, barrier, results) -> None:
 @pytest.mark.parametrize("damaged", [False, True])
 def test_four_jobs_at_once_all_succeed(tmp_path: Path, damaged: bool) -> None:
     if damaged:
-        cache.build(key(tmp_path), numbers)
+        cache.build_entry(key(tmp_path), numbers)
         damage_truncated(key(tmp_path).path)
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(4), context.SimpleQueue()
@@ -180,7 +180,7 @@ def _die_while_building(directory: Path) -> None:
         time.sleep(60)
 
     np.save = save_then_die
-    cache.build(key(directory), numbers)
+    cache.build_entry(key(directory), numbers)
 
 
 def test_a_killed_builder_leaves_no_entry(tmp_path: Path) -> None:
@@ -190,12 +190,12 @@ def test_a_killed_builder_leaves_no_entry(tmp_path: Path) -> None:
     assert job.exitcode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left != key(tmp_path).path and cache.load(key(tmp_path)) is None
-    cache.build(key(tmp_path), numbers)
+    cache.build_entry(key(tmp_path), numbers)
     assert left.exists()  # its builder might be alive, on another host
     two_days_ago = time.time() - 2 * 86_400
     os.utime(left, (two_days_ago, two_days_ago))
     shutil.rmtree(key(tmp_path).path)
-    cache.build(key(tmp_path), numbers)
+    cache.build_entry(key(tmp_path), numbers)
     assert only_the_entry(tmp_path)
 
 

@@ -13,9 +13,9 @@ import torch
 
 from megatron_mesh.config.schema import DataConfig
 from megatron_mesh.data import build_datasets, build_tokenizer
-from megatron_mesh.data.blend import parse_blend, parse_sets, parse_split
 from megatron_mesh.data.datasets import Datasets
 from megatron_mesh.data.indexed import IndexedWriter
+from megatron_mesh.data.sources import parse_blend, parse_sets, parse_split
 from megatron_mesh.data.stream import SampleStream, epoch_order
 from megatron_mesh.errors import UserError
 from tests.unit.data.corpora import NumberTokenizer

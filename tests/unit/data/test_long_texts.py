@@ -12,8 +12,7 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from megatron_mesh.data import build_tokenizer
 from megatron_mesh.data import preprocess as module
-from megatron_mesh.data.encode import Encoder, GigatokenEncoder, Located, choose_encoder
-from megatron_mesh.data.long_texts import encode_texts
+from megatron_mesh.data.encode import Encoder, GigatokenEncoder, Located, choose_encoder, encode_texts
 from megatron_mesh.data.preprocess import PreprocessSettings, preprocess
 from megatron_mesh.data.tokenizer import HuggingFaceTokenizer
 from tests.unit.data.corpora import sentences, write_jsonl
@@ -149,7 +148,7 @@ def test_a_text_that_must_be_cut_is_counted(
     backend = Backend(models.WordLevel({"[UNK]": 0, "<|endoftext|>": 1, "a": 2}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.save(str(tmp_path / "tokenizer.json"))
-    monkeypatch.setattr("megatron_mesh.data.long_texts.encode_texts.__defaults__", (WINDOW,))
+    monkeypatch.setattr("megatron_mesh.data.encode.encode_texts.__defaults__", (WINDOW,))
     path = write_jsonl(tmp_path / "c.jsonl", ["a a", "a " * 2000, "x" * 3000, "a"])
     command = ["--input", path, "--output-prefix", str(tmp_path / "out"), "--workers", "1"]
     assert run_tool("preprocess_data", *command, "--tokenizer-model", str(tmp_path / "tokenizer.json")) == 0
@@ -162,7 +161,7 @@ def test_a_text_that_must_be_cut_is_counted(
 def test_a_corpus_with_long_lines(hf_model: str, tmp_path: Path, workers: int, monkeypatch) -> None:
     """Runs all of preprocessing with small chunks and windows."""
     monkeypatch.setattr(module, "CHUNK_BYTES", 4096)
-    monkeypatch.setattr("megatron_mesh.data.long_texts.encode_texts.__defaults__", (WINDOW,))
+    monkeypatch.setattr("megatron_mesh.data.encode.encode_texts.__defaults__", (WINDOW,))
     tokenizer = build_tokenizer(None, hf_model)
     texts = [*sentences(20), *shapes(20_000).values(), *sentences(20)]
     settings = PreprocessSettings(

@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mesh.evaluation.published import paper, pythia
-from megatron_mesh.evaluation.report import paper_table, pythia_table, result_tables, write_markdown
+from megatron_mesh.evaluation.report import (
+    paper,
+    paper_table,
+    pythia,
+    pythia_table,
+    result_tables,
+    write_markdown,
+)
 from megatron_mesh.evaluation.results import Result, Results, Skipped
 from megatron_mesh.evaluation.tasks import AVERAGED, TASKS
 from megatron_mesh.metrics.tables import TextTable

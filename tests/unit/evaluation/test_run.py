@@ -12,10 +12,9 @@ import pytest
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation import harness, model_source, run
-from megatron_mesh.evaluation.local_data import LocalTask
 from megatron_mesh.evaluation.results import Result
 from megatron_mesh.evaluation.run import Settings, run_evaluation
-from megatron_mesh.evaluation.tasks import Task, choose_tasks
+from megatron_mesh.evaluation.tasks import LocalTask, Task, choose_tasks
 from tests.commands import tool
 
 main = tool("evaluate")
@@ -38,7 +37,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return Result(task.name, shots, local.data if local else "hub", {task.metric: 0.5}, {}, 10, 1.0)
 
     monkeypatch.setattr(harness, "check_installed", lambda engine: None)
-    monkeypatch.setattr(harness, "version", lambda: "0")
+    monkeypatch.setattr(harness, "harness_version", lambda: "0")
     monkeypatch.setattr(model_source, "opened", opened)
     monkeypatch.setattr(harness, "run_task", run_task)
     return log

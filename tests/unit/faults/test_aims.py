@@ -10,7 +10,7 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.faults import kills as kills_module
 from megatron_mesh.faults.aims import ALL, PHASES, Kill, parse_target, spread_kills
 from megatron_mesh.faults.kills import KilledRun
-from megatron_mesh.faults.report import fault_table
+from megatron_mesh.faults.mishaps import fault_table
 from megatron_mesh.faults.runs import Setup, compare_losses, resume_error, resume_message
 
 

@@ -17,8 +17,7 @@ from megatron_mesh.checkpoint.offline import open_checkpoint
 from megatron_mesh.config.layout import parse_layers
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.convert.export import export_checkpoint
-from megatron_mesh.hf.convert.import_model import ToRecursive, import_model
-from megatron_mesh.hf.recursive import core_sources
+from megatron_mesh.hf.convert.import_model import ToRecursive, core_sources, import_model
 from tests.commands import tool
 from tests.exports import TOKENS
 from tests.helpers import relative_error

@@ -11,7 +11,7 @@ import torch
 from megatron_mesh.data.tokenizer import build_tokenizer
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.convert.export import export_checkpoint
-from megatron_mesh.hf.open_model import open_model
+from megatron_mesh.hf.convert.open_model import open_model
 from tests.commands import tool
 from tests.exports import saved_with_logits
 from tests.unit.hf.test_open_model import TOKENIZER

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 from megatron_mesh.checkpoint.content import NOT_WEIGHTS
 from megatron_mesh.checkpoint.offline import open_index
 from megatron_mesh.checkpoint.reader import read_tensor
-from megatron_mesh.hf import folding
+from megatron_mesh.hf.convert import tensors
 from megatron_mesh.hf.convert.export import export_checkpoint
 from megatron_mesh.hf.convert.import_model import import_model
 from megatron_mesh.recurrence import SCHEMES
@@ -110,7 +110,7 @@ def test_a_plain_model_trained_after_its_export(exported, tmp_path, hidden_size)
     with torch.no_grad():
         model.gpt_neox.embed_in.weight[7] = torch.linspace(0.1, 0.9, hidden_size)
     model.save_pretrained(changed)
-    assert (changed / folding.EMBEDDING_FILE).exists() == (hidden_size == 32)
+    assert (changed / tensors.EMBEDDING_FILE).exists() == (hidden_size == 32)
     import_model(changed, tmp_path / "back")
     export_checkpoint(tmp_path / "back", tmp_path / "again")
     again = GPTNeoXForCausalLM.from_pretrained(tmp_path / "again")

@@ -12,8 +12,8 @@ import torch
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.convert.import_model import import_model
+from megatron_mesh.hf.convert.open_model import open_model
 from megatron_mesh.hf.modeling.modeling_mesh import MeshForCausalLM
-from megatron_mesh.hf.open_model import open_model
 from tests.exports import TOKENS
 from tests.helpers import relative_error
 

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GPTNeoXForCausalLM
 
 from megatron_mesh.checkpoint.offline import open_checkpoint
-from megatron_mesh.config.derived import padded_vocab_size
+from megatron_mesh.config.layout import padded_vocab_size
 from megatron_mesh.config.resolve.parallel import check_tensor_parallel
 from megatron_mesh.config.schema import ParallelConfig
 from megatron_mesh.hf.convert.export import export_checkpoint

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_mesh.checkpoint.offline import open_checkpoint
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf import vocabulary
+from megatron_mesh.hf.convert import tensors
 from megatron_mesh.hf.convert.export import export_checkpoint
 from megatron_mesh.hf.convert.import_model import import_model
 from megatron_mesh.hf.convert.tensors import EMBEDDING, OUTPUT, VOCABULARY
@@ -49,8 +49,8 @@ def test_no_padded_id_is_sampled(tmp_path, scheme) -> None:
     assert drawn.max() < 512 and tokenizer.pad_token_id not in drawn
     assert comes_back(checkpoint, tmp_path / "hf", tmp_path / "back")
     # Engines load every safetensors file next to config.json.
-    assert (tmp_path / "hf" / vocabulary.PADDING_FILE).is_file()
-    assert not (tmp_path / "hf" / vocabulary.PADDING_FILE.name).exists()
+    assert (tmp_path / "hf" / tensors.PADDING_FILE).is_file()
+    assert not (tmp_path / "hf" / tensors.PADDING_FILE.name).exists()
 
 
 @pytest.mark.parametrize("untied", [True, False])
@@ -81,7 +81,7 @@ def test_a_tokenizer_without_a_padding_token(tmp_path, scheme, untied, size, div
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         # Some engines ignore suppress_tokens, but a mean row never has the highest logit.
         assert torch.allclose(module.weight[402], module.weight[:402].mean(0), atol=1e-5)
-    path = tmp_path / "hf" / vocabulary.PADDING_FILE
+    path = tmp_path / "hf" / tensors.PADDING_FILE
     assert path.is_file() == (kept > 0)
     if kept:
         stored = load_file(path)
@@ -112,7 +112,7 @@ def test_padded_rows_are_not_restored_after_resizing(exported, tmp_path) -> None
     model = load(changed)
     model.resize_token_embeddings(100)
     model.save_pretrained(changed)
-    assert (changed / vocabulary.PADDING_FILE).is_file()
+    assert (changed / tensors.PADDING_FILE).is_file()
     import_model(changed, tmp_path / "back")
     after = weights_of(tmp_path / "back")
     assert after[OUTPUT].shape == (112, 32)
@@ -122,7 +122,7 @@ def test_padded_rows_are_not_restored_after_resizing(exported, tmp_path) -> None
 
 def test_bfloat16(exported, tmp_path) -> None:
     checkpoint, directory, _ = exported(bf16=True)
-    assert {tensor.dtype for tensor in load_file(directory / vocabulary.PADDING_FILE).values()} == {
+    assert {tensor.dtype for tensor in load_file(directory / tensors.PADDING_FILE).values()} == {
         torch.bfloat16
     }
     assert comes_back(checkpoint, directory, tmp_path / "back")

@@ -11,9 +11,8 @@ from transformers import AutoTokenizer, GPTNeoXConfig
 
 from megatron_mesh.data.tokenizer import Tokenizer as Trained
 from megatron_mesh.data.tokenizer import build_tokenizer
-from megatron_mesh.hf.convert.export_tokenizer import write_tokenizer
+from megatron_mesh.hf.convert.export_tokenizer import padding_of, write_tokenizer
 from megatron_mesh.hf.convert.ship import tokenizer_source
-from megatron_mesh.hf.padding import padding_of
 
 ROOT = Path(__file__).resolve().parents[3]
 SYMBOLS = {"user_defined_symbols": ["<sep>", "\n", "  x"], "control_symbols": ["<cls>", "<mask>"]}

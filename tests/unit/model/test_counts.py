@@ -8,15 +8,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mesh.arguments import parse_args
-from megatron_mesh.config.derived import layout
+from megatron_mesh.config.layout import layout
 from megatron_mesh.config.presets import PAPER_SCHEMES
 from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.sizes import forward_flops_per_token, non_embedding_parameters
 from megatron_mesh.model import build_model, build_on_meta
-from megatron_mesh.model.naming import count_parameters
-from megatron_mesh.planner.dry_run import dry_run_text
+from megatron_mesh.model.build import count_parameters
 from megatron_mesh.planner.plan import make_plan
+from megatron_mesh.planner.text import dry_run_text
 from megatron_mesh.recurrence import SCHEMES
 from tests.helpers import tiny_config
 

@@ -15,11 +15,9 @@ from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import ParallelConfig, PrecisionConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.model import build_model, build_on_meta, implementation, layers
-from megatron_mesh.model.attention import attention_backend
-from megatron_mesh.model.implementation import TRANSFORMER_ENGINE, choose, has_fused_norms
+from megatron_mesh.model.implementation import TRANSFORMER_ENGINE, attention_backend, choose, has_fused_norms
 from megatron_mesh.model.layers import ApexLayerNorm, LayerNorm
-from megatron_mesh.model.precision import section_config
-from megatron_mesh.model.transformer_config import transformer_config
+from megatron_mesh.model.transformer_config import section_config, transformer_config
 from tests.helpers import tiny_config
 
 FP8: dict[str, Any] = {"fp8_format": "hybrid", "bf16": True}

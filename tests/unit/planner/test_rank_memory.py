@@ -11,9 +11,9 @@ from megatron_mesh.config.schema import Config
 from megatron_mesh.model import MeshGPTModel, build_model
 from megatron_mesh.parallel import build_stage
 from megatron_mesh.parallel.ring import carry
-from megatron_mesh.planner.order import Step
 from megatron_mesh.planner.plan import make_plan
 from megatron_mesh.planner.rank_memory import InFlight, activation_bytes, in_flight
+from megatron_mesh.planner.schedule import Step
 from megatron_mesh.planner.stages import Chunk, Pipeline
 from megatron_mesh.recurrence import LoopState
 from megatron_mesh.train.optimizer import build_optimizer

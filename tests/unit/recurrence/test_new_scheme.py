@@ -8,7 +8,7 @@ from megatron_mesh.model.count import count_parameters
 from megatron_mesh.model.flops import forward_flops_per_token
 from torch import Tensor, nn
 
-from megatron_mesh.config.derived import non_embedding_parameters
+from megatron_mesh.config.layout import non_embedding_parameters
 from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.convert.tensors import entries
@@ -16,8 +16,8 @@ from megatron_mesh.hf.modeling.configuration_mesh import MeshConfig
 from megatron_mesh.hf.modeling.modeling_mesh import MeshModel
 from megatron_mesh.metrics.meters import RouterMeter
 from megatron_mesh.model import build_model, build_on_meta
+from megatron_mesh.planner.costs import own_exchange
 from megatron_mesh.planner.plan import make_plan
-from megatron_mesh.planner.traffic import own_exchange
 from megatron_mesh.recurrence import SCHEMES, LoopState, RecurrenceOptions, Scheme
 from megatron_mesh.recurrence.schemes import Draw
 from megatron_mesh.runtime.distributed import process_groups

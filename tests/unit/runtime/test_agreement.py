@@ -1,6 +1,6 @@
 """What ranks say is short, however many they are."""
 
-from megatron_mesh.runtime.agreement import summarize_reasons
+from megatron_mesh.runtime.distributed import summarize_reasons
 
 
 def test_each_reason_once_with_the_first_place() -> None:

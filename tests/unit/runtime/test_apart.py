@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from megatron_mesh.data.cache import run_in_fork
 from megatron_mesh.errors import UserError
-from megatron_mesh.runtime.apart import run_in_fork
 
 
 def test_an_error_arrives_with_its_traceback() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.runtime import entry, exits, meeting
+from megatron_mesh.runtime import entry, exits, rendezvous
 from megatron_mesh.runtime.entry import failures_from, report_errors
 from megatron_mesh.runtime.environment import check_rank
 from megatron_mesh.runtime.failures import FAILED, RUNNING, Failures, resumes
@@ -111,7 +111,7 @@ def test_a_rank_reports_its_error_when_the_others_do_not_arrive(monkeypatch, cap
         """Wait for the others, until this rank has reported."""
         reported.wait(60 if local_rank == "0" else 0.5)
 
-    monkeypatch.setattr(meeting, "meet_to_fail", look)
+    monkeypatch.setattr(rendezvous, "meet_to_fail", look)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as end, report_errors([]):

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.distributed import shared_store
-from megatron_mesh.runtime.meeting import Meeting
+from megatron_mesh.runtime.rendezvous import Meeting
 from tests.helpers import tiny_config
 
 RANKS, ABSENT = 24, {5, 17}

@@ -228,7 +228,7 @@ def test_the_counter_rises_while_an_index_is_built(tmp_path: Path, monkeypatch) 
     key = cache.Key(tmp_path / "cache", "test", "what it depends on")
     mine.keep(lambda other: os._exit(7))
     looking.start()
-    cache.build(key, hold_the_lock)
+    cache.build_entry(key, hold_the_lock)
     looking.join()
     mine.release()
     assert cache.load(key)["seen"] == [1]

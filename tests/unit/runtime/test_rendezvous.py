@@ -16,11 +16,17 @@ import pytest
 import torch.distributed as dist
 
 from megatron_mesh.errors import RanksLost, UserError
-from megatron_mesh.runtime import exits, meeting, rendezvous
+from megatron_mesh.runtime import exits, rendezvous
 from megatron_mesh.runtime.distributed import shared_store
 from megatron_mesh.runtime.failures import Failures
-from megatron_mesh.runtime.meeting import Meeting
-from megatron_mesh.runtime.rendezvous import PortTaken, Rendezvous, Signpost, find_rendezvous, open_store
+from megatron_mesh.runtime.rendezvous import (
+    Meeting,
+    PortTaken,
+    Rendezvous,
+    Signpost,
+    find_rendezvous,
+    open_store,
+)
 from tests.helpers import tiny_config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -109,7 +115,7 @@ def test_ranks_hear_that_the_given_port_is_taken(stranger, ports, monkeypatch, c
     monkeypatch.setattr(rendezvous, "FOREIGN_SECONDS", 60)
     monkeypatch.setattr(Meeting, "held", False)
     place = Rendezvous("localhost", ports[:1], True, ports[1:], "mine")
-    monkeypatch.setattr(meeting, "find_rendezvous", lambda: place)
+    monkeypatch.setattr(rendezvous, "find_rendezvous", lambda: place)
     ends: dict[int, object] = {}
 
     def other() -> None:
@@ -122,7 +128,7 @@ def test_ranks_hear_that_the_given_port_is_taken(stranger, ports, monkeypatch, c
     thread.start()
     with pytest.raises(UserError, match="cannot listen"):
         Meeting(0, 2, LONG)
-    meeting_of_zero = meeting.meet_to_fail(0, 2)
+    meeting_of_zero = rendezvous.meet_to_fail(0, 2)
     ends[0] = meeting_of_zero.fail(Failures(meeting_of_zero.store), "rank 0", "port taken", "failed", 2, "")
     thread.join()
     assert ends == {0: 2, 1: 2} and capfd.readouterr().err == "error: rank 0: port taken\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mesh.config.sources import read_yaml
+from megatron_mesh.config.settings import read_yaml
 from megatron_mesh.errors import UserError
 from tests.unit.slurm.conftest import FAILED, PENDING, RUNNING, SUSPENDED
 from tests.unit.slurm.tool import main, submit
@@ -144,7 +144,7 @@ def test_a_change_that_is_interrupted_is_undone(lab, run, monkeypatch, error) ->
     def interrupted(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("megatron_mesh.slurm.change.record_jobs", interrupted)
+    monkeypatch.setattr("megatron_mesh.slurm.actions.record_jobs", interrupted)
     monkeypatch.setenv("JOB", PENDING)
     before = files(run)
     with pytest.raises((KeyboardInterrupt, UserError)):

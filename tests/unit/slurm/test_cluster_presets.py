@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from megatron_mesh.arguments import parse_args
-from megatron_mesh.config.cluster_presets import CLUSTERS, GPUS_PER_NODE, MODEL, cluster_presets, main
+from megatron_mesh.config.presets import (
+    CLUSTERS,
+    GPUS_PER_NODE,
+    MODEL,
+    cluster_presets,
+    write_cluster_presets,
+)
 from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.planner.plan import Plan, make_plan
@@ -34,7 +40,7 @@ def test_the_files_are_what_the_table_gives(tmp_path: Path, monkeypatch: pytest.
     on_disk = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.yaml")}
     assert on_disk == dict(cluster_presets()), "run: make configs"
     monkeypatch.setattr("sys.argv", ["cluster_presets", str(tmp_path / "new")])
-    main()
+    write_cluster_presets()
     assert {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "new").iterdir()} == on_disk
 
 

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from megatron_mesh.config.sources import read_yaml
+from megatron_mesh.config.settings import read_yaml
 from megatron_mesh.errors import UserError
 from tests.unit.slurm.conftest import FAILED, PENDING, RUNNING, SUSPENDED
 from tests.unit.slurm.tool import main, submit

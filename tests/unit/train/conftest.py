@@ -13,12 +13,12 @@ import torch
 from megatron_mesh.checkpoint.load import Search
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data.indexed import IndexedWriter
+from megatron_mesh.metrics.console import Record, Sink
 from megatron_mesh.metrics.log import Log
+from megatron_mesh.runtime.device import pack_generators
 from megatron_mesh.runtime.distributed import process_groups
-from megatron_mesh.runtime.random import pack_generators
-from megatron_mesh.runtime.records import Record, Sink
 from megatron_mesh.runtime.stopping import StopRequests
-from megatron_mesh.train.loop import build, train
+from megatron_mesh.train.loop import build_run, train
 from tests.helpers import tiny_config
 
 
@@ -81,7 +81,7 @@ def run(config: Config) -> Outcome:
     """Train with ``config``, without an output directory."""
     outcome = Outcome()
     with process_groups(config) as health:
-        parts = build(config, Search(config.checkpoint))
+        parts = build_run(config, Search(config.checkpoint))
         stop = StopRequests(config.checkpoint, time.monotonic())
         outcome.ending = train(parts, Log([outcome]), health, stop)
         inner = parts.optimizer.optimizer

@@ -13,7 +13,7 @@ from megatron_mesh.checkpoint.save import Saver
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.recurrence.schemes import Mixed
 from megatron_mesh.runtime.distributed import process_groups
-from megatron_mesh.train.loop import build
+from megatron_mesh.train.loop import build_run
 from tests.unit.train import fused_adam
 from tests.unit.train.conftest import run
 
@@ -109,7 +109,7 @@ def test_coefficients_that_were_saved_in_bfloat16(tiny, tmp_path, monkeypatch):
     (name,) = (name for name in before.weights if ".recurrence." in name)
     with process_groups(config := tiny(**settings, load=str(tmp_path))):
         (coefficients,) = (
-            build(config, Search(config.checkpoint)).stage.modules[0].decoder.recurrence.parameters()
+            build_run(config, Search(config.checkpoint)).stage.modules[0].decoder.recurrence.parameters()
         )
         assert coefficients.dtype == torch.float32
         assert torch.equal(coefficients.bfloat16(), before.weights[name])
@@ -204,7 +204,7 @@ def test_generators_of_all_kinds(tiny, saved, tmp_path):
         random.seed(5)
         np.random.seed(5)
         torch.rand(11)
-        parts = build(config)
+        parts = build_run(config)
         Saver(config).save(parts.stage, parts.optimizer, parts.state)
         expected = draws()
     for load_rng in (True, False):
@@ -213,5 +213,5 @@ def test_generators_of_all_kinds(tiny, saved, tmp_path):
         with process_groups(config):
             random.seed(6)
             np.random.seed(6)
-            build(resumed, Search(resumed.checkpoint))
+            build_run(resumed, Search(resumed.checkpoint))
             assert (draws() == expected) == load_rng

@@ -7,8 +7,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_mesh.data.indexed import IndexedWriter
-from megatron_mesh.train.data_report import describe, describe_sources
-from megatron_mesh.train.loop import build, pretrain
+from megatron_mesh.train.data import describe_data, describe_sources
+from megatron_mesh.train.loop import build_run, pretrain
 from tests.helpers import one_process
 from tests.unit.train.test_outputs import read
 
@@ -40,8 +40,8 @@ def test_the_sources_of_a_resumed_run_and_of_some_samples(tiny, blend):
     """The small source ends after 49 x 4 samples and is then read a second time."""
     config = tiny(data_path=blend, split="50,50,0", train_iters=40)
     with one_process(config):
-        stream = build(config).data.train
-    train, small, _ = describe("train", stream, 16, consumed_samples=32)
+        stream = build_run(config).data.train
+    train, small, _ = describe_data("train", stream, 16, consumed_samples=32)
     assert train == "train data: 320 samples of 16 tokens, 5,120 tokens, starting at sample 32"
     assert small == f"  25.00% from {blend[1]}: 784 tokens, 1.63 epochs (0.163 done)"
     assert sorted(describe_sources(stream, range(8)).split(", ")) == [

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mesh.checkpoint import save as save_module
-from megatron_mesh.checkpoint.inspect import table, verify
+from megatron_mesh.checkpoint.inspect import checkpoint_table, verify
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import exits
 from megatron_mesh.train import pretrain
@@ -75,13 +75,13 @@ def test_list_shows_the_step_of_a_loss(tiny, tmp_path, async_save: bool) -> None
     logged = {
         (r["kind"], r["step"]): f"{r['loss']:.4f}" for r in read(tmp_path / "metrics.jsonl") if "loss" in r
     }
-    second, fourth, sixth = table(tmp_path).splitlines()[1:]
+    second, fourth, sixth = checkpoint_table(tmp_path).splitlines()[1:]
     assert f"{logged['train', 1]} (step 1)" in second and "valid" not in second
     assert f"{logged['train', 4]}  " in fourth and f"{logged['valid', 3]} (step 3)" in fourth
     assert f"{logged['train', 6]}  " in sixth and f"{logged['valid', 6]}  " in sixth
     assert verify(tmp_path) == 0
     (tmp_path / "iter_0000006/validation.json").write_text("cut o")
-    assert f"{logged['valid', 3]} (step 3)" in table(tmp_path).splitlines()[-1]
+    assert f"{logged['valid', 3]} (step 3)" in checkpoint_table(tmp_path).splitlines()[-1]
 
 
 def test_load_describes_a_wrong_path(tiny, tmp_path) -> None:

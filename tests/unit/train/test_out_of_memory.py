@@ -11,9 +11,8 @@ import torch
 
 from megatron_mesh.errors import OutOfMemory
 from megatron_mesh.runtime import exits, health
-from megatron_mesh.runtime.failures import Failures
+from megatron_mesh.runtime.failures import Failures, explain_out_of_memory, remedies
 from megatron_mesh.runtime.health import Health, report_failure
-from megatron_mesh.runtime.memory import explain_out_of_memory, remedies
 from megatron_mesh.train import pretrain, step
 from tests.helpers import tiny_config
 

@@ -14,20 +14,18 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_mesh.checkpoint.state import TrainState
+from megatron_mesh.checkpoint.content import TrainState
 from megatron_mesh.config.schema import Config
-from megatron_mesh.config.settings import with_values
+from megatron_mesh.config.settings import read_yaml, with_values
 from megatron_mesh.config.sizes import flops_per_token
-from megatron_mesh.config.sources import read_yaml
-from megatron_mesh.metrics.console import Bar, Lines
+from megatron_mesh.metrics.console import Bar, Lines, Record
 from megatron_mesh.metrics.log import JsonLines, Log
 from megatron_mesh.metrics.meters import RouterMeter
 from megatron_mesh.runtime import exits
-from megatron_mesh.runtime.records import Record
 from megatron_mesh.runtime.stopping import write_status
 from megatron_mesh.train import pretrain
 from megatron_mesh.train.data import open_batches
-from megatron_mesh.train.loop import build
+from megatron_mesh.train.loop import build_run
 from megatron_mesh.train.output import open_outputs
 from megatron_mesh.train.step import run_batch
 from tests.helpers import one_process, randomise
@@ -92,7 +90,7 @@ def test_router_metrics(tiny):
     """They equal the softmax of the routers' outputs over all micro-batches."""
     config = tiny()
     with one_process(config):
-        parts = build(config)
+        parts = build_run(config)
         model = parts.stage.modules[0]
         randomise(model)
         scheme, seen = model.decoder.recurrence, {}

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from megatron_mesh.checkpoint.load import Search
-from megatron_mesh.model import init
+from megatron_mesh.model import build
 from megatron_mesh.parallel import build_stage
+from megatron_mesh.runtime.device import pack_generators
 from megatron_mesh.runtime.distributed import process_groups
-from megatron_mesh.runtime.random import pack_generators
-from megatron_mesh.train.loop import build
+from megatron_mesh.train.loop import build_run
 from tests.unit.train.conftest import run
 
 
@@ -20,7 +20,7 @@ def nothing_is_drawn(monkeypatch):
         pytest.fail("an initial weight is drawn")
 
     def start() -> None:
-        monkeypatch.setattr(init, "drawn", drawn)
+        monkeypatch.setattr(build, "drawn", drawn)
         monkeypatch.setattr(torch.Tensor, "normal_", drawn)
         monkeypatch.setattr(torch.Tensor, "uniform_", drawn)
 
@@ -34,7 +34,7 @@ def test_a_resumed_run_draws_nothing(tiny, tmp_path, nothing_is_drawn, recurrenc
     config = tiny(recurrence, layers, load=str(tmp_path), save=str(tmp_path))
     with process_groups(config):
         nothing_is_drawn()
-        parts = build(config, Search(config.checkpoint))
+        parts = build_run(config, Search(config.checkpoint))
         found = dict(parts.stage.modules[0].named_parameters())
         assert found.keys() == saved.weights.keys()
         for name, weight in saved.weights.items():

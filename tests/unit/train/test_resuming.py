@@ -12,7 +12,7 @@ import torch
 
 from megatron_mesh.checkpoint.compatible import check_same_run, describe_changes
 from megatron_mesh.checkpoint.directory import read_checkpoint
-from megatron_mesh.config.length import batch_size_at, last_step
+from megatron_mesh.config.layout import batch_size_at, last_step
 from megatron_mesh.config.resuming import RESUMING, Kind
 from megatron_mesh.config.settings import flag, flatten, with_values
 from megatron_mesh.data.indexed import IndexedWriter

@@ -9,7 +9,7 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.model import build_model
 from megatron_mesh.parallel import plain_stage
 from megatron_mesh.train.data import open_batches
-from megatron_mesh.train.loop import build
+from megatron_mesh.train.loop import build_run
 from megatron_mesh.train.step import evaluate, run_batch
 from tests.helpers import loss_per_token, one_process, randomise, relative_error
 from tests.unit.train.conftest import run
@@ -72,7 +72,7 @@ def test_clipping_limits_the_step_and_not_the_report(tiny):
 def test_evaluation_is_the_mean_over_the_fixed_samples(tiny):
     config = tiny(eval_interval=1, eval_iters=2)
     with one_process(config) as health:
-        parts = build(config)
+        parts = build_run(config)
         model = parts.stage.modules[0]
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         loss = evaluate(parts.stage, config, parts.data.validation, health).losses[""]
