@@ -1,6 +1,5 @@
-"""Checkpoints: the state of a run goes in, and a run on any rank layout gets it back.
+"""Checkpoints: what they hold, and how they are saved, verified, found and loaded.
 
-Start reading in ``save.py`` and ``load.py``. ``directory.py`` finds and publishes checkpoints, ``content.py``
-lists the tensors of a rank, ``index.py`` and ``integrity.py`` define the format, and ``offline.py`` serves
-the tools.
+In: a rank's share of weights, optimizer and run state. Out: a directory ``iter_NNNNNNN`` that any rank
+layout loads. Start with ``save.py`` and ``load.py``; ``index.py`` says which part of a tensor is where.
 """

@@ -1,5 +1,5 @@
-"""The settings of a run: their types, their sources, how they fit together, and presets.
+"""The settings of a run: their types, where they come from, how they fit together, and presets.
 
-``schema.py`` lists every setting; start reading there. ``sources.py`` reads YAML files, ``checks.resolve``
-fills in and checks the settings, and everything else in the package receives the resolved ``Config``.
+In: YAML files and flags. Out: a ``Config`` in which everything is filled in and checked. Start with
+``schema.py``, then ``settings.py`` (sources) and ``resolve`` (checks).
 """

@@ -1,12 +1,8 @@
-"""Presets: the paper's models as YAML files, generated from one table.
+"""The paper's models and their layouts on clusters of H100 nodes, as YAML files, each from one table.
 
-``python -m megatron_mesh.config.presets examples/configs`` writes them, and a test checks that they are up to
-date. Source: MeSH (arXiv 2510.07739) on the Pythia suite (arXiv 2304.01373).
-
-Cluster presets: the 6.9B preset with a rank layout for clusters of H100 nodes, generated from one table.
-
-``python -m megatron_mesh.config.presets examples/slurm/6.9b`` writes the YAML files. A test compares
-them with the table, and the table with the planner. examples/slurm/6.9b/README.md explains the layouts.
+``python -m megatron_mesh.config.presets examples`` writes ``configs`` and ``slurm/6.9b`` there, and tests
+check that the files are up to date. Sources: MeSH (arXiv 2510.07739) on the Pythia suite (arXiv 2304.01373).
+The layouts are explained in examples/slurm/6.9b/README.md.
 """
 
 import argparse
@@ -122,25 +118,7 @@ def _parameter_table(sections: dict[str, dict[str, Any]]) -> str:
     return "".join(f"#   {count:>13,}  {', '.join(names)}\n" for count, names in schemes.items())
 
 
-def write_presets() -> None:
-    """Write every preset to a directory, replacing files of the same names."""
-    parser = argparse.ArgumentParser(
-        description=write_presets.__doc__,
-        epilog="example: python -m megatron_mesh.config.presets examples/configs",
-    )
-    parser.add_argument("directory", type=Path)
-    directory = parser.parse_args().directory
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, text in presets():
-        (directory / name).write_text(text, encoding="utf-8")
-    print(f"{len(list(presets()))} presets written to {directory}")
-
-
-if __name__ == "__main__":
-    write_presets()
-
-
-MODEL = "pythia-6.9b.yaml"
+CLUSTER_MODEL = "pythia-6.9b.yaml"
 GPUS_PER_NODE = 8
 
 
@@ -174,17 +152,16 @@ _EVERYWHERE: dict[str, dict[str, Any]] = {
 
 
 def cluster_presets() -> Iterator[tuple[str, str]]:
-    """Yield the file name and text of every preset."""
-    model = dict(presets())[MODEL]
+    """Yield the file name and text of every layout of the 6.9B preset."""
+    model = dict(presets())[CLUSTER_MODEL]
     for cluster in CLUSTERS:
         yield f"{cluster.nodes}-nodes.yaml", _cluster_text(cluster, model)
 
 
 def _cluster_text(cluster: Cluster, model: str) -> str:
     gpus = cluster.nodes * GPUS_PER_NODE
-    header = (
-        f"# For {cluster.nodes} nodes of {GPUS_PER_NODE} GPUs ({gpus} H100 of 80 GB); the model is {MODEL}.\n"
-    )
+    header = f"# For {cluster.nodes} nodes of {GPUS_PER_NODE} GPUs ({gpus} H100 of 80 GB); "
+    header += f"the model is {CLUSTER_MODEL}.\n"
     own, sections = dict(cluster.layout), dict(_EVERYWHERE)
     ranks = next(iter(sections))
     batch = f"micro_batch_size: {own.pop('micro_batch_size')}\n"
@@ -194,19 +171,20 @@ def _cluster_text(cluster: Cluster, model: str) -> str:
     return f"{header}{''.join(lines)}\n{body}"
 
 
-def write_cluster_presets() -> None:
-    """Write every preset to a directory, replacing files of the same names."""
+def main() -> None:
+    """Write every preset below a directory, replacing files of the same names."""
     parser = argparse.ArgumentParser(
-        description=write_cluster_presets.__doc__,
-        epilog="example: python -m megatron_mesh.config.presets examples/slurm/6.9b",
+        description=main.__doc__, epilog="example: python -m megatron_mesh.config.presets examples"
     )
     parser.add_argument("directory", type=Path)
     directory = parser.parse_args().directory
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, text in cluster_presets():
-        (directory / name).write_text(text, encoding="utf-8")
-    print(f"{len(CLUSTERS)} presets written to {directory}")
+    for folder, files in {"configs": presets(), "slurm/6.9b": cluster_presets()}.items():
+        (directory / folder).mkdir(parents=True, exist_ok=True)
+        for name, text in files:
+            path = directory / folder / name
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":
-    write_cluster_presets()
+    main()

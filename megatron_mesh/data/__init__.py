@@ -1,7 +1,8 @@
-"""Data: raw text goes in, and is stored as indexed data sets; micro-batches for each rank come out.
+"""Text becomes an indexed data set, and an indexed data set becomes micro-batches.
 
-Start reading in ``preprocess.py`` for the way from text to indexed data, and in ``datasets.py`` for the way
-from there to batches.
+In: JSON Lines or plain text, and a tokenizer. Out: ``.bin/.idx`` files, and from them ``Batch`` objects in
+an order that depends on data and seed alone. Start with ``preprocess.py`` for the first half and
+``datasets.py`` for the second.
 """
 
 from megatron_mesh.data.datasets import Datasets, build_datasets

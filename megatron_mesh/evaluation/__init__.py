@@ -1,6 +1,5 @@
-"""Evaluates trained models as the paper does, with lm-evaluation-harness (lm-eval).
+"""Measure trained models as the paper does: nine tasks, and perplexity on text.
 
-Input is a Hugging Face directory or a checkpoint; output is results.json and results.md. Start reading at
-``run.py``: it runs the tasks (``harness.py``) and the perplexity of texts (``text.py``) on one model
-(``model.py``).
+In: an export or a checkpoint. Out: ``results.json`` and a Markdown report next to published numbers. Start
+with ``run.py``.
 """

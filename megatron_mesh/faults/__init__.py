@@ -1,5 +1,5 @@
-"""Fault injection: kill, stop and hang the ranks of a small run, fill its disk, check that nothing is lost.
+"""Hurt a small run on purpose: the parts of ``tools/fault_test.py``.
 
-This is the library of ``tools/fault_test.py``. ``aims`` lists what can be hit, ``job`` starts and watches the
-ranks, ``rank`` runs inside each of them, and ``kills`` and ``mishaps`` do the damage.
+In: a number of kills. Out: a table of what was hurt in which phase, and whether anything was lost. Start
+with ``kills.py``; ``rank.py`` is what runs inside the victim.
 """

@@ -1,6 +1,6 @@
-"""Converts between our checkpoints and Hugging Face directories, in both directions.
+"""Models for Hugging Face transformers, and the way back.
 
-``export.py`` turns a checkpoint into a directory that transformers loads; ``bring_in.py`` turns such a
-directory, or a GPT-NeoX such as Pythia, into a checkpoint. An export carries copies of ``modeling_mesh.py``
-and the files that it imports, which need only torch and transformers (see ``ship.py``). Start reading there.
+In: a checkpoint of ours, or a directory of transformers. Out: the other one. Start with
+``convert/export.py`` and ``convert/bring_in.py``; ``modeling`` is the code that exports carry, which needs
+torch and transformers alone.
 """

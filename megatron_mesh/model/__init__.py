@@ -1,6 +1,7 @@
-"""Megatron-core's GPT with a block that loops: takes a resolved configuration, returns a built model.
+"""The model: Megatron-core's GPT with a block that loops.
 
-Start reading at ``block.py``; ``build.py`` is the entry point.
+In: a resolved ``Config`` (and the part that a pipeline rank holds). Out: a ``MeshGPTModel`` with its
+initial weights. Start with ``block.py``; ``build.py`` puts the pieces together.
 """
 
 from megatron_mesh.model.block import MeshTransformerBlock

@@ -25,7 +25,7 @@ from megatron_mesh.config.placement import Part
 from megatron_mesh.model.layer_spec import final_norm
 from megatron_mesh.model.transformer_config import MeshTransformerConfig, Name, section_config
 from megatron_mesh.recurrence import LoopState, Scheme, build_scheme
-from megatron_mesh.runtime import phases
+from megatron_mesh.runtime import profiling
 
 
 class Section(TransformerBlock):
@@ -196,7 +196,7 @@ class MeshTransformerBlock(CustomTransformerBlock):
         the result are whole on every rank, although the memory is sharded along the sequence.
         """
         assert self.recurrence is not None, "only the first pipeline rank holds the recurrence"
-        with phases.named(f"cycle {index - 1}" if index else "store embedding"):
+        with profiling.named(f"cycle {index - 1}" if index else "store embedding"):
             if not self.shards_states:
                 return self.recurrence(index, x, state)
             x = tensor_parallel.scatter_to_sequence_parallel_region(x, group=self.tp_group)
@@ -215,7 +215,7 @@ class MeshTransformerBlock(CustomTransformerBlock):
         assert self.final_layernorm is not None, "a partial block has no forward; run it pass by pass"
         state = LoopState()
         for index, section in enumerate(self.passes):
-            with phases.named(self.pass_name(index)):
+            with profiling.named(self.pass_name(index)):
                 hidden_states = self.enter(index, hidden_states, state)
                 hidden_states = section(hidden_states, attention_mask, **kwargs)
         return self.final_layernorm(hidden_states)

@@ -18,7 +18,7 @@ from megatron_mesh.compat.torch_internals import shallow_copy
 from megatron_mesh.model import MeshGPTModel
 from megatron_mesh.model.block import MeshTransformerBlock
 from megatron_mesh.recurrence import LoopState
-from megatron_mesh.runtime import phases
+from megatron_mesh.runtime import profiling
 
 
 class _AddLeafGradient(torch.autograd.Function):
@@ -99,7 +99,7 @@ class RingPass(torch.nn.Module):
         x = self.input_tensor if hidden_states is None else hidden_states
         assert x is not None
         block = self.block
-        with phases.named(block.pass_name(self.index)):
+        with profiling.named(block.pass_name(self.index)):
             if block.recurrence is not None:
                 x = block.enter(self.index, x, self.states.enter(self.index, self.current_microbatch))
             x = self.section(x, attention_mask, **kwargs)

@@ -1,5 +1,5 @@
-"""What a run needs from the machine: device, processes, their failures, and their output.
+"""Where a run meets the machine: device, processes, failures, stopping, files.
 
-A resolved configuration comes in; a device, process groups and places to log to come out. Start reading in
-``distributed.py``.
+In: the environment of torchrun or srun. Out: process groups, a watchdog, and one clear reason when a run
+ends. Start with ``distributed.py`` and ``health.py``; ``device.py`` is the only file that names CUDA.
 """

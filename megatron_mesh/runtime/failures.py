@@ -18,7 +18,6 @@ from typing import Any
 
 from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import OutOfMemory
-from megatron_mesh.runtime import device
 from megatron_mesh.runtime.owner_file import given_token, held_by_another
 from megatron_mesh.runtime.run_files import CHECKPOINTS, STATUS_FILE, replace_text
 
@@ -35,6 +34,8 @@ def explain_out_of_memory(remedies: Callable[[], Sequence[str]]) -> Iterator[Non
     try:
         yield
     except RuntimeError as error:  # the base class of torch's own error
+        from megatron_mesh.runtime import device  # not at the top: --help and input errors don't need torch
+
         if not device.is_out_of_memory(error):
             raise
         logger.debug("out of memory", exc_info=True)

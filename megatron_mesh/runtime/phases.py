@@ -1,67 +1,12 @@
-"""Announce the phases of a run by name, for the breakdown of the start and for the fault test.
+"""Announce the phases of a run by name, and log how long each phase of its start takes.
 
-Name ranges of code within a step, for profilers and timers. Without a watcher they cost nothing.
-
-Log how long each phase of a run's start takes, in one line after the first step.
+The fault test listens to the phases to know where a rank is.
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
 
-from megatron_mesh.runtime import device
 from megatron_mesh.runtime.environment import process_age
-
-_listeners: list[Callable[[str], None]] = []
-
-
-def enter(phase: str) -> None:
-    """Announce that this process enters ``phase``, for example "data" or "planning a save"."""
-    for listener in _listeners:
-        listener(phase)
-
-
-def listen(listener: Callable[[str], None]) -> None:
-    """Call ``listener`` with the name of every later phase, in the thread that enters it."""
-    _listeners.append(listener)
-
-
-Watcher = Callable[[str], AbstractContextManager[None]]
-
-_NOTHING = nullcontext()
-_watchers: list[Watcher] = []
-
-
-@contextmanager
-def watched_by(watcher: Watcher) -> Iterator[None]:
-    """Enter ``watcher(name)`` around every range inside. Adding a watcher twice has no effect."""
-    if watcher in _watchers:
-        yield
-        return
-    _watchers.append(watcher)
-    try:
-        yield
-    finally:
-        _watchers.remove(watcher)
-
-
-def marking() -> AbstractContextManager[None]:
-    """Show the ranges inside in torch's profiler, and as NVTX ranges in Nsight Systems."""
-    return watched_by(device.marked)
-
-
-def named(name: str) -> AbstractContextManager[None]:
-    """Name the code inside."""
-    return _watched(name) if _watchers else _NOTHING
-
-
-@contextmanager
-def _watched(name: str) -> Iterator[None]:
-    with ExitStack() as stack:
-        for watcher in _watchers:
-            stack.enter_context(watcher(name))
-        yield
-
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +20,19 @@ _LABELS = {
     "loading a checkpoint": "checkpoint",
     "step": "first step",
 }
+
+_listeners: list[Callable[[str], None]] = []
+
+
+def enter(phase: str) -> None:
+    """Announce that this process enters ``phase``, for example "data" or "planning a save"."""
+    for listener in _listeners:
+        listener(phase)
+
+
+def listen(listener: Callable[[str], None]) -> None:
+    """Call ``listener`` with the name of every later phase, in the thread that enters it."""
+    _listeners.append(listener)
 
 
 class StartTimes:

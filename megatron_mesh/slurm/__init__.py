@@ -1,6 +1,5 @@
-"""Submit a run to SLURM, show its state, requeue, change or cancel it.
+"""Runs as SLURM jobs: submit, watch, change.
 
-``submission`` writes code, settings and batch script to ``RUN/slurm`` and submits them; start reading there.
-The job itself is bash: ``job.sh`` is one start of a run and ``task.sh`` one process of it. ``files`` and
-``status`` read what the job and the trainer leave behind.
+In: settings and a site file. Out: a run's directory with code, settings and batch script, and its jobs.
+Start with ``submission.py``; ``job.sh`` is what happens inside a job.
 """

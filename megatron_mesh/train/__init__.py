@@ -1,7 +1,7 @@
-"""Training: a resolved configuration goes in; checkpoints, metrics and an exit status come out.
+"""Training: the loop, one step of it, the optimizer, and what a run writes.
 
-Start reading in ``loop.py``, whose ``pretrain`` runs from the configuration to the last checkpoint;
-``step.py`` is one step of it.
+In: a resolved ``Config``. Out: a trained model in checkpoints, and an exit status. Start with ``loop.py``,
+then ``step.py``.
 """
 
 from megatron_mesh.checkpoint.content import TrainState

@@ -18,7 +18,7 @@ from megatron_mesh.config.schema import Config, TrainingConfig
 from megatron_mesh.data import Batch, SampleStream
 from megatron_mesh.errors import UserError
 from megatron_mesh.parallel import Stage
-from megatron_mesh.runtime import device, phases
+from megatron_mesh.runtime import device, phases, profiling
 from megatron_mesh.runtime.health import Health
 from megatron_mesh.train.data import open_batches
 from megatron_mesh.train.vote import Outcome, Vote, agree, agree_in_evaluation, clip
@@ -51,15 +51,15 @@ def train_step(
         beat: called before every micro-batch, to show that this rank is making progress.
     """
     batch_size = batch_size_at(training, state.consumed_samples)
-    with phases.named("clear"):
+    with profiling.named("clear"):
         stage.zero_grad_buffer()
         optimizer.zero_grad()
-    with phases.named("forward-backward"):
+    with profiling.named("forward-backward"):
         totals = run_batch(stage, batches, training, batch_size=batch_size, beat=beat)
-    with phases.named("agreement"):
+    with profiling.named("agreement"):
         optimizer.prepare_grads()
         outcome = agree(optimizer, totals, vote())
-    with phases.named("update"):
+    with profiling.named("update"):
         if outcome.taken:
             clip(optimizer, outcome.grad_norm)
             optimizer.step_with_ready_grads()

@@ -18,7 +18,7 @@ from megatron_mesh.config.schema import Config
 from megatron_mesh.data import Batch
 from megatron_mesh.model.build import whole_model_parameters
 from megatron_mesh.parallel import Stage, build_stage
-from megatron_mesh.runtime import phases
+from megatron_mesh.runtime import profiling
 from megatron_mesh.runtime.distributed import model_parallel_groups
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule
 from megatron_mesh.train.step import train_step
@@ -83,7 +83,7 @@ def train(directory: Path, case: dict[str, Any], steps: int = STEPS, fault: Any 
                 outcome.gradients = whole_gradients(stage, config.parallel.use_distributed_optimizer)
             yield
 
-        with fault(stage) if fault is not None else nullcontext(), phases.watched_by(keep_gradients):
+        with fault(stage) if fault is not None else nullcontext(), profiling.watched_by(keep_gradients):
             for step in range(steps):
                 size = batch_size_at(config.training, state.consumed_samples)
                 batches = batches_of(config, step, size)

@@ -24,7 +24,7 @@ from megatron_mesh.config.settings import at_least
 from megatron_mesh.config.sizes import flops_per_token
 from megatron_mesh.errors import UserError
 from megatron_mesh.model.implementation import choose, describe_implementation
-from megatron_mesh.runtime import device, phases, strict_json
+from megatron_mesh.runtime import device, profiling, strict_json
 from megatron_mesh.runtime.distributed import process_groups
 from megatron_mesh.runtime.environment import world_size_from_environment
 from megatron_mesh.runtime.failures import explain_out_of_memory
@@ -87,7 +87,7 @@ def _measured(settings: StepSettings, configs: dict[str, Config]) -> dict[str, V
             countable = kind_of(name).has_countable_states
             saved[name] = saved_for_backward(variant, batches[0]) if countable else None
         variants.append(variant)
-    marking = phases.marking() if settings.nvtx else nullcontext()
+    marking = profiling.marking() if settings.nvtx else nullcontext()
     with marking, _progress(len(variants) * (settings.warmup + settings.steps)) as on_step:
         times = measure_steps(
             variants,

@@ -23,7 +23,7 @@ from megatron_mesh.model.build import init_weights
 from megatron_mesh.model.implementation import choose, why_no_transformer_engine
 from megatron_mesh.model.layer_spec import final_norm, layer_spec
 from megatron_mesh.parallel import plain_stage
-from megatron_mesh.runtime import device, phases
+from megatron_mesh.runtime import device, profiling
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule
 from megatron_mesh.train.step import train_step
 from tools.bench.eager_loop import EagerLoop
@@ -113,12 +113,12 @@ class EagerVariant(Variant):
             return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
     def step(self, batches: Sequence[Batch]) -> None:
-        with phases.named("clear"):
+        with profiling.named("clear"):
             self.optimizer.zero_grad()
-        with phases.named("forward-backward"):
+        with profiling.named("forward-backward"):
             for batch in batches:
                 (self.losses(batch) / len(batches)).backward()
-        with phases.named("update"):
+        with profiling.named("update"):
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad)
             self.optimizer.step()
 

@@ -1,4 +1,8 @@
-"""``resolve``: fill in settings that depend on others, and refuse settings that don't fit together."""
+"""Fill in the settings that depend on others, and refuse settings that don't fit together.
+
+A ``Config`` as the user gave it goes in, a resolved one comes out. Start with ``resolve`` below;
+``model.py``, ``training.py`` and ``parallel.py`` check one group each.
+"""
 
 from dataclasses import replace
 

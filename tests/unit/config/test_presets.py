@@ -5,7 +5,7 @@ import yaml
 
 from megatron_mesh.arguments import parse_args
 from megatron_mesh.config.layout import layout
-from megatron_mesh.config.presets import PAPER_SCHEMES, SIZES, presets, write_presets
+from megatron_mesh.config.presets import PAPER_SCHEMES, SIZES, cluster_presets, main, presets
 from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
 
@@ -20,9 +20,9 @@ def preset(name: str, *flags: str) -> Config:
 
 def test_the_files_are_what_the_table_gives() -> None:
     on_disk = {path.name: path.read_text(encoding="utf-8") for path in ON_DISK.glob("*.yaml")}
-    assert on_disk.keys() == PRESETS.keys(), "run: python -m megatron_mesh.config.presets examples/configs"
+    assert on_disk.keys() == PRESETS.keys(), "run: make configs"
     for name, text in PRESETS.items():
-        assert on_disk[name] == text, f"{name}: run python -m megatron_mesh.config.presets examples/configs"
+        assert on_disk[name] == text, f"{name}: run make configs"
 
 
 def test_one_file_per_size_and_split() -> None:
@@ -73,7 +73,11 @@ def test_a_short_run_of_a_preset() -> None:
     assert (config.model.seq_length, config.training.train_iters) == (256, 20)
 
 
-def test_main_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["presets", str(tmp_path / "new")])
-    write_presets()
-    assert {path.name for path in (tmp_path / "new").iterdir()} == PRESETS.keys()
+def test_main_writes_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["presets", str(tmp_path)])
+    main()
+    written = {
+        path.relative_to(tmp_path).as_posix(): path.read_text("utf-8") for path in tmp_path.rglob("*.yaml")
+    }
+    configs = {f"configs/{name}": text for name, text in PRESETS.items()}
+    assert written == configs | {f"slurm/6.9b/{name}": text for name, text in cluster_presets()}
