@@ -1,5 +1,6 @@
 """The quickstart script, from raw text to figures, with settings that take seconds."""
 
+import importlib
 import json
 import math
 import os
@@ -156,3 +157,27 @@ def test_the_corpus_is_the_same_every_time(
     main(Options(tmp_path, megabytes=0.3))
     for name in ("train.jsonl", "valid.jsonl"):
         assert (tmp_path / name).read_bytes() == (output / "corpus" / name).read_bytes()
+
+
+def test_compare_reads_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table and the figure of finished runs, which are not trained again."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples/quickstart"))
+    compare = importlib.import_module("compare")
+    (tmp_path / "data/tokenizer").mkdir(parents=True)
+    (tmp_path / "data/tokenizer/tokenizer.model").touch()
+    for scheme, seed, loss in (("base", 1, 5.0), ("base", 2, 4.0), ("vanilla", 1, 3.0), ("vanilla", 2, 2.0)):
+        run = tmp_path / f"runs/{scheme}-{seed}"
+        (run / "iter_0000006").mkdir(parents=True)
+        layers = "10" if scheme == "vanilla" else "2+2R3+2"
+        sizes = "hidden_size: 128\nnum_attention_heads: 4\nvocab_size: 4096\ntrain_iters: 6\n"
+        (run / "config.yaml").write_text(f"recurrence: {scheme}\nlayers: '{layers}'\n{sizes}")
+        rows = [{"kind": "valid", "step": step, "loss": loss + 6 - step} for step in (3, 6)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = compare.Options(tmp_path / "data", tmp_path / "runs", schemes=("vanilla", "base"), steps=6)
+    compare.main(options)
+    lines = (tmp_path / "runs/compare.md").read_text().splitlines()
+    assert lines[2:] == [
+        "| vanilla | 10 | 1,982,976 | 3.000 | 2.000 | 2.500 |",
+        "| base | 2+2R3+2 | 1,189,888 | 5.000 | 4.000 | 4.500 |",
+    ]
+    assert imread(tmp_path / "runs/compare.png").size
