@@ -55,6 +55,23 @@ Main = Callable[..., int | None]
 """Takes a tool's options and returns its exit status (None for 0)."""
 
 
+_DEFAULT_IN_TEXT = re.compile(r" \(default: [^)]*\)")
+
+
+_REWORDED = {
+    r"Unrecognized options: (-.*)": r"unknown option \1",
+    r"Unrecognized options: (.*)": r"unknown argument \1",
+    r"Expected one of \{(.*)\}\.": r"give one of these commands: \1",
+    r"Missing value for argument '(\S+)'.*": r"\1 needs a value",
+    r"Error parsing (\S+): invalid literal for int\(\) with base 10: '(.*)'": r"\1 \2 is not a whole number",
+    r"Error parsing (\S+): could not convert string to float: '(.*)'": r"\1 \2 is not a number",
+    r"Error parsing (\S+): no type matching (\S+) could be .* from \['(.*?)'\].*": r"\1 \3 is not \2",
+    r"Error parsing (\S+): (.*)": r"\1: \2",
+    r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*?),?\)\.": r"\2 \1 is not one of \3",
+}
+"""tyro's messages -> ours."""
+
+
 def run(
     main: Main,
     *,
@@ -160,9 +177,6 @@ def _registry() -> "ConstructorRegistry":
     return registry
 
 
-_DEFAULT_IN_TEXT = re.compile(r" \(default: [^)]*\)")
-
-
 def _dataclass(info: "StructTypeInfo") -> "StructConstructorSpec | None":
     """Parse a dataclass of options, with the help texts and defaults that our docstrings mean.
 
@@ -237,20 +251,6 @@ def _wrapped(docstring: str) -> str:
     width = min(shutil.get_terminal_size().columns, 110)
     paragraphs = docstring.strip().split("\n\n")
     return "\n\n".join(text if text[0] == " " else textwrap.fill(text, width) for text in paragraphs)
-
-
-_REWORDED = {
-    r"Unrecognized options: (-.*)": r"unknown option \1",
-    r"Unrecognized options: (.*)": r"unknown argument \1",
-    r"Expected one of \{(.*)\}\.": r"give one of these commands: \1",
-    r"Missing value for argument '(\S+)'.*": r"\1 needs a value",
-    r"Error parsing (\S+): invalid literal for int\(\) with base 10: '(.*)'": r"\1 \2 is not a whole number",
-    r"Error parsing (\S+): could not convert string to float: '(.*)'": r"\1 \2 is not a number",
-    r"Error parsing (\S+): no type matching (\S+) could be .* from \['(.*?)'\].*": r"\1 \3 is not \2",
-    r"Error parsing (\S+): (.*)": r"\1: \2",
-    r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*?),?\)\.": r"\2 \1 is not one of \3",
-}
-"""tyro's messages -> ours."""
 
 
 def _one_line(box: str) -> str:

@@ -35,6 +35,15 @@ from megatron_mesh.runtime.rendezvous import Meeting, PortTaken
 OPEN_FILES = 65_536
 """Limit that is enough for 16,384 ranks."""
 
+Reason = tuple[str, str] | None
+"""Why a rank cannot continue, and the name of its host."""
+
+
+_Result = TypeVar("_Result")
+
+_group: dist.ProcessGroup | None = None
+"""None means the default group."""
+
 
 @contextmanager
 def process_groups(config: Config) -> Iterator[Health]:
@@ -136,15 +145,6 @@ def model_parallel_groups(config: Config) -> Iterator[None]:
 def is_rank_zero() -> bool:
     """Whether this process is rank 0, which logs for the whole job. True before any group exists."""
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-_Result = TypeVar("_Result")
-
-Reason = tuple[str, str] | None
-"""Why a rank cannot continue, and the name of its host."""
-
-_group: dist.ProcessGroup | None = None
-"""None means the default group."""
 
 
 @contextmanager

@@ -30,6 +30,10 @@ SECONDS_ALONE = 10.0
 """How long a rank with an error looks for the others before it prints the error by itself."""
 
 
+CLOSED = 141
+"""Exit status if the program was still printing; the same as after SIGPIPE."""
+
+
 @contextmanager
 def report_errors(argv: Sequence[str]) -> Iterator[None]:
     """End the program with the right exit status, and with one message per cause for the whole job.
@@ -115,10 +119,6 @@ def _read(config: Path) -> dict[str, Any]:
         return read_yaml(config)
     except UserError:
         return {}
-
-
-CLOSED = 141
-"""Exit status if the program was still printing; the same as after SIGPIPE."""
 
 
 @contextmanager

@@ -1,18 +1,34 @@
-"""Announce the phases of a run by name, for the breakdown of the start and for the fault test.
+"""Name what a run is doing: the phases of the whole run, and ranges of code within a step.
 
-Name ranges of code within a step, for profilers and timers. Without a watcher they cost nothing.
-
-Log how long each phase of a run's start takes, in one line after the first step.
+Listeners hear of each phase when it begins (``enter``): ``StartTimes`` logs how long each phase of the start
+took, and the fault test strikes in a chosen one. Watchers, such as profilers and timers, surround each range
+(``named``). Without a watcher a range costs nothing.
 """
 
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
-from megatron_mesh.runtime import device
 from megatron_mesh.runtime.environment import process_age
 
+logger = logging.getLogger(__name__)
+
+STARTED = "after the first step"
+"""The phase that begins when the first step is done."""
+_LABELS = {
+    "imports": "imports",
+    "groups": "groups",
+    "data": "data",
+    "model": "model",
+    "loading a checkpoint": "checkpoint",
+    "step": "first step",
+}
+
+Watcher = Callable[[str], AbstractContextManager[None]]
+
 _listeners: list[Callable[[str], None]] = []
+_watchers: list[Watcher] = []
+_NOTHING = nullcontext()
 
 
 def enter(phase: str) -> None:
@@ -26,10 +42,39 @@ def listen(listener: Callable[[str], None]) -> None:
     _listeners.append(listener)
 
 
-Watcher = Callable[[str], AbstractContextManager[None]]
+def log_start_times() -> None:
+    """Log how long each phase of the start took, after the first step. Call this before everything else."""
+    listen(StartTimes())
 
-_NOTHING = nullcontext()
-_watchers: list[Watcher] = []
+
+class StartTimes:
+    """Adds up the seconds of each phase until the first step is done, then logs them once.
+
+    A phase lasts until the next one in ``_LABELS`` begins. Other phases count as part of the current one. The
+    first phase includes the start of the interpreter.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(_LABELS, 0.0)
+        self._phase, self._since = "imports", 0.0
+        self._done = False
+
+    def __call__(self, phase: str) -> None:
+        """Record that the process enters ``phase``. ``enter`` calls this."""
+        if self._done or phase not in (*_LABELS, STARTED):
+            return
+        now = process_age()
+        self.seconds[self._phase] += now - self._since
+        self._phase, self._since = phase, now
+        if phase == STARTED:
+            self._done = True
+            parts = ", ".join(f"{label} {self.seconds[name]:.1f} s" for name, label in _LABELS.items())
+            logger.info("first step done %.1f s after the start of the process: %s", now, parts)
+
+
+def named(name: str) -> AbstractContextManager[None]:
+    """Name the range of code inside."""
+    return _watched(name) if _watchers else _NOTHING
 
 
 @contextmanager
@@ -47,12 +92,9 @@ def watched_by(watcher: Watcher) -> Iterator[None]:
 
 def marking() -> AbstractContextManager[None]:
     """Show the ranges inside in torch's profiler, and as NVTX ranges in Nsight Systems."""
+    from megatron_mesh.runtime import device
+
     return watched_by(device.marked)
-
-
-def named(name: str) -> AbstractContextManager[None]:
-    """Name the code inside."""
-    return _watched(name) if _watchers else _NOTHING
 
 
 @contextmanager
@@ -61,47 +103,3 @@ def _watched(name: str) -> Iterator[None]:
         for watcher in _watchers:
             stack.enter_context(watcher(name))
         yield
-
-
-logger = logging.getLogger(__name__)
-
-STARTED = "after the first step"
-"""The phase that begins when the first step is done."""
-_LABELS = {
-    "imports": "imports",
-    "groups": "groups",
-    "data": "data",
-    "model": "model",
-    "loading a checkpoint": "checkpoint",
-    "step": "first step",
-}
-
-
-class StartTimes:
-    """Sums up the seconds of each phase until the first step is done, then logs them once.
-
-    A phase lasts until the next one in ``_LABELS`` begins. Other phases count as part of the current one. The
-    first phase includes the start of the interpreter.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(_LABELS, 0.0)
-        self._phase, self._since = "imports", 0.0
-        self._done = False
-
-    def __call__(self, phase: str) -> None:
-        """Account for the process entering ``phase``; called by ``phases.enter``."""
-        if self._done or phase not in (*_LABELS, STARTED):
-            return
-        now = process_age()
-        self.seconds[self._phase] += now - self._since
-        self._phase, self._since = phase, now
-        if phase == STARTED:
-            self._done = True
-            parts = ", ".join(f"{label} {self.seconds[name]:.1f} s" for name, label in _LABELS.items())
-            logger.info("first step done %.1f s after the start of the process: %s", now, parts)
-
-
-def log_start_times() -> None:
-    """Log the breakdown once the first step is done. Call this before everything else."""
-    listen(StartTimes())

@@ -40,6 +40,16 @@ SECONDS_TO_REACH = 30.0
 LEAVE_SECONDS = 10.0
 """How long the rank that holds the store waits until the others have left."""
 
+
+ANSWER_SECONDS = 5.0
+"""How long a signpost may take to answer, since rank 0 may be importing."""
+PATIENCE_SECONDS = 15.0
+"""How long rank 0 retries a given port, at which another job may just be starting."""
+FOREIGN_SECONDS = 30.0
+"""How long the other ranks accept that something else answers at a given port before they give up."""
+_BACKLOG = 4096
+_PORTS_TO_TRY = 8
+
 _ARRIVED, _COMPLETE, _VERDICT, _GIVEN_UP, _LEFT = (
     f"meeting/{name}" for name in ("arrived", "complete", "verdict", "given_up", "left")
 )
@@ -154,16 +164,6 @@ def meet_to_fail(rank: int, world_size: int) -> Meeting | None:
         return Meeting(rank, world_size, timedelta(seconds=SECONDS_TO_REACH), failing=True)
     except (UserError, RanksLost):
         return None
-
-
-ANSWER_SECONDS = 5.0
-"""How long a signpost may take to answer, since rank 0 may be importing."""
-PATIENCE_SECONDS = 15.0
-"""How long rank 0 retries a given port, at which another job may just be starting."""
-FOREIGN_SECONDS = 30.0
-"""How long the other ranks accept that something else answers at a given port before they give up."""
-_BACKLOG = 4096
-_PORTS_TO_TRY = 8
 
 
 class PortTaken(UserError):
