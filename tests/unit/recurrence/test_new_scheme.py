@@ -4,18 +4,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from megatron_mesh.model.count import count_parameters
-from megatron_mesh.model.flops import forward_flops_per_token
 from torch import Tensor, nn
 
-from megatron_mesh.config.layout import non_embedding_parameters
 from megatron_mesh.config.schema import Config
+from megatron_mesh.config.sizes import forward_flops_per_token, non_embedding_parameters
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.convert.tensors import entries
 from megatron_mesh.hf.modeling.configuration_mesh import MeshConfig
 from megatron_mesh.hf.modeling.modeling_mesh import MeshModel
 from megatron_mesh.metrics.meters import RouterMeter
 from megatron_mesh.model import build_model, build_on_meta
+from megatron_mesh.model.build import count_parameters
 from megatron_mesh.planner.costs import own_exchange
 from megatron_mesh.planner.plan import make_plan
 from megatron_mesh.recurrence import SCHEMES, LoopState, RecurrenceOptions, Scheme
@@ -28,7 +27,7 @@ STATE = 2 * 16 * HIDDEN * 4  # bytes of [S, B, H] in float32
 
 
 class Gate(Scheme):
-    """Scales each loop's output by one learned number. No other scheme has these attributes."""
+    """Scales each loop's output by one learned number. No built-in scheme has this set of attributes."""
 
     formula = "g h_m"
     full_precision = True
