@@ -39,7 +39,6 @@ OPEN_FILES = 65_536
 Reason = tuple[str, str] | None
 """Why a rank cannot continue, and the name of its host."""
 
-
 _Result = TypeVar("_Result")
 
 _group: dist.ProcessGroup | None = None

@@ -84,8 +84,7 @@ class Failures:
         return self._first
 
     def mark_success(self) -> None:
-        """Record that the job has succeeded, so that the other ranks don't take the end of the store for a
-        failure."""
+        """Record that the job has succeeded, so that the end of the store doesn't look like a failure."""
         if self._store is not None:
             with suppress(RuntimeError):
                 self._store.set(_OVER, "")
@@ -150,7 +149,7 @@ class Failures:
             self._new[cause] = False
 
     def is_first_report(self, cause: str) -> bool:
-        """Return whether this rank was the first of all to ask about this cause."""
+        """Return whether this rank is the first to ask about this cause. Later calls give the same answer."""
         with self._lock:
             if cause not in self._new:
                 self._new[cause] = self._claim_report(cause)
@@ -281,5 +280,5 @@ def _no_new_file(path: str, flags: int) -> int:
 
 
 def _is_another_runs(save: Path) -> bool:
-    """Return whether ``save`` holds checkpoints that don't belong to this start's batch script."""
+    """Return whether ``save`` holds checkpoints, unless a batch script has claimed it for this start."""
     return any(save.glob(CHECKPOINTS)) and given_token() is None

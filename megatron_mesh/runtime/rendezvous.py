@@ -83,7 +83,8 @@ class Meeting:
         """Wait until all ranks are here.
 
         Raises:
-            SystemExit: the job cannot start. Another rank has failed or misses ranks, and has reported that.
+            SystemExit: the job cannot start. Another rank has failed, or found that ranks are missing, and
+                has reported it.
             RanksLost: a rank doesn't arrive within the timeout, or the store is lost.
         """
         Meeting.held = True
@@ -165,7 +166,7 @@ def meet_to_fail(rank: int, world_size: int) -> Meeting | None:
 
 
 class PortTaken(UserError):
-    """Rank 0 can't listen at the given port, because something else does."""
+    """Rank 0 can't listen at any port that it may use, or another service answers at the given port."""
 
 
 @dataclass(frozen=True)

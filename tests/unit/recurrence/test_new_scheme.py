@@ -15,7 +15,7 @@ from megatron_mesh.hf.modeling.modeling_mesh import MeshModel
 from megatron_mesh.metrics.meters import RouterMeter
 from megatron_mesh.model import build_model, build_on_meta
 from megatron_mesh.model.build import count_parameters
-from megatron_mesh.planner.costs import own_exchange
+from megatron_mesh.planner.costs import scatters_memory
 from megatron_mesh.planner.plan import make_plan
 from megatron_mesh.recurrence import SCHEMES, LoopState, RecurrenceOptions, Scheme
 from megatron_mesh.recurrence.schemes import Draw
@@ -104,8 +104,8 @@ def test_memory_of_a_pipeline_is_on_the_first_rank() -> None:
 
 def test_tensor_parallel_ranks_divide_its_work() -> None:
     two = {"world_size": 2, "tensor_model_parallel_size": 2}
-    assert own_exchange(tiny_config("gate", LAYERS, **two))
-    assert not own_exchange(tiny_config("base", LAYERS, **two))
+    assert scatters_memory(tiny_config("gate", LAYERS, **two))
+    assert not scatters_memory(tiny_config("base", LAYERS, **two))
     tiny_config("base", LAYERS, seq_length=15, **two)
     with pytest.raises(UserError, match="--seq-length"):
         tiny_config("gate", LAYERS, seq_length=15, **two)
