@@ -58,7 +58,6 @@ REFUSED: dict[str, str] = {
 """Settings of Megatron-LM that we don't support, with the reason or the alternative. This includes settings
 whose names continue one of these, e.g. cpu_offloading_num_layers."""
 
-
 LAYER_SETTINGS = {
     "prelude_layers": "prelude",
     "core_layers": "core",
@@ -100,7 +99,6 @@ PATHS = frozenset(
     }
 )
 """Settings in which a YAML file may contain ~ and $VAR, as a command line may in a shell."""
-
 
 _MERGE = "tag:yaml.org,2002:merge"
 

@@ -29,7 +29,6 @@ from megatron_mesh.runtime.failures import FAILED, RUNNING, Failures, describe_r
 SECONDS_ALONE = 10.0
 """How long a rank with an error looks for the other ranks before it prints the error on its own."""
 
-
 CLOSED = 141
 """Exit status if the reader closes the pipe while the program prints, as after SIGPIPE."""
 

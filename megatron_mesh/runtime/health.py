@@ -120,7 +120,7 @@ class Health:
     def follow_lost_store(self) -> None:
         """End this process because the store is gone: the process that held it has failed."""
         because = f"{store_holder()} is gone; if it printed no error, check whether it was killed"
-        if self.failures.drop_store():  # only one thread of this process ends it
+        if self.failures.drop_store():  # only one thread of this process reports it
             print(f"error: {self} ends, because {because}", file=sys.stderr, flush=True)
             if self.rank == 1:  # one line is enough, and the ranks can no longer agree on who writes it
                 self.failures.note(RUNNING, f"{self}: {because}")

@@ -39,7 +39,6 @@ SECONDS_TO_REACH = 30.0
 LEAVE_SECONDS = 10.0
 """How long the rank that holds the store waits until the others have left."""
 
-
 ANSWER_SECONDS = 5.0
 """How long a signpost may take to answer. Rank 0 may be busy with imports."""
 PATIENCE_SECONDS = 15.0

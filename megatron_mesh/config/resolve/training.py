@@ -271,7 +271,8 @@ def _resolve_bf16_layers(
     if precision.fp8_recipe == "delayed":
         raise UserError(
             "--fp8-recipe delayed updates its scales once for all layers of a pass, but "
-            "--first-last-layers-bf16 runs some of them in bfloat16; remove it, or use --fp8-recipe tensorwise"
+            "--first-last-layers-bf16 runs some of them in bfloat16; remove it, or use --fp8-recipe "
+            "tensorwise"
         )
     start, end = (1 if getattr(precision, n) is None else getattr(precision, n) for n in _BF16_COUNTS)
     layers, ranks = layout(model), parallel.pipeline_model_parallel_size
