@@ -1,6 +1,6 @@
 """The ``megatron-mesh`` command: ``megatron-mesh NAME ...`` runs one of the project's programs.
 
-A clone has the programs in ``tools/``, and a wheel has them in the package. Both run the same files.
+In a clone the programs are in ``tools/``. A wheel has the same files in the package.
 """
 
 import ast
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def _help() -> str:
-    """A line for each program, from its docstring: importing them all takes seconds."""
+    """Return a line for each program. Parses their docstrings, because importing them all takes seconds."""
     lines = ["usage: megatron-mesh COMMAND ...", "", "megatron-mesh COMMAND --help shows its options.", ""]
     width = max(map(len, PROGRAMS))
     for name, path in PROGRAMS.items():

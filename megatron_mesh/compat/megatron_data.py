@@ -16,7 +16,7 @@ INDEX_HEADER: bytes = _INDEX_HEADER
 
 
 class NumpyIndexWriter(_IndexWriter):
-    """Megatron's writer of .idx files, with its loop over the documents replaced by one cumulative sum."""
+    """Megatron's writer of .idx files, with a cumulative sum instead of a loop over the documents."""
 
     def _sequence_pointers(self, sequence_lengths: np.ndarray) -> np.ndarray:
         ends = np.cumsum(sequence_lengths, dtype=np.int64) * DType.size(self.dtype)
@@ -24,21 +24,21 @@ class NumpyIndexWriter(_IndexWriter):
 
 
 class IndexedGPTDataset(GPTDataset):
-    """A ``GPTDataset`` that is given its index; the original builds one on rank 0 and writes it in place."""
+    """A ``GPTDataset`` whose index a subclass provides. The original builds it on rank 0, in a file."""
 
     @abstractmethod
     def index_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Document, sample and shuffle index. ``GPTDataset.__init__`` calls this."""
+        """Return document, sample and shuffle index. ``GPTDataset.__init__`` calls this."""
 
     def _build_document_sample_shuffle_indices(self) -> Any:
         return self.index_arrays()
 
 
 def document_order(documents: range, random: np.random.RandomState) -> np.ndarray:
-    """The order of the documents in one epoch, as ``GPTDataset`` draws it."""
+    """Return the order of the documents in one epoch, as ``GPTDataset`` draws it."""
     return _build_document_index(np.arange(documents.start, documents.stop, dtype=np.int32), 1, random, False)
 
 
 def sample_order(count: int, random: np.random.RandomState) -> np.ndarray:
-    """The order of an epoch's samples, as ``GPTDataset`` draws it."""
+    """Return the order of an epoch's samples, as ``GPTDataset`` draws it."""
     return _build_shuffle_index(count, count, random)

@@ -29,7 +29,7 @@ class CustomGPTModel(GPTModel):
     """A ``GPTModel`` whose embedding of the tokens a subclass may change."""
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """The input of the decoder [S, B, H], from the first stage's embedding."""
+        """Return the decoder's input [S, B, H], from the embedding on the first stage."""
         return self.embedding(input_ids=input_ids, position_ids=position_ids)
 
     def _preprocess(
@@ -41,12 +41,12 @@ class CustomGPTModel(GPTModel):
 
 
 def layer_attention(layer: TransformerLayer, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Norm, attention and residual of a layer. Arguments as in ``TransformerLayer.forward``."""
+    """Run norm, attention and residual of a layer. Takes the arguments of ``TransformerLayer.forward``."""
     return layer._forward_attention(*args, **kwargs)
 
 
 def layer_pre_mlp_norm(layer: TransformerLayer, hidden_states: Tensor) -> Tensor:
-    """The norm before a layer's MLP, recomputed or offloaded as the layer's settings say."""
+    """Run the norm before a layer's MLP. The layer's settings may recompute or offload it."""
     return layer._forward_pre_mlp_layernorm(hidden_states)
 
 
@@ -64,12 +64,12 @@ def copy_main_to_model_weights(optimizer: MegatronOptimizer) -> None:
 
 
 def optimizer_shard(optimizer: DistributedOptimizer, parameter: Tensor) -> tuple[int, int]:
-    """The elements of a parameter, from one up to another, that this rank's optimizer updates."""
+    """Return start and end of the elements of a parameter that this rank's optimizer updates."""
     shard = optimizer._get_model_param_range_map(parameter)["param"]
     return shard.start, shard.end
 
 
 def clear_attention_switches() -> None:
-    """Let the next model set ``ATTENTION_SWITCHES``: Megatron-core asserts that none has another value."""
+    """Unset ``ATTENTION_SWITCHES``, so that the next model can set them. Megatron-core refuses others."""
     for name in ATTENTION_SWITCHES:
         os.environ.pop(name, None)

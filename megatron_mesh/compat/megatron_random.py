@@ -13,13 +13,13 @@ from megatron_mesh.compat import changes
 def replace_recompute_generator(
     stack: ExitStack, get_state: Callable[..., Tensor], set_state: Callable[..., None]
 ) -> None:
-    """Let recomputation read and set the generator by these functions, until ``stack`` is closed."""
+    """Make recomputation use these functions to read and set the generator, until ``stack`` is closed."""
     changes.replace(stack, random, "_get_cuda_rng_state", get_state)
     changes.replace(stack, random, "_set_cuda_rng_state", set_state)
 
 
 def silence_generator_warning(stack: ExitStack) -> None:
-    """Drop "CPU RNG state changed within GPU RNG context": on a CPU they are the same generator."""
+    """Silence "CPU RNG state changed within GPU RNG context": a CPU run has only one generator."""
     logger = logging.getLogger(random.__name__)
     stack.callback(logger.setLevel, logger.level)
     logger.setLevel(logging.ERROR)

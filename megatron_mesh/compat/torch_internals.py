@@ -54,26 +54,26 @@ has no side effects, so they are safe to unpickle."""
 
 
 def shallow_copy(module: _Module, **submodules: torch.nn.Module) -> _Module:
-    """A copy that shares parameters and submodules with ``module``, except for those given by name."""
+    """Return a copy that shares the module's parameters and submodules, except for those given by name."""
     twin = copy.copy(module)
     twin._modules = {**module._modules, **submodules}
     return twin
 
 
 def end_workers(iterator: Any) -> None:
-    """End the worker processes of a data loader's iterator now; by itself torch does so in ``__del__``."""
+    """End the worker processes of a data loader's iterator now. torch itself waits until ``__del__``."""
     iterator._shutdown_workers()
 
 
 def cache_device_constructors() -> None:
-    """Let ``with torch.device(...)`` recognise the tensor factories that torch has now.
+    """Make ``with torch.device(...)`` work after torch's tensor factories are replaced.
 
-    It recognises them by identity, from a list made at its first use. If they are replaced afterwards, the
-    originals that the replacements call are still recognised.
+    It recognises the factories by identity, in a list that torch makes at the first use. If we have the list
+    made now, it holds the originals, which the replacements call.
     """
     _device_constructors()
 
 
 def argument_names(operation: Any) -> list[str]:
-    """Names of an operation's arguments, in ``TorchDispatchMode.__torch_dispatch__``."""
+    """Return the argument names of an operation that ``TorchDispatchMode.__torch_dispatch__`` receives."""
     return [argument.name for argument in operation._schema.arguments]

@@ -1,6 +1,6 @@
-"""The versions of the packages whose internals this code uses, and the check that they are installed.
+"""The supported versions of the packages whose internals we use, and a check that they are installed.
 
-The check reads the packages' metadata and imports none of them, so it comes before imports that take seconds.
+The check reads only the packages' metadata, so it fails before imports that take seconds.
 """
 
 import importlib.metadata
@@ -9,8 +9,8 @@ from packaging.specifiers import SpecifierSet
 
 from megatron_mesh.errors import UserError
 
-# setup.py asks for the same; a test compares them. Megatron-core is patched and subclassed, so it must be
-# this version exactly. The bounds of Transformer Engine are those of megatron-core 0.16.1's own extra.
+# setup.py requires the same versions; a test compares them. Megatron-core is pinned, because we patch and
+# subclass it. The bounds of Transformer Engine are those of megatron-core 0.16.1's own extra.
 SUPPORTED = {
     "megatron-core": "==0.16.1",
     "torch": ">=2.9,<2.14",
@@ -36,7 +36,7 @@ def check_versions() -> None:
 
 
 def require(package: str, wanted: str, remedy: str) -> None:
-    """Raise UserError unless a version of ``package`` is installed that fits ``wanted``.
+    """Raise UserError unless the installed version of ``package`` fits ``wanted``.
 
     Args:
         wanted: the supported versions, such as ">=2.9,<2.14".
@@ -50,12 +50,12 @@ def require(package: str, wanted: str, remedy: str) -> None:
 
 
 def fits(found: str, wanted: str) -> bool:
-    """Whether a version fits. Pre-releases, such as NVIDIA's torch 2.10.0a0, count."""
+    """Return whether a version fits. Pre-releases may fit too, such as NVIDIA's torch 2.10.0a0."""
     return SpecifierSet(wanted).contains(found, prereleases=True)
 
 
 def version(package: str) -> str | None:
-    """The installed version of a package; None if it is not installed."""
+    """Return the installed version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,11 +1,10 @@
-"""The layer layout of a model, written as ``4+8R2+4``, ``4+8+8+4`` or ``24``.
+"""The layer layout of a model (``4+8R2+4``, ``4+8+8+4`` or ``24``), and the length and batches of a run.
 
-Numbers that follow from a resolved configuration.
-
-The length of a run and the size of its batches, from resolved settings.
+``LayerLayout`` and ``parse_layers`` come first. The functions below them compute numbers from resolved
+settings.
 
 A run of ``train_iters`` counts steps. A run of ``train_samples`` counts samples, so its number of steps
-depends on the batch sizes during a ramp-up, and before and after the run resumes.
+depends on all its batch sizes: they change during a ramp-up, and may change when the run resumes.
 """
 
 import re
@@ -39,7 +38,7 @@ class LayerLayout:
 
     @property
     def unique_layers(self) -> int:
-        """Layers of weights."""
+        """Number of layers that have weights of their own."""
         return self.prelude + self.core * (1 if self.shared else self.loops) + self.coda
 
     @property
@@ -48,7 +47,7 @@ class LayerLayout:
         return not self.shared and (self.prelude, self.loops, self.coda) == (0, 1, 0)
 
     def distinct(self) -> "LayerLayout":
-        """Return the same parts with separate weights for each loop: 4+8R2+4 becomes 4+8+8+4."""
+        """Return the layout with separate weights for each loop: 4+8R2+4 becomes 4+8+8+4."""
         return replace(self, shared=False)
 
     def unrolled(self) -> "LayerLayout":
@@ -154,8 +153,9 @@ def counts_samples(training: TrainingConfig) -> bool:
 def batch_size_at(training: TrainingConfig, consumed_samples: int) -> int:
     """Return the size of the global batch after ``consumed_samples`` samples.
 
-    With ``rampup_batch_size`` it follows Megatron-LM (``megatron/core/num_microbatches_calculator.py``): it
-    starts at START and grows by INCREMENT in equal shares of SAMPLES, up to ``global_batch_size``.
+    A ramp-up (``rampup_batch_size``) follows Megatron-LM (``megatron/core/num_microbatches_calculator.py``):
+    the batch starts at START and grows by INCREMENT at equal intervals, until it reaches
+    ``global_batch_size`` after SAMPLES samples.
     """
     assert training.global_batch_size is not None
     if not training.rampup_batch_size:
@@ -193,7 +193,10 @@ def last_step(training: TrainingConfig, step: int = 0, consumed_samples: int = 0
 
 
 def last_sample(training: TrainingConfig, step: int = 0, consumed_samples: int = 0) -> int:
-    """Return the number of samples after which such a run ends. It may end up to one batch earlier."""
+    """Return the number of samples that the run will have consumed at its end; see ``last_step``.
+
+    A run of ``train_samples`` may end up to one batch earlier.
+    """
     if training.train_samples is not None:
         return max(training.train_samples, consumed_samples)
     assert training.train_iters is not None and training.global_batch_size is not None

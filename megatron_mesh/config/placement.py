@@ -16,15 +16,15 @@ from megatron_mesh.recurrence import SCHEMES
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank owns of a looped model: layers, numbered within their section, and maybe an end."""
+    """The layers of a looped model that one rank owns. Each section numbers its layers from 0."""
 
     prelude: range
     core: range
     coda: range
     first: bool = True
-    """Whether it owns the embedding and the recurrence."""
+    """Whether the rank also owns the embedding and the recurrence."""
     last: bool = True
-    """Whether it owns the final norm and the output projection."""
+    """Whether the rank also owns the final norm and the output projection."""
 
     @classmethod
     def whole(cls, layers: LayerLayout) -> "Part":
@@ -34,7 +34,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Placement:
-    """Layers of each section on each pipeline rank. Separate cores all have the same placement."""
+    """How many layers of each section each pipeline rank owns. All cores of 4+8+8+4 are divided alike."""
 
     prelude: tuple[int, ...]
     core: tuple[int, ...]
@@ -125,11 +125,11 @@ def _balanced(model: ModelConfig, layers: LayerLayout, parallel: ParallelConfig)
 
 
 def _spread(layers: int, load: list[float], away_from: int, held: list[int] | None = None) -> tuple[int, ...]:
-    """Give each layer to the rank with the least load; of several, to the one farthest from ``away_from``.
+    """Give each layer to the rank with the least load; in a tie, to the one farthest from ``away_from``.
 
     Args:
-        held: layers of other sections on each rank. Of ranks with equal load, the one with the fewest layers
-            comes first. Updated in place.
+        held: how many layers of all sections each rank owns so far; updated in place. Among ranks with equal
+            load, the one that owns the fewest gets the layer.
     """
     counts = [0] * len(load)
     for _ in range(layers):

@@ -176,11 +176,11 @@ def differing(saved: Config, ours: Config, kind: Kind) -> list[str]:
 
 
 def _comparable(config: Config) -> dict[str, Any]:
-    """Return the settings with one spelling for values that mean the same."""
+    """Return the settings, with one spelling for each set of values that mean the same."""
     settings = flatten(config)
-    # Earlier versions always excluded the next token, without a setting for it.
+    # Earlier versions had no such setting, and always excluded the next token from the loss.
     settings["eod_mask_loss_of"] = settings["eod_mask_loss_of"] or "next"
-    # Depth alone makes a plain model, and earlier versions wrote 4+8+8+4 where this one writes 24.
+    # A plain model is defined by its depth. Earlier versions wrote 4+8+8+4 for it, and this one writes 24.
     scheme = SCHEMES.get(config.model.recurrence)
     if config.model.layers and scheme and not scheme.has_loop:
         settings["layers"] = str(parse_layers(config.model.layers).depth)

@@ -2,8 +2,8 @@
 
 The field ``seq_length`` is the flag ``--seq-length`` and the YAML key ``seq_length``. The string below a
 field is its help text. A setting whose default follows from others is None here, and its help text names the
-default as ``(default: ...)``. Values aren't checked here but in ``checks.py``, which sees all settings
-together.
+default as ``(default: ...)``. ``resolve/`` checks the values, since many checks involve several
+settings.
 """
 
 from dataclasses import dataclass, field
@@ -82,8 +82,8 @@ class TrainingConfig:
     """Sequences to train on (instead of --train-iters). The learning-rate schedule then counts sequences
     too."""
     rampup_batch_size: list[int] | None = None
-    """START INCREMENT SAMPLES: start with a global batch of START and grow it by INCREMENT up to
-    --global-batch-size, in equal shares of the first SAMPLES sequences. Needs --train-samples."""
+    """START INCREMENT SAMPLES: start with a global batch of START, and grow it by INCREMENT at equal
+    intervals until it reaches --global-batch-size after SAMPLES sequences. Needs --train-samples."""
     seed: int = 1234
     """Random seed for the initial weights and the data order."""
     bf16: bool = False
@@ -251,8 +251,7 @@ class CheckpointConfig:
     exit_duration_in_mins: float | None = None
     """Save a checkpoint and exit after this many minutes."""
     exit_grace_seconds: float | None = None
-    """Seconds that the scheduler gives a job between its signal and the kill. Saves that take longer cause a
-    warning."""
+    """Seconds between the scheduler's signal and the kill. A save that takes longer causes a warning."""
 
 
 @dataclass
@@ -319,7 +318,7 @@ class LoggingConfig:
 
 @dataclass
 class Config:
-    """All settings of a run. ``checks.resolve`` fills in those that follow from others."""
+    """All settings of a run. ``resolve.resolve`` fills in those that follow from others."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

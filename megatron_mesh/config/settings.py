@@ -1,12 +1,8 @@
-"""All settings by name. Names are unique across groups, so flags and YAML keys are flat.
+"""All settings by name: read and write them as YAML, merge two sources, and check the range of one.
 
-Range checks of single settings.
-
-Reading YAML files, and expanding paths in them like a shell.
-
-The sources of settings: reading YAML files, and letting a later source override an earlier one.
-
-Writing the resolved configuration as a YAML file that ``--config`` reads back.
+``schema.py`` defines the settings in groups. Names are unique across groups, so flags and YAML keys are flat.
+The command line overrides the YAML file (``merge``), which overrides the defaults. ``dump_config`` writes the
+resolved settings as a file that ``--config`` reads back. ``resolve/`` uses the range checks.
 """
 
 import math
@@ -59,8 +55,52 @@ REFUSED: dict[str, str] = {
     "decrease_batch_size_if_needed": "START and INCREMENT of --rampup-batch-size must be multiples of "
     "--micro-batch-size x data-parallel size",
 }
-"""Settings of Megatron-LM that are unsupported on purpose, with the reason. Longer names that start with one
-of these are unsupported too."""
+"""Settings of Megatron-LM that we don't support, with the reason or the alternative. This includes settings
+whose names continue one of these, e.g. cpu_offloading_num_layers."""
+
+LAYER_SETTINGS = {
+    "prelude_layers": "prelude",
+    "core_layers": "core",
+    "num_loops": "loops",
+    "coda_layers": "coda",
+}
+"""Settings that each give one field of ``LayerLayout``."""
+
+ALTERNATIVES: tuple[tuple[set[str], set[str]], ...] = (
+    ({"layers"}, set(LAYER_SETTINGS)),
+    ({"train_iters"}, {"train_samples"}),
+    ({"lr_decay_iters"}, {"lr_decay_samples"}),
+    ({"lr_warmup_iters"}, {"lr_warmup_fraction", "lr_warmup_samples"}),
+    ({"lr_warmup_samples"}, {"lr_warmup_fraction"}),
+    ({"lr_wsd_decay_iters"}, {"lr_wsd_decay_samples"}),
+    ({"data_path"}, {"train_data_path", "valid_data_path", "test_data_path"}),
+)
+"""Pairs of alternatives. If a source gives one side, ``merge`` drops the other side of earlier sources. If
+one source gives both, ``resolve`` refuses them. All these settings are None unless given."""
+
+DESCRIBES: tuple[tuple[str, str], ...] = (("tokenizer_model", "tokenizer_type"),)
+"""Pairs of a setting and one that describes it. If a source gives the first, ``merge`` drops the second of
+earlier sources, which described another value."""
+
+ALTERNATIVE_NAMES = frozenset().union(*(names for pair in ALTERNATIVES for names in pair), *DESCRIBES)
+
+PATHS = frozenset(
+    {
+        "data_path",
+        "train_data_path",
+        "valid_data_path",
+        "test_data_path",
+        "data_cache_path",
+        "tokenizer_model",
+        "save",
+        "load",
+        "output_dir",
+        "tensorboard_dir",
+    }
+)
+"""Settings in which a YAML file may contain ~ and $VAR, as a command line may in a shell."""
+
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 def flag(name: str) -> str:
@@ -87,12 +127,12 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def unknown_setting(name: str, known: Iterable[str], spell: Callable[[str], str]) -> UserError:
-    """Return the error for an unknown setting: why it isn't supported, or else the most similar known one.
+    """Return the error for an unknown setting. It says why the setting isn't supported, or suggests another.
 
     Args:
         name: the name with underscores, as in ``SETTINGS``.
         known: the names that are accepted in its place.
-        spell: converts a name to the spelling that the user sees, e.g. ``flag``.
+        spell: returns a name as the user writes it, e.g. ``flag``.
     """
     for refused, reason in REFUSED.items():
         if name == refused or name.startswith(f"{refused}_"):
@@ -100,142 +140,6 @@ def unknown_setting(name: str, known: Iterable[str], spell: Callable[[str], str]
     near = nearest(name, known)
     hint = f"did you mean {spell(near)}?" if near else "--help lists all settings"
     return UserError(f"unknown setting {spell(name)}; {hint}")
-
-
-def at_least(minimum: float, group: Any, *names: str) -> None:
-    """Raise UserError unless each named setting is unset, or finite and at least ``minimum``."""
-    for name in names:
-        value = getattr(group, name)
-        if value is not None and not minimum <= value < math.inf:
-            raise UserError(f"{flag(name)} {value} is out of range; it must be at least {minimum}")
-
-
-def positive(group: Any, *names: str) -> None:
-    """Raise UserError unless each named setting is unset, or finite and above 0."""
-    for name in names:
-        value = getattr(group, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{flag(name)} {value} is out of range; it must be above 0")
-
-
-def fraction(group: Any, *names: str, below_one: bool = False) -> None:
-    """Raise UserError unless each named setting is unset or in [0, 1]; in [0, 1) if ``below_one``."""
-    for name in names:
-        value = getattr(group, name)
-        if value is not None and not (0 <= value <= 1 and (value < 1 or not below_one)):
-            bounds = "at least 0 and below 1" if below_one else "between 0 and 1"
-            raise UserError(f"{flag(name)} {value} is out of range; it must be {bounds}")
-
-
-def load_yaml(path: Path) -> Any:
-    """Return the content of a YAML file.
-
-    Raises:
-        OSError: the file can't be read.
-        ValueError: it isn't UTF-8 or YAML, or has duplicate keys (of which PyYAML would take the last).
-    """
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
-
-
-def file_or_preset(path: Path) -> Path:
-    """Return ``path``, or the preset of that name (``pythia-1.4b``) if there is no such file."""
-    package = Path(__file__).resolve().parents[1]
-    if len(path.parts) == 1 and not path.exists():
-        for folder in (package / "presets", package.parent / "examples/configs"):  # in a wheel, in a clone
-            if (preset := folder / f"{path}.yaml").is_file():
-                return preset
-    return path
-
-
-_MERGE = "tag:yaml.org,2002:merge"
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Rejects duplicate keys and names their lines."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[str, int] = {}
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == _MERGE:
-                continue
-            key, line = key_node.value, key_node.start_mark.line + 1
-            if key in lines:
-                raise yaml.YAMLError(f"{key} is given twice, in lines {lines[key]} and {line}; keep one")
-            lines[key] = line
-        return super().construct_mapping(node, deep)
-
-
-def expand_path(text: str) -> str:
-    """Expand ``~``, ``$VAR`` and ``${VAR}`` as a shell does. ``$$`` is a literal ``$``.
-
-    Raises:
-        ValueError: a variable isn't set, or a ``$`` isn't followed by a name.
-    """
-    try:
-        return expand_user(Template(text).substitute(os.environ))
-    except KeyError as error:
-        raise ValueError(f"the environment variable {error.args[0]} is not set") from None
-    except ValueError:
-        raise ValueError(
-            "a $ must be followed by the name of a variable, e.g. $HOME; write $$ for a literal $"
-        ) from None
-
-
-def expand_user(text: str) -> str:
-    """Expand a leading ``~``, also in NAME=PATH."""
-    name, equals, path = text.partition("=")
-    return name + equals + os.path.expanduser(path) if path.startswith("~") else os.path.expanduser(text)
-
-
-def escape_path(text: str) -> str:
-    """Escape every ``$`` for ``expand_path``."""
-    return text.replace("$", "$$")
-
-
-LAYER_SETTINGS = {
-    "prelude_layers": "prelude",
-    "core_layers": "core",
-    "num_loops": "loops",
-    "coda_layers": "coda",
-}
-"""Settings that each give one field of ``LayerLayout``."""
-
-ALTERNATIVES: tuple[tuple[set[str], set[str]], ...] = (
-    ({"layers"}, set(LAYER_SETTINGS)),
-    ({"train_iters"}, {"train_samples"}),
-    ({"lr_decay_iters"}, {"lr_decay_samples"}),
-    ({"lr_warmup_iters"}, {"lr_warmup_fraction", "lr_warmup_samples"}),
-    ({"lr_warmup_samples"}, {"lr_warmup_fraction"}),
-    ({"lr_wsd_decay_iters"}, {"lr_wsd_decay_samples"}),
-    ({"data_path"}, {"train_data_path", "valid_data_path", "test_data_path"}),
-)
-"""Pairs of alternatives. If a source gives one, it removes the other from earlier sources; ``resolve``
-refuses both in one source. All these settings are None unless given."""
-
-DESCRIBES: tuple[tuple[str, str], ...] = (("tokenizer_model", "tokenizer_type"),)
-"""Pairs of a setting and one that describes it. If a source gives the first, it removes the second from
-earlier sources."""
-
-ALTERNATIVE_NAMES = frozenset().union(*(names for pair in ALTERNATIVES for names in pair), *DESCRIBES)
-
-PATHS = frozenset(
-    {
-        "data_path",
-        "train_data_path",
-        "valid_data_path",
-        "test_data_path",
-        "data_cache_path",
-        "tokenizer_model",
-        "save",
-        "load",
-        "output_dir",
-        "tensorboard_dir",
-    }
-)
-"""Settings in which a YAML file may contain ~ and $VAR, as a command line may in a shell."""
 
 
 def merge(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
@@ -307,13 +211,42 @@ def _load(path: Path) -> dict[Any, Any]:
     return content
 
 
-def _expanded(value: str | list[str] | None, file: Path, name: str) -> str | list[str] | None:
+def file_or_preset(path: Path) -> Path:
+    """Return ``path``, or the preset of that name (``pythia-1.4b``) if there is no such file."""
+    package = Path(__file__).resolve().parents[1]
+    if len(path.parts) == 1 and not path.exists():
+        for folder in (package / "presets", package.parent / "examples/configs"):  # in a wheel, in a clone
+            if (preset := folder / f"{path}.yaml").is_file():
+                return preset
+    return path
+
+
+def load_yaml(path: Path) -> Any:
+    """Return the content of a YAML file.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it isn't UTF-8 or YAML, or has duplicate keys (of which PyYAML would take the last).
+    """
     try:
-        if isinstance(value, list):
-            return [expand_path(word) for word in value]
-        return None if value is None else expand_path(value)
-    except ValueError as error:
-        raise UserError(f"{file}: {name}: {value}: {error}") from None
+        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Rejects duplicate keys and names their lines."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == _MERGE:
+                continue
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if key in lines:
+                raise yaml.YAMLError(f"{key} is given twice, in lines {lines[key]} and {line}; keep one")
+            lines[key] = line
+        return super().construct_mapping(node, deep)
 
 
 def _convert(value: Any, wanted: Any) -> Any:
@@ -356,6 +289,37 @@ def _not_none(wanted: Any) -> Any:
     return next(option for option in get_args(wanted) if option is not NoneType)
 
 
+def _expanded(value: str | list[str] | None, file: Path, name: str) -> str | list[str] | None:
+    try:
+        if isinstance(value, list):
+            return [expand_path(word) for word in value]
+        return None if value is None else expand_path(value)
+    except ValueError as error:
+        raise UserError(f"{file}: {name}: {value}: {error}") from None
+
+
+def expand_path(text: str) -> str:
+    """Expand ``~``, ``$VAR`` and ``${VAR}`` as a shell does. ``$$`` is a literal ``$``.
+
+    Raises:
+        ValueError: a variable isn't set, or a ``$`` isn't followed by a name.
+    """
+    try:
+        return expand_user(Template(text).substitute(os.environ))
+    except KeyError as error:
+        raise ValueError(f"the environment variable {error.args[0]} is not set") from None
+    except ValueError:
+        raise ValueError(
+            "a $ must be followed by the name of a variable, e.g. $HOME; write $$ for a literal $"
+        ) from None
+
+
+def expand_user(text: str) -> str:
+    """Expand a leading ``~``, also in NAME=PATH."""
+    name, equals, path = text.partition("=")
+    return name + equals + os.path.expanduser(path) if path.startswith("~") else os.path.expanduser(text)
+
+
 def dump_config(config: Config) -> str:
     """Return all settings as flat YAML that ``--config`` reads back, with a comment above each group."""
     groups = asdict(config)
@@ -372,3 +336,33 @@ def _escaped(value: str | list[str] | None) -> str | list[str] | None:
     if isinstance(value, list):
         return [escape_path(word) for word in value]
     return None if value is None else escape_path(value)
+
+
+def escape_path(text: str) -> str:
+    """Escape every ``$`` for ``expand_path``."""
+    return text.replace("$", "$$")
+
+
+def at_least(minimum: float, group: Any, *names: str) -> None:
+    """Raise UserError unless each named setting is unset, or finite and at least ``minimum``."""
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and not minimum <= value < math.inf:
+            raise UserError(f"{flag(name)} {value} is out of range; it must be at least {minimum}")
+
+
+def positive(group: Any, *names: str) -> None:
+    """Raise UserError unless each named setting is unset, or finite and above 0."""
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{flag(name)} {value} is out of range; it must be above 0")
+
+
+def fraction(group: Any, *names: str, below_one: bool = False) -> None:
+    """Raise UserError unless each named setting is unset or in [0, 1]; in [0, 1) if ``below_one``."""
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and not (0 <= value <= 1 and (value < 1 or not below_one)):
+            bounds = "at least 0 and below 1" if below_one else "between 0 and 1"
+            raise UserError(f"{flag(name)} {value} is out of range; it must be {bounds}")

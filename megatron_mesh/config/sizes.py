@@ -14,7 +14,7 @@ GRADIENT_BYTES = 4
 MOMENTS_BYTES = 8
 """Per parameter: Adam's two moments in float32."""
 FP8_CAST_BYTES = 2
-"""Per weight that is cast to FP8: one byte for the cast, one for its transpose.
+"""Per weight that is cast to FP8: one byte for the cast, and one for the transposed cast.
 
 Hopper multiplies FP8 matrices in one orientation only, so Transformer Engine stores a cast for the forward
 and a transposed one for the backward (``module/linear.py``: ``weight_quantizer.set_usage(rowwise,
@@ -105,7 +105,7 @@ def forward_flops_per_token(model: ModelConfig) -> float:
 
 
 def flops_per_token(model: ModelConfig) -> float:
-    """FLOPs of forward and backward, which costs two forwards; recomputation is not counted."""
+    """FLOPs of forward and backward, which costs as much as two forwards. Recomputation isn't counted."""
     return 3 * forward_flops_per_token(model)
 
 
@@ -141,9 +141,9 @@ def state_shard_bytes(config: Config) -> int:
 def layer_activation_bytes(config: Config) -> int:
     """Bytes that autograd stores for one layer and micro-batch.
 
-    In elements per token these are H each for x, ln1(x) and ln2(x), sharded only under sequence parallelism.
-    The others are sharded over tensor-parallel ranks: 3H for QKV (v is a view of it), H each for rotated q,
-    rotated k and the attention's output, and F on either side of the MLP's activation function.
+    Per token, x, ln1(x) and ln2(x) take H elements each, and are sharded only under sequence parallelism. The
+    others are always sharded over tensor-parallel ranks: 3H for QKV (v is a view of it), H each for rotated
+    q, rotated k and the attention's output, and F each for input and output of the MLP's activation function.
 
     Recomputing the attention saves nothing, because torch's attention doesn't materialize its scores. FP8
     layers are counted at full width: some of their activations take only a byte, so this is an upper bound.

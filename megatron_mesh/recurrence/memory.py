@@ -6,7 +6,7 @@ Slot 0 starts as the embedding, the others as zero. A cycle writes ``slot_b += w
     read_t = r_0 * h_emb + sum_{j<=t} (sum_b r_b * w_b^j) * o_j.
 
 The factored computation therefore needs only the states h_emb, o_0..o_K and N numbers per token and cycle. It
-saves K + 2 tensors for backward. Updating N slots in K + 1 cycles under autograd saves (N + 1)(K + 1).
+saves K + 2 states for backward. Updating N slots in K + 1 cycles would save (N + 1)(K + 1) states.
 """
 
 import torch
@@ -31,7 +31,7 @@ def factored_cycle(o: Tensor, w: Tensor, r: Tensor, state: LoopState, mix: Mix) 
 
 
 def slots_cycle(o: Tensor, w: Tensor, r: Tensor, state: LoopState, mix: Mix) -> Tensor:
-    """Do the same by updating every slot: slow, and the reference for ``factored_cycle``."""
+    """Do the same by updating every slot. This is slow, and serves as a reference for ``factored_cycle``."""
     slots = state.kept.get("slots")
     if slots is None:
         h_emb = at_least_fp32(state.kept["h_emb"])

@@ -12,8 +12,8 @@ from .schemes import Draw, LoopState, RecurrenceOptions, Scheme, linears, regist
 class MeSH(Scheme):
     """A memory of N slots. Each cycle writes and reads it once, with routers ``Linear(H -> N)`` + softmax.
 
-    Cycle 0, the transition, writes the prelude's output. Cycle t + 1 writes the output of loop t, and its
-    routers see that loop's input h_t. Each of the K + 1 cycles has its own write router and read router.
+    Cycle 0, the transition, writes the prelude's output. Cycle t = 1..K writes the output of loop t, and its
+    routers see that loop's input. Each of the K + 1 cycles has a write router and a read router of its own.
     """
 
     per_loop_parameters = True
@@ -49,7 +49,8 @@ class MeSH(Scheme):
         return loops + 1  # o_0..o_K; the prelude's first layer saves h_emb anyway
 
     def init_parameters(self, draw: Draw) -> None:
-        """Draw weights from N(0, std). Biases are 0, but ``router_bias_init`` for the cycle's slot t + 1."""
+        """Draw weights from N(0, std). In cycle t, slot t + 1 starts with a bias of ``router_bias_init``; all
+        other biases are 0."""
         for kind, routers in (("write", self.write), ("read", self.read)):
             for t in range(self.loops + 1):
                 router = routers[t]

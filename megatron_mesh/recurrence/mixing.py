@@ -33,10 +33,10 @@ def _stacked_sum(weights_SBJ: Tensor, states_SBH: Sequence[Tensor]) -> Tensor:
 
 
 class _WeightedSum(torch.autograd.Function):
-    """Saves only the states and the weights for backward.
+    """A weighted sum that saves only the states and the weights for backward.
 
-    With ``*`` and ``+`` under autograd, each operation would run a kernel and make a temporary [S, B, H],
-    both forward and backward.
+    If autograd recorded ``*`` and ``+``, each operation would run a kernel and allocate a temporary [S, B,
+    H], in forward and in backward.
     """
 
     generate_vmap_rule = True

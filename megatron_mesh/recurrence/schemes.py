@@ -1,8 +1,9 @@
-"""Recurrence schemes: how the outputs of earlier passes make the input of the next pass.
+"""Recurrence schemes: each computes the input of a pass from the outputs of earlier passes.
 
-A model with K loops runs K + 2 passes: pass 0 is the prelude, passes 1..K the core, pass K + 1 the coda.
-Before pass v, ``Scheme.enter(v, x, state)`` takes the output ``x`` of the previous pass (for v = 0 the token
-embedding) and returns the input of pass v. This is all that a scheme does, in one process and on a pipeline.
+A model with K loops runs K + 2 passes: pass 0 is the prelude, passes 1..K are the loops, pass K + 1 is the
+coda. Before pass v, ``Scheme.enter(v, x, state)`` takes ``x``, the output of the previous pass (for v = 0 the
+token embedding), and returns the input of pass v. A scheme does nothing else, whether the passes run in one
+process or on a pipeline.
 
 To add a scheme, write one class here (or in a file that ``__init__`` imports) and register it by name. Its
 class attributes and class methods tell the rest of the package what it shards, saves, adds and computes. The
@@ -34,14 +35,14 @@ class LoopState:
     """What the passes of one micro-batch keep for later passes.
 
     ``share(x)`` returns ``x`` twice: for the current pass and for later passes. In a single autograd graph
-    both are ``x``. A pipeline runs each pass in a separate graph, so it returns a leaf as the second and
-    carries the leaf's gradient back.
+    both are ``x``. A pipeline runs each pass in a separate graph. There, the second is a detached leaf, and
+    the pipeline adds the leaf's gradient to that of ``x``.
     """
 
     share: Callable[[Tensor], tuple[Tensor, Tensor]] = _same_graph
     kept: dict[str, Tensor] = field(default_factory=dict)
-    """States by name: the embedding ``h_emb``, the prelude's output ``h_0``, the core's last input
-    ``h_t``."""
+    """States by name: the embedding ``h_emb``, the prelude's output ``h_0``, and ``h_t``, the input of the
+    latest loop."""
     outputs: list[Tensor] = field(default_factory=list)
     """The outputs that a factored memory has written so far."""
     writes: list[Tensor] = field(default_factory=list)
@@ -131,7 +132,7 @@ class Scheme(nn.Module):
         """Return whether the input of pass ``index`` is a new tensor, not the output of the previous pass
         itself.
 
-        A pipeline's first rank then holds both for backward.
+        If so, the first rank of a pipeline stores both for backward.
         """
         return False
 
@@ -144,7 +145,7 @@ class Scheme(nn.Module):
         """Set the initial value of every parameter; use ``draw`` for random values."""
 
     def forward(self, index: int, x: Tensor, state: LoopState) -> Tensor:
-        """Run ``enter``. Callers call the module, since hooks that gather sharded parameters need it."""
+        """Run ``enter``. Callers call the module, so that its hooks run; some of them gather parameters."""
         return self.enter(index, x, state)
 
     def enter(self, index: int, x: Tensor, state: LoopState) -> Tensor:
@@ -154,7 +155,7 @@ class Scheme(nn.Module):
         return self.cycle(index - 1, x, state)
 
     def cycle(self, t: int, o: Tensor, state: LoopState) -> Tensor:
-        """Return h_t from ``o``, the output of the prelude (``t = 0``) or of loop t - 1 (``t = 1..K``)."""
+        """Return the next pass's input from ``o``, the output of the prelude (t = 0) or of loop t = 1..K."""
         raise TypeError(f"{type(self).__name__} has no loop")
 
 
@@ -208,7 +209,7 @@ class Vanilla(Scheme):
 
 
 class Additive(Scheme):
-    """Adds earlier states (``terms``) to the core's output, without weights."""
+    """Adds earlier states, named in ``terms``, to the core's output."""
 
     terms: ClassVar[tuple[str, ...]] = ()
 
@@ -289,10 +290,11 @@ class ResidualAnchorAnchorEmb(Additive):
 
 
 class Mixed(Scheme):
-    """A weighted sum of the core's output, h_0 and h_emb. It starts as the base recursion.
+    """A weighted sum of the core's output, h_0 and h_emb.
 
-    The coefficients start at 1, 0 and 0. In bfloat16 a coefficient near 1 could only move in steps of 1/128,
-    and weight decay would pull it to 0.
+    The coefficients start at 1, 0 and 0, so training starts with ``base``. They stay in float32 without
+    weight decay: in bfloat16 a coefficient near 1 could only move in steps of 1/128, and weight decay would
+    pull it to 0.
     """
 
     per_loop_parameters = True
@@ -321,7 +323,7 @@ class Mixed(Scheme):
         return self.remember(h, state)
 
     def coefficients(self, t: int, state: LoopState) -> Tensor:
-        """Return the weights [3] or [S, B, 3] of (h_m, h_0, h_emb) after loop ``t``."""
+        """Return the weights [3] or [S, B, 3] of (h_m, h_0, h_emb) after loop ``t`` + 1."""
         raise NotImplementedError
 
     def remember(self, h: Tensor, state: LoopState) -> Tensor:
@@ -354,7 +356,7 @@ class Static(Mixed):
 
 @register("dynamic")
 class Dynamic(Mixed):
-    """Three coefficients per loop and token, linear in the core's input."""
+    """Three coefficients per loop and token, which a linear map computes from the core's input."""
 
     formula = "the same, a = linear(h_t) per token"
 

@@ -29,7 +29,7 @@ class Measurement:
 
 
 class WrongResult(RuntimeError):
-    """An operation returned a wrong result. The cause is hardware, a driver or a library, never the input."""
+    """An operation returned a wrong result, because of the hardware, a driver or a library."""
 
 
 def measure_operations(megabytes: float, repeats: int) -> list[Measurement]:
@@ -44,7 +44,7 @@ def measure_operations(megabytes: float, repeats: int) -> list[Measurement]:
         count = _count(megabytes)
         run, check = make(count)
         run()
-        _raise_if_wrong(check(), name)  # now, because repeating an all-reduce adds to its own result
+        _raise_if_wrong(check(), name)  # now, because repeated all-reduces add up
         times = [_seconds(run) for _ in range(repeats)]
         seconds = median(times)
         size = count * 4
@@ -53,7 +53,7 @@ def measure_operations(megabytes: float, repeats: int) -> list[Measurement]:
 
 
 def _count(megabytes: float) -> int:
-    """Convert to elements of 4 bytes, rounded to a multiple of the number of ranks."""
+    """Return the number of float32 elements, rounded to a multiple of the number of ranks."""
     world = dist.get_world_size()
     return max(1, round(megabytes * 1e6 / 4 / world)) * world
 
@@ -83,7 +83,7 @@ def _now() -> float:
 
 
 def _filled(count: int, first: float, factor: float = 1) -> Tensor:
-    """Return ``first`` + ``factor`` x (0 ... 250, 0 ...): misplaced pieces show, and sums are exact."""
+    """Return ``first`` + ``factor`` x (0 ... 250, 0 ...): it reveals misplaced pieces, and sums are exact."""
     return first + factor * (torch.arange(count, device=device.device()) % 251).float()
 
 
@@ -94,7 +94,7 @@ def _sum(count: int) -> Tensor:
 
 
 def _all_reduce(count: int) -> tuple[Call, Callable[[], bool]]:
-    """Sum in place. Only the first call has the result that is checked."""
+    """Sum in place. Only the first call gives the expected result."""
     tensor = _filled(count, dist.get_rank() + 1)
     return partial(dist.all_reduce, tensor), lambda: torch.equal(tensor, _sum(count))
 

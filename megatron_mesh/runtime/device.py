@@ -1,10 +1,10 @@
 """Choose this process's device, GPU or CPU, and hide the difference: no other file names CUDA.
 
-Megatron-core 0.16.1 names CUDA in places that a CPU run reaches. Without a GPU, ``prepare`` makes those names
-mean the CPU; ``CPU_PATCHES`` lists each of them. With a GPU it patches nothing. ``compat.uninstall`` undoes
-it.
+Megatron-core 0.16.1 uses CUDA's names in code that also runs on a CPU. Without a GPU, ``prepare`` patches
+these names (``CPU_PATCHES``) to mean the CPU. With a GPU it patches nothing. ``compat.uninstall`` removes the
+patches.
 
-Save and restore the states of all random number generators of a process, as one tensor.
+``pack_generators`` puts the states of all random number generators of the process into one tensor.
 """
 
 import functools
@@ -23,15 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import tensor_parallel
 
 from megatron_mesh.compat import changes
 from megatron_mesh.runtime.environment import local_rank_from_environment
 
 logger = logging.getLogger(__name__)
 
-# Patched name -> why Megatron-core 0.16.1 needs the patch on a CPU. tests/unit/runtime checks that each name
-# exists.
+# Patched name -> why Megatron-core 0.16.1 needs the patch on a CPU. A test checks that each name exists.
 CPU_PATCHES = {
     "torch.tensor": 'called with device="cuda" (optimizer, distributed data parallel)',
     "torch.zeros": 'called with device="cuda" (schedules, gradient buffers)',
@@ -62,8 +60,8 @@ _PEAK_BF16_FLOPS = {
     "B200": 2250e12,
 }
 
-# Texts of out-of-memory errors that are not an OutOfMemoryError: those of torch's CPU allocator, of the CUDA
-# runtime (when it loads a kernel late) and of cuBLAS. The last two bypass torch's allocator.
+# Messages of out-of-memory errors that aren't an OutOfMemoryError. They come from torch's CPU allocator,
+# and from the CUDA runtime (when it loads a kernel late) and cuBLAS, which bypass torch's allocator.
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate",
     "CUDA error: out of memory",
@@ -72,7 +70,7 @@ _OUT_OF_MEMORY = (
 
 
 def has_gpu() -> bool:
-    """Whether this process computes on a GPU."""
+    """Return whether this process computes on a GPU."""
     return torch.cuda.is_available()
 
 
@@ -83,9 +81,9 @@ def prepare(local_rank: int | None = None) -> torch.device:
     Args:
         local_rank: index of the process on its node (default: ``LOCAL_RANK`` or ``SLURM_LOCALID``).
     """
-    # Up to Hopper, tensor parallelism overlaps its sends with a matrix product only if the device has a
-    # single queue (Megatron-core's tensor_parallel/layers.py). CUDA reads this when it starts. A user's value
-    # stays.
+    # Up to Hopper, tensor parallelism overlaps communication with a matrix product only if the device has a
+    # single queue (Megatron-core's tensor_parallel/layers.py). CUDA reads the variable when it starts. Keep a
+    # value that the user has set.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if has_gpu():
         if local_rank is None:
@@ -99,7 +97,8 @@ def prepare(local_rank: int | None = None) -> torch.device:
 def be_deterministic() -> None:
     """Allow only deterministic operations. Call it before the first operation.
 
-    cuBLAS, NCCL and Transformer Engine read the variables when they start. Values that a user has set stay.
+    cuBLAS, NCCL and Transformer Engine read the environment variables when they start. We keep values that
+    the user has set.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "Ring")
@@ -109,12 +108,12 @@ def be_deterministic() -> None:
 
 
 def device() -> torch.device:
-    """The device of this process."""
+    """Return the device of this process."""
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
 def backend() -> str:
-    """The torch.distributed backend for the device."""
+    """Return the torch.distributed backend for the device."""
     return "nccl" if has_gpu() else "gloo"
 
 
@@ -129,7 +128,7 @@ def describe() -> str:
 
 
 def gpus() -> list[tuple[str, str]]:
-    """Name and description (memory, compute capability) of each GPU that this process sees."""
+    """Return name and description (memory, compute capability) of each GPU that this process sees."""
     if not has_gpu():
         return []
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -148,7 +147,7 @@ def why_no_gpu() -> str:
 
 
 def why_no_fp8(recipe: str = "tensorwise") -> str | None:
-    """Explain why this machine cannot multiply matrices in FP8; None if all its GPUs can.
+    """Explain why this machine can't multiply matrices in FP8, or return None if all its GPUs can.
 
     The limits are those of Transformer Engine 2.11 (``pytorch/quantization.py``).
     """
@@ -174,24 +173,35 @@ def libraries() -> dict[str, str]:
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     try:
         cudnn = str(torch.backends.cudnn.version())
-    except RuntimeError as error:  # another one was loaded than torch was built with
+    except RuntimeError as error:  # the loaded version isn't the one that torch was built with
         cudnn = str(error).partition(". ")[0]
     return {"CUDA": str(torch.version.cuda), "cuDNN": cudnn, "NCCL": nccl}
 
 
+def peak_flops(fp8: bool = False) -> float | None:
+    """Return dense bf16 or FP8 FLOP/s by the data sheet; None if unknown, as for a CPU or a MIG slice."""
+    if not has_gpu() or (fp8 and why_no_fp8()):
+        return None
+    name = torch.cuda.get_device_name()
+    if " MIG " in name:
+        return None
+    bf16 = next((flops for part, flops in _PEAK_BF16_FLOPS.items() if part in name), None)
+    return bf16 * 2 if bf16 and fp8 else bf16
+
+
 def synchronize() -> None:
-    """Wait for the device (nothing to wait for on a CPU)."""
+    """Wait until the GPU has finished its queued work. No effect on a CPU."""
     if has_gpu():
         torch.cuda.synchronize()
 
 
 def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy to host memory. It isn't pinned: torch rounds pinned allocations up and never returns them."""
+    """Copy to host memory. The copy isn't pinned: torch rounds pinned allocations up and never frees them."""
     return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
 
 
 def moment() -> Any:
-    """Mark the moment when the device finishes the work queued so far, without waiting for it."""
+    """Return a mark that the device reaches when it has finished the work queued so far. Doesn't wait."""
     if not has_gpu():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -200,51 +210,11 @@ def moment() -> Any:
 
 
 def seconds_between(start: Any, end: Any) -> float:
-    """Seconds between two ``moment``s; waits until the device has reached ``end``."""
+    """Wait until the device has reached ``end``; return the seconds between two ``moment``s."""
     if not has_gpu():
         return end - start
     end.synchronize()
     return start.elapsed_time(end) / 1e3
-
-
-def peak_memory_bytes() -> int:
-    """Peak memory so far: allocated on the GPU, or resident in the process."""
-    if has_gpu():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def allocated_bytes() -> int | None:
-    """GPU memory that tensors occupy now; None on a CPU, where torch doesn't count it."""
-    return torch.cuda.memory_allocated() if has_gpu() else None
-
-
-def allocation_retries() -> int:
-    """How often the allocator has freed its cache and retried so far; 0 on a CPU."""
-    return torch.cuda.memory_stats()["num_alloc_retries"] if has_gpu() else 0
-
-
-def reset_peak_memory() -> None:
-    """Restart the measurement of ``peak_memory_bytes``. No effect on a CPU."""
-    if has_gpu():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch raised ``error`` because GPU or host memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
-
-
-def peak_flops(fp8: bool = False) -> float | None:
-    """Dense bf16 or FP8 FLOP/s by the data sheet; None if unknown, as for a CPU or a MIG slice."""
-    if not has_gpu() or (fp8 and why_no_fp8()):
-        return None
-    name = torch.cuda.get_device_name()
-    if " MIG " in name:
-        return None
-    bf16 = next((flops for part, flops in _PEAK_BF16_FLOPS.items() if part in name), None)
-    return bf16 * 2 if bf16 and fp8 else bf16
 
 
 @contextmanager
@@ -261,8 +231,77 @@ def marked(name: str) -> Iterator[None]:
             torch.cuda.nvtx.range_pop()
 
 
+def peak_memory_bytes() -> int:
+    """Return the peak memory so far: allocated on the GPU or, without one, resident in the process."""
+    if has_gpu():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory() -> None:
+    """Restart the measurement of ``peak_memory_bytes``. No effect on a CPU."""
+    if has_gpu():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def allocated_bytes() -> int | None:
+    """Return the GPU memory that tensors occupy now, or None on a CPU, where torch doesn't count it."""
+    return torch.cuda.memory_allocated() if has_gpu() else None
+
+
+def allocation_retries() -> int:
+    """Return how often the GPU allocator has freed its cache and retried so far; 0 on a CPU."""
+    return torch.cuda.memory_stats()["num_alloc_retries"] if has_gpu() else 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether torch raised ``error`` because GPU or host memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def pack_generators() -> torch.Tensor:
+    """Pack the states of Python's, NumPy's, torch's and Megatron's generators into a uint8 tensor.
+
+    The tensor has the same length on all ranks of a run.
+    """
+    from megatron.core import tensor_parallel
+
+    python_version, python_state, gauss = random.getstate()
+    name, keys, position, has_gauss, cached_gauss = np.random.get_state()
+    assert name == "MT19937"
+    arrays: dict[str, Any] = {
+        "python": np.array([python_version, *python_state], dtype=np.uint64),
+        "python_gauss": np.array(math.nan if gauss is None else gauss),
+        "numpy": keys,
+        "numpy_position": np.array([position, has_gauss]),
+        "numpy_gauss": np.array(cached_gauss),
+    }
+    arrays |= {f"torch/{name}": state.numpy() for name, state in rng_state().items()}
+    tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
+    arrays |= {f"tracker/{name}": state.numpy() for name, state in tracker.items()}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def unpack_generators(packed: torch.Tensor) -> None:
+    """Restore the states from ``pack_generators``."""
+    from megatron.core import tensor_parallel
+
+    with np.load(io.BytesIO(packed.numpy().tobytes()), allow_pickle=False) as arrays:
+        version, *state = arrays["python"].tolist()
+        gauss = float(arrays["python_gauss"])
+        random.setstate((version, tuple(state), None if math.isnan(gauss) else gauss))
+        position, has_gauss = arrays["numpy_position"].tolist()
+        np.random.set_state(("MT19937", arrays["numpy"], position, has_gauss, float(arrays["numpy_gauss"])))
+        tensors = {name: torch.from_numpy(arrays[name].copy()) for name in arrays.files if "/" in name}
+    set_rng_state(_below("torch/", tensors))
+    tensor_parallel.get_cuda_rng_tracker().set_states(_below("tracker/", tensors))
+
+
 def rng_state() -> dict[str, torch.Tensor]:
-    """States of torch's random number generators in this process."""
+    """Return the states of torch's random number generators in this process."""
     state = {"cpu": torch.get_rng_state()}
     if has_gpu():
         state["device"] = torch.cuda.get_rng_state()
@@ -276,19 +315,12 @@ def set_rng_state(state: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(state["device"])
 
 
-def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @functools.wraps(factory)
-    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
-            kwargs["device"] = "cpu"
-        kwargs.pop("pin_memory", None)  # there is no GPU to read it
-        return factory(*args, **kwargs)
-
-    return call
+def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
 def _patch_for_cpu(stack: ExitStack) -> None:
-    """Make the names in ``CPU_PATCHES`` mean the CPU. Process-wide, because torch's modes are per thread."""
+    """Make the names in ``CPU_PATCHES`` mean the CPU, in all threads. torch's modes would apply to one."""
     from megatron_mesh.compat import megatron_random, torch_internals
 
     torch_internals.cache_device_constructors()
@@ -325,41 +357,12 @@ def _patch_for_cpu(stack: ExitStack) -> None:
     logger.debug("no GPU: %d names of torch and Megatron-core now mean the CPU", len(CPU_PATCHES))
 
 
-def pack_generators() -> torch.Tensor:
-    """Pack the states of Python's, NumPy's, torch's and Megatron's generators into a uint8 tensor.
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)  # there is no GPU to read it
+        return factory(*args, **kwargs)
 
-    The tensor has the same length on all ranks of a run.
-    """
-    python_version, python_state, gauss = random.getstate()
-    name, keys, position, has_gauss, cached_gauss = np.random.get_state()
-    assert name == "MT19937"
-    arrays: dict[str, Any] = {
-        "python": np.array([python_version, *python_state], dtype=np.uint64),
-        "python_gauss": np.array(math.nan if gauss is None else gauss),
-        "numpy": keys,
-        "numpy_position": np.array([position, has_gauss]),
-        "numpy_gauss": np.array(cached_gauss),
-    }
-    arrays |= {f"torch/{name}": state.numpy() for name, state in rng_state().items()}
-    tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
-    arrays |= {f"tracker/{name}": state.numpy() for name, state in tracker.items()}
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-
-
-def unpack_generators(packed: torch.Tensor) -> None:
-    """Restore the states from ``pack_generators``."""
-    with np.load(io.BytesIO(packed.numpy().tobytes()), allow_pickle=False) as arrays:
-        version, *state = arrays["python"].tolist()
-        gauss = float(arrays["python_gauss"])
-        random.setstate((version, tuple(state), None if math.isnan(gauss) else gauss))
-        position, has_gauss = arrays["numpy_position"].tolist()
-        np.random.set_state(("MT19937", arrays["numpy"], position, has_gauss, float(arrays["numpy_gauss"])))
-        tensors = {name: torch.from_numpy(arrays[name].copy()) for name in arrays.files if "/" in name}
-    set_rng_state(_below("torch/", tensors))
-    tensor_parallel.get_cuda_rng_tracker().set_states(_below("tracker/", tensors))
-
-
-def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    return call

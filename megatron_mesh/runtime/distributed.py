@@ -1,9 +1,10 @@
-"""Start the processes of a job, give them Megatron's groups, and take both down again.
+"""Connect the processes of a job: their process groups, and the Python objects that they exchange.
 
-Exchange Python objects between ranks, when a run starts and when it saves.
+``process_groups`` starts torch.distributed and Megatron's groups, and takes them down at the end.
 
-The messages use a separate gloo group. They need no GPU memory, and its timeout is long enough for a save on
-a slow rank.
+Ranks exchange objects when a run starts and when it saves (``from_rank_zero`` and the functions below it).
+They use a separate gloo group, which needs no GPU memory, and whose timeout is long enough for a save on a
+slow rank.
 """
 
 import gc
@@ -33,18 +34,26 @@ from megatron_mesh.runtime.health import Health, report_failure, watched
 from megatron_mesh.runtime.rendezvous import Meeting, PortTaken
 
 OPEN_FILES = 65_536
-"""Limit that is enough for 16,384 ranks."""
+"""Enough for 16,384 ranks."""
+
+Reason = tuple[str, str] | None
+"""Why a rank cannot continue, and the name of its host."""
+
+_Result = TypeVar("_Result")
+
+_group: dist.ProcessGroup | None = None
+"""The group for exchanging objects; None means the default group."""
 
 
 @contextmanager
 def process_groups(config: Config) -> Iterator[Health]:
     """Start torch.distributed and Megatron's groups, and seed the generators; take the groups down on exit.
 
-    Plain python is a world of one process, which needs no address. Inside, a rank that fails or hangs ends
+    Without a launcher, the job has one process and needs no address. Inside, a rank that fails or hangs ends
     the job (``health.py``).
     """
     phases.enter("groups")
-    gc.collect()  # models and groups of an earlier run refer to each other
+    gc.collect()  # models and groups of an earlier run are in reference cycles
     device.prepare()
     if config.training.deterministic_mode:
         device.be_deterministic()
@@ -52,7 +61,7 @@ def process_groups(config: Config) -> Iterator[Health]:
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     world, rank = world_size_from_environment(), rank_from_environment()
     store = shared_store(config, rank, world, timeout) if world > 1 else dist.HashStore()
-    # A second connection: the watchdog uses it while this thread may be waiting for an answer on the first.
+    # The watchdog needs its own connection, because this thread may be waiting for an answer on the first.
     own_store = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
     health = Health(rank, world, failures_of(config, own_store))
     try:
@@ -68,10 +77,10 @@ def process_groups(config: Config) -> Iterator[Health]:
 
 
 def allow_many_files() -> None:
-    """Raise this process's limit of open files as far as allowed.
+    """Raise this process's limit of open files to ``OPEN_FILES``, or as far as the system allows.
 
-    Rank 0 has two connections from every rank to its store, and one connection of gloo for each group that it
-    shares with another rank. With 512 ranks that exceeds the usual limit of 1,024.
+    Every rank has two connections to rank 0's store, and gloo has a connection for each group that two ranks
+    share. With 512 ranks, rank 0 exceeds the usual limit of 1,024.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
@@ -80,7 +89,7 @@ def allow_many_files() -> None:
 
 
 def shared_store(config: Config, rank: int, world: int, timeout: timedelta) -> dist.Store:
-    """Open the job's store, and return when all ranks have connected to it.
+    """Open the job's store; return it when all ranks have connected to it.
 
     Raises:
         UserError: the address where the ranks meet is unknown or cannot be used.
@@ -98,13 +107,13 @@ def shared_store(config: Config, rank: int, world: int, timeout: timedelta) -> d
             meeting.leave()
         sys.exit(exits.CRASHED)
     except PortTaken:
-        if rank > 1:  # every rank sees this; ranks 0 and 1 report it, because the ranks cannot agree on one
+        if rank > 1:  # every rank sees this error, and they can't agree on who reports it: ranks 0 and 1 do
             sys.exit(exits.BAD_INPUT)
         raise
 
 
 def failures_of(config: Config, store: dist.Store | None) -> Failures:
-    """The object by which the ranks of this run report failures to each other."""
+    """Return the object through which the ranks of this run share their failures."""
     settings = config.checkpoint
     return Failures(store, settings.save, resumes(settings.save, settings.load, settings.finetune))
 
@@ -124,8 +133,7 @@ def model_parallel_groups(config: Config) -> Iterator[None]:
     try:
         torch.manual_seed(seed)
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-        # The watchdog ends a save that takes too long, and prints every rank's stacks. So wait longer than it
-        # does.
+        # Wait longer than the watchdog, which ends a save that takes too long and prints every rank's stacks.
         slowest = max(parallel.distributed_timeout_minutes, config.checkpoint.save_timeout_minutes + 5)
         with separate_group(slowest):
             yield
@@ -134,17 +142,8 @@ def model_parallel_groups(config: Config) -> Iterator[None]:
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is rank 0, which logs for the whole job. True before any group exists."""
+    """Return whether this process is rank 0, which logs for the job. True before any group exists."""
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-_Result = TypeVar("_Result")
-
-Reason = tuple[str, str] | None
-"""Why a rank cannot continue, and the name of its host."""
-
-_group: dist.ProcessGroup | None = None
-"""None means the default group."""
 
 
 @contextmanager
@@ -206,7 +205,7 @@ def to_rank_zero(value: _Result) -> list[_Result]:
 
 
 def with_host(reason: str | None) -> Reason:
-    """``reason`` with the name of this rank's host."""
+    """Add the name of this rank's host to ``reason``."""
     return None if reason is None else (reason, socket.gethostname())
 
 
@@ -214,8 +213,8 @@ def summarize_reasons(reasons: Sequence[Reason], at_most: int = 5) -> list[str]:
     """List each distinct reason once, with the first rank and host that gave it.
 
     Args:
-        reasons: those of all ranks, in rank order.
-        at_most: how many to spell out; the others are counted.
+        reasons: one per rank, in rank order.
+        at_most: how many to list; the last line counts the others.
     """
     found: dict[str, list[str]] = defaultdict(list)
     for number, reason in enumerate(reasons):
@@ -231,7 +230,7 @@ def summarize_reasons(reasons: Sequence[Reason], at_most: int = 5) -> list[str]:
 
 
 def gather_reasons(reason: str | None) -> list[str]:
-    """Collect every rank's ``reason``, or None, and list the distinct ones; a collective operation."""
+    """List the distinct reasons of all ranks (None: a rank has none); a collective operation."""
     return summarize_reasons(from_every_rank(with_host(reason)))
 
 
@@ -255,7 +254,7 @@ def on_every_rank(make: Callable[[], _Result]) -> _Result:
 
 
 def rank() -> int:
-    """Index of this process, 0 without torch.distributed."""
+    """Return the index of this process, or 0 without torch.distributed."""
     return 0 if _alone() else dist.get_rank()
 
 

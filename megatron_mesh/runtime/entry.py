@@ -1,6 +1,6 @@
-"""Turn errors at the entry point into messages and exit statuses.
+"""What surrounds a program: errors become messages and exit statuses, and a closed pipe is no error.
 
-End quietly when the reader of the output stops reading, as in ``| head``.
+``report_errors`` is for training, which may have many processes. The tools use ``command.run`` instead.
 """
 
 import argparse
@@ -27,7 +27,10 @@ from megatron_mesh.runtime.environment import (
 from megatron_mesh.runtime.failures import FAILED, RUNNING, Failures, describe_rank, resumes
 
 SECONDS_ALONE = 10.0
-"""How long a rank with an error looks for the others before it prints the error by itself."""
+"""How long a rank with an error looks for the other ranks before it prints the error on its own."""
+
+CLOSED = 141
+"""Exit status if the reader closes the pipe while the program prints, as after SIGPIPE."""
 
 
 @contextmanager
@@ -66,11 +69,11 @@ def _report(argv: Sequence[str], cause: str, word: str, status: int, details: st
         return status
     who, reported = describe_rank(rank, world_size), False
     alone = failures_from(argv)
-    # If the others do not come, print the reason without them. One rank of each host is enough.
+    # If the other ranks don't arrive, report the error without them, once per host.
     early = threading.Timer(SECONDS_ALONE, alone.report, (who, cause, word, details))
     if local_rank_from_environment() == 0:
         early.start()
-    # The launcher may end this process while it looks for the others. Then still print the reason.
+    # The launcher may end this process while it looks for the others. It must still report the error.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(status))
     try:
         # torch takes seconds to import, and a single process does not need it.
@@ -94,7 +97,7 @@ def _report(argv: Sequence[str], cause: str, word: str, status: int, details: st
 
 
 def failures_from(argv: Sequence[str], store: Any = None) -> Failures:
-    """Find out from a command line or its YAML file (--save) where to report failures. Never fails."""
+    """Return where to report failures: in the --save of the command line or its YAML file. Never fails."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--save")
     parser.add_argument("--load")
@@ -117,15 +120,11 @@ def _read(config: Path) -> dict[str, Any]:
         return {}
 
 
-CLOSED = 141
-"""Exit status if the program was still printing; the same as after SIGPIPE."""
-
-
 @contextmanager
 def closed_pipe_is_no_error() -> Iterator[None]:
     """End the program without a traceback when nobody reads its output any more.
 
-    If the work is already finished, the exit status stays. A training run doesn't end because of this.
+    If the work is already finished, the exit status stays. A closed pipe doesn't end a training run.
     """
     try:
         yield
@@ -137,7 +136,7 @@ def closed_pipe_is_no_error() -> Iterator[None]:
         try:
             sys.stdout.flush()
         except BrokenPipeError:
-            # The interpreter flushes the buffer when it ends, so give it a place to write to.
+            # The interpreter flushes stdout when it exits, so stdout must be writable.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

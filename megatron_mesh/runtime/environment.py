@@ -9,27 +9,27 @@ from megatron_mesh.errors import UserError
 
 
 def process_age() -> float:
-    """Seconds since this process started, including its imports."""
+    """Return the seconds since this process started, including its imports."""
     return time.time() - psutil.Process().create_time()
 
 
 def world_size_from_environment() -> int:
-    """Number of processes in the job; 1 with plain python."""
+    """Return the number of processes in the job; 1 without a launcher."""
     return _number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", default=1)
 
 
 def rank_from_environment() -> int:
-    """Index of this process in the job."""
+    """Return the index of this process in the job."""
     return _number("RANK", "SLURM_PROCID", default=0)
 
 
 def local_rank_from_environment() -> int:
-    """Index of this process on its host; 0 for a rank that was started by hand."""
+    """Return the index of this process on its host; 0 without a launcher."""
     return _number("LOCAL_RANK", "SLURM_LOCALID", default=0)
 
 
 def check_rank() -> None:
-    """Raise UserError unless rank and world size are numbers that are consistent."""
+    """Raise UserError unless rank and world size are numbers that fit each other."""
     rank, world_size = rank_from_environment(), world_size_from_environment()
     if not 0 <= rank < world_size:
         raise UserError(
@@ -40,10 +40,10 @@ def check_rank() -> None:
 
 
 def _number(*names: str, default: int) -> int:
-    """The value of the first variable that is set.
+    """Return the value of the first variable that is set.
 
     Raises:
-        UserError: it is not a whole number.
+        UserError: the value is not a whole number.
     """
     for name in names:
         if (text := os.environ.get(name)) is None:
@@ -56,7 +56,7 @@ def _number(*names: str, default: int) -> int:
 
 
 def agent_holds_store() -> bool:
-    """Whether torchrun's agent on the first node holds the job's store. Otherwise rank 0 does."""
+    """Return whether torchrun's agent on the first node holds the job's store. Otherwise rank 0 does."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 

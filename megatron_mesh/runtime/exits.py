@@ -1,4 +1,4 @@
-"""Exit statuses of a run. Launchers may hide them, so ``SAVE/run_status.txt`` records the end too."""
+"""Exit statuses of a run. Launchers may hide them, so ``SAVE/run_status.txt`` also says how the run ended."""
 
 DONE = 0
 CRASHED = 1

@@ -1,6 +1,7 @@
-"""Turn out-of-memory errors into one message with remedies.
+"""Report why a job ends, once per cause, on stderr (which is SLURM's log) and in ``SAVE/run_status.txt``.
 
-Report why a job ends, once per cause, on stderr (which is SLURM's log) and in ``SAVE/run_status.txt``.
+``Failures`` does that for one rank. ``explain_out_of_memory`` turns torch's out-of-memory errors into a
+message with remedies.
 """
 
 import hashlib
@@ -23,58 +24,11 @@ from megatron_mesh.runtime.run_files import CHECKPOINTS, STATUS_FILE, replace_te
 
 logger = logging.getLogger(__name__)
 
-
-@contextmanager
-def explain_out_of_memory(remedies: Callable[[], Sequence[str]]) -> Iterator[None]:
-    """Turn torch's out-of-memory error into ``OutOfMemory``. Its traceback is logged at debug level.
-
-    Args:
-        remedies: settings to try, cheapest first.
-    """
-    try:
-        yield
-    except RuntimeError as error:  # the base class of torch's own error
-        from megatron_mesh.runtime import device  # not at the top: --help and input errors don't need torch
-
-        if not device.is_out_of_memory(error):
-            raise
-        logger.debug("out of memory", exc_info=True)
-        reason = str(error).strip().splitlines()[0]
-        raise OutOfMemory(f"out of memory: {reason}\ntry: {'; '.join(remedies())}") from error
-
-
-def remedies(config: Config) -> list[str]:
-    """List what would make a run with these (resolved) settings need less memory, cheapest first."""
-    training, parallel = config.training, config.parallel
-    found = []
-    size = training.micro_batch_size
-    if size > 1:
-        smaller = max(n for n in range(1, size) if not size % n)
-        found.append(f"--micro-batch-size {smaller} (the same global batch in more micro-batches)")
-    if training.recompute_granularity is None:
-        found.append("--recompute-granularity selective --recompute-modules core_attn mlp")
-    if training.recompute_granularity != "full":
-        found.append("--recompute-granularity full (steps take about a third longer)")
-    if not training.bf16:
-        found.append("--bf16")
-    if not parallel.use_distributed_optimizer:
-        found.append("--use-distributed-optimizer (with several data-parallel ranks)")
-    ranks = 2 * parallel.tensor_model_parallel_size
-    if config.model.num_attention_heads % ranks == 0:
-        found.append(f"--tensor-model-parallel-size {ranks} --sequence-parallel (needs {ranks} or more GPUs)")
-    return [*found, "--dry-run shows what each rank needs"]
-
-
 FAILED, RUNNING = "failed", "running"
 TURN_SECONDS = 5.0
 """How long a rank waits for its turn to write to the status file."""
 
 _FIRST, _OVER, _INFORMED, _NOTES = (f"failures/{name}" for name in ("first", "over", "informed", "notes"))
-
-
-def describe_rank(rank: int, world_size: int) -> str:
-    """Describe a process of the job."""
-    return f"rank {rank} of {world_size} on host {socket.gethostname()}"
 
 
 class Failures:
@@ -86,9 +40,9 @@ class Failures:
         resumes: whether the command continues the run in ``save`` (see ``resumes``).
 
     Attributes:
-        token: names this start, once it owns ``save`` (``ownership.py``).
-        running: whether this run has written ``running`` to ``run_status.txt``. Before that, a directory with
-            such a file or with checkpoints may belong to another run, and is left alone unless ``resumes``.
+        token: identifies this start, once it owns ``save`` (``ownership.py``).
+        running: whether this run has written ``running`` to ``run_status.txt``. Before that, a directory that
+            has this file or checkpoints may belong to another run, so we write to it only if ``resumes``.
         is_informed: whether this rank knows how the job ends, and no longer needs the store.
     """
 
@@ -104,7 +58,7 @@ class Failures:
     def note_first(self, who: str, status: int) -> tuple[str, int]:
         """Record that ``who`` ends the job with exit status ``status``, unless another rank came first.
 
-        Returns the rank that came first, and its status: it is the reason why the others end.
+        Returns the rank that came first and its status. The other ranks end because of it.
         """
         if self._first is not None or self._store is None:
             return self._first or (who, status)
@@ -115,7 +69,7 @@ class Failures:
         return self._remember(noted)
 
     def first_failure(self) -> tuple[str, int] | None:
-        """The rank that failed first and its exit status, if any has failed. Doesn't wait.
+        """Return the rank that failed first and its exit status, or None. Doesn't wait.
 
         Raises:
             torch.distributed.DistError: the store is gone.
@@ -130,13 +84,13 @@ class Failures:
         return self._first
 
     def mark_success(self) -> None:
-        """Record that the job has ended without a failure, so the end of the store is no failure either."""
+        """Record that the job has succeeded, so that the end of the store doesn't look like a failure."""
         if self._store is not None:
             with suppress(RuntimeError):
                 self._store.set(_OVER, "")
 
     def has_succeeded(self) -> bool:
-        """Whether the job has ended without a failure.
+        """Return whether the job has ended without a failure.
 
         Raises:
             torch.distributed.DistError: the store is gone.
@@ -144,7 +98,7 @@ class Failures:
         return self._store is not None and self._store.check([_OVER])
 
     def mark_informed(self) -> None:
-        """Let the other ranks know that this one ``is_informed``."""
+        """Tell the other ranks that this one ``is_informed``."""
         with self._lock:
             first_time, self.is_informed = not self.is_informed, True
         if first_time and self._store is not None:
@@ -184,18 +138,18 @@ class Failures:
             self.note(word, f"{who}: {cause}")
 
     def has_reported(self, cause: str) -> bool:
-        """Whether this rank has reported the cause."""
+        """Return whether this rank has reported the cause."""
         with self._lock:
             return self._new.get(cause, False)
 
     def silence(self, cause: str) -> None:
-        """Let no rank report the cause from now on."""
+        """Prevent all ranks from reporting the cause."""
         self.is_first_report(cause)
         with self._lock:
             self._new[cause] = False
 
     def is_first_report(self, cause: str) -> bool:
-        """Whether this rank is the first to ask about this cause. Later calls give the same answer."""
+        """Return whether this rank is the first to ask about this cause. Later calls give the same answer."""
         with self._lock:
             if cause not in self._new:
                 self._new[cause] = self._claim_report(cause)
@@ -211,9 +165,10 @@ class Failures:
             return True
 
     def note(self, word: str, text: str) -> None:
-        """Add a line to the status file. Leave another run's file alone, and create no directory.
+        """Add a line to the status file. Does nothing if the file or directory is another run's.
 
-        Ranks take turns, so that the first one writes the word and no line is lost.
+        Ranks take turns, so that the first one writes the word and no line is lost. The directory isn't
+        created.
 
         Args:
             word: the file's first line: ``failed`` if the same command would fail again, else ``running``.
@@ -251,7 +206,7 @@ class Failures:
             if found.partition("\n")[0] != RUNNING:
                 replace_text(path, word + "\n" + line)
             elif line not in found:
-                # Either the previous start crashed, or it is still running and this start is a mistake.
+                # Either the previous start has crashed, or it is still running and this one is a mistake.
                 _append(path, line)
         elif self._resumes or not _is_another_runs(path.parent):
             with path.open("x", encoding="utf-8") as file:
@@ -261,11 +216,57 @@ class Failures:
         return True
 
 
+def describe_rank(rank: int, world_size: int) -> str:
+    """Describe a process of the job."""
+    return f"rank {rank} of {world_size} on host {socket.gethostname()}"
+
+
 def resumes(save: str | None, load: str | None, finetune: bool) -> bool:
-    """Whether a command with these settings continues the run in ``save``, if there is one."""
+    """Return whether a command with these settings resumes the run in ``save``, if there is one."""
     if save is None or load is None or finetune:
         return False
     return os.path.realpath(save) == os.path.realpath(load)
+
+
+@contextmanager
+def explain_out_of_memory(remedies: Callable[[], Sequence[str]]) -> Iterator[None]:
+    """Turn torch's out-of-memory error into ``OutOfMemory``. Its traceback is logged at debug level.
+
+    Args:
+        remedies: settings to try, cheapest first.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # the base class of torch's own error
+        from megatron_mesh.runtime import device
+
+        if not device.is_out_of_memory(error):
+            raise
+        logger.debug("out of memory", exc_info=True)
+        reason = str(error).strip().splitlines()[0]
+        raise OutOfMemory(f"out of memory: {reason}\ntry: {'; '.join(remedies())}") from error
+
+
+def remedies(config: Config) -> list[str]:
+    """List what would make a run with these (resolved) settings need less memory, cheapest first."""
+    training, parallel = config.training, config.parallel
+    found = []
+    size = training.micro_batch_size
+    if size > 1:
+        smaller = max(n for n in range(1, size) if not size % n)
+        found.append(f"--micro-batch-size {smaller} (the same global batch in more micro-batches)")
+    if training.recompute_granularity is None:
+        found.append("--recompute-granularity selective --recompute-modules core_attn mlp")
+    if training.recompute_granularity != "full":
+        found.append("--recompute-granularity full (steps take about a third longer)")
+    if not training.bf16:
+        found.append("--bf16")
+    if not parallel.use_distributed_optimizer:
+        found.append("--use-distributed-optimizer (with several data-parallel ranks)")
+    ranks = 2 * parallel.tensor_model_parallel_size
+    if config.model.num_attention_heads % ranks == 0:
+        found.append(f"--tensor-model-parallel-size {ranks} --sequence-parallel (needs {ranks} or more GPUs)")
+    return [*found, "--dry-run shows what each rank needs"]
 
 
 def _append(path: Path, line: str) -> None:
@@ -279,5 +280,5 @@ def _no_new_file(path: str, flags: int) -> int:
 
 
 def _is_another_runs(save: Path) -> bool:
-    """Whether ``save`` holds checkpoints. A batch script that has claimed it owns it all the same."""
+    """Return whether ``save`` holds checkpoints, unless a batch script has claimed it for this start."""
     return any(save.glob(CHECKPOINTS)) and given_token() is None

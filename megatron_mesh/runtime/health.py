@@ -24,11 +24,11 @@ _LOST_RANK = " (lost connection: look for a rank that was killed, for example by
 LISTEN_SECONDS = 2.0
 """How often a rank asks the store whether another has failed."""
 LINGER_SECONDS = 3 * LISTEN_SECONDS
-"""How long a rank whose exit may end the store waits for the others to learn of the failure."""
+"""How long a rank that may take the store with it waits for the others to learn of the failure."""
 STORE_SECONDS = 5.0
 """How long the watchdog waits for an answer from the store."""
 FOLLOW_SECONDS = 20.0
-"""How long after another rank's failure this rank may still report an error of its own."""
+"""How long a rank keeps running after another has failed, so that it can report an error of its own."""
 
 
 class Health:
@@ -36,10 +36,10 @@ class Health:
 
     Args:
         rank, world_size: position of this process in the job.
-        failures: has a store that all ranks share, unless this process is alone.
+        failures: shares a store with all other ranks, if there are any.
 
     Attributes:
-        before_exit: called before this process ends because of a failure.
+        before_exit: called when this process ends because of a failure.
     """
 
     def __init__(self, rank: int, world_size: int, failures: Failures):
@@ -49,10 +49,10 @@ class Health:
         self.before_exit: Callable[[], None] = lambda: None
 
     def beat(self, where: str | None = None) -> None:
-        """Tell the watchdog that this rank makes progress.
+        """Tell the watchdog that this rank has made progress.
 
         Args:
-            where: the next work, for example "step 17" (default: as before).
+            where: what this rank does next, for example "step 17" (default: the same as before).
         """
         self._where, self._last = where or self._where, time.monotonic()
 
@@ -61,24 +61,24 @@ class Health:
         """Suspend the watchdog during work of unknown duration, such as building the index.
 
         Args:
-            where: the work, for error messages.
-            minutes: a limit for this work, such as a save's (default: none).
+            where: names the work in error messages.
+            minutes: how long the work may take (default: no limit).
         """
         self.beat(where)
         self._limit = minutes * 60
         try:
             yield
         finally:
-            self.beat(where)  # before the limit changes: the watchdog may check at any moment
+            self.beat(where)  # before the limit is reset, because the watchdog may check at any moment
             self._limit = None
 
     @property
     def limit(self) -> str:
-        """Name of the setting that limits the time between beats now."""
+        """Return the setting that limits the time between beats at the moment."""
         return "--watchdog-timeout-minutes" if self._limit is None else "--save-timeout-minutes"
 
     def overdue(self, seconds: float, now: float) -> float:
-        """Seconds since the last beat if that exceeds the limit, else 0.
+        """Return the seconds since the last beat if they exceed the limit, else 0.
 
         Args:
             seconds: the limit, unless ``busy`` has set another.
@@ -120,9 +120,9 @@ class Health:
     def follow_lost_store(self) -> None:
         """End this process because the store is gone: the process that held it has failed."""
         because = f"{store_holder()} is gone; if it printed no error, check whether it was killed"
-        if self.failures.drop_store():  # another thread of this process may notice it at the same time
+        if self.failures.drop_store():  # only one thread of this process reports it
             print(f"error: {self} ends, because {because}", file=sys.stderr, flush=True)
-            if self.rank == 1:  # the ranks can no longer agree on who writes the one line that is enough
+            if self.rank == 1:  # one line is enough, and the ranks can no longer agree on who writes it
                 self.failures.note(RUNNING, f"{self}: {because}")
         self._exit(exits.CRASHED)
 
@@ -144,22 +144,22 @@ class Health:
         os._exit(exits.HUNG)
 
     def abandon(self, cause: str) -> None:
-        """End this process at once, because it must not write anything more. The others follow."""
+        """End this process at once, because it must not write any more files. The other ranks follow."""
         who = str(self)
         self.failures.note_first(who, exits.CRASHED)
         print(f"error: {who}: {cause}", file=sys.stderr, flush=True)
         os._exit(exits.CRASHED)
 
     def finish(self) -> None:
-        """Record that this rank has finished, and wait a little for others that still need the store."""
+        """Record that this rank has finished, and wait a few seconds for ranks that still need the store."""
         if self.rank == 0:
             self.failures.mark_success()
         self._linger()
 
     def _linger(self) -> None:
-        """Wait until all ranks know how the job ends, if the store may end together with this process.
+        """If the store may end together with this process, wait until all ranks know how the job ends.
 
-        Rank 0 holds the store, or torchrun's agent, which ends as soon as one of its processes has failed.
+        Either rank 0 holds the store, or torchrun's agent, which ends as soon as one of its processes fails.
         """
         self.failures.mark_informed()
         if self.rank == 0 or agent_holds_store():
@@ -176,10 +176,10 @@ class Health:
 
 @contextmanager
 def report_failure(health: Health) -> Iterator[None]:
-    """Report an exception once per cause, with the place where it happened, without waiting for other ranks.
+    """Report an exception once per cause, with the rank and the work that it interrupted.
 
-    With several ranks the process ends here, because destroying the process groups would wait for ranks that
-    are still working. All ranks exit with the status of the first that failed.
+    With several ranks the process ends here. It can't return, because destroying the process groups would
+    wait for ranks that are still working. All ranks exit with the status of the first that failed.
     """
     try:
         yield
@@ -215,7 +215,7 @@ def _is_lost_connection(error: Exception) -> bool:
 
 @contextmanager
 def watched(health: Health, minutes: float) -> Iterator[None]:
-    """End this process when another rank fails, or when it hangs itself; then print its stacks.
+    """End this process when another rank fails. If this rank hangs, print its stacks and end it too.
 
     Args:
         minutes: how long this rank may go without a beat (0: forever).
@@ -229,7 +229,7 @@ def watched(health: Health, minutes: float) -> Iterator[None]:
         arguments = (health, minutes * 60, done)
         threads.append(threading.Thread(target=_watch, args=arguments, daemon=True, name="watchdog"))
     if health.world_size > 1:
-        # A separate thread, because it waits for the store, and the process that holds that may be hanging.
+        # A separate thread, because it waits for the store, whose process may be hanging.
         threads.append(threading.Thread(target=_listen, args=(health, done), daemon=True, name="listener"))
     for thread in threads:
         thread.start()
@@ -245,8 +245,8 @@ def _watch(health: Health, seconds: float, done: threading.Event) -> None:
     """End this process when ``health`` is overdue.
 
     Time during which the whole process was suspended (SIGSTOP, ``scontrol suspend``) doesn't count: the limit
-    starts again when the process is resumed. If only this rank is suspended, the others wait for it and
-    report that they hang.
+    starts again when the process is resumed. If only this rank is suspended, the other ranks wait
+    for it, and their watchdogs end the job.
     """
     interval = min(seconds / 4, 5.0)
     last = time.monotonic()
@@ -274,9 +274,8 @@ def _listen(health: Health, done: threading.Event) -> None:
                 health.follow_lost_store()
             return
         if first is not None:
-            failures.is_first_report(
-                f"after {first[0]}"
-            )  # while the store is there: the first to ask will say it
+            # Decide now, while the store is there, which rank will print that it follows.
+            failures.is_first_report(f"after {first[0]}")
             failures.mark_informed()
             if not done.wait(FOLLOW_SECONDS):
                 health.follow(first)

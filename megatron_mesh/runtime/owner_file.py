@@ -1,8 +1,8 @@
 """Read ``SAVE/run_owner.txt``, which names the one start of a run that may write to the directory.
 
 It has three lines: the owner's token, its process as JSON, and a counter that rises while the owner is alive.
-The token comes first for the sake of shell scripts (examples/slurm). A batch script writes only the first
-line.
+The token comes first because shell scripts read it (``slurm/job.sh``, ``slurm/task.sh``). They write only
+this line.
 """
 
 import os
@@ -19,7 +19,7 @@ from megatron_mesh.runtime import strict_json
 from megatron_mesh.runtime.run_files import OWNER_FILE
 
 _SLURM_TOKEN = re.compile(r"(\d+(?:_\d+)?)\.\d+")
-"""The id of a job or array element, and how often it was restarted."""
+"""The id of a job or array element, and the number of its restarts."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Owner:
 
     token: str
     who: dict[str, Any] = field(default_factory=dict)
-    """From ``describe_this_process``; empty while only a batch script has claimed the directory."""
+    """What ``describe_this_process`` returned; empty while only a batch script has claimed the directory."""
     text: str = ""
-    """The whole file. It changes as long as the owner is alive."""
+    """The whole file. It keeps changing while the owner is alive."""
 
     def __str__(self) -> str:
         if self.who:
@@ -39,7 +39,7 @@ class Owner:
         return f"SLURM job {job[1]}" if job else "an unidentified process"
 
     def lives(self) -> bool | None:
-        """Whether the owner's process exists; None if it cannot be checked (on another host)."""
+        """Return whether the owner's process exists, or None if we can't see it (on another host)."""
         here = _machine()
         if not here or self.who.get("machine") != here:
             return None
@@ -47,7 +47,7 @@ class Owner:
         return None if started == -1 else started == self.who["started"]
 
     def has_slurm_job(self) -> bool:
-        """Whether the owner's job is running, according to SLURM; False without SLURM."""
+        """Return whether SLURM says that the owner's job is running; False without SLURM."""
         job = _SLURM_TOKEN.fullmatch(self.token)
         if job is None:
             return False
@@ -64,10 +64,10 @@ class Owner:
 
 
 def read_owner(path: Path) -> Owner | None:
-    """The owner that the file ``path`` names; None if there is no such file.
+    """Return the owner that the file ``path`` names, or None if there is no such file.
 
     Raises:
-        OSError: the file cannot be read at the moment.
+        OSError: the file can't be read at the moment.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -82,7 +82,7 @@ def read_owner(path: Path) -> Owner | None:
 
 
 def describe_this_process() -> dict[str, Any]:
-    """Describe this process, so that others can check whether it still exists."""
+    """Describe this process, so that other processes can check whether it still exists."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -93,12 +93,12 @@ def describe_this_process() -> dict[str, Any]:
 
 
 def given_token() -> str | None:
-    """The token that a batch script wrote to the file for this start, if any (examples/slurm)."""
+    """Return the token that a batch script has written to the file for this start, if any."""
     return os.environ.get("MESH_RUN_TOKEN") or None
 
 
 def held_by_another(directory: Path, token: str | None) -> bool:
-    """Whether ``directory`` may belong to a start other than the one with ``token``. Doesn't wait."""
+    """Return whether ``directory`` may belong to another start than the one with ``token``. Doesn't wait."""
     try:
         owner = read_owner(directory / OWNER_FILE)
     except OSError:
@@ -107,9 +107,9 @@ def held_by_another(directory: Path, token: str | None) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """The start time of a process in clock ticks since boot, which setting the clock doesn't change.
+    """Return when a process started, in ticks since boot, which don't change when somebody sets the clock.
 
-    None if there is no such process, -1 if the system hides the time.
+    None if there is no such process, -1 if the system hides its start time.
     """
     try:
         os.kill(pid, 0)

@@ -1,12 +1,12 @@
 """Let only one start of a run at a time use its directory: only the owner trains, saves and deletes there.
 
 Rank 0 claims the directory before it reads or changes anything in it. A second start is refused as long as
-the owner is alive. On the same machine we look for the owner's process. From another machine we watch the
-counter in the file, which the owner keeps raising; so no clocks are compared. The file is created by a link
-and replaced by a rename, which are atomic on NFS too.
+the owner is alive. On the same machine we look for the owner's process. From another machine we wait for the
+counter in the file to change, so we don't compare clocks. We create the file with a link and replace it with
+a rename, which are atomic on NFS too.
 
-An owner that was wrongly considered dead (a suspended machine, a lost network) ends when it sees another
-token.
+An owner may look dead although it isn't, for example on a suspended machine or without a network. It ends
+when it sees another start's token in the file.
 """
 
 import errno
@@ -31,17 +31,17 @@ logger = logging.getLogger(__name__)
 BEAT_SECONDS = 3.0
 """How often the owner raises its counter and checks that the token is still its own."""
 TURN_SECONDS = 10.0
-"""Age at which the lock file of a takeover, which takes milliseconds, counts as left behind by a crash."""
+"""Age at which a takeover's lock file counts as left behind by a crash. A takeover takes milliseconds."""
 SILENCE_SECONDS = 20.0
-"""How long the counter must not change before an owner on another machine counts as dead."""
+"""An owner on another machine counts as dead if its counter doesn't change for this long."""
 
 
 @contextmanager
 def owned(save: str | None, health: Health) -> Iterator[None]:
-    """Own the directory ``save`` inside, if there is one; a collective operation.
+    """Own the directory ``save`` inside, unless it is None; a collective operation.
 
     Raises:
-        UserError: another start owns it, or the file cannot be written. Nothing was changed.
+        UserError: another start owns it, or the file can't be written. Nothing has changed.
     """
     if save is None:
         yield
@@ -66,7 +66,7 @@ class Ownership:
     """A claim on ``directory``. Only rank 0 claims, keeps and releases.
 
     Attributes:
-        token: identifies this start. If a batch script provides it, it is in the file already.
+        token: identifies this start. A batch script may have chosen it and written it to the file already.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -110,7 +110,7 @@ class Ownership:
         return self.token
 
     def _create(self) -> bool:
-        """Create the file, unless it exists. It appears with its content, so nobody sees it empty."""
+        """Create the file unless it exists; return whether we did. It appears with its content."""
         if os.path.exists(self.path):
             return False
         try:
@@ -120,10 +120,10 @@ class Ownership:
         return True
 
     def _replace(self, dead: Owner) -> bool:
-        """Replace a dead owner; False if another start was faster.
+        """Replace a dead owner; return False if another start was faster.
 
-        Starts that have found the same dead owner take turns, and each reads the file again first. So none
-        replaces the file of a start that was faster. The file is replaced atomically and is never missing.
+        Starts that find the same dead owner take turns. Each reads the file again first, so none replaces the
+        file of a start that was faster. A rename replaces the file, so it is never missing.
         """
         turn = self.path.with_name(f"{OWNER_FILE}.takeover")
         try:
@@ -141,7 +141,7 @@ class Ownership:
         return True
 
     def _write(self, put: Callable[[Path, Path], None]) -> None:
-        """Write the file under a temporary name, and ``put`` it in place."""
+        """Write the file under a temporary name, then call ``put`` to move it into place."""
         draft = self.path.with_name(f"{OWNER_FILE}.{uuid4().hex}")
         handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
         try:
@@ -158,9 +158,9 @@ class Ownership:
         self._handle = handle
 
     def _lives(self, owner: Owner) -> bool | None:
-        """Whether ``owner`` is alive; None if it is no longer the owner.
+        """Return whether ``owner`` is alive, or None if it is no longer the owner.
 
-        If its process cannot be seen from here, wait for the counter to change.
+        If we can't see its process, wait for the counter to change.
         """
         lives = owner.lives()
         if lives is not None:
@@ -203,13 +203,13 @@ class Ownership:
                 self._beat(count)
 
     def _beat(self, count: int) -> None:
-        """Write the counter in place. The handle is our own file's, so another start's never changes."""
+        """Write the counter in place. The handle always refers to our own file, never to another start's."""
         assert self._handle is not None
         os.pwrite(self._handle, _counter(count), len(self._text))
         os.fsync(self._handle)
 
     def release(self) -> None:
-        """Remove the file, unless a batch script will, and directories that were created but stayed empty."""
+        """Remove the file, unless a batch script does that. Remove empty directories that we created."""
         if self._over.is_set():
             return
         self._over.set()
@@ -225,7 +225,7 @@ class Ownership:
 
 
 def _put(file: Path, name: Path) -> None:
-    """Link ``file`` to ``name``; rename it on file systems without hard links.
+    """Link ``file`` to ``name``, or rename it on file systems without hard links.
 
     Raises:
         FileExistsError: the name is taken.
@@ -240,7 +240,7 @@ def _put(file: Path, name: Path) -> None:
 
 
 def _wait_for_turn(turn: Path) -> None:
-    """Wait until no other start is taking over, and remove a lock file that a crash has left behind."""
+    """Wait until no other start is taking over. Remove a lock file left behind by a crash."""
     with suppress(FileNotFoundError):
         first, end = turn.stat(), time.monotonic() + TURN_SECONDS
         while (now := turn.stat()).st_ino == first.st_ino and now.st_mtime_ns == first.st_mtime_ns:

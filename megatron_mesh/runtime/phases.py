@@ -1,6 +1,7 @@
-"""Announce the phases of a run by name, and log how long each phase of its start takes.
+"""Name the phases of a run, and log how long each phase of its start takes.
 
-The fault test listens to the phases to know where a rank is.
+Listeners hear of each phase when it begins (``enter``): ``StartTimes`` measures the start, and the fault test strikes
+in a chosen phase.
 """
 
 import logging
@@ -35,8 +36,13 @@ def listen(listener: Callable[[str], None]) -> None:
     _listeners.append(listener)
 
 
+def log_start_times() -> None:
+    """Log how long each phase of the start took, after the first step. Call this before everything else."""
+    listen(StartTimes())
+
+
 class StartTimes:
-    """Sums up the seconds of each phase until the first step is done, then logs them once.
+    """Adds up the seconds of each phase until the first step is done, then logs them once.
 
     A phase lasts until the next one in ``_LABELS`` begins. Other phases count as part of the current one. The
     first phase includes the start of the interpreter.
@@ -48,7 +54,7 @@ class StartTimes:
         self._done = False
 
     def __call__(self, phase: str) -> None:
-        """Account for the process entering ``phase``; called by ``phases.enter``."""
+        """Record that the process enters ``phase``. ``enter`` calls this."""
         if self._done or phase not in (*_LABELS, STARTED):
             return
         now = process_age()
@@ -58,8 +64,3 @@ class StartTimes:
             self._done = True
             parts = ", ".join(f"{label} {self.seconds[name]:.1f} s" for name, label in _LABELS.items())
             logger.info("first step done %.1f s after the start of the process: %s", now, parts)
-
-
-def log_start_times() -> None:
-    """Log the breakdown once the first step is done. Call this before everything else."""
-    listen(StartTimes())

@@ -1,4 +1,4 @@
-"""Name ranges of code within a step, for profilers and timers. Without a watcher they cost nothing."""
+"""Name ranges of code within a step, for profilers and timers. Without a watcher, a range costs nothing."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -7,8 +7,13 @@ from megatron_mesh.runtime import device
 
 Watcher = Callable[[str], AbstractContextManager[None]]
 
-_NOTHING = nullcontext()
 _watchers: list[Watcher] = []
+_NOTHING = nullcontext()
+
+
+def named(name: str) -> AbstractContextManager[None]:
+    """Name the range of code inside."""
+    return _watched(name) if _watchers else _NOTHING
 
 
 @contextmanager
@@ -26,12 +31,8 @@ def watched_by(watcher: Watcher) -> Iterator[None]:
 
 def marking() -> AbstractContextManager[None]:
     """Show the ranges inside in torch's profiler, and as NVTX ranges in Nsight Systems."""
+
     return watched_by(device.marked)
-
-
-def named(name: str) -> AbstractContextManager[None]:
-    """Name the code inside."""
-    return _watched(name) if _watchers else _NOTHING
 
 
 @contextmanager

@@ -1,14 +1,13 @@
 """Let all ranks meet before torch.distributed starts, so that none waits for a rank that has failed.
 
-Every rank takes part, even one with an error. If all arrive without an error, the job starts. Otherwise all
-ranks end at once, with the exit status of the first that failed. If some don't arrive in time, one rank lists
-them.
+Every rank comes to the ``Meeting``, even one with an error. If all arrive without an error, the job starts.
+Otherwise all ranks end at once, with the exit status of the first that failed. If some don't arrive in time,
+one rank lists them.
 
-Open the store at which a job's ranks meet.
-
-Rank 0 opens the store at any free port, and a signpost at the first free port in a list that all ranks know
-(``find_rendezvous``). To everyone who connects, the signpost sends the name of the job and the port of its
-store. A rank that finds another job's signpost, or something else, tries the next port in the list.
+The ranks meet in a store (``open_store``). Rank 0 opens it at any free port, and opens a signpost at the
+first free port in a list that all ranks know (``find_rendezvous``). The signpost tells everyone who connects
+the name of the job and the port of its store. A rank that finds another job's signpost, or another service,
+tries the next port in the list.
 """
 
 import errno
@@ -32,13 +31,22 @@ from megatron_mesh.runtime.environment import agent_holds_store, store_holder, w
 from megatron_mesh.runtime.failures import Failures
 
 LINGER_SECONDS = 120.0
-"""How long a rank with an error waits for ranks that have not arrived, so that they learn of it."""
+"""How long a rank with an error waits for ranks that haven't arrived, to tell them."""
 
 SECONDS_TO_REACH = 30.0
-"""How long a rank with an error tries to reach the others before it reports the error by itself."""
+"""How long a rank with an error tries to reach the others before it reports the error on its own."""
 
 LEAVE_SECONDS = 10.0
 """How long the rank that holds the store waits until the others have left."""
+
+ANSWER_SECONDS = 5.0
+"""How long a signpost may take to answer. Rank 0 may be busy with imports."""
+PATIENCE_SECONDS = 15.0
+"""How long rank 0 retries a given port, which another job may need only while it starts."""
+FOREIGN_SECONDS = 30.0
+"""How long the other ranks retry a given port at which something else answers."""
+_BACKLOG = 4096
+_PORTS_TO_TRY = 8
 
 _ARRIVED, _COMPLETE, _VERDICT, _GIVEN_UP, _LEFT = (
     f"meeting/{name}" for name in ("arrived", "complete", "verdict", "given_up", "left")
@@ -50,18 +58,18 @@ class Meeting:
     """One rank's part in the meeting. Rank 0 or torchrun's agent holds the store.
 
     Raises:
-        UserError: no store can be opened or found (``rendezvous.py``), or another process has this rank.
+        UserError: no store can be opened or found, or another process has this rank.
         RanksLost: rank 0 does not announce its store within ``timeout``.
     """
 
     held = False
-    """Whether this process has already been in a meeting that could start the job."""
+    """Whether this process has already met the other ranks to start the job."""
 
     def __init__(self, rank: int, world_size: int, timeout: timedelta, *, failing: bool = False) -> None:
         self.rank, self.world_size, self._timeout = rank, world_size, timeout
         store, self._signpost = open_store(find_rendezvous(), rank, world_size, timeout, failing=failing)
         self._holds_store = self._signpost is not None
-        # After a restart by torchrun the ranks meet in the same store.
+        # After a restart by torchrun, the ranks meet in the same store again.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"megatron_mesh/{attempt}", store)
         if self.store.add(f"meeting/came/{rank}", 1) > 1:
@@ -74,8 +82,8 @@ class Meeting:
         """Wait until all ranks are here.
 
         Raises:
-            SystemExit: the job cannot start. Another rank has failed or found that ranks are missing, and has
-                reported it.
+            SystemExit: the job cannot start. Another rank has failed, or found that ranks are missing, and
+                has reported it.
             RanksLost: a rank doesn't arrive within the timeout, or the store is lost.
         """
         Meeting.held = True
@@ -84,7 +92,7 @@ class Meeting:
             try:
                 self.store.wait([_VERDICT], self._timeout)
             except dist.DistStoreError:
-                if self.store.add(_GIVEN_UP, 1) == 1:  # one rank looks for the missing ones
+                if self.store.add(_GIVEN_UP, 1) == 1:  # one rank is enough to look for the missing ones
                     self._give_up()
                 self.store.wait([_VERDICT], timedelta(seconds=SECONDS_TO_REACH))
             verdict = self.store.get(_VERDICT).decode()
@@ -119,7 +127,7 @@ class Meeting:
             self.store.set(_COMPLETE, "")
 
     def leave(self) -> None:
-        """Wait until no other rank is expected. The rank that holds the store leaves last."""
+        """Wait until all ranks have arrived or given up. The rank that holds the store leaves last."""
         with suppress(dist.DistError):
             self.store.wait([_COMPLETE], timedelta(seconds=LINGER_SECONDS))
         with suppress(dist.DistError):
@@ -147,7 +155,7 @@ class Meeting:
 
 
 def meet_to_fail(rank: int, world_size: int) -> Meeting | None:
-    """Join the meeting with an error to report; None if the other ranks cannot be reached."""
+    """Join the meeting in order to report an error. Return None if the other ranks can't be reached."""
     if Meeting.held:
         return None
     try:
@@ -156,18 +164,8 @@ def meet_to_fail(rank: int, world_size: int) -> Meeting | None:
         return None
 
 
-ANSWER_SECONDS = 5.0
-"""How long a signpost may take to answer, since rank 0 may be importing."""
-PATIENCE_SECONDS = 15.0
-"""How long rank 0 retries a given port, at which another job may just be starting."""
-FOREIGN_SECONDS = 30.0
-"""How long the other ranks accept that something else answers at a given port before they give up."""
-_BACKLOG = 4096
-_PORTS_TO_TRY = 8
-
-
 class PortTaken(UserError):
-    """Rank 0 cannot listen at the given port, where every rank finds something else."""
+    """Rank 0 can't listen at any port that it may use, or another service answers at the given port."""
 
 
 @dataclass(frozen=True)
@@ -177,20 +175,20 @@ class Rendezvous:
     address: str
     """Host of the process that holds the store: rank 0 or torchrun's agent."""
     ports: tuple[int, ...]
-    """Rank 0 listens at the first free one."""
+    """Rank 0 listens at the first of these that is free."""
     given: bool
-    """Whether the user or torchrun has given the port, so that no other may be used."""
+    """Whether the user or torchrun has chosen the port, so that rank 0 may use no other."""
     spare: tuple[int, ...]
-    """Ports at which rank 0 informs the others that it cannot listen at the given port."""
+    """Ports at which rank 0 tells the others that it can't listen at the given one."""
     job: str
-    """Identifies this start of the job: the same for all its ranks, different for other jobs and starts."""
+    """Identifies this start of the job: equal on all its ranks, different for other jobs and starts."""
 
 
 def find_rendezvous() -> Rendezvous:
     """Find out where this job's ranks meet: from torchrun or the user, or else from SLURM's job step.
 
-    Without MASTER_PORT the ports are derived from job, step, restart and user. So jobs on the same host
-    rarely try the same port, and no start meets a leftover of an earlier one.
+    Without MASTER_PORT, the ports follow from job, step, restart and user. Jobs on the same host therefore
+    rarely try the same port, and a start doesn't meet a rank left over from an earlier one.
 
     Raises:
         UserError: MASTER_ADDR is not set and this is not a SLURM job step; or MASTER_PORT is not a port.
@@ -208,7 +206,7 @@ def find_rendezvous() -> Rendezvous:
 
 
 def _ports_of(job: str) -> tuple[int, ...]:
-    """Ports below 32768, above which systems choose ports of outgoing connections."""
+    """Return ports for this job. They are below 32768, where systems begin to choose outgoing ports."""
     digest = hashlib.sha256(job.encode()).digest()
     numbers = (int.from_bytes(digest[index : index + 4]) for index in range(0, 4 * _PORTS_TO_TRY, 4))
     return tuple(20000 + number % 12000 for number in numbers)
@@ -244,7 +242,7 @@ class Signpost:
         self._closed = threading.Event()
 
     def show(self, **directions: Any) -> None:
-        """Start to answer with these directions."""
+        """Start answering with these directions."""
         line = strict_json.dumps(directions).encode() + b"\n"
         threading.Thread(target=self._answer, args=(line,), daemon=True, name="signpost").start()
 
@@ -270,8 +268,9 @@ class Signpost:
 def open_store(
     place: Rendezvous, rank: int, world_size: int, timeout: timedelta, *, failing: bool = False
 ) -> tuple[dist.Store, Signpost | None]:
-    """Open the job's store. On the rank that holds it, also return the signpost, needed until all have
-    arrived.
+    """Open the job's store. Return it, and the signpost if this rank shows one.
+
+    Close the signpost when all ranks have arrived.
 
     Args:
         failing: this rank joins only to report an error to the others.
@@ -311,7 +310,7 @@ def _put_up_signpost(place: Rendezvous, failing: bool) -> Signpost:
 
 
 def _look_for_store(place: Rendezvous, timeout: timedelta) -> int:
-    """Get the port of the job's store from its signpost."""
+    """Look for the job's signpost, and return the port of the store that it names."""
     begin, pause, reason, foreign_since = time.monotonic(), 0.1, "", None
     while time.monotonic() - begin < timeout.total_seconds():
         for port in place.ports + place.spare:
@@ -341,7 +340,7 @@ def _look_for_store(place: Rendezvous, timeout: timedelta) -> int:
 
 
 def _ask(address: str, port: int) -> dict[str, Any]:
-    """Ask for a signpost's directions; empty if something else answers.
+    """Return the directions of a signpost, or an empty dictionary if something else answers.
 
     Raises:
         OSError: nothing answers there.

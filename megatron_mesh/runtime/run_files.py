@@ -1,13 +1,13 @@
 """Names of the files that a run writes. Code that reads or writes one of them takes its name from here.
 
-Everything in this list is in ``--save``, unless ``--output-dir`` moves configuration, metrics and figures.
-The other files inside a checkpoint belong to ``checkpoint/``::
+``--output-dir`` moves configuration, metrics and figures out of ``--save``. ``checkpoint/`` names the other
+files inside a checkpoint::
 
     SAVE/iter_0000020/                        a complete checkpoint
         validation.json                       its validation loss, added later
     SAVE/latest_checkpointed_iteration.txt    step of the newest one (Megatron-LM's file)
     SAVE/config.yaml, config.1.yaml, ...      resolved settings, and those of earlier starts
-    SAVE/metrics.jsonl, metrics.1.jsonl, ...  the numbers of the run, and those of earlier runs
+    SAVE/metrics.jsonl, metrics.1.jsonl, ...  metrics of this run, and those of earlier runs
     SAVE/wandb_run_id.txt                     id of the Weights & Biases run
     SAVE/loss.png, routers.png                figures, drawn by tools/plot_run.py
     SAVE/run_status.txt                       running, stopped, done or failed, for scripts
@@ -16,9 +16,7 @@ The other files inside a checkpoint belong to ``checkpoint/``::
     SAVE/slurm/                               settings, code, scripts and logs of the run's SLURM jobs
     PREFIX/cache/                             index of the data set PREFIX, unless --data-cache-path is given
 
-The shell script job.sh spells some of these names itself; a test compares them with this module.
-
-Write text files atomically.
+The shell script ``slurm/job.sh`` repeats some of these names, and a test compares them.
 """
 
 import os
@@ -34,7 +32,7 @@ LOSS_FIGURE = "loss.png"
 ROUTERS_FIGURE = "routers.png"
 
 STATUS_FILE = "run_status.txt"
-"""The first line is one word for scripts. Further lines say why a run failed, one for each cause."""
+"""The first line is one word for scripts. The others say why a run failed, one line per cause."""
 OWNER_FILE = "run_owner.txt"
 STOP_FILE = "stop"
 
@@ -69,12 +67,12 @@ def checkpoint_step(name: str) -> int | None:
 
 
 def numbered(path: Path, number: int) -> Path:
-    """Return the name under which an earlier file is kept: ``config.yaml`` becomes ``config.1.yaml``."""
+    """Return the name for an earlier version of a file: ``config.yaml`` becomes ``config.1.yaml``."""
     return path.with_name(f"{path.stem}.{number}{path.suffix}")
 
 
 def earlier_versions(path: Path) -> list[Path]:
-    """Return the earlier files of this name (see ``numbered``), the oldest first."""
+    """Return the earlier versions of a file (see ``numbered``), the oldest first."""
     found = path.parent.glob(f"{path.stem}.*{path.suffix}")
     return sorted(found, key=lambda earlier: int(earlier.name.split(".")[1]))
 
@@ -83,7 +81,7 @@ def replace_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically. Readers see the old text or the new one, even after a crash.
 
     Raises:
-        OSError: the file cannot be written. The old text is still there.
+        OSError: the file can't be written. The old text is still there.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:

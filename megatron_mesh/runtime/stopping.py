@@ -1,7 +1,7 @@
 """Stop a run after a step, with a checkpoint, on a signal, a stop file, a time limit or an interval.
 
-A signal may reach only one rank, but all ranks must stop after the same step. So the ranks agree in every
-step (``train/vote.py``).
+A signal may reach only one rank, but all ranks must stop after the same step. So they agree in every step
+(``train/vote.py``).
 """
 
 import logging
@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO_SECONDS = 5.0
-"""A signal this soon after the first belongs to the same request: launchers repeat signals."""
+"""Launchers repeat signals, so one this soon after the first is not a second request."""
 
 URGENT = ("the stop file", "SIGINT", "SIGTERM", "SIGUSR1")
-"""Reasons to stop that a kill may follow: no evaluation is started, and a running one is cut short."""
+"""Reasons after which the run may soon be killed. It starts no evaluation, and cuts a running one short."""
 REASONS = ("--exit-interval", "--exit-duration-in-mins", *URGENT)
-"""All reasons to stop. If ranks have different ones, the last one in this order wins."""
+"""All reasons to stop. If ranks have different reasons, the last in this order wins."""
 
 
 class StopRequests:
@@ -50,8 +50,8 @@ class StopRequests:
         number.
 
         Python runs its handlers only when the main thread returns from its current call, which may be a
-        collective that never returns. So a thread also reads the numbers of the signals, from a pipe that is
-        written immediately (``signal.set_wakeup_fd``).
+        collective that never returns. A signal's number is written to a pipe at once, however
+        (``signal.set_wakeup_fd``), and a thread reads this pipe.
         """
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
@@ -71,7 +71,7 @@ class StopRequests:
         self._signalled = self._signalled or signal.Signals(number).name
 
     def reason(self, step: int) -> str:
-        """Why this rank wants to stop after ``step``: one of ``REASONS``, or "" to continue."""
+        """Return why this rank wants to stop after ``step``: one of ``REASONS``, or "" to continue."""
         if urgent := self.urgent():
             return urgent
         minutes, interval = self._settings.exit_duration_in_mins, self._settings.exit_interval
@@ -82,7 +82,7 @@ class StopRequests:
         return ""
 
     def urgent(self) -> str:
-        """Why this rank wants to stop as soon as possible: one of ``URGENT``, or ""."""
+        """Return why this rank wants to stop as soon as possible: one of ``URGENT``, or ""."""
         if self._signalled:
             return self._signalled
         # Unlike Path.exists, os.path.exists is False after file system errors such as a stale handle.
@@ -103,8 +103,8 @@ class StopRequests:
 def _end_at_second_request(pipe: int) -> None:
     """End this process at the second request.
 
-    Neither a repeated signal within ``ECHO_SECONDS`` nor another SIGTERM in a SLURM job counts as a second
-    request. SLURM itself sends SIGTERM at the end of a grace time, and kills the job after KillWait anyway.
+    A signal within ``ECHO_SECONDS`` of the first is not a second request. Nor is SIGTERM in a SLURM job:
+    SLURM sends it at the end of a grace time, and kills the job after KillWait anyway.
     """
     first = None
     while number := os.read(pipe, 1):  # empty once the other end is closed
@@ -120,12 +120,12 @@ def _end_at_second_request(pipe: int) -> None:
 
 
 def write_status(directory: str | None, status: str) -> None:
-    """Write the state of the run to ``directory/run_status.txt``, for scripts that restart it. Rank 0 writes.
+    """On rank 0, write the state of the run to ``directory/run_status.txt``, for scripts that restart it.
+
+    If the run fails, ``failures.py`` adds the cause.
 
     Args:
         status: ``running``, ``stopped`` (on request, with a checkpoint), ``done`` or ``failed``.
-
-    If the run fails, ``failures.py`` adds the cause.
     """
     if directory is None or not is_rank_zero():
         return

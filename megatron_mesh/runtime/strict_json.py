@@ -1,6 +1,6 @@
-"""Read and write strict JSON (RFC 8259): a number that is not finite becomes null.
+"""Read and write strict JSON (RFC 8259), with null for NaN and infinities.
 
-Python's own module writes NaN and Infinity, which other readers (jq, JavaScript, pandas) reject.
+Python's json module writes NaN and Infinity, which jq, JavaScript and pandas reject.
 """
 
 import json
@@ -9,12 +9,12 @@ from typing import IO, Any
 
 
 def loads(text: str | bytes) -> Any:
-    """``json.loads``, but None for NaN and infinities, which earlier versions wrote."""
+    """Like ``json.loads``, but return None for NaN and infinities, which earlier versions wrote."""
     return json.loads(text, parse_constant=lambda name: None)
 
 
 def dumps(value: Any, **options: Any) -> str:
-    """``json.dumps``, but null for NaN and infinities."""
+    """Like ``json.dumps``, but write null for NaN and infinities."""
     try:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError:
@@ -27,7 +27,7 @@ def dump(value: Any, file: IO[str], **options: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Replace every float in ``value`` that is not finite by None."""
+    """Return ``value`` with None for every float that isn't finite."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -36,5 +36,5 @@ def finite(value: Any) -> Any:
 
 
 def number(value: float | None) -> float:
-    """Read back a number: null, which was written for one that is not finite, becomes NaN."""
+    """Return a number that was read back: NaN for None, which stands for a number that wasn't finite."""
     return math.nan if value is None else value

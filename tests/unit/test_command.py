@@ -1,4 +1,4 @@
-"""The frame of all tools: options, ``--help``, one-line errors and exit statuses."""
+"""The frame of all tools: options, ``--help``, errors of one line, and exit statuses."""
 
 import io
 import os
@@ -99,7 +99,7 @@ def test_unknown_options_go_to_a_main_that_takes_them() -> None:
         ("here --load a --batch x", "--batch x is not INT|{auto}; see --help"),
     ],
 )
-def test_mistakes_are_one_line(line: str, message: str, monkeypatch) -> None:
+def test_errors_are_one_line(line: str, message: str, monkeypatch) -> None:
     for encoding in ("utf-8", "latin-1"):
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
         with pytest.raises(UserError) as error:
@@ -153,8 +153,8 @@ def not_reached(options: Limits) -> None:
 
 
 @pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
-def test_every_tool_helps_at_once(path: Path) -> None:
-    """Nothing heavy is imported, and mistakes are one line."""
+def test_every_tool_prints_its_help_quickly(path: Path) -> None:
+    """So it must not import anything heavy."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, timeout=60)
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1.5
@@ -164,7 +164,7 @@ def test_every_tool_helps_at_once(path: Path) -> None:
 
 @pytest.fixture
 def interruptible(tmp_path: Path) -> Iterator[Path]:
-    """A tool that waits in its main, having said so."""
+    """A tool that prints "ready" and waits."""
     path = tmp_path / "waiting.py"
     path.write_text(
         '"""Wait."""\nimport time\nfrom dataclasses import dataclass\nfrom megatron_mesh import command\n'
@@ -177,7 +177,7 @@ def interruptible(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_it_quietly(interruptible: Path, kind: signal.Signals) -> None:
+def test_an_interrupt_ends_a_tool_without_a_traceback(interruptible: Path, kind: signal.Signals) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, interruptible],

@@ -1,4 +1,4 @@
-"""The report of what is installed."""
+"""The report of hardware and packages."""
 
 import importlib.metadata
 import os
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NO_FP8 = "the GPU (sm_80) has no FP8; it needs sm_89 (Ada), sm_90 (Hopper) or newer"
 
 
-def test_every_part_is_there_with_its_version_or_what_its_lack_costs(monkeypatch) -> None:
+def test_every_package_has_its_version_or_a_note_on_what_is_lost(monkeypatch) -> None:
     rows = {row.what: row for row in report()}
     for name in REQUIRED:
         assert rows[name].found == importlib.metadata.version(name)
@@ -38,8 +38,7 @@ def layers() -> dict[str, tuple[str, str]]:
     return {row.what: (row.found, row.note) for row in report() if row.what in ("layers", "FP8")}
 
 
-def test_layers_and_fp8_where_transformer_engine_cannot_be_used(monkeypatch) -> None:
-    """Installed is not enough: what keeps it from working is said."""
+def test_layers_and_fp8_if_transformer_engine_is_installed_but_unusable(monkeypatch) -> None:
     monkeypatch.setattr(environment_report, "_version", lambda name: "2.11.0")
     monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: "libcudart.so cannot be loaded")
     assert layers()["layers"] == ("torch's", "libcudart.so cannot be loaded")
@@ -58,7 +57,7 @@ def test_layers_and_fp8_where_transformer_engine_cannot_be_used(monkeypatch) -> 
             "2.11.0",
             (8, 0),
             "",
-            ("no", "the GPU (sm_80) has no FP8; it needs sm_89 (Ada), sm_90 (Hopper) or newer"),
+            ("no", NO_FP8),
         ),
     ],
 )
@@ -78,7 +77,7 @@ def test_layers_and_fp8_with_transformer_engine(monkeypatch, version, capability
     assert (rows["GPU 0"], rows["NCCL"], rows["transformer-engine"]) == ("H100", "2.28.9", version)
 
 
-def test_the_tool_fails_where_something_needed_is_missing(monkeypatch, capsys) -> None:
+def test_the_tool_fails_if_a_required_package_is_missing(monkeypatch, capsys) -> None:
     monkeypatch.setattr(environment_report, "REQUIRED", ("torch", "no-such-package"))
     main = tool("env_report")
     with pytest.raises(SystemExit, match="no-such-package missing"):
@@ -92,7 +91,7 @@ def test_the_tool() -> None:
     assert done.returncode == 0 and "megatron-core" in done.stdout, done.stderr
 
 
-def test_what_is_needed_is_what_the_package_asks_for() -> None:
+def test_required_packages_are_those_of_setup() -> None:
     text = (ROOT / "setup.py").read_text(encoding="utf-8")
     needed = re.search(r"install_requires=\[(.*?)\n    \]", text, re.S)
     assert needed and set(REQUIRED) == set(re.findall(r'^\s+"([\w-]+)[>=<]', needed[1], re.M))
@@ -124,7 +123,7 @@ def test_nvidias_name_of_triton_counts(monkeypatch) -> None:
 
 
 def test_the_driver_is_named(tmp_path: Path, monkeypatch) -> None:
-    """As Linux shows it, for the open kernel modules."""
+    """In the format of the open kernel modules."""
     (tmp_path / "version").write_text(
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (dvs-builder)\n"
     )

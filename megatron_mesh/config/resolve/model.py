@@ -1,4 +1,4 @@
-"""Resolving the model settings: scheme, layers, memory and sizes of the backbone."""
+"""Resolve and check the model settings: scheme, layers, memory and sizes of the backbone."""
 
 import logging
 from dataclasses import replace
@@ -21,7 +21,7 @@ _MEMORY_SETTINGS = (
 
 
 def resolve_model(model: ModelConfig) -> ModelConfig:
-    """Resolve the model settings; see ``checks.resolve``."""
+    """Resolve the model settings; see ``resolve``."""
     scheme = _scheme(model.recurrence)
     _check_sizes(model)
     layers = _layers(model, scheme)

@@ -1,4 +1,4 @@
-"""Checks of the rank layout. They refuse what can't work before any process group exists."""
+"""Check the rank layout, so that one that can't work is refused before any process group exists."""
 
 import math
 
@@ -11,7 +11,7 @@ from megatron_mesh.recurrence import SCHEMES
 
 
 def check_ranks(parallel: ParallelConfig, world_size: int) -> int:
-    """Check that the processes divide into groups that each hold a model; return the data-parallel size."""
+    """Check that each model gets the same number of processes; return the data-parallel size."""
     at_least(1, parallel, "tensor_model_parallel_size", "pipeline_model_parallel_size")
     at_least(1, parallel, "context_parallel_size", "num_virtual_stages_per_pipeline_rank")
     at_least(1, parallel, "microbatch_group_size_per_virtual_stage", "ddp_bucket_size")
@@ -51,7 +51,7 @@ def model_parallel_size(parallel: ParallelConfig) -> int:
 def check_context_parallel(
     parallel: ParallelConfig, model: ModelConfig, transformer_impl: str, *, bf16: bool
 ) -> None:
-    """Check that context-parallel ranks can divide sequences, and can use Transformer Engine's attention."""
+    """Check that context-parallel ranks can divide sequences and use Transformer Engine's attention."""
     ranks = parallel.context_parallel_size
     if ranks == 1:
         return
@@ -166,7 +166,7 @@ def _check_recomputed_groups(training: TrainingConfig, parts: Placement) -> None
 
 
 def _refuse_settings_without_effect(parallel: ParallelConfig, looped: bool) -> None:
-    """Refuse settings of a pipeline, or of the other kind of pipeline, that would have no effect."""
+    """Refuse settings that have no effect without a pipeline, or on this model's kind of pipeline."""
     pipeline_only = [
         "pipeline_model_parallel_layout",
         "account_for_embedding_in_pipeline_split",

@@ -1,10 +1,8 @@
-"""Resolving batch size, length, recomputation and the learning-rate schedule.
+"""Resolve and check the settings of training, optimizer and precision.
 
-Resolving the precision settings, and refusing FP8 settings that don't fit each other, the model or the
-rank layout.
-
-Whether Transformer Engine is installed is checked when the model is built (``model/implementation.py``),
-because plans for other machines don't need it.
+FP8 settings have to fit each other, the model and the rank layout. We don't check here whether Transformer
+Engine is installed, because a plan for another machine doesn't need it. ``model/implementation.py`` checks
+that when it builds the model.
 """
 
 from dataclasses import replace
@@ -21,9 +19,18 @@ from megatron_mesh.config.settings import at_least, flag, fraction, positive
 from megatron_mesh.errors import UserError
 from megatron_mesh.recurrence import SCHEMES
 
+_UNITS, _DECAYS = ("iters", "samples"), ("lr_decay", "lr_wsd_decay")
+_WORDS = {"iters": "steps", "samples": "samples"}
+
+_FP8_MULTIPLE = 16  # FP8 matrix products need sizes that are multiples of it
+_FP8_BLOCK = 128  # block size of blockwise scaling; tensor-parallel ranks gather whole blocks
+_AMAX_HISTORY = 1024  # Transformer Engine's default
+_BF16_COUNTS = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+_DELAYED = ("fp8_amax_history_len", "fp8_amax_compute_algo")
+
 
 def resolve_training(training: TrainingConfig, model: ModelConfig, data_parallel: int) -> TrainingConfig:
-    """Resolve the training settings; see ``checks.resolve``. ``model`` is resolved."""
+    """Resolve the training settings; see ``resolve``. ``model`` is resolved."""
     at_least(1, training, "micro_batch_size", "global_batch_size", "train_iters", "train_samples")
     at_least(1, training, "max_skipped_steps")
     at_least(0, training, "seed", "eval_interval", "eval_iters")
@@ -90,7 +97,7 @@ def _check_length(training: TrainingConfig) -> None:
 
 
 def _resolve_recompute(training: TrainingConfig, model: ModelConfig) -> TrainingConfig:
-    """Fill in the settings of the granularity in use, and refuse those of the other one."""
+    """Fill in the settings of the granularity in use, and refuse those that need another."""
     at_least(1, training, "recompute_num_layers")
     granularity = training.recompute_granularity
     unused = {
@@ -122,9 +129,9 @@ def _resolve_recompute(training: TrainingConfig, model: ModelConfig) -> Training
 
 
 def resolve_optimizer(optimizer: OptimizerConfig, training: TrainingConfig) -> OptimizerConfig:
-    """Resolve the optimizer settings; see ``checks.resolve``. ``training`` is resolved.
+    """Resolve the optimizer settings; see ``resolve``. ``training`` is resolved.
 
-    The schedule then has the unit of the run's length, steps or samples.
+    The resolved schedule counts what the run's length counts, steps or samples.
     """
     positive(optimizer, "lr", "adam_eps")
     at_least(0, optimizer, "min_lr", "lr_warmup_init", "weight_decay", "clip_grad")
@@ -147,10 +154,6 @@ def resolve_optimizer(optimizer: OptimizerConfig, training: TrainingConfig) -> O
     _check_wsd(optimizer, unit, decay, warmup)
     filled = {f"lr_decay_{unit}": decay, f"lr_warmup_{unit}": warmup}
     return replace(optimizer, **filled, lr_warmup_fraction=None)  # type: ignore[arg-type]
-
-
-_UNITS, _DECAYS = ("iters", "samples"), ("lr_decay", "lr_wsd_decay")
-_WORDS = {"iters": "steps", "samples": "samples"}
 
 
 def _refuse_other_unit(optimizer: OptimizerConfig, unit: str, other: str) -> None:
@@ -191,17 +194,10 @@ def _check_wsd(optimizer: OptimizerConfig, unit: str, decay: int, warmup: int) -
         )
 
 
-_UNIT = 16  # FP8 matrix products need sizes that are multiples of it
-_BLOCK = 128  # block size of blockwise scaling; tensor-parallel ranks gather whole blocks
-_HISTORY = 1024  # Transformer Engine's default
-_BF16_COUNTS = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
-_DELAYED = ("fp8_amax_history_len", "fp8_amax_compute_algo")
-
-
 def resolve_precision(
     precision: PrecisionConfig, model: ModelConfig, training: TrainingConfig, parallel: ParallelConfig
 ) -> PrecisionConfig:
-    """Resolve the precision settings; see ``checks.resolve``. ``model`` and ``training`` are resolved."""
+    """Resolve the precision settings; see ``resolve``. ``model`` and ``training`` are resolved."""
     at_least(1, precision, "fp8_amax_history_len")
     at_least(0, precision, *_BF16_COUNTS)
     _refuse_settings_without_effect(precision)
@@ -215,7 +211,7 @@ def resolve_precision(
         raise UserError(
             "--fp8-param-gather needs --use-distributed-optimizer, which has the float32 weights; add it"
         )
-    _check_sizes(precision, model, training, parallel)
+    _check_fp8_sizes(precision, model, training, parallel)
     if precision.first_last_layers_bf16:
         precision = _resolve_bf16_layers(precision, model, parallel)
     if precision.fp8_recipe == "delayed":
@@ -242,7 +238,7 @@ def _refuse_settings_without_effect(precision: PrecisionConfig) -> None:
         refuse("--fp8-recipe delayed", *_DELAYED)
 
 
-def _check_sizes(
+def _check_fp8_sizes(
     precision: PrecisionConfig, model: ModelConfig, training: TrainingConfig, parallel: ParallelConfig
 ) -> None:
     ranks = parallel.tensor_model_parallel_size
@@ -251,18 +247,18 @@ def _check_sizes(
     batch = f"--micro-batch-size x --seq-length{divided if parallel.context_parallel_size > 1 else ''}"
     tokens = model.seq_length // parallel.context_parallel_size * training.micro_batch_size
     needed = [
-        ("--hidden-size", model.hidden_size, _UNIT),
-        (f"--hidden-size{shared}", model.hidden_size // ranks, _UNIT),
-        (f"--ffn-hidden-size{shared}", (model.ffn_hidden_size or 0) // ranks, _UNIT),
-        (batch, tokens, _UNIT),
+        ("--hidden-size", model.hidden_size, _FP8_MULTIPLE),
+        (f"--hidden-size{shared}", model.hidden_size // ranks, _FP8_MULTIPLE),
+        (f"--ffn-hidden-size{shared}", (model.ffn_hidden_size or 0) // ranks, _FP8_MULTIPLE),
+        (batch, tokens, _FP8_MULTIPLE),
     ]
     if parallel.sequence_parallel:
         # Transformer Engine asserts it (utils.assert_dim_for_all_gather).
-        unit = _BLOCK if precision.fp8_recipe == "blockwise" else _UNIT
+        unit = _FP8_BLOCK if precision.fp8_recipe == "blockwise" else _FP8_MULTIPLE
         needed += [("--hidden-size", model.hidden_size, unit), (f"{batch}{shared}", tokens // ranks, unit)]
     for what, size, unit in needed:
         if size % unit:
-            kind = "blockwise FP8 with --sequence-parallel" if unit == _BLOCK else "FP8"
+            kind = "blockwise FP8 with --sequence-parallel" if unit == _FP8_BLOCK else "FP8"
             raise UserError(
                 f"{what} is {size}, but {kind} needs a multiple of {unit}, e.g. "
                 f"{' or '.join(str(n) for n in (size // unit * unit, -(-size // unit) * unit) if n)}"
@@ -275,7 +271,8 @@ def _resolve_bf16_layers(
     if precision.fp8_recipe == "delayed":
         raise UserError(
             "--fp8-recipe delayed updates its scales once for all layers of a pass, but "
-            "--first-last-layers-bf16 divides these layers; remove it, or use --fp8-recipe tensorwise"
+            "--first-last-layers-bf16 runs some of them in bfloat16; remove it, or use --fp8-recipe "
+            "tensorwise"
         )
     start, end = (1 if getattr(precision, n) is None else getattr(precision, n) for n in _BF16_COUNTS)
     layers, ranks = layout(model), parallel.pipeline_model_parallel_size
@@ -319,6 +316,6 @@ def _resolve_delayed(
             )
     return replace(
         precision,
-        fp8_amax_history_len=precision.fp8_amax_history_len or _HISTORY,
+        fp8_amax_history_len=precision.fp8_amax_history_len or _AMAX_HISTORY,
         fp8_amax_compute_algo=precision.fp8_amax_compute_algo or "max",
     )

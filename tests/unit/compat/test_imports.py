@@ -27,7 +27,7 @@ def plant(folder: Path, name: str, line: str) -> None:
 
 @pytest.mark.parametrize("where", ["__init__.py", "pytorch.py"])
 def test_every_way_to_break_is_a_missing_module(tmp_path: Path, where: str) -> None:
-    """Each in a folder of its own, which comes first in sys.path during the import."""
+    """Each error has a folder of its own, which is first in sys.path during the import."""
     errors = ["ImportError", "OSError", "RuntimeError", "AssertionError"]
     for error in errors:
         (tmp_path / error).mkdir()

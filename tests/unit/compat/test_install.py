@@ -43,11 +43,10 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_importing_any_module_changes_nothing() -> None:
-    """Other packages are imported first, since importing them may change such things."""
+    """Import all modules once before, because other packages may change something when they are imported."""
     code = (
         SNAPSHOT
         + """
-    ours = "megatron_mesh"
     import megatron_mesh
     names = [m.name for m in pkgutil.walk_packages(megatron_mesh.__path__, "megatron_mesh.")]
     names = [name for name in names if not name.endswith((".__main__", "faults.preload"))]
@@ -71,7 +70,7 @@ def test_importing_any_module_changes_nothing() -> None:
 
 
 def test_importing_the_package_alone_changes_nothing() -> None:
-    """With nothing imported before: no hook, no filter, no variable, and no heavy module."""
+    """In a fresh process: no import hook, warning filter or environment variable, and no heavy module."""
     code = """
     import os, sys, warnings
     import packaging.specifiers, importlib.metadata
@@ -124,7 +123,7 @@ def test_the_replaced_decorator_is_taken_back() -> None:
 
 
 def test_megatron_core_is_imported_without_warnings() -> None:
-    """After ``install``; without it there are some, so the texts that are silenced still exist."""
+    """None after ``install``, and some without it, so Megatron-core still has the silenced texts."""
     code = """
     import sys, warnings
     if {install}:
@@ -139,7 +138,7 @@ def test_megatron_core_is_imported_without_warnings() -> None:
 
 
 def test_the_entry_point_installs_before_megatron_core_is_imported() -> None:
-    """The modules that it imports at its top are light."""
+    """So ``pretrain_mesh.py`` must not import it at the top."""
     code = """
     import sys
     import pretrain_mesh

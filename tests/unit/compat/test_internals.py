@@ -63,7 +63,7 @@ def test_the_generator_warning_has_its_logger() -> None:
 
 
 def test_the_metadata_classes_are_those_of_torch(tmp_path: Path) -> None:
-    """torch writes no others in a checkpoint of its own."""
+    """torch's own checkpoints name no other classes."""
     state = {
         "weight": torch.arange(6.0).view(2, 3),
         "ids": torch.arange(3),
@@ -86,7 +86,7 @@ def test_the_metadata_classes_are_those_of_torch(tmp_path: Path) -> None:
 
 
 CHECKPOINT_ID = {("pathlib", "PosixPath"), ("torch.distributed.checkpoint.metadata", "StorageMeta")}
-"""torch's own writer adds the path of the checkpoint, which ours leaves out."""
+"""Only torch's own writer adds these: the path of the checkpoint, and the class that holds it."""
 
 
 def test_a_shallow_copy_shares_what_it_does_not_replace() -> None:

@@ -1,4 +1,4 @@
-"""The table of dependences on other packages' internals is complete, and nothing else depends on them."""
+"""compat's table is complete, and no other folder depends on other packages' internals."""
 
 import ast
 import functools
@@ -26,7 +26,7 @@ SOURCES = [
     if path.parent != PACKAGE / "compat" and path.name not in SHIPPED
 ]
 NOT_PRIVATE = {"_replace", "_asdict", "_fields", "_make", "_exit", "_ArgumentGroup"}
-"""Names of the standard library: documented ones, and a type of argparse that has no other name."""
+"""Names of the standard library: documented ones, and a type of argparse without a public name."""
 
 
 def public_names() -> Iterator[str]:
@@ -77,7 +77,7 @@ def is_own_attribute(node: ast.AST) -> bool:
 
 @functools.cache
 def own_names() -> set[str]:
-    """Every name that this package defines, as a function, class, variable or attribute of ``self``."""
+    """Return all names that this package defines: functions, classes, variables, attributes of ``self``."""
     names = set()
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -108,7 +108,7 @@ def test_only_compat_uses_private_names_of_other_packages(path: Path) -> None:
 
 
 def test_only_compat_overrides_private_methods_of_other_packages() -> None:
-    """A method that starts with an underscore, in a subclass, may replace one of the base class."""
+    """A method of a subclass whose name starts with an underscore may override one of its base class."""
     found = []
     for path in SOURCES:
         if not path.is_relative_to(PACKAGE) or path.name in ("layers_te.py", "vllm_lm.py"):

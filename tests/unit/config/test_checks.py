@@ -81,7 +81,7 @@ def test_the_log_says_that_a_plain_model_replaces_the_loop(caplog: pytest.LogCap
 
 
 @pytest.mark.parametrize(("recurrence", "layers"), [("mesh", "1+2R3+4"), ("vanilla", "11")])
-def test_four_parts_become_one_string(recurrence: str, layers: str) -> None:
+def test_the_four_layer_settings_become_one_string(recurrence: str, layers: str) -> None:
     parts = {"prelude_layers": 1, "core_layers": 2, "num_loops": 3, "coda_layers": 4}
     config = resolved(recurrence=recurrence, layers=None, **parts)
     assert config["layers"] == layers
@@ -152,7 +152,7 @@ ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"seed": -1}, ["--seed -1", "at least 0"]),
     ({"seed": 2**32}, ["--seed 4294967296", "below 2^32"]),
     ({"train_iters": None}, ["--train-iters or --train-samples"]),
-    ({"train_samples": 100}, ["--train-iters and --train-samples"]),
+    ({"train_samples": 100}, ["--train-iters and --train-samples", "keep one"]),
     ({"train_iters": None, "train_samples": 3}, ["--train-samples 3", "one global batch of 4"]),
     ({"recompute_method": "uniform"}, ["--recompute-method needs --recompute-granularity full"]),
     ({"recompute_modules": ["mlp"]}, ["--recompute-modules needs --recompute-granularity selective"]),
@@ -188,8 +188,6 @@ ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"eod_mask_loss": True}, ["--eod-mask-loss needs the tokenizer"]),
     ({"eod_mask_loss_of": "eod"}, ["--eod-mask-loss-of eod is given without --eod-mask-loss"]),
     ({"num_workers": -1}, ["--num-workers -1", "at least 0"]),
-    ({"train_iters": None, "train_samples": 3}, ["--train-samples 3", "one global batch of 4"]),
-    ({"train_samples": 30}, ["--train-iters and --train-samples", "keep one"]),
     ({"rampup_batch_size": [4, 4, 100]}, ["--rampup-batch-size 4 4 100", "needs --train-samples"]),
     (RAMP | {"rampup_batch_size": [4, 100]}, ["--rampup-batch-size 4 100", "START INCREMENT SAMPLES"]),
     (RAMP | {"rampup_batch_size": [4, 5, 100]}, ["4 5 100", "16 - 4 = 12 is not a positive multiple of 5"]),

@@ -1,4 +1,4 @@
-"""Lengths and batch sizes of runs, compared with Megatron's calculator and with counting step by step."""
+"""Lengths and batch sizes of runs agree with Megatron's calculator and with counting step by step."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def test_batch_sizes_are_megatrons(training: TrainingConfig, consumed: int) -> N
 
 @given(ramps())
 def test_the_last_step_is_where_counting_ends(training: TrainingConfig) -> None:
-    """From every position in the run, and from its start."""
+    """Starting from the beginning, or resuming from any later position."""
     assert training.train_samples is not None
     positions = [(0, 0)]
     while True:
@@ -46,8 +46,8 @@ def test_the_last_step_is_where_counting_ends(training: TrainingConfig) -> None:
         assert last_step(training, step, samples) == positions[-1][0]
 
 
-def test_samples_count_whatever_the_batch_size() -> None:
-    """400 samples: 200 of them in batches of 4, the rest in batches of 8 or 2."""
+def test_a_run_of_samples_ends_after_its_samples_with_any_batch_size() -> None:
+    """400 samples, of which 200 have been consumed in batches of 4. The rest has another batch size."""
 
     def training(**changes: Any) -> TrainingConfig:
         return TrainingConfig(train_samples=400, **changes)
@@ -60,6 +60,6 @@ def test_samples_count_whatever_the_batch_size() -> None:
     assert last_sample(training(global_batch_size=8), 110, 440) == 440
 
 
-def test_steps_count_whatever_the_batch_size() -> None:
+def test_a_run_of_steps_ends_after_its_steps_with_any_batch_size() -> None:
     training = TrainingConfig(train_iters=10, global_batch_size=8)
     assert (last_step(training, 4, 99), last_sample(training, 4, 99)) == (10, 99 + 6 * 8)

@@ -1,4 +1,4 @@
-"""Rank layouts: which are refused and with which advice, and the placement of layers."""
+"""Rank layouts that are refused, with the remedy in the error, and the placement of layers."""
 
 from typing import Any
 
@@ -116,7 +116,7 @@ def test_errors_name_what_works(world_size: int, changes: dict[str, Any], named:
         assert part in str(error.value)
 
 
-def test_recommended_numbers_work() -> None:
+def test_remedies_in_the_errors_work() -> None:
     config(8, pipeline_model_parallel_size=4)
     config(4, pipeline_model_parallel_size=4, global_batch_size=4)
     config(4, pipeline_model_parallel_size=4, microbatch_group_size_per_virtual_stage=14)

@@ -14,7 +14,7 @@ PRESETS = dict(presets())
 
 
 def preset(name: str, *flags: str) -> Config:
-    """The configuration of a preset on disk with ``flags``, not resolved."""
+    """Return the unresolved configuration of a preset on disk with ``flags``."""
     return parse_args(["--config", str(ON_DISK / name), *flags]).config
 
 
@@ -54,7 +54,7 @@ def test_the_head_has_the_papers_counts() -> None:
     assert all(f"# {line}" in PRESETS["pythia-1.4b.yaml"] for line in lines)
 
 
-def test_the_paper_s_settings() -> None:
+def test_settings_are_the_papers() -> None:
     config = resolve(preset("pythia-1.4b.yaml"))
     assert (config.optimizer.lr, config.optimizer.min_lr) == (2e-4, 2e-5)
     assert config.optimizer.lr_warmup_iters == 1208

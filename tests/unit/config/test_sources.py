@@ -120,12 +120,12 @@ def test_merge(earlier: dict, later: dict, merged: dict) -> None:
     assert merge(earlier, later) == merged
 
 
-def test_four_parts_replace_a_whole_layout() -> None:
+def test_the_four_layer_settings_replace_a_whole_layout() -> None:
     parts = {"prelude_layers": 1, "core_layers": 2, "num_loops": 3, "coda_layers": 4}
     assert merge({"layers": "24"}, parts) == parts
 
 
-def test_a_plain_depth_has_no_part_to_change() -> None:
+def test_a_plain_depth_has_no_section_to_change() -> None:
     with pytest.raises(UserError, match="layers 24 is a plain depth"):
         merge({"layers": "24"}, {"num_loops": 3})
 

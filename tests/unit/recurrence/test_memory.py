@@ -1,4 +1,4 @@
-"""The two computations of the memory, compared with each other, and their weighted sum."""
+"""Both computations of the memory give the same values and gradients; its weighted sum is correct."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_factored_equals_slots(loops: int, slots: int, query: str) -> None:
 
 
 def test_read_sees_the_write_of_its_own_cycle() -> None:
-    """Routers that write and read only slot 1 return the output itself."""
+    """If all routers write and read only slot 1, a cycle returns what has been written."""
     scheme = double_mesh(2, 5, "factored")
     for router in [*scheme.write, *scheme.read]:
         torch.nn.init.zeros_(router.weight)
@@ -73,7 +73,7 @@ def test_weighted_sum_of_bf16_accumulates_in_fp32() -> None:
     assert result.item() == 2.0  # bf16 has no 257, so adding in bf16 gives 0
 
 
-def test_routers_start_as_the_paper_or_near_the_base_recursion() -> None:
+def test_routers_start_uniform_or_near_base() -> None:
     def softmaxes(bias: float) -> torch.Tensor:
         scheme = build_scheme("mesh", H, 2, RecurrenceOptions(slots=5, router_bias_init=bias))
         scheme.init_parameters(lambda name, weight, std: torch.nn.init.zeros_(weight))

@@ -4,19 +4,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from megatron_mesh.model.count import count_parameters
-from megatron_mesh.model.flops import forward_flops_per_token
 from torch import Tensor, nn
 
-from megatron_mesh.config.layout import non_embedding_parameters
 from megatron_mesh.config.schema import Config
+from megatron_mesh.config.sizes import forward_flops_per_token, non_embedding_parameters
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.convert.tensors import entries
 from megatron_mesh.hf.modeling.configuration_mesh import MeshConfig
 from megatron_mesh.hf.modeling.modeling_mesh import MeshModel
 from megatron_mesh.metrics.meters import RouterMeter
 from megatron_mesh.model import build_model, build_on_meta
-from megatron_mesh.planner.costs import own_exchange
+from megatron_mesh.model.build import count_parameters
+from megatron_mesh.planner.costs import scatters_memory
 from megatron_mesh.planner.plan import make_plan
 from megatron_mesh.recurrence import SCHEMES, LoopState, RecurrenceOptions, Scheme
 from megatron_mesh.recurrence.schemes import Draw
@@ -28,7 +27,7 @@ STATE = 2 * 16 * HIDDEN * 4  # bytes of [S, B, H] in float32
 
 
 class Gate(Scheme):
-    """Scales each loop's output by one learned number. No other scheme has these attributes."""
+    """Scales each loop's output by one learned number. No built-in scheme has this set of attributes."""
 
     formula = "g h_m"
     full_precision = True
@@ -105,8 +104,8 @@ def test_memory_of_a_pipeline_is_on_the_first_rank() -> None:
 
 def test_tensor_parallel_ranks_divide_its_work() -> None:
     two = {"world_size": 2, "tensor_model_parallel_size": 2}
-    assert own_exchange(tiny_config("gate", LAYERS, **two))
-    assert not own_exchange(tiny_config("base", LAYERS, **two))
+    assert scatters_memory(tiny_config("gate", LAYERS, **two))
+    assert not scatters_memory(tiny_config("base", LAYERS, **two))
     tiny_config("base", LAYERS, seq_length=15, **two)
     with pytest.raises(UserError, match="--seq-length"):
         tiny_config("gate", LAYERS, seq_length=15, **two)

@@ -1,4 +1,4 @@
-"""Every scheme compared with its formula in the paper, and with the attributes that it declares."""
+"""Every scheme agrees with its formula in the paper, and with the attributes that it declares."""
 
 import ast
 from pathlib import Path
@@ -86,10 +86,10 @@ def test_attributes_match_what_a_forward_does(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_later_passes_read_only_what_was_shared(name: str) -> None:
-    """Later passes get results of earlier passes only through ``share``.
+    """A pass gets results of earlier passes only through ``share``.
 
     A pipeline runs each pass in a separate graph, so any other tensor would lose its gradient. Here ``share``
-    cuts the graph, so each pass must depend only on its input.
+    detaches, so the graph of each pass must contain only its own input.
     """
     scheme = build_scheme(name, H, 3, RecurrenceOptions(slots=6)).double()
     scheme.init_parameters(lambda _, weight, std: torch.nn.init.normal_(weight))
@@ -98,7 +98,7 @@ def test_later_passes_read_only_what_was_shared(name: str) -> None:
     entered = [scheme.enter(i, x, state) for i, x in enumerate(inputs)]
     for index, h in enumerate(entered):
         needed = torch.autograd.grad(h.sum(), inputs, retain_graph=True, allow_unused=True)
-        # In a pipeline, a received output is a leaf, so later passes may read it directly.
+        # On a pipeline, a received output is a leaf anyway, so later passes may read it directly.
         received = {i for i, x in enumerate(inputs) if any(x is kept for kept in state.outputs)}
         assert {i for i, g in enumerate(needed) if g is not None} <= {index} | received
 

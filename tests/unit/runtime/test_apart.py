@@ -1,4 +1,4 @@
-"""A function in a process of its own: its errors, its death, and that of its parent."""
+"""``run_in_fork`` reports errors and the death of its process, which ends together with its parent."""
 
 import multiprocessing
 import os
@@ -20,13 +20,13 @@ def test_an_error_arrives_with_its_traceback() -> None:
     assert str(failure.value) == "no such file" and "in fail" in failure.value.__notes__[0]
 
 
-def test_a_helper_that_is_killed_is_an_error() -> None:
-    """As by the kernel when memory is used up."""
+def test_the_death_of_the_process_is_an_error() -> None:
+    """For example by the kernel, when memory runs out."""
     with pytest.raises(RuntimeError, match=r"ended early .SIGKILL.; check whether"):
         run_in_fork(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def test_the_helper_ends_with_its_parent() -> None:
+def test_the_process_ends_with_its_parent() -> None:
     """Otherwise the sockets of a killed rank would stay open, and the others would not notice its death."""
     reading, writing = os.pipe()
     context = multiprocessing.get_context("fork")

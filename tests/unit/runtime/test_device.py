@@ -1,4 +1,4 @@
-"""The patches by which Megatron-core runs on a CPU."""
+"""The device of a process, and the patches with which Megatron-core runs on a CPU."""
 
 import importlib
 import os
@@ -28,7 +28,7 @@ def test_every_patched_name_exists(name: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the patches are for machines without a GPU")
-def test_names_mean_the_cpu() -> None:
+def test_patched_names_use_the_cpu() -> None:
     device.prepare()
     assert torch.zeros(2, device="cuda").device.type == "cpu"
     assert torch.empty(2, device=torch.cuda.current_device()).device.type == "cpu"
@@ -57,7 +57,9 @@ def test_a_second_prepare_patches_nothing() -> None:
 
 
 @pytest.mark.parametrize("given, used", [(None, "1"), ("8", "8")])
-def test_sends_hide_behind_products_up_to_hopper(monkeypatch, given: str | None, used: str) -> None:
+def test_the_device_has_one_queue_unless_the_user_chose_another_number(
+    monkeypatch, given: str | None, used: str
+) -> None:
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given or "")
     if given is None:
         monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")

@@ -1,4 +1,4 @@
-"""What a process asks of the system before it meets the others."""
+"""A run raises the limit of open files."""
 
 import os
 import resource
@@ -10,9 +10,9 @@ from tests.helpers import one_process, tiny_config
 
 
 @pytest.mark.parametrize("more", [50, 10**9])
-def test_a_run_may_open_as_many_files_as_the_system_lets_it(monkeypatch, more: int) -> None:
+def test_a_run_raises_the_limit_of_open_files_as_far_as_allowed(monkeypatch, more: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Tests that ran before in this process may have left many files open; the groups need about a hundred.
+    # Earlier tests in this process may have left files open. The groups need about a hundred more.
     enough = max(map(int, os.listdir("/proc/self/fd"))) + 200
     monkeypatch.setattr(distributed, "OPEN_FILES", enough + more)
     resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))

@@ -1,4 +1,4 @@
-"""What failing ranks write to run_status.txt, whoever is first, and what they leave alone."""
+"""Failing ranks write each cause to run_status.txt once, and leave another run's file alone."""
 
 import signal
 import socket
@@ -18,8 +18,8 @@ RANKS = 16
 
 
 @pytest.mark.parametrize("running", [True, False])
-def test_each_of_many_causes_at_once_is_noted(tmp_path: Path, running: bool) -> None:
-    """The ranks as threads, each with its own cause."""
+def test_no_cause_is_lost_when_many_ranks_fail_at_once(tmp_path: Path, running: bool) -> None:
+    """Ranks are threads, each with a cause of its own."""
     store, here = dist.HashStore(), threading.Barrier(RANKS)
     if running:
         (tmp_path / "run_status.txt").write_text("running\n")
@@ -41,7 +41,7 @@ def test_each_of_many_causes_at_once_is_noted(tmp_path: Path, running: bool) -> 
 
 
 def note(save: Path, word: str, text: str, *, load: str = "", alone: bool = False) -> str:
-    """Fail a start before it has written ``running``; return the status file afterwards."""
+    """Report the failure of a start that hasn't written ``running``; return the text of the status file."""
     command = ["--save", str(save), *(["--load", load] if load else [])]
     failures_from(command, None if alone else dist.HashStore()).note(word, text)
     path = save / "run_status.txt"
@@ -50,20 +50,20 @@ def note(save: Path, word: str, text: str, *, load: str = "", alone: bool = Fals
 
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("before", ["stopped\n", "failed\nrank 3: old cause\n", "done\n"])
-def test_a_resume_that_fails_says_why(tmp_path: Path, before: str, alone: bool) -> None:
+def test_a_failed_resume_writes_its_cause(tmp_path: Path, before: str, alone: bool) -> None:
     (tmp_path / "iter_0000010").mkdir()
     (tmp_path / "run_status.txt").write_text(before)
     assert note(tmp_path, FAILED, "no data", load=f"{tmp_path}/", alone=alone) == "failed\nno data\n"
     assert note(tmp_path, FAILED, "no GPU", load=str(tmp_path), alone=alone) == "failed\nno GPU\n"
 
 
-def test_a_resume_without_a_status_file_says_why(tmp_path: Path) -> None:
+def test_a_failed_resume_without_a_status_file_writes_its_cause(tmp_path: Path) -> None:
     (tmp_path / "iter_0000010").mkdir()
     assert note(tmp_path, RUNNING, "out of memory", load=str(tmp_path)) == "running\nout of memory\n"
 
 
-def test_a_second_start_does_not_end_a_run_that_runs(tmp_path: Path) -> None:
-    """The word stays. The cause is added once, for the run may as well have crashed."""
+def test_a_failed_second_start_leaves_the_status_running(tmp_path: Path) -> None:
+    """But its cause is added once, because the first start may have crashed."""
     (tmp_path / "iter_0000010").mkdir()
     (tmp_path / "run_status.txt").write_text("running\n")
     for _ in range(2):
@@ -79,7 +79,7 @@ def test_a_start_leaves_another_runs_directory_alone(tmp_path: Path, before: str
     assert note(tmp_path, FAILED, "no data", load=load) == before
 
 
-def test_what_resumes(tmp_path: Path) -> None:
+def test_a_run_resumes_if_save_and_load_are_the_same_directory(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(tmp_path)
     assert resumes(str(tmp_path), f"{link}/", False)
@@ -134,7 +134,7 @@ def test_a_rank_reports_its_error_when_the_others_do_not_arrive(monkeypatch, cap
         ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x in the environment is not a whole number"),
     ],
 )
-def test_ranks_that_cannot_be(monkeypatch, capsys, variables: dict[str, str], message: str) -> None:
+def test_impossible_ranks_are_refused(monkeypatch, capsys, variables: dict[str, str], message: str) -> None:
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

@@ -1,4 +1,4 @@
-"""A text file that is replaced is whole at every moment."""
+"""``replace_text`` leaves the old text or the new one, even after an error."""
 
 import os
 from pathlib import Path

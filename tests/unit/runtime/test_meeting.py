@@ -27,7 +27,7 @@ def rendezvous(monkeypatch) -> None:
 
 
 def meet(present: set[int], timeout: timedelta) -> dict[int, object]:
-    """How each rank's start ends: "started", its exit status, or an error that would have a traceback."""
+    """Return the outcome of each rank: "started", its exit status, or an unexpected error."""
     config, outcomes, ended = tiny_config(), {}, threading.Barrier(len(present), timeout=120)
 
     def rank(number: int) -> None:
@@ -61,8 +61,8 @@ def listening() -> None:
             time.sleep(0.05)
 
 
-def test_one_rank_says_who_is_absent(rendezvous, capfd) -> None:
-    """The others end quietly, without asking the store as well, and rank 0 takes it away last."""
+def test_one_rank_lists_the_missing_ranks(rendezvous, capfd) -> None:
+    """The other ranks end quietly, and rank 0, which holds the store, ends last."""
     present = set(range(RANKS)) - ABSENT
     assert meet(present, timedelta(seconds=2)) == dict.fromkeys(present, exits.CRASHED)
     errors = [line for line in capfd.readouterr().err.splitlines() if "rror" in line]
@@ -72,6 +72,6 @@ def test_one_rank_says_who_is_absent(rendezvous, capfd) -> None:
     assert ": 5, 17; check that they were started" in errors[0]
 
 
-def test_all_ranks_come(rendezvous, capfd) -> None:
+def test_the_job_starts_when_all_ranks_have_arrived(rendezvous, capfd) -> None:
     assert meet(set(range(RANKS)), timedelta(seconds=60)) == dict.fromkeys(range(RANKS), "started")
     assert capfd.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""Who owns a run's directory: a second start by mistake (case 16 of everyday faults), and dead owners."""
+"""Only one start owns a run's directory: a second is refused, and a dead owner is replaced."""
 
 import ctypes
 import errno
@@ -38,7 +38,7 @@ def _own(directory: Path, claimed) -> None:
 
 @pytest.fixture
 def owner(tmp_path: Path, monkeypatch) -> Iterator[multiprocessing.Process]:
-    """A process that owns ``tmp_path`` and lives."""
+    """A living process that owns ``tmp_path``."""
     monkeypatch.setattr(ownership, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(ownership, "SILENCE_SECONDS", 2.0)
     context = multiprocessing.get_context("fork")
@@ -53,18 +53,18 @@ def owner(tmp_path: Path, monkeypatch) -> Iterator[multiprocessing.Process]:
 
 @pytest.fixture
 def elsewhere(monkeypatch) -> None:
-    """This process is on another machine than ``owner``, whose processes it cannot see."""
+    """Make this process believe that ``owner`` is on another machine, whose processes it can't see."""
     monkeypatch.setattr(owner_file, "_machine", lambda: "another machine")
 
 
 def tree(directory: Path) -> dict[str, bytes]:
-    """What is in ``directory``, but for the owner's counter."""
+    """Return the files in ``directory`` and their contents, except for the owner's file."""
     files = {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
     return {str(path): content for path, content in files.items() if path.name != OWNER_FILE}
 
 
 def test_a_second_start_is_refused_and_touches_nothing(owner, tmp_path: Path, caplog) -> None:
-    """Case 16: unfinished checkpoint, status and metrics of the first one stay as they are."""
+    """The first start's unfinished checkpoint, status and metrics stay as they are."""
     (tmp_path / "iter_0000004.partial").mkdir()
     (tmp_path / "iter_0000004.partial/__0_0.distcp").write_bytes(b"half")
     (tmp_path / "iter_0000002.replaced").mkdir()
@@ -78,33 +78,35 @@ def test_a_second_start_is_refused_and_touches_nothing(owner, tmp_path: Path, ca
             pretrain(config)
     said = f"is in use by process {owner.pid} on host {who['host']}, since {who['since']}; wait until it ends"
     assert said in str(refusal.value)
-    # Nor do errors that are found before the directory is looked at.
+    # An error found before the directory is claimed changes nothing either.
     failures_from(["--save", str(tmp_path), "--load", str(tmp_path)]).note(FAILED, "no data")
     assert tree(tmp_path) == before
     assert (tmp_path / "iter_0000002.replaced").is_dir() and owner.is_alive()
 
 
-def test_a_killed_owner_costs_no_time(owner, tmp_path: Path, caplog) -> None:
-    """On the same machine nobody watches for signs of life, nor while the process is a zombie."""
+def test_a_killed_owner_on_this_machine_is_replaced_at_once(owner, tmp_path: Path, caplog) -> None:
+    """Without waiting for the counter to change, even if the process is a zombie."""
     os.kill(owner.pid, signal.SIGKILL)
     os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)
     assert held_by_another(tmp_path, None) is False
     mine = Ownership(tmp_path)
     with caplog.at_level("INFO", logger="megatron_mesh"):
         mine.claim()
-    assert "watching it" not in caplog.text
+    assert "waiting up to" not in caplog.text
     assert read_owner(tmp_path / OWNER_FILE).who["pid"] == os.getpid()
     mine.release()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_living_owner_on_another_machine_is_seen_by_its_counter(owner, elsewhere, tmp_path: Path) -> None:
+def test_a_living_owner_on_another_machine_is_recognized_by_its_counter(
+    owner, elsewhere, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=f"is in use by process {owner.pid} on host"):
         Ownership(tmp_path).claim()
 
 
 def test_a_silent_owner_on_another_machine_loses_the_directory(owner, elsewhere, tmp_path: Path) -> None:
-    """It was suspended, not dead: it ends when it wakes up, without a write to the new owner's file."""
+    """It was only suspended. When it wakes up, it ends without writing to the new owner's file."""
     os.kill(owner.pid, signal.SIGSTOP)
     mine = Ownership(tmp_path)
     mine.claim()
@@ -118,7 +120,7 @@ def test_a_silent_owner_on_another_machine_loses_the_directory(owner, elsewhere,
 
 @pytest.mark.parametrize("stale", [b"", b"7.0\n", b"dead\n{}\n000000000001\n", b"dead\n{\n"])
 def test_one_of_many_takes_over_a_stale_file(tmp_path: Path, stale: bytes, monkeypatch) -> None:
-    """Files of owners that nobody can ask, some cut off; all starts find it stale at the same time."""
+    """Some files are truncated. All starts find the file stale at the same time."""
     monkeypatch.setattr(ownership, "SILENCE_SECONDS", 0.3)
     (tmp_path / OWNER_FILE).write_bytes(stale)
     starts, outcomes, here = [Ownership(tmp_path) for _ in range(4)], [], threading.Barrier(4)
@@ -142,7 +144,7 @@ def test_one_of_many_takes_over_a_stale_file(tmp_path: Path, stale: bytes, monke
 
 
 def test_the_output_of_a_run_stays_out_of_the_directory_of_another(owner, tmp_path: Path) -> None:
-    """``--output-dir`` alone would move the other run's metrics aside."""
+    """``--output-dir`` alone would rename the other run's metrics."""
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     before = tree(tmp_path)
     config = tiny_config(output_dir=str(tmp_path), data_path=["none"])
@@ -178,16 +180,16 @@ def test_a_start_that_was_killed_while_it_took_over(tmp_path: Path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_file_of_another_winner_stays(tmp_path: Path) -> None:
-    """Since this start judged the owner dead, another one has taken over."""
+def test_the_file_of_a_faster_start_stays(tmp_path: Path) -> None:
+    """Another start has taken over since this one found the owner dead."""
     (tmp_path / OWNER_FILE).write_text("winner\n")
     assert not Ownership(tmp_path)._replace(Owner("dead"))
     assert read_owner(tmp_path / OWNER_FILE).token == "winner"
     assert [path.name for path in tmp_path.iterdir()] == [OWNER_FILE]
 
 
-def test_a_batch_script_gives_the_token_and_takes_it_back(tmp_path: Path, monkeypatch) -> None:
-    """SLURM's fence is the same file: its first line stays the token that task.sh looks for."""
+def test_a_batch_script_owns_the_file_before_and_after_the_run(tmp_path: Path, monkeypatch) -> None:
+    """The first line stays the token, which task.sh reads."""
     (tmp_path / OWNER_FILE).write_text("7.1\n")
     assert held_by_another(tmp_path, None)
     monkeypatch.setenv("MESH_RUN_TOKEN", "7.1")
@@ -207,7 +209,7 @@ def test_a_refused_start_leaves_no_directory(tmp_path: Path) -> None:
 
 
 def test_the_counter_rises_while_an_index_is_built(tmp_path: Path, monkeypatch) -> None:
-    """Even where C++ holds the GIL for longer than a dead owner is watched."""
+    """Even if C++ holds the GIL for longer than an owner may be silent."""
     monkeypatch.setattr(ownership, "BEAT_SECONDS", 0.1)
     reading, writing = os.pipe()
     mine = Ownership(tmp_path)
@@ -215,7 +217,7 @@ def test_the_counter_rises_while_an_index_is_built(tmp_path: Path, monkeypatch) 
     path, at_first = tmp_path / OWNER_FILE, (tmp_path / OWNER_FILE).read_text()
 
     def hold_the_lock() -> cache.Arrays:
-        """Until the other thread has seen the counter rise: 1. If it cannot see anything: 0."""
+        """Return 1 when the other thread has seen the counter rise, or 0 after 20 s."""
         pollfd = (ctypes.c_int * 2)(reading, select.POLLIN)
         return {"seen": np.array([ctypes.PyDLL(None).poll(pollfd, 1, 20_000)])}
 
@@ -234,8 +236,8 @@ def test_the_counter_rises_while_an_index_is_built(tmp_path: Path, monkeypatch) 
     assert cache.load(key)["seen"] == [1]
 
 
-def test_a_file_that_somebody_removed_is_put_back(tmp_path: Path, monkeypatch) -> None:
-    """With the same owner, and a counter that still rises."""
+def test_the_owner_restores_its_file_if_somebody_removes_it(tmp_path: Path, monkeypatch) -> None:
+    """The new file names the same owner, and its counter rises."""
     monkeypatch.setattr(ownership, "BEAT_SECONDS", 0.1)
     mine, path = Ownership(tmp_path), tmp_path / OWNER_FILE
     mine.claim()
@@ -255,7 +257,7 @@ def test_a_file_that_somebody_removed_is_put_back(tmp_path: Path, monkeypatch) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_options_in_the_environment_do_not_hide_the_owner_s_job(tmp_path, monkeypatch) -> None:
+def test_environment_variables_of_squeue_do_not_hide_the_owners_job(tmp_path, monkeypatch) -> None:
     """SQUEUE_PARTITION=high makes squeue print nothing for a job of another partition."""
     squeue = tmp_path / "squeue"
     squeue.write_text('#!/bin/sh\n[ -n "$SQUEUE_PARTITION" ] || echo 7\n')

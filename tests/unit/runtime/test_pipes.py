@@ -1,4 +1,4 @@
-"""Programs whose reader goes away: ``--help | head``, and a run whose lines nobody reads."""
+"""Programs end without a traceback when nobody reads their output, as in ``--help | head``."""
 
 import os
 import re
@@ -14,13 +14,13 @@ PROGRAM = """
 import sys
 from megatron_mesh.runtime.entry import closed_pipe_is_no_error
 with closed_pipe_is_no_error():
-    sys.stdin.read()  # until the reader is gone
+    sys.stdin.read()  # until the test has closed both pipes
     {body}
 """
 
 
 def ended(command: list[str]) -> tuple[int, str]:
-    """Exit status and stderr of a program whose stdout is closed by the reader before it is read."""
+    """Run a program whose output nobody reads; return its exit status and stderr."""
     environment = {**os.environ, "PYTHONUNBUFFERED": ""}
     process = subprocess.Popen(
         command,
@@ -47,11 +47,11 @@ def ended(command: list[str]) -> tuple[int, str]:
         ("print('short'); raise BrokenPipeError('another pipe')", 141),
     ],
 )
-def test_nobody_reads(body: str, status: int) -> None:
+def test_exit_status_if_nobody_reads(body: str, status: int) -> None:
     assert ended([sys.executable, "-c", PROGRAM.replace("{body}", body)]) == (status, "")
 
 
-def test_another_pipe_is_an_error(capsys) -> None:
+def test_another_broken_pipe_is_an_error() -> None:
     code = PROGRAM.replace("{body}", "raise BrokenPipeError('another')").replace("sys.stdin.read()", "pass")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "BrokenPipeError: another" in done.stderr
@@ -62,7 +62,7 @@ def test_help_that_nobody_reads() -> None:
     assert status in (0, 141) and error == ""
 
 
-def test_every_program_ends_quietly() -> None:
+def test_every_program_handles_a_closed_pipe() -> None:
     for path in [
         *(ROOT / "tools").glob("*.py"),
         *(ROOT / "examples").rglob("*.py"),

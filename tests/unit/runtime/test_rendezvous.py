@@ -1,7 +1,4 @@
-"""How the ranks of a job find their own store: ports that are taken, and jobs side by side on one host.
-
-Case 14 of everyday faults and case 6 on SLURM: two job steps of one allocation on one node.
-"""
+"""The ranks of a job find their own store, even if ports are taken or another job runs on the same host."""
 
 import errno
 import os
@@ -52,7 +49,7 @@ def ports() -> tuple[int, ...]:
 
 
 def meet(*places: Rendezvous) -> list[tuple[dist.Store, int]]:
-    """Rank 0 and rank 1 of each job, all at the same time: rank 1's store, and what it finds there."""
+    """Start ranks 0 and 1 of each job at the same time; return rank 1's store and the job that it names."""
     found: dict[int, tuple[dist.Store, int]] = {}
     posts = []
 
@@ -77,7 +74,7 @@ def meet(*places: Rendezvous) -> list[tuple[dist.Store, int]]:
 
 
 def test_two_jobs_with_the_same_ports_both_meet(ports) -> None:
-    """The second takes the next port, and no rank ends up in the other's store."""
+    """The second job takes the next port, and no rank connects to the other job's store."""
     places = [Rendezvous("localhost", ports, False, (), name) for name in ("one", "two")]
     assert [job for _, job in meet(*places)] == [0, 1]
 
@@ -95,12 +92,12 @@ def stranger(request, ports) -> Iterator[None]:
     post.close()
 
 
-def test_a_port_of_another_service_is_passed_over(stranger, ports) -> None:
+def test_a_port_of_another_service_is_skipped(stranger, ports) -> None:
     assert [job for _, job in meet(Rendezvous("localhost", ports, False, (), "mine"))] == [0]
 
 
 def test_a_given_port_that_is_taken_is_one_clear_error(stranger, ports) -> None:
-    """On every rank, without a wait for the timeout; the port is not changed."""
+    """On every rank, before the timeout. No rank tries another port."""
     given = Rendezvous("localhost", ports[:1], True, ports[1:], "mine")
     with pytest.raises(
         UserError, match=rf"cannot listen at port {ports[0]} \(MASTER_PORT\): Address already"
@@ -110,8 +107,8 @@ def test_a_given_port_that_is_taken_is_one_clear_error(stranger, ports) -> None:
         open_store(given, 1, 2, LONG)
 
 
-def test_ranks_hear_that_the_given_port_is_taken(stranger, ports, monkeypatch, capfd) -> None:
-    """Rank 0 gives the cause at a spare port, and the other rank ends silently with the same status."""
+def test_other_ranks_learn_that_the_given_port_is_taken(stranger, ports, monkeypatch, capfd) -> None:
+    """Rank 0 tells them at a spare port. They end silently, with the same status."""
     monkeypatch.setattr(rendezvous, "FOREIGN_SECONDS", 60)
     monkeypatch.setattr(Meeting, "held", False)
     place = Rendezvous("localhost", ports[:1], True, ports[1:], "mine")
@@ -135,7 +132,7 @@ def test_ranks_hear_that_the_given_port_is_taken(stranger, ports, monkeypatch, c
 
 
 def test_a_signpost_outlives_an_error(ports) -> None:
-    """Such as a limit of open files that is reached for a moment; it ends when it is closed."""
+    """For example if this process has too many files open for a moment. It ends when it is closed."""
     post, place = Signpost(ports[0]), Rendezvous("localhost", ports[:1], False, (), "mine")
     listener, failures = post._listener, iter([errno.EMFILE, errno.ECONNABORTED])
 
@@ -158,7 +155,7 @@ def test_a_signpost_outlives_an_error(ports) -> None:
 
 
 def test_a_given_port_that_is_freed_in_time_is_used(ports, monkeypatch) -> None:
-    """Two jobs with the same MASTER_PORT: the first needs it until all of its ranks have come."""
+    """Two jobs have the same MASTER_PORT. The first needs it until all of its ranks have arrived."""
     monkeypatch.setattr(rendezvous, "PATIENCE_SECONDS", 60)
     monkeypatch.setattr(rendezvous, "FOREIGN_SECONDS", 60)
     first = Signpost(ports[0])
@@ -167,13 +164,13 @@ def test_a_given_port_that_is_freed_in_time_is_used(ports, monkeypatch) -> None:
     assert [job for _, job in meet(Rendezvous("localhost", ports[:1], True, ports[1:], "mine"))] == [0]
 
 
-def test_no_rank_zero(ports) -> None:
+def test_a_missing_rank_zero_is_reported(ports) -> None:
     with pytest.raises(RanksLost, match=r"rank 0 does not answer at localhost:.* after 2 s .*refused"):
         open_store(Rendezvous("localhost", ports, False, (), "mine"), 1, 2, SHORT)
 
 
-def test_a_rank_that_is_there_twice_is_refused(ports, monkeypatch) -> None:
-    """Two jobs started by hand with the same MASTER_PORT cannot be distinguished otherwise."""
+def test_a_second_process_with_the_same_rank_is_refused(ports, monkeypatch) -> None:
+    """Nothing else distinguishes two jobs that were started by hand with the same MASTER_PORT."""
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(ports[0]))
     first = Meeting(0, 2, LONG)
@@ -181,7 +178,7 @@ def test_a_rank_that_is_there_twice_is_refused(ports, monkeypatch) -> None:
     with pytest.raises(UserError, match="another process is rank 1 of this job"):
         Meeting(1, 2, LONG)
     assert first.store.add("meeting/came/1", 0) == 2 and second.store.check(["meeting/came/0"])
-    # Case 14: ranks above 1 are silent about a port that everybody finds taken, and about nothing else.
+    # Ranks above 1 don't report a taken port, which ranks 0 and 1 report, but they report everything else.
     third = Meeting(2, 3, LONG)
     with pytest.raises(UserError, match="another process is rank 2 of this job"):
         shared_store(tiny_config(), 2, 3, LONG)
@@ -205,7 +202,7 @@ def test_two_ranks_report_a_taken_port(stranger, ports, monkeypatch, capfd) -> N
 def test_ports_follow_from_job_step_restart_and_user(monkeypatch, name: str) -> None:
     for variable, value in SLURM.items():
         monkeypatch.setenv(variable, value)
-    monkeypatch.setattr(os, "getuid", lambda: 1000)  # with one in 40 users, two of 16 ports would be the same
+    monkeypatch.setattr(os, "getuid", lambda: 1000)  # for one user in 40, two of the 16 ports collide
     one, same = find_rendezvous(), find_rendezvous()
     assert one == same and not one.given and len(set(one.ports)) == len(one.ports) == 8
     assert all(20000 <= port < 32000 for port in one.ports)
@@ -217,7 +214,7 @@ def test_ports_follow_from_job_step_restart_and_user(monkeypatch, name: str) -> 
     assert other.job != one.job and not set(other.ports) & set(one.ports)
 
 
-def test_a_given_port_stays(monkeypatch) -> None:
+def test_a_given_port_is_used(monkeypatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "node1")
     monkeypatch.setenv("MASTER_PORT", "1234")
     assert find_rendezvous().ports == (1234,) and find_rendezvous().given
@@ -233,12 +230,12 @@ def test_without_an_address_the_remedy_is_named(monkeypatch) -> None:
         find_rendezvous()
 
 
-def test_there_is_one_formula() -> None:
-    """The batch script computes no port of its own."""
+def test_batch_scripts_compute_no_port() -> None:
+    """Only ``find_rendezvous`` computes ports."""
     folders = (ROOT / "megatron_mesh/slurm", ROOT / "examples/slurm")
     scripts = [path for folder in folders for path in folder.glob("*") if path.suffix in (".sh", ".sbatch")]
     assert len(scripts) >= 6
     for path in scripts:
         lines = path.read_text().splitlines()
         named = [line for line in lines if "MASTER_PORT" in line and not line.startswith(("unset ", "#"))]
-        assert not named, path  # whether with =, export, env or printf
+        assert not named, path

@@ -1,4 +1,4 @@
-"""Every name of a run's files is spelled once in Python, and shell scripts agree with it."""
+"""Each name of a run's files is written in one Python module, and the shell script agrees with it."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ from megatron_mesh.runtime import run_files
 PACKAGE = Path(megatron_mesh.__file__).parent
 ROOT = PACKAGE.parent
 WORDS = {"stop", "slurm", "code", "cache"}
-"""File names that are ordinary words, too, and may stand in other strings."""
+"""File names that are also ordinary words, so other strings may equal them."""
 
 
 def constants() -> dict[str, str]:
@@ -18,7 +18,7 @@ def constants() -> dict[str, str]:
 
 
 def spelled(path: Path) -> set[str]:
-    """The strings in a Python file, docstrings apart."""
+    """Return the strings in a Python file, without docstrings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     return {

@@ -1,4 +1,4 @@
-"""The second request to stop, which must not wait for anybody."""
+"""Requests to stop. The second ends a process even if its main thread is blocked."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from megatron_mesh.config.schema import CheckpointConfig
 from megatron_mesh.runtime.stopping import StopRequests
 from tests.helpers import one_process, tiny_config
 
-# The main thread is inside a call that no signal interrupts, as in a collective operation that hangs.
+# The main thread is in a call that signals don't interrupt, as in a collective operation that hangs.
 BLOCKED = """
 import ctypes, os, signal, threading, time
 from megatron_mesh.config.schema import CheckpointConfig
@@ -32,7 +32,7 @@ with stopping.StopRequests(CheckpointConfig(), 0.0).listening():
 """
 
 
-def test_control_c_is_a_request_like_others(tmp_path) -> None:
+def test_control_c_is_a_request_to_stop(tmp_path) -> None:
     stop = StopRequests(CheckpointConfig(save=str(tmp_path)), 0.0)
     with one_process(tiny_config()), stop.listening():
         assert stop.reason(1) == ""
@@ -49,12 +49,12 @@ def test_a_blocked_process_ends_at_the_second_request() -> None:
     assert status(0.0, 1.0) == 128 + signal.SIGUSR1
 
 
-def test_but_not_at_an_echo_of_the_first() -> None:
+def test_a_blocked_process_does_not_end_at_a_repeated_signal() -> None:
     assert status(0.0, 0.1) == 0
 
 
 def test_errors_of_the_stop_file_do_not_end_training(tmp_path, monkeypatch, caplog) -> None:
-    """A shared file system may answer with a stale handle or an I/O error, for this file alone."""
+    """A shared file system may fail for this one file, for example with a stale handle."""
     stop_file, real = str(tmp_path / "stop"), {name: getattr(os, name) for name in ("stat", "unlink")}
     error = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 

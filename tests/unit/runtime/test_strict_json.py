@@ -1,4 +1,4 @@
-"""Strict JSON in every file that we write (case 7 of everyday faults)."""
+"""Every JSON file that we write is strict JSON."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [{"a": (1, 2.5, None, True)}, "é", [{}], {"nested": [{"b": "NaN"}]}])
-def test_the_rest_is_as_json_has_it(value: object) -> None:
+def test_other_values_are_written_as_by_json(value: object) -> None:
     file = io.StringIO()
     strict_json.dump(value, file, indent=1)
     assert file.getvalue() == json.dumps(value, indent=1)
@@ -46,7 +46,7 @@ def test_figures_draw_a_validation_without_a_number() -> None:
 
 
 def test_nothing_else_writes_json() -> None:
-    """Every writer goes through the one helper."""
+    """All code uses ``strict_json``."""
     pattern = re.compile(r"(?<![_\w])json\.dumps?\b|from json import")
     places = [*(ROOT / "megatron_mesh").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
     places += [*(ROOT / "examples").rglob("*.py"), ROOT / "pretrain_mesh.py"]
