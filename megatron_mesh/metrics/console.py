@@ -55,31 +55,6 @@ class Sink:
         """Finish; no more records follow."""
 
 
-def show_messages(speaks: bool) -> None:
-    """Send the package's log messages to stderr.
-
-    Args:
-        speaks: show all of them; otherwise only warnings and errors.
-    """
-    handler = _CurrentStderr()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    package = logging.getLogger("megatron_mesh")
-    package.handlers = [handler]
-    package.setLevel(logging.INFO if speaks else logging.WARNING)
-    package.propagate = False
-
-
-class _CurrentStderr(logging.StreamHandler):
-    """Writes to the current ``sys.stderr``, which rich replaces while a bar is live."""
-
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> TextIO:
-        return sys.stderr
-
-
 class Lines(Sink):
     """Prints a line of text for each record."""
 
@@ -175,3 +150,28 @@ def format_summary(record: Record) -> str:
         text = format(value, form)
         lines.append(f"{name.replace('_', ' '):<18} {text}")
     return "\n".join(lines)
+
+
+def show_messages(speaks: bool) -> None:
+    """Send the package's log messages to stderr.
+
+    Args:
+        speaks: show all of them; otherwise only warnings and errors.
+    """
+    handler = _CurrentStderr()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    package = logging.getLogger("megatron_mesh")
+    package.handlers = [handler]
+    package.setLevel(logging.INFO if speaks else logging.WARNING)
+    package.propagate = False
+
+
+class _CurrentStderr(logging.StreamHandler):
+    """Writes to the current ``sys.stderr``, which rich replaces while a bar is live."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr

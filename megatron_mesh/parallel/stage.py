@@ -88,12 +88,6 @@ class Stage:
         return [batches if chunk_reads(chunk) else repeat(None) for chunk in self.chunks]
 
 
-def chunk_reads(chunk: Any) -> bool:
-    """Whether a chunk reads tokens (the first one) or labels (the last one); no pipeline rank has both."""
-    model = getattr(chunk, "module", chunk)
-    return model.pre_process or model.post_process
-
-
 def build_stage(config: Config, *, initial_weights: bool = True) -> Stage:
     """Build this rank's stage. Megatron's process groups must exist.
 
@@ -164,3 +158,9 @@ def _with_schedule(stage: Stage, config: Config) -> Stage:
                 else [group.start_grad_sync for group in stage.groups]
             )
     return stage
+
+
+def chunk_reads(chunk: Any) -> bool:
+    """Whether a chunk reads tokens (the first one) or labels (the last one); no pipeline rank has both."""
+    model = getattr(chunk, "module", chunk)
+    return model.pre_process or model.post_process

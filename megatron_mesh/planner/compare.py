@@ -21,6 +21,54 @@ from megatron_mesh.planner.plan import Plan, data_parallel_size, make_plan, plan
 from megatron_mesh.planner.stages import Chunk, Pipeline, plain_pipeline
 from megatron_mesh.planner.suggest import balanced_placement
 
+_COLUMNS = (
+    "GPUs",
+    "micro-batches",
+    "pipeline",
+    "parameters, M",
+    "weights and optimizer, GiB",
+    "activations, GiB",
+    "waiting",
+    "P2P, GiB",
+    "copies, GiB",
+    "data parallel, GiB",
+)
+
+
+def comparison_table(configs: Sequence[tuple[int, Config]]) -> str:
+    """Format a Markdown table with three rows for each (number of GPUs, resolved configuration).
+
+    Each column shows the rank with the largest value; traffic is what a rank sends per step.
+    """
+    ways = {"ring": ring, "loop on one stage": one_stage, "copies of the core": core_copies}
+    lines = [" | ".join(["", *_COLUMNS, ""]).strip(), "|---" * len(_COLUMNS) + "|"]
+    for gpus, config in configs:
+        config = replace(config, precision=PrecisionConfig())
+        for name, way in ways.items():
+            plan = way(config, gpus)
+            cells = [str(gpus), str(plan.pipeline.micro_batches), name, *_cells(plan)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cells(plan: Plan) -> list[str]:
+    ranks, gib = plan.ranks, 2**30
+    parameters = max(rank.parameters for rank in ranks) / 1e6
+    permanent = max(rank.memory.total - rank.memory.activations for rank in ranks) / gib
+    activations = max(rank.memory.activations for rank in ranks) / gib
+    p2p = max(rank.traffic.p2p_forward + rank.traffic.p2p_backward for rank in ranks) / gib
+    copied = max(rank.traffic.ties for rank in ranks) / gib
+    data = max(rank.traffic.gradients + rank.traffic.parameters for rank in ranks) / gib
+    return [
+        f"{parameters:,.0f}",
+        f"{permanent:.1f}",
+        f"{activations:.1f}",
+        f"{plan.timeline.bubble_share:.1%}",
+        f"{p2p:.2f}",
+        f"{copied:.2f}",
+        f"{data:.2f}",
+    ]
+
 
 def ring(config: Config, world_size: int) -> Plan:
     """Plan the ring, with the placement in the settings or else the best one found."""
@@ -108,52 +156,3 @@ def _micro_batches(config: Config, world_size: int) -> int:
     training = config.training
     assert training.global_batch_size is not None, "resolve() fills in global_batch_size"
     return training.global_batch_size // (training.micro_batch_size * data_parallel_size(config, world_size))
-
-
-_COLUMNS = (
-    "GPUs",
-    "micro-batches",
-    "pipeline",
-    "parameters, M",
-    "weights and optimizer, GiB",
-    "activations, GiB",
-    "waiting",
-    "P2P, GiB",
-    "copies, GiB",
-    "data parallel, GiB",
-)
-
-
-def comparison_table(configs: Sequence[tuple[int, Config]]) -> str:
-    """Format a Markdown table with three rows for each (number of GPUs, resolved configuration).
-
-    Each column shows the rank with the largest value; traffic is what a rank sends per step.
-    """
-    ways = {"ring": ring, "loop on one stage": one_stage, "copies of the core": core_copies}
-    lines = [" | ".join(["", *_COLUMNS, ""]).strip(), "|---" * len(_COLUMNS) + "|"]
-    for gpus, config in configs:
-        config = replace(config, precision=PrecisionConfig())
-        for name, way in ways.items():
-            plan = way(config, gpus)
-            cells = [str(gpus), str(plan.pipeline.micro_batches), name, *_cells(plan)]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _cells(plan: Plan) -> list[str]:
-    ranks, gib = plan.ranks, 2**30
-    parameters = max(rank.parameters for rank in ranks) / 1e6
-    permanent = max(rank.memory.total - rank.memory.activations for rank in ranks) / gib
-    activations = max(rank.memory.activations for rank in ranks) / gib
-    p2p = max(rank.traffic.p2p_forward + rank.traffic.p2p_backward for rank in ranks) / gib
-    copied = max(rank.traffic.ties for rank in ranks) / gib
-    data = max(rank.traffic.gradients + rank.traffic.parameters for rank in ranks) / gib
-    return [
-        f"{parameters:,.0f}",
-        f"{permanent:.1f}",
-        f"{activations:.1f}",
-        f"{plan.timeline.bubble_share:.1%}",
-        f"{p2p:.2f}",
-        f"{copied:.2f}",
-        f"{data:.2f}",
-    ]

@@ -21,6 +21,9 @@ from megatron_mesh.planner.schedule import Step
 from megatron_mesh.planner.stages import Chunk, Pipeline
 from megatron_mesh.recurrence import SCHEMES
 
+BUFFER = 4 * MAX_ELEMENTS
+"""Bytes of host memory that a foreground save needs: it copies one box of a tensor from the GPU at a time."""
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -157,10 +160,6 @@ def per_pass_cast_bytes(config: Config, chunk: Chunk, layers: int) -> int:
 def _layer_cast_bytes(config: Config) -> int:
     tp = config.parallel.tensor_model_parallel_size
     return sizes.FP8_CAST_BYTES * sizes.layer_matrix_parameters(config.model, tp)
-
-
-BUFFER = 4 * MAX_ELEMENTS
-"""Bytes of host memory that a foreground save needs: it copies one box of a tensor from the GPU at a time."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,25 @@ from megatron_mesh.data import (
 )
 from megatron_mesh.runtime import device
 
+logger = logging.getLogger(__name__)
+
+
+def open_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
+    """Open the tokenizer; return it with ``config``, whose ``vocab_size`` is filled in from it if unset.
+
+    Raises:
+        UserError: there is no such tokenizer, or it has more ids than the model's vocabulary.
+    """
+    if config.data.tokenizer_model is None:
+        assert config.model.vocab_size is not None, "resolve() asks for one of the two"
+        return config, NoTokenizer(config.model.vocab_size)
+    tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+    if config.model.vocab_size is not None:
+        check_vocab(tokenizer, config.model.vocab_size)
+        return config, tokenizer
+    model = replace(config.model, vocab_size=tokenizer.vocab_size)
+    return resolve(replace(config, model=model), world_size=dist.get_world_size()), tokenizer
+
 
 class NoTokenizer(Tokenizer):
     """Stands in when no tokenizer is given: tokenized data needs only the vocabulary size."""
@@ -46,23 +65,6 @@ class NoTokenizer(Tokenizer):
         raise TypeError("no tokenizer was given, only the size of its vocabulary")
 
 
-def open_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
-    """Open the tokenizer; return it with ``config``, whose ``vocab_size`` is filled in from it if unset.
-
-    Raises:
-        UserError: there is no such tokenizer, or it has more ids than the model's vocabulary.
-    """
-    if config.data.tokenizer_model is None:
-        assert config.model.vocab_size is not None, "resolve() asks for one of the two"
-        return config, NoTokenizer(config.model.vocab_size)
-    tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
-    if config.model.vocab_size is not None:
-        check_vocab(tokenizer, config.model.vocab_size)
-        return config, tokenizer
-    model = replace(config.model, vocab_size=tokenizer.vocab_size)
-    return resolve(replace(config, model=model), world_size=dist.get_world_size()), tokenizer
-
-
 def open_datasets(config: Config, tokenizer: Tokenizer, step: int = 0, consumed_samples: int = 0) -> Datasets:
     """Open training data up to the end of a run that is at ``step``, and evaluation data if it evaluates."""
     training = config.training
@@ -76,14 +78,6 @@ def open_datasets(config: Config, tokenizer: Tokenizer, step: int = 0, consumed_
         train_samples=last_sample(training, step, consumed_samples),
         eval_samples=eval_iters * training.global_batch_size,
     )
-
-
-def fingerprints_of(data: Datasets, tokenizer: Tokenizer) -> dict[str, str]:
-    """Return digests of each stream's data and order, by name, and of the tokenizer (see ``TrainState``)."""
-    found = {name: stream.order for name, stream in data.named().items()}
-    if not isinstance(tokenizer, NoTokenizer):
-        found["tokenizer"] = tokenizer.unique_identifiers["sha256"]
-    return found
 
 
 def open_batches(
@@ -113,7 +107,12 @@ def open_batches(
     )
 
 
-logger = logging.getLogger(__name__)
+def fingerprints_of(data: Datasets, tokenizer: Tokenizer) -> dict[str, str]:
+    """Return digests of each stream's data and order, by name, and of the tokenizer (see ``TrainState``)."""
+    found = {name: stream.order for name, stream in data.named().items()}
+    if not isinstance(tokenizer, NoTokenizer):
+        found["tokenizer"] = tokenizer.unique_identifiers["sha256"]
+    return found
 
 
 def log_data(config: Config, data: Datasets, consumed_samples: int) -> None:

@@ -55,6 +55,8 @@ from megatron_mesh.train.step import evaluate, train_step
 from megatron_mesh.train.vote import Outcome, Vote
 
 logger = logging.getLogger(__name__)
+STATUS = {exits.DONE: "done", exits.STOPPED: "stopped", exits.NOT_SAVED: "failed", exits.DIVERGED: "failed"}
+"""The word in ``run_status.txt`` for each exit status of a run with --save."""
 
 
 @dataclass
@@ -103,10 +105,6 @@ def pretrain(config: Config) -> int:
         if config.checkpoint.save is not None:
             write_status(config.checkpoint.save, STATUS[ending])
     return ending
-
-
-STATUS = {exits.DONE: "done", exits.STOPPED: "stopped", exits.NOT_SAVED: "failed", exits.DIVERGED: "failed"}
-"""The word in ``run_status.txt`` for each exit status of a run with --save."""
 
 
 def build_run(config: Config, search: Search | None = None) -> Run:
