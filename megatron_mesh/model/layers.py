@@ -37,7 +37,7 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 class ApexLayerNorm(FusedLayerNorm):
-    """apex's LayerNorm, created in the precision of the other parameters. apex itself creates it in float32."""
+    """apex's LayerNorm, created in the precision of the other parameters. apex would create it in float32."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__(config, hidden_size, eps=eps)

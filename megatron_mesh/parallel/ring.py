@@ -22,7 +22,7 @@ from megatron_mesh.runtime import phases
 
 
 class LoopStates:
-    """The recurrence's state of each micro-batch in its forward; only the first rank has any."""
+    """The recurrence's state of every micro-batch in its forward passes. Only the first rank has any."""
 
     def __init__(self, passes: int):
         self._last = passes - 1
@@ -45,7 +45,7 @@ class LoopStates:
 
 
 class RingPass(torch.nn.Module):
-    """One pass through this rank's part of a section; it replaces the ``decoder`` of a chunk."""
+    """One pass through this rank's part of a section. It is the ``decoder`` of a chunk."""
 
     def __init__(self, block: MeshTransformerBlock, index: int, states: LoopStates):
         super().__init__()
@@ -104,9 +104,9 @@ def _chunk(model: MeshGPTModel, index: int, passes: int, states: LoopStates) -> 
 def carry(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``x`` twice: in this pass's graph, and as a detached leaf for later passes.
 
-    The leaf's gradient is added back here. Every pass of a micro-batch has its own autograd graph, and the
-    backwards run from the last pass to the first. So the later passes have completed the leaf's gradient when
-    this pass's backward starts.
+    Every pass of a micro-batch has its own autograd graph, and the backwards run from the last pass to the
+    first. So later passes have completed the leaf's gradient when this pass's backward starts, and that
+    backward adds it.
 
     The ring uses this function as ``LoopState.share``.
     """

@@ -1,13 +1,14 @@
 """Compare the ring with the two other ways to run a looped model on a pipeline.
 
-- one stage: one rank runs the whole loop, the ranks before it the prelude and those after it the coda. This
-  is plain 1F1B with the best of the possible splits.
-- copies: the unrolled layers are distributed like those of a plain model, so every loop has its own copy of
-  the core. The gradients of the copies are summed after the backward. This is interleaved 1F1B.
+- One stage: one rank runs all loops, the ranks before it the prelude, and those after it the coda. The
+  schedule is plain 1F1B. Of all ranks that could run the loops, we choose the fastest.
+- Copies: the unrolled layers are distributed like those of a plain model, so every loop has its own copy of
+  the core. The gradients of the copies are summed after the backward. The schedule is interleaved 1F1B.
 
-The comparison favours these two. They would have to send the states that the recurrence stores to the stage
-that reads them (the embedding, and with copies also every output of the core), which is not counted. FP8 is
-left out, because its casts follow the same pattern as the weights.
+The comparison favours these two. They would have to send the recurrence's stored states to the ranks that
+read
+them: the embedding, and with copies also every output of the core. We don't count that. FP8 is left out,
+because its casts follow the same pattern as the weights.
 """
 
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ def _cells(plan: Plan) -> list[str]:
 
 
 def ring(config: Config, world_size: int) -> Plan:
-    """Plan the ring, with the placement in the settings or else the best one found."""
+    """Plan the ring, with the placement in the settings, or by default with the best one found."""
     if config.parallel.pipeline_model_parallel_layout is None:
         parts = balanced_placement(config.model, config.parallel.pipeline_model_parallel_size)
         parallel = replace(config.parallel, pipeline_model_parallel_layout=str(parts))
@@ -141,7 +142,7 @@ def _homes(layers: LayerLayout, ranks: int, per_chunk: int) -> list[set[int]]:
 
 
 def _with_enters(stages: Pipeline, layers: LayerLayout) -> Pipeline:
-    """Assign the making of each pass's input to the chunk with the pass's first layer."""
+    """Let the chunk that holds a pass's first layer compute the pass's input."""
     ranks, per_chunk = stages.ranks, stages.chunks[0][0].layers
     chunks = [list(of_rank) for of_rank in stages.chunks]
     starts = [0, *(layers.prelude + t * layers.core for t in range(layers.loops + 1))]

@@ -1,6 +1,6 @@
-"""Format plans and suggestions as text: a summary, then tables with one row per kind of rank.
+"""Format what the planner found as text: ``--dry-run`` of a run, a plan, and suggested rank layouts.
 
-Describe a run before it touches a device: the text of ``--dry-run``.
+The text is a summary. For plans, tables follow with one row for each group of equal ranks.
 """
 
 from collections import Counter
@@ -15,8 +15,7 @@ from megatron_mesh.config.schema import Config, ParallelConfig
 from megatron_mesh.config.settings import flag
 from megatron_mesh.config.sizes import flops_per_token
 from megatron_mesh.errors import UserError
-from megatron_mesh.model import build_on_meta
-from megatron_mesh.model.build import count_parameters
+from megatron_mesh.model.build import build_on_meta, count_parameters
 from megatron_mesh.planner.plan import Plan, RankReport, make_plan, ranks_text
 from megatron_mesh.planner.rank_memory import Disk, save_seconds
 from megatron_mesh.planner.schedule import Hardware
@@ -47,7 +46,7 @@ all-gather or reduce-scatter sends n (g-1)/g, an all-reduce twice that."""
 
 
 def dry_run_text(config: Config, world_size: int = 1) -> str:
-    """Describe a resolved run on ``world_size`` ranks.
+    """Describe a resolved run on ``world_size`` ranks before it touches a device.
 
     Raises:
         UserError: the vocabulary size is not set, and there is no readable tokenizer to take it from.
@@ -96,9 +95,9 @@ def _model_rows(config: Config) -> list[tuple[str, str]]:
 
 def _parameter_rows(counts: Counter[str]) -> list[tuple[str, str]]:
     rows = [("parameters", f"{counts.total():,}")]
-    body = sum(n for part, n in counts.items() if part not in _EMBEDDINGS)
+    body = sum(count for component, count in counts.items() if component not in _EMBEDDINGS)
     rows.append(("  non-embedding", f"{body:,}"))
-    rows += [(f"  {part}", f"{count:,}") for part, count in counts.items()]
+    rows += [(f"  {component}", f"{count:,}") for component, count in counts.items()]
     return rows
 
 

@@ -1,7 +1,4 @@
-"""Opens a run's tokenizer and data sets, and reads micro-batches from a given sample on.
-
-Describes a run's data in the log: sources, tokens and epochs. Nothing here reads data files.
-"""
+"""Open a run's tokenizer and data sets, log what they contain, and read micro-batches from any sample on."""
 
 import logging
 from collections import Counter
@@ -30,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
-    """Open the tokenizer; return it with ``config``, whose ``vocab_size`` is filled in from it if unset.
+    """Open the tokenizer. Return it with ``config``; if ``vocab_size`` was unset, it is now the tokenizer's.
 
     Raises:
         UserError: there is no such tokenizer, or it has more ids than the model's vocabulary.
@@ -47,7 +44,7 @@ def open_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
 
 
 class NoTokenizer(Tokenizer):
-    """Stands in when no tokenizer is given: tokenized data needs only the vocabulary size."""
+    """Stands in when no tokenizer is given. Tokenized data needs only the vocabulary size."""
 
     eod = -2  # neither a token id nor ``pad``
 
@@ -66,7 +63,11 @@ class NoTokenizer(Tokenizer):
 
 
 def open_datasets(config: Config, tokenizer: Tokenizer, step: int = 0, consumed_samples: int = 0) -> Datasets:
-    """Open training data up to the end of a run that is at ``step``, and evaluation data if it evaluates."""
+    """Open the training data that the run needs to its end, and the evaluation data if it evaluates.
+
+    Args:
+        step: the step at which the run starts; ``consumed_samples`` have been consumed by then.
+    """
     training = config.training
     assert training.global_batch_size is not None
     eval_iters = training.eval_iters if training.eval_interval else 0
@@ -88,7 +89,7 @@ def open_batches(
 ) -> Iterator[Batch]:
     """Return this rank's micro-batches, starting after ``consumed_samples``.
 
-    The ranks of a tensor-parallel group read the same ones.
+    The ranks of a tensor-parallel group read the same micro-batches.
 
     Args:
         batch_size: maps consumed samples to the global batch size; by default the size is constant.
@@ -108,7 +109,10 @@ def open_batches(
 
 
 def fingerprints_of(data: Datasets, tokenizer: Tokenizer) -> dict[str, str]:
-    """Return digests of each stream's data and order, by name, and of the tokenizer (see ``TrainState``)."""
+    """Return a digest of each stream's data and order by its name, and one of the tokenizer.
+
+    ``TrainState`` says what they are compared with.
+    """
     found = {name: stream.order for name, stream in data.named().items()}
     if not isinstance(tokenizer, NoTokenizer):
         found["tokenizer"] = tokenizer.unique_identifiers["sha256"]
