@@ -167,7 +167,7 @@ def _layer_cast_bytes(config: Config) -> int:
 
 @dataclass(frozen=True)
 class Disk:
-    """How fast checkpoints are written. The defaults are cautious; measure yours with tools/bench/checkpoints.py."""
+    """How fast checkpoints are written. Cautious defaults; measure with ``tools/bench/checkpoints.py``."""
 
     gb_per_s: float = 5.0
     """GB/s that the shared file system accepts from all ranks together."""
