@@ -6,8 +6,7 @@
   the core. The gradients of the copies are summed after the backward. The schedule is interleaved 1F1B.
 
 The comparison favours these two. They would have to send the recurrence's stored states to the ranks that
-read
-them: the embedding, and with copies also every output of the core. We don't count that. FP8 is left out,
+read them: the embedding, and with copies also every output of the core. We don't count that. FP8 is left out,
 because its casts follow the same pattern as the weights.
 """
 

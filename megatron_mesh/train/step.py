@@ -46,7 +46,7 @@ def train_step(
     Args:
         batches: this rank's micro-batches.
         training: resolved settings. Only the batch sizes and the unit of the schedule are used.
-        vote: returns this rank's vote. Called after the forward and backward passes, so a signal that arrives
+        vote: returns this rank's vote. Called after forward and backward, so a signal that arrives
             during them still counts for this step.
         beat: called before every micro-batch, to show that this rank is making progress.
     """
