@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse_quietly(argv: Sequence[str]) -> Arguments:
-    """Parse on one of many ranks: only rank 0 prints help, and errors are raised instead of printed."""
+    """Parse the command line on one of many ranks. Only rank 0 prints help; an error becomes a UserError."""
     stdout, stderr = io.StringIO(), io.StringIO()
     try:
         with redirect_stdout(stdout), redirect_stderr(stderr):
@@ -59,8 +59,8 @@ def _parse_quietly(argv: Sequence[str]) -> Arguments:
 
 
 if __name__ == "__main__":  # loader processes may import this file
-    # Until training starts there is nothing to save, so Ctrl-C just ends the process. As an exception it
-    # would print a traceback from inside some import, and some libraries catch it and continue half imported.
+    # Until training starts there is nothing to save, so Ctrl-C just ends the process. A KeyboardInterrupt
+    # would print a traceback of some import. Some libraries even catch it and continue half imported.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     with closed_pipe_is_no_error(), report_errors(sys.argv[1:]):
         check_rank()

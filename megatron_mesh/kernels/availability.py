@@ -17,8 +17,8 @@ def available() -> bool:
 def why_unavailable() -> str | None:
     """Return what is missing, or None if the kernels can run.
 
-    Triton compiles a small C library before its first launch (``triton/runtime/build.py``). If that is
-    impossible we must find out now, because training would crash in its first step.
+    Triton compiles a small C library before its first launch (``triton/runtime/build.py``). We check now
+    whether it can, because otherwise training would crash in its first step.
     """
     if not device.has_gpu():
         return "there is no GPU"
@@ -26,7 +26,7 @@ def why_unavailable() -> str | None:
         return "triton is not installed"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "triton needs a C compiler: install gcc or set CC"
-    # As in triton: the default scheme of Debian's Python is for user-installed packages and has no headers.
+    # Like triton, ask for the headers of posix_prefix: Debian's default scheme, posix_local, has none.
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     if not (Path(sysconfig.get_paths(scheme)["include"]) / "Python.h").exists():
         return "triton needs Python's C headers: install python3-dev"

@@ -1,15 +1,15 @@
-"""``weighted_sum`` that reads and writes GPU memory once, in forward and in backward.
+"""A weighted sum of states that touches each tensor in GPU memory once, in forward and in backward.
 
 The forward reads J states and writes one. The backward reads the gradient and the J states, and writes J
-state gradients. torch's operations (``recurrence.mixing``) move more: for every state they read and write the
-running total, and in backward the gradient and its products with the states.
+state gradients. torch's operations (``recurrence/mixing.py``) move more: for every state they read and write
+the running total, and in backward the gradient and its products with the states.
 
-Two neighbouring computations are not fused in, for these reasons (at N = 5, J = 4, H = 2048, bf16):
+We leave two neighbouring computations unfused. The numbers are for N = 5, J = 4, H = 2048 in bf16:
 
-- The gains sum_b r_b w_b^j read J N numbers per token. That is 80 bytes, compared with 20 KiB for the mixing,
-  so fusing them would save half a percent.
-- Computing the next cycle's router logits here would save reading its state twice (8 KiB). But every program
-  of a row would have to load all 2 N H router weights (40 KiB).
+- The weights of the sum (the gains in ``recurrence/memory.py``) are computed from J N numbers per token.
+  These take 80 bytes, and the states 20 KiB, so fusing would save half a percent.
+- The next cycle's router logits: fusing would save reading a state twice (8 KiB per token). But every program
+  would have to load all 2 N H router weights (40 KiB).
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ STATE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def weighted_sum(weights_SBJ: Tensor, states_SBH: Sequence[Tensor]) -> Tensor:
     """Compute ``sum_j weights[..., j] * states[j]`` in float32, like ``recurrence.mixing.weighted_sum``.
 
-    Other types (float64) and empty tensors are passed on to that function. Non-contiguous tensors are copied
-    first. There is no second derivative.
+    That function also handles what the kernels can't: other types, such as float64, and empty tensors.
+    Non-contiguous tensors are copied first. There is no second derivative.
 
     Args:
         weights_SBJ: [S, B, J], float32.

@@ -1,8 +1,8 @@
 """The Triton kernels behind ``mixing.py`` and their tiling.
 
-A row is a token: there are S * B rows of H columns. States are passed as a tuple of pointers, so a kernel is
-compiled for each number of states. A tile issues all loads before its stores and sums, so that they are in
-flight together. Neither the compiler nor the GPU would move a load ahead of a store.
+A row is a token: there are S * B rows of H columns. States are passed as a tuple of pointers, so Triton
+compiles a kernel for each number of states. A program issues all loads of a tile before it sums and stores,
+so that the loads overlap. Neither the compiler nor the GPU would move a load ahead of a store.
 """
 
 import triton
@@ -11,7 +11,7 @@ from torch import Tensor
 
 MAX_COLUMNS = 8192
 TILE = 2048
-"""Least number of a state's elements per program: 16 for each of 128 threads."""
+"""A program handles at least this many elements of a state: 16 for each of 128 threads."""
 ELEMENTS_PER_WARP = 512
 
 
@@ -31,7 +31,11 @@ def backward(
     weights: Tensor,
     states: tuple[Tensor, ...],
 ) -> None:
-    """Write the gradients that are not None: dot(grad, states[j]) over H, and ``weights[..., j] * grad``."""
+    """Write the gradients of weights and states, except those that are None.
+
+    The gradient of ``weights[..., j]`` is the dot product of ``grad`` and ``states[j]`` over H. The gradient
+    of ``states[j]`` is ``weights[..., j] * grad``.
+    """
     width = grad.shape[-1]
     rows = grad.numel() // width
     block_rows, block, warps = tile(width)
@@ -41,7 +45,7 @@ def backward(
 
 
 def tile(width: int) -> tuple[int, int, int]:
-    """Return a program's tile (rows, columns) and its number of warps, for rows of ``width`` elements."""
+    """Return the rows and columns of a program's tile, and its warps, for rows of ``width`` elements."""
     columns = min(triton.next_power_of_2(width), MAX_COLUMNS)
     rows = max(1, TILE // columns)
     return rows, columns, rows * columns // ELEMENTS_PER_WARP

@@ -1,6 +1,7 @@
-"""The numbers that a run reports, and the interface of the sinks that receive them.
+"""Show a run's progress: a live bar on a terminal, plain lines elsewhere.
 
-Show a run's progress: as a live bar on a terminal, as plain lines elsewhere.
+``Record`` holds the numbers of one step. ``Sink`` is the interface of everything that receives records; the
+sinks that write files are in ``log.py``.
 """
 
 import logging
@@ -26,14 +27,14 @@ class Record:
     values: dict[str, Any]
 
     def flat(self) -> Iterator[tuple[str, float]]:
-        """Every number with its own name, e.g. ``train/router/read/cycle1/slot2`` or ``valid/code``."""
+        """Yield every number with its own name, e.g. ``train/router/read/cycle1/slot2`` or ``valid/code``."""
         return _flatten(self.kind, self.values, ("cycle", "slot"))
 
 
 def _flatten(name: str, value: Any, levels: tuple[str, ...]) -> Iterator[tuple[str, float]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            # The losses of validation sets appear at the level of their mean.
+            # A validation set's loss gets the name valid/SET, without a level "sets".
             yield from _flatten(name if key == "sets" else f"{name}/{key}", inner, levels)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
@@ -55,31 +56,6 @@ class Sink:
         """Finish; no more records follow."""
 
 
-def show_messages(speaks: bool) -> None:
-    """Send the package's log messages to stderr.
-
-    Args:
-        speaks: show all of them; otherwise only warnings and errors.
-    """
-    handler = _CurrentStderr()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    package = logging.getLogger("megatron_mesh")
-    package.handlers = [handler]
-    package.setLevel(logging.INFO if speaks else logging.WARNING)
-    package.propagate = False
-
-
-class _CurrentStderr(logging.StreamHandler):
-    """Writes to the current ``sys.stderr``, which rich replaces while a bar is live."""
-
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> TextIO:
-        return sys.stderr
-
-
 class Lines(Sink):
     """Prints a line of text for each record."""
 
@@ -92,7 +68,7 @@ class Lines(Sink):
             print(self.text(record), file=self.file, flush=True)
 
     def text(self, record: Record) -> str:
-        """The record as text."""
+        """Format the record."""
         if record.kind == "summary":
             return format_summary(record)
         text = f"step {record.step:>{len(str(self.last))}}/{self.last} | {numbers(record)}"
@@ -141,7 +117,7 @@ class Bar(Sink):
 
 
 def numbers(record: Record) -> str:
-    """The main numbers of a record on one line."""
+    """Format the main numbers of a record on one line."""
     values = record.values
     if record.kind == "save":
         return f"saved {values['path']} in {values['seconds']:.1f} s"
@@ -168,10 +144,35 @@ def numbers(record: Record) -> str:
 
 
 def format_summary(record: Record) -> str:
-    """A summary, one value per line."""
+    """Format a summary, one value per line."""
     lines = []
     for name, value in record.values.items():
         form = {float: ",.4f", int: ","}.get(type(value), "")
         text = format(value, form)
         lines.append(f"{name.replace('_', ' '):<18} {text}")
     return "\n".join(lines)
+
+
+def show_messages(speaks: bool) -> None:
+    """Send the package's log messages to stderr.
+
+    Args:
+        speaks: whether to show all messages, not only warnings and errors.
+    """
+    handler = _CurrentStderr()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    package = logging.getLogger("megatron_mesh")
+    package.handlers = [handler]
+    package.setLevel(logging.INFO if speaks else logging.WARNING)
+    package.propagate = False
+
+
+class _CurrentStderr(logging.StreamHandler):
+    """Writes to the current ``sys.stderr``, which rich replaces while a bar is live."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr

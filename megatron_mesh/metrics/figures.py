@@ -13,13 +13,14 @@ from megatron_mesh.runtime import strict_json
 from megatron_mesh.runtime.run_files import LOSS_FIGURE, METRICS_FILE, ROUTERS_FIGURE
 
 Row = dict[str, Any]
-"""A line of metrics.jsonl: ``kind``, ``step`` and the values of this kind."""
+"""A line of metrics.jsonl: ``kind``, ``step``, and the values that this kind of row has."""
 
 
 def read_metrics(run: Path) -> dict[str, list[Row]]:
     """Read the rows of each kind from ``run/metrics.jsonl``, ordered by step.
 
-    An interrupted run repeats the steps after its last checkpoint, so the last row of a step counts.
+    A run that was interrupted repeats the steps after its last checkpoint. So if a step has several rows, the
+    last one counts.
 
     Raises:
         UserError: there is no such file, or one of its lines is not a row of metrics.
@@ -29,7 +30,7 @@ def read_metrics(run: Path) -> dict[str, list[Row]]:
         raise UserError(f"{path} does not exist; give the directory of a run that has a {METRICS_FILE}")
     rows: dict[str, dict[int, Row]] = {}
     text = path.read_text(encoding="utf-8", errors="replace")
-    # The run is still writing what follows the last line break, or was killed while writing it.
+    # Ignore text after the last line break: the run is still writing it, or was killed while writing it.
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             row = json.loads(line)
@@ -61,7 +62,7 @@ def loss_figure(rows: dict[str, list[Row]]) -> Figure:
 
 
 def _draw_sets(axes: Any, rows: list[Row]) -> None:
-    """Add a thin line for each validation set, over the steps at which it was measured."""
+    """Draw a thin line for the loss of each validation set."""
     for name in dict.fromkeys(name for row in rows for name in row.get("sets", {})):
         found = [row for row in rows if name in row.get("sets", {})]
         losses = [strict_json.number(row["sets"][name]) for row in found]
@@ -99,7 +100,7 @@ def _heat_map(axes: Axes, weights: list[list[float]]) -> Any:
 
 
 def draw_run(run: Path, output: Path) -> list[Path]:
-    """Write ``loss.png`` and, for a run with routers, ``routers.png`` (its last logged step) to ``output``.
+    """Write ``loss.png`` to ``output`` and, for a run with routers, ``routers.png`` of the last logged step.
 
     Raises:
         UserError: the metrics cannot be read (see ``read_metrics``) or have no step yet, or a file cannot be

@@ -44,7 +44,7 @@ class Log:
             sink.tick(step)
 
     def record(self, kind: Kind, step: int, **values: Any) -> None:
-        """Log the numbers of step ``step``. If a sink fails, it loses them, but the run continues."""
+        """Log the numbers of step ``step``. A sink that fails loses them, but the run continues."""
         for sink in self.sinks:
             sink.write(Record(kind, step, values))
 
@@ -57,9 +57,10 @@ class Log:
 
 
 class Guarded(Sink):
-    """Wraps a sink so that no error of it ends the run, such as a full disk or a tracker without its server.
+    """Wraps a sink so that its errors, such as a full disk or an unreachable server, don't end the run.
 
-    The first error in a series is logged, and when the series ends, the number of records that were lost.
+    When a sink starts to fail, the error is logged. When it works again, the number of lost records is
+    logged.
     """
 
     def __init__(self, sink: Sink) -> None:
@@ -99,7 +100,7 @@ class Guarded(Sink):
 
 
 def first_line(error: BaseException) -> str:
-    """The type and first line of an error."""
+    """Format an error on one line: its type and the first line of its message."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -118,8 +119,8 @@ def open_log(config: Config, directory: Path, step: int, last: int, *, same_run:
     """Open the sinks that the settings name.
 
     Args:
-        step: the step at which the run starts; above 0 if it resumes.
-        last: its last step.
+        step: the step at which this start begins; above 0 if it resumes.
+        last: the run's last step.
         same_run: whether ``directory`` holds the output of an earlier start of this run.
     """
     settings = config.logging
@@ -147,7 +148,7 @@ class JsonLines(Sink):
     """Appends one JSON object per line: ``kind``, ``step`` and the values."""
 
     def __init__(self, path: Path):
-        cut_off = False  # whether an earlier start was killed while it wrote the last line
+        cut_off = False  # whether the last line is incomplete, because an earlier start was killed
         if path.exists() and path.stat().st_size:
             with path.open("rb") as file:
                 file.seek(-1, os.SEEK_END)
@@ -206,7 +207,7 @@ class WeightsAndBiases(Sink):
 
 
 def wandb_run_id(directory: Path, same_run: bool) -> str:
-    """The id of the Weights & Biases run. All starts of the run in ``directory`` share it.
+    """Return the id of the Weights & Biases run, which all starts of the run in ``directory`` share.
 
     WANDB_RUN_ID in the environment takes precedence, as in wandb itself.
     """

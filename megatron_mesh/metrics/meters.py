@@ -1,4 +1,4 @@
-"""Measures a run: speed, memory, and how the MeSH routers weight their slots."""
+"""Measure a run: speed, memory, and how the MeSH routers weight their slots."""
 
 import math
 import time
@@ -43,8 +43,8 @@ class SpeedMeter:
     def read(self, step: int, consumed_samples: int) -> dict[str, float]:
         """Return the speed since the last ``read`` and the peak memory of the fullest rank.
 
-        Tokens/s are for the whole job; TFLOP/s are per device and count the unrolled network. Collective;
-        waits for the device.
+        Tokens/s are those of the whole job. TFLOP/s are per device, and count every loop of the core.
+        Collective; waits for the device.
 
         Args:
             step: the step that has just ended.
@@ -76,13 +76,13 @@ class RouterMeter:
     """
 
     def __init__(self, scheme: Scheme | None, enabled: bool = True):
-        """``scheme``: the recurrence; None on ranks without it, which are those after the first stage."""
+        """Measure the routers of ``scheme``, which is None on every pipeline rank but the first."""
         self.scheme = scheme if enabled and scheme is not None and scheme.uses_memory else None
         self._sums: dict[int, Tensor] = {}
 
     @contextmanager
     def observing(self, wanted: bool = True) -> Iterator[None]:
-        """If ``wanted``, collect weights from the forward passes of the enclosed work."""
+        """If ``wanted``, collect the routers' weights in every forward of the enclosed work."""
         if self.scheme is None or not wanted:
             yield
             return
@@ -115,7 +115,7 @@ class RouterMeter:
         if self.scheme is None:
             return {}
         sums = torch.stack([self._sums[cycle] for cycle in sorted(self._sums)])  # [K + 1, 2, N + 2]
-        # Only the ranks of the first pipeline stage have routers.
+        # Only the first pipeline rank has routers. Its data-, context- and tensor-parallel ranks take part.
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         dist.all_reduce(sums, group=parallel_state.get_tensor_model_parallel_group())
         means = sums[..., :-1] / sums[..., -1:]

@@ -1,4 +1,4 @@
-"""Tables of a report, for the console (with rich) and for Markdown files."""
+"""Format the tables of a report, for the console (with rich) and for Markdown files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,6 +1,7 @@
-"""A section: consecutive layers of the prelude, the core or the coda.
+"""The decoder of a looped model: a prelude, a core that runs K times with a recurrence, and a coda.
 
-The MeSH transformer block: a prelude, a core that runs K times with a recurrence, a coda.
+``MeshTransformerBlock`` holds one ``Section`` for the layers of each of the three and runs the passes. On a
+pipeline each rank holds a part of every section, and ``parallel/ring.py`` runs the passes.
 """
 
 import copy
@@ -31,8 +32,8 @@ from megatron_mesh.runtime import profiling
 class Section(TransformerBlock):
     """A ``TransformerBlock`` that holds this rank's layers of the prelude, the core or the coda.
 
-    Recomputation and precision contexts are Megatron's. Only the layer numbers are ours, because Megatron
-    assumes that every pipeline rank holds an equal share of one plain stack.
+    Megatron runs the layers, with its recomputation and its precision contexts. We only number them, because
+    Megatron assumes that every pipeline rank holds an equal share of one plain stack.
 
     Args:
         layer_spec: the spec of every layer.
@@ -65,14 +66,14 @@ class Section(TransformerBlock):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs) -> Tensor:
         """[S, B, H] -> [S, B, H]; see ``TransformerBlock.forward``."""
         if not self.layers:
-            # The pipeline schedule needs input and output to be different nodes of the graph.
+            # The pipeline schedule needs the output to be another node of the autograd graph than the input.
             return hidden_states.clone()
         return super().forward(hidden_states, attention_mask, **kwargs)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Stack the layers of all ranks into one tensor per parameter, along a new first dimension."""
+        """Return one tensor per parameter that stacks the layers of all ranks along a new first dimension."""
         assert not sharded_offsets, "a section is not sharded along another dimension"
         state: ShardedStateDict = {}
         for index, layer in enumerate(self.layers):
@@ -157,10 +158,10 @@ class MeshTransformerBlock(CustomTransformerBlock):
         for parameter in scheme.parameters():
             # Each tensor-parallel rank has the gradient for its sequence shard only. The first attribute
             # makes Megatron sum the gradients under sequence parallelism, the second makes
-            # parallel/gradients.py sum them without it.
+            # parallel/gradients.py sum them without it. train/optimizer.py reads the third.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
             parameter.sum_over_tensor_parallel = self.shards_states  # type: ignore[attr-defined]
-            parameter.no_weight_decay = scheme.full_precision  # type: ignore[attr-defined]  # optimizer.py
+            parameter.no_weight_decay = scheme.full_precision  # type: ignore[attr-defined]
         return scheme
 
     @property
@@ -170,7 +171,7 @@ class MeshTransformerBlock(CustomTransformerBlock):
         return [self.prelude, *cores, self.coda]
 
     def pass_name(self, index: int) -> str:
-        """The name of pass ``index`` in profiles."""
+        """Name pass ``index`` for profiles."""
         last = self.config.layout.loops + 1
         return f"pass {index}: {'prelude' if index == 0 else 'coda' if index == last else 'core'}"
 
@@ -224,7 +225,7 @@ class MeshTransformerBlock(CustomTransformerBlock):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
         """Return tensors under the keys prelude, core (or cores.N), coda, final_layernorm and recurrence."""
-        assert not sharded_offsets, "Unexpected sharded offsets"
+        assert not sharded_offsets, "a looped block is not sharded along another dimension"
         ends = {"final_layernorm": self.final_layernorm, "recurrence": self.recurrence}
         state: ShardedStateDict = {}
         for name, module in [*self.sections(), *ends.items()]:

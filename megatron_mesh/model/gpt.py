@@ -73,22 +73,22 @@ class MeshGPTModel(CustomGPTModel):
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Parameter]]:
         """Yield the parameters as ``torch.nn.Module`` does, but with the recurrence's first.
 
-        Megatron's gradient buffer holds them in reverse order, without gaps unless the optimizer is
-        distributed. Routers and coefficients have odd sizes. Any gradient placed after them would not be
-        aligned to 16 bytes, and cuBLAS could not accumulate into it.
+        Megatron's gradient buffer holds the gradients in reverse order, and without gaps unless the optimizer
+        is distributed. Routers and coefficients have odd sizes, so a gradient placed after theirs would not
+        be aligned to 16 bytes, and cuBLAS could not accumulate into it. In reverse order theirs come last.
         """
         parameters = super().named_parameters(*args, **kwargs)
         return iter(sorted(parameters, key=lambda named: "recurrence." not in named[0]))
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Embed as ``GPTModel`` does, and scale the result."""
+        """Embed tokens as ``GPTModel`` does, and scale the result."""
         return super().embed(input_ids, position_ids) * self.config.embedding_scale
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Compute the loss as ``GPTModel`` does, but give padded vocabulary entries zero probability.
 
-        The loss then doesn't depend on padding. An imported model has the same loss as its source, and an
-        export without the padded entries has the same loss as the run.
+        The loss then doesn't depend on padding: a model has the same loss before import, in training and as
+        an export without the padded entries.
 
         Args:
             labels: [B, S].

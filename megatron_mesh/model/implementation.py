@@ -1,12 +1,11 @@
-"""Reconcile ``--attention-backend`` with the environment variables that Transformer Engine reads.
+"""Choose what computes the layers: Transformer Engine's modules or local ones (torch's), and which attention.
 
-Megatron-core turns the setting into three variables (``language_module.py: _set_attention_backend``) and
-asserts that none of them has another value. So we read what the user has set, unset the variables, and
-derive the setting from them if it is ``auto``.
+The choice depends on the settings, on whether Transformer Engine can be imported, and on the GPU.
 
-Find out whether Transformer Engine can be used in this process.
-
-Choose the implementation of the layers, Transformer Engine's or local modules, and log the choice.
+``attention_backend`` reconciles ``--attention-backend`` with the environment variables that Transformer
+Engine reads. Megatron-core turns the setting into three variables (``language_module.py:
+_set_attention_backend``) and asserts that none of them has another value. So we read what the user has set,
+unset the variables, and derive the setting from them if it is ``auto``.
 """
 
 import functools
@@ -30,7 +29,13 @@ from megatron_mesh.runtime import device
 from megatron_mesh.runtime.distributed import is_rank_zero
 
 logger = logging.getLogger(__name__)
-
+Implementation = Literal["local", "transformer_engine"]
+LOCAL: Implementation = "local"
+TRANSFORMER_ENGINE: Implementation = "transformer_engine"
+NO_GPU = "there is no GPU"
+_OLDEST = "2.9"  # the lower bound in megatron-core 0.16.1's own extra
+_INSTALL = "on a machine with CUDA run pip install --no-build-isolation -e '.[te]'"
+_REINSTALL = "reinstall it for this torch and its CUDA, or run pip uninstall transformer-engine"
 _BACKENDS = {
     ("1", "1", "1"): "auto",
     ("1", "1", "0"): "auto",  # auto uses unfused attention only if there is nothing else
@@ -41,88 +46,15 @@ _BACKENDS = {
     ("0", "0", "1"): "unfused",
     ("0", "0", "0"): "local",
 }
-# Read at import, because every model that is built sets them anew.
+# Read once, at import, because Megatron-core overwrites them whenever a model is built.
 _SET_BY_USER = {name: os.environ[name] for name in ATTENTION_SWITCHES if name in os.environ}
-
-
-def attention_backend(
-    setting: str, *, te_layers: bool, variables: Mapping[str, str] = _SET_BY_USER
-) -> AttnBackend:
-    """Return the next model's attention backend, and unset the variables for Megatron-core to set.
-
-    Args:
-        setting: ``attention_backend`` from the settings.
-        te_layers: whether the layers are Transformer Engine's. The variables don't affect others.
-        variables: Transformer Engine's variables as set by the user; missing ones count as 1.
-
-    Raises:
-        UserError: a variable that takes effect is neither 0 nor 1.
-    """
-    clear_attention_switches()
-    if not variables:
-        return AttnBackend[setting]
-    found = ", ".join(f"{name}={value}" for name, value in variables.items())
-    if not te_layers:
-        _warn_once(f"ignoring {found} from the environment, because the layers are not Transformer Engine's")
-        return AttnBackend[setting]
-    implied = _BACKENDS.get(tuple(variables.get(name, "1") for name in ATTENTION_SWITCHES))  # type: ignore[arg-type]
-    if setting != "auto":
-        if implied != setting:
-            _warn_once(f"ignoring {found} from the environment, because --attention-backend is {setting}")
-        return AttnBackend[setting]
-    if implied is None:
-        raise UserError(f"{found} in the environment: each must be 0 or 1; correct or unset it")
-    _warn_once(f"{found} in the environment: using --attention-backend {implied}")
-    return AttnBackend[implied]
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    if is_rank_zero():
-        logger.warning(text)
-
-
-NO_GPU = "there is no GPU"
-_OLDEST = "2.9"  # the lower bound in megatron-core 0.16.1's own extra
-
-
-@functools.cache
-def why_no_transformer_engine() -> str | None:
-    """Return why Transformer Engine cannot be used, or None if it can be imported."""
-    if not is_installed():
-        return "Transformer Engine is not installed"
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except BROKEN as error:  # typically CUDA's libraries are missing
-        if not device.has_gpu():
-            return NO_GPU
-        return f"Transformer Engine is installed but cannot be imported ({error})"
-    if not is_te_min_version(_OLDEST):
-        return f"Transformer Engine is older than {_OLDEST}"
-    return None
-
-
-def is_installed() -> bool:
-    """Whether the package is there, working or not."""
-    return importlib.util.find_spec("transformer_engine") is not None
-
-
-logger = logging.getLogger(__name__)
-
-Implementation = Literal["local", "transformer_engine"]
-LOCAL: Implementation = "local"
-TRANSFORMER_ENGINE: Implementation = "transformer_engine"
-
-_INSTALL = "on a machine with CUDA run pip install --no-build-isolation -e '.[te]'"
-_REINSTALL = "reinstall it for this torch and its CUDA, or run pip uninstall transformer-engine"
 
 
 def choose(precision: PrecisionConfig, parallel: ParallelConfig) -> Implementation:
     """Choose the implementation of the layers on this machine, and log it once.
 
-    ``auto`` doesn't fall back to local layers if Transformer Engine is installed but broken on a machine with
-    a
-    GPU: whoever installed it didn't mean to train more slowly.
+    ``auto`` doesn't fall back to local layers if there is a GPU and Transformer Engine is installed but
+    broken: whoever installed it didn't mean to train more slowly.
 
     Raises:
         UserError: the settings need something that this machine lacks.
@@ -178,21 +110,11 @@ def _with_remedy(missing: str) -> str:
     return f"{missing} ({_REINSTALL})" if device.has_gpu() else missing
 
 
-def has_fused_gradients() -> bool:
-    """Whether Megatron's linear layers can fuse gradient accumulation, which takes a GPU and apex."""
-    return device.has_gpu() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-
-
-def has_fused_norms() -> bool:
-    """Whether local layers use apex's norms, which takes a GPU and apex's kernels."""
-    return device.has_gpu() and fused_layer_norm.HAVE_FUSED_LAYER_NORM
-
-
 def describe_implementation(chosen: Implementation, reason: str = "") -> dict[str, str]:
     """Describe what computes the layers, the memory and the optimizer step in this process.
 
     Args:
-        reason: why the layers are local.
+        reason: why the layers are local, if they are.
     """
     from megatron.core.optimizer import Adam  # Transformer Engine's, apex's or torch's
 
@@ -210,5 +132,73 @@ def describe_implementation(chosen: Implementation, reason: str = "") -> dict[st
 def _log_once(chosen: Implementation, reason: str) -> None:
     if is_rank_zero():
         logger.info(
-            "; ".join(f"{part}: {text}" for part, text in describe_implementation(chosen, reason).items())
+            "; ".join(f"{name}: {text}" for name, text in describe_implementation(chosen, reason).items())
         )
+
+
+@functools.cache
+def why_no_transformer_engine() -> str | None:
+    """Return why Transformer Engine cannot be used, or None if it can be imported."""
+    if not is_installed():
+        return "Transformer Engine is not installed"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except BROKEN as error:  # typically CUDA's libraries are missing
+        if not device.has_gpu():
+            return NO_GPU
+        return f"Transformer Engine is installed but cannot be imported ({error})"
+    if not is_te_min_version(_OLDEST):
+        return f"Transformer Engine is older than {_OLDEST}"
+    return None
+
+
+def is_installed() -> bool:
+    """Whether Transformer Engine is installed, working or not."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def has_fused_gradients() -> bool:
+    """Whether Megatron's linear layers can fuse gradient accumulation, which needs a GPU and apex."""
+    return device.has_gpu() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def has_fused_norms() -> bool:
+    """Whether local layers use apex's norms, which needs a GPU and apex's kernels."""
+    return device.has_gpu() and fused_layer_norm.HAVE_FUSED_LAYER_NORM
+
+
+def attention_backend(
+    setting: str, *, te_layers: bool, variables: Mapping[str, str] = _SET_BY_USER
+) -> AttnBackend:
+    """Return the next model's attention backend, and unset the variables for Megatron-core to set.
+
+    Args:
+        setting: ``attention_backend`` from the settings.
+        te_layers: whether the layers are Transformer Engine's. The variables don't affect other layers.
+        variables: Transformer Engine's variables as set by the user; missing ones count as 1.
+
+    Raises:
+        UserError: the setting is ``auto``, and a variable is neither 0 nor 1.
+    """
+    clear_attention_switches()
+    if not variables:
+        return AttnBackend[setting]
+    found = ", ".join(f"{name}={value}" for name, value in variables.items())
+    if not te_layers:
+        _warn_once(f"ignoring {found} from the environment, because the layers are not Transformer Engine's")
+        return AttnBackend[setting]
+    implied = _BACKENDS.get(tuple(variables.get(name, "1") for name in ATTENTION_SWITCHES))  # type: ignore[arg-type]
+    if setting != "auto":
+        if implied != setting:
+            _warn_once(f"ignoring {found} from the environment, because --attention-backend is {setting}")
+        return AttnBackend[setting]
+    if implied is None:
+        raise UserError(f"{found} in the environment: each must be 0 or 1; correct or unset it")
+    _warn_once(f"{found} in the environment: using --attention-backend {implied}")
+    return AttnBackend[implied]
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    if is_rank_zero():
+        logger.warning(text)

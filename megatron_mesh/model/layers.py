@@ -1,6 +1,6 @@
 """GPT-NeoX layers from local modules: parallel residual, torch's attention, and norms.
 
-``te_layers.py`` builds the same layer from Transformer Engine's modules; ``layer_spec.py`` chooses.
+``layers_te.py`` builds the same layer from Transformer Engine's modules; ``layer_spec.py`` chooses.
 """
 
 from typing import Any
@@ -25,9 +25,9 @@ from megatron_mesh.model.implementation import has_fused_norms
 class LayerNorm(torch.nn.LayerNorm):
     """torch's LayerNorm with support for sequence parallelism.
 
-    Megatron-core's wrapper (``transformer/torch_norm.py``) rejects sequence parallelism. All it takes is the
-    ``sequence_parallel`` attribute, which makes ``finalize_model_grads`` sum the gradients over the
-    tensor-parallel group.
+    Megatron-core's wrapper (``transformer/torch_norm.py``) rejects sequence parallelism. But setting the
+    parameters' attribute ``sequence_parallel`` is enough: it makes ``finalize_model_grads`` sum their
+    gradients over the tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
@@ -37,7 +37,7 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 class ApexLayerNorm(FusedLayerNorm):
-    """apex's LayerNorm in the precision of the other parameters, instead of float32 until a later cast."""
+    """apex's LayerNorm, created in the precision of the other parameters. apex would create it in float32."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__(config, hidden_size, eps=eps)
@@ -80,10 +80,10 @@ class SDPAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """Compute causal attention: three times [S, B, heads/TP, head size] -> [S, B, H/TP].
+        """Compute attention: query, key and value [S, B, heads/TP, head size] -> [S, B, H/TP].
 
         Args:
-            attention_mask: None for causal, or Megatron's boolean mask (True means masked out).
+            attention_mask: None for causal attention, or Megatron's boolean mask (True means masked out).
         """
         assert attention_bias is None and packed_seq_params is None, "not supported by torch's attention"
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
@@ -118,8 +118,8 @@ class ParallelResidualLayer(TransformerLayer):
         return te_checkpoint(self._mlp_plus_bias, False, tracker, self.pg_collection.tp, normed)
 
     def _mlp_plus_bias(self, normed: Tensor) -> Tensor:
-        # Megatron's layer returns the bias as a second output. As a node of the checkpoint's graph, it would
-        # make the backward recompute forever.
+        # Megatron's MLP returns the bias as a second output. If the recomputed function returned it too, the
+        # backward would recompute forever.
         output, bias = self.mlp(normed)
         return output if bias is None else output + bias
 

@@ -1,20 +1,7 @@
 """GPT-NeoX layers from Transformer Engine's modules. Importing this module needs Transformer Engine.
 
-Their linear modules need care in a loop. With fused gradient accumulation, the backward of a forward with
-``is_first_microbatch=True`` *overwrites* ``main_grad``; all others add to it. Megatron's wrappers pass True
-in the first forward (with FP8: of every step). A core runs K times, and the backward of its first pass comes
-last, so it would overwrite what the other passes have added. On a ring the prelude suffers too, because each
-chunk of a rank marks all of the rank's modules again.
-
-Therefore no forward that has a backward ever passes True:
-
-- Without FP8, with weights stored in FP8, or with a cast in every pass, the flag is None, which means add
-  (Megatron's ``disable_parameter_transpose_cache``, set in ``precision.py``).
-- With a cached cast, the flag is False. A separate forward with True, on a few zeros, refreshes the cast, and
-  its output is discarded. This happens before the very first forward, and whenever Megatron's schedule marks
-  the module (``set_is_first_microbatch``, in the first micro-batch of a step or of an evaluation).
-
-Always adding is correct because every step starts with zero gradients (``zero_grad_buffer``).
+The layer is that of ``layers.py``. ``_RefreshesCast`` makes the gradients of its linear modules correct in a
+loop.
 """
 
 import copy
@@ -33,18 +20,36 @@ from torch import Tensor
 from megatron_mesh.model.layers import ParallelResidualLayer
 from megatron_mesh.model.transformer_config import MeshTransformerConfig
 
-# FP8 matrix products need multiples of 16 rows, and a row-parallel layer may scatter them.
 _ROWS = 16
+"""FP8 matrix products need multiples of 16 rows on every rank. A row-parallel layer may scatter its rows."""
 
 
 class _RefreshesCast:
-    """Handles the flag as described above; mixed in before one of Megatron's wrappers."""
+    """Makes a linear module of Transformer Engine add to ``main_grad`` in every backward.
+
+    With fused gradient accumulation, the forward's flag ``is_first_microbatch`` decides what its backward
+    does: after True it *overwrites* ``main_grad``, otherwise it adds to it. Megatron's wrappers pass True in
+    the first forward (with FP8: of every step). But a core runs K times, and the backward of its first pass
+    comes last. It would overwrite what the other passes have added. On a ring the prelude would suffer too,
+    if every chunk marked all of the rank's modules again (see ``parallel/ring.py``).
+
+    Therefore no forward that has a backward ever passes True:
+
+    - Without FP8, with weights stored in FP8, or with a cast in every pass, the flag is None, which means add
+      (Megatron's ``disable_parameter_transpose_cache``, set in ``transformer_config.py``).
+    - With a cached cast, the flag is False. A separate forward with True, on a few zeros, refreshes the cast,
+      and its output is discarded. This happens before the very first forward, and whenever Megatron's
+      schedule marks the module (``set_is_first_microbatch``, in the first micro-batch of a step or of an
+      evaluation).
+
+    Always adding is correct because every step starts with zero gradients (``zero_grad_buffer``).
+    """
 
     def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See ``TELinear.forward``."""
         if self.is_first_microbatch and not self.disable_parameter_transpose_cache:
-            # The cast includes the transpose that backward needs only if gradients are enabled, and they are
-            # off in the first forward of a recomputed layer. So switch them on.
+            # Backward needs the transpose as well, which the cast contains only if gradients are enabled. In
+            # the first forward of a recomputed layer they are not, so enable them.
             with torch.set_grad_enabled(self.training):
                 zeros = x.new_zeros(_ROWS * self.tp_size, 1, x.shape[-1], requires_grad=self.training)
                 super().forward(zeros)  # type: ignore[misc]  # sets is_first_microbatch to False
@@ -60,7 +65,7 @@ class RowParallelLinear(_RefreshesCast, TERowParallelLinear):
 
 
 class TELayer(ParallelResidualLayer):
-    """GPT-NeoX's layer; its linear modules fuse gradient accumulation without apex."""
+    """GPT-NeoX's layer, whose linear modules fuse gradient accumulation without apex."""
 
     def __init__(self, config: MeshTransformerConfig, *args: Any, **kwargs: Any):
         config = copy.copy(config)

@@ -49,8 +49,8 @@ def ring_groups(model: MeshGPTModel) -> list[WeightGroup]:
     block = model.decoder
     prelude, *cores, coda = [section for _, section in block.sections()]
     embedding, head = getattr(model, "embedding", None), getattr(model, "output_layer", None)
-    # Every cycle adds to the routers' gradients, and pass 1 is the last to do so, as for the first core.
-    # The routers come first in their group for the reason given in ``MeshGPTModel.named_parameters``.
+    # Every cycle adds to the routers' gradients. The backward of pass 1 adds last, so routers and first core
+    # are complete together. MeshGPTModel.named_parameters says why the routers come first in their group.
     looped: list[list[torch.nn.Module | None]] = [[core] for core in cores]
     looped[0].insert(0, block.recurrence)
     modules = [[prelude, embedding], *looped, [coda, block.final_layernorm, head]]
@@ -78,7 +78,10 @@ def wrap(modules: Sequence[MegatronModule], parallel: ParallelConfig) -> list[Di
 
 
 def ring_sync_order(groups: Sequence[DistributedDataParallel], passes: int) -> list[Callable[..., None]]:
-    """Return, for each pass, the reduction to start after its backward of the last micro-batch."""
+    """Return one function per pass, which the schedule calls after the pass's last backward in a step.
+
+    The function starts to reduce the weight group that this backward completes, if there is one.
+    """
     prelude, *cores, coda = groups
     if len(cores) == 1:
         # Backwards run from the last pass to the first, so a shared core is complete after pass 1.
@@ -90,7 +93,7 @@ def ring_sync_order(groups: Sequence[DistributedDataParallel], passes: int) -> l
 
 
 def _do_nothing(*parameters: Any) -> None:
-    """Start no reduction: earlier passes still have to add to these gradients."""
+    """Start no reduction, because earlier passes still have to add to these gradients."""
 
 
 @contextmanager
@@ -112,10 +115,9 @@ def finalize(
 
     Args:
         groups: the weight groups.
-        _chunks: the chunks that the schedule ran. The schedule passes them, but they are ignored because
-            several of them may be views of one group.
-        num_tokens: the number of tokens in this rank's micro-batches. The gradients are divided by its sum
-            over all ranks.
+        _chunks: the chunks that the schedule ran. We ignore them, because several may be views of one group.
+        num_tokens: the number of tokens in this rank's micro-batches. We divide the gradients by its sum over
+            all ranks.
     """
     with profiling.named("communication"):
         finalize_model_grads(groups, None, **kwargs)
@@ -127,9 +129,10 @@ def finalize(
 def _divide_by_tokens(groups: Sequence[DistributedDataParallel], num_tokens: Tensor) -> None:
     """Divide the gradients by the number of tokens in the global batch, without waiting for the device.
 
-    ``finalize_model_grads`` would use two collectives and read ``num_tokens > 0`` on the host once per group.
-    One all-reduce over all ranks is enough: only the last pipeline stage counts tokens, and the ranks of a
-    tensor-parallel group count the same ones. If there are no tokens, the gradients are already zero.
+    For every group, ``finalize_model_grads`` would use two collectives and wait for ``num_tokens > 0`` on the
+    host. One all-reduce over all ranks is enough. Only the last pipeline rank counts tokens. The ranks of a
+    tensor-parallel group count the same tokens, so the sum is too large by their number. If there are no
+    tokens, the gradients are already zero.
     """
     dist.all_reduce(num_tokens)
     scale = parallel_state.get_tensor_model_parallel_world_size() / num_tokens.clamp(min=1)
@@ -138,10 +141,10 @@ def _divide_by_tokens(groups: Sequence[DistributedDataParallel], num_tokens: Ten
 
 
 def _sum_over_tensor_parallel(groups: Sequence[DistributedDataParallel]) -> None:
-    """Sum the gradients of weights that see sequence shards without sequence parallelism (see block.py).
+    """Sum the recurrence's gradients if the block has scattered the memory (see ``model/block.py``).
 
-    The order of the reductions doesn't matter, because they are linear and clipping comes later. With the
-    distributed optimizer a rank holds reduced gradients only for its shard, but all ranks of a
+    This may come after the data-parallel reduction, because both are linear and clipping comes later. With
+    the distributed optimizer a rank holds reduced gradients only for its shard, but all ranks of a
     tensor-parallel group hold the same shard.
     """
     grads = [

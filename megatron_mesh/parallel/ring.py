@@ -21,37 +21,8 @@ from megatron_mesh.recurrence import LoopState
 from megatron_mesh.runtime import profiling
 
 
-class _AddLeafGradient(torch.autograd.Function):
-    """Identity on ``x``. Its backward adds the gradient accumulated on ``leaf``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, leaf: Tensor) -> Tensor:
-        ctx.leaf = leaf
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        accumulated, ctx.leaf.grad = ctx.leaf.grad, None
-        return grad if accumulated is None else grad + accumulated, None
-
-
-def carry(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``x`` twice: in this pass's graph, and as a detached leaf for later passes.
-
-    The leaf's gradient is added back here. Every pass of a micro-batch has its own autograd graph, and the
-    backwards run from the last pass to the first. So the later passes have completed the leaf's gradient when
-    this pass's backward starts.
-
-    The ring uses this function as ``LoopState.share``.
-    """
-    if not torch.is_grad_enabled():
-        return x, x
-    leaf = x.detach().requires_grad_()
-    return _AddLeafGradient.apply(x, leaf), leaf
-
-
 class LoopStates:
-    """The recurrence's state of each micro-batch in its forward; only the first rank has any."""
+    """The recurrence's state of every micro-batch in its forward passes. Only the first rank has any."""
 
     def __init__(self, passes: int):
         self._last = passes - 1
@@ -74,7 +45,7 @@ class LoopStates:
 
 
 class RingPass(torch.nn.Module):
-    """One pass through this rank's part of a section; it replaces the ``decoder`` of a chunk."""
+    """One pass through this rank's part of a section. It is the ``decoder`` of a chunk."""
 
     def __init__(self, block: MeshTransformerBlock, index: int, states: LoopStates):
         super().__init__()
@@ -128,3 +99,32 @@ def _chunk(model: MeshGPTModel, index: int, passes: int, states: LoopStates) -> 
         module for module in section.modules() if first and hasattr(module, "is_first_microbatch")
     ]
     return chunk
+
+
+def carry(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``x`` twice: in this pass's graph, and as a detached leaf for later passes.
+
+    Every pass of a micro-batch has its own autograd graph, and the backwards run from the last pass to the
+    first. So later passes have completed the leaf's gradient when this pass's backward starts, and that
+    backward adds it.
+
+    The ring uses this function as ``LoopState.share``.
+    """
+    if not torch.is_grad_enabled():
+        return x, x
+    leaf = x.detach().requires_grad_()
+    return _AddLeafGradient.apply(x, leaf), leaf
+
+
+class _AddLeafGradient(torch.autograd.Function):
+    """Identity on ``x``. Its backward adds the gradient accumulated on ``leaf``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leaf: Tensor) -> Tensor:
+        ctx.leaf = leaf
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        accumulated, ctx.leaf.grad = ctx.leaf.grad, None
+        return grad if accumulated is None else grad + accumulated, None

@@ -35,7 +35,7 @@ class Stage:
     groups: list[DistributedDataParallel]
     """The weight groups, which hold and reduce gradients; every weight is in exactly one."""
     group_size: Callable[[int], int] | None = None
-    """Maps the number of micro-batches to the schedule's group size; None without virtual stages."""
+    """Returns the schedule's group size for a number of micro-batches. None without virtual stages."""
 
     @property
     def config(self) -> MeshTransformerConfig:
@@ -65,7 +65,7 @@ class Stage:
 
     @contextmanager
     def parameters_gathered(self) -> Iterator[None]:
-        """Gather all parameters on entry, so that evaluation uses current ones, and run no gather inside.
+        """Gather all parameters on entry, so that an evaluation uses current ones, and don't gather inside.
 
         With ``overlap_param_gather``, parameters are stale after a training step until the next forward
         gathers them.
@@ -80,18 +80,15 @@ class Stage:
                 group.enable_forward_pre_hook()
 
     def sharded_state_dict(self) -> dict[str, Any]:
-        """The weights under their checkpoint keys, which are the same for every rank layout."""
+        """Return the weights under their checkpoint keys, which are the same for every rank layout."""
         return {str(i): module.sharded_state_dict() for i, module in enumerate(self.modules)}
 
     def data_for_chunks(self, batches: Iterator[Batch]) -> list[Iterator[Batch | None]]:
-        """Return one iterator per chunk: micro-batches if the chunk reads data, otherwise endless None."""
+        """Return one iterator per chunk: micro-batches if the chunk reads data, otherwise endless None.
+
+        On a pipeline at most one chunk of a rank reads data, so no two share ``batches``.
+        """
         return [batches if chunk_reads(chunk) else repeat(None) for chunk in self.chunks]
-
-
-def chunk_reads(chunk: Any) -> bool:
-    """Whether a chunk reads tokens (the first one) or labels (the last one); no pipeline rank has both."""
-    model = getattr(chunk, "module", chunk)
-    return model.pre_process or model.post_process
 
 
 def build_stage(config: Config, *, initial_weights: bool = True) -> Stage:
@@ -143,7 +140,7 @@ def _plain_chunks(config: Config, initial_weights: bool) -> list[MeshGPTModel]:
 
 
 def _with_schedule(stage: Stage, config: Config) -> Stage:
-    """Install the gradient hooks, which Megatron's schedule reads from the model's configuration."""
+    """Install the hooks that Megatron's schedule reads from the model's configuration, and the group size."""
     parallel = config.parallel
     # All chunks of a looped model share one configuration object; each chunk of a plain model has its own.
     # We leave ``deallocate_pipeline_outputs`` off, because Megatron frees some outputs before their send has
@@ -164,3 +161,9 @@ def _with_schedule(stage: Stage, config: Config) -> Stage:
                 else [group.start_grad_sync for group in stage.groups]
             )
     return stage
+
+
+def chunk_reads(chunk: Any) -> bool:
+    """Whether a chunk reads data: the first chunk of the model reads tokens, and the last one labels."""
+    model = getattr(chunk, "module", chunk)
+    return model.pre_process or model.post_process

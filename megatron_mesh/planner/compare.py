@@ -1,13 +1,13 @@
 """Compare the ring with the two other ways to run a looped model on a pipeline.
 
-- one stage: one rank runs the whole loop, the ranks before it the prelude and those after it the coda. This
-  is plain 1F1B with the best of the possible splits.
-- copies: the unrolled layers are distributed like those of a plain model, so every loop has its own copy of
-  the core. The gradients of the copies are summed after the backward. This is interleaved 1F1B.
+- One stage: one rank runs all loops, the ranks before it the prelude, and those after it the coda. The
+  schedule is plain 1F1B. Of all ranks that could run the loops, we choose the fastest.
+- Copies: the unrolled layers are distributed like those of a plain model, so every loop has its own copy of
+  the core. The gradients of the copies are summed after the backward. The schedule is interleaved 1F1B.
 
-The comparison favours these two. They would have to send the states that the recurrence stores to the stage
-that reads them (the embedding, and with copies also every output of the core), which is not counted. FP8 is
-left out, because its casts follow the same pattern as the weights.
+The comparison favours these two. They would have to send the recurrence's stored states to the ranks that
+read them: the embedding, and with copies also every output of the core. We don't count that. FP8 is left out,
+because its casts follow the same pattern as the weights.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,57 @@ from megatron_mesh.planner.plan import Plan, data_parallel_size, make_plan, plan
 from megatron_mesh.planner.stages import Chunk, Pipeline, plain_pipeline
 from megatron_mesh.planner.suggest import balanced_placement
 
+_COLUMNS = (
+    "GPUs",
+    "micro-batches",
+    "pipeline",
+    "parameters, M",
+    "weights and optimizer, GiB",
+    "activations, GiB",
+    "waiting",
+    "P2P, GiB",
+    "copies, GiB",
+    "data parallel, GiB",
+)
+
+
+def comparison_table(configs: Sequence[tuple[int, Config]]) -> str:
+    """Format a Markdown table with three rows for each (number of GPUs, resolved configuration).
+
+    Each column shows the rank with the largest value; traffic is what a rank sends per step.
+    """
+    ways = {"ring": ring, "loop on one stage": one_stage, "copies of the core": core_copies}
+    lines = [" | ".join(["", *_COLUMNS, ""]).strip(), "|---" * len(_COLUMNS) + "|"]
+    for gpus, config in configs:
+        config = replace(config, precision=PrecisionConfig())
+        for name, way in ways.items():
+            plan = way(config, gpus)
+            cells = [str(gpus), str(plan.pipeline.micro_batches), name, *_cells(plan)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cells(plan: Plan) -> list[str]:
+    ranks, gib = plan.ranks, 2**30
+    parameters = max(rank.parameters for rank in ranks) / 1e6
+    permanent = max(rank.memory.total - rank.memory.activations for rank in ranks) / gib
+    activations = max(rank.memory.activations for rank in ranks) / gib
+    p2p = max(rank.traffic.p2p_forward + rank.traffic.p2p_backward for rank in ranks) / gib
+    copied = max(rank.traffic.ties for rank in ranks) / gib
+    data = max(rank.traffic.gradients + rank.traffic.parameters for rank in ranks) / gib
+    return [
+        f"{parameters:,.0f}",
+        f"{permanent:.1f}",
+        f"{activations:.1f}",
+        f"{plan.timeline.bubble_share:.1%}",
+        f"{p2p:.2f}",
+        f"{copied:.2f}",
+        f"{data:.2f}",
+    ]
+
 
 def ring(config: Config, world_size: int) -> Plan:
-    """Plan the ring, with the placement in the settings or else the best one found."""
+    """Plan the ring, with the placement in the settings, or by default with the best one found."""
     if config.parallel.pipeline_model_parallel_layout is None:
         parts = balanced_placement(config.model, config.parallel.pipeline_model_parallel_size)
         parallel = replace(config.parallel, pipeline_model_parallel_layout=str(parts))
@@ -93,7 +141,7 @@ def _homes(layers: LayerLayout, ranks: int, per_chunk: int) -> list[set[int]]:
 
 
 def _with_enters(stages: Pipeline, layers: LayerLayout) -> Pipeline:
-    """Assign the making of each pass's input to the chunk with the pass's first layer."""
+    """Let the chunk that holds a pass's first layer compute the pass's input."""
     ranks, per_chunk = stages.ranks, stages.chunks[0][0].layers
     chunks = [list(of_rank) for of_rank in stages.chunks]
     starts = [0, *(layers.prelude + t * layers.core for t in range(layers.loops + 1))]
@@ -108,52 +156,3 @@ def _micro_batches(config: Config, world_size: int) -> int:
     training = config.training
     assert training.global_batch_size is not None, "resolve() fills in global_batch_size"
     return training.global_batch_size // (training.micro_batch_size * data_parallel_size(config, world_size))
-
-
-_COLUMNS = (
-    "GPUs",
-    "micro-batches",
-    "pipeline",
-    "parameters, M",
-    "weights and optimizer, GiB",
-    "activations, GiB",
-    "waiting",
-    "P2P, GiB",
-    "copies, GiB",
-    "data parallel, GiB",
-)
-
-
-def comparison_table(configs: Sequence[tuple[int, Config]]) -> str:
-    """Format a Markdown table with three rows for each (number of GPUs, resolved configuration).
-
-    Each column shows the rank with the largest value; traffic is what a rank sends per step.
-    """
-    ways = {"ring": ring, "loop on one stage": one_stage, "copies of the core": core_copies}
-    lines = [" | ".join(["", *_COLUMNS, ""]).strip(), "|---" * len(_COLUMNS) + "|"]
-    for gpus, config in configs:
-        config = replace(config, precision=PrecisionConfig())
-        for name, way in ways.items():
-            plan = way(config, gpus)
-            cells = [str(gpus), str(plan.pipeline.micro_batches), name, *_cells(plan)]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _cells(plan: Plan) -> list[str]:
-    ranks, gib = plan.ranks, 2**30
-    parameters = max(rank.parameters for rank in ranks) / 1e6
-    permanent = max(rank.memory.total - rank.memory.activations for rank in ranks) / gib
-    activations = max(rank.memory.activations for rank in ranks) / gib
-    p2p = max(rank.traffic.p2p_forward + rank.traffic.p2p_backward for rank in ranks) / gib
-    copied = max(rank.traffic.ties for rank in ranks) / gib
-    data = max(rank.traffic.gradients + rank.traffic.parameters for rank in ranks) / gib
-    return [
-        f"{parameters:,.0f}",
-        f"{permanent:.1f}",
-        f"{activations:.1f}",
-        f"{plan.timeline.bubble_share:.1%}",
-        f"{p2p:.2f}",
-        f"{copied:.2f}",
-        f"{data:.2f}",
-    ]

@@ -1,8 +1,7 @@
-"""Apply the formulas of ``config/sizes.py`` to a pipeline: parameters of its ranks and FLOPs of its chunks.
+"""Count what a run costs: parameters of its pipeline ranks, FLOPs of their chunks, and bytes sent in a step.
 
-Where a rank is named, the numbers are those of each of its tensor-parallel ranks.
-
-Bytes that a rank sends in a step, by kind.
+The formulas are those of ``config/sizes.py``, applied to a ``Pipeline``. The numbers of a pipeline rank hold
+for each of its tensor-parallel ranks.
 
 Collectives are counted as ring algorithms. For a tensor of n bytes in a group of g ranks, an all-gather (of n
 bytes in all) or a reduce-scatter makes every rank send n (g-1)/g bytes, and an all-reduce twice that.
@@ -30,7 +29,7 @@ def rank_parameters(config: Config, pipeline: Pipeline, rank: int) -> int:
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     chunks = pipeline.chunks[rank]
     first, last = any(chunk.embedding for chunk in chunks), any(chunk.head for chunk in chunks)
-    # A rank with both ends holds a tied embedding once. In a pipeline each end holds a copy.
+    # A rank that holds both ends of the model needs a tied embedding once. In a pipeline each end has a copy.
     tables = first + last if model.untie_embeddings_and_output_weights else int(first or last)
     return (
         pipeline.layers[rank] * sizes.layer_parameters(model, tp)
@@ -55,7 +54,7 @@ def rank_scheme_parameters(config: Config, pipeline: Pipeline, rank: int) -> int
 
 
 def holds_tied_copy(config: Config, pipeline: Pipeline, rank: int) -> bool:
-    """Whether the rank holds one of the two copies of a tied embedding, which a pipeline has on its ends."""
+    """Whether the rank holds a copy of a tied embedding. In a pipeline, the first and the last rank do."""
     is_end = pipeline.ranks > 1 and rank in (0, pipeline.ranks - 1)
     return is_end and not config.model.untie_embeddings_and_output_weights
 
@@ -63,7 +62,8 @@ def holds_tied_copy(config: Config, pipeline: Pipeline, rank: int) -> bool:
 def chunk_costs(config: Config, pipeline: Pipeline) -> list[list[Cost]]:
     """FLOPs [rank][chunk] of one tensor-parallel rank for one micro-batch.
 
-    Layers, output projection and recurrence count. The backward costs two forwards plus what is recomputed.
+    They include layers, output projection and recurrence. A backward costs two forwards, and what is
+    recomputed.
     """
     return [[_chunk_cost(config, chunk) for chunk in chunks] for chunks in pipeline.chunks]
 
@@ -80,7 +80,7 @@ def _chunk_cost(config: Config, chunk: Chunk) -> Cost:
 
 
 def recomputed_layers(training: TrainingConfig, chunk: Chunk) -> int:
-    """Layers of a chunk that full recomputation runs a second time."""
+    """Number of layers of a chunk whose forward full recomputation repeats."""
     if training.recompute_granularity != "full":
         return 0
     if training.recompute_method == "block":
@@ -104,7 +104,7 @@ class Traffic:
     p2p_backward: int
     """Their gradients to the previous pipeline rank."""
     tensor: int
-    """In the tensor-parallel group: around layers, embedding, loss and memory, and gradients of norms."""
+    """In the tensor-parallel group: around layers, embedding, loss and memory, and for gradients of norms."""
     context: int
     """In the context-parallel group: keys and values, and their gradients."""
     gradients: int
@@ -128,7 +128,7 @@ def rank_traffic(config: Config, pipeline: Pipeline, rank: int, replicas: int) -
     """
     chunks, last = pipeline.chunks[rank], pipeline.ranks - 1
     message = message_bytes(config) if last else 0
-    forwards = len(chunks) - (rank == last)  # the network's last chunk sends nothing forward,
+    forwards = len(chunks) - (rank == last)  # the model's last chunk sends nothing forward,
     backwards = len(chunks) - (rank == 0)  # and its first chunk nothing backward
     per_micro_batch = sum(sum(tensor_parallel_bytes(config, chunk)) for chunk in chunks)
     gradients, parameters = data_parallel_bytes(config, pipeline, rank, replicas)
@@ -155,9 +155,9 @@ def message_bytes(config: Config) -> int:
 def tensor_parallel_bytes(config: Config, chunk: Chunk) -> tuple[float, float]:
     """Bytes sent in a chunk's forward and backward for one micro-batch.
 
-    The unit is the all-gather of a state. Without sequence parallelism a layer has two all-reduces (2 units
-    each) in the forward and two in the backward. With it a layer has two all-gathers and two reduce-scatters
-    in the forward and the same in the backward, plus two all-gathers of inputs that were stored as shards
+    We count in units of one all-gather of a state; an all-reduce is 2 units. Without sequence parallelism, a
+    layer has two all-reduces in the forward and two in the backward. With it, a layer has two all-gathers and
+    two reduce-scatters in each. In the backward it also gathers two inputs that were stored as shards
     (Megatron-core's ``tensor_parallel/layers.py``).
     """
     parallel, training = config.parallel, config.training
@@ -173,8 +173,8 @@ def tensor_parallel_bytes(config: Config, chunk: Chunk) -> tuple[float, float]:
         forward += 1 if sharded else 0
         backward += 2
     if scatters_memory(config):
-        forward += len(chunk.enters)  # gathers the state that the recurrence made,
-        backward += len(chunk.enters)  # and the gradient of the state that it received
+        forward += len(chunk.enters)  # gathers each state that the recurrence has computed,
+        backward += len(chunk.enters)  # and the gradient of each state that it was given
     unit = sizes.state_bytes(config) * (tp - 1) / tp
     losses = 3 * 2 * tokens_of_rank(config) * 4 * (tp - 1) / tp
     return forward * unit + chunk.head * losses, backward * unit
@@ -193,9 +193,9 @@ def context_parallel_bytes(config: Config, chunk: Chunk) -> int:
 
 
 def scatters_memory(config: Config) -> bool:
-    """Whether the block scatters the memory's inputs along the sequence itself (see ``model/block.py``).
+    """Whether the block scatters the memory's inputs along the sequence (see ``model/block.py``).
 
-    It does under tensor parallelism without sequence parallelism, if the scheme shards states.
+    It does so if the scheme shards states, under tensor parallelism without sequence parallelism.
     """
     parallel = config.parallel
     return (
@@ -206,7 +206,7 @@ def scatters_memory(config: Config) -> bool:
 
 
 def data_parallel_bytes(config: Config, pipeline: Pipeline, rank: int, replicas: int) -> tuple[float, float]:
-    """Bytes sent for gradients and for parameters."""
+    """Bytes that a rank sends in its data-parallel group: for gradients, and for parameters."""
     share = rank_parameters(config, pipeline, rank) * (replicas - 1) / replicas
     if not config.parallel.use_distributed_optimizer:
         return 2 * share * sizes.GRADIENT_BYTES, 0.0
@@ -214,7 +214,7 @@ def data_parallel_bytes(config: Config, pipeline: Pipeline, rank: int, replicas:
 
 
 def _summed_gradients(config: Config, pipeline: Pipeline, rank: int) -> float:
-    """One all-reduce per step of gradients that cover only the tokens of a tensor-parallel rank's shard."""
+    """Bytes sent in a step to sum the gradients of weights that see only a shard of the sequence."""
     tp = config.parallel.tensor_model_parallel_size
     summed = rank_scheme_parameters(config, pipeline, rank) if scatters_memory(config) else 0
     if config.parallel.sequence_parallel:

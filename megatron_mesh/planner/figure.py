@@ -16,7 +16,7 @@ from megatron_mesh.planner.plan import Plan
 from megatron_mesh.planner.schedule import Span, Timeline
 
 _MOST_RANKS = 16
-_MOST_SPANS = 40  # per rank in each part of a long step; more would be unreadable
+_MOST_SPANS = 40  # per rank in each window of a long step; more would be unreadable
 _ENDS = {"prelude": "#4e79a7", "coda": "#3f8f5f"}
 _PALE = 0.42  # opacity of backwards
 _CELL = 0.82  # height of a cell; the rest is the gap between ranks
@@ -26,7 +26,7 @@ Window = tuple[float, float]
 
 
 def save_schedule(plan: Plan, path: Path) -> None:
-    """Write ``schedule_figure`` to a file; raises UserError if that fails."""
+    """Write ``schedule_figure`` to a file, or raise UserError if that fails."""
     try:
         schedule_figure(plan).savefig(path, dpi=110)
     except (OSError, ValueError) as error:
@@ -38,7 +38,7 @@ def save_schedule(plan: Plan, path: Path) -> None:
 def schedule_figure(plan: Plan) -> Figure:
     """Draw ranks from top to bottom and time from left to right, coloured by pass; backwards are pale.
 
-    A long step is cut to its beginning and its end, and a long pipeline to its first ranks.
+    Of a long step, only the beginning and the end are drawn; of a long pipeline, only the first ranks.
     """
     times = _in_percent(plan.timeline)
     ranks = min(len(times.spans), _MOST_RANKS)
@@ -73,7 +73,7 @@ def _windows(times: Timeline) -> list[Window]:
 
 
 def _colours(names: Sequence[str]) -> dict[str, str]:
-    """Blue for the prelude, green for the coda, shades from orange to red for everything between."""
+    """Choose blue for the prelude, green for the coda, and shades from orange to red for all between."""
     middle = [name for name in names if name not in _ENDS]
     scale = colormaps["YlOrRd"]
     shades = {name: to_hex(scale(0.45 + 0.4 * i / max(1, len(middle) - 1))) for i, name in enumerate(middle)}

@@ -33,7 +33,7 @@ class Plan:
     world_size: int
     pipeline: Pipeline
     timeline: Timeline
-    """In FLOPs of one tensor-parallel rank; communication takes no time."""
+    """Its unit of time is a FLOP of one tensor-parallel rank. Communication takes no time."""
     ranks: tuple[RankReport, ...]
 
     @property

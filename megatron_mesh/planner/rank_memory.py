@@ -1,6 +1,7 @@
-"""Estimate a rank's memory: weights, gradients, optimizer state, and activations in schedule order.
+"""Estimate the memory of a rank, and what it costs to save a checkpoint.
 
-Estimate what saving a checkpoint costs: bytes written by each rank, host memory, and time.
+The memory consists of weights, gradients, optimizer state and activations. The number of stored activations
+follows from the order of the schedule. Saving costs bytes written by each rank, host memory, and time.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,9 @@ from megatron_mesh.planner.costs import (
 from megatron_mesh.planner.schedule import Step
 from megatron_mesh.planner.stages import Chunk, Pipeline
 from megatron_mesh.recurrence import SCHEMES
+
+BUFFER = 4 * MAX_ELEMENTS
+"""Bytes of host memory that a foreground save needs: it copies one box of a tensor from the GPU at a time."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class InFlight:
     """The most that a rank stores between forwards and their backwards during a step."""
 
     activations: int
-    """Bytes, including what full recomputation recreates at that moment."""
+    """Bytes, including the activations that full recomputation has just recreated."""
     micro_batches: int
     """Micro-batches with stored activations."""
     chunks: int
@@ -71,7 +75,7 @@ def rank_memory(
 
 
 def in_flight(config: Config, pipeline: Pipeline, rank: int, order: Sequence[Step]) -> InFlight:
-    """Follow the order: a forward stores its chunk's activations, and its backward frees them at its end."""
+    """Go through the rank's steps: a forward stores its chunk's activations, and its backward frees them."""
     chunks = pipeline.chunks[rank]
     stored = [activation_bytes(config, chunk, pipelined=pipeline.ranks > 1) for chunk in chunks]
     recomputed = [_recomputed_bytes(config, chunk) for chunk in chunks]
@@ -107,22 +111,23 @@ def activation_bytes(config: Config, chunk: Chunk, *, pipelined: bool) -> int:
         group = training.recompute_num_layers or 1
         stored += sum(-(-section // group) for section in chunk.sections) * state
     if pipelined and not chunk.layers:
-        stored += state  # the input, which a layer would store otherwise
+        stored += state  # the input, which the first layer would store if there were one
     if pipelined and not chunk.head:
         stored += state  # the output, which the schedule holds until its gradient arrives
     scheme = SCHEMES[model.recurrence]
     if pipelined:
-        # The schedule holds the state that arrived, the layers the one that the recurrence made from it.
+        # Two states: the schedule holds the one that arrived, and the layers the one that the recurrence
+        # made.
         stored += sum(scheme.makes_new_state(v) for v in chunk.enters) * state
     elif chunk.enters:
         stored += scheme.saved_states(layout(model).loops) * state
     if 0 in chunk.enters and scheme.keeps_embedding and scatters_memory(config):
-        stored += state  # the embedding: the memory holds a shard, the first layer a gathered copy
+        stored += state  # the memory holds a shard of the embedding, and the first layer a gathered copy
     return stored + (sizes.head_activation_bytes(config) if chunk.head else 0)
 
 
 def _recomputed_bytes(config: Config, chunk: Chunk) -> int:
-    """Bytes that full recomputation recreates at a time (one group of layers) in a chunk's backward."""
+    """Bytes that full recomputation recreates at a time, for one group of layers, in a chunk's backward."""
     if not recomputed_layers(config.training, chunk):
         return 0
     group = config.training.recompute_num_layers or 1
@@ -133,10 +138,11 @@ def _recomputed_bytes(config: Config, chunk: Chunk) -> int:
 
 
 def cached_cast_bytes(config: Config, pipeline: Pipeline, rank: int) -> int:
-    """FP8 casts that live as long as the weights: tensorwise, shared by all passes (``model/transformer_config.py``).
+    """Bytes of FP8 casts that live as long as the weights: the cached ones of tensorwise scaling.
 
-    Weights stored in FP8 (``fp8_param_gather``) add nothing: with their transpose they take as much as in
-    bfloat16. The layers that ``first_last_layers_bf16`` excludes are counted too.
+    ``model/transformer_config.py: _caches_casts`` says when casts are cached. Weights stored in FP8
+    (``fp8_param_gather``) add nothing: with their transpose they take as much as in bfloat16. The layers that
+    ``first_last_layers_bf16`` excludes are counted too.
     """
     precision = config.precision
     if not precision.fp8_format or precision.fp8_recipe != "tensorwise" or precision.fp8_param_gather:
@@ -146,7 +152,7 @@ def cached_cast_bytes(config: Config, pipeline: Pipeline, rank: int) -> int:
 
 
 def per_pass_cast_bytes(config: Config, chunk: Chunk, layers: int) -> int:
-    """FP8 casts that autograd stores for one pass over ``layers`` of a chunk: blockwise and delayed."""
+    """Bytes of FP8 casts that autograd stores for one pass over ``layers`` layers: blockwise and delayed."""
     precision = config.precision
     if not precision.fp8_format or precision.fp8_recipe == "tensorwise" or precision.fp8_param_gather:
         return 0
@@ -159,18 +165,14 @@ def _layer_cast_bytes(config: Config) -> int:
     return sizes.FP8_CAST_BYTES * sizes.layer_matrix_parameters(config.model, tp)
 
 
-BUFFER = 4 * MAX_ELEMENTS
-"""Bytes of host memory that a foreground save needs: it copies one box of a tensor from the GPU at a time."""
-
-
 @dataclass(frozen=True)
 class Disk:
-    """How fast checkpoints are written. Cautious defaults; ``tools.bench.checkpoints`` measures it."""
+    """How fast checkpoints are written. Cautious defaults; measure with ``tools/bench/checkpoints.py``."""
 
     gb_per_s: float = 5.0
     """GB/s that the shared file system accepts from all ranks together."""
     rank_gb_per_s: float = 0.4
-    """GB/s of one rank, where a single thread copies, computes checksums and writes."""
+    """GB/s that one rank reaches. A single thread copies, computes checksums and writes."""
 
 
 @dataclass(frozen=True)
@@ -178,9 +180,9 @@ class Saving:
     """Bytes that a pipeline rank writes to a checkpoint."""
 
     largest: int
-    """By one process: tensor-parallel rank 0 writes most, because it also writes the replicated weights."""
+    """Written by one process. Tensor-parallel rank 0 writes most: it also writes the replicated weights."""
     total: int
-    """By all tensor- and data-parallel ranks of this pipeline rank."""
+    """Written by all tensor- and data-parallel ranks of this pipeline rank."""
 
     def host_memory(self, *, background: bool) -> int:
         """Host memory for saving. A background save also copies everything that the process writes."""

@@ -1,11 +1,11 @@
-"""The order in which Megatron-core's pipeline schedules run a rank's chunks.
+"""Simulate a training step on a pipeline, and estimate its time on given hardware.
 
-Simulate a training step: every rank follows its order and waits for its neighbours' messages.
+``schedule_order`` is the order in which Megatron-core's schedules run a rank's chunks. In ``simulate``, every
+rank follows its order and waits for its neighbours' messages.
 
-Estimate the time of a step on given hardware, to compare rank layouts rather than to predict a run.
-
-The estimate covers the pipeline and the data-parallel communication that doesn't overlap with it. The
-optimizer's computation, data loading and checkpoints are left out.
+The time is for comparing rank layouts, not for predicting a run. It covers the pipeline, and the
+data-parallel communication that doesn't overlap with it. It leaves out the optimizer's computation, data
+loading and checkpoints.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,8 @@ def schedule_order(pipeline: Pipeline) -> tuple[tuple[Step, ...], ...]:
 @cache
 def rank_order(ranks: int, rank: int, chunks: int, micro_batches: int, group: int | None) -> tuple[Step, ...]:
     """List the steps of one rank; see ``schedule_order``."""
-    # forward_backward_pipelining_with_interleaving calls these helpers too; the rest is inlined there.
+    # These two helpers are Megatron-core's. The rest is a copy of what is written out in its
+    # forward_backward_pipelining_with_interleaving.
     table = get_schedule_table(micro_batches, chunks, group or micro_batches)
     pp_group = SimpleNamespace(size=lambda: ranks, rank=lambda: rank)
     communicator = SimpleNamespace(
@@ -115,9 +116,9 @@ def simulate(
 ) -> Timeline:
     """Run every rank's steps as early as its order and its inputs allow.
 
-    A chunk's forward needs the output of the previous rank (on rank 0: of the last rank, one pass earlier).
-    Its backward needs the gradient from the next rank. Messages are buffered, as with overlapped
-    communication, so no sender waits for its receiver.
+    A forward needs the output of the previous rank. On rank 0, that is the last rank's output of the chunk
+    before. A backward needs the gradient from the next rank. No sender waits for its receiver: messages are
+    buffered, as with overlapped communication.
 
     Args:
         order: the steps of each rank.
@@ -183,12 +184,12 @@ class Hardware:
         return self.nodes * self.gpus_per_node
 
     def bytes_per_second(self, span: int) -> float:
-        """Return the send rate in a group whose members lie within ``span`` consecutive ranks."""
+        """Return a GPU's send rate in a group that spans ``span`` consecutive ranks."""
         return 1e9 * (self.node_gb_per_s if span <= self.gpus_per_node else self.network_gb_per_s)
 
 
 def chunk_seconds(config: Config, stages: Pipeline, hardware: Hardware) -> list[list[Cost]]:
-    """Seconds [rank][chunk] of computation and of tensor-parallel communication, which don't overlap."""
+    """Seconds [rank][chunk] of computation plus tensor-parallel communication, which don't overlap."""
     rate, link = hardware.tflops * 1e12, hardware.node_gb_per_s * 1e9
 
     def cost(flops: Cost, chunk: Chunk) -> Cost:

@@ -1,4 +1,4 @@
-"""The chunks and layers of each pipeline rank, on which all other estimates of the planner build."""
+"""List the chunks and layers of each pipeline rank. All other estimates of the planner build on them."""
 
 from dataclasses import dataclass
 
@@ -10,20 +10,20 @@ from megatron_mesh.recurrence import SCHEMES
 
 @dataclass(frozen=True)
 class Chunk:
-    """A rank's share of one pass: what it computes for a micro-batch before it sends the state on."""
+    """What a rank computes before it sends a micro-batch's state on. On a ring: its part of one pass."""
 
     name: str
     """prelude, core 1, ..., coda; or chunk 1, ... for a plain model."""
     sections: tuple[int, ...]
-    """Layers of each ``TransformerBlock`` that runs. Recomputation groups layers within a section."""
+    """Number of layers in each section that runs. Recomputation groups layers within a section."""
     enters: tuple[int, ...] = ()
-    """Passes, from 0, whose input the recurrence makes in this chunk (``Scheme.enter``)."""
+    """Numbers of the passes whose input the recurrence computes in this chunk."""
     embedding: bool = False
     """Whether it starts with the embedding."""
     head: bool = False
     """Whether it ends with the final norm, the output projection and the loss."""
     core: int = 0
-    """How many of the layers belong to the core; all layers of a plain model do."""
+    """Number of layers that belong to the core. A plain model counts as all core."""
 
     @property
     def layers(self) -> int:
@@ -41,9 +41,9 @@ class Pipeline:
     """Distinct layers on each rank: a shared core counts once."""
     micro_batches: int
     group: int | None = None
-    """Micro-batches that run through one chunk before the next chunk's turn; None if a rank has one chunk."""
+    """Micro-batches that run through a chunk before the next chunk runs. None if a rank has one chunk."""
     loops: int = 1
-    """How often a core layer runs with the same weights."""
+    """How often a core layer runs for one micro-batch: K if the core is shared, otherwise 1."""
 
     @property
     def ranks(self) -> int:
@@ -91,7 +91,7 @@ def _shared_loops(layers: LayerLayout) -> int:
 
 
 def _plain(config: Config, micro_batches: int) -> Pipeline:
-    """Megatron-core's own stages: chunks of equal size, assigned to the ranks in turn."""
+    """Split a plain model as Megatron-core does: chunks of equal size, assigned to the ranks in turn."""
     parallel, depth = config.parallel, layout(config.model).depth
     ranks = parallel.pipeline_model_parallel_size
     virtual = parallel.num_virtual_stages_per_pipeline_rank or 1

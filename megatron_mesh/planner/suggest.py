@@ -1,6 +1,7 @@
-"""Search for a placement whose ranks wait less than with the even one.
+"""Suggest rank layouts that fit into a GPU's memory, fastest first by the estimate in ``schedule.py``.
 
-Suggest rank layouts that fit into a GPU's memory, fastest first by the estimate in ``speed.py``.
+For each rank layout with a pipeline, ``balanced_placement`` searches for a placement whose ranks wait less
+than with the even one.
 """
 
 import math
@@ -34,56 +35,7 @@ from megatron_mesh.planner.stages import Pipeline, pipeline
 from megatron_mesh.recurrence import SCHEMES
 
 _SECTIONS = ("prelude", "core", "coda")
-_MICRO_BATCHES_PER_RANK = 6  # in the trial runs: enough to reach a steady state
-
-
-def balanced_placement(model: ModelConfig, ranks: int) -> Placement:
-    """Move single layers between ranks until no move makes the simulated step shorter.
-
-    The search starts from the even placement that accounts for the loss. Equal sums per rank are not enough:
-    every pass goes from rank to rank, and the rank with the longest share of a pass makes the others wait.
-    """
-    parallel = ParallelConfig(pipeline_model_parallel_size=ranks, account_for_loss_in_pipeline_split=True)
-    best = placement(model, parallel)
-    loops, loss = layout(model).loops, loss_in_layers(model)
-    shortest = _trial(best, loops, loss)
-    while True:
-        times = {moved: _trial(moved, loops, loss) for moved in _neighbours(best)}
-        nearest = min(times, key=times.__getitem__, default=best)
-        if nearest == best or times[nearest] >= shortest * (1 - 1e-9):
-            return best
-        best, shortest = nearest, times[nearest]
-
-
-def _neighbours(parts: Placement) -> Iterator[Placement]:
-    """Yield the placements that differ by one layer's rank; every rank retains at least one core layer."""
-    for name in _SECTIONS:
-        counts = getattr(parts, name)
-        for source, count in enumerate(counts):
-            if count <= (name == "core"):
-                continue
-            for target in range(len(counts)):
-                if target != source:
-                    moved = list(counts)
-                    moved[source] -= 1
-                    moved[target] += 1
-                    yield replace(parts, **{name: tuple(moved)})
-
-
-@cache
-def _trial(parts: Placement, loops: int, loss: float) -> float:
-    """Simulate a step; return its time in units of one layer's forward."""
-    ranks, passes = parts.ranks, loops + 2
-    micro_batches = _MICRO_BATCHES_PER_RANK * ranks
-    order = [rank_order(ranks, rank, passes, micro_batches, ranks) for rank in range(ranks)]
-    costs = []
-    for rank in range(ranks):
-        layers: list[float] = [parts.prelude[rank], *[parts.core[rank]] * loops, parts.coda[rank]]
-        layers[-1] += loss * (rank == ranks - 1)
-        costs.append([Cost(n, 2 * n) for n in layers])
-    return simulate(order, costs).step_time
-
-
+_MICRO_BATCHES_PER_RANK = 6  # in a simulated step of the search: enough to reach a steady state
 _MICRO_BATCHES = (1, 2, 4, 8)
 _MOST_BALANCED = 8  # beyond this many pipeline ranks, searching for a better placement takes seconds
 _RECOMPUTE: tuple[dict[str, Any], ...] = (
@@ -108,7 +60,7 @@ class Suggestion:
 
     config: Config
     settings: dict[str, Any]
-    """The chosen settings by name."""
+    """The settings of the layout by name."""
     seconds: float
     """Estimated time of a step."""
     bubble: float
@@ -145,7 +97,8 @@ def suggest(
     config = replace(config, model=resolve_model(config.model))
     fitting, least = _fitting(config, hardware, memory_bytes)
     if not fitting:
-        if least == math.inf:  # no layout is valid at all; resolving the simplest one raises the reason
+        if least == math.inf:
+            # No layout is valid. Resolving the simplest one raises an error with the reason.
             resolve(with_values(config, _UNSET), world_size=hardware.gpus)
         raise UserError(
             f"no rank layout on {hardware.gpus} GPUs fits into {memory_bytes / 2**30:.1f} GiB per GPU; the "
@@ -154,50 +107,11 @@ def suggest(
     return _fastest(fitting, hardware, limit)
 
 
-def layout_candidates(config: Config, hardware: Hardware) -> Iterator[dict[str, Any]]:
-    """Yield the settings of every layout, including invalid ones, which ``resolve`` rejects."""
-    for tensor, pipelined in product(_divisors(hardware.gpus_per_node), _divisors(hardware.gpus)):
-        if hardware.gpus % (tensor * pipelined):
-            continue
-        replicas = hardware.gpus // (tensor * pipelined)
-        for placed, sharded, optimizer, micro_batch in product(
-            _placements(config, pipelined),
-            (False, True) if tensor > 1 else (False,),
-            (False, True) if replicas > 1 else (False,),
-            _MICRO_BATCHES,
-        ):
-            yield {
-                "tensor_model_parallel_size": tensor,
-                "pipeline_model_parallel_size": pipelined,
-                **placed,
-                "sequence_parallel": sharded,
-                "use_distributed_optimizer": optimizer,
-                "overlap_grad_reduce": replicas > 1,
-                "overlap_param_gather": optimizer,
-                "micro_batch_size": micro_batch,
-            }
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def _placements(config: Config, ranks: int) -> list[dict[str, Any]]:
-    """List settings for the placement: even, accounting for the loss, or searched; or virtual stages."""
-    if ranks == 1:
-        return [{}]
-    if not SCHEMES[config.model.recurrence].has_loop:
-        return [{"num_virtual_stages_per_pipeline_rank": n} for n in (1, 2, 4)]
-    if ranks > layout(config.model).core:
-        return []
-    placed: list[dict[str, Any]] = [{}, {"account_for_loss_in_pipeline_split": True}]
-    if ranks <= _MOST_BALANCED:
-        placed.append({"pipeline_model_parallel_layout": str(balanced_placement(config.model, ranks))})
-    return placed
-
-
 def _fitting(config: Config, hardware: Hardware, memory_bytes: int) -> tuple[list[_Fitting], float]:
-    """Return every layout that fits, with the least recomputation, and the least memory that any needs."""
+    """Return every layout that fits, and the least memory that any layout needs.
+
+    Each layout recomputes as little as possible.
+    """
     found, least = [], math.inf
     for settings in layout_candidates(config, hardware):
         for recompute in _RECOMPUTE:
@@ -222,7 +136,7 @@ def _fullest_rank(config: Config, stages: Pipeline, replicas: int) -> int:
 
 
 def _fastest(fitting: Sequence[_Fitting], hardware: Hardware, limit: int) -> list[Suggestion]:
-    """Simulate the layouts in order of their lower bounds until no later one can be among the fastest."""
+    """Simulate layouts, lowest bound first, until no later one can be among the ``limit`` fastest."""
     bounds = [(_least_seconds(layout, hardware), i) for i, layout in enumerate(fitting)]
     best: dict[tuple[int, int, int], Suggestion] = {}
     for bound, i in sorted(bounds):
@@ -260,3 +174,97 @@ def _simulated(layout: _Fitting, hardware: Hardware) -> Suggestion:
         bubble=times.bubble_share,
         memory=layout.memory,
     )
+
+
+def layout_candidates(config: Config, hardware: Hardware) -> Iterator[dict[str, Any]]:
+    """Yield the settings of every layout, including invalid ones, which ``resolve`` rejects."""
+    for tensor, pipelined in product(_divisors(hardware.gpus_per_node), _divisors(hardware.gpus)):
+        if hardware.gpus % (tensor * pipelined):
+            continue
+        replicas = hardware.gpus // (tensor * pipelined)
+        for placed, sharded, optimizer, micro_batch in product(
+            _placements(config, pipelined),
+            (False, True) if tensor > 1 else (False,),
+            (False, True) if replicas > 1 else (False,),
+            _MICRO_BATCHES,
+        ):
+            yield {
+                "tensor_model_parallel_size": tensor,
+                "pipeline_model_parallel_size": pipelined,
+                **placed,
+                "sequence_parallel": sharded,
+                "use_distributed_optimizer": optimizer,
+                "overlap_grad_reduce": replicas > 1,
+                "overlap_param_gather": optimizer,
+                "micro_batch_size": micro_batch,
+            }
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _placements(config: Config, ranks: int) -> list[dict[str, Any]]:
+    """List the settings that place the layers. A plain model has numbers of virtual stages instead.
+
+    Placements are the even one, the one that accounts for the loss, and, if there are not too many ranks, the
+    one that ``balanced_placement`` finds.
+    """
+    if ranks == 1:
+        return [{}]
+    if not SCHEMES[config.model.recurrence].has_loop:
+        return [{"num_virtual_stages_per_pipeline_rank": n} for n in (1, 2, 4)]
+    if ranks > layout(config.model).core:
+        return []
+    placed: list[dict[str, Any]] = [{}, {"account_for_loss_in_pipeline_split": True}]
+    if ranks <= _MOST_BALANCED:
+        placed.append({"pipeline_model_parallel_layout": str(balanced_placement(config.model, ranks))})
+    return placed
+
+
+def balanced_placement(model: ModelConfig, ranks: int) -> Placement:
+    """Move single layers between ranks until no move makes the simulated step shorter.
+
+    The search starts from the even placement that accounts for the loss. An equal number of layers per rank
+    is not enough. Every pass goes from rank to rank, so the rank with most layers in a pass makes the others
+    wait.
+    """
+    parallel = ParallelConfig(pipeline_model_parallel_size=ranks, account_for_loss_in_pipeline_split=True)
+    best = placement(model, parallel)
+    loops, loss = layout(model).loops, loss_in_layers(model)
+    shortest = _trial(best, loops, loss)
+    while True:
+        times = {moved: _trial(moved, loops, loss) for moved in _neighbours(best)}
+        nearest = min(times, key=times.__getitem__, default=best)
+        if nearest == best or times[nearest] >= shortest * (1 - 1e-9):
+            return best
+        best, shortest = nearest, times[nearest]
+
+
+def _neighbours(parts: Placement) -> Iterator[Placement]:
+    """Yield the placements in which one layer is on another rank. Every rank keeps a core layer."""
+    for name in _SECTIONS:
+        counts = getattr(parts, name)
+        for source, count in enumerate(counts):
+            if count <= (name == "core"):
+                continue
+            for target in range(len(counts)):
+                if target != source:
+                    moved = list(counts)
+                    moved[source] -= 1
+                    moved[target] += 1
+                    yield replace(parts, **{name: tuple(moved)})
+
+
+@cache
+def _trial(parts: Placement, loops: int, loss: float) -> float:
+    """Simulate a step, and return its time in units of one layer's forward."""
+    ranks, passes = parts.ranks, loops + 2
+    micro_batches = _MICRO_BATCHES_PER_RANK * ranks
+    order = [rank_order(ranks, rank, passes, micro_batches, ranks) for rank in range(ranks)]
+    costs = []
+    for rank in range(ranks):
+        layers: list[float] = [parts.prelude[rank], *[parts.core[rank]] * loops, parts.coda[rank]]
+        layers[-1] += loss * (rank == ranks - 1)
+        costs.append([Cost(n, 2 * n) for n in layers])
+    return simulate(order, costs).step_time

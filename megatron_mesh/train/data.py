@@ -1,7 +1,4 @@
-"""Opens a run's tokenizer and data sets, and reads micro-batches from a given sample on.
-
-Describes a run's data in the log: sources, tokens and epochs. Nothing here reads data files.
-"""
+"""Open a run's tokenizer and data sets, log what they contain, and read micro-batches from any sample on."""
 
 import logging
 from collections import Counter
@@ -26,9 +23,28 @@ from megatron_mesh.data import (
 )
 from megatron_mesh.runtime import device
 
+logger = logging.getLogger(__name__)
+
+
+def open_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
+    """Open the tokenizer. Return it with ``config``; if ``vocab_size`` was unset, it is now the tokenizer's.
+
+    Raises:
+        UserError: there is no such tokenizer, or it has more ids than the model's vocabulary.
+    """
+    if config.data.tokenizer_model is None:
+        assert config.model.vocab_size is not None, "resolve() asks for one of the two"
+        return config, NoTokenizer(config.model.vocab_size)
+    tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+    if config.model.vocab_size is not None:
+        check_vocab(tokenizer, config.model.vocab_size)
+        return config, tokenizer
+    model = replace(config.model, vocab_size=tokenizer.vocab_size)
+    return resolve(replace(config, model=model), world_size=dist.get_world_size()), tokenizer
+
 
 class NoTokenizer(Tokenizer):
-    """Stands in when no tokenizer is given: tokenized data needs only the vocabulary size."""
+    """Stands in when no tokenizer is given. Tokenized data needs only the vocabulary size."""
 
     eod = -2  # neither a token id nor ``pad``
 
@@ -46,25 +62,12 @@ class NoTokenizer(Tokenizer):
         raise TypeError("no tokenizer was given, only the size of its vocabulary")
 
 
-def open_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
-    """Open the tokenizer; return it with ``config``, whose ``vocab_size`` is filled in from it if unset.
-
-    Raises:
-        UserError: there is no such tokenizer, or it has more ids than the model's vocabulary.
-    """
-    if config.data.tokenizer_model is None:
-        assert config.model.vocab_size is not None, "resolve() asks for one of the two"
-        return config, NoTokenizer(config.model.vocab_size)
-    tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
-    if config.model.vocab_size is not None:
-        check_vocab(tokenizer, config.model.vocab_size)
-        return config, tokenizer
-    model = replace(config.model, vocab_size=tokenizer.vocab_size)
-    return resolve(replace(config, model=model), world_size=dist.get_world_size()), tokenizer
-
-
 def open_datasets(config: Config, tokenizer: Tokenizer, step: int = 0, consumed_samples: int = 0) -> Datasets:
-    """Open training data up to the end of a run that is at ``step``, and evaluation data if it evaluates."""
+    """Open the training data that the run needs to its end, and the evaluation data if it evaluates.
+
+    Args:
+        step: the step at which the run starts; ``consumed_samples`` have been consumed by then.
+    """
     training = config.training
     assert training.global_batch_size is not None
     eval_iters = training.eval_iters if training.eval_interval else 0
@@ -78,14 +81,6 @@ def open_datasets(config: Config, tokenizer: Tokenizer, step: int = 0, consumed_
     )
 
 
-def fingerprints_of(data: Datasets, tokenizer: Tokenizer) -> dict[str, str]:
-    """Return digests of each stream's data and order, by name, and of the tokenizer (see ``TrainState``)."""
-    found = {name: stream.order for name, stream in data.named().items()}
-    if not isinstance(tokenizer, NoTokenizer):
-        found["tokenizer"] = tokenizer.unique_identifiers["sha256"]
-    return found
-
-
 def open_batches(
     config: Config,
     dataset: SampleStream,
@@ -94,7 +89,7 @@ def open_batches(
 ) -> Iterator[Batch]:
     """Return this rank's micro-batches, starting after ``consumed_samples``.
 
-    The ranks of a tensor-parallel group read the same ones.
+    The ranks of a tensor-parallel group read the same micro-batches.
 
     Args:
         batch_size: maps consumed samples to the global batch size; by default the size is constant.
@@ -113,7 +108,15 @@ def open_batches(
     )
 
 
-logger = logging.getLogger(__name__)
+def fingerprints_of(data: Datasets, tokenizer: Tokenizer) -> dict[str, str]:
+    """Return a digest of each stream's data and order by its name, and one of the tokenizer.
+
+    ``TrainState`` says what they are compared with.
+    """
+    found = {name: stream.order for name, stream in data.named().items()}
+    if not isinstance(tokenizer, NoTokenizer):
+        found["tokenizer"] = tokenizer.unique_identifiers["sha256"]
+    return found
 
 
 def log_data(config: Config, data: Datasets, consumed_samples: int) -> None:

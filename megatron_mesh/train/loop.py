@@ -1,8 +1,8 @@
 """The training loop: from a resolved configuration to the last checkpoint.
 
-``pretrain`` builds the run, resumes it if there is a checkpoint, and calls ``train``. That takes one step
-after another (``step.py``), logs, saves and evaluates when they are due, and stops when all ranks have agreed
-to (``vote.py``).
+``pretrain`` builds the run, resumes it if there is a checkpoint, and calls ``train``. ``train`` takes one
+step after another (``step.py``). It logs, saves and evaluates when these are due, and stops when all ranks
+have agreed to stop (``vote.py``).
 """
 
 import logging
@@ -55,6 +55,8 @@ from megatron_mesh.train.step import evaluate, train_step
 from megatron_mesh.train.vote import Outcome, Vote
 
 logger = logging.getLogger(__name__)
+STATUS = {exits.DONE: "done", exits.STOPPED: "stopped", exits.NOT_SAVED: "failed", exits.DIVERGED: "failed"}
+"""The word in ``run_status.txt`` for each exit status of a run with --save."""
 
 
 @dataclass
@@ -73,7 +75,7 @@ def pretrain(config: Config) -> int:
 
     Raises:
         UserError: the input is bad. Nothing has been written by then.
-        OutOfMemory: the device memory does not suffice. The message names settings that help.
+        OutOfMemory: the device has too little memory. The message names settings that help.
     """
     started = time.monotonic()
     choose(config.precision, config.parallel)
@@ -103,10 +105,6 @@ def pretrain(config: Config) -> int:
         if config.checkpoint.save is not None:
             write_status(config.checkpoint.save, STATUS[ending])
     return ending
-
-
-STATUS = {exits.DONE: "done", exits.STOPPED: "stopped", exits.NOT_SAVED: "failed", exits.DIVERGED: "failed"}
-"""The word in ``run_status.txt`` for each exit status of a run with --save."""
 
 
 def build_run(config: Config, search: Search | None = None) -> Run:
@@ -161,7 +159,7 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
     routers = RouterMeter(stage.recurrence, enabled=config.logging.log_routers)
     batches = open_batches(config, run.data.train, state.consumed_samples, batch_size)
     saver = open_saver(config, log, state.step)
-    first, reason, saving = state.step + 1, "", config.checkpoint.save_timeout_minutes
+    first, reason, save_minutes = state.step + 1, "", config.checkpoint.save_timeout_minutes
 
     def vote() -> Vote:
         return Vote(stop.reason(state.step + 1), written=saver is None or saver.written())
@@ -195,7 +193,7 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
         if state.skipped >= config.training.max_skipped_steps:
             return diverged(config, state, saver, health)
         if saver is not None and saver.pending and outcome.all_written:
-            with speed.paused(), health.busy(f"publishing a checkpoint after step {step}", saving):
+            with speed.paused(), health.busy(f"publishing a checkpoint after step {step}", save_minutes):
                 saver.complete()
         if saver is not None and (reason or due(step, config.checkpoint.save_interval, last)):
             with speed.paused():
@@ -211,7 +209,7 @@ def train(run: Run, log: Log, health: Health, stop: StopRequests) -> int:
 
 
 def save(run: Run, saver: Saver, health: Health) -> None:
-    """Save a checkpoint of the current step, unless there is one."""
+    """Save a checkpoint of the current step, unless it is saved already."""
     if not saver.has(run.state.step):
         with health.busy(f"the save after step {run.state.step}", run.config.checkpoint.save_timeout_minutes):
             saver.save(run.stage, run.optimizer, run.state)
@@ -227,8 +225,8 @@ def evaluate_and_log(
 ) -> str:
     """Evaluate and log the loss. If a rank is asked to stop meanwhile, return the reason and log nothing.
 
-    With several validation sets, each loss is logged, and their mean is the validation loss. If a checkpoint
-    is being written in the background, it is published as soon as all ranks have written their parts.
+    With several validation sets, each loss is logged, and their mean is the validation loss. A checkpoint
+    that is being written in the background is published as soon as all ranks have written their shares.
     """
     state, data = run.state, run.data
     datasets = data.validation if kind == "valid" else {"": data.named()["test"]}
@@ -262,9 +260,8 @@ def finish(run: Run, log: Log, health: Health, stop: StopRequests, saver: Saver 
         saver.note_validation(state)
     at_end = state.step == last_step(run.config.training, state.step, state.consumed_samples)
     if not reason and at_end and data.validation and state.valid_loss_step != state.step:
-        reason = evaluate_and_log(
-            run, "valid", log, health, stop, saver
-        )  # an earlier start was stopped during it
+        # An earlier start took the last step, but was stopped during its evaluation.
+        reason = evaluate_and_log(run, "valid", log, health, stop, saver)
     if not reason and data.test is not None:
         reason = evaluate_and_log(run, "test", log, health, stop, saver)
     if reason:
@@ -310,7 +307,7 @@ def open_saver(config: Config, log: Log, loaded_step: int) -> Saver | None:
 
 
 def record_skipped(log: Log, run: Run, outcome: Outcome, first_sample: int) -> None:
-    """Log a skipped step and its samples. Call this after the state has advanced."""
+    """Log a skipped step and its samples, of which ``first_sample`` is the first. The state has advanced."""
     end = run.state.consumed_samples
     samples: dict[str, Any] = {"first_sample": first_sample, "last_sample": end - 1}
     if is_rank_zero():
@@ -321,7 +318,7 @@ def record_skipped(log: Log, run: Run, outcome: Outcome, first_sample: int) -> N
 def diverged(config: Config, state: TrainState, saver: Saver | None, health: Health) -> int:
     """End the run after too many skipped steps in a row, and log which checkpoint to resume from."""
     if saver is not None:
-        finish_saving(saver, config, health)  # it may be the last good one
+        finish_saving(saver, config, health)  # the pending checkpoint may be the last good one
     if is_rank_zero():
         logger.error(
             "stopped: %d steps in a row had a NaN or infinite loss or gradients (--max-skipped-steps); the "
@@ -338,7 +335,7 @@ def last_good_checkpoint(config: Config, state: TrainState) -> Path | str:
         return "none"
     try:
         steps = saved_steps(Path(config.checkpoint.save))
-    except OSError as error:  # must not hide the message that the run diverged
+    except OSError as error:  # it must not hide the message that the run diverged
         return f"unknown ({error})"
     good = [path for step, path in steps.items() if step <= state.step - state.skipped]
     return good[-1] if good else "none"

@@ -1,4 +1,4 @@
-"""Builds Megatron-core's optimizer and learning-rate schedule from our settings."""
+"""Build Megatron-core's optimizer and learning-rate schedule from our settings."""
 
 import logging
 
@@ -37,7 +37,7 @@ def build_optimizer(settings: Config, stage: Stage) -> MegatronOptimizer:
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    # Megatron's rules exempt biases and vectors from weight decay; ours exempts recurrence coefficients.
+    # Megatron's rules exempt biases and vectors from weight decay, ours the recurrence's coefficients.
     rules = get_standard_config_overrides(theirs)
     rules[ParamKey(attr="no_weight_decay")] = ParamGroupOverride(wd_mult=0.0)
     return get_megatron_optimizer(theirs, stage.groups, config_overrides=rules, use_gloo_process_groups=False)
@@ -63,7 +63,7 @@ def build_schedule(config: OptimizerConfig, optimizer: MegatronOptimizer) -> Opt
     """Build the schedule: warm-up and decay of the learning rate, and a constant weight decay.
 
     It counts in steps or samples, like the length of the run. As in Megatron-LM, a warm-up starts at
-    ``lr_warmup_init``, by default 0, so the first step then changes nothing.
+    ``lr_warmup_init``. The default is 0, with which the first step changes nothing.
 
     Args:
         config: resolved settings.

@@ -1,4 +1,4 @@
-"""The directories that a run writes to: checks them, and writes configuration, metrics and summary."""
+"""Check the directories that a run writes to, and write its configuration, metrics and summary."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ from megatron_mesh.runtime.run_files import CONFIG_FILE, METRICS_FILE, OWNER_FIL
 logger = logging.getLogger(__name__)
 
 _ROOM = 2**16
-"""Bytes that must fit into each directory when the run starts."""
+"""Bytes that each directory must have room for when the run starts."""
 
 
 def check_writable(config: Config) -> None:
@@ -64,7 +64,10 @@ def _same(one: str, other: str | None) -> bool:
 
 
 def warn_if_nothing_is_saved(config: Config) -> None:
-    """Warn about settings for saving without ``--save``. Runs with and without it may share a YAML file."""
+    """Warn if there are settings for saving, but no ``--save``.
+
+    It is no error, because runs that save and runs that don't may share a YAML file.
+    """
     names = ("save_interval", "async_save", "keep_last", "exit_grace_seconds")
     idle = [flag(name) for name in names if getattr(config.checkpoint, name)]
     if config.checkpoint.save is None and idle:
@@ -85,8 +88,8 @@ def output_directory(config: Config) -> Path:
 def holds_same_run(directory: Path, config: Config, step: int) -> bool:
     """Return whether this start continues the run whose output is in ``directory``.
 
-    It does if it resumes from a checkpoint, or if the earlier start ended before its first one. Call this
-    before ``write_config``, which replaces the earlier start's configuration.
+    It does if it resumes from a checkpoint, or if the earlier start ended before its first checkpoint. Call
+    this before ``write_config``, which replaces the earlier start's configuration.
 
     Args:
         step: the step at which this start begins.
@@ -105,7 +108,8 @@ def holds_same_run(directory: Path, config: Config, step: int) -> bool:
 def write_config(config: Config, directory: Path) -> None:
     """Write ``config.yaml``, with which ``--config`` starts the same run again.
 
-    If the file exists with other contents, those are moved to ``config.1.yaml``, ``config.2.yaml`` and so on.
+    If the file exists with other contents, these are first copied to ``config.1.yaml``, ``config.2.yaml`` and
+    so on.
     """
     path, text = directory / CONFIG_FILE, dump_config(config)
     try:

@@ -40,13 +40,13 @@ def train_step(
 ) -> Outcome:
     """Take one optimizer step over a global batch, or skip it if the loss or gradients are not finite.
 
-    All ranks skip if one does. ``state`` advances in either case, so a skipped step uses up its samples and
-    its place in the schedule. Collective. The host waits for the device only once, in ``agree``.
+    If one rank skips the step, all do. ``state`` advances in either case: a skipped step uses up its samples
+    and its place in the schedule. Collective. The host waits for the device only once, in ``agree``.
 
     Args:
         batches: this rank's micro-batches.
         training: resolved settings. Only the batch sizes and the unit of the schedule are used.
-        vote: returns this rank's vote. Called after the forward and backward passes, so a signal that arrives
+        vote: returns this rank's vote. Called after forward and backward, so a signal that arrives
             during them still counts for this step.
         beat: called before every micro-batch, to show that this rank is making progress.
     """
@@ -125,14 +125,15 @@ def run_batch(
 ) -> Tensor:
     """Run this rank's micro-batches of one global batch through Megatron-core's schedule.
 
-    Unless ``forward_only``, ``main_grad`` then holds the gradients of the loss per token over all ranks.
+    Unless ``forward_only``, each parameter's ``main_grad`` then holds the gradient of the mean loss per token
+    over all ranks.
 
     Args:
         batch_size: sequences in the global batch; by default ``global_batch_size``.
 
     Returns:
-        [2], float64, on the device: this rank's sum of losses and number of tokens. Zeros on ranks that don't
-        hold the end of the model.
+        [2], float64, on the device: this rank's sum of losses and number of tokens. Both are 0 on ranks that
+        don't hold the end of the model.
     """
     batch_size = batch_size or training.global_batch_size
     assert batch_size is not None
@@ -177,9 +178,9 @@ def evaluate(
     Collective: one all-reduce per batch, for which the host waits.
 
     Args:
-        datasets: data sets by name. A single one has the name "".
+        datasets: data sets by name. If there is only one, its name is "".
         vote: returns this rank's vote after each batch.
-        on_written: a collective operation, called after a batch once all ranks have written their parts of
+        on_written: a collective operation, called after a batch once all ranks have written their shares of
             the background checkpoint.
     """
     phases.enter("evaluation")

@@ -1,9 +1,9 @@
 """The agreement of all ranks in a step: loss, gradient norm, whether to update, whether to stop.
 
-A loss or gradient that is not finite, even on one rank, would corrupt the weights for good. A signal to stop
-may reach only one rank, too. So each step has one all-reduce of a few numbers, and the host reads the result:
-this is the only time in a step that it waits for the device. Each batch of an evaluation has such an
-all-reduce as well, because an evaluation may take longer than the time that a job is given to end.
+A loss or gradient that is not finite, even on one rank, would corrupt the weights for good. A signal to stop,
+too, may reach only one rank. So each step has one all-reduce of a few numbers, and the host reads the result.
+Nothing else in a step makes it wait for the device. Each batch of an evaluation has such an all-reduce as
+well, because an evaluation may take longer than a job that must end is given.
 """
 
 import math
@@ -26,7 +26,7 @@ class Vote:
     stop: str = ""
     """Why to stop after this step (one of ``stopping.REASONS``), or "" to continue."""
     written: bool = True
-    """Whether this rank has written its part of the background checkpoint. True if there is none."""
+    """Whether this rank has written its share of the background checkpoint. True if there is none."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Outcome:
     """The outcome of a step, equal on all ranks."""
 
     loss: float
-    """Loss per token in nats. NaN if the batch has no token that counts."""
+    """Loss per token in nats. NaN if the loss mask of the whole batch is 0."""
     grad_norm: float
     """L2 norm of all gradients before clipping."""
     taken: bool
@@ -42,7 +42,7 @@ class Outcome:
     stop: str
     """Why all ranks stop after this step (one of ``stopping.REASONS``), or ""."""
     all_written: bool
-    """Whether all ranks have written their parts of the background checkpoint."""
+    """Whether all ranks have written their shares of the background checkpoint."""
 
 
 def agree(optimizer: MegatronOptimizer, totals: Tensor, vote: Vote) -> Outcome:
@@ -67,8 +67,9 @@ class Interim:
     """The outcome of one batch of an evaluation, equal on all ranks."""
 
     loss: float
-    """Sum over the tokens of all ranks, in nats."""
+    """Sum of the losses over all ranks, in nats."""
     tokens: float
+    """Number of tokens on all ranks. Here and in ``loss``, tensor-parallel ranks count the same tokens."""
     stop: str
     """See ``Outcome``."""
     all_written: bool
@@ -87,14 +88,14 @@ def agree_in_evaluation(totals: Tensor, vote: Vote) -> Interim:
 
 def _count(vote: Vote, totals: Tensor, *more: Tensor) -> tuple[str, bool, list[float]]:
     """Return why to stop, whether all ranks have written, and ``totals`` and ``more`` summed over ranks."""
-    # A sum, because a sum that includes NaN is NaN on every rank. A maximum may lose it.
+    # We sum, because a sum that includes NaN is NaN on every rank. A maximum may lose the NaN.
     numbers = 2 + len(more)
     ballot = torch.zeros(numbers + 1 + len(REASONS), dtype=torch.float64, device=device.device())
-    # All ranks of a tensor-parallel group add the same totals, which cancels in the loss per token.
+    # All ranks of a tensor-parallel group add the same totals. In the loss per token the factor cancels.
     ballot[:2].copy_(totals)
     for index, number in enumerate(more):
         ballot[2 + index].copy_(number)
-    # Most steps have no such vote and launch no kernel. fill_ needs no copy from the host.
+    # In most steps neither is the case, so no kernel is launched. fill_ needs no copy from the host.
     if not vote.written:
         ballot[numbers].fill_(1)
     if vote.stop:
@@ -112,7 +113,7 @@ def squared_norm(optimizer: MegatronOptimizer) -> Tensor:
     The shares of all ranks sum to the squared norm. Megatron-core's ``get_grad_norm`` computes the same norm,
     but with an all-reduce and a wait of its own.
     """
-    grads = [grad for part in _parts(optimizer) for grad in part.get_main_grads_for_grad_norm()]
+    grads = [grad for member in _members(optimizer) for grad in member.get_main_grads_for_grad_norm()]
     if not grads:
         return torch.zeros((), dtype=torch.float64, device=device.device())
     norm = torch.nn.utils.get_total_norm(grads).double()
@@ -123,11 +124,11 @@ def squared_norm(optimizer: MegatronOptimizer) -> Tensor:
 
 def clip(optimizer: MegatronOptimizer, grad_norm: float) -> None:
     """Scale the gradients down to the norm ``clip_grad`` in the optimizer's settings (0: no clipping)."""
-    for part in _parts(optimizer):
-        if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
-            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
+    for member in _members(optimizer):
+        if member.config.clip_grad > 0 and (parameters := member.get_parameters()):
+            clip_grad_by_total_norm_fp32(parameters, member.config.clip_grad, grad_norm)
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+def _members(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """Return the optimizers in Megatron-core's chain, or the optimizer itself if it is not a chain."""
     return getattr(optimizer, "chained_optimizers", [optimizer])

@@ -1,4 +1,4 @@
-"""Starts small runs of the program on its command line, as a user would."""
+"""Start small runs of the program on its command line, as a user would."""
 
 import json
 import os

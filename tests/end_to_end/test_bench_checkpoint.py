@@ -1,4 +1,4 @@
-"""The checkpoint benchmark, started as a user starts it."""
+"""Test the checkpoint benchmark, started as a user starts it."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The program on its command line: plain python and torchrun, its configuration file, its errors."""
+"""Test the program on its command line: plain python and torchrun, its configuration file, its errors."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The quickstart script, from raw text to figures, with settings that take seconds."""
+"""Test the quickstart script, from raw text to figures, with settings that take seconds."""
 
 import importlib
 import json

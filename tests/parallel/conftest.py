@@ -12,14 +12,14 @@ from tests.parallel.training import Outcome, save_initial, train
 
 @pytest.fixture(scope="package", autouse=True)
 def pools() -> Iterator[None]:
-    """End the workers after their last test, because gloo polls and so even idle ones take time."""
+    """End the workers after the last test. Even idle ones take CPU time, because gloo polls."""
     yield
     close_all()
 
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Outcome]]:
-    """Call ``reference(**model)`` for a checkpoint of the model, and one process's training from it."""
+    """Call ``reference(**model)`` for a checkpoint of the model, and the results of training one process."""
     known: dict[str, tuple[Path, Outcome]] = {}
 
     def get(**model: Any) -> tuple[Path, Outcome]:

@@ -23,7 +23,7 @@ def early_reduction(stage: Stage) -> Iterator[None]:
 
 @contextmanager
 def unsummed_routers(stage: Stage) -> Iterator[None]:
-    """Don't sum router gradients, so each tensor-parallel rank has those of its own sequence shard."""
+    """Don't sum router gradients: each tensor-parallel rank keeps those of its own sequence shard."""
     for module in stage.modules:
         for parameter in module.parameters():
             parameter.sum_over_tensor_parallel = False

@@ -33,7 +33,7 @@ def initial_weights(case: dict[str, Any]) -> dict[str, tuple[np.ndarray, int | N
 
 
 def elements_sent(case: dict[str, Any]) -> dict[str, Any]:
-    """Count the elements in ``isend`` and ``irecv`` in one step, by direction; add the pipeline rank."""
+    """Return this pipeline rank, and the elements that it sends and receives in one step, by direction."""
     config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
     sent: Counter[str] = Counter()
     with model_parallel_groups(config):
@@ -79,7 +79,7 @@ def elements_sent(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def unaligned_gradients(case: dict[str, Any]) -> tuple[int, list[str]]:
-    """Count the matrices outside the recurrence; list those whose gradients cuBLAS can't add to."""
+    """Count the matrices outside the recurrence, and list those whose gradients cuBLAS can't add to."""
     config = tiny_config(world_size=dist.get_world_size(), **settings_of(case))
     with model_parallel_groups(config):
         named = [(n, p) for module in build_stage(config).modules for n, p in module.named_parameters()]

@@ -17,7 +17,7 @@ _pools: dict[int, "Pool"] = {}
 
 
 class WorkerError(Exception):
-    """A case failed in a worker; the text is that worker's traceback."""
+    """A case failed in a worker. The message is the worker's traceback."""
 
 
 class Pool:

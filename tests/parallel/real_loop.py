@@ -147,7 +147,7 @@ class Watched:
 def watch_saves(corpus: str, case: dict[str, Any], directory: Path, release: int) -> tuple[Watched, Watched]:
     """Train 8 steps without checkpoints, then 8 steps with background saves after steps 4 and 8.
 
-    The last rank's first write is held back until step ``release`` and finishes before that step begins. So
+    We hold back the last rank's first write until step ``release``; it finishes before that step begins. So
     all ranks publish the checkpoint after that step.
     """
     logged = {**case, "train_iters": 8, "output_dir": str(directory / "without")}
@@ -186,7 +186,7 @@ def _watched(config: Config, release: int) -> Watched:
 
 @contextmanager
 def _slow_writes() -> Iterator[tuple[list["Future[Any]"], threading.Event]]:
-    """Collect the parts that this rank writes in the background; on the last rank they wait for the event."""
+    """Collect what this rank writes in the background. On the last rank, each write waits for the event."""
     parts: list[Future[Any]] = []
     released = threading.Event()
     start, write_file = writer.BackgroundWriter.start, writer.write_file

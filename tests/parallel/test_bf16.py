@@ -1,4 +1,4 @@
-"""In bfloat16 a rank layout differs from one process by rounding, no more than a plain GPT does."""
+"""Test that in bfloat16 a rank layout differs from one process only by rounding, as a plain GPT does."""
 
 import pytest
 
@@ -29,8 +29,8 @@ def test_bfloat16_agrees_as_well_as_a_plain_gpt(layout: str, reference) -> None:
         _errors(scheme, layout, reference) for scheme in ("vanilla", "mesh")
     )
     print(f"{layout}: plain {plain} {plain_loss}, mesh {mesh} {mesh_loss}")
-    # A bfloat16 number is off by up to 2^-9, and a gradient is a sum of many. Without tensor parallelism the
-    # layout changes no sum of the plain model, which then has no error; 2^-6 takes its place.
+    # A bfloat16 number is off by up to 2^-9, and a gradient is a sum of many. Without tensor parallelism, the
+    # plain model's sums don't depend on the layout. Its error is then 0, and we allow 2^-6.
     yardstick = 3 * max(plain["layers"], 2**-6)
     for part, error in mesh.items():
         assert error <= yardstick, part

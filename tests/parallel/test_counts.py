@@ -87,7 +87,7 @@ def test_small_model(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bf16", [True, False])
 def test_a_tied_embedding(bf16: bool, tmp_path: Path) -> None:
-    """The two pipeline ranks that hold its copies divide the writing between them."""
+    """The two pipeline ranks that hold the embedding's copies divide the writing between them."""
     config = small(2, PIPELINE | {"untie_embeddings_and_output_weights": False, "bf16": bf16})
     saves = [save for save, _, _ in pool(2).run(counts.save_and_load, config, tmp_path)]
     check_saves(saves, SMALL_LIMITS, copied=False)

@@ -103,7 +103,7 @@ def test_each_cause_is_reported_once(tmp_path) -> None:
 
 @pytest.mark.parametrize("failing", [1, 0])
 def test_a_rank_that_only_waits_ends_too(tmp_path, failing) -> None:
-    """Only the monitoring can notice: a collective on GPUs doesn't, and here the other rank just sleeps.
+    """Only our monitoring can notice. A collective on GPUs wouldn't, so here the other rank just sleeps.
 
     If rank 0 ends, the store ends with it.
     """
@@ -129,7 +129,7 @@ def test_a_rank_that_only_waits_ends_when_the_store_is_lost(tmp_path) -> None:
 
 
 def test_a_rank_may_take_longer_to_end_than_the_store(tmp_path) -> None:
-    """Rank 0 has long ended when rank 1 has closed its files. That is not a failure."""
+    """Rank 0 ends long before rank 1 has closed its files. That is not a failure."""
     slow = SCRIPT.rpartition("    dist.barrier()")[0] + "    time.sleep(5 * rank_from_environment())\n"
     assert job(tmp_path, "pass", script=slow)[:2] == ([0, 0], ["", ""])
 

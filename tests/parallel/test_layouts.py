@@ -76,8 +76,8 @@ def test_settings_of_one_kind_of_pipeline(scheme: str, processes: int, settings:
     assert_equal(pool(processes).run(train, directory, {**model, **settings}), one)
 
 
-def test_a_rank_whose_rows_of_the_vocabulary_are_padding(reference) -> None:
-    """None of its logits contributes to the loss."""
+def test_a_rank_that_holds_only_padding_of_the_vocabulary(reference) -> None:
+    """None of this rank's logits contributes to the loss."""
     model = {**model_of("mesh", 2, tied=False), "make_vocab_size_divisible_by": 256}
     directory, one = reference(**model)
     processes, settings = LAYOUTS["tp2"]

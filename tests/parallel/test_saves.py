@@ -1,4 +1,4 @@
-"""A save that fails on one rank fails on all, and does no other harm; torch can read our checkpoints."""
+"""Test that a save that fails on one rank fails on all, without other harm. Torch reads our checkpoints."""
 
 import socket
 from datetime import timedelta

@@ -61,7 +61,7 @@ def counts(root: Path, name: str, each: Start) -> dict[str, int]:
 
 
 def test_files_opened_at_the_start(root: Path) -> None:
-    """Their number depends only on the number of data sets, not on ranks, steps or old checkpoints.
+    """The number of files depends only on the number of data sets, not on ranks, steps or old checkpoints.
 
     Rank 0 also inspects the data, checks the cache for missing entries, and opens the outputs.
     """

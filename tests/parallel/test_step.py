@@ -111,14 +111,14 @@ def test_every_collective_and_every_wait_of_a_step(layout: str, corpus: str) -> 
         assert steps[3].collectives == collectives + logged
         has_routers = (layout, rank) != ("ring", 1)
         assert waits[3] == WAIT | LOGGED | (ROUTERS if has_routers else {})
-        # By step 5 the last rank has written its part, so all ranks complete the checkpoint after it.
+        # By step 5 the last rank has written its share, so all ranks publish the checkpoint after that step.
         assert completed_after == [5]
         assert steps[5].collectives == collectives
         assert waits[5] == WAIT | SAVED
 
 
 def test_a_save_in_progress_costs_a_step_nothing(corpus: str, tmp_path: Path) -> None:
-    """With the real Saver and Log, a background save lasts from step 4 to step 7, when it is published."""
+    """With the real Saver and Log, a background save starts after step 4 and is published after step 7."""
     processes, settings, _ = STEP["data parallel"]
     results = pool(processes).run(
         watch_saves, corpus, {"layers": "1+1R2+1", **settings}, tmp_path, 7, timeout=120
@@ -138,10 +138,10 @@ def test_a_save_in_progress_costs_a_step_nothing(corpus: str, tmp_path: Path) ->
 
 
 def test_one_rank_stops_an_evaluation(corpus: str, tmp_path: Path) -> None:
-    """On SLURM a signal may reach only one rank, in a long evaluation that no save precedes.
+    """A signal may reach only one rank (on SLURM), in a long evaluation before which the run didn't save.
 
-    All ranks leave it after the same batch, save, and agree on the ending. Each batch has one all-reduce and
-    one wait.
+    All ranks leave the evaluation after the same batch, save, and end with the same status. Each batch has
+    one all-reduce and one wait.
     """
     results = pool(2).run(stop_in_evaluation, corpus, tmp_path)
     for ending, batches, collectives, waits in results:
@@ -190,7 +190,7 @@ def train(corpus: str, layout: str, directory: Path, fault: Any = None, **case: 
 
 
 def test_the_skipped_step_would_have_changed_the_weights(corpus, tmp_path) -> None:
-    """Otherwise the test above could not fail."""
+    """If the step changed nothing, the test above could not fail."""
     (_, two, _), _ = train(corpus, "dp2", tmp_path / "two", train_iters=2)
     (_, three, _), _ = train(corpus, "dp2", tmp_path / "three", train_iters=3)
     assert not any(torch.equal(weight, three[name]) for name, weight in two.items())

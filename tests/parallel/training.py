@@ -134,7 +134,7 @@ def whole_gradients(stage: Stage, sharded: bool) -> dict[str, np.ndarray]:
 
 
 def whole(stage: Stage, of: Callable[[Any], torch.Tensor]) -> dict[str, np.ndarray]:
-    """Gather a tensor of each parameter over tensor-parallel ranks; return by name in the whole model."""
+    """Gather one tensor per parameter over tensor-parallel ranks. Return them by name in the whole model."""
     group = parallel_state.get_tensor_model_parallel_group()
     found = {}
     for module in stage.modules:
@@ -149,7 +149,7 @@ def whole(stage: Stage, of: Callable[[Any], torch.Tensor]) -> dict[str, np.ndarr
 
 
 def _unshard(stage: Stage) -> None:
-    """Gather the reduced gradients, of which the distributed optimizer leaves each rank only its shard."""
+    """Gather the reduced gradients. With the distributed optimizer, a rank has only its shard of them."""
     group = parallel_state.get_data_parallel_group()
     for owner in stage.groups:
         for bucket_group in owner.bucket_groups:

@@ -155,7 +155,7 @@ def _is_blocking_copy(*args: Any, device: Any = None, non_blocking: bool = False
 
 
 def _counts_a_mask(name: str, args: tuple[Any, ...]) -> bool:
-    """Whether torch must count a mask's true values. It needn't to write one number wherever it is true."""
+    """Whether torch must count a mask's true values, and so wait. Writing a single number needs no count."""
     masked = any(index is not None and index.dtype == torch.bool for index in args[1])
     return masked and not (name == "index_put_" and args[2].numel() == 1)
 

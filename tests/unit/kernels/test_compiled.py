@@ -58,7 +58,9 @@ def compile_both(case: Case) -> dict[str, tuple[str, str]]:
 
 
 @pytest.mark.parametrize("terms,detached", [(2, ()), (5, ()), (4, (1,)), (3, (0,))])
-def test_one_pass_over_memory(terms: int, detached: tuple[int, ...], compiler: Callable[..., Any]) -> None:
+def test_every_tensor_is_accessed_once(
+    terms: int, detached: tuple[int, ...], compiler: Callable[..., Any]
+) -> None:
     case = Case(5, 768, terms, torch.bfloat16, detached=detached)
     found = compiler(compile_both, case)
     weights_learn = 0 not in detached

@@ -1,4 +1,4 @@
-"""A world of one process, shared by the tests of each module."""
+"""Set up a world of one process, once for the tests of each module."""
 
 import pytest
 import torch

@@ -83,9 +83,9 @@ def saved_states(**settings) -> int:
 @pytest.mark.parametrize("loops", [1, 2, 3])
 @pytest.mark.parametrize("recompute", [None, "full"])
 def test_mesh_stores_k_plus_2_states(loops: int, recompute: str | None) -> None:
-    """They are h_emb and o_0..o_K, whatever the number of slots.
+    """The stored states are h_emb and o_0..o_K, for any number of slots.
 
-    The base recursion also stores h_emb, which its first layer reads. So the difference is K + 1.
+    The base scheme stores h_emb too, because its first layer reads it. So the difference is K + 1.
     """
     layers = f"1+1R{loops}+1"
     base = saved_states(recurrence="base", layers=layers, recompute_granularity=recompute)

@@ -95,7 +95,7 @@ def test_options_of_mesh(settings: dict) -> None:
 
 
 def test_the_reference_is_causal_and_positional() -> None:
-    """Check the reference itself: a token changes no earlier logits, but swapping two changes later ones."""
+    """Check the reference itself: a token changes no earlier logits; swapping two changes later logits."""
     config = tiny_config("mesh", "1+1R2+1")
     model = build_model(config)
     params = {n: p.detach().double() for n, p in model.named_parameters()}
@@ -112,7 +112,7 @@ def test_the_reference_is_causal_and_positional() -> None:
 
 
 def test_bf16_is_near() -> None:
-    """With bfloat16 weights and activations, the error is no larger than 8 mantissa bits explain."""
+    """With bfloat16 weights and activations, the error stays in the range that 8 mantissa bits explain."""
     config = tiny_config("mesh", "1+2R2+1", bf16=True)
     model = build_model(config)
     tokens = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(3))
@@ -124,7 +124,7 @@ def test_bf16_is_near() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_padding_of_the_vocabulary_changes_nothing(tied: bool) -> None:
-    """Whatever their values, padded rows change neither the loss nor any gradient, and get no gradient."""
+    """Padded rows, whatever their values, change neither the loss nor any gradient, and get no gradient."""
     tokens, labels = torch.randint(0, 96, (2, 2, 16), generator=torch.Generator().manual_seed(3))
     found = {}
     for multiple in (1, 10, 128):

@@ -84,7 +84,7 @@ def test_megatrons_flag_loses_gradients_in_a_loop(measured, loops: int) -> None:
 
 
 def test_megatrons_flag_is_right_without_a_loop(measured) -> None:
-    """So the errors in the test above come from the loop, not from the stand-in."""
+    """This shows that the errors in the test above come from the loop, not from the stand-in."""
     for label, tolerance in (("no FP8", NO_FP8), ("FP8", BF16)):
         assert max(measured["gradients"][f"naive, K=1, {label}"].values()) < tolerance
 
@@ -134,7 +134,7 @@ def test_a_ring_chunk_marks_only_sections_that_no_earlier_chunk_runs(measured) -
 
 
 def test_tensor_parallel_weights_are_marked(measured) -> None:
-    """Each rank uses the marks to draw its shard of the initial weights and to sum gradient norms."""
+    """A rank needs the marks to draw its shard of the initial weights and to sum gradient norms."""
     ours, local = (
         {n.replace("layer_norm_", ""): d for n, d in measured["marked"][i].items() if d is not None}
         for i in ("transformer_engine", "local")
@@ -144,7 +144,7 @@ def test_tensor_parallel_weights_are_marked(measured) -> None:
 
 
 def test_a_history_of_one_micro_batch_covers_every_pass(measured) -> None:
-    """With delayed scaling, the first pass may have the largest values, so the last one's are not enough."""
+    """With delayed scaling, the first pass may have the largest values, so the history needs all passes."""
     assert any(entry["largest"][0] > entry["largest"][1] * 1.001 for entry in measured["history"])
     for entry in measured["history"]:
         assert entry["rows"] == len(entry["largest"]) == 2
@@ -157,7 +157,7 @@ def test_resume_with_delayed_scaling_is_exact(measured) -> None:
     assert found["errors"]["kept"] == 0
     assert found["errors"]["left out"] > 1e-3
     assert found["of another length"] == 0
-    # Saved again before the next step, as by a run that stops at once.
+    # A run that stops before its first step saves what it has loaded.
     assert (found["errors"]["saved again, kept"], found["errors"]["saved again, left out"]) == (1, 0)
 
 
@@ -180,7 +180,7 @@ def test_checkpoints_go_from_one_implementation_to_the_other(measured, way: str)
 
 
 def test_losses_of_other_weights_differ(measured) -> None:
-    """Otherwise the test above would prove nothing: it loads over weights from another seed."""
+    """The test above loads over weights from another seed. It proves something only if those differ."""
     one, other = (found["losses"][0] for found in measured["checkpoints"].values())
     assert abs(one - other) > 1e-3 * one
 

@@ -128,7 +128,7 @@ def test_rows_of_the_amax_history(recurrence: str, layers: str, scope: str, cont
     ],
 )
 def test_which_settings_cast_in_every_pass(settings: dict[str, Any], always: bool) -> None:
-    """Those with ``disable_parameter_transpose_cache``. Without FP8 there is no cast to cache."""
+    """``disable_parameter_transpose_cache`` says so. It is also set without FP8, when there is no cast."""
     config = transformer_config(tiny_config(**settings), TRANSFORMER_ENGINE)
     assert config.disable_parameter_transpose_cache == always
     core = section_config(config, "core", range(2), 2)
@@ -139,8 +139,8 @@ def test_which_settings_cast_in_every_pass(settings: dict[str, Any], always: boo
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_bf16_layers_by_number_in_the_whole_network(ranks: int) -> None:
-    """Megatron decides from each section's copy, whichever part of the section a pipeline rank holds."""
+def test_bf16_layers_are_the_same_on_any_number_of_ranks(ranks: int) -> None:
+    """Megatron decides from the settings of a section, in which ``section_config`` counts all its layers."""
     settings = {**ENDS, "num_layers_at_start_in_bf16": 2, "num_layers_at_end_in_bf16": 3}
     config = tiny_config("mesh", "4+6R2+5", ranks, pipeline_model_parallel_size=ranks, **settings)
     built = transformer_config(config, TRANSFORMER_ENGINE)
@@ -186,7 +186,7 @@ def test_the_error_names_what_is_missing(absent, precision: PrecisionConfig, wor
         assert word in str(refused.value)
 
 
-def test_context_parallelism_needs_its_attention(absent) -> None:
+def test_context_parallelism_needs_transformer_engine(absent) -> None:
     with pytest.raises(UserError, match=r"--context-parallel-size 2 .* not installed .* --sequence-parallel"):
         choose(PrecisionConfig(), ParallelConfig(context_parallel_size=2))
 
@@ -241,7 +241,7 @@ def test_a_broken_installation_is_not_a_traceback(monkeypatch: pytest.MonkeyPatc
 def test_the_attention_backend_follows_from_setting_and_variables(
     monkeypatch: pytest.MonkeyPatch, setting: str, variables: str, chosen: str
 ) -> None:
-    """It doesn't depend on the variables that an earlier model has left in the environment."""
+    """The choice doesn't depend on the variables that an earlier model has left in the environment."""
     given = dict(variable.split("=") for variable in variables.split())
     monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
     assert attention_backend(setting, te_layers=True, variables=given).name == chosen
@@ -249,19 +249,19 @@ def test_the_attention_backend_follows_from_setting_and_variables(
     assert "NVTE_FUSED_ATTN" not in os.environ
 
 
-def test_a_variable_that_is_neither_0_nor_1() -> None:
+def test_a_variable_that_is_neither_0_nor_1_is_refused() -> None:
     with pytest.raises(UserError, match=r"NVTE_FLASH_ATTN=no in the environment.*0 or 1"):
         attention_backend("auto", te_layers=True, variables={"NVTE_FLASH_ATTN": "no"})
 
 
-def test_models_of_several_attentions_in_one_process() -> None:
+def test_one_process_builds_models_with_different_attention() -> None:
     """Megatron-core would fail an assertion on the variables of the previous model."""
     for name in ("flash", "fused", "local", "auto"):
         model = build_on_meta(tiny_config(attention_backend=name))
         assert model.config.attention_backend.name == name
 
 
-def test_an_attention_that_local_layers_lack() -> None:
+def test_local_layers_refuse_transformer_engines_attention() -> None:
     with pytest.raises(UserError, match="--attention-backend fused needs Transformer Engine's layers"):
         build_model(tiny_config(attention_backend="fused"))
 
@@ -273,7 +273,7 @@ def test_context_parallelism_needs_transformer_engines_attention(monkeypatch: py
         choose(precision, ParallelConfig(context_parallel_size=2))
 
 
-def test_fused_gradients_of_local_layers_beside_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_layers_fuse_gradients_only_with_apex(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: None)
     monkeypatch.setattr(implementation.device, "has_gpu", lambda: True)
     precision = PrecisionConfig(transformer_impl="local", gradient_accumulation_fusion=True)
@@ -291,8 +291,10 @@ def test_fused_gradients_of_local_layers_beside_transformer_engine(monkeypatch: 
         ((9, 0), "12.10", "blockwise", None),
     ],
 )
-def test_fp8_that_the_gpu_lacks(monkeypatch, capability, cuda: str, recipe: str, words: str | None) -> None:
-    """Transformer Engine would only fail in the first forward."""
+def test_fp8_on_a_gpu_without_it_is_refused(
+    monkeypatch, capability, cuda: str, recipe: str, words: str | None
+) -> None:
+    """We refuse at once, because Transformer Engine would only fail in the first forward."""
     monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: None)
     monkeypatch.setattr(implementation, "_log_once", lambda *said: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

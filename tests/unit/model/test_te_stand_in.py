@@ -1,7 +1,7 @@
-"""Compare the stand-in with Transformer Engine's sources, which are parsed, not imported: no GPU needed.
+"""Compare the stand-in with Transformer Engine's sources. They are parsed, not imported, which needs no GPU.
 
-The stand-in's modules accept any further arguments, so the arguments that Megatron-core's wrappers pass are
-compared with the sources too.
+The stand-in's modules ignore arguments that they don't know. So we also compare the arguments that
+Megatron-core's wrappers pass with the sources.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""A world of one process, in which real models are built."""
+"""Set up a world of one process, in which the tests build real models."""
 
 from collections.abc import Iterator
 

@@ -42,7 +42,7 @@ class Handle:
 
 
 class Neighbours:
-    """P2P communicator that receives zeros on demand and counts the messages that it sends."""
+    """A P2P communicator that receives zeros whenever asked, and counts the messages that it sends."""
 
     def __init__(self, group: Group, config: TransformerConfig):
         self.pp_group, self.config = group, config
@@ -115,7 +115,7 @@ class Record(torch.autograd.Function):
 
 
 class ToyChunk(torch.nn.Module):
-    """A model chunk; the data iterator yields the number of the micro-batch."""
+    """A model chunk whose data are the numbers of the micro-batches."""
 
     model_type = ModelType.encoder_or_decoder
 

@@ -60,4 +60,5 @@ def test_recomputation_recreates_the_casts_of_one_layer_at_a_time() -> None:
     full = {"recompute_granularity": "full"}
     fp8 = {**FP8, "fp8_recipe": "blockwise"}
     (plain,), (cast,) = (memory("mesh", "2+2R3+2", **full, **s) for s in ({}, fp8))
-    assert cast.activations - plain.activations == matrices("2+2R3+2", "mesh", ".core.")  # 2 bytes, 1 of 2
+    # A cast takes 2 bytes, and 1 of the 2 layers is recreated at a time.
+    assert cast.activations - plain.activations == matrices("2+2R3+2", "mesh", ".core.")

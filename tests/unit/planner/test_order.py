@@ -44,7 +44,10 @@ def test_plain_order_is_megatrons(ranks: int, micro_batches: int) -> None:
 
 
 def test_the_first_steps_of_a_ring() -> None:
-    """By hand: two ranks, three passes, four micro-batches in groups of two, so four warm-up forwards."""
+    """Written out by hand for two ranks, three passes, and four micro-batches in groups of two.
+
+    This gives four warm-up forwards.
+    """
     steps = rank_order(2, 1, 3, 4, 2)[:7]
     assert [(step.chunk, step.micro_batch) for step in steps[:5]] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
     assert steps[5] == Step(backward=True, chunk=2, micro_batch=0)

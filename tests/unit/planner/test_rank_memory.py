@@ -82,7 +82,7 @@ def run_pass(model: MeshGPTModel, index: int, x: Tensor, state: LoopState) -> Te
 @pytest.mark.parametrize("recompute", [None, "full"])
 @pytest.mark.parametrize("scheme", ["base", "anchor", "residual", "static", "mesh"])
 def test_activations_of_the_rings_chunks(scheme: str, recompute: str | None) -> None:
-    """Run the first rank's passes one by one; each has its own graph, which starts at the received state."""
+    """Run the first rank's passes one by one. Each has its own graph, which starts at the received state."""
     settings = {"recompute_granularity": recompute, "recompute_num_layers": 1} if recompute else {}
     config = tiny_config(scheme, "2+3R2+1", **SHAPE, **settings)
     model = build_model(config).train()
@@ -101,7 +101,7 @@ def test_activations_of_the_rings_chunks(scheme: str, recompute: str | None) -> 
 
 
 def test_in_flight_follows_the_order() -> None:
-    """Worked out by hand for chunks of 2 and 3 layers: at most two of the first and one of the second."""
+    """Worked out by hand: at most two chunks of 2 layers and one of 3 layers are stored at a time."""
     config = tiny_config("base", "2+2R2+2", **SHAPE)
     chunks = (Chunk("a", (2,)), Chunk("b", (3,)))
     order = [Step(*s) for s in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 1, 0), (1, 0, 0), (0, 1, 1), (1, 1, 1))]
@@ -136,7 +136,7 @@ def test_weights_gradients_and_optimizer(distributed: bool, bf16: bool) -> None:
 
 
 def optimizer_bytes(optimizer: object, bf16: bool) -> int:
-    """Sum the moments and the float32 copies of bfloat16 weights; step counters are a few bytes more."""
+    """Sum the bytes of the moments, the float32 copies of bfloat16 weights, and the few of step counters."""
     states = optimizer.optimizer.state
     moments = sum(x.nbytes for state in states.values() for x in state.values() if torch.is_tensor(x))
     copies = sum(parameter.nbytes for parameter in states) if bf16 else 0

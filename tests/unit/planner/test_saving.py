@@ -1,4 +1,4 @@
-"""Check the estimated cost of a save by hand; tests/parallel/test_counts.py compares it with the disk."""
+"""Check the estimated cost of a save by hand. tests/parallel/test_counts.py compares it with the disk."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_replicas_divide_the_parameters(sharded: bool, bf16: bool, size: int) ->
 
 
 def test_replicated_parameters_are_written_once() -> None:
-    """Tensor-parallel rank 0 writes them, so that all ranks together write the whole model once."""
+    """Tensor-parallel rank 0 writes these parameters, so all ranks together write the whole model once."""
     one = make_plan(tiny_config(), 1).ranks[0]
     two = make_plan(tiny_config(tensor_model_parallel_size=2, world_size=2), 2).ranks[0]
     assert two.saving.total == one.saving.total == 12 * one.parameters
@@ -31,11 +31,11 @@ def test_the_slower_of_file_system_and_rank_decides() -> None:
     assert save_seconds(even, Disk(gb_per_s=400, rank_gb_per_s=0.5)) == 2
 
 
-def test_text() -> None:
+def test_the_plan_tells_what_a_save_costs() -> None:
     plan = make_plan(tiny_config(bf16=True, world_size=2, micro_batch_size=1), 2)
     saving = plan.ranks[0].saving
     assert saving.host_memory(background=False) == BUFFER == 2**23
     assert saving.host_memory(background=True) == BUFFER + saving.largest
     rows = dict(saving_rows(plan, Disk(gb_per_s=2), 8))
     assert "at 2 GB/s" in rows["  time to save"]
-    assert "per host with 2 ranks" in rows["  host memory"]  # the whole run has only two
+    assert "per host with 2 ranks" in rows["  host memory"]  # not 8: the whole run has only two

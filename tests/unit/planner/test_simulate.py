@@ -1,4 +1,4 @@
-"""Check simulated time lines by hand, with the closed formula, and for every dependency."""
+"""Check simulated timelines: by hand, with the closed formula, and for every dependency."""
 
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ from tests.helpers import tiny_config
 
 
 def timeline(passes: list[list[float]], micro_batches: int, transfer: float = 0.0) -> Timeline:
-    """Simulate ``passes``, the forward cost [pass][rank]; a backward costs twice as much."""
+    """Simulate passes with forward costs ``passes[pass][rank]``; a backward costs twice as much."""
     ranks = len(passes[0])
     chunks = tuple(tuple(Chunk("", (1,)) for _ in passes) for _ in range(ranks))
     group = ranks if len(passes) > 1 else None
@@ -46,13 +46,13 @@ def test_equal_passes_have_the_formulas_bubble(ranks: int, passes: int, micro_ba
 @pytest.mark.parametrize(
     "passes,micro_batches,percent",
     [
-        ((4, 8, 8, 4), 16, 7.29),  # the formula: 4.69
-        ((4, 8, 8, 4), 64, 2.86),  # 1.17
-        ((5, 11, 11, 5), 64, 4.05),  # 1.17, if layers could be cut in quarters
+        ((4, 8, 8, 4), 16, 7.29),  # the formula for equal passes gives 4.69
+        ((4, 8, 8, 4), 64, 2.86),  # the formula gives 1.17
+        ((5, 11, 11, 5), 64, 4.05),  # the formula gives 1.17
     ],
 )
 def test_unequal_passes_wait_longer(passes: tuple[int, ...], micro_batches: int, percent: float) -> None:
-    """Four ranks with a quarter of each pass, and no output projection."""
+    """Four ranks compute a quarter of each pass, even if that is no whole number of layers."""
     times = timeline([[layers / 4] * 4 for layers in passes], micro_batches)
     assert 100 * times.bubble_over_compute == pytest.approx(percent, abs=0.01)
     assert times.bubble_over_compute > 3 / (4 * micro_batches)
@@ -68,7 +68,7 @@ def test_every_input_arrives_before_it_is_used(transfer: float) -> None:
         for before, after in pairwise(spans):
             assert before.end <= after.start
         for span in spans:
-            # The position in the network: chunk by chunk, rank by rank.
+            # A micro-batch goes through the chunks in this order: chunk by chunk, rank by rank.
             place = span.step.chunk * ranks + rank, span.step.micro_batch
             (backward if span.step.backward else forward)[place] = span
     assert len(forward) == len(backward) == ranks * passes * 7
@@ -83,7 +83,7 @@ def test_every_input_arrives_before_it_is_used(transfer: float) -> None:
 
 
 def test_costs_add_up_to_the_models_flops() -> None:
-    """Over ranks and chunks they add up to the whole model's; full recomputation repeats all layers."""
+    """The sum over ranks and chunks is the whole model's FLOPs. Full recomputation repeats all layers."""
     for recompute in (None, "full"):
         config = tiny_config("mesh", "2+3R2+2", recompute_granularity=recompute)
         tokens = config.training.micro_batch_size * config.model.seq_length
@@ -102,13 +102,16 @@ def test_costs_add_up_to_the_models_flops() -> None:
 
 
 def _mesh_flops(config: Config) -> int:
-    """Per token: K + 1 = 3 cycles with 2 routers H x N each, and weighted sums of 2, 3 and 4 states."""
+    """FLOPs per token: 3 cycles (K + 1) with 2 routers H x N each, and weighted sums of 2, 3 and 4 states."""
     h, slots = config.model.hidden_size, config.model.mesh_slots
     return 3 * 2 * 2 * h * slots + 2 * h * (2 + 3 + 4)
 
 
 def test_a_searched_placement_waits_less() -> None:
-    """6.9B on four ranks: four divides no section, and the output projection costs as much as a layer."""
+    """The even placement is bad for 6.9B on four ranks.
+
+    Four divides no section, and the output projection costs as much as a layer.
+    """
     config = tiny_config("mesh", "5+11R2+5", hidden_size=4096, seq_length=4096, vocab_size=50277)
     config.training.global_batch_size = 64
     config.parallel.pipeline_model_parallel_size = 4

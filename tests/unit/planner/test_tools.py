@@ -68,7 +68,7 @@ def test_comparison(capsys: pytest.CaptureFixture) -> None:
         )
         assert parameters[0] < parameters[2] < parameters[1]
         assert waiting[1] > 5 * waiting[0]
-        assert sent[0] == sent[2] == 4 * sent[1]  # the loop on one stage sends once, not in each of 4 passes
+        assert sent[0] == sent[2] == 4 * sent[1]  # one stage: not in each of 4 passes
         assert float(copies["copies, GiB"]) > 0 == float(ring["copies, GiB"])
 
 

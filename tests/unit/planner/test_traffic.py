@@ -1,4 +1,4 @@
-"""Compare estimated traffic with the collectives of real steps, in a world whose other ranks are fake."""
+"""Compare estimated traffic with the collectives of real steps. All ranks but this one are fake."""
 
 from collections import Counter
 from collections.abc import Iterator

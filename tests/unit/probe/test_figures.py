@@ -1,4 +1,4 @@
-"""The figures show what metrics.jsonl contains."""
+"""Test that the figures show what metrics.jsonl contains."""
 
 import json
 import subprocess

@@ -24,7 +24,7 @@ from tests.helpers import tiny_config
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The prefix of 300 documents of skewed random ids below 128."""
+    """Write 300 documents of ids below 128, low ids being more frequent; return their prefix."""
     prefix = str(tmp_path_factory.mktemp("corpus") / "text")
     random = np.random.default_rng(0)
     documents = [random.zipf(1.3, size=random.integers(20, 60)) % 128 for _ in range(300)]

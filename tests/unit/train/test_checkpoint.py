@@ -45,7 +45,10 @@ def assert_equal_tensors(a, b):
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_an_adam_that_counts_with_its_groups(tiny, tmp_path, monkeypatch, bf16, distributed, loads):
-    """Like Transformer Engine's and apex's; resumes from its own checkpoint and from one of torch's AdamW."""
+    """Transformer Engine's and apex's Adam count steps per group, torch's AdamW per parameter.
+
+    A run with such an Adam resumes from its own checkpoint and from one of torch's AdamW.
+    """
     settings = {"bf16": bf16, "use_distributed_optimizer": distributed}
     if loads == "the same":
         fused_adam.install(monkeypatch)
@@ -100,7 +103,7 @@ def test_resuming_is_bitwise(tiny, saved, kind):
 
 
 def test_coefficients_that_were_saved_in_bfloat16(tiny, tmp_path, monkeypatch):
-    """Older versions stored them in bfloat16. A resume loads main parameters, not the rounded weights."""
+    """Older versions stored coefficients in bfloat16. Resuming loads the unrounded main parameters."""
     settings = {"recurrence": "static", "bf16": True, "save": str(tmp_path), "lr": 1e-3}
     with monkeypatch.context() as earlier:
         earlier.setattr(Mixed, "full_precision", False)
@@ -133,7 +136,7 @@ def test_what_is_on_disk(tiny, saved):
 
 
 def test_an_interrupted_save_is_ignored(tiny, saved, tmp_path):
-    """The remains of a killed run are not loaded and don't block the next save."""
+    """What a killed run has left behind is not loaded, and doesn't block the next save."""
     config = tiny(save=str(tmp_path), load=str(tmp_path), save_interval=3, train_iters=3, lr_decay_iters=6)
     left = tmp_path / "iter_0000003.partial"
     left.mkdir()

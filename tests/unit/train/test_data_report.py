@@ -30,7 +30,7 @@ def test_the_sources_of_each_stream_at_the_start(tiny, blend, caplog, tmp_path):
     (said,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("train data")]
     train, small, large, valid, *rest = said.splitlines()
     assert train == "train data: 16 samples of 16 tokens, 256 tokens"
-    # The training half of 17 documents of 100 tokens is 8 of them: 49 samples. A quarter of 16 is 4.
+    # Half of 17 documents is 8 for training. Their 800 tokens make 49 samples of 16. A quarter of 16 is 4.
     assert small == f"  25.00% from {blend[1]}: 784 tokens, 0.0816 epochs"
     assert large.startswith(f"  75.00% from {blend[3]}: ")
     assert valid == "valid data: 8 samples of 16 tokens, 128 tokens" and len(rest) == 2

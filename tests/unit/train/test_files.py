@@ -16,7 +16,7 @@ from tests.unit.train.test_outputs import read
 def test_failed_saves_are_recorded_with_the_steps_at_risk(
     tiny, tmp_path, monkeypatch, caplog, capsys
 ) -> None:
-    """They are in metrics.jsonl (for ``submit_slurm.py --status``) and in the log."""
+    """The steps are in the log, and in metrics.jsonl, where ``submit_slurm.py --status`` reads them."""
     write = save_module.write_small_files
 
     def full(directory: Path, *args) -> None:
@@ -36,7 +36,7 @@ def test_failed_saves_are_recorded_with_the_steps_at_risk(
     assert (
         "later saves try again; last complete checkpoint: step 2; steps at risk until then: 4" in caplog.text
     )
-    assert "save_failed" not in capsys.readouterr().out  # the line above is enough
+    assert "save_failed" not in capsys.readouterr().out  # the log line is enough
 
 
 @pytest.mark.parametrize("blocked", ["out", "out/metrics.jsonl", "out/config.yaml.partial"])
@@ -55,7 +55,7 @@ def test_output_that_cannot_be_written_is_one_line(tiny, tmp_path, blocked: str)
 
 
 def test_steps_at_risk_count_from_the_checkpoint_that_was_loaded(tiny, tmp_path, monkeypatch) -> None:
-    """It may be in another directory."""
+    """That checkpoint may be in another directory."""
     pretrain(tiny(save=str(tmp_path / "first"), exit_interval=3))
 
     def full(directory: Path, *args) -> None:

@@ -15,7 +15,7 @@ from tests.unit.train.conftest import run
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """``poisoned(steps)``: the gradients of these steps (from 1) become NaN, or their loss infinite."""
+    """Call ``poisoned(steps)`` to make the gradients of these steps (from 1) NaN, or their loss infinite."""
 
     def poison(nan_gradients: set[int], infinite_loss: frozenset[int] = frozenset()) -> None:
         count = 0

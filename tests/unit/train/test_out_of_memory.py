@@ -80,7 +80,7 @@ def test_remedies_in_use_are_left_out() -> None:
 
 
 def test_only_one_rank_reports(monkeypatch, capsys) -> None:
-    """The ranks of a job end with ``os._exit``, which is replaced by an exception here."""
+    """The ranks of a job end with ``os._exit``. The test replaces it with an exception."""
 
     class Ended(BaseException):
         pass

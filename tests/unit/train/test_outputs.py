@@ -87,7 +87,7 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, caplog):
 
 
 def test_router_metrics(tiny):
-    """They equal the softmax of the routers' outputs over all micro-batches."""
+    """The logged weights are the softmax of the routers' outputs, averaged over all micro-batches."""
     config = tiny()
     with one_process(config):
         parts = build_run(config)
@@ -138,7 +138,7 @@ def test_default_output_directory(tiny, tmp_path, monkeypatch):
 
 
 def test_earlier_files_are_kept(tiny, tmp_path):
-    """A second run in the same directory renames them; an equal configuration is not stored twice."""
+    """A second run in the same directory renames the files of the first. It keeps an equal configuration."""
     first = tiny(train_iters=1, lr_warmup_fraction=None, output_dir=str(tmp_path))
     second = with_values(first, {"seed": 99})
     pretrain(first)
@@ -233,7 +233,7 @@ def wandb(monkeypatch) -> Wandb:
 
 
 def test_weights_and_biases(tiny, tmp_path, wandb):
-    """A tracker run is started with the settings, gets the flat values of each step, and is finished."""
+    """The tracker is started with the settings, gets every value of each step by name, and is closed."""
     config = tiny(wandb_project="p", train_iters=1, lr_warmup_fraction=None, output_dir=str(tmp_path))
     pretrain(config)
     name, settings = wandb.calls[0]
@@ -266,7 +266,7 @@ def test_a_resumed_run_stays_the_same_run_of_the_tracker(tiny, tmp_path, wandb, 
 
 
 def test_a_restart_before_the_first_checkpoint_is_the_same_run(tiny, tmp_path, wandb):
-    """It appends to the metrics and reuses the tracker's id, unless the output is another run's."""
+    """The restart appends to the metrics and reuses the tracker's id, unless the output is another run's."""
     interrupted = {"train_iters": 6, "output_dir": str(tmp_path / "out"), "wandb_project": "p"}
     run = tiny(save=str(tmp_path / "a"), load=str(tmp_path / "a"), **interrupted)
     for _ in range(2):
@@ -293,7 +293,7 @@ def test_a_tracker_that_calls_exit_cannot_end_a_run(tiny, tmp_path, wandb, caplo
 
 @pytest.mark.parametrize("fails_at", ["init", 3, "finish", "log"])
 def test_a_tracker_cannot_end_a_run(tiny, tmp_path, wandb, fails_at, caplog):
-    """Whether it fails at init, at one step, at the end or at each step: one line, and the run continues."""
+    """The tracker fails at init, at one step, at each or at the end. The run logs one line and continues."""
     wandb.fails_at = {fails_at}
     config = tiny(wandb_project="p", output_dir=str(tmp_path / "out"), save=str(tmp_path / "save"))
     assert pretrain(config) == exits.DONE
@@ -305,7 +305,8 @@ def test_a_tracker_cannot_end_a_run(tiny, tmp_path, wandb, fails_at, caplog):
     assert len([line for line in errors if cause in line]) == 1 and "server" not in "".join(errors)
     if fails_at == 3:
         assert errors[1] == "WeightsAndBiases works again; records lost: 1"
-    if fails_at == "log":  # reported once, not at each of six steps; and how much is missing
+    # Six failures give one line, and at the end a second one says how many records were lost.
+    if fails_at == "log":
         lost = len([call for call in wandb.calls if call[0] == "log"])
         assert lost >= 6 and errors[1:] == [f"WeightsAndBiases is closed; records lost: {lost}"]
 

@@ -44,7 +44,7 @@ def test_a_resumed_run_draws_nothing(tiny, tmp_path, nothing_is_drawn, recurrenc
 
 @pytest.mark.parametrize("initial_weights", [True, False])
 def test_building_does_not_change_the_generators(tiny, initial_weights) -> None:
-    """New or resumed, on any layout, a run has the random number generators that its seed gives."""
+    """So a run starts with the generators that its seed gives, whether it is new or resumed."""
     config = tiny()
     with process_groups(config):
         before = pack_generators()

@@ -158,7 +158,7 @@ def rates(consumed: list[int]) -> list[float]:
 
 @pytest.mark.parametrize("batch", [8, 4, 2])
 def test_samples_count_when_the_batch_size_changes(tiny, tmp_path, caplog, batch) -> None:
-    """A run of 100 samples that stopped after 40 in batches of 4 ends at 100, and so does its schedule."""
+    """A run of 100 samples stops after 40. With another batch size, it and its schedule still end at 100."""
     first = run(tiny(**SAMPLES, global_batch_size=4, save=str(tmp_path), exit_interval=10))
     assert first.values("lr") == pytest.approx(rates(list(range(0, 40, 4))))
     rest = run(tiny(**SAMPLES, global_batch_size=batch, load=str(tmp_path)))
@@ -169,8 +169,8 @@ def test_samples_count_when_the_batch_size_changes(tiny, tmp_path, caplog, batch
     assert len(said(caplog)) == (batch != 4)
 
 
-def test_from_steps_to_samples(tiny, tmp_path) -> None:
-    """The checkpoint counted steps of 4 samples. The schedule is the same in samples."""
+def test_a_run_that_counted_steps_can_count_samples(tiny, tmp_path) -> None:
+    """The checkpoint counts steps of 4 samples. A schedule that is equal in samples continues it."""
     steps = {"train_iters": 25, "lr_decay_iters": 25, "lr_warmup_iters": 5, **SCHEDULE}
     run(tiny(**steps, global_batch_size=4, save=str(tmp_path), exit_interval=10))
     rest = run(tiny(**SAMPLES, global_batch_size=20, load=str(tmp_path)))
@@ -200,7 +200,7 @@ def test_a_ramp_up_that_was_interrupted(tiny, tmp_path) -> None:
 
 
 def test_saving_settings_without_save(tiny, caplog) -> None:
-    """They are only a warning, since runs with and without --save may share a file."""
+    """Such settings cause only a warning, because runs with and without --save may share a file."""
     caplog.set_level(logging.WARNING)
     from megatron_mesh.train.output import warn_if_nothing_is_saved
 
@@ -209,7 +209,7 @@ def test_saving_settings_without_save(tiny, caplog) -> None:
 
 
 def test_changed_validation_data_are_logged(tiny, tmp_path, corpus, caplog) -> None:
-    """They are compared by content: a moved file is the same, a rewritten one is not."""
+    """Data are compared by content: a moved file is the same, a rewritten one is not."""
     other = corpus_at(tmp_path / "other", seed=3)
     data = {"data_path": None, "train_data_path": [corpus], "eval_interval": 2, "eval_iters": 1}
     run(tiny(**data, valid_data_path=[other], save=str(tmp_path / "run"), exit_interval=3))
@@ -238,7 +238,7 @@ def test_require_same_data_refuses_another_tokenizer(tiny, three_steps, tmp_path
 
 
 def test_a_checkpoint_without_data_fingerprints(tiny, three_steps) -> None:
-    """Earlier versions did not record it."""
+    """Earlier versions didn't record fingerprints."""
     checkpoint = read_checkpoint(Path(three_steps(tiny)))
     now = checkpoint.train_state["fingerprints"]
     state = {name: value for name, value in checkpoint.train_state.items() if name != "fingerprints"}
@@ -250,7 +250,7 @@ def test_a_checkpoint_without_data_fingerprints(tiny, three_steps) -> None:
 
 
 def test_earlier_versions_converted_samples_to_steps(tiny, tmp_path) -> None:
-    """They rounded down: 100 samples in batches of 8 were 12 steps, a tenth of which, 1, was warm-up."""
+    """They rounded down: 100 samples in batches of 8 became 12 steps, of which a tenth, 1, was warm-up."""
     steps = {"train_iters": 12, "lr_decay_iters": 12, "lr_warmup_iters": 1, **SCHEDULE}
     run(tiny(**steps, save=str(tmp_path), exit_interval=3))
     samples = {"train_iters": None, "train_samples": 100, "lr_warmup_samples": 10, **SCHEDULE}
@@ -267,7 +267,7 @@ CHANGES: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", [name for name, rule in RESUMING.items() if rule.kind is not Kind.FREE])
 def test_each_kind_has_its_effect(tiny, three_steps, name) -> None:
-    """The values need not fit each other here."""
+    """Change one setting at a time, even if the result is no valid run."""
     checkpoint = read_checkpoint(Path(three_steps(tiny)))
     before = flatten(checkpoint.config)[name]
     value = CHANGES.get(

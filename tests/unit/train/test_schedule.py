@@ -81,7 +81,7 @@ def test_biases_and_norms_do_not_decay(tiny):
 
 
 def test_warning_about_steps_after_the_decay(tiny, caplog):
-    """A resolved config.yaml fixes the decay, so a longer run with it would continue at a rate of 0."""
+    """A resolved config.yaml fixes the decay. If the run is made longer, it continues at a rate of 0."""
     longer = {"train_iters": 700, "lr_decay_iters": 600}
     warn_if_lr_reaches_zero_early(tiny(**longer))
     assert "the learning rate is 0 after step 600" in caplog.text

@@ -16,7 +16,7 @@ from tests.unit.train.conftest import run
 
 
 def random_batch(sequences: int, seed: int) -> Batch:
-    """Return ids below 128. A share of the positions is masked, which differs between seeds."""
+    """Return ids below 128. How many positions are masked differs between seeds."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 128, (sequences, 17), generator=generator)
     mask = (torch.rand(sequences, 16, generator=generator) < 0.2 + 0.2 * seed).float()
@@ -61,7 +61,7 @@ def test_accumulation_does_not_change_training(tiny, recurrence):
 
 
 def test_clipping_limits_the_step_and_not_the_report(tiny):
-    """One step of AdamW doesn't depend on the scale of its gradients, but its second moment does."""
+    """AdamW's first step doesn't depend on the scale of the gradients, but the second moment does."""
     free, clipped = (run(tiny(clip_grad=clip, train_iters=1, lr_warmup_fraction=None)) for clip in (0.0, 0.1))
     norm = free.values("grad_norm")[0]
     assert clipped.values("grad_norm")[0] == norm > 0.1

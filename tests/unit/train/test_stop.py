@@ -1,4 +1,4 @@
-"""Requests to stop during an evaluation, which may outlast a job's time, and in a run without --save."""
+"""Test requests to stop: without --save, and during an evaluation, which may outlast a job's time."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def signal_in_evaluation(monkeypatch):
 def test_a_stop_during_an_evaluation_saves_a_checkpoint(
     tiny, tmp_path, signal_in_evaluation, save_interval, monkeypatch
 ) -> None:
-    """It saves once, whether a save was due or not, and loses only the result of the evaluation."""
+    """The run saves once, whether a save was due or not. Only the result of the evaluation is lost."""
     straight = run(tiny(eval_interval=2, eval_iters=3))
     settings = {"eval_interval": 2, "eval_iters": 3, "save": str(tmp_path), "load": str(tmp_path)}
     signal_in_evaluation(2)
@@ -48,7 +48,7 @@ def test_a_stop_during_an_evaluation_saves_a_checkpoint(
 
 
 def test_the_save_comes_before_the_evaluation(tiny, tmp_path) -> None:
-    """So a job that is killed during the evaluation has its checkpoint."""
+    """A job that is killed during the evaluation thus has its checkpoint."""
     pretrain(tiny(eval_interval=3, save_interval=3, save=str(tmp_path)))
     kinds = [(r["kind"], r["step"]) for r in read(tmp_path / "metrics.jsonl") if r["kind"] != "train"]
     assert kinds[:2] == [("save", 3), ("valid", 3)] and kinds[2:4] == [("save", 6), ("valid", 6)]
@@ -106,8 +106,8 @@ def test_a_stop_during_the_last_validation_leaves_it_to_the_next_start(
     assert [r["step"] for r in records if r["kind"] == "save"] == [6]
 
 
-def test_a_stop_without_save_has_its_own_status(tiny, tmp_path, signal_in_evaluation, caplog) -> None:
-    """It has its own exit status, and the log says that nothing was saved."""
+def test_a_stop_without_save_has_its_own_exit_status(tiny, tmp_path, signal_in_evaluation, caplog) -> None:
+    """The run ends with a status of its own, and the log says that nothing was saved."""
     caplog.set_level("INFO", logger="megatron_mesh")
     signal_in_evaluation(1)
     ending = pretrain(tiny(eval_interval=2, eval_iters=3, output_dir=str(tmp_path)))
