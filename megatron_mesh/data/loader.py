@@ -37,8 +37,8 @@ _open_loaders: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
 class RankSampler(Sampler[list[int]]):
     """Yields the sample numbers of one rank's micro-batches, starting at sample ``consumed_samples``.
 
-    The global batch that begins after n samples has the next ``batch_size(n)`` samples. It is divided into
-    ``dp_size`` equal parts; rank r takes the r-th part in micro-batches. An incomplete last batch is dropped.
+    The global batch that begins after n samples has the next ``batch_size(n)`` samples. Each of the
+    ``dp_size`` ranks reads an equal share of them, in micro-batches. An incomplete last batch is dropped.
 
     Raises:
         UserError: a global batch cannot be divided evenly.

@@ -48,7 +48,7 @@ class Setup:
         return self.directory / "settings.yaml"
 
     def flags(self, save: Path) -> list[str]:
-        """Return the flags of each start of a run in ``save``. They are the same for first and later starts."""
+        """Return the flags of each start of a run in ``save``. The first and later ones have the same."""
         return ["--config", str(self.config), "--save", str(save), "--load", str(save)]
 
     def saves_after(self, step: int) -> int:

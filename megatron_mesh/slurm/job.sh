@@ -185,7 +185,7 @@ finish() {
     exit "$2"
 }
 
-# Ends a start that must not write to RUN, because another start owns it: only logs $2 and calls the hook.
+# Ends a start that must not write to RUN, mostly because another start owns it: only logs $2 and calls the hook.
 refuse() {
     log_line "$2"
     hook refused

@@ -114,7 +114,7 @@ def test_time_limit_with_early_warning(start, undisturbed) -> None:
 
 @every_event
 def test_time_limit_without_warning(start, undisturbed) -> None:
-    """The run gets only the SIGTERM at the time limit, because the warning is a SIGURG, which does nothing."""
+    """The run gets only the SIGTERM at the time limit. Its warning is a SIGURG, which does nothing."""
     job = start("--time", "2", site="SBATCH_OPTIONS+=(--signal=B:URG@1)\n")
     job.wait_for_step(10)
     ranks = job.ranks()

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Regex
+from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from megatron_mesh.data import build_tokenizer
 from megatron_mesh.data import preprocess as module

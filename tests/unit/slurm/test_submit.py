@@ -81,7 +81,7 @@ def test_a_save_longer_than_kill_wait_is_reported(lab, capsys) -> None:
     ],
 )
 def test_a_failed_submission_leaves_nothing_behind(lab, monkeypatch, fault, message) -> None:
-    """After a refusal, a full disk or a missing permission, the error is one line and no directory remains."""
+    """After a refusal, on a full disk or without permission: one line of error, and no new directory."""
     run = lab / "new/deep/run"
     if fault.startswith("REFUSE"):
         monkeypatch.setenv(*fault.split("=", 1))
