@@ -1,4 +1,4 @@
-"""Decides whether a run can resume from a checkpoint, and describes what changes for it.
+"""Decides whether a run can resume from a checkpoint, and describes what changes when it does.
 
 ``config/resuming.py`` says which settings may change, and what a change means.
 """
@@ -53,7 +53,7 @@ def schedule_position(checkpoint: Checkpoint, config: Config) -> int:
     before, now = counts_samples(checkpoint.config.training), counts_samples(config.training)
     if before == now or not state["step"]:
         return position
-    # After --no-load-optim the schedule is behind the run, so convert by the ratio, not from the step.
+    # After --no-load-optim the schedule lags behind the run, so convert its position, not the run's step.
     steps_or_samples = (state["step"], state["consumed_samples"])
     return round(position / steps_or_samples[before] * steps_or_samples[now])
 
@@ -115,7 +115,8 @@ def _data_lines(checkpoint: Checkpoint, config: Config, now: Mapping[str, str]) 
         lines.append(f"{words}: the samples and their order are the same")
     words = _in_words(saved, config, differing(saved, config, Kind.TOKENIZER))
     theirs, ours = (before or {}).get("tokenizer"), now.get("tokenizer")
-    if theirs != ours if theirs and ours else words:
+    changed = theirs != ours if theirs and ours else bool(words)
+    if changed:
         refused.append(
             f"{words or 'the tokenizer has changed since the checkpoint'}: the data still hold the ids of "
             "the tokenizer that made them; the new one only sets vocabulary size and end-of-document id"
@@ -147,7 +148,7 @@ def _validation_lines(
 
 
 def _schedule_differences(saved: Config, ours: Config) -> str:
-    """Describe the schedule settings that differ. A length in steps is compared with one in samples, too."""
+    """Describe the schedule settings that differ. Lengths in steps and in samples are compared, too."""
     names = differing(saved, ours, Kind.SCHEDULE)
     before, now = (counts_samples(config.training) for config in (saved, ours))
     if before == now:
@@ -187,7 +188,7 @@ def _in_words(saved: Config, ours: Config, names: Iterable[str]) -> str:
 
 
 def _text(value: object) -> str:
-    """Return a value as one writes it on the command line."""
+    """Return a value as it is written on the command line."""
     if isinstance(value, list):
         return " ".join(map(str, value))
     return "unset" if value is None else str(value)

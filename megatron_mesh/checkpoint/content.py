@@ -1,6 +1,7 @@
-"""The state of a run besides weights and optimizer, in one object, so that saving forgets nothing.
+"""Lists what a rank writes to a checkpoint and what it reads from one.
 
-Lists what a rank writes to a checkpoint and what it reads from one.
+``Content`` has the tensors. ``TrainState`` has the rest of a run's state, in one object so that saving
+forgets nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,45 @@ from megatron_mesh.checkpoint.reader import Damaged
 from megatron_mesh.checkpoint.shares import Share, build_shares
 from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime.device import pack_generators
+
+GENERATORS = "rng"
+"""Key of the random number generators' states of all ranks, concatenated."""
+NOT_WEIGHTS = ("optimizer.", GENERATORS)
+"""Key prefixes of everything that is not a weight."""
+
+
+class Content:
+    """This rank's share of a checkpoint, as boxes that are views of the rank's tensors.
+
+    Args:
+        stage: this rank's share of the run.
+        optimizer: None for weights only.
+    """
+
+    def __init__(self, stage: Stage, optimizer: MegatronOptimizer | None):
+        self.stage, self.optimizer = stage, optimizer
+        self.weights = stage.sharded_state_dict()
+        held = {id(p) for module in stage.modules for p in module.parameters()}
+        tensors = list(_tensors(self.weights))
+        self.shares: Sequence[Share] = build_shares(optimizer, [t for t in tensors if id(t.data) in held])
+        self._buffers = [tensor for tensor in tensors if id(tensor.data) not in held]
+
+    def to_write(self) -> Iterator[Box]:
+        """Yield everything that this rank writes, including the state of its random number generators."""
+        for share in self.shares:
+            yield from share.to_write()
+        states = fp8_state.to_save(self.weights, self.stage.config)
+        for tensor in (*self._buffers, *states.values()):
+            if not any(tensor.replica_id):
+                yield from tensor_as_boxes(tensor)
+        yield generators(pack_generators())
+
+    def to_read(self, *, with_optimizer: bool) -> Iterator[Box]:
+        """Yield the weights that this rank reads and, if wanted, the optimizer's state."""
+        for share in self.shares:
+            yield from share.to_read(with_optimizer=with_optimizer)
+        for tensor in self._buffers:
+            yield from tensor_as_boxes(tensor)
 
 
 @dataclass
@@ -72,46 +112,6 @@ class TrainState:
         self.schedule.step(schedule_position)
 
 
-GENERATORS = "rng"
-"""Key of the random number generators' states of all ranks, concatenated."""
-NOT_WEIGHTS = ("optimizer.", GENERATORS)
-"""Key prefixes of everything that is not a weight."""
-
-
-class Content:
-    """This rank's part of a checkpoint, as boxes that are views of the rank's tensors.
-
-    Args:
-        stage: this rank's part of the model.
-        optimizer: None for weights only.
-    """
-
-    def __init__(self, stage: Stage, optimizer: MegatronOptimizer | None):
-        self.stage, self.optimizer = stage, optimizer
-        self.weights = stage.sharded_state_dict()
-        held = {id(p) for module in stage.modules for p in module.parameters()}
-        tensors = list(_tensors(self.weights))
-        self.shares: Sequence[Share] = build_shares(optimizer, [t for t in tensors if id(t.data) in held])
-        self._buffers = [tensor for tensor in tensors if id(tensor.data) not in held]
-
-    def to_write(self) -> Iterator[Box]:
-        """Yield everything that this rank writes, including the state of its random number generators."""
-        for share in self.shares:
-            yield from share.to_write()
-        states = fp8_state.to_save(self.weights, self.stage.config)
-        for tensor in (*self._buffers, *states.values()):
-            if not any(tensor.replica_id):
-                yield from tensor_as_boxes(tensor)
-        yield generators(pack_generators())
-
-    def to_read(self, *, with_optimizer: bool) -> Iterator[Box]:
-        """Yield the weights that this rank reads and, if wanted, the optimizer's state."""
-        for share in self.shares:
-            yield from share.to_read(with_optimizer=with_optimizer)
-        for tensor in self._buffers:
-            yield from tensor_as_boxes(tensor)
-
-
 def generators(packed: torch.Tensor) -> Box:
     """Return the box of this rank's random number generators."""
     rank, length = dist.get_rank(), len(packed)
@@ -119,7 +119,7 @@ def generators(packed: torch.Tensor) -> Box:
 
 
 def empty_generators(index: Index) -> Box:
-    """Return an empty box to read them into, from a checkpoint with the same number of ranks."""
+    """Return the box to read them into, from a checkpoint with the same number of ranks."""
     if GENERATORS not in index.entries:
         raise Damaged("it has no random number generator states")
     length = index.entries[GENERATORS].shape[0] // dist.get_world_size()

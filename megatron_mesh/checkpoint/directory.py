@@ -1,8 +1,8 @@
 """The checkpoints in a directory: finds, describes, publishes and retires them.
 
-A checkpoint is written under a temporary name. When it is complete it is renamed to ``SAVE/iter_0000020/``,
-and then ``SAVE/latest_checkpointed_iteration.txt`` (Megatron-LM's file) is updated. Directories with a suffix
-are being written or deleted, and no run reads them.
+A checkpoint is written under a temporary name. Once complete, it is renamed to ``SAVE/iter_0000020/``, and
+``SAVE/latest_checkpointed_iteration.txt`` (Megatron-LM's file) is updated. Directories with a suffix, such as
+``iter_0000020.partial``, are being written or deleted; no run reads them.
 """
 
 import json
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3
 OLD_FORMAT_VERSION = 2
-"""Can still be read. It has one checksum per file, and plain values in ``common.pt``."""
+"""A format that can still be read. It has one checksum per file, and plain values in ``common.pt``."""
 STATE_FILE = "state.json"
 
 _UNFINISHED = (".partial", ".replaced", ".deleting")
@@ -93,8 +93,8 @@ def candidates(settings: CheckpointConfig) -> list[Path]:
     with ``load_fallback``, the earlier ones follow.
 
     Raises:
-        UserError: ``load`` holds no checkpoint and is not ``save``, or ``save`` holds the checkpoints of
-            another run, among which this one would write.
+        UserError: ``load`` holds no checkpoint and is not ``save``, or ``save`` already holds checkpoints of
+            another run.
     """
     save = Path(settings.save).resolve() if settings.save else None
     load = Path(settings.load).resolve() if settings.load else None
@@ -160,7 +160,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def write_validation(path: Path, loss: float | None) -> None:
-    """Add the validation loss of its step to the complete checkpoint ``path``."""
+    """Add a validation loss, which was measured after saving, to the complete checkpoint ``path``."""
     replace_text(path / VALIDATION_FILE, strict_json.dumps({"valid_loss": loss}))
 
 
@@ -176,11 +176,11 @@ def _validation(path: Path, train_state: dict[str, Any]) -> dict[str, Any]:
 def publish(partial: Path, final: Path, step: int) -> list[Path]:
     """Rename a complete checkpoint to its final name, then update the tracker file. Each step is atomic.
 
-    Contents reach the disk before names do, so earlier checkpoints may be deleted afterwards. The ranks have
+    Contents reach the disk before names do, so older checkpoints may be deleted afterwards. The ranks have
     already synchronized their tensor files.
 
     Returns:
-        The earlier checkpoint of this step, renamed and ready to be deleted, if there was one.
+        The checkpoint that this one replaces, renamed and ready to be deleted, if there was one.
     """
     for path in partial.iterdir():
         if not path.name.endswith(".distcp"):
@@ -202,7 +202,7 @@ def publish(partial: Path, final: Path, step: int) -> list[Path]:
     try:
         _sync(final.parent)
         replace_text(tracker, str(step))
-    except OSError as error:  # runs look for the names of checkpoints and don't need this file
+    except OSError as error:  # our runs look for directories of checkpoints and don't need this file
         logger.error("%s was not updated to step %d: %s; the checkpoint is complete", tracker, step, error)
     return [replaced] if again else []
 
@@ -234,7 +234,7 @@ def retire_old(directory: Path, newest: int, keep_last: int | None, keep_every: 
 
 
 def retire_unfinished(directory: Path) -> list[Path]:
-    """Rename the unfinished checkpoints that a killed run left behind, so that saves can reuse their names.
+    """Rename unfinished checkpoints of a killed run, so that saves can reuse their names.
 
     Returns:
         The renamed directories, ready to be deleted.

@@ -1,11 +1,11 @@
 """Saves the state of FP8's delayed scaling as plain tensors, without pickles.
 
 Transformer Engine stores scales and amax histories in the extra states of its modules, which are pickled
-dicts. This module unpacks them before saving and packs them again after loading, so a process only unpickles
-what it has pickled itself. The other FP8 recipes and bfloat16 have no such state.
+dicts. We unpack these before saving and pack them again after loading, so a process unpickles only what it
+has pickled itself. The other FP8 recipes and bfloat16 have no such state.
 
 Transformer Engine reduces the histories over all ranks that hold a layer. So they belong to the layer, not to
-a rank, and can be loaded into any rank layout.
+a rank, and any rank layout can load them.
 """
 
 import logging
@@ -27,12 +27,12 @@ Weights = dict[str, dict[str, Any]]
 
 
 def has_state(config: TransformerConfig) -> bool:
-    """Return whether modules have a state that carries over from step to step."""
+    """Return whether modules have state that carries over from step to step."""
     return bool(config.fp8) and config.fp8_recipe == "delayed"
 
 
 def to_save(weights: Weights, config: TransformerConfig) -> dict[str, ShardedTensor]:
-    """Return the modules' states by chunk, module and tensor. A module that has not run in FP8 has none."""
+    """Return the modules' states by chunk, module and tensor. A module that never ran in FP8 has none."""
     found: dict[str, ShardedTensor] = {}
     if not has_state(config):
         return found
@@ -56,7 +56,7 @@ def to_fill(weights: Weights, index: Index, config: TransformerConfig) -> dict[s
             continue
         if sizes["amax_history_fwd"][0] != config.fp8_amax_history_len:
             logger.info(
-                "FP8 amax histories restart empty: theirs have length %d in the checkpoint, %d here",
+                "FP8 amax histories restart empty: their length is %d in the checkpoint and %d here",
                 sizes["amax_history_fwd"][0],
                 config.fp8_amax_history_len,
             )

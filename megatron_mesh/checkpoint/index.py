@@ -1,15 +1,13 @@
-"""Cuts tensors into boxes, the units in which a checkpoint stores them.
+"""The boxes in which a checkpoint stores tensors, and its index: file and position of every box.
 
-A rank holds a contiguous span of a parameter's elements: its shard of the distributed optimizer, or its part
-of what replicas share. In the parameter's own shape that span is a few rectangular boxes, the chunks of
-torch's distributed checkpoints. A rank of any other layout reads the boxes that overlap with its own, so
-nothing is gathered for saving.
+A rank holds a contiguous span of a parameter's elements: its shard of the distributed optimizer, or its share
+of a parameter that is replicated. In the parameter's own shape that span is a few rectangular boxes, the
+chunks of torch's distributed checkpoints. A rank of any other rank layout reads the boxes that overlap with
+its own, so saving gathers nothing.
 
-The index of a checkpoint: the file and position of every box of every tensor.
-
-On disk it is the ``.metadata`` file of torch's distributed checkpoints, which torch's own readers can read,
-too. That file is a pickle, and people load other people's checkpoints. So we read it with an unpickler that
-accepts only the few classes it needs. Tensors are read with ``weights_only=True``.
+On disk, the index is the ``.metadata`` file of torch's distributed checkpoints, and torch's own readers can
+read it. That file is a pickle, and people load other people's checkpoints. So we read it with an unpickler
+that accepts only the few classes it needs. Tensors are read with ``weights_only=True``.
 """
 
 import math
@@ -34,8 +32,10 @@ from megatron_mesh.checkpoint.integrity import CHECKSUMS_FILE, Digests
 from megatron_mesh.compat.torch_internals import METADATA_CLASSES, StorageInfo
 from megatron_mesh.errors import UserError
 
+INDEX_FILE = ".metadata"
+
 MAX_ELEMENTS = 2**21
-"""Size limit of a box (8 MiB in float32). Other rank layouts have to read entire boxes, so they are small."""
+"""Size limit of a box (8 MiB in float32). Small, because other rank layouts have to read whole boxes."""
 
 Shape = tuple[int, ...]
 
@@ -53,7 +53,7 @@ class Box:
     data: Tensor
     """The memory. Its shape is that of the box."""
     padded: bool = False
-    """Whether the full tensor may have another size in the checkpoint, because the vocabulary is padded."""
+    """Whether the full tensor may have another size in the checkpoint, as a padded vocabulary may."""
 
 
 def split_span(
@@ -124,9 +124,6 @@ def tensor_as_boxes(place: ShardedTensor) -> Iterator[Box]:
     """Yield a rank's entire tensor ``place.data`` as boxes of the full tensor."""
     data = place.data
     yield from span_as_boxes(place.key, place, 0, data.numel(), data.detach().view(-1))
-
-
-INDEX_FILE = ".metadata"
 
 
 class Piece(NamedTuple):

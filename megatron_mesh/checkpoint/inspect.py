@@ -49,7 +49,7 @@ def checkpoint_table(directory: Path) -> str:
 
 
 def format_loss(state: dict[str, Any], name: str) -> str:
-    """Format a loss. If it is from an earlier step, since not every step has one, add that step."""
+    """Format a loss. If it is from an earlier step, because not every step has one, name that step."""
     if state[name] is None:
         return ""
     of = state.get(f"{name}_step", state["step"])
@@ -90,7 +90,7 @@ def verify(path: Path) -> int:
 
 
 def reshard(path: Path, save: Path, *, weights_only: bool) -> None:
-    """Rewrite the checkpoint ``path`` to ``save`` as a single process would save it, in the newest format.
+    """Write the checkpoint ``path`` to ``save`` as a single process would save it, in the newest format.
 
     ``save`` must not exist. Only one box at a time is in memory.
     """
@@ -112,7 +112,7 @@ def reshard(path: Path, save: Path, *, weights_only: bool) -> None:
 
 
 def _boxes(index: Index, weights_only: bool) -> Iterator[Box]:
-    """Yield all tensors of a checkpoint, in boxes of the size limit of new checkpoints."""
+    """Yield all tensors of a checkpoint, in boxes no larger than those of new checkpoints."""
     pieces = [
         (key, entry, piece)
         for key, entry in index.entries.items()

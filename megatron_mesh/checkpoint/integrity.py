@@ -36,12 +36,12 @@ def digest(path: Path) -> list[Any]:
 
 
 def files(directory: Path) -> list[Path]:
-    """Return the files of a checkpoint, except for its checksums. Ignores others (``.nfs...``, a README)."""
+    """Return a checkpoint's files, except its checksums. Ignores foreign files (``.nfs...``, a README)."""
     return sorted(path for path in directory.iterdir() if _CHECKPOINT_FILES.fullmatch(path.name))
 
 
 def write_checksums(directory: Path, digests: Digests) -> None:
-    """Write the digests of all other files to ``checksums.json``."""
+    """Write ``checksums.json``, with the digests of all other files."""
     listed = dict(sorted(digests.items()))
     text = strict_json.dumps(
         {"algorithm": "sha256", "files": listed, "sha256_of_files": _checksum_of_list(listed)}
@@ -59,7 +59,7 @@ def read_checksums(directory: Path) -> Digests:
 
     Raises:
         ValueError: the file is missing or damaged.
-        PermissionError: the file may not be read. The checkpoint may still be intact.
+        PermissionError: this user may not read the file. That is not damage.
     """
     try:
         content: Any = json.loads((directory / CHECKSUMS_FILE).read_text(encoding="utf-8"))
@@ -89,8 +89,8 @@ def find_differences(
         directory: the checkpoint.
         digests: the expected digests.
         read: compare contents, not only sizes.
-        share, shares: read only every ``shares``-th file, from number ``share`` on. Sizes are compared for
-            all.
+        share, shares: read only every ``shares``-th file, starting with number ``share``. The sizes of all
+            files are compared.
     """
     found = []
     for number, (name, pieces) in enumerate(sorted(digests.items())):

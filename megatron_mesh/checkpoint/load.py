@@ -1,4 +1,4 @@
-"""Loading: finds an intact checkpoint and reads it into a run, on the same rank layout or on another."""
+"""Loads checkpoints: finds an intact one and reads it into a run, on the same rank layout or another."""
 
 import logging
 import os
@@ -48,8 +48,8 @@ class Found:
 class Search:
     """Goes through the checkpoints that a run may load, in the order of preference.
 
-    Rank 0 looks for them and broadcasts what it finds. Construction and ``next`` are collective operations
-    with the same result, or the same exception, on all ranks.
+    Rank 0 looks for them and broadcasts what it finds. Construction and ``next`` are collective operations.
+    They have the same result, or raise the same exception, on all ranks.
 
     Raises:
         UserError: see ``directory.candidates``.
@@ -65,11 +65,11 @@ class Search:
         """Return the next checkpoint whose description and index are intact; None if this is a new run.
 
         Args:
-            damage: what is wrong with the checkpoint that the previous call returned.
+            damage: what was wrong with the checkpoint that the previous call returned, if anything.
 
         Raises:
-            UserError: all are damaged, or the first one is and --no-load-fallback is given, or not every rank
-                sees the checkpoint.
+            UserError: all checkpoints are damaged, the first one is and --no-load-fallback is given, or some
+                ranks do not see the checkpoint.
         """
         if damage:
             self._record_damage(damage)
@@ -116,15 +116,13 @@ def _candidates(settings: CheckpointConfig) -> list[Path]:
 
 
 def _open(path: Path) -> Found | str:
-    """Read a checkpoint's description and index. If they are damaged, return the damage in words instead."""
+    """Read a checkpoint's description and index. If they are damaged, return what is wrong instead."""
     try:
         if found := integrity.find_cheap_damage(path):
             return "; ".join(found)
         return Found(read_checkpoint(path), open_index(path))
     except PermissionError as error:  # not damage, so don't fall back to an earlier checkpoint
-        raise UserError(
-            f"{error.filename} cannot be read ({error.strerror}); give yourself permission"
-        ) from None
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}); fix its permissions") from None
 
 
 def _old_damage(path: Path) -> list[str]:
@@ -190,7 +188,7 @@ def load_tensors(
     Args:
         index: the index of the checkpoint.
         stage: receives the weights and the FP8 state.
-        optimizer: receives the main parameters and, ``with_optimizer``, the moments. None if there is none.
+        optimizer: receives the main parameters and, ``with_optimizer``, the moments. May be None.
         with_optimizer: also load the optimizer's state.
         with_generators: also load the random number generators' states; needs the same number of ranks.
 
@@ -223,15 +221,15 @@ def load_tensors(
 def _most_precise(box: Box, index: Index) -> Box:
     """For a float32 weight, read the main parameter if the checkpoint has one.
 
-    Otherwise the value would be rounded: some weights that are float32 now (``Scheme.full_precision``) were
-    bfloat16 in older checkpoints.
+    Some weights that are float32 now (``Scheme.full_precision``) were bfloat16 in older checkpoints. There,
+    only the main parameter has the unrounded value.
     """
     main = state_key(MAIN, box.key)
     return replace(box, key=main) if box.data.dtype == torch.float32 and main in index.entries else box
 
 
 def _damage_found_by(work: Callable[[], object]) -> str | None:
-    """Do ``work``; return the damage of the checkpoint that it ran into, or None."""
+    """Do ``work``; return the damage that it found in the checkpoint, or None."""
     try:
         work()
     except Damaged as error:

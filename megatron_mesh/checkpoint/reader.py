@@ -1,4 +1,4 @@
-"""Reads boxes from a checkpoint. Each stored piece is read once per process and verified by its checksum."""
+"""Reads boxes from a checkpoint. A process reads each stored piece once and verifies its checksum."""
 
 import io
 import math
@@ -29,11 +29,11 @@ _THREADS = 4
 
 
 class Damaged(UserError):
-    """A checkpoint, or the part of it that was read, is incomplete or has changed since it was written."""
+    """What was read of a checkpoint is incomplete, or has changed since it was written."""
 
 
 class _Copy(NamedTuple):
-    """A part of a stored piece, and the memory to copy it to."""
+    """A region of a stored piece, and the memory to copy it to."""
 
     target: Tensor
     start: tuple[int, ...]
@@ -108,7 +108,7 @@ def read_values(path: Path) -> Any:
 
 
 def _copies(key: str, entry: Entry, targets: list[Box]) -> Iterable[tuple[Piece, _Copy]]:
-    """Yield the pieces to read and what to copy from each, by torch's resharding rules."""
+    """Yield the pieces to read and what to copy from each, according to torch's resharding."""
     stored = TensorStorageMetadata(
         TensorProperties(dtype=entry.dtype),
         torch.Size(entry.shape),

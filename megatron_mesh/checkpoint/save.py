@@ -1,4 +1,4 @@
-"""Saving: each rank writes its part; rank 0 adds index and checksums, and publishes by renaming."""
+"""Saves checkpoints: each rank writes its share; rank 0 adds index and checksums, then publishes them all."""
 
 import logging
 import platform
@@ -49,7 +49,7 @@ class Saved:
     seconds: float
     """Time from the start of the save to its publication."""
     stall_seconds: float
-    """The part of that time in which training waited."""
+    """How much of that time training waited."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,19 @@ class _Pending:
     """A checkpoint that is being written."""
 
     step: int
-    part: "Future[list[Written]]"
-    """This rank's pieces."""
+    pieces: "Future[list[Written]]"
+    """What this rank writes."""
     description: dict[str, Any]
     started: float
     stalled: float = 0.0
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time. All methods except ``written`` are collective.
+    """Writes the checkpoints of a run, one at a time. ``save``, ``complete`` and ``finish`` are collective.
 
     If a save fails, for whatever reason and on whichever rank, the run continues. The reason is logged with
-    rank and host, earlier checkpoints stay, and the next ``save`` tries again. ``failed`` tells whether the
-    last save failed.
+    rank and host, older checkpoints stay, and the next ``save`` tries again. ``failed`` says whether the last
+    save failed.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Saver:
         self._writer = BackgroundWriter()
         self._pruner = ThreadPoolExecutor(1, thread_name_prefix="ckpt-pruner")
         if dist.get_rank() == 0:
-            self._delete(names.retire_unfinished(self.directory))
+            self._delete_in_background(names.retire_unfinished(self.directory))
 
     def save(self, stage: Stage, optimizer: MegatronOptimizer, state: TrainState) -> None:
         """Save the current state. With ``async_save`` this returns as soon as the state is copied."""
@@ -119,54 +119,27 @@ class Saver:
             self._give_up(state.step, reason)
             return
         described = describe_state(state.state_dict(), dist.get_world_size())
-        part = _as_future(lambda: self._start(partial, stage, optimizer))
+        pieces = _as_future(lambda: self._start(partial, stage, optimizer))
         if dist.get_rank() == 0:
             described["updates"] = updates_done(optimizer)
-        self._pending = _Pending(state.step, part, described, started)
+        self._pending = _Pending(state.step, pieces, described, started)
         if self.config.checkpoint.async_save:
             self._pending.stalled = time.monotonic() - started
         else:
             self.complete()
 
-    def _partial(self, step: int) -> Path:
-        return checkpoint_path(self.directory, step).with_suffix(".partial")
-
-    def _start(
-        self, partial: Path, stage: Stage, optimizer: MegatronOptimizer
-    ) -> "list[Written] | Future[list[Written]]":
-        partial.mkdir(parents=True, exist_ok=True)  # on a network disk, rank 0's may not be visible yet
-        path = partial / file_of(dist.get_rank())
-        boxes = Content(stage, optimizer).to_write()
-        if self.config.checkpoint.async_save:
-            return self._writer.start(path, boxes)
-        phases.enter("writing")
-        return write_file(path, boxes)
-
-    @property
-    def pending(self) -> bool:
-        """Whether a checkpoint is being written; the same on all ranks."""
-        return self._pending is not None
-
-    def has(self, step: int) -> bool:
-        """Return whether ``step`` is saved or being written; the same on all ranks."""
-        return step == (self._pending.step if self._pending is not None else self._published)
-
-    def written(self) -> bool:
-        """Return whether this rank has written its part of the pending checkpoint. Not collective."""
-        return self._pending is None or self._pending.part.done()
-
     def complete(self) -> None:
-        """Wait until all ranks have written their parts of the pending checkpoint, and publish it."""
+        """Wait until all ranks have written their shares of the pending checkpoint, then publish it."""
         pending, self._pending = self._pending, None
         assert pending is not None
         began = time.monotonic()
-        outcome = _outcome(pending.part)
+        outcome = _outcome(pending.pieces)
         phases.enter("between data and .metadata")
         gathered = to_rank_zero(outcome)
 
         def publish() -> str:
             missing = "; ".join(summarize_reasons([reason for _, reason in gathered]))
-            written = (entry for part, _ in gathered for entry in part)
+            written = (entry for pieces, _ in gathered for entry in pieces)
             return missing or _attempt(lambda: self._publish(final, pending.description, written))
 
         final = checkpoint_path(self.directory, pending.step)
@@ -182,28 +155,10 @@ class Saver:
     def finish(self) -> None:
         """Publish the pending checkpoint, if there is one.
 
-        Old checkpoints may still be being deleted; the interpreter waits for that before it exits.
+        The deletion of old checkpoints may take longer. The interpreter waits for it before it exits.
         """
         if self._pending is not None:
             self.complete()
-
-    def _publish(self, final: Path, described: dict[str, Any], written: Iterable[Written]) -> None:
-        """Complete and publish a checkpoint. Rank 0 calls this when all ranks have written their parts."""
-        partial = final.with_suffix(".partial")
-        write_small_files(partial, written, dump_config(self.config), described)
-        step = described["train_state"]["step"]
-        self._delete(names.publish(partial, final, step))
-        phases.enter("pruning")
-        settings = self.config.checkpoint
-        try:
-            self._delete(names.retire_old(self.directory, step, settings.keep_last, settings.keep_every))
-        except OSError as error:  # the new checkpoint is complete, so the save has not failed
-            logger.error("old checkpoints in %s cannot be deleted: %s; delete them", self.directory, error)
-
-    def _delete(self, paths: Iterable[Path]) -> None:
-        """Delete directories in the background."""
-        for path in paths:
-            self._pruner.submit(_delete, path)
 
     def note_validation(self, state: TrainState) -> None:
         """Add this step's validation loss to its checkpoint, which was saved earlier. Not collective."""
@@ -214,6 +169,50 @@ class Saver:
             names.write_validation(path, state.valid_loss)
         except OSError as error:
             logger.warning("the validation loss was not added to %s: %s; metrics.jsonl has it", path, error)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint is being written; the same on all ranks."""
+        return self._pending is not None
+
+    def has(self, step: int) -> bool:
+        """Return whether ``step`` is saved or being written; the same on all ranks."""
+        return step == (self._pending.step if self._pending is not None else self._published)
+
+    def written(self) -> bool:
+        """Return whether this rank has written its share of the pending checkpoint. Not collective."""
+        return self._pending is None or self._pending.pieces.done()
+
+    def _start(
+        self, partial: Path, stage: Stage, optimizer: MegatronOptimizer
+    ) -> "list[Written] | Future[list[Written]]":
+        # Rank 0 has made the directory, but on a network disk it may not be visible here yet.
+        partial.mkdir(parents=True, exist_ok=True)
+        path = partial / file_of(dist.get_rank())
+        boxes = Content(stage, optimizer).to_write()
+        if self.config.checkpoint.async_save:
+            return self._writer.start(path, boxes)
+        phases.enter("writing")
+        return write_file(path, boxes)
+
+    def _publish(self, final: Path, described: dict[str, Any], written: Iterable[Written]) -> None:
+        """Complete and publish a checkpoint. Rank 0 calls this when all ranks have written their shares."""
+        partial = final.with_suffix(".partial")
+        write_small_files(partial, written, dump_config(self.config), described)
+        step = described["train_state"]["step"]
+        self._delete_in_background(names.publish(partial, final, step))
+        phases.enter("pruning")
+        settings = self.config.checkpoint
+        try:
+            self._delete_in_background(
+                names.retire_old(self.directory, step, settings.keep_last, settings.keep_every)
+            )
+        except OSError as error:  # the new checkpoint is complete, so the save has not failed
+            logger.error("old checkpoints in %s cannot be deleted: %s; delete them", self.directory, error)
+
+    def _delete_in_background(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            self._pruner.submit(_delete, path)
 
     def _give_up(self, step: int, reason: str) -> None:
         self.failed = True
@@ -231,7 +230,7 @@ class Saver:
                 at_risk,
             )
             shutil.rmtree(partial, ignore_errors=True)
-        else:  # for a directory that rank 0 doesn't see, on a local disk of this node
+        else:  # rank 0 cannot remove this directory if it is on a local disk of this node
             with suppress(OSError):
                 (partial / file_of(dist.get_rank())).unlink(missing_ok=True)
                 partial.rmdir()
@@ -245,6 +244,9 @@ class Saver:
             steps = []
         return max(steps, default=self._loaded_step)
 
+    def _partial(self, step: int) -> Path:
+        return checkpoint_path(self.directory, step).with_suffix(".partial")
+
 
 def _delete(path: Path) -> None:
     phases.enter("deleting")
@@ -257,11 +259,11 @@ def _delete(path: Path) -> None:
 
 
 def _as_future(work: Callable[[], Any]) -> "Future[list[Written]]":
-    """Do ``work``, and return its result or exception as a future. A future is returned as it is."""
+    """Do ``work``, and return its result or exception as a future. A result that is a future is returned."""
     future: Future[list[Written]] = Future()
     try:
         result = work()
-    # No error (memory, disk, torch) may end the run on only one rank: the others would wait forever.
+    # No error (memory, disk, torch) may end the run on this rank alone: the others would wait forever.
     except Exception as error:
         future.set_exception(error)
         return future
@@ -274,32 +276,32 @@ def _as_future(work: Callable[[], Any]) -> "Future[list[Written]]":
 _Outcome = tuple[list[Written], Reason]
 
 
-def _outcome(part: "Future[list[Written]]") -> _Outcome:
+def _outcome(pieces: "Future[list[Written]]") -> _Outcome:
     """Return the pieces that this rank has written, or the reason why it failed."""
-    error = part.exception()
+    error = pieces.exception()
     if error is None:
-        return part.result(), None
+        return pieces.result(), None
     if not isinstance(error, OSError):
-        logger.error("this rank could not write its part of a checkpoint", exc_info=error)
+        logger.error("this rank could not write its share of a checkpoint", exc_info=error)
     return [], with_host(_cause(error))
 
 
 def _cause(error: BaseException) -> str:
-    """Describe an error without its path, so that equal errors of several ranks have equal descriptions."""
+    """Describe an error without its path, so that equal errors of several ranks are described equally."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     return f"{type(error).__name__}: {error}"
 
 
 def _attempt(work: Callable[[], object]) -> str:
-    """Do ``work`` on rank 0, which calls this; return the reason if it fails, or ""."""
+    """Do ``work``, on rank 0 only; return the reason if it fails, or ""."""
     return "; ".join(summarize_reasons([_outcome(_as_future(work))[1]]))
 
 
 def write_small_files(
     directory: Path, written: Iterable[Written], config: str, described: dict[str, Any]
 ) -> None:
-    """Write index, configuration, description and checksums next to the tensor files of all ranks.
+    """Add index, configuration, description and checksums to the tensor files of all ranks.
 
     Raises:
         OSError: a file cannot be written, or a rank's tensor file is not visible here.

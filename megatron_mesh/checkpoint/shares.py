@@ -1,9 +1,9 @@
 """Divides parameters and optimizer state between ranks, for writing and reading checkpoints.
 
 With the distributed optimizer, a rank's share is its shard of the optimizer's state. Without it, all
-data-parallel ranks hold the same state, which is cut into equal spans, one per rank. In both cases a rank
-reads only its own share when it resumes. It receives the rest over the network: from Megatron's parameter
-all-gather, or from a broadcast of each span.
+data-parallel ranks hold the same state, which is cut into equal spans, one per rank. Either way, a resuming
+rank reads only its share. The rest comes over the network: from Megatron's parameter all-gather, or from a
+broadcast of each span.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,11 +41,11 @@ class Share:
     place: ShardedTensor
     """The rank's parameter, and its position in the parameter of the whole model."""
     span: Span
-    """First element (inclusive) and last element (exclusive) of the span in the rank's parameter."""
+    """The span in the rank's parameter: its first element, and the one after its last."""
     first: int
     """Element at which ``main`` and ``moments`` begin: the span's start for an optimizer shard, else 0."""
     main: Tensor
-    """The main parameter, flat. It is the weight itself if that is float32 or there is no optimizer."""
+    """The main parameter, flat. This is the weight itself if it is float32 or there is no optimizer."""
     moments: dict[str, Tensor]
     """Adam's moments, flat, by the names in ``MOMENTS``. Empty without an optimizer."""
     spans: dict[int, Span]
@@ -53,12 +53,12 @@ class Share:
 
     @property
     def writes_weight(self) -> bool:
-        """Whether this rank's tensor- and pipeline-parallel position writes the weight and main parameter."""
+        """Whether this data-parallel group writes weight and main parameter. Other groups may hold copies."""
         return not any(self.place.replica_id[:-1])
 
     @property
     def writes_moments(self) -> bool:
-        """Whether this rank's tensor- and pipeline-parallel position writes the moments.
+        """Whether this data-parallel group writes the moments. Other groups may hold copies.
 
         For a tied embedding in a pipeline, the first rank writes the weight and the last one the moments.
         """
@@ -164,7 +164,7 @@ def only_member(optimizer: MegatronOptimizer) -> MegatronOptimizer:
 
 
 def allocate(optimizer: MegatronOptimizer) -> None:
-    """Create the state of parameters that were never updated: moments of zero."""
+    """Create the optimizer state of parameters that were never updated, with moments of zero."""
     inner = only_member(optimizer).optimizer
     for group in inner.param_groups:
         for parameter in group["params"]:
@@ -176,7 +176,7 @@ def allocate(optimizer: MegatronOptimizer) -> None:
 
 
 def updates_done(optimizer: MegatronOptimizer) -> int:
-    """Return how many updates Adam has counted. It corrects the bias of the moments by that number."""
+    """Return how many updates Adam has counted. Its bias correction depends on that number."""
     inner = only_member(optimizer).optimizer
     if _counts_with_parameters(inner):
         counts = [int(state["step"]) for state in inner.state.values() if "step" in state]
@@ -220,8 +220,7 @@ def _even_spans(places: Sequence[ShardedTensor]) -> Iterator[tuple[ShardedTensor
     """Divide parameters that all data-parallel ranks hold into equal spans.
 
     Parameters are concatenated and cut: first those whose weights this rank's data-parallel group writes,
-        then
-    those that another group writes as well. The cuts of either kind must not depend on the other.
+    then those that another group writes. The cuts of one kind must not depend on the other kind.
 
     Yields:
         A parameter, this rank's span of it, and the spans of all data-parallel ranks.

@@ -48,7 +48,7 @@ def write_file(path: Path, boxes: Iterable[Box]) -> list[Written]:
 
 @contextmanager
 def _without_crc32() -> Iterator[None]:
-    """Keep ``torch.save`` from computing CRC-32, which takes longer than our own checksum."""
+    """Keep ``torch.save`` from computing CRC-32, which takes longer than our own checksums."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -92,7 +92,7 @@ class _Stream:
 def _with_own_storage(data: torch.Tensor) -> torch.Tensor:
     """Return ``data`` in host memory, in a storage of its own, because ``torch.save`` writes entire storages.
 
-    Contiguous data that is in host memory already is not copied.
+    Contiguous data in host memory is not copied.
     """
     held = data.detach().cpu().contiguous()
     start = held.storage_offset() * held.element_size()
@@ -103,9 +103,9 @@ def _with_own_storage(data: torch.Tensor) -> torch.Tensor:
 class BackgroundWriter:
     """Writes copies of boxes in a thread, while training changes the originals.
 
-    A forked process would be worse: it would make the system copy every page that training writes to, even of
-    tensors that it doesn't save, and forking is not safe with GPU and network libraries loaded. A thread is
-    fast enough, since copying, hashing and writing release Python's global lock.
+    A forked process would be worse. The system would have to copy every page that training then writes to,
+    even of tensors that are not saved, and forking is not safe with GPU and network libraries loaded. A
+    thread is fast enough, because copying, hashing and writing release Python's global interpreter lock.
     """
 
     def __init__(self) -> None:
@@ -127,6 +127,6 @@ def _write_copies(path: Path, boxes: deque[Box]) -> list[Written]:
 
 
 def _consume(boxes: deque[Box]) -> Iterable[Box]:
-    """Yield boxes and drop them, so that memory is freed as soon as it is written."""
+    """Yield boxes and drop them, so that their memory is freed as soon as it is written."""
     while boxes:
         yield boxes.popleft()

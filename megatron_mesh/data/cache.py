@@ -1,13 +1,12 @@
 """The index cache: arrays that are built once, published atomically, and memory-mapped by every process.
 
 An entry is a directory of .npy files and a manifest. It is written under a temporary name and then renamed,
-so no process ever sees a part of it. If several processes build the same entry, the first to publish wins,
-and an entry that is in use is never replaced.
+so no process ever sees an incomplete one. If several processes build the same entry, the first to publish
+wins. An intact entry is never replaced.
 
-Run a function in a separate process, so that the threads of this one keep running.
-
-C++ code that holds Python's global interpreter lock (GIL) for minutes stops every other thread: the one that
-raises the owner's counter in ``--save`` (``ownership.py``), the watchdog, the listener, and signal handlers.
+Entries are built in a fork of this process. Megatron's C++ code and NumPy's shuffle hold Python's global
+interpreter lock (GIL) for minutes with 10^9 samples. That would stop every other thread here: the one that
+raises the owner's counter (``runtime/ownership.py``), the watchdog, the listener, and signal handlers.
 """
 
 import ctypes
@@ -35,16 +34,20 @@ from megatron_mesh.runtime import strict_json
 
 _MANIFEST = "manifest.json"
 _EDGE_BYTES = 1 << 16
+"""Bytes at each end of an array that its checksum covers."""
 _PARTIAL = ".partial-"
 _ABANDONED_SECONDS = 86_400
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+"""Errors of a rename whose target exists."""
+
+_PR_SET_PDEATHSIG = 1
 
 Arrays = dict[str, np.ndarray]
 Make = Callable[[], Arrays]
 
 
 class Key(NamedTuple):
-    """Identifies an entry: ``kind`` is for people, ``description`` has everything its content depends on."""
+    """Identifies an entry: ``kind`` is for people, ``description`` has all that the contents depend on."""
 
     directory: Path
     kind: str
@@ -59,8 +62,8 @@ class Key(NamedTuple):
 def load(key: Key) -> Arrays | None:
     """Memory-map an entry, opening the manifest and each array once.
 
-    Returns None if the entry is missing, truncated, partly overwritten or a copy of another entry. The check
-    reads the manifest and both ends of each array.
+    Returns None if the entry is missing, truncated or a copy of another entry, or if an end of an array was
+    overwritten. The check reads the manifest and both ends of each array.
     """
     try:
         manifest = json.loads((key.path / _MANIFEST).read_text(encoding="utf-8"))
@@ -76,8 +79,7 @@ def load(key: Key) -> Arrays | None:
 def build_entry(key: Key, make: Make) -> None:
     """Build an entry from the result of ``make`` and publish it, unless it exists. Replaces a damaged entry.
 
-    ``make`` runs in a separate process, because Megatron's C++ code and numpy's shuffle hold Python's global
-    lock for minutes with 10^9 samples.
+    ``make`` runs in a fork (see ``run_in_fork``).
 
     Raises:
         OSError: the directory cannot be written.
@@ -94,6 +96,38 @@ def build_entry(key: Key, make: Make) -> None:
         _publish(partial, key)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def run_in_fork(work: Callable[[], None]) -> None:
+    """Call ``work`` in a fork of this process and wait for it.
+
+    A fork starts at once and needs no pickling. ``work`` must not use torch or CUDA, and returns results only
+    in files. If this process dies, so does the fork. Otherwise the fork would keep sockets open, and the
+    other ranks would not notice the death.
+
+    Raises:
+        RuntimeError: the fork was killed, for example because the host ran out of memory.
+        Exception: what ``work`` raised.
+    """
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(work, there, os.getpid()), daemon=True)
+    process.start()
+    there.close()
+    try:
+        error = here.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(
+            f"a helper process ended early ({_ending(process.exitcode)}); check whether the host ran out of "
+            "memory"
+        ) from None
+    finally:
+        process.kill()  # it has ended already, unless this process was interrupted while waiting
+        process.join()
+        here.close()
+    if error is not None:
+        raise error
 
 
 def _write(directory: Path, description: str, arrays: Arrays) -> None:
@@ -124,8 +158,8 @@ def _publish(partial: Path, key: Key) -> None:
 def _remove_damaged(key: Key, aside: Path) -> None:
     """Remove a damaged entry, after renaming it to ``aside``.
 
-    Only the holder of the lock renames, and nobody can publish while the damaged entry exists. So this cannot
-    remove a good entry that another process has published in the meantime.
+    Only the holder of the lock renames the entry, and nobody can publish while a damaged one exists. So this
+    cannot remove a good entry that another process has published in the meantime.
     """
     handle = os.open(key.directory, os.O_RDONLY)
     try:
@@ -169,41 +203,6 @@ def _remove_abandoned(directory: Path) -> None:
                 shutil.rmtree(path)
         except OSError:  # another process removes it too
             continue
-
-
-_PR_SET_PDEATHSIG = 1
-
-
-def run_in_fork(work: Callable[[], None]) -> None:
-    """Call ``work`` in a fork of this process and wait for it.
-
-    A fork starts at once and needs no pickling. ``work`` must not use torch or CUDA, and writes its result to
-    files. The fork dies with this process. Otherwise it would keep sockets open, and the other ranks would
-    not notice that this process has died.
-
-    Raises:
-        RuntimeError: the fork was killed, for example because the host ran out of memory.
-        Exception: what ``work`` raised.
-    """
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(work, there, os.getpid()), daemon=True)
-    process.start()
-    there.close()
-    try:
-        error = here.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(
-            f"a helper process ended early ({_ending(process.exitcode)}); check whether the host ran out of "
-            "memory"
-        ) from None
-    finally:
-        process.kill()  # it has ended already, unless this process was interrupted while waiting
-        process.join()
-        here.close()
-    if error is not None:
-        raise error
 
 
 def _run(work: Callable[[], None], answer: Connection, parent: int) -> None:

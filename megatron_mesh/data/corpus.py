@@ -1,6 +1,7 @@
-"""Reads raw text (JSON Lines or plain text, also compressed) in chunks that worker processes can parse.
+"""Reads raw text (JSON Lines or plain text, optionally compressed) in chunks that worker processes can parse.
 
-Reads .gz, .xz and .zst files, including those with several members, and detects truncated ones.
+A compressed file (.gz, .xz, .zst) may have several members. A truncated or damaged file is an error; the
+libraries' own readers may take it for complete.
 """
 
 import glob
@@ -26,6 +27,11 @@ _TEXT = (".txt", ".text")
 _CATS = {".gz": "zcat", ".xz": "xzcat", ".zst": "zstdcat --long=31"}
 _FORMATS = f"{', '.join(_JSONL)} (a JSON object per line) and {', '.join(_TEXT)} (a document per file)"
 
+_ZSTD_WINDOW = 1 << 31
+"""zstd's largest window (``zstd --ultra --long=31``); decompressing takes as many bytes of memory."""
+_INPUT_BYTES = 1 << 14
+"""Compressed bytes to decompress at a time. Few, since repetitive text may expand several thousand times."""
+
 
 @dataclass(frozen=True)
 class TextChunk:
@@ -37,7 +43,7 @@ class TextChunk:
     data: bytes
     is_jsonl: bool
     disk_bytes: int
-    """Bytes read from the disk since the previous chunk; of a compressed file, compressed bytes."""
+    """Bytes read from the disk since the previous chunk; compressed bytes if the file is compressed."""
 
     @property
     def place(self) -> str:
@@ -117,11 +123,9 @@ def parse_chunk(chunk: TextChunk, keys: list[str], *, skip_broken: bool) -> Pars
                 texts.append(text)
         except ValueError as error:
             problem = f"{chunk.path}, line {_line_of(error, line, number)}: {error}"
-            if (
-                remedy := ""
-                if parsed.broken or (skip_broken and _mostly_objects(chunk))
-                else _how_to_convert(chunk)
-            ):
+            # If the file is one JSON document, skipping its lines one by one would lose all of it.
+            may_be_one_document = not parsed.broken and not (skip_broken and _mostly_objects(chunk))
+            if may_be_one_document and (remedy := _how_to_convert(chunk)):
                 raise UserError(f"{problem}. {remedy}") from None
             if not skip_broken:
                 raise UserError(f"{problem}; correct it, or skip such documents with --skip-broken") from None
@@ -172,7 +176,7 @@ def _fields(line: str | bytes, keys: list[str], is_jsonl: bool) -> list[str]:
 
 
 def _mostly_objects(chunk: TextChunk) -> bool:
-    """Return whether most lines are valid JSON objects, so that only single documents are broken."""
+    """Return whether most lines are valid JSON objects, so only a few documents can be broken."""
     lines, objects = 0, 0
     for _, line in _decoded(chunk):
         lines += bool(line.strip())
@@ -182,9 +186,9 @@ def _mostly_objects(chunk: TextChunk) -> bool:
 
 
 def _how_to_convert(chunk: TextChunk) -> str:
-    """If the file is a JSON array or has objects over several lines, say how to convert it; otherwise "".
+    """Return how to convert a JSON array or objects over several lines to JSON Lines; "" if it is neither.
 
-    Only the first chunk can show that.
+    Only the first chunk of a file shows that.
     """
     if chunk.first_line != 1 or not chunk.is_jsonl:
         return ""
@@ -214,7 +218,7 @@ def _spans_lines(text: str) -> bool:
 
 
 def _line_of(error: ValueError, line: str | bytes, number: int) -> int:
-    """Return the line of an error. In a text file, count the lines up to the byte that is not UTF-8."""
+    """Return the line of an error. In a text file, that is the line of the byte that is not UTF-8."""
     if isinstance(error, UnicodeDecodeError) and isinstance(line, bytes):
         return number + line.count(b"\n", 0, error.start)
     return number
@@ -226,12 +230,6 @@ def _format_suffix(path: Path) -> str:
     if suffixes and suffixes[-1] in SUFFIXES:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
-
-
-_ZSTD_WINDOW = 1 << 31
-"""zstd's largest window (``zstd --ultra --long=31``); decompressing takes as many bytes of memory."""
-_INPUT_BYTES = 1 << 14
-"""Compressed bytes to decompress at a time. Small, since repetitive text can grow several thousand times."""
 
 
 @contextmanager
@@ -279,8 +277,7 @@ class _Decompressor(Protocol):
 class _Members(io.RawIOBase):
     """A file object with the concatenated contents of all members of a .zst or .xz file.
 
-    The readers of the libraries hide damage: zstandard's reports no error for a truncated file, and lzma's
-        stops
+    The libraries' readers hide damage: zstandard's reports no error for a truncated file, and lzma's stops
     silently before a damaged second member. This one raises EOFError or the decompressor's error.
     """
 

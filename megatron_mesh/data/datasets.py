@@ -1,7 +1,7 @@
 """Opens the training, validation and test data of a run, from prefixes of .bin and .idx files.
 
-Samples come from Megatron's GPTDataset; its index is in our own cache (``cache.py``). ``plan.py`` decides on
-rank 0 what every rank opens here.
+Samples come from Megatron's GPTDataset, whose index is in our own cache (``cache.py``). ``sources.py``
+decides on rank 0 what every rank opens here.
 """
 
 import socket
@@ -23,17 +23,17 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.distributed import from_every_rank, from_rank_zero, on_every_rank, rank
 
 _Name = tuple[Split, str]
-"""The split that a stream serves, and its name if that split has several streams."""
+"""The split that a stream is for, and the stream's name if that split has several."""
 
 
 class Datasets(NamedTuple):
-    """The streams of a run. Validation and test are None if the settings give no data for them."""
+    """The streams of a run. Validation and test are None if the settings name no data for them."""
 
     train: SampleStream
     valid: SampleStream | None
     test: SampleStream | None
     valid_sets: Mapping[str, SampleStream] = MappingProxyType({})
-    """Validation sets by name, if there are several. ``valid`` is None then."""
+    """Validation sets by name, if there are several. Then ``valid`` is None."""
 
     @property
     def validation(self) -> Mapping[str, SampleStream]:
@@ -58,12 +58,12 @@ def build_datasets(
 ) -> Datasets:
     """Open the data of a run. Collective, if torch.distributed is initialized.
 
-    Training reads the first ``train_samples`` samples of a stream whose order depends only on ``seed``.
-    Validation and test read the first ``eval_samples`` of theirs, the same at every evaluation, and start
-    over if there are fewer. A test share that is too small for one sequence is left out.
+    Training reads the first ``train_samples`` samples of a stream whose order depends only on the data and
+    ``seed``. Every evaluation reads the same ``eval_samples`` samples, some of them twice if the data have
+    fewer. A test share that is too small for one sequence is left out.
 
     Rank 0 inspects the data and builds missing entries of the index cache. On each node that doesn't see rank
-    0's cache, one rank builds them again. Then every rank memory-maps the cache and reads nothing else.
+    0's cache, one rank builds them again. Then every rank only memory-maps the entries.
 
     Raises:
         UserError: on every rank, if settings are malformed, files are missing or damaged, there is too little
@@ -164,7 +164,7 @@ class _Opener:
 def _open_everywhere(
     opener: _Opener, planner: Planner, plans: Mapping[_Name, StreamPlan]
 ) -> dict[_Name, SampleStream]:
-    """Open the streams on every rank. If a node doesn't see the cache, one of its ranks builds it there."""
+    """Open the streams on every rank. If a node doesn't see the cache, one of its ranks builds its own."""
     streams, blind = _attempt(opener, plans)
     if not blind:
         return streams

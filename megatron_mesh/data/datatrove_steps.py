@@ -1,4 +1,4 @@
-"""The pipeline steps of tools/preprocess_datatrove.py: tasks encode files, and a last one joins the results.
+"""The pipeline steps of tools/preprocess_datatrove.py: tasks encode files, and a last task joins them.
 
 Only that tool imports this module, since datatrove is an optional dependency. The steps are in the package,
 not in the tool, because datatrove pickles them for SLURM jobs, which must be able to import them.
@@ -27,7 +27,7 @@ _SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS = 64, 2048
 
 
 class ReadCorpus(PipelineStep):
-    """Reads the documents of this task's consecutive files. Tasks in order yield the order of the input."""
+    """Reads this task's share of the files. Shares are consecutive, so joining keeps the input's order."""
 
     name, type = "Read corpus", "Reader"
 

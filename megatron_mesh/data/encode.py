@@ -1,16 +1,14 @@
-"""Encodes many texts at once, with the fastest library that gives the tokenizer's own ids.
+"""Encodes texts of any length, with the fastest library that gives the tokenizer's own ids.
 
 gigatoken is fast; Hugging Face's tokenizers library is the reference. If both agree on a sample of the corpus
-and on difficult texts, gigatoken is used, and spot checks compare it again during the work. Encoders are
-single-threaded, since worker processes divide the work between cores.
-
-Encodes texts of any length in bounded memory, with the same ids as encoding the entire text at once.
+and on difficult texts, gigatoken is used, and spot checks compare them again during the work. Encoders are
+single-threaded, because the worker processes already use all CPU cores.
 
 Tokenizers need 20 to 120 bytes of memory per byte of text. So a long text is encoded in overlapping windows,
-and two neighbours are joined where they have the same tokens at the same positions. For byte-pair encoding,
-two such tokens in a row prove that the result is right: a sequence of tokens is the encoding of its word
-exactly if each pair of neighbours is. We require agreement over many more. A unigram model may still choose
-differently between two segmentations with the same score, since rounding decides between them.
+and two neighbouring windows are joined where they have the same tokens at the same positions. For byte-pair
+encoding, two such tokens in a row prove that the join is right: a sequence of tokens is the encoding of its
+word exactly if every pair of neighbours is. We require many more. A unigram model may still differ, because
+rounding decides between two segmentations with the same score.
 """
 
 from collections.abc import Callable
@@ -20,6 +18,21 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from megatron_mesh.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+
+_Ids = np.ndarray[Any, Any]
+
+WINDOW = 1 << 20
+"""Characters to encode at once."""
+_OVERLAP = 1 << 13
+"""Characters that two neighbouring windows share."""
+_MARGIN = 1 << 10
+"""Characters at the end of a window that are not compared: their tokens may depend on the text after it."""
+_TRIES = 4
+"""How many starting tokens to try for a window. Some tokenizers split long numbers in groups of three digits
+from the start, so a window that begins inside a number may never agree with the one before it."""
+
+CHECKED_CHARACTERS = 1 << 20
+"""Spot checks compare only the first part of a text, so that even a huge text takes about a second."""
 
 _PROBES = [
     "".join(" " * n + "x" for n in range(1, 40)),
@@ -38,10 +51,6 @@ _PROBES = [
 ]
 
 
-CHECKED_CHARACTERS = 1 << 20
-"""Spot checks compare only the first part of a text, so that even a huge text takes about a second."""
-
-
 class Encoded(NamedTuple):
     """The concatenated ids of documents."""
 
@@ -50,7 +59,7 @@ class Encoded(NamedTuple):
     lengths: np.ndarray
     """[documents] int32"""
     cut: int = 0
-    """Number of documents that had to be cut (``long_texts.py``). Their ids may be wrong at the cuts."""
+    """Number of documents that were cut where windows did not agree. Their ids may be wrong at the cuts."""
 
 
 class Located(NamedTuple):
@@ -59,7 +68,7 @@ class Located(NamedTuple):
     ids: np.ndarray
     """[tokens]"""
     starts: np.ndarray
-    """[tokens] int64: the character in which each token starts. A token may begin in the middle of one."""
+    """[tokens] int64: the character in which each token starts, perhaps in the middle of its bytes."""
 
 
 Locate = Callable[[str], Located | None]
@@ -79,7 +88,7 @@ class Encoder(Protocol):
 
 
 class GigatokenEncoder:
-    """gigatoken, for byte-level BPE: 10 to 50 times as fast as the reference on one core.
+    """gigatoken, for byte-level BPE: 10 to 50 times as fast as the reference on one CPU core.
 
     Raises:
         ImportError: gigatoken is not installed.
@@ -204,7 +213,7 @@ def first_difference(candidate: Encoder, reference: Encoder, texts: list[str]) -
 def spot_check(encoder: Encoder, texts: list[str]) -> str | None:
     """Return the passage for which ``encoder`` gives other ids than its reference, or None.
 
-    Compares the first ``CHECKED_CHARACTERS`` of each text. Encoders without a reference are references.
+    Compares the first ``CHECKED_CHARACTERS`` of each text. Only gigatoken has a reference.
     """
     if not isinstance(encoder, GigatokenEncoder) or not texts:
         return None
@@ -230,25 +239,13 @@ def probe_texts(tokenizer: HuggingFaceTokenizer) -> list[str]:
 
 
 def texts_with(symbols: list[str]) -> list[str]:
-    """Return ``symbols`` alone and within text, white space, unusual Unicode, and repeated characters."""
+    """Return difficult texts: ``symbols`` alone and inside text, white space, rare Unicode, repetitions."""
     around = [f"a{t}b {t} {t}{t}\n{t}\t {t}. {t[:-1]} {t[1:]}" for t in symbols]
     return [*symbols, *around, *_PROBES]
 
 
-_Ids = np.ndarray[Any, Any]
-
-WINDOW = 1 << 20
-"""Characters to encode at once."""
-_OVERLAP = 1 << 13
-_MARGIN = 1 << 10
-"""Characters at the end of a window that are not compared: their tokens may depend on the text after it."""
-_TRIES = 4
-"""How many starting tokens to try for a window. Some tokenizers split long numbers in threes from their
-start, so a window that begins inside a number may never agree."""
-
-
 def encode_texts(encoder: Encoder, texts: list[str], window: int = WINDOW) -> Encoded:
-    """Encode texts of any length. ``Encoded.cut`` counts those whose windows did not agree."""
+    """Encode texts, those longer than ``window`` characters in windows."""
     if all(len(text) <= window for text in texts):
         return encoder.encode(texts)
     ids: list[_Ids] = []
@@ -269,7 +266,7 @@ def encode_texts(encoder: Encoder, texts: list[str], window: int = WINDOW) -> En
 
 
 def _encode_long(encoder: Encoder, text: str, window: int) -> tuple[list[_Ids], int]:
-    """Return the ids of a text in pieces, and the number of joints at which its windows disagree."""
+    """Return the ids of a text in pieces, and the number of places where its windows did not agree."""
     for locate in encoder.locators():
         result = _join_windows(locate, text, window)
         if result is not None:
@@ -303,7 +300,7 @@ def _join_windows(locate: Locate, text: str, window: int) -> tuple[list[_Ids], i
 
 
 def _joint(left: Located, right: Located, start: int, end: int) -> tuple[int, int] | None:
-    """Return the indices in two windows from which both have the same tokens up to character ``end``.
+    """Return an index in each window, from which on both have the same tokens up to character ``end``.
 
     Returns None if they differ in the second half of their overlap, which begins at ``start``.
     """

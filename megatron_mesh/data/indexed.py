@@ -21,7 +21,7 @@ _SAMPLES, _SAMPLE_BYTES = 63, 4096
 
 
 class IndexedWriter:
-    """Writes many documents at a time, to files equal byte for byte to those of IndexedDatasetBuilder.
+    """Writes many documents at a time. The files equal those of IndexedDatasetBuilder byte for byte.
 
     A context manager. It writes ``PREFIX.bin.partial`` and ``PREFIX.idx.partial``, which ``commit`` renames.
     Leaving the context without ``commit`` removes them, so an existing pair stays untouched.
@@ -140,7 +140,7 @@ def _add_lengths(digest: "hashlib.blake2b", idx: Path, sequences: int) -> None:
 
 
 def _add_samples(digest: "hashlib.blake2b", bin_: Path, size: int) -> None:
-    """Add blocks of tokens from all over the file, since reading a large file entirely would take hours."""
+    """Add blocks of tokens from all over the file, because reading all of a large file would take hours."""
     with open(bin_, "rb") as file:
         for offset in sorted(
             {size * i // _SAMPLES for i in range(_SAMPLES)} | {max(0, size - _SAMPLE_BYTES)}

@@ -1,4 +1,4 @@
-"""Reads micro-batches for one data-parallel rank, in an order that does not depend on loader processes."""
+"""Reads micro-batches for one data-parallel rank, in an order that doesn't depend on the loader processes."""
 
 import atexit
 import gc
@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_mesh.compat.torch_internals import end_workers
 from megatron_mesh.errors import UserError
+
+_JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,14 @@ class Batch:
     """[B, S] int64."""
 
 
+_open_loaders: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
+
+
 class RankSampler(Sampler[list[int]]):
     """Yields the sample numbers of one rank's micro-batches, starting at sample ``consumed_samples``.
 
-    The global batch that begins after n samples has the next ``batch_size(n)`` samples. It is divided into
-    ``dp_size`` equal parts; rank r takes the r-th part in micro-batches. An incomplete last batch is dropped.
+    The global batch that begins after n samples has the next ``batch_size(n)`` samples. Each of the
+    ``dp_size`` ranks reads an equal share of them, in micro-batches. An incomplete last batch is dropped.
 
     Raises:
         UserError: a global batch cannot be divided evenly.
@@ -86,8 +91,8 @@ def build_loader(
 
     Args:
         global_batch_size: a number, or a function of the samples consumed so far (batch-size ramp-up).
-        num_workers: processes that read ahead; with 0 the caller reads. They change neither the order nor the
-            global random state.
+        num_workers: number of processes that read ahead; with 0 the caller reads. It changes neither the
+            order nor the global random state.
 
     Raises:
         UserError: a global batch cannot be divided evenly.
@@ -105,7 +110,7 @@ def build_loader(
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # the global one would advance here, so a resumed run would differ
+        generator=torch.Generator(),  # the global one would advance, so a resumed run would differ
     )
     batches = _batches(loader)
     _open_loaders.add(batches)
@@ -114,8 +119,8 @@ def build_loader(
 
 def _batches(loader: DataLoader[dict[str, torch.Tensor]]) -> Generator[Batch, None, None]:
     if loader.num_workers:
-        # Loader processes are forks, in which collecting our garbage could hang: destroyed process groups,
-        # for example, join threads that a fork does not have.
+        # Loader processes are forks. Collecting our garbage there could hang: a destroyed process group, for
+        # example, joins threads that a fork does not have.
         gc.collect()
     with _signals_held():
         samples = iter(loader)
@@ -131,20 +136,15 @@ def _batches(loader: DataLoader[dict[str, torch.Tensor]]) -> Generator[Batch, No
 def _signals_held() -> Iterator[None]:
     """Start processes that ignore the signals which end or interrupt a job.
 
-    Only the main process reacts to those: if SLURM's SIGTERM killed a loader process, the main process would
-        fail in the middle of its last save. A signal mask is inherited, so unlike a handler it leaves no gap
-        while a
-    process starts.
+    Only the main process reacts to these. If SLURM's SIGTERM killed a loader process, the main process would
+    fail in the middle of its last save. A new process inherits the signal mask, so it is never unprotected,
+    as it would be until it had set a handler.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-_JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-_open_loaders: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
 
 
 @atexit.register

@@ -31,9 +31,9 @@ from megatron_mesh.data.tokenizer import Tokenizer
 from megatron_mesh.errors import UserError
 
 CHUNK_BYTES = 2 << 20
-"""Text per task: about 20 ms of encoding, so that passing it between processes costs little."""
+"""Text per task. Encoding it takes about 20 ms, so sending it to another process costs little."""
 CHUNKS_PER_CHECK = 1000
-"""Every so many chunks, starting with the first, gigatoken's ids are compared with the reference."""
+"""gigatoken's ids are compared with the reference in the first of every this many chunks."""
 SAMPLE_FILES, SAMPLE_PIECES, PIECE_CHARACTERS = 8, 64, 2048
 """Size of the sample on which encoders are compared: pieces of the first documents of the first files."""
 
@@ -70,7 +70,7 @@ class Progress:
     broken: list[str] = field(default_factory=list)
     """For each skipped document, its place and what is wrong with it."""
     cut: list[str] = field(default_factory=list)
-    """Places of documents that were too long to be encoded at once and had to be cut (``long_texts.py``)."""
+    """Places of long documents that were cut where windows did not agree (``encode.py``)."""
     chunks: int = 0
     checked: int = 0
     """Number of chunks in which gigatoken's ids were compared with the reference."""
@@ -84,7 +84,7 @@ class Progress:
 
 
 class _Result(NamedTuple):
-    """The result of a chunk: ids for each key, and information for the console."""
+    """The result of a chunk: the documents of each key, and what to report about them."""
 
     encoded: list[Encoded]
     broken: list[str]
@@ -139,13 +139,13 @@ def preprocess(
 
     Raises:
         UserError: an input is bad, an output exists (unless ``overwrite``), the corpus has no token, or a
-            spot check finds that gigatoken gives other ids than the tokenizer. Nothing is changed on disk
-            then.
+            spot check finds that gigatoken gives other ids than the tokenizer. In all of these cases the
+            disk stays as it was.
     """
     paths = expand_inputs(settings.input)
     _check_outputs(settings)
     chunks = chain.from_iterable(read_chunks(path, CHUNK_BYTES) for path in paths)
-    with _environment("TOKENIZERS_PARALLELISM", "false"):  # parallelism comes from the worker processes
+    with _variable("TOKENIZERS_PARALLELISM", "false"):  # parallelism comes from the worker processes
         encoder, reason = choose_encoder(tokenizer, _sample(paths, settings.json_keys), fast=settings.fast)
         on_start(reason, sum(path.stat().st_size for path in paths))
         dtype = DType.optimal_dtype(tokenizer.vocab_size)
@@ -262,7 +262,8 @@ def _check_outputs(settings: PreprocessSettings) -> None:
 
 
 @contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable while the body runs."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

@@ -1,6 +1,7 @@
-"""Parses --data-path and --split: prefixes with weights, and shares of the documents.
+"""Plans what a run reads: which files and documents, in which blend, from --data-path and --split.
 
-Plans a run's data on rank 0, which inspects the files. The other ranks only open what the plan lists.
+Rank 0 inspects the files and plans each stream (training, validation, test). The other ranks only open what
+the plan lists (``datasets.py``).
 """
 
 import hashlib
@@ -51,7 +52,7 @@ def parse_blend(words: list[str], flag: str) -> list[BlendPart]:
             f"{flag} got {len(words)} words that are not pairs of WEIGHT PREFIX: {' '.join(words)}; give one "
             "prefix, or a blend WEIGHT PREFIX WEIGHT PREFIX ..."
         )
-    weights = [_weight(word, flag) for word in words[::2]]
+    weights = [_parse_weight(word, flag) for word in words[::2]]
     return [
         BlendPart(prefix, weight / sum(weights)) for prefix, weight in zip(words[1::2], weights, strict=True)
     ]
@@ -61,8 +62,7 @@ def parse_sets(words: list[str], flag: str) -> dict[str, list[str]]:
     """Parse the words after ``flag`` into data sets: for each name, the words of its blend.
 
     ``NAME=PREFIX NAME=PREFIX ...`` are several sets; anything else is a single set with the name "". A name
-    consists of letters, digits and ``._-``. A word is a path if data exist there, even with ``=``, such as
-    ``lang=en/text``.
+    consists of letters, digits and ``._-``. A word such as ``lang=en/text`` is a path if data exist there.
 
     Raises:
         UserError: a name is given twice or is reserved, or only some of the words have a name.
@@ -111,7 +111,7 @@ def parse_split(split: str) -> list[Share | None]:
     return convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
 
 
-def _weight(word: str, flag: str) -> float:
+def _parse_weight(word: str, flag: str) -> float:
     try:
         weight = float(word)
     except ValueError:
@@ -124,7 +124,7 @@ def _weight(word: str, flag: str) -> float:
 
 
 class Source(NamedTuple):
-    """The settings of one stream: the words after ``flag``, and the share of their documents to use."""
+    """The settings of one stream: the words after ``flag``, and the share of the documents to use."""
 
     kind: Split
     flag: str
@@ -135,7 +135,7 @@ class Source(NamedTuple):
 
 
 class PartPlan(NamedTuple):
-    """One prefix of a stream, as inspected by rank 0."""
+    """One prefix of a stream, as rank 0 has inspected it."""
 
     prefix: str
     weight: float
@@ -145,7 +145,7 @@ class PartPlan(NamedTuple):
 
 
 class StreamPlan(NamedTuple):
-    """The parts of a stream, and the cache key of their blend (None for a single part)."""
+    """The prefixes of a stream, and the cache key of their blend (None for a single prefix)."""
 
     parts: list[PartPlan]
     num_samples: int
@@ -170,10 +170,10 @@ class Planner:
         self._facts: dict[str, IndexedFacts] = {}
 
     def stream(self, source: Source, num_samples: int) -> StreamPlan | None:
-        """Plan one stream. Returns None if it is optional and a part has less than one sequence.
+        """Plan one stream. Returns None if it is optional and a prefix has less than one sequence.
 
         Raises:
-            UserError: files are missing or damaged, or a part of a required stream has less than one
+            UserError: files are missing or damaged, or a prefix of a required stream has less than one
                 sequence.
         """
         parts = []
@@ -189,24 +189,6 @@ class Planner:
         directory = parts[0].key.directory
         return StreamPlan(parts, num_samples, blend_key(directory, _weights(parts), num_samples))
 
-    def _part(self, prefix: str, weight: float, source: Source) -> PartPlan:
-        facts = self._facts.get(prefix) or self._facts.setdefault(prefix, inspect_prefix(prefix, source.flag))
-        first, last = (round(edge * facts.sequences) for edge in source.share)  # as Megatron's builder does
-        documents = range(first, last)
-        directory = Path(self._cache_path or f"{prefix}/{INDEX_CACHE_FOLDER}")
-        key = epoch_key(
-            directory, Path(prefix).name, facts.fingerprint, documents, self._seq_length, self._seed
-        )
-        return PartPlan(prefix, weight, facts, documents, key)
-
-    def _too_few(self, part: PartPlan, split: Split, tokens: int) -> str:
-        return (
-            f"the {split.name} part of {part.prefix} has {tokens:,} tokens in {len(part.documents):,} of "
-            f"{part.facts.sequences:,} documents, but one sequence needs {self._seq_length + 1:,} "
-            "(--seq-length and a last label); give more data, a smaller --seq-length, or another --split (0 "
-            "for no such part)"
-        )
-
     def build(self, streams: Iterable[StreamPlan]) -> None:
         """Build the cache entries of ``streams`` that are missing on this node.
 
@@ -220,6 +202,24 @@ class Planner:
             if stream.blend is not None:
                 weights, count = _weights(stream.parts), stream.num_samples
                 _build(stream.blend, partial(blend_index, weights, count))
+
+    def _part(self, prefix: str, weight: float, source: Source) -> PartPlan:
+        facts = self._facts.get(prefix) or self._facts.setdefault(prefix, inspect_prefix(prefix, source.flag))
+        first, last = (round(edge * facts.sequences) for edge in source.share)  # as Megatron's builder does
+        documents = range(first, last)
+        directory = Path(self._cache_path or f"{prefix}/{INDEX_CACHE_FOLDER}")
+        key = epoch_key(
+            directory, Path(prefix).name, facts.fingerprint, documents, self._seq_length, self._seed
+        )
+        return PartPlan(prefix, weight, facts, documents, key)
+
+    def _too_few(self, part: PartPlan, split: Split, tokens: int) -> str:
+        return (
+            f"the {split.name} split of {part.prefix} has {tokens:,} tokens in {len(part.documents):,} of "
+            f"{part.facts.sequences:,} documents, but one sequence needs {self._seq_length + 1:,} "
+            "(--seq-length plus a last label); give more data, a smaller --seq-length, or another --split (0 "
+            "for no data)"
+        )
 
     def _build_epoch(self, part: PartPlan) -> None:
         facts = self._facts.get(part.prefix) or inspect_prefix(part.prefix)

@@ -1,10 +1,9 @@
-"""One epoch of one data set: Megatron's GPTDataset, with its index in our cache.
+"""An endless, reproducible stream of samples from one data set or a blend of several.
 
-An endless, reproducible stream of samples from one data set or a blend of several.
-
-Sample j depends only on the data, the seed, the weights and j. Megatron's indices depend on the length of the
-run, so extending a run would change the order of all samples. Here every data set is indexed for one epoch,
-and the stream repeats it, each time in a different order.
+Sample j depends only on the data, the seed, the weights and j. Megatron's indices also depend on the length
+of the run, so extending a run would change the order of all samples. Here every data set is indexed for one
+epoch: Megatron's GPTDataset, with its index in our cache. The stream repeats that epoch, each time in a
+different order.
 """
 
 import math
@@ -27,84 +26,6 @@ from megatron_mesh.runtime import strict_json
 _EXTRA_TOKEN = 1  # a sample has one token more than its sequence, for the last label
 
 
-def epoch_key(cache: Path, name: str, fingerprint: str, documents: range, seq_length: int, seed: int) -> Key:
-    """Return the cache key of the index of ``documents``.
-
-    It identifies the data by content, not by path. So rewritten data never use an old index, and a cache
-    works on machines that mount the data at another path.
-    """
-    description = {
-        "index": "one epoch",
-        "data": fingerprint,
-        "documents": [documents.start, documents.stop],
-        "sequence_length": seq_length,
-        "seed": seed,
-    }
-    return Key(cache, name, strict_json.dumps(description))
-
-
-def tokens_in(data: IndexedDataset, documents: range) -> int:
-    """Return the number of tokens in ``documents``."""
-    return int(data.sequence_lengths[documents.start : documents.stop].sum(dtype=np.int64))
-
-
-def epoch_index(data: IndexedDataset, documents: range, seq_length: int, seed: int) -> Arrays:
-    """Build the three arrays that GPTDataset builds for one epoch, bit for bit.
-
-    We don't use GPTDataset for this because it builds only on rank 0 and does not write atomically.
-    """
-    random = np.random.RandomState(seed)
-    order = document_order(documents, random)
-    lengths = data.sequence_lengths
-    if 2 * len(order) > len(lengths):
-        lengths = lengths.copy()  # C++ reads it in random order, which is slow in a memory-mapped file
-    samples = helpers.build_sample_idx(
-        lengths, order, seq_length, 1, tokens_in(data, documents), True, _EXTRA_TOKEN
-    )
-    count = samples.shape[0] - 1
-    return {
-        "document_index": order,
-        "sample_index": samples,
-        "shuffle_index": sample_order(count, random),
-    }
-
-
-class Epoch(IndexedGPTDataset):
-    """One epoch of samples.
-
-    Args:
-        index: the result of ``epoch_index``, memory-mapped.
-        leave_out_eod: exclude predictions of end-of-document tokens from the loss. (Megatron's
-            ``eod_mask_loss`` excludes the predictions after them.)
-    """
-
-    def __init__(
-        self,
-        data: IndexedDataset,
-        name: str,
-        documents: range,
-        index: Arrays,
-        split: Split,
-        config: GPTDatasetConfig,
-        *,
-        leave_out_eod: bool = False,
-    ) -> None:
-        self._index, self._leave_out_eod = index, leave_out_eod
-        super().__init__(data, name, documents, None, split, config)
-
-    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
-        sample = super().__getitem__(idx)
-        if self._leave_out_eod:
-            # Not in place: GPTDataset reuses the mask of the first sample for the others.
-            sample["loss_mask"] = sample["loss_mask"] * (sample["labels"] != self.config.tokenizer.eod)
-        return sample
-
-    def index_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """See ``IndexedGPTDataset``."""
-        index = self._index
-        return index["document_index"], index["sample_index"], index["shuffle_index"]
-
-
 class Origin(NamedTuple):
     """Where a sample comes from: the prefix, the number of earlier epochs, and the position in the epoch."""
 
@@ -121,30 +42,12 @@ class StreamPart(NamedTuple):
     dataset: GPTDataset
 
 
-def blend_key(cache: Path, weights: Sequence[float], num_samples: int) -> Key:
-    """Return the cache key of a blend's index, which assigns a data set to each sample."""
-    description = {"index": "blend", "weights": list(weights), "samples": num_samples}
-    return Key(cache, "blend", strict_json.dumps(description))
-
-
-def blend_index(weights: Sequence[float], num_samples: int) -> Arrays:
-    """Return the data set of each sample, [num_samples] int16, and its number in there, [num_samples] int64.
-
-    Each sample comes from the data set that is furthest behind its weight. Megatron's build_blending_indices
-    is greedy, so a longer stream begins with the same samples.
-    """
-    part_of = np.zeros(num_samples, np.int16)
-    sample_of = np.zeros(num_samples, np.int64)
-    helpers.build_blending_indices(part_of, sample_of, np.array(weights), len(weights), num_samples, False)
-    return {"part_of": part_of, "sample_of": sample_of}
-
-
 class SampleStream(torch.utils.data.Dataset):
     """The first ``num_samples`` samples of the stream.
 
     Args:
         blend: the result of ``blend_index``, memory-mapped: 10 bytes per sample, shared by the processes of a
-            node. None for a single part.
+            node. None for a single data set.
         order: a digest of everything that determines the samples and their order, except for their number.
     """
 
@@ -190,11 +93,11 @@ class SampleStream(torch.utils.data.Dataset):
 
 @lru_cache(maxsize=256)
 def epoch_order(seed: int, epoch: int, samples: int) -> tuple[int, int]:
-    """Return stride and shift: sample i of an epoch is ``(i * stride + shift) % samples`` of the first epoch.
+    """Return stride and shift: sample i of ``epoch`` is sample ``(i * stride + shift) % samples`` of epoch 0.
 
-    The first epoch is in Megatron's shuffled order. Later ones walk through that order with a random stride
-    that is coprime to ``samples``, so they visit every sample once. Unlike a permutation, which takes 8 bytes
-    per sample in every loader process, this needs no memory.
+    Epoch 0 is in Megatron's shuffled order. Later ones walk through that order with a random stride that is
+    coprime to ``samples``, so they visit every sample once. A permutation would take 8 bytes per sample in
+    every loader process; this takes none.
     """
     if epoch == 0:
         return 1, 0
@@ -203,3 +106,99 @@ def epoch_order(seed: int, epoch: int, samples: int) -> tuple[int, int]:
     while math.gcd(stride, samples) != 1:
         stride = int(random.integers(1, samples + 1))
     return stride, int(random.integers(samples))
+
+
+def blend_key(cache: Path, weights: Sequence[float], num_samples: int) -> Key:
+    """Return the cache key of a blend's index, which assigns a data set to each sample."""
+    description = {"index": "blend", "weights": list(weights), "samples": num_samples}
+    return Key(cache, "blend", strict_json.dumps(description))
+
+
+def blend_index(weights: Sequence[float], num_samples: int) -> Arrays:
+    """Return each sample's data set, [num_samples] int16, and its number there, [num_samples] int64.
+
+    Megatron's build_blending_indices takes each sample from the data set that is furthest behind its weight.
+    So a longer stream begins with the same samples.
+    """
+    part_of = np.zeros(num_samples, np.int16)
+    sample_of = np.zeros(num_samples, np.int64)
+    helpers.build_blending_indices(part_of, sample_of, np.array(weights), len(weights), num_samples, False)
+    return {"part_of": part_of, "sample_of": sample_of}
+
+
+class Epoch(IndexedGPTDataset):
+    """One epoch of samples.
+
+    Args:
+        index: the result of ``epoch_index``, memory-mapped.
+        leave_out_eod: exclude predictions of end-of-document tokens from the loss. (Megatron's
+            ``eod_mask_loss`` excludes the predictions after them.)
+    """
+
+    def __init__(
+        self,
+        data: IndexedDataset,
+        name: str,
+        documents: range,
+        index: Arrays,
+        split: Split,
+        config: GPTDatasetConfig,
+        *,
+        leave_out_eod: bool = False,
+    ) -> None:
+        self._index, self._leave_out_eod = index, leave_out_eod
+        super().__init__(data, name, documents, None, split, config)
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(idx)
+        if self._leave_out_eod:
+            # Not in place: GPTDataset reuses the mask of the first sample for the others.
+            sample["loss_mask"] = sample["loss_mask"] * (sample["labels"] != self.config.tokenizer.eod)
+        return sample
+
+    def index_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """See ``IndexedGPTDataset``."""
+        index = self._index
+        return index["document_index"], index["sample_index"], index["shuffle_index"]
+
+
+def epoch_key(cache: Path, name: str, fingerprint: str, documents: range, seq_length: int, seed: int) -> Key:
+    """Return the cache key of the index of ``documents``.
+
+    It identifies the data by content, not by path. So data that were rewritten never use an old index, and a
+    cache works on machines that mount the data at another path.
+    """
+    description = {
+        "index": "one epoch",
+        "data": fingerprint,
+        "documents": [documents.start, documents.stop],
+        "sequence_length": seq_length,
+        "seed": seed,
+    }
+    return Key(cache, name, strict_json.dumps(description))
+
+
+def epoch_index(data: IndexedDataset, documents: range, seq_length: int, seed: int) -> Arrays:
+    """Build the three arrays that GPTDataset builds for one epoch, bit for bit.
+
+    We don't use GPTDataset for this because it builds only on rank 0 and does not write atomically.
+    """
+    random = np.random.RandomState(seed)
+    order = document_order(documents, random)
+    lengths = data.sequence_lengths
+    if 2 * len(order) > len(lengths):
+        lengths = lengths.copy()  # C++ reads it in random order, which is slow in a memory-mapped file
+    samples = helpers.build_sample_idx(
+        lengths, order, seq_length, 1, tokens_in(data, documents), True, _EXTRA_TOKEN
+    )
+    count = samples.shape[0] - 1
+    return {
+        "document_index": order,
+        "sample_index": samples,
+        "shuffle_index": sample_order(count, random),
+    }
+
+
+def tokens_in(data: IndexedDataset, documents: range) -> int:
+    """Return the number of tokens in ``documents``."""
+    return int(data.sequence_lengths[documents.start : documents.stop].sum(dtype=np.int64))

@@ -29,7 +29,7 @@ class Tokenizer(ABC):
     vocab_size: int
     eod: int
     pad: int = -1
-    """Not a token id, so GPTDataset takes no token for padding. Documents are packed, never padded."""
+    """Not a token's id: documents are packed, never padded, so GPTDataset must take no token for padding."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

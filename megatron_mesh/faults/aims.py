@@ -1,4 +1,4 @@
-"""The targets of the fault test: phases of a run x victims, and how kills are spread over them."""
+"""Lists the targets of the fault test, which are phases of a run x victims, and spreads kills over them."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -16,10 +16,10 @@ class Phase:
     """A phase of a run.
 
     Args:
-        name: shown to the user.
+        name: what the user sees.
         event: the name under which the trainer enters the phase (``runtime/phases.py``).
         on_all: whether all ranks enter it; otherwise only rank 0 does.
-        with_writer: whether a rank's writer thread may be writing at the same time.
+        with_writer: whether a rank's writer thread may be writing during the phase.
         saving: whether the phase belongs to a periodic save.
         at_end: whether it comes once, after the last step.
     """
@@ -73,7 +73,7 @@ class FaultTarget:
         return f"{self.phase.name} x {self.victim}"
 
     def victim_ranks(self, ranks: int, rng: random.Random) -> list[int]:
-        """The ranks that receive the signal."""
+        """Return the ranks that receive the signal."""
         if self.victim == ALL:
             return list(range(ranks))
         if self.victim == RANK_ZERO:
@@ -81,7 +81,7 @@ class FaultTarget:
         return [rng.randrange(ranks) if self.victim == WRITER else rng.randrange(1, ranks)]
 
     def held_ranks(self, hit: Sequence[int]) -> list[int]:
-        """The ranks that are held in the phase until the signal arrives."""
+        """Return the ranks that are held in the phase until the signal arrives."""
         return list(hit) if self.phase.on_all else [0]
 
 
@@ -122,5 +122,6 @@ class Kill:
     """The last step that the run had logged."""
     notes: list[str] = field(default_factory=list)
     repeated: int = 0
+    """How many steps later starts had to repeat."""
     next_start: str = ""
     """What the next start printed about where it resumes."""

@@ -1,4 +1,4 @@
-"""Start the ranks of a run as watched processes, without a launcher that would clean up after a failure."""
+"""Starts the ranks of a run as watched processes, without a launcher that would clean up after a failure."""
 
 import os
 import signal
@@ -22,8 +22,8 @@ class RankGroup:
         flags: flags of ``pretrain_mesh.py``.
         save: the run's directory as the ranks see it.
         log: file to which the ranks' output is appended.
-        aims: where each of these ranks holds.
-        fresh: start new interpreters that import everything, instead of forks of a process that already has.
+        aims: for some of the ranks, where they hold.
+        fresh: start new interpreters, instead of forks of a process that has already imported everything.
         namespace: see ``rank.run_rank``.
     """
 
@@ -110,7 +110,7 @@ class RankGroup:
         return self.wait_until(lambda: None not in self.exit_codes, seconds)
 
     def aim(self, rank: int, aim: Aim) -> None:
-        """Give a rank another aim, whose occurrences count from now on."""
+        """Give a rank a new aim. Its occurrences and saves are counted from now."""
         self._send(rank, aim)
 
     def release(self, ranks: Iterable[int]) -> None:

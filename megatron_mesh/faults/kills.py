@@ -1,4 +1,4 @@
-"""Kill a run in chosen phases and restart it until it reaches its end, then begin with another run."""
+"""Kills a run in chosen phases and restarts it until it reaches its end; then does so with another run."""
 
 import math
 import random
@@ -21,7 +21,7 @@ from megatron_mesh.faults.runs import (
 )
 
 _PATIENCE = 10.0
-"""How many seconds after a kill the other ranks are killed too, as by a launcher."""
+"""Seconds after a kill until the other ranks are killed too, as a launcher would do."""
 _END_ZONE = 3
 """With fewer saves than this left, aim only at the phases at the end of the run."""
 
@@ -30,7 +30,7 @@ class KillInjector:
     """Carries out the kills in ``targets`` on one run after another.
 
     Args:
-        imports_seconds: how long a new interpreter imports the program; needed if a target is a start.
+        imports_seconds: how long a new interpreter takes to import the program. Needed for kills at a start.
     """
 
     def __init__(
@@ -41,7 +41,8 @@ class KillInjector:
         self._targets, self._planned = list(targets), len(targets)
         at_end = sum(target.phase.at_end for target in targets)
         saves = setup.saves_after(0)
-        # A kill uses up a save or two. That gives the number of runs, over which kills at the end are spread.
+        # A kill costs a run at least one save. This gives the number of runs, over which kills at the end are
+        # spread.
         self._at_end_per_run = (
             math.ceil(at_end / math.ceil((len(targets) - at_end + 1) / saves)) if at_end else 0
         )
@@ -69,7 +70,7 @@ class KillInjector:
         at_end = 0
         while self._targets:
             middle = [target for target in self._targets if not target.phase.at_end]
-            # A kill at the very end leaves nothing to save, so those in the last save come first.
+            # After a kill at the very end nothing is left to save, so kills in the last save come first.
             ends = sorted((t for t in self._targets if t.phase.at_end), key=lambda t: PHASES.index(t.phase))
             near = self.setup.saves_after(newest_step(run.save)) < _END_ZONE
             if middle and not near:
@@ -95,13 +96,13 @@ class KillInjector:
 
 
 class KilledRun:
-    """A run that is killed and restarted between its first step and its last."""
+    """A run that is killed and restarted, again and again, until it finishes."""
 
     def __init__(self, setup: Setup, name: str, rng: random.Random, imports_seconds: float = 0.0):
         self.setup, self._rng, self._imports_seconds = setup, rng, imports_seconds
         self.save, self.log = setup.directory / name, setup.directory / f"{name}.log"
         self._waiting: list[Kill] = []
-        """Kills since which no start has taken a step."""
+        """The latest kills, as long as no start after them has taken a step."""
         self._reported: list[Kill] = []
         self._started_at = 0
         self._complete: list[int] = []
@@ -116,7 +117,7 @@ class KilledRun:
         hit = target.victim_ranks(self.setup.ranks, self._rng)
         held = target.held_ranks(hit)
         aim = self._aim(target)
-        # Of the kills at the start, half hit the imports of new interpreters and half the rendezvous.
+        # Half of the kills at a start hit the imports of new interpreters, and half the rendezvous.
         while_importing = target.phase is START and self._rng.random() < 0.5
         with self._start(
             {} if while_importing else dict.fromkeys(held, aim), fresh=target.phase is START
@@ -131,7 +132,7 @@ class KilledRun:
             kill = Kill(target)
             job.signal(hit, SIGKILL)
             job.release(range(self.setup.ranks))
-            # At the rendezvous the other ranks wait for the missing one, so don't wait for them to end.
+            # At the rendezvous the other ranks wait for the killed one, so don't wait long for their end.
             if (
                 not job.wait_until_ended(1.0 if target.phase is START else _PATIENCE)
                 and target.phase is not START
@@ -155,7 +156,7 @@ class KilledRun:
         compare_losses(self.setup.directory / "calm", self.save)
 
     def take_reported(self) -> list[Kill]:
-        """Kills whose outcome has become known since the last call."""
+        """Return the kills whose outcome has become known since the last call."""
         reported, self._reported = self._reported, []
         return reported
 
@@ -166,7 +167,7 @@ class KilledRun:
         if phase is WRITING and target.victim == WRITER:
             return Aim("", writing=save)
         if target.victim == WRITER and phase.at_end:
-            # With no step left, nothing is written, and only the end itself can be aimed at.
+            # With no step left, ``left`` is 0: nothing is written, so hold only at the end itself.
             return Aim(phase.event, writing=left)
         if target.victim == WRITER:
             return Aim(phase.event, writing=min(save, max(1, left - 1)))
@@ -200,7 +201,7 @@ class KilledRun:
             self._loads = job.phase_counts[LOADING.event]
         if not self._waiting or not (done or ended):
             return
-        if done:  # no start between the first of these kills and this one took a step
+        if done:  # and since the first of these kills, no other start has taken a step
             first = self._waiting[0]
             first.repeated = max(0, first.step - done[0] + 1)
             limit = 2 * self.setup.save_interval

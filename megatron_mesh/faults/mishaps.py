@@ -1,7 +1,4 @@
-"""Faults other than kills: ranks that stop for a while or hang, and a full disk.
-
-The summary table of the fault test.
-"""
+"""Faults other than kills (paused ranks, hanging ranks, a full disk), and the fault test's summary table."""
 
 import random
 import re
@@ -46,6 +43,8 @@ _STOPS = (
 )
 _FULL = (FaultTarget(WRITING, ALL), FaultTarget(CHECKS, RANK_ZERO))
 
+_HEAD = ("phase", "victim", "times", "steps repeated", "outcome")
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -57,14 +56,14 @@ class Fault:
 
 
 class FaultInjector:
-    """Injects faults into runs of ``setup``; raises AssertionError if a run doesn't react as it should."""
+    """Injects faults into runs of ``setup``. Raises AssertionError if a run doesn't react as it should."""
 
     def __init__(self, setup: Setup, rng: random.Random, show: Callable[[Fault], None]):
         self.setup, self._rng, self._show = setup, rng, show
         self.done: list[Fault] = []
 
     def stop(self, times: int) -> None:
-        """Stop ranks with SIGSTOP for a while, several times in one run, which must continue unharmed."""
+        """Pause ranks with SIGSTOP for a while, several times in one run. The run must continue unharmed."""
         if not times:
             return
         save, log = self._paths("stopped")
@@ -79,7 +78,7 @@ class FaultInjector:
             self._check_end(job, save, log)
 
     def hang(self, times: int) -> None:
-        """Stop a rank for longer than the watchdog waits: the others must report it, later starts resume."""
+        """Pause a rank for longer than the watchdog waits. The others must report it, later starts resume."""
         run = KilledRun(self.setup, "hung", self._rng)
         for victim in islice(cycle((ONE, RANK_ZERO)), times):
             minutes = ("--watchdog-timeout-minutes", str(WATCHDOG_SECONDS / 60))
@@ -113,7 +112,7 @@ class FaultInjector:
             run.finish()
 
     def fill_disk(self, times: int) -> str:
-        """Fill the disk in the middle of a save, several times in one run: only that checkpoint may be lost.
+        """Fill the disk in the middle of a save, several times in one run. Only that checkpoint may be lost.
 
         Returns:
             Why this could not be done, or "".
@@ -179,15 +178,12 @@ class FaultInjector:
 
 
 def failed_saves(output: str) -> list[str]:
-    """The reasons for failed saves in a run's output."""
-    return re.findall(r"no checkpoint of step \d+ was written to \S+: (.*); earlier", output)
-
-
-_HEAD = ("phase", "victim", "times", "steps repeated", "outcome")
+    """Return the reasons for failed saves, from a run's output (see ``Saver``)."""
+    return re.findall(r"saving step \d+ to \S+ failed: (.*); later saves try again", output)
 
 
 def fault_table(kills: Sequence[Kill], faults: Sequence[Fault]) -> str:
-    """A Markdown table with a row for each phase x victim that was hit, in the order of a run."""
+    """Return a Markdown table with a row for each phase x victim that was hit, in the order of a run."""
 
     def place(kill: Kill) -> tuple[int, int]:
         phase = kill.target.phase
@@ -211,7 +207,7 @@ def fault_table(kills: Sequence[Kill], faults: Sequence[Fault]) -> str:
 
 
 def _outcome(kill: Kill) -> str:
-    """What the next start did, without the step, which differs from kill to kill."""
+    """Return what the next start did, without the step, which differs from kill to kill."""
     *complaints, begins = kill.next_start.split("; ")
     return "; ".join([*complaints, begins.rsplit(" at ", 1)[0], *kill.notes])
 

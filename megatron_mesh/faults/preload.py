@@ -1,6 +1,6 @@
-"""Import this in a fork server only: the process becomes one of a run, with everything imported.
+"""Import this only in a fork server: it makes the process a run's, with everything imported.
 
-The fault test's ranks are forks of it. This is the only module whose import has process-wide effects.
+The fault test's ranks are forks of that server. No other module has process-wide effects on import.
 """
 
 from megatron_mesh import compat

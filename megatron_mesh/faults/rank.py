@@ -1,8 +1,8 @@
-"""A small disk to fill up: a tmpfs in a mount namespace that only the ranks under test join.
-
-Runs inside a watched rank: reports every phase that the rank enters, and holds it in the targeted one.
+"""Runs inside each rank of the run under test: reports the phases that it enters, and holds it in one.
 
 The trainer itself only calls ``phases.enter``. The listener below blocks the thread that enters a phase.
+
+``SmallDisk`` is a disk that can be filled up: a tmpfs in a mount namespace that only these ranks join.
 """
 
 import contextlib
@@ -24,90 +24,17 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import phases
 from megatron_mesh.runtime.run_files import CHECKPOINTS
 
-_CLONE_NEWUSER, _CLONE_NEWNS = 0x10000000, 0x00020000
-_FILLER = "filler"
-
-
-class DiskUnavailable(UserError):
-    """No file system can be mounted here; the message says why."""
-
-
-class SmallDisk:
-    """A tmpfs of ``megabytes`` at ``path``, in a mount namespace that a waiting shell keeps alive.
-
-    Works without root.
-
-    Raises:
-        DiskUnavailable: the system does not allow such a mount.
-    """
-
-    def __init__(self, path: Path, megabytes: int):
-        if shutil.which("unshare") is None:
-            raise DiskUnavailable("the command unshare (of util-linux) is not installed")
-        path.mkdir(parents=True, exist_ok=True)
-        mount = 'mount -t tmpfs -o "size=$1m" tmpfs "$2" && echo mounted && read -r line'
-        self._holder = subprocess.Popen(
-            [
-                "unshare",
-                "--user",
-                "--map-root-user",
-                "--mount",
-                "sh",
-                "-c",
-                mount,
-                "sh",
-                str(megabytes),
-                str(path),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self._holder.stdout is not None and self._holder.stderr is not None
-        if self._holder.stdout.readline() != "mounted\n":
-            reason = self._holder.stderr.read().strip()
-            self.close()
-            raise DiskUnavailable(f"no tmpfs can be mounted in a private namespace ({reason})")
-        self.namespace = self._holder.pid
-        # The path outside of the namespace.
-        self.path = Path(f"/proc/{self.namespace}/root{path.resolve()}")
-
-    def fill(self) -> None:
-        """Fill the disk to the last block."""
-        with (self.path / _FILLER).open("wb", buffering=0) as file, contextlib.suppress(OSError):
-            while True:
-                file.write(b"\0" * 4096)
-
-    def empty(self) -> None:
-        """Free the space that ``fill`` took."""
-        (self.path / _FILLER).unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Release the disk; it disappears with the last rank that uses it."""
-        with contextlib.suppress(BrokenPipeError):
-            self._holder.communicate()
-
-
-def join_namespace(process: int) -> None:
-    """Move this single-threaded process into the mount namespace of ``process``."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    handles = [os.open(f"/proc/{process}/ns/{kind}", os.O_RDONLY) for kind in ("user", "mnt")]
-    for handle, kind in zip(handles, (_CLONE_NEWUSER, _CLONE_NEWNS), strict=True):
-        if libc.setns(handle, kind):
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-        os.close(handle)
-
-
 ENTRY = Path(__file__).resolve().parents[2] / "pretrain_mesh.py"
 HOLD_SECONDS = 120.0
-"""A rank that is held longer than this exits: the fault test must have died."""
-_GAVE_UP = 98
+"""A rank that is held for longer than this exits, because the fault test must have died."""
 BEGINS = "begins"
 """A rank's first report, before it imports anything large."""
+_GAVE_UP = 98
 _MIDDLE = 3
-"""The writer holds at this box of its file, to be in the middle of writing."""
+"""The box of its file at which the writer holds, in the middle of writing."""
+
+_CLONE_NEWUSER, _CLONE_NEWNS = 0x10000000, 0x00020000
+_FILLER = "filler"
 
 
 @dataclass(frozen=True)
@@ -115,9 +42,10 @@ class Aim:
     """Where a rank holds.
 
     Args:
-        phase: the event of the phase; "" if only the writer holds.
-        occurrence: which occurrence of it, counted from now or, with ``writing``, from when the writer holds.
-        writing: during which save, counted from now, to hold the writer in the middle of its file, or 0.
+        phase: hold in the phase with this event; "" to hold only the writer.
+        occurrence: hold in this occurrence of the phase, counted from when the aim is set or, with
+            ``writing``, from when the writer holds.
+        writing: hold the writer in the middle of its file, in this save from now on; 0 to let it write.
     """
 
     phase: str
@@ -131,13 +59,42 @@ class PhaseReport:
 
     phase: str
     held: bool = False
-    """Whether the rank holds there, and everything that the aim names is held."""
+    """Whether the rank holds there, with all threads that its aim names."""
     unfinished: tuple[str, ...] = ()
-    """Unfinished checkpoints that rank 0 sees in ``--save`` when it enters its first step."""
+    """Unfinished checkpoints that rank 0 sees in ``--save`` as it enters its first step."""
+
+
+def run_rank(
+    connection: Connection,
+    environment: dict[str, str],
+    arguments: list[str],
+    log: Path,
+    save: Path,
+    namespace: int | None,
+) -> None:
+    """Run a rank: start the program as a user would, in a process group of its own, with output to ``log``.
+
+    Args:
+        namespace: a process whose mount namespace the rank joins, or None.
+    """
+    os.setsid()
+    os.environ.update(environment)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if namespace is not None:
+        join_namespace(namespace)
+    if "torch" in sys.modules:  # a fork of a process that has already imported everything
+        sys.modules["torch"].set_num_threads(1)
+    watched = PhaseReporter(connection, save)
+    watched(BEGINS)
+    phases.listen(watched)
+    sys.argv = [ENTRY.name, *arguments]
+    runpy.run_path(str(ENTRY), run_name="__main__")
 
 
 class PhaseReporter:
-    """The listener. Sends reports over ``connection``; gets an ``Aim`` (hold there) or None (continue)."""
+    """The listener. Sends reports over ``connection``; receives an ``Aim`` (hold there) or None (go on)."""
 
     def __init__(self, connection: Connection, save: Path):
         self._connection, self._save = connection, save
@@ -157,7 +114,7 @@ class PhaseReporter:
         with self._lock:
             self._take_orders()
             aim, releases = self._aim, self._releases
-            # Wait for a slow writer here, because in the next save it and this thread would deadlock.
+            # Wait here for a slow writer. In the next save, the two threads would wait for each other.
             awaits_writer = self._armed and aim is not None and aim.phase and not phase.startswith("writing")
         if awaits_writer:
             self._wait_until(lambda: self._writer_held or self._releases > releases)
@@ -171,7 +128,7 @@ class PhaseReporter:
             self._wait_until(lambda: self._releases > releases)
 
     def _is_aimed(self, phase: str) -> tuple[bool, bool]:
-        """Whether this thread holds here, and whether everything that the aim names is then held."""
+        """Return whether this thread holds here, and whether all threads that the aim names then hold."""
         aim = self._aim
         if aim is None:
             return False, False
@@ -220,30 +177,73 @@ class PhaseReporter:
         )
 
 
-def run_rank(
-    connection: Connection,
-    environment: dict[str, str],
-    arguments: list[str],
-    log: Path,
-    save: Path,
-    namespace: int | None,
-) -> None:
-    """Run a rank: in a separate process group, with output to ``log``, start the program as a user would.
+class DiskUnavailable(UserError):
+    """No file system can be mounted here; the message says why."""
 
-    Args:
-        namespace: a process whose mount namespace the rank joins, or None.
+
+class SmallDisk:
+    """A tmpfs of ``megabytes`` at ``path``, in a mount namespace that a waiting shell keeps alive.
+
+    This doesn't need root.
+
+    Raises:
+        DiskUnavailable: the system does not allow such a mount.
     """
-    os.setsid()
-    os.environ.update(environment)
-    with log.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    if namespace is not None:
-        join_namespace(namespace)
-    if "torch" in sys.modules:  # a fork of a process that has already imported everything
-        sys.modules["torch"].set_num_threads(1)
-    watched = PhaseReporter(connection, save)
-    watched(BEGINS)
-    phases.listen(watched)
-    sys.argv = [ENTRY.name, *arguments]
-    runpy.run_path(str(ENTRY), run_name="__main__")
+
+    def __init__(self, path: Path, megabytes: int):
+        if shutil.which("unshare") is None:
+            raise DiskUnavailable("the command unshare (of util-linux) is not installed")
+        path.mkdir(parents=True, exist_ok=True)
+        mount = 'mount -t tmpfs -o "size=$1m" tmpfs "$2" && echo mounted && read -r line'
+        self._holder = subprocess.Popen(
+            [
+                "unshare",
+                "--user",
+                "--map-root-user",
+                "--mount",
+                "sh",
+                "-c",
+                mount,
+                "sh",
+                str(megabytes),
+                str(path),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._holder.stdout is not None and self._holder.stderr is not None
+        if self._holder.stdout.readline() != "mounted\n":
+            reason = self._holder.stderr.read().strip()
+            self.close()
+            raise DiskUnavailable(f"no tmpfs can be mounted in a private namespace ({reason})")
+        self.namespace = self._holder.pid
+        # The path outside of the namespace.
+        self.path = Path(f"/proc/{self.namespace}/root{path.resolve()}")
+
+    def fill(self) -> None:
+        """Fill the disk to the last block."""
+        with (self.path / _FILLER).open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"\0" * 4096)
+
+    def empty(self) -> None:
+        """Free the space that ``fill`` took."""
+        (self.path / _FILLER).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Release the disk. It disappears with the last rank that uses it."""
+        with contextlib.suppress(BrokenPipeError):
+            self._holder.communicate()
+
+
+def join_namespace(process: int) -> None:
+    """Move this single-threaded process into the mount namespace of ``process``."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    handles = [os.open(f"/proc/{process}/ns/{kind}", os.O_RDONLY) for kind in ("user", "mnt")]
+    for handle, kind in zip(handles, (_CLONE_NEWUSER, _CLONE_NEWNS), strict=True):
+        if libc.setns(handle, kind):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        os.close(handle)

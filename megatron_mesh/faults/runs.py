@@ -1,4 +1,4 @@
-"""The run under test: its settings and data, and checks of its metrics, checkpoints and output."""
+"""The run under test: its settings and data, and the checks of its metrics, checkpoints and output."""
 
 import json
 import re
@@ -48,19 +48,18 @@ class Setup:
         return self.directory / "settings.yaml"
 
     def flags(self, save: Path) -> list[str]:
-        """The flags of every start of a run in ``save``; the first start and later ones use the same."""
+        """Return the flags of each start of a run in ``save``. The first and later ones have the same."""
         return ["--config", str(self.config), "--save", str(save), "--load", str(save)]
 
     def saves_after(self, step: int) -> int:
-        """How many checkpoints a run writes after it resumes at ``step``."""
+        """Return how many checkpoints a run writes after it resumes at ``step``."""
         later = range(step + 1, self.steps + 1)
         return sum(s % self.save_interval == 0 or s == self.steps for s in later)
 
 
 def write_inputs(setup: Setup) -> None:
     """Write a corpus of skewed random ids, and settings with an evaluation between any two saves."""
-    # Imported late: it imports Megatron-core, which the ranks, which import this module, load only when
-    # watched.
+    # Imported late: Megatron-core takes seconds, and the checks below don't need it.
     from megatron_mesh.data.indexed import IndexedWriter
 
     generator = np.random.default_rng(0)
@@ -80,9 +79,10 @@ def write_inputs(setup: Setup) -> None:
 
 
 def read_records(output: Path) -> list[dict]:
-    """Read all records of the metrics. A killed run may leave half a line, which is skipped.
+    """Read all records of the metrics, including those of earlier starts that saved no checkpoint.
 
-    A start that finds no checkpoint renames the metrics of an earlier one to metrics.1.jsonl and so on.
+    The next start has renamed these to metrics.1.jsonl and so on. A killed run may leave half a line, which
+    is skipped.
     """
     metrics = output / METRICS_FILE
     paths = [*earlier_versions(metrics), metrics]
@@ -97,12 +97,12 @@ def read_records(output: Path) -> list[dict]:
 
 
 def logged_steps(output: Path) -> list[int]:
-    """The steps in the order in which they were logged."""
+    """Return the steps in the order in which they were logged."""
     return [record["step"] for record in read_records(output) if record["kind"] == "train"]
 
 
 def logged_losses(output: Path) -> dict[tuple[str, int], set[float]]:
-    """All losses ever logged, by kind (train, valid, test) and step."""
+    """Return all losses ever logged, by kind (train, valid, test) and step."""
     found: dict[tuple[str, int], set[float]] = {}
     for record in read_records(output):
         if record["kind"] in ("train", "valid", "test"):
@@ -119,17 +119,17 @@ def compare_losses(calm: Path, hurt: Path) -> None:
 
 
 def newest_step(save: Path) -> int:
-    """The step of the newest complete checkpoint; 0 if there is none."""
+    """Return the step of the newest complete checkpoint; 0 if there is none."""
     return max(saved_steps(save), default=0)
 
 
 def unfinished_checkpoints(save: Path) -> list[str]:
-    """Directories of checkpoints that are being written or deleted."""
+    """Return the directories of checkpoints that are not complete, or not completely deleted."""
     return [path.name for path in save.glob(CHECKPOINTS) if path.suffix]
 
 
 def resume_message(text: str, stepped: bool) -> str:
-    """Return what a start printed about where it begins, or "" if it was killed before it printed that.
+    """Return what a start printed about where it begins; "" if it was killed before that.
 
     Args:
         stepped: whether it has begun a step.
@@ -148,8 +148,8 @@ def resume_error(message: str, complete: Sequence[int]) -> str:
         complete: steps of the checkpoints that were complete before the start, ascending.
 
     Returns:
-        What went wrong, for example "resumed at 4, but 8 was complete". "" if the start began where it
-        should, or was killed before it printed where.
+        What went wrong, for example "resumed at 4, but 8 was complete"; "" if nothing did, or if the start
+        was killed before it printed where it begins.
     """
     begins = re.search(r"(?:resumes at (\d+)|a new run)$", message)
     if begins is None:

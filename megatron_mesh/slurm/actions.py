@@ -1,7 +1,4 @@
-"""Requeue or cancel a submitted run.
-
-Change the nodes or the settings of a submitted run.
-"""
+"""Requeues, cancels or changes a submitted run."""
 
 import os
 import re
@@ -23,6 +20,8 @@ from megatron_mesh.slurm.site import Site, read_site
 from megatron_mesh.slurm.status import read_files
 from megatron_mesh.slurm.submission import config_for_jobs, record_jobs
 
+_COMPARED_OPTIONS = ("nodes", "gpus-per-node", "cpus-per-task", "time")
+
 
 class RunAlreadyDone(UserError):
     """The run is already trained to the end."""
@@ -35,7 +34,7 @@ def requeue(run: Path, chain: int) -> str:
 
     Raises:
         RunAlreadyDone: the run is trained to the end.
-        UserError: a job of the run is suspended, starting or ending, or it can't be submitted again.
+        UserError: a job of the run is suspended, starting or ending, or the run can't be submitted again.
     """
     files = read_files(run)
     if files.status == "done":
@@ -59,7 +58,7 @@ def requeue(run: Path, chain: int) -> str:
 
 
 def _next_start(run: Path, in_chain: bool) -> str:
-    """What happens after a job has saved. ``in_chain`` means that another job waits for its end."""
+    """Say what happens after a job has saved. ``in_chain`` means that another job waits for its end."""
     script = slurm_directory(run) / BATCH_SCRIPT
     if in_chain:
         return "; the next job of the chain resumes"
@@ -75,11 +74,9 @@ def submit_again(run: Path, chain: int) -> list[str]:
         UserError: there is no script, SLURM refuses it, or the directory cannot be written.
     """
     script = slurm_directory(run) / BATCH_SCRIPT
-    starts = slurm_directory(run) / STARTS_FILE
     try:
-        if script.is_file() or starts.is_file():
-            with starts.open("a", encoding="utf-8") as file:
-                file.write("by-hand -\n")  # the user knows why the last start ended: forget earlier failures
+        if script.is_file() or (slurm_directory(run) / STARTS_FILE).is_file():
+            _forget_failures(run)
         if not script.is_file():
             raise UserError(
                 f"{run} was not submitted with submit_slurm.py; submit its script again with sbatch (its "
@@ -98,6 +95,12 @@ def submit_again(run: Path, chain: int) -> list[str]:
     return jobs
 
 
+def _forget_failures(run: Path) -> None:
+    """Make ``job.sh`` forget earlier failures, because the user knows why the last start ended."""
+    with (slurm_directory(run) / STARTS_FILE).open("a", encoding="utf-8") as file:
+        file.write("by-hand -\n")
+
+
 def cancel(run: Path) -> str:
     """Cancel the jobs of a run, waiting ones first, and return a sentence that says which.
 
@@ -110,25 +113,9 @@ def cancel(run: Path) -> str:
     return "cancelled " + ", ".join(f"job {job.number} ({job.state})" for job in jobs)
 
 
-def suspended_error(job: SlurmJob) -> UserError:
-    """The error for a suspended job, which cannot save."""
-    return UserError(
-        f"job {job.number} is suspended ({job.state}) and cannot save; wake it with "
-        f"scontrol resume {job.number}"
-    )
-
-
-def run_directory(path: Path) -> Path:
-    """The absolute path. Links stay: the nodes may see their targets under other paths."""
-    return Path(os.path.abspath(path))
-
-
-_COMPARED_OPTIONS = ("nodes", "gpus-per-node", "cpus-per-task", "time")
-
-
 @dataclass(frozen=True)
 class ChangeRequest:
-    """The requested change. None leaves a value as it is."""
+    """A change that the user asks for. None leaves a value as it is."""
 
     settings: Sequence[str]
     site: Path | None = None
@@ -145,7 +132,7 @@ class Change:
     Attributes:
         differences: one line for each value that changes.
         waiting: the run's jobs in the queue.
-        keeps_jobs: whether the batch script stays the same, so that waiting jobs can keep their place.
+        keeps_jobs: whether waiting jobs can keep their place, because the batch script stays the same.
     """
 
     run: Path
@@ -159,7 +146,7 @@ class Change:
 
 
 def plan_change(run: Path, wanted: ChangeRequest, prog: str) -> Change:
-    """Check a change like a new submission. Writes nothing.
+    """Check a change like a new submission. Write nothing.
 
     Raises:
         UserError: nothing would change, the settings are refused, or the run is running, done or was not
@@ -218,7 +205,7 @@ def _waiting_jobs(run: Path) -> list[SlurmJob]:
 
 
 def _site(wanted: ChangeRequest, path: Path, script: str) -> Site:
-    """The site file, with the GPUs and the time limit with which the run was submitted."""
+    """Read the site file, but keep the GPUs and the time limit with which the run was submitted."""
     site = read_site(wanted.site or path)
     gpus, time = sbatch_option(script, "gpus-per-node"), sbatch_option(script, "time")
     return replace(
@@ -241,8 +228,8 @@ def _job_request(wanted: ChangeRequest, script: str, waiting: int) -> JobRequest
 def apply_change(change: Change) -> str:
     """Apply a change and return a sentence that says what happened to the jobs.
 
-    The earlier files move to ``RUN/slurm/before-N``. New jobs are submitted on hold before the waiting ones
-    are cancelled, so if SLURM refuses them, nothing has changed.
+    The earlier files move to ``RUN/slurm/before-N``. New jobs are submitted on hold before waiting ones are
+    cancelled. So if SLURM refuses the new ones, nothing has changed.
 
     Raises:
         UserError: SLURM refuses the jobs, or the directory cannot be written.
@@ -250,7 +237,7 @@ def apply_change(change: Change) -> str:
     target = slurm_directory(change.run)
     jobs: list[str] = []
     keeps = change.keeps_jobs and bool(change.waiting)
-    # Jobs that the user holds stay held.
+    # Release only the jobs that we hold, not those that the user held before.
     held = [job.number for job in change.waiting if "Held" not in job.reason] if keeps else []
     try:
         _write_next(change, target / "next")
@@ -260,8 +247,7 @@ def apply_change(change: Change) -> str:
             else:
                 jobs = submit(target / "next" / BATCH_SCRIPT, change.request.chain, "--hold")
             with _swapped(target) as aside:
-                with (target / STARTS_FILE).open("a", encoding="utf-8") as file:
-                    file.write("by-hand -\n")
+                _forget_failures(change.run)
                 record_jobs(change.run, jobs)
         except BaseException:  # Ctrl-C too
             with suppress(UserError):  # report the first error, not that of the clean-up
@@ -325,3 +311,16 @@ def _swapped(target: Path) -> Iterator[Path]:
             os.replace(aside / name, target / name)
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def suspended_error(job: SlurmJob) -> UserError:
+    """Return the error for a suspended job, which cannot save."""
+    return UserError(
+        f"job {job.number} is suspended ({job.state}) and cannot save; wake it with "
+        f"scontrol resume {job.number}"
+    )
+
+
+def run_directory(path: Path) -> Path:
+    """Return the absolute path. Links stay, because nodes may see their targets under other paths."""
+    return Path(os.path.abspath(path))

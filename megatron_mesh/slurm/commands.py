@@ -1,4 +1,4 @@
-"""Run SLURM's commands and parse their output."""
+"""Runs SLURM's commands and parses their output."""
 
 import os
 import re
@@ -19,7 +19,7 @@ OVER = (
 CHANGING = ("CONFIGURING", "POWER_UP_NODE", "COMPLETING", "STAGE_OUT")
 """States in which a batch script cannot react to signals: its nodes are being prepared, or it is ending."""
 STATUS_SECONDS = 5.0
-"""How long --status waits for SLURM's answer before it shows the files alone."""
+"""--status waits this long for SLURM's answer, then shows what the files say."""
 
 _KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
 _DROPPED_PREFIXES = (
@@ -41,7 +41,7 @@ _FIELDS = (
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A job as squeue reports it. ``number`` is ARRAY_INDEX for an element of an array."""
+    """A job as squeue reports it. The ``number`` of an array's element is ARRAY_INDEX."""
 
     number: str
     state: str
@@ -104,7 +104,7 @@ def slurm(*command: str, seconds: float = 60) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment without an outer job's variables and options of SLURM's commands."""
+    """Return this process's environment without an outer job's variables and options for SLURM's commands."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -113,7 +113,7 @@ def _environment() -> dict[str, str]:
 
 
 def warn_about_unused_options() -> None:
-    """Warn about sbatch options in the environment: only the site file sets options."""
+    """Warn about sbatch options in the environment, which are ignored: only the site file sets options."""
     for name, value in os.environ.items():
         if name.startswith("SBATCH_"):
             print(
@@ -123,7 +123,7 @@ def warn_about_unused_options() -> None:
 
 
 def submit(script: Path, chain: int, *options: str) -> list[str]:
-    """Submit a batch script ``chain`` times, each job starting after the previous; return the numbers."""
+    """Submit a batch script ``chain`` times, each job to start after the one before; return their numbers."""
     jobs: list[str] = []
     for _ in range(chain):
         # Not --dependency=singleton: that would also wait for other runs of the same name.
@@ -138,13 +138,13 @@ def submit(script: Path, chain: int, *options: str) -> list[str]:
 
 
 def cancel_jobs(jobs: Sequence[str]) -> None:
-    """Cancel jobs, the last ones first, so that no job of a chain starts because its predecessor is gone."""
+    """Cancel jobs, last one first, so that no job of a chain starts because its predecessor is gone."""
     for job in reversed(jobs):
         slurm("scancel", job)
 
 
 def find_jobs(jobs: Sequence[str], seconds: float = 60) -> dict[str, SlurmJob]:
-    """Look up jobs with one call of squeue. Jobs that SLURM no longer knows are left out; the order stays.
+    """Look up jobs with one call of squeue, in the given order, without those that SLURM no longer knows.
 
     Raises:
         UserError: SLURM does not answer within ``seconds``.
@@ -152,7 +152,7 @@ def find_jobs(jobs: Sequence[str], seconds: float = 60) -> dict[str, SlurmJob]:
     if not jobs:
         return {}
     columns = ",".join(f"{name}:|" for name in _FIELDS)
-    # squeue fails for a single unknown number but leaves it out of several, so name the first job twice.
+    # squeue skips unknown numbers, but fails if it gets only one. So name the first job twice.
     numbers = ",".join([*jobs, jobs[0]])
     try:
         answer = slurm("squeue", "-h", "-r", "-t", "all", "-j", numbers, "-O", columns, seconds=seconds)
@@ -169,7 +169,7 @@ def find_jobs(jobs: Sequence[str], seconds: float = 60) -> dict[str, SlurmJob]:
 
 
 def kill_wait_and_grace(partition: str | None) -> tuple[int, int]:
-    """Seconds from SIGTERM to SIGKILL (KillWait), and those that preemption adds (GraceTime)."""
+    """Return the seconds from SIGTERM to SIGKILL (KillWait), and those that preemption adds (GraceTime)."""
     kill_wait = re.search(r"^KillWait\s*=\s*(\d+)", slurm("scontrol", "show", "config"), re.MULTILINE)
     partitions = [
         _fields(line) for line in slurm("scontrol", "-o", "show", "partition").splitlines() if line.strip()

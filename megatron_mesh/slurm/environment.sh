@@ -1,13 +1,13 @@
 # Removes variables that leak into a job from the shell that submitted it. job.sh sources this before the site file.
 
-# Variables of a run in the submitting shell, and options for SLURM's commands.
+# The rendezvous of a run in the submitting shell, and options for SLURM's commands.
 unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT \
     ${!SQUEUE_*} ${!SCANCEL_*} ${!SINFO_*} ${!SCONTROL_*}
 
-# Sets this_job, restarts and token from SLURM's record of this job. The environment may hold array, restart and
-# heterogeneous variables of another job inside which this one was submitted, so it is used only if the controller
-# doesn't answer. An element of an array is named ARRAY_INDEX, since the last element's SLURM_JOB_ID is the number of
-# the whole array.
+# Sets this_job, restarts and token from SLURM's record of this job. If this job was submitted inside another one, the
+# environment may hold the other one's array, restart and heterogeneous-job variables. So it is used only if the
+# controller doesn't answer. An element of an array is named ARRAY_INDEX, because the last element's SLURM_JOB_ID is
+# the number of the whole array.
 identify() {
     local record
     record=$(retried scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | grep -m 1 "^JobId=$SLURM_JOB_ID ")
@@ -35,10 +35,10 @@ script_sets() {
     grep -qE "^#SBATCH.* ($option)([= ]|\$)" "${BASH_SOURCE[-1]}"
 }
 
-# sbatch passes on the variables of the shell that calls it. If that shell is inside another job (srun, salloc or a
-# batch script), it has variables that srun would take as options here. A batch script never has or needs the first
-# group below. The second group may come from this job's own options. Those variables stay only if an #SBATCH line
-# sets them, because otherwise they cannot be distinguished from an outer job's.
+# Removes variables of an outer job. sbatch passes on the variables of the shell that calls it. If that shell is inside
+# another job (srun, salloc or a batch script), some of them would act as options of srun here. A batch script never
+# has or needs those in "leaked" below. Those in "unclear" may come from this job's own options. They stay only if an
+# #SBATCH line sets them, because otherwise they cannot be told from an outer job's.
 drop_outer_job_variables() {
     local name inside=${SLURM_SRUN_COMM_PORT:-${SLURM_STEP_LAUNCHER_PORT:-}} leaked=() unclear=()
     for name in $(compgen -e); do

@@ -1,4 +1,4 @@
-"""Follow the log of a run's job, as ``tail -f`` would, until the job ends."""
+"""Follows the log of a run's job, as ``tail -f`` would, until the job ends."""
 
 import os
 import re
@@ -14,18 +14,18 @@ from megatron_mesh.slurm.script import slurm_directory
 from megatron_mesh.slurm.status import RunFiles, read_files
 
 _LINES = 20
-"""Start with this many lines of earlier output."""
+"""Number of lines of earlier output to start with."""
 _ASK_SECONDS = 10.0
-"""Ask SLURM for the job's state this often."""
+"""Time between two questions to SLURM about the job's state."""
 _BLOCK = 1 << 16
-"""Read this many bytes at a time."""
+"""Bytes to read at a time."""
 
 
 def follow(run: Path, poll_seconds: float = 0.5) -> Iterator[str]:
     """Yield the output of a run's current job, piece by piece, until the job ends.
 
-    The current job is the running one, else the first waiting one, else the last one. A requeued job is the
-    same job. If there is no output because the job waits or SLURM does not answer, stderr says so.
+    The current job is the running one, else the first waiting one, else the last one. A requeued job counts
+    as the same job. If the job waits or SLURM does not answer, stderr says so.
 
     Raises:
         UserError: ``run`` is not a run or has had no job, or the path of the log is unknown.
@@ -74,7 +74,7 @@ def _log_path(run: Path, job: str) -> Path:
 
 
 def _check_job(run: Path, number: str) -> tuple[bool, str]:
-    """Whether the job is over, and a message for the user, or ""."""
+    """Return whether the job is over, and a message for the user, or ""."""
     try:
         job: SlurmJob | None = find_jobs([number]).get(number)
     except UserError as error:
@@ -89,7 +89,7 @@ def _check_job(run: Path, number: str) -> tuple[bool, str]:
 
 
 def _tail_position(path: Path) -> int:
-    """The position at which the last ``_LINES`` lines of a file begin."""
+    """Return the position at which the last ``_LINES`` lines of a file begin."""
     if not path.exists():
         return 0
     with path.open("rb") as file:

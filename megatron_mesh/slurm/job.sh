@@ -15,7 +15,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 owner_file=$RUN/run_owner.txt
 asked=no interrupted=no srun_pid= last_resort=
 # Exit status of a run that can be resumed. It is not 0, so that "afterok" jobs don't start on a half-trained model.
-# It is EX_TEMPFAIL of sysexits.h and not the trainer's 42, which some sites list in RequeueExit.
+# It is EX_TEMPFAIL of sysexits.h. The trainer's 42 would not do, because some sites list it in RequeueExit.
 readonly UNFINISHED=75
 
 log_line() { echo "[$(date '+%F %T') $token] $*"; }
@@ -32,7 +32,7 @@ owned() {
     [ -z "$now" ] || [ "$now" = "$token" ]
 }
 
-# Called when no process of this start writes any more, so that the next start needn't wait.
+# Gives up the ownership when no process of this start writes any more, so that the next start needn't wait.
 release_run() { [ "$(first_line "$owner_file")" != "$token" ] || rm -f "$owner_file"; }
 
 # Retries a command that fails, since SLURM's controller may be unreachable for a moment.
@@ -44,19 +44,20 @@ retried() {
     "$@"
 }
 
-# The current value of a field of this job, such as JobState.
+# Prints the current value of a field of this job, such as JobState.
 job_field() { retried scontrol -o show job "$this_job" 2>/dev/null | grep -oPm 1 "(?<= $1=)\S+"; }
 
-# The step of the newest complete checkpoint. A directory gets its final name only when it is complete.
+# Prints the step of the newest complete checkpoint. A directory gets its final name only when it is complete.
 saved_step() {
     local newest
     newest=$(ls "$RUN" 2>/dev/null | grep -xE 'iter_[0-9]+' | sort -t_ -k2 -n | tail -n 1)
     echo $((10#0${newest#iter_}))
 }
 
-# Only one start may write to a run: the one whose token is the first line of run_owner.txt. Processes of another
-# start, which may survive on a node that SLURM gave up, kill themselves when they see the new token (task.sh).
-# Rank 0 adds its identity and a counter that rises while it is alive (megatron_mesh/runtime/ownership.py).
+# Makes this start the owner. Only the start whose token is the first line of run_owner.txt may write to the run.
+# Processes of an earlier start may survive on a node that SLURM gave up. They kill themselves when they see the new
+# token (task.sh). Rank 0 adds its identity and a counter that rises while it is alive
+# (megatron_mesh/runtime/ownership.py).
 take_over() {
     local found before job= states
     found=$(cat "$owner_file" 2>/dev/null)
@@ -68,7 +69,7 @@ take_over() {
             *RUNNING* | *CONFIGURING* | *COMPLETING* | *SUSPENDED* | *STOPPED* | *STAGE_OUT*)
                 refuse 2 "error: job $job is running in $RUN; scancel it first, or start after it has ended" ;;
             NODE_FAIL) ;; # its ranks may still be alive; the new token ends them
-            *) watch_owner "$found" ;; # SLURM no longer knows the job, or another cluster's SLURM does
+            *) watch_owner "$found" ;; # SLURM no longer knows the job, or it is another cluster's
         esac
     fi
     echo "$token" >"$owner_file.$token"
@@ -79,17 +80,17 @@ take_over() {
     fi
 }
 
-# Refuses to start if the owner raises its counter. $1 is the present content of the owner file.
+# Refuses to start if the owner raises its counter. $1 is the owner file's present content.
 watch_owner() {
     local now
     log_line "waiting ${FENCE_SECONDS:=12} s to see whether an earlier start is still running in $RUN"
     pause "$FENCE_SECONDS"
     now=$(cat "$owner_file" 2>/dev/null)
-    [ -z "$now" ] || [ "$now" = "$1" ] || # an empty answer means that it has just ended
+    [ -z "$now" ] || [ "$now" = "$1" ] || # without the file, the owner has just ended
         refuse 2 "error: another start is running in $RUN ($(head -n 2 <<<"$now" | paste -sd' ')); stop it first"
 }
 
-# Sleeps, but runs traps without delay.
+# Sleeps, but lets traps run without delay.
 pause() {
     local sleeping
     sleep "$1" &
@@ -98,7 +99,7 @@ pause() {
 }
 
 # Whether the run has failed so often at step $1 that another restart won't help. Preemptions, lost nodes and time
-# limits don't count as failures of the run.
+# limits are no failures of the run.
 failed_too_often_at() {
     local failures
     failures=$(awk -v step="$1" '
@@ -108,9 +109,9 @@ failed_too_often_at() {
     [ "$failures" -ge "${FAILURES_PER_STEP:-${STARTS_PER_STEP:-2}}" ] # STARTS_PER_STEP: its name in older site files
 }
 
-# SLURM's early warning. It reaches the ranks as a file, not as a signal: a signal would kill a Python that is just
-# starting, and the ranks take a second signal, which comes at the time limit, as the order to end at once. The file
-# is written repeatedly, since a starting run removes an old one.
+# Handles SLURM's early warning: asks the ranks to stop, with a file. A signal would kill a Python that is just
+# starting, and a second signal, which comes at the time limit, tells the ranks to end at once. The file is written
+# repeatedly, because a starting run removes an old one.
 on_warning() {
     asked=yes interrupted=yes
     [ -n "$srun_pid" ] || { log_line "asked to stop before the start; there is nothing to save"; return; }
@@ -118,7 +119,7 @@ on_warning() {
     (while kill -0 "$srun_pid" && touch "$RUN/stop"; do sleep 2; done) 2>/dev/null &
 }
 
-# SIGTERM: time is up, or the job must leave its nodes. The tasks get it too, and decide() runs when they have ended.
+# Handles SIGTERM: time is up, or the job must leave its nodes. The tasks get it too; decide runs when they have ended.
 on_end() {
     interrupted=yes
     if [ -z "$srun_pid" ]; then
@@ -130,8 +131,8 @@ on_end() {
     last_resort=$!
 }
 
-# If a save takes longer than KillWait, SLURM kills this script too. Shortly before that, requeue the job, so that it
-# resumes from an earlier checkpoint.
+# Requeues the job shortly before SLURM kills this script, which happens if a save takes longer than KillWait. The job
+# then resumes from an earlier checkpoint.
 requeue_before_the_kill() {
     local kill_wait text
     kill_wait=$(scontrol show config | grep -oP '^KillWait\s*=\s*\K\d+')
@@ -168,7 +169,7 @@ train() {
     return $status
 }
 
-# The directories that a container sees, each under the same path as outside.
+# Prints the directories that a container sees, each under the same path as outside.
 mounts() {
     printf '%s\n' "$RUN" "$CODE" "$here" "$PWD" "${CONTAINER_MOUNTS[@]}" | sort -u |
         sed 's/.*/&:&/' | paste -sd,
@@ -184,7 +185,7 @@ finish() {
     exit "$2"
 }
 
-# Like finish, but for a start that must not write to RUN because another start owns it: only logs and calls the hook.
+# Ends a start that must not write to RUN, mostly because another start owns it: only logs $2 and calls the hook.
 refuse() {
     log_line "$2"
     hook refused
@@ -253,7 +254,7 @@ decide() {
         */TimeLimit) resume_later "time is up" ;;
         *) finish ended "$1" "ended by SLURM at step $(saved_step): $(end_reason "$state")" ;;
     esac
-    # On preemption with a grace time only the tasks get a signal, and without a requeue the job would be over.
+    # On preemption with a grace time, only the tasks got a signal. Unless it is requeued, the job would be over.
     case $(job_field PreemptTime) in None | '') ;; *) resume_later "preempted" ;; esac
     if [ "$ended" = stopped ]; then
         [ $asked = no ] || resume_later "stopped early"

@@ -1,4 +1,4 @@
-"""Write batch scripts, and read options back from them."""
+"""Writes batch scripts, and reads options back from them."""
 
 import math
 import re
@@ -29,18 +29,18 @@ class JobRequest:
 
 
 def slurm_directory(run: Path) -> Path:
-    """The directory in which a run keeps the files of its jobs."""
+    """Return the directory in which a run keeps the files of its jobs."""
     return run / SLURM_FOLDER
 
 
 def batch_script(run: Path, load: str | None, site: Site, request: JobRequest) -> str:
-    """The batch script of a run.
+    """Return the batch script of a run.
 
     Args:
         load: the checkpoint to start from (``--load``), or None.
 
     Raises:
-        UserError: the early warning would come before the job's start, or a path cannot be part of a script.
+        UserError: the early warning would come before the job's start, or a path cannot be used in a script.
     """
     if site.environment != "venv" and re.search("[:,]", str(run)):
         raise UserError(
@@ -58,7 +58,7 @@ def batch_script(run: Path, load: str | None, site: Site, request: JobRequest) -
 
 
 def array_script(top: Path, count: int, site: Site, request: JobRequest, at_once: int | None) -> str:
-    """The batch script of a sweep of ``count`` runs; element N runs and logs in ``top/slurm/N``."""
+    """Return the batch script of a sweep of ``count`` runs. Element N runs and logs in ``top/slurm/N``."""
     lines = _head(site, request, top.name, f"{_pattern(slurm_directory(top))}/%a/%A_%a.log")
     limit = f"%{at_once}" if at_once else ""
     lines.insert(1, f"#SBATCH --array=0-{count - 1}{limit}")
@@ -68,13 +68,13 @@ def array_script(top: Path, count: int, site: Site, request: JobRequest, at_once
 
 
 def sbatch_option(script: str, name: str) -> str | None:
-    """The first value of an ``#SBATCH`` option in a script: the tool's, which precedes the site's."""
+    """Return an ``#SBATCH`` option's first value in a script: the tool's, which precedes the site file's."""
     found = re.search(rf"^#SBATCH --{name}=(.*)$", script, re.MULTILINE)
     return " ".join(shlex.split(found[1])) if found else None
 
 
 def is_chained(script: str) -> bool:
-    """Whether the next job of a chain resumes the run, instead of the job itself."""
+    """Return whether the next job of a chain resumes the run, and not the requeued job itself."""
     return re.search("^REQUEUE=no", script, re.MULTILINE) is not None
 
 
@@ -102,7 +102,7 @@ def _head(site: Site, request: JobRequest, name: str, output: str) -> list[str]:
 
 
 def _quoted(options: Iterable[str]) -> Iterable[str]:
-    """Quote options as sbatch expects them in a script, which is as in a shell."""
+    """Quote options as sbatch expects them in a script: as in a shell."""
     for option in options:
         if _NOT_IN_PATHS.search(option.replace("\\", "")):
             raise UserError(f"{option!r} cannot be part of a batch script; remove the control characters")
@@ -111,7 +111,7 @@ def _quoted(options: Iterable[str]) -> Iterable[str]:
 
 
 def _pattern(path: Path) -> str:
-    """Escape a path for --output, in which SLURM replaces patterns such as %j."""
+    """Escape a path for --output, where SLURM replaces patterns such as %j."""
     if _NOT_IN_PATHS.search(str(path)):
         raise UserError(
             f"--save {str(path.parent)!r} has a backslash or a control character, which SLURM cannot handle "
@@ -121,7 +121,7 @@ def _pattern(path: Path) -> str:
 
 
 def slow_save_note(site: Site, seconds: tuple[int, int]) -> str | None:
-    """A note for the user if a save may take longer than the time between SIGTERM and SIGKILL, or None.
+    """Return a note if a save may take longer than the time between SIGTERM and SIGKILL, else None.
 
     Args:
         seconds: KillWait, and the GraceTime that preemption adds to it.
@@ -131,8 +131,8 @@ def slow_save_note(site: Site, seconds: tuple[int, int]) -> str | None:
         return None
     preempted = f", {kill_wait + grace} s at preemption" if grace else ""
     return (
-        f"a save takes up to {site.save_seconds} s, but SLURM kills a job {kill_wait} s after it asks it "
-        f"to end (KillWait){preempted}; if a save takes longer, the run resumes from the last checkpoint of "
+        f"a save takes up to {site.save_seconds} s, but SLURM kills a job {kill_wait} s after asking it to "
+        f"end (KillWait){preempted}; if a save takes longer, the run resumes from the last checkpoint of "
         f"--save-interval or of the early warning, {math.ceil(site.warning_seconds / 60)} minutes before the "
         "time limit"
     )

@@ -1,4 +1,4 @@
-"""Read a site file, a filled-in copy of ``site.sh``, with bash, as jobs do."""
+"""Reads a site file, a filled-in copy of ``site.sh``, with bash, as jobs do."""
 
 import argparse
 import re
@@ -44,7 +44,7 @@ class Site:
 
     @property
     def warning_seconds(self) -> int:
-        """How long before its time limit a job is asked to stop."""
+        """A job is asked to stop this many seconds before its time limit."""
         return 2 * self.save_seconds + 60
 
     @property

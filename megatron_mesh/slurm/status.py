@@ -1,7 +1,4 @@
-"""Read the state of a run from its files, without asking SLURM.
-
-Show the state of runs, from their files and, if SLURM answers within seconds, from its queue.
-"""
+"""Shows the state of runs, from their files and, if SLURM answers within seconds, from its queue."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -30,6 +27,10 @@ from megatron_mesh.slurm.commands import STATUS_SECONDS, SlurmJob, find_jobs
 from megatron_mesh.slurm.script import sbatch_option, slurm_directory
 from megatron_mesh.slurm.site import read_site
 
+UNFINISHED = 75
+"""Exit status of a job whose run can be resumed (``job.sh``)."""
+_ENDS = {"done": "done", "stopped": "stopped", "failed": "failed", "given-up": "failed"}
+
 _BLOCK = 1 << 20
 _LONGEST_SEARCH = 64 * _BLOCK
 """Search at most this many bytes from the end of metrics.jsonl for the newest records."""
@@ -43,7 +44,7 @@ class Event:
     """Job number and restart number, separated by a dot."""
     step: int
     kind: str
-    """start, or how it ended: done, stopped, failed, given-up, ended (by SLURM) or resumes."""
+    """``start``, or how it ended: done, stopped, failed, given-up, ended (by SLURM) or resumes."""
     time: str
     text: str
 
@@ -62,10 +63,10 @@ class RunFiles:
         causes: its other lines, which say why the run failed.
         jobs: numbers of the run's jobs, oldest first. A job submitted by hand appears with its first start.
         event: the last event of a job; None if the run was not started on SLURM.
-        settings: the settings as in YAML; empty if no file of them can be read.
+        settings: the settings as in YAML; empty if no file with settings can be read.
         train: the newest record of a training step in metrics.jsonl.
-        save: the newest record of a checkpoint there.
-        failed_saves: records of failed saves since then, oldest first.
+        save: the newest record of a saved checkpoint in metrics.jsonl.
+        failed_saves: records of failed saves after ``save``, oldest first.
         checkpoint: step of the newest complete checkpoint, or None.
         updated: when metrics.jsonl was last written, in the local time zone.
     """
@@ -84,7 +85,7 @@ class RunFiles:
 
     @property
     def last_step(self) -> int | None:
-        """The step at which the run will end, from its newest step; None if the settings are unknown."""
+        """The step at which the run will end, judging from its newest step; None if settings are missing."""
         training = TrainingConfig(
             train_iters=self.settings.get("train_iters"),
             train_samples=self.settings.get("train_samples"),
@@ -146,7 +147,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _settings(run: Path) -> dict[str, Any]:
-    """The settings as submitted, or as the trainer wrote them; {} if an older version wrote them."""
+    """Return the settings as submitted, or as the trainer wrote them; {} if neither file can be read."""
     for path in (slurm_directory(run) / CONFIG_FILE, run / CONFIG_FILE):
         if path.is_file():
             try:
@@ -157,7 +158,10 @@ def _settings(run: Path) -> dict[str, Any]:
 
 
 def _working_directory(run: Path) -> Path:
-    """The jobs' working directory, where relative paths in the settings start; this process's if unknown."""
+    """Return the jobs' working directory, to which relative paths in the settings refer.
+
+    If it is unknown, return this process's.
+    """
     script = slurm_directory(run) / BATCH_SCRIPT
     text = script.read_text(encoding="utf-8") if script.is_file() else ""
     return Path(sbatch_option(text, "chdir") or "")
@@ -166,7 +170,7 @@ def _working_directory(run: Path) -> Path:
 def _event(line: str) -> Event | None:
     words = line.split(maxsplit=4)
     if len(words) < 4 or not words[1].isdecimal():
-        return None  # a "by-hand" line, a truncated one, or one that an older version wrote
+        return None  # a "by-hand" line, a truncated line, or one from an older version
     token, step, kind, time, *text = words
     return Event(token, int(step), kind, time, "".join(text))
 
@@ -174,7 +178,7 @@ def _event(line: str) -> Event | None:
 def _newest_records(
     path: Path,
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None, list[dict[str, Any]]]:
-    """The newest record of a step, the newest of a save, and the failed saves after it."""
+    """Return the newest record of a step, the newest of a save, and those of failed saves after it."""
     train: dict[str, Any] | None = None
     save: dict[str, Any] | None = None
     failed: list[dict[str, Any]] = []
@@ -196,7 +200,7 @@ def _newest_records(
 
 
 def _lines_backwards(path: Path) -> Iterator[bytes]:
-    """The lines of a file, last line first."""
+    """Yield the lines of a file, last line first."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -210,11 +214,6 @@ def _lines_backwards(path: Path) -> Iterator[bytes]:
             rest, end = first, begin
         if end == 0:
             yield rest
-
-
-UNFINISHED = 75
-"""Exit status of a job whose run can be resumed (``job.sh``)."""
-_ENDS = {"done": "done", "stopped": "stopped", "failed": "failed", "given-up": "failed"}
 
 
 @dataclass(frozen=True)
@@ -267,7 +266,7 @@ def read_statuses(runs: Sequence[Path]) -> list[Status]:
 
 
 def as_json(found: Sequence[Status]) -> str:
-    """A JSON list with one object per run."""
+    """Return a JSON list with one object per run."""
     return strict_json.dumps([_object(status) for status in found], indent=2, ensure_ascii=False)
 
 
@@ -310,7 +309,7 @@ def _object(status: Status) -> dict[str, Any]:
 
 
 def as_text(status: Status) -> str:
-    """One run, one line per fact."""
+    """Describe one run, one fact per line."""
     files = status.files
     rows = [("run", str(files.run)), ("state", status.state), *(("cause", cause) for cause in files.causes)]
     if files.event:
@@ -354,7 +353,7 @@ def _save_hint(files: RunFiles) -> str:
     try:
         limit = read_site(path).save_seconds
     except UserError:
-        return ""  # the site file may be valid only on the cluster, and the hint is optional
+        return ""  # the site file may be valid only on the cluster; the hint is not worth an error
     return (
         f": longer than the site file's SAVE_SECONDS={limit}; raise it"
         if files.save["seconds"] > limit
@@ -363,7 +362,7 @@ def _save_hint(files: RunFiles) -> str:
 
 
 def as_table(found: Sequence[Status]) -> str:
-    """Several runs, one line each."""
+    """Return a table with one line per run."""
     rows = [("run", "state", "step", "of", "loss", "checkpoint", "at risk", "jobs")]
     for status in found:
         files, train = status.files, status.files.train or {}

@@ -1,6 +1,7 @@
-"""Submit a run: check settings, write code, settings and batch script to ``RUN/slurm``, call sbatch.
+"""Submits a run or a sweep: checks the settings, writes ``RUN/slurm``, calls sbatch.
 
-Sweeps: one run for each combination of values of some settings, submitted as one job array.
+``RUN/slurm`` gets a copy of the code, the settings, the site file and the batch script. A sweep has one run
+for each combination of values of some settings, and is submitted as one job array.
 """
 
 import os
@@ -38,6 +39,8 @@ _PACKAGE = Path(megatron_mesh.__file__).resolve().parent
 _ROOT = _PACKAGE.parent
 """The clone, or the directory in which pip installed the package and ``pretrain_mesh.py``."""
 
+_BOOLEANS = {"true": True, "false": False}
+
 
 def check_clone(started_from: Path) -> None:
     """Raise UserError if the tool belongs to one clone and the imported package to another.
@@ -61,7 +64,7 @@ def config_for_jobs(
         directory: working directory of the jobs; None means this process's.
 
     Raises:
-        UserError: the settings don't fit ``nodes`` or each other, or would lose work on SLURM.
+        UserError: the settings don't fit ``nodes`` or each other, or would lose training on SLURM.
     """
     checkpoint = config.checkpoint
     load = checkpoint.load or str(run)
@@ -87,7 +90,7 @@ def config_for_jobs(
 
 
 def check_memory(config: Config, world_size: int, limit_gib: float | None) -> float:
-    """The planner's estimate of the memory of the fullest rank, in GiB.
+    """Return the planner's estimate of the memory of the fullest rank, in GiB.
 
     Raises:
         UserError: it exceeds ``limit_gib``.
@@ -130,7 +133,7 @@ def write_job_files(config: Config, run: Path, site: Site, script: str, *, with_
 
 
 def write_and_submit(config: Config, run: Path, site: Site, request: JobRequest) -> list[str]:
-    """Write ``RUN/slurm``, submit the jobs and return their numbers. On an error nothing is left behind.
+    """Write ``RUN/slurm``, submit the jobs and return their numbers. An error leaves nothing behind.
 
     Raises:
         UserError: SLURM refuses the jobs, or the directory cannot be written.
@@ -147,7 +150,7 @@ def submit_and_record(
     """Submit jobs and record them in their runs. Jobs that cannot be recorded are cancelled.
 
     Args:
-        runs: returns the numbers to record for each run, given the submitted jobs.
+        runs: given the submitted jobs, returns the numbers to record for each run.
     """
     jobs = submit(script, chain)
     try:
@@ -169,7 +172,7 @@ def record_jobs(run: Path, jobs: Sequence[str]) -> None:
 
 @contextmanager
 def new_directories(*targets: Path) -> Iterator[None]:
-    """Create directories; if the body fails, remove them, their contents and parents created for them.
+    """Create directories. If the body fails, remove them with their contents, and any parents created here.
 
     Raises:
         UserError: the disk is full, a directory cannot be written, or another process has just created it.
@@ -194,7 +197,7 @@ def new_directories(*targets: Path) -> Iterator[None]:
 
 
 def write_error(target: Path, error: OSError) -> UserError:
-    """The error for a run's directory that cannot be written."""
+    """Return the error for a run's directory that cannot be written."""
     return UserError(
         f"{error.filename or target} cannot be written ({error.strerror}); nothing was submitted; "
         "free space or fix permissions, or choose another --save"
@@ -217,7 +220,7 @@ def copy_code(target: Path) -> None:
 
 
 def _version() -> str:
-    """The commit if this is a clone, otherwise the package's version."""
+    """Return the commit if this is a clone, otherwise the package's version."""
     if not (_ROOT / ".git").exists():  # an environment inside some other repository is not a clone of ours
         return megatron_mesh.__version__
     command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty"]
@@ -226,9 +229,6 @@ def _version() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return megatron_mesh.__version__
     return ended.stdout.strip() if ended.returncode == 0 else megatron_mesh.__version__
-
-
-_BOOLEANS = {"true": True, "false": False}
 
 
 @dataclass(frozen=True)
@@ -242,14 +242,14 @@ class Element:
 def expand_sweep(
     sweeps: Sequence[str], settings: Sequence[str], top: Path, site: Site, nodes: int, prog: str
 ) -> list[Element]:
-    """The runs of a sweep, each in ``top/NAME=VALUE``, or ``top/NAME=VALUE_NAME=VALUE`` for two settings.
+    """Return the runs of a sweep, each in ``top/NAME=VALUE``, or ``top/NAME=VALUE_NAME=VALUE`` and so on.
 
     Args:
-        sweeps: texts like ``seed=1,2,3``; several make the product.
-        settings: the settings' flags that all runs share.
+        sweeps: texts like ``seed=1,2,3``. Several of them give all combinations.
+        settings: the flags that all runs share.
 
     Raises:
-        UserError: a sweep does not have this form, or the settings of a run are refused.
+        UserError: a text does not have this form, or the settings of a run are refused.
     """
     axes = [_axis(text) for text in sweeps]
     names = [name for name, _ in axes]
@@ -271,7 +271,7 @@ def expand_sweep(
 
 
 def _separate_outputs(config: Config, label: str, names: Sequence[str]) -> Config:
-    """Add the run's label to directories and names that runs would share, unless these are swept."""
+    """Add the run's label to directories and names that all runs would share, unless these are swept."""
     logging = config.logging
     outputs: dict[str, Any] = {
         "output_dir": logging.output_dir and str(Path(logging.output_dir, label)),
@@ -315,7 +315,7 @@ def write_and_submit_sweep(
     """Write every run's files, submit an array (or a chain of arrays) and return the arrays' numbers.
 
     The runs share one copy of the code in ``top/slurm/code``, which is ``request.code``. ``top/slurm/N``
-    links to the ``RUN/slurm`` of element N. On an error nothing is left behind.
+    links to the ``RUN/slurm`` of element N. An error leaves nothing behind.
 
     Raises:
         UserError: SLURM refuses the array, or the directory cannot be written.
@@ -339,7 +339,7 @@ def write_and_submit_sweep(
 
 
 def runs_in(path: Path) -> list[Path]:
-    """The runs in a sweep's directory, in the order of the array; for any other path the path itself."""
+    """Return the runs in a sweep's directory, in the order of the array; for any other path, that path."""
     if not (slurm_directory(path) / ARRAY_SCRIPT).is_file():
         return [path]
     links = [

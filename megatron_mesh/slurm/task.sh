@@ -1,7 +1,7 @@
 # One process of a run: task.sh OWNER_FILE TOKEN COMMAND...
 #
-# Runs COMMAND, and kills it when another start's token is in the first line of OWNER_FILE. A node that SLURM gave up
-# may still run its tasks; this keeps them from writing to the run at the same time as the new start.
+# Runs COMMAND, and kills it when the first line of OWNER_FILE is another start's token. A node that SLURM gave up may
+# still run its tasks. Unless killed, they would write to the run at the same time as the new start.
 
 owner_file=$1 token=$2
 shift 2

@@ -44,7 +44,7 @@ def test_one_rank_fails(
     error = saves.FAULTS[fault]()
     cause = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
     told = f"{cause} (rank {victim} on {socket.gethostname()})"
-    said = [message for message in found[0]["heard"] if "part of a checkpoint" not in message]
+    said = [message for message in found[0]["heard"] if "share of a checkpoint" not in message]
     at_risk = "last complete checkpoint: step 1; steps at risk until then: 1"
     assert said == [f"saving step 2 to {tmp_path} failed: {told}; later saves try again; {at_risk}"]
     # Unexpected errors are logged with a traceback, on the rank that raised them.

@@ -63,7 +63,7 @@ PartitionName=high Nodes=node[1-2] PriorityTier=10 PreemptMode=OFF
 
 
 def missing() -> str:
-    """Why such a cluster cannot be started here, or ""."""
+    """Return why such a cluster cannot be started here, or ""."""
     if os.geteuid() != 0:
         return "starting a SLURM cluster needs root"
     absent = [name for name in _DAEMONS if _program(name) is None]

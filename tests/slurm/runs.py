@@ -108,7 +108,7 @@ class Job:
         return [found[rank] for rank in sorted(found)]
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Model and optimizer in the last checkpoint (not random states: some generators have no seed)."""
+        """Model and optimizer in the last checkpoint, without random states: some generators have no seed."""
         found = tensors(self.run / f"iter_{STEPS:07d}")
         return {name: tensor for name, tensor in found.items() if not name.startswith("rng")}
 

@@ -114,7 +114,7 @@ def test_time_limit_with_early_warning(start, undisturbed) -> None:
 
 @every_event
 def test_time_limit_without_warning(start, undisturbed) -> None:
-    """Only the SIGTERM at the time limit comes, since SIGURG does nothing."""
+    """The run gets only the SIGTERM at the time limit. Its warning is a SIGURG, which does nothing."""
     job = start("--time", "2", site="SBATCH_OPTIONS+=(--signal=B:URG@1)\n")
     job.wait_for_step(10)
     ranks = job.ranks()
@@ -153,7 +153,7 @@ def test_preemption(start, undisturbed, partition) -> None:
 
 @every_event
 def test_preemption_during_every_start_is_no_failure(start) -> None:
-    """Without a step in between."""
+    """No start takes a step before it is preempted."""
     job = start("--train-iters", 5, "--lr-decay-iters", 5, site="SBATCH_OPTIONS=(--partition=nograce)\n")
     for count in (1, 2):
         wait_until(lambda n=count: job.log.count("start on node") == n, 120, "a start")
@@ -189,7 +189,7 @@ def test_requeue_by_the_tool_saves_first(start, undisturbed, cluster) -> None:
 
 @every_event
 def test_a_lost_node_writes_no_more(start, undisturbed, cluster) -> None:
-    """Its slurmd is dead but its ranks survive: they end at once when the job starts on the other node."""
+    """Its slurmd is dead but its ranks survive. They end as soon as the job starts on the other node."""
     steps = 4000  # more than the old ranks can do before SLURM notices
     job = start("--gpus-per-node", 2, "--train-iters", steps, "--lr-decay-iters", STEPS, nodes=1)
     job.wait_for_step(25)

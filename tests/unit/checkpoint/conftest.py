@@ -10,7 +10,7 @@ from tests.unit.train.conftest import Outcome, corpus, run, tiny  # noqa: F401
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> dict[str, Path]:
-    """Holds the directory of the finished run, once it was made."""
+    """Holds the directory of the finished run, once it exists."""
     return {}
 
 
@@ -25,7 +25,7 @@ def checkpoints(tiny, finished, tmp_path_factory, tmp_path) -> Path:  # noqa: F8
 
 @pytest.fixture(scope="session")
 def straight_runs() -> list[Outcome]:
-    """Holds the run of ``straight``, once it was made."""
+    """Holds the run of ``straight``, once it exists."""
     return []
 
 

@@ -17,7 +17,7 @@ from megatron_mesh.runtime.run_files import checkpoint_path
 
 
 def save(saver: Saver, stage: Any, optimizer: Any, state: Any) -> None:
-    """Replaces ``Saver.save`` in a run of one process."""
+    """Stand in for ``Saver.save``, in a run of one process."""
     directory = checkpoint_path(saver.directory, state.step)
     directory.mkdir(parents=True)
     weights = {

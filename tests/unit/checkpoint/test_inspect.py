@@ -116,7 +116,7 @@ def test_a_permission_error_is_not_damage(tiny, checkpoints, monkeypatch):
         return read_text(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "read_text", refused)
-    with pytest.raises(UserError, match=r"iter_0000006/.*json cannot be read .*give yourself permission"):
+    with pytest.raises(UserError, match=r"iter_0000006/.*json cannot be read .*fix its permissions"):
         run(tiny(load=str(checkpoints), train_iters=7, lr_decay_iters=6))
     for command in ("show", "verify", "list"):
         with pytest.raises(UserError, match="json cannot be read: Permission denied"):

@@ -121,7 +121,7 @@ STOCK_READERS = {
 @pytest.mark.parametrize("plant", STOCK_READERS)
 @pytest.mark.filterwarnings("ignore:Environment variable")
 def test_a_stock_reader_would_run_it(checkpoints, plant, tmp_path, monkeypatch):
-    """The planted code would run in a reader that is not safe, so the test above can fail."""
+    """In a reader that is not safe the planted code runs, so the tests above can fail."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     newest = checkpoints / "iter_0000006"
     mark = tmp_path / "it-ran"

@@ -24,6 +24,7 @@ from megatron_mesh.checkpoint.index import Box, index_of
 from megatron_mesh.checkpoint.integrity import find_damage
 from megatron_mesh.checkpoint.reader import read_tensor
 from megatron_mesh.config.settings import dump_config
+from megatron_mesh.faults.mishaps import failed_saves
 from megatron_mesh.runtime import exits, stopping
 from megatron_mesh.train import step as step_module
 from tests.parallel.saves import FAULTS
@@ -78,7 +79,7 @@ def test_copies_are_freed_as_they_are_written(monkeypatch, tmp_path):
     monkeypatch.setattr(writer.device, "copy_to_host", copy_to_host)
     future = writer.BackgroundWriter().start(tmp_path / "file", boxes)
     for box in boxes:
-        box.data.zero_()  # training goes on
+        box.data.zero_()  # training continues
     written = future.result()
     assert alive == [4, 3, 2, 1]
     index = index_of(tmp_path, written)
@@ -126,7 +127,10 @@ def test_a_failed_save_costs_one_checkpoint(
     assert outcome.ending == exits.DONE
     assert steps(tmp_path) == [2, 6]
     cause = str(FAULTS[fault]()).split("] ")[-1]
-    assert f"{cause} (rank 0 on {socket.gethostname()}); later saves try again" in caplog.text
+    reason = f"{cause} (rank 0 on {socket.gethostname()})"
+    assert f"{reason}; later saves try again" in caplog.text
+    (recognized,) = failed_saves(caplog.text)  # by the fault test
+    assert recognized.endswith(reason)
     assert not list(tmp_path.glob("*.partial"))
     # Unexpected errors are logged with a traceback.
     assert ("Traceback" in caplog.text) == (not isinstance(FAULTS[fault](), OSError))
@@ -164,7 +168,7 @@ def test_deletion_and_publication_are_atomic(tmp_path):
 
 
 def test_damaged_checkpoints_do_not_displace_good_ones(tiny, tmp_path):
-    """A run that resumed before damaged checkpoints must not delete good ones in favour of them."""
+    """After a run has fallen back, the damaged newer checkpoints don't count among those to keep."""
     settings = {"save": str(tmp_path), "load": str(tmp_path), "keep_last": 1}
     run(tiny(**settings, save_interval=2, keep_every=2))
     for step in (4, 6):
@@ -256,7 +260,7 @@ def test_a_tracker_that_cannot_be_written_costs_no_checkpoint(tiny, tmp_path, mo
 
 
 def test_contents_reach_the_disk_before_names(tmp_path, monkeypatch):
-    """After a power failure, a name must refer only to contents that were synchronized before."""
+    """So after a power failure, every name refers to contents that are complete."""
     events = []
     sync, rename = os.fsync, os.rename
 

@@ -34,7 +34,7 @@ def only_the_entry(directory: Path) -> bool:
     return list(directory.iterdir()) == [key(directory).path]
 
 
-def test_the_index_is_megatrons(tmp_path: Path) -> None:
+def test_the_index_equals_megatrons(tmp_path: Path) -> None:
     lengths = np.random.default_rng(0).integers(1, 60, 500)
     with IndexedWriter(str(tmp_path / "text"), np.uint16) as writer:
         writer.add(np.arange(lengths.sum()) % 60_000, lengths)
@@ -63,7 +63,7 @@ def test_the_index_is_megatrons(tmp_path: Path) -> None:
             assert found.dtype == expected.dtype and np.array_equal(found, expected), (split, name)
 
 
-def test_a_blend_is_greedy(make_data) -> None:
+def test_a_blend_takes_from_the_data_set_furthest_behind_its_weight(make_data) -> None:
     weights = [5.0, 3.0, 2.0]
     words = [
         word
@@ -86,7 +86,7 @@ def damage_truncated(entry: Path) -> None:
 
 
 def damage_tail_is_zero(entry: Path) -> None:
-    """Damage a file like an interrupted copy into a preallocated file."""
+    """Damage a file as an interrupted copy into a preallocated file does."""
     os.truncate(entry / "long.npy", 400_000)
     os.truncate(entry / "long.npy", 100_000 * 8 + 128)
 
@@ -191,7 +191,7 @@ def test_a_killed_builder_leaves_no_entry(tmp_path: Path) -> None:
     (left,) = tmp_path.iterdir()
     assert left != key(tmp_path).path and cache.load(key(tmp_path)) is None
     cache.build_entry(key(tmp_path), numbers)
-    assert left.exists()  # its builder might be alive, on another host
+    assert left.exists()  # its builder might still be alive on another host
     two_days_ago = time.time() - 2 * 86_400
     os.utime(left, (two_days_ago, two_days_ago))
     shutil.rmtree(key(tmp_path).path)
@@ -200,7 +200,7 @@ def test_a_killed_builder_leaves_no_entry(tmp_path: Path) -> None:
 
 
 def test_reordered_documents_are_noticed(tmp_path: Path) -> None:
-    """Even the last two of 400,000, where the first mebibyte of the index and all sizes are unchanged."""
+    """The last two of 400,000 are swapped. All sizes and the first mebibyte of the index are unchanged."""
     lengths = np.ones(400_000, np.int32)
     lengths[-2:] = 2, 3
     tokens = np.arange(lengths.sum()) % 60_000
@@ -216,7 +216,7 @@ def test_reordered_documents_are_noticed(tmp_path: Path) -> None:
 
 
 def test_reordered_documents_of_one_length_are_noticed(make_data) -> None:
-    """If the file is small enough to be hashed entirely."""
+    """The file is small enough to be hashed entirely."""
     prefix = make_data("a")
     before = inspect_prefix(prefix).fingerprint
     tokens = np.fromfile(f"{prefix}.bin", np.uint16).reshape(40, 50)

@@ -52,7 +52,7 @@ def test_a_zstd_window_that_is_too_large(tmp_path: Path, plain: bytes) -> None:
 
 @pytest.mark.skipif(shutil.which("zstd") is None, reason="the zstd program is not installed")
 def test_the_zstd_programs_long_windows(tmp_path: Path, plain: bytes) -> None:
-    """The same with files written by the zstd program."""
+    """Files written by the zstd program with these options can be read."""
     for option in ("--long=28", "--long=31"):
         compressed = subprocess.run(
             ["zstd", "-1", option, "-c"], input=plain, capture_output=True, check=True
@@ -81,7 +81,7 @@ def test_several_members_are_read_and_no_truncation_is_silent(
 
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_a_damaged_second_member_is_not_taken_for_the_end(tmp_path: Path, plain: bytes, ending: str) -> None:
-    """Data after the first member are read, or are an error."""
+    """Damage after the first member is an error, not the end of the file."""
     first, second = (COMPRESS[ending](part) for part in (plain[:700], plain[700:]))
     path = tmp_path / f"c.jsonl{ending}"
     path.write_bytes(first + b"damage" + second[6:])
@@ -135,7 +135,7 @@ WHOLE = {
 @pytest.mark.parametrize("case", WHOLE)
 @pytest.mark.parametrize("skip_broken", [False, True])
 def test_a_json_document_is_recognised(tmp_path: Path, case: str, skip_broken: bool) -> None:
-    """Skipping it line by line would lose the entire file, so --skip-broken makes no difference."""
+    """--skip-broken makes no difference, because skipping line by line would lose the entire file."""
     text, kind, program = WHOLE[case]
     path = tmp_path / "c d.json"
     path.write_text(text)

@@ -87,7 +87,7 @@ def test_blend_keeps_its_proportions_everywhere(make_data) -> None:
 
 
 def test_reading_order_and_repetition_change_nothing(make_data) -> None:
-    """Megatron caches the loss mask of the first sample and modifies it in place."""
+    """Megatron caches the first sample's loss mask and modifies it in place, which must not show."""
     one, other = (build(make_data("a"), eod_mask_loss=False).train for _ in range(2))
     backward = [other[i] for i in reversed(range(50))][::-1]
     for i in range(50):
@@ -95,16 +95,22 @@ def test_reading_order_and_repetition_change_nothing(make_data) -> None:
 
 
 EOD_MASKS: dict[str, tuple[dict[str, Any], list[float]]] = {
-    "everything counts": ({}, [1, 1, 1, 1, 1, 1, 1, 1]),
-    "not what follows the token": ({"eod_mask_loss": True}, [1, 1, 1, 0, 1, 1, 1, 0]),
-    "the same, said": ({"eod_mask_loss": True, "eod_mask_loss_of": "next"}, [1, 1, 1, 0, 1, 1, 1, 0]),
-    "not the token itself": ({"eod_mask_loss": True, "eod_mask_loss_of": "eod"}, [1, 1, 0, 1, 1, 1, 0, 1]),
-    "neither": ({"eod_mask_loss": True, "eod_mask_loss_of": "both"}, [1, 1, 0, 0, 1, 1, 0, 0]),
+    "all predictions count": ({}, [1, 1, 1, 1, 1, 1, 1, 1]),
+    "without the prediction after it": ({"eod_mask_loss": True}, [1, 1, 1, 0, 1, 1, 1, 0]),
+    "the same, given explicitly": (
+        {"eod_mask_loss": True, "eod_mask_loss_of": "next"},
+        [1, 1, 1, 0, 1, 1, 1, 0],
+    ),
+    "without the prediction of it": (
+        {"eod_mask_loss": True, "eod_mask_loss_of": "eod"},
+        [1, 1, 0, 1, 1, 1, 0, 1],
+    ),
+    "without both": ({"eod_mask_loss": True, "eod_mask_loss_of": "both"}, [1, 1, 0, 0, 1, 1, 0, 0]),
 }
 
 
 @pytest.mark.parametrize("case", EOD_MASKS)
-def test_which_predictions_an_end_of_document_leaves_out(tmp_path: Path, case: str) -> None:
+def test_the_loss_can_leave_out_predictions_at_an_end_of_document(tmp_path: Path, case: str) -> None:
     """The data are 5 6 7 0, 5 6 7 0 ...; token 0 ends a document."""
     with IndexedWriter(str(tmp_path / "eod"), np.uint16) as writer:
         writer.add(np.tile([5, 6, 7, 0], 50), np.full(50, 4))
@@ -216,7 +222,7 @@ def test_a_truncated_index_file_is_rebuilt(make_data, tmp_path: Path, name: str)
 
 
 def test_a_reordered_corpus_gets_a_new_index(tmp_path: Path) -> None:
-    """Even if the first documents, the number of documents and all sizes stay the same."""
+    """The first documents, the number of documents and all sizes stay the same."""
     random = np.random.default_rng(0)
     documents = [np.full(length, i + 1) for i, length in enumerate(random.integers(1, 60, 3000))]
 
@@ -288,7 +294,7 @@ def test_prebuilt_cache(make_data, tmp_path: Path, hf_model: str, run_tool, caps
     build_datasets(config, tokenizer, seq_length=16, seed=1, train_samples=300, eval_samples=9)
     assert set(cache.iterdir()) == files  # a run finds what the tool built
     assert run_tool("build_data_index", *command, "--seq-length", "9999") == 2
-    assert capsys.readouterr().err.startswith("error: the train part")
+    assert capsys.readouterr().err.startswith("error: the train split")
 
 
 def test_unwritable_cache(make_data, tmp_path: Path) -> None:
@@ -303,8 +309,8 @@ def test_bad_input(make_data) -> None:
     cases: list[tuple[list[str], dict[str, Any], str]] = [
         ([], {}, "no training data"),
         ([a + "x"], {}, "does not exist"),
-        ([a], {"length": 2000}, "train part .* 2,000 tokens in 40 of 40 documents"),
-        ([a], {"split": "99,1,0"}, "valid part .* 0 tokens"),
+        ([a], {"length": 2000}, "train split .* 2,000 tokens in 40 of 40 documents"),
+        ([a], {"split": "99,1,0"}, "valid split .* 0 tokens"),
         ([a], {"split": "0,1,0"}, "no training data"),
         ([a], {"train_data_path": [b]}, "--data-path and --train-data-path"),
         ([a, b], {}, "is not a positive number"),
@@ -318,7 +324,7 @@ def test_bad_input(make_data) -> None:
             build(*words, **settings)
 
 
-def test_blend_and_split_text() -> None:
+def test_blends_and_splits_are_parsed() -> None:
     assert parse_blend(["p"], "--data-path") == [("p", 1.0)]
     assert parse_blend(["3", "p", "1", "q"], "--data-path") == [("p", 0.75), ("q", 0.25)]
     assert parse_split("90, 10") == [(0, 0.9), (0.9, 1.0), None]

@@ -41,7 +41,7 @@ def test_nothing_changes_without_commit(tmp_path: Path, make_data) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.bin", "data.idx"]
 
 
-def test_lengths_may_lie_in_a_file_that_is_closed(make_data) -> None:
+def test_the_writer_copies_the_lengths_it_is_given(make_data) -> None:
     prefix = make_data("data")
     lengths = np.full(3, 2, np.int32)
     with IndexedWriter(f"{prefix}2", np.uint16) as writer:
@@ -51,7 +51,7 @@ def test_lengths_may_lie_in_a_file_that_is_closed(make_data) -> None:
     assert list(IndexedDataset(f"{prefix}2").sequence_lengths) == [2, 2, 2]
 
 
-def test_whole_data_pass(make_data) -> None:
+def test_intact_data_are_described(make_data) -> None:
     facts = inspect_prefix(make_data("data", documents=7))
     assert (facts.sequences, facts.token_bytes) == (7, 2)
     assert facts.fingerprint != inspect_prefix(make_data("other", documents=8)).fingerprint
@@ -77,8 +77,3 @@ def test_damaged_data_are_named(make_data, damage, message: str) -> None:
     damage(Path(f"{prefix}.bin"), Path(f"{prefix}.idx"))
     with pytest.raises(UserError, match=message):
         inspect_prefix(prefix)
-
-
-def test_suffix_in_the_prefix_gets_a_hint(make_data) -> None:
-    with pytest.raises(UserError, match=r"without \.bin or \.idx"):
-        inspect_prefix(make_data("data") + ".bin")

@@ -1,4 +1,4 @@
-"""Batches: the same samples whatever the ranks, the loader processes and the length of the run."""
+"""Batches have the same samples whatever the ranks, the loader processes and the length of the run."""
 
 import multiprocessing
 import os
@@ -141,7 +141,7 @@ def test_loader_processes_end_with_the_iterator(stop: str) -> None:
 
 
 def test_loader_processes_survive_signals_and_end_quietly(tmp_path: Path) -> None:
-    """SIGTERM to every process of the job: batches go on; a loader left open does not hold up the exit."""
+    """Batches continue after a SIGTERM to every process, and a loader left open doesn't delay the exit."""
     script = """
         import os, signal, torch
         from megatron_mesh.data.loader import build_loader

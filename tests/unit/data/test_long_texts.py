@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from megatron_mesh.data import build_tokenizer
 from megatron_mesh.data import preprocess as module
@@ -21,7 +21,7 @@ WINDOW = 1024
 
 
 def shapes(length: int) -> dict[str, str]:
-    """Return texts of about ``length`` characters, including some without a place to cut."""
+    """Return texts of about ``length`` characters, some of which have no natural place to cut."""
     pick = random.Random(3).choices
     return {
         "prose": " ".join(sentences(length // 100))[:length],
@@ -46,7 +46,7 @@ def digits_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(pattern=_regex(r"\p{N}{1,3}| ?\p{L}+|\s+(?!\S)|\s+|."), behavior="isolated"),
+            pre_tokenizers.Split(pattern=Regex(r"\p{N}{1,3}| ?\p{L}+|\s+(?!\S)|\s+|."), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -63,12 +63,6 @@ def unsplit_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return _trained(
         backend, tmp_path_factory.mktemp("unsplit"), ["<unk>", *(f"<0x{i:02X}>" for i in range(256))]
     )
-
-
-def _regex(pattern: str):
-    from tokenizers import Regex
-
-    return Regex(pattern)
 
 
 def _trained(backend: Backend, directory: Path, special: list[str] | None = None) -> str:
@@ -174,12 +168,12 @@ def test_a_corpus_with_long_lines(hf_model: str, tmp_path: Path, workers: int, m
     assert done.documents == len(texts) and done.cut == []
 
 
-def test_gigatoken_locates_what_the_reference_locates(hf_model: str) -> None:
+def test_gigatoken_and_the_reference_give_the_same_positions(hf_model: str) -> None:
     pytest.importorskip("gigatoken", reason="gigatoken, an optional dependency, is not installed")
     tokenizer = build_tokenizer(None, hf_model)
     assert isinstance(tokenizer, HuggingFaceTokenizer)
     backend = json.loads(Path(hf_model).read_text())
-    assert backend["post_processor"] is None  # which might trim the reference's places
+    assert backend["post_processor"] is None  # it might change the reference's positions
     encoder = GigatokenEncoder(tokenizer)
     for name, text in shapes(500).items():
         fast, slow = (locate(text) for locate in encoder.locators())

@@ -14,7 +14,7 @@ from megatron_mesh.errors import UserError
 from tests.unit.data.corpora import sentences
 
 
-def test_kind_follows_from_the_name(hf_model: str, sp_model: str) -> None:
+def test_the_file_name_selects_the_class(hf_model: str, sp_model: str) -> None:
     assert type(build_tokenizer(None, hf_model)).__name__ == "HuggingFaceTokenizer"
     assert type(build_tokenizer(None, str(Path(hf_model).parent))).__name__ == "HuggingFaceTokenizer"
     assert type(build_tokenizer(None, sp_model)).__name__ == "SentencePieceTokenizer"

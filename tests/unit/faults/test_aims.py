@@ -33,7 +33,7 @@ def test_held_ranks_and_victims() -> None:
     rng = random.Random(0)
     rename, step = parse_target("rename x one rank"), parse_target("a step x all")
     assert all(rename.victim_ranks(4, rng) != [0] for _ in range(50))
-    assert rename.held_ranks([3]) == [0]  # rank 0 is held there when rank 3 is killed
+    assert rename.held_ranks([3]) == [0]  # rank 3 is killed while rank 0 is held there
     assert step.held_ranks(step.victim_ranks(4, rng)) == [0, 1, 2, 3]
     assert {parse_target("a step x the writer").victim_ranks(3, rng)[0] for _ in range(50)} == {0, 1, 2}
 

@@ -9,8 +9,8 @@ import pytest
 from tests.unit.slurm.job_script import job as job  # a fixture
 
 ROOT = Path(__file__).resolve().parents[3]
-# JOB is squeue's answer for every job, JOB_41 for that one: state|reason|nodes|time|limit|restarts|wait
-# status.
+# JOB is squeue's answer for every job, and JOB_41 that for job 41:
+# state|reason|nodes|time|limit|restarts|wait status.
 SLURM = {
     "sbatch": """\
 echo "$@" >>"$LAB/sbatch"

@@ -24,7 +24,7 @@ def files(run: Path) -> dict[str, str]:
 
 
 def test_other_nodes_of_a_run_that_is_over(lab, run, capsys, monkeypatch) -> None:
-    """The earlier files are saved, and the new job is held until the new files are in place."""
+    """The earlier files are kept, and the new job is held until the new files are in place."""
     monkeypatch.setenv("JOB", FAILED)
     before = files(run)
     monkeypatch.chdir(lab)  # the job keeps its working directory
@@ -155,7 +155,7 @@ def test_a_change_that_is_interrupted_is_undone(lab, run, monkeypatch, error) ->
     assert (lab / "scancel").read_text() == "42\n"
 
 
-def test_more_jobs_are_a_difference(lab, run, capsys, monkeypatch) -> None:
+def test_another_length_of_the_chain(lab, run, capsys, monkeypatch) -> None:
     monkeypatch.setenv("JOB", PENDING)
     main(["--change", str(run), "--chain", "3"])
     said = capsys.readouterr().out

@@ -9,7 +9,7 @@ def test_rendezvous_variables_of_the_submitting_shell_are_removed(job, tmp_path)
 
 
 def test_an_element_of_an_array_acts_on_itself(job, tmp_path) -> None:
-    """Although the last element's SLURM_JOB_ID is the number of the whole array."""
+    """The last element's SLURM_JOB_ID is the number of the whole array, so that would not do."""
     job(ending("running", 1, 10), SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2")
     assert (tmp_path / "requeued").read_text() == "7_2\n"
     assert (tmp_path / "run/slurm/starts.txt").read_text().startswith("7_2.0 0 start ")
@@ -38,7 +38,7 @@ def test_array_restart_and_het_variables_of_an_outer_job(job, tmp_path) -> None:
 
 
 def test_variables_of_another_job_do_not_reach_srun(job, tmp_path) -> None:
-    """Submitted inside srun or salloc, or with --export=NONE."""
+    """The job is submitted inside srun or salloc, or with --export=NONE."""
     own = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURM_HINT": "nomultithread"}
     own |= {"SLURM_DIST_PLANESIZE": "4", "SLURM_GPUS_PER_TASK": "1"}
     script = tmp_path / "job.sbatch"

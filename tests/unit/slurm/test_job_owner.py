@@ -11,7 +11,7 @@ from tests.unit.slurm.job_script import CANCELLED, HOOK, SCRIPTS, ending
 
 
 def test_an_element_that_crashed_restarts_beside_its_siblings(job, tmp_path) -> None:
-    """It recognizes its own token, and does not take its siblings' jobs for its own."""
+    """It recognizes its own token, and doesn't mistake its siblings' tokens for its own."""
     element = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
     job(ending("running", 137, 10), **element)
     ended = job(ending("running", 137, 20), **element, SLURM_RESTART_COUNT="1", QUEUE="RUNNING")
@@ -53,7 +53,7 @@ def test_an_owner_whose_counter_rises_is_alive(job, tmp_path, known) -> None:
 
 @pytest.mark.parametrize("number,known", [("7", ""), ("8", "NODE_FAIL")])
 def test_ranks_on_a_lost_node_do_not_keep_the_run(job, tmp_path, number, known) -> None:
-    """They may survive until they see the new token."""
+    """The new start doesn't wait for their counter, since they end when they see the new token."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run_owner.txt").write_text("7.0\n{}\n000000000001\n")
     ended = job(ending("done", 0), SLURM_JOB_ID=number, SLURM_RESTART_COUNT="1", QUEUE=known)
@@ -61,7 +61,7 @@ def test_ranks_on_a_lost_node_do_not_keep_the_run(job, tmp_path, number, known) 
     assert "for remaining processes of 7.0 to end" in ended.stdout
 
 
-def test_another_start_takes_over_the_decision(job, tmp_path) -> None:
+def test_a_start_that_lost_its_run_decides_nothing(job, tmp_path) -> None:
     ended = job(f"echo 7.1 >$RUN/run_owner.txt\n{ending('stopped', 1, 10)}", HOOK=HOOK + "}")
     assert "another start has taken over" in ended.stdout
     assert not (tmp_path / "requeued").exists()
@@ -91,7 +91,7 @@ def test_the_fence_ends_a_task_with_all_that_it_started(tmp_path) -> None:
             time.sleep(0.1)
 
 
-def test_the_fence_goes_with_its_task(tmp_path) -> None:
+def test_the_fence_ends_with_its_task(tmp_path) -> None:
     (tmp_path / "owner").write_text("7.0\n")
     command = ["bash", str(SCRIPTS / "task.sh"), str(tmp_path / "owner"), "7.0", "bash", "-c", "exit 42"]
     assert subprocess.run(command, timeout=5, start_new_session=True).returncode == 42

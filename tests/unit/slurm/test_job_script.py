@@ -62,7 +62,7 @@ exit 42"""
     assert (tmp_path / "requeued").read_text() == "7\n"
 
 
-def test_it_stops_when_a_restart_brings_no_new_step(job, tmp_path) -> None:
+def test_it_gives_up_when_a_restart_brings_no_new_step(job, tmp_path) -> None:
     crash = "echo running >$RUN/run_status.txt; exit 1"
     assert "requeued, to resume from step 0" in job(crash).stdout
     # The restart fails before its first save.
@@ -81,7 +81,7 @@ def test_exit_status_0_without_done_is_a_failure(job) -> None:
     assert ended.returncode == 1 and "given up, because" in ended.stdout
 
 
-def test_only_failures_of_its_own_count(job, tmp_path) -> None:
+def test_only_the_run_s_own_failures_count(job, tmp_path) -> None:
     """Preemptions and lost nodes do not, however many there are."""
     died = "echo running >$RUN/run_status.txt; exit 143"
     for restart, state in enumerate([PREEMPTED, CANCELLED, TIME_IS_UP] * 2):
@@ -96,7 +96,7 @@ def test_only_failures_of_its_own_count(job, tmp_path) -> None:
     assert "given up, because" in job(died, SLURM_RESTART_COUNT="10").stdout
 
 
-def test_new_steps_are_worth_another_start(job) -> None:
+def test_failures_at_different_steps_do_not_add_up(job) -> None:
     for restart in range(5):
         ended = job(ending("running", 1, 10 * (restart + 1)), SLURM_RESTART_COUNT=str(restart))
         assert f"requeued, to resume from step {10 * (restart + 1)}" in ended.stdout
@@ -176,7 +176,7 @@ def test_a_stop_before_the_start_does_not_announce_a_save(job, tmp_path) -> None
 
 
 def test_a_job_submitted_again_by_hand_counts_failures_anew(job, tmp_path) -> None:
-    """Settings are refused twice, then corrected: a new job starts, but a chain's next job doesn't."""
+    """After settings were refused twice, a new job starts, but a chain's next job doesn't."""
     for number in ("7", "8"):
         assert job("exit 2", SLURM_JOB_ID=number, REQUEUE="no").returncode == 2
     ended = job(ending("done", 0), SLURM_JOB_ID="9", REQUEUE="no")

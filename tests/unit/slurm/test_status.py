@@ -77,7 +77,7 @@ def test_a_running_job(run, status, monkeypatch) -> None:
         ("done", "done", "", "done"),
     ],
 )
-def test_the_state_is_that_of_run_and_job(run, status, monkeypatch, word, event, job, state) -> None:
+def test_the_state_follows_from_run_and_job(run, status, monkeypatch, word, event, job, state) -> None:
     """A job that failed, or that SLURM no longer knows, is not running."""
     if word:
         (run / "run_status.txt").write_text(f"{word}\n")
@@ -254,7 +254,7 @@ def test_a_truncated_line_is_not_an_event(run, status) -> None:
     assert status("--json")["last_event"]["text"] == "on n1" and status("--json")["last_event"]["job"] == "41"
 
 
-def test_a_relative_output_directory_is_the_job_s(lab, capsys, monkeypatch) -> None:
+def test_a_relative_output_directory_starts_at_the_job_s(lab, capsys, monkeypatch) -> None:
     """--status finds the metrics from any directory, and the time has a time zone."""
     monkeypatch.chdir(lab)
     submit(lab, "--output-dir", "logs")
@@ -274,7 +274,7 @@ def test_a_relative_output_directory_is_the_job_s(lab, capsys, monkeypatch) -> N
 
 
 @pytest.mark.parametrize("command", ["--status", "--follow", "--cancel"])
-def test_chain_goes_with_submissions(run, command) -> None:
+def test_chain_is_only_for_submissions(run, command) -> None:
     with pytest.raises(UserError, match=f"--chain is for a new run, not for {command}"):
         main([command, str(run), "--chain", "5"])
 
@@ -305,7 +305,7 @@ def test_requeue_on_a_full_disk_submits_nothing(run, monkeypatch) -> None:
 
 
 def test_cancel_by_directory(lab, capsys, monkeypatch) -> None:
-    """The last job of a chain first, so that none starts. Jobs that are over stay untouched."""
+    """It cancels the last job of a chain first, so that none starts, and no job that is over."""
     submit(lab, "--chain", "3")
     monkeypatch.setenv("JOB", PENDING)
     monkeypatch.setenv("JOB_41", RUNNING)

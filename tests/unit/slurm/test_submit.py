@@ -21,7 +21,7 @@ from tests.unit.slurm.conftest import ROOT
 from tests.unit.slurm.tool import DATA, MODEL, SAVING, main, submit
 
 
-def test_what_is_submitted_starts_from_the_snapshot(lab, capsys) -> None:
+def test_a_job_runs_its_own_copy_of_the_code(lab, capsys) -> None:
     submit(lab, "--nodes", "2")
     assert "submitted job 41" in capsys.readouterr().out
     files = lab / "run/slurm"
@@ -80,8 +80,8 @@ def test_a_save_longer_than_kill_wait_is_reported(lab, capsys) -> None:
         ("DENIED", "Permission denied"),
     ],
 )
-def test_what_fails_leaves_nothing_behind(lab, monkeypatch, fault, message) -> None:
-    """Refusal, full disk, no permission: the error is one line, and no new directory remains."""
+def test_a_failed_submission_leaves_nothing_behind(lab, monkeypatch, fault, message) -> None:
+    """After a refusal, on a full disk or without permission: one line of error, and no new directory."""
     run = lab / "new/deep/run"
     if fault.startswith("REFUSE"):
         monkeypatch.setenv(*fault.split("=", 1))

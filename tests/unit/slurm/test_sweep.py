@@ -52,7 +52,7 @@ def test_one_array_with_a_run_for_each_combination(lab, capsys, monkeypatch) -> 
     "command,acted", [("--requeue", "--batch --signal=USR1 41_3\n"), ("--cancel", "41_3\n")]
 )
 def test_a_sweep_s_runs_are_acted_on_one_by_one(lab, capsys, monkeypatch, command, acted) -> None:
-    """One run is done, one fails, one is over: the last one is still acted on."""
+    """The last run is acted on, although an earlier one causes an error."""
     submit(lab, "--sweep", "seed=1,2,3,4")
     (lab / "run/seed=1/run_status.txt").write_text("done\n")
     for index, state in enumerate([FAILED, SUSPENDED, FAILED, RUNNING]):
