@@ -11,7 +11,7 @@ from megatron_mesh.evaluation.model_source import checkpoint_source, huggingface
 from megatron_mesh.evaluation.perplexity import _pack
 from megatron_mesh.hf.convert.export import export_checkpoint
 from tests.exports import saved_with_logits
-from tests.unit.hf.tokenizers_of_tests import SENTENCEPIECE, byte_level, sentencepiece_model
+from tests.unit.hf.sample_tokenizers import SENTENCEPIECE, byte_level, sentencepiece_model
 
 TEXTS = [
     "a </s> b",

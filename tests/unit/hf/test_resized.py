@@ -18,7 +18,7 @@ from megatron_mesh.hf.convert.import_model import import_model
 from megatron_mesh.parallel import build_stage
 from tests.exports import export_config, load_weights
 from tests.helpers import one_process, relative_error
-from tests.unit.hf.test_bring_in import stock
+from tests.unit.hf.test_import_model import stock
 from tests.unit.hf.test_logits import load, weights_of
 
 SIZES: list[dict[str, Any]] = [

@@ -21,7 +21,7 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.hf.convert import export_tokenizer as tokenizer_module
 from megatron_mesh.hf.convert.export_tokenizer import NEW_TOKEN, padding_of, read_tokenizer
 from megatron_mesh.hf.convert.spm import to_fast_tokenizer
-from tests.unit.hf.tokenizers_of_tests import SENTENCEPIECE, Pair, byte_level, export_tokenizer, models_in
+from tests.unit.hf.sample_tokenizers import SENTENCEPIECE, Pair, byte_level, export_tokenizer, models_in
 
 ROOT = Path(__file__).resolve().parents[3]
 KINDS = [*SENTENCEPIECE, "json", "json-start", "json-end", "json-words"]

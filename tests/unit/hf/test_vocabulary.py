@@ -17,7 +17,7 @@ from megatron_mesh.hf.convert.import_model import import_model
 from megatron_mesh.hf.convert.tensors import EMBEDDING, OUTPUT, VOCABULARY
 from tests.exports import TOKENS, saved_with_logits
 from tests.unit.hf.test_logits import load, weights_of
-from tests.unit.hf.tokenizers_of_tests import byte_level, sentencepiece_model
+from tests.unit.hf.sample_tokenizers import byte_level, sentencepiece_model
 
 TINY = {"recurrence": "base", "layers": "1+1R2+1", "seq_length": 64}
 
