@@ -1,6 +1,6 @@
-"""Published results to compare with: the paper's (paper.json) and Pythia's (pythia.json).
+"""Formats results as tables, and writes results.md, which compares them with published numbers.
 
-Formats results as tables, and writes results.md, which compares them with published numbers.
+The published numbers are the paper's (paper.json) and those of the Pythia suite (pythia.json).
 """
 
 import json
@@ -16,47 +16,17 @@ from megatron_mesh.evaluation.tasks import AVERAGED, SHOTS, TASKS
 from megatron_mesh.metrics.tables import TextTable
 from megatron_mesh.runtime.run_files import replace_text
 
-
-@dataclass(frozen=True)
-class PaperRow:
-    """A model in the paper's table: perplexities, and average accuracies in percent."""
-
-    size: str
-    layers: str
-    recurrence: str
-    pile: float
-    wikitext: float
-    lambada_openai: float
-    lambada_standard: float
-    average_0: float
-    average_5: float
-
-
-def paper() -> tuple[str, list[PaperRow]]:
-    """Return the citation, and the rows in the paper's order."""
-    content = _read("paper.json")
-    rows = [PaperRow(**dict(zip(content["columns"], row, strict=True))) for row in content["rows"]]
-    return content["source"], rows
-
-
-def pythia() -> tuple[str, dict[str, dict[str, Any]]]:
-    """Return the citation, and the metrics of each task by model and number of shots ("0" or "5")."""
-    content = _read("pythia.json")
-    return content["source"], content["models"]
-
-
-@cache
-def _read(name: str) -> dict[str, Any]:
-    return json.loads(resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))
-
-
 REPORT_FILE = "results.md"
-
 _THIS = "this model"
 _METRICS_NOTE = (
     "In percent. acc compares the log-likelihoods of the choices, acc_norm divides them by the number of "
     "characters, acc_bytes by the number of UTF-8 bytes. * is the paper's metric, ± its standard error."
 )
+_PERPLEXITIES = {
+    "wikitext": "word_perplexity",
+    "lambada_openai": "perplexity",
+    "lambada_standard": "perplexity",
+}
 
 
 def write_markdown(results: Results) -> Path:
@@ -137,11 +107,32 @@ def pythia_table(results: Results, shots: int) -> TextTable:
     )
 
 
-_PERPLEXITIES = {
-    "wikitext": "word_perplexity",
-    "lambada_openai": "perplexity",
-    "lambada_standard": "perplexity",
-}
+@dataclass(frozen=True)
+class PaperRow:
+    """A model in the paper's table: perplexities, and average accuracies in percent."""
+
+    size: str
+    layers: str
+    recurrence: str
+    pile: float
+    wikitext: float
+    lambada_openai: float
+    lambada_standard: float
+    average_0: float
+    average_5: float
+
+
+def paper() -> tuple[str, list[PaperRow]]:
+    """Return the citation, and the rows in the paper's order."""
+    content = _read("paper.json")
+    rows = [PaperRow(**dict(zip(content["columns"], row, strict=True))) for row in content["rows"]]
+    return content["source"], rows
+
+
+def pythia() -> tuple[str, dict[str, dict[str, Any]]]:
+    """Return the citation, and the metrics of each task by model and number of shots ("0" or "5")."""
+    content = _read("pythia.json")
+    return content["source"], content["models"]
 
 
 def _tasks(results: Results) -> TextTable:
@@ -220,3 +211,8 @@ def _cell(metric: str, value: float) -> str:
     if metric == "bits_per_byte":
         return f"{value:.4f}"
     return f"{value:,.2f}" if value < 1e5 else f"{value:.2e}"
+
+
+@cache
+def _read(name: str) -> dict[str, Any]:
+    return json.loads(resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))

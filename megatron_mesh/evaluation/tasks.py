@@ -1,8 +1,7 @@
-"""Names of the engines that can run the evaluated model. This module imports neither of them.
+"""Lists the paper's tasks and the engines that can run them, and reads task files in a local directory.
 
-Lists the tasks of the paper's tables, and the metric that the paper reports for each.
-
-Finds lm-eval task files and their data in a directory, for machines without access to the hub.
+Local task files are for machines without access to the hub. This module imports neither lm-eval nor an
+engine, so settings can be checked before these are loaded.
 """
 
 import difflib
@@ -19,19 +18,6 @@ from megatron_mesh.errors import UserError
 TRANSFORMERS = "transformers"
 VLLM = "vllm"
 ENGINES = (TRANSFORMERS, VLLM)
-
-
-def check_engine(engine: str, device: str | None) -> None:
-    """Raise UserError if the engine is unknown or doesn't support ``--device``."""
-    if engine not in ENGINES:
-        raise UserError(f"--engine {engine} is unknown; choose from {', '.join(ENGINES)}")
-    if engine == VLLM and device is not None:
-        raise UserError(
-            f"--device {device} is only for --engine transformers; leave it out: vLLM runs on the device "
-            "that it was built for (choose a GPU with CUDA_VISIBLE_DEVICES)"
-        )
-
-
 SHOTS = (0, 5)
 """Numbers of examples in the prompt, as in the paper."""
 
@@ -75,6 +61,17 @@ TASKS = {
     )
 }
 AVERAGED = [task.name for task in TASKS.values() if task.averaged]
+
+
+def check_engine(engine: str, device: str | None) -> None:
+    """Raise UserError if the engine is unknown or doesn't support ``--device``."""
+    if engine not in ENGINES:
+        raise UserError(f"--engine {engine} is unknown; choose from {', '.join(ENGINES)}")
+    if engine == VLLM and device is not None:
+        raise UserError(
+            f"--device {device} is only for --engine transformers; leave it out: vLLM runs on the device "
+            "that it was built for (choose a GPU with CUDA_VISIBLE_DEVICES)"
+        )
 
 
 def choose_tasks(names: Sequence[str] | None) -> list[Task]:

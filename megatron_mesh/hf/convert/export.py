@@ -1,4 +1,4 @@
-"""Converts a checkpoint to a Hugging Face directory, one file of weights at a time."""
+"""Converts a checkpoint to a Hugging Face directory, one weight file at a time."""
 
 import shutil
 from pathlib import Path
@@ -105,9 +105,9 @@ def _publish(partial: Path, directory: Path) -> None:
 
 
 def _vocabulary(model: ModelConfig, tokenizer: Tokenizer | None) -> tuple[ExportVocabulary, int]:
-    """Return the export's vocabulary, and the number of its ids that were used in training.
+    """Return the export's vocabulary, and how many of its ids training used.
 
-    Without a tokenizer, we only know that all ids in the training data are below ``vocab_size``.
+    Without a tokenizer, we only know that training used ids below ``vocab_size``.
     """
     assert model.vocab_size is not None, "a checkpoint states the size of its vocabulary"
     if tokenizer is None:
@@ -121,7 +121,7 @@ def _vocabulary(model: ModelConfig, tokenizer: Tokenizer | None) -> tuple[Export
 def _write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> bool:
     """Write the tokenizer, and its code if it needs any. Return whether it does.
 
-    This comes before the weights, so that a tokenizer that cannot be exported is reported at once.
+    The caller does this before it writes the weights, to report at once a tokenizer that cannot be exported.
     """
     try:
         needs_code = write_tokenizer(tokenizer, directory, max_length, padding_of(tokenizer))

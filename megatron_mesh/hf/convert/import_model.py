@@ -1,11 +1,7 @@
-"""Derives our model settings from the config.json of a Hugging Face directory.
+"""Converts a Hugging Face directory to a checkpoint: one of our exports, or a GPT-NeoX such as Pythia.
 
-Chooses the layers of a plain model from which a recursive model starts.
-
-The three ways to initialize the core are those of Bae et al., "Relaxed Recursive Transformers" (arXiv
-2410.20672, section 2.3).
-
-Converts a Hugging Face directory to a checkpoint: one of our exports, or a GPT-NeoX such as Pythia.
+A plain model can also become a recursive one. ``core_sources`` implements three ways to initialize its core,
+those of Bae et al., "Relaxed Recursive Transformers" (arXiv 2410.20672, section 2.3).
 """
 
 import sys
@@ -53,130 +49,9 @@ _OWN: dict[str, Callable[[Any], bool]] = {
     "router_bias_init": lambda x: type(x) in (int, float),
     "depth_scaled_init": lambda x: type(x) is bool,
 }
-
-
-def model_settings(config: dict[str, Any], directory: Path) -> ModelConfig:
-    """Return the resolved model settings for a checked ``config.json`` in ``directory``.
-
-    They come from Hugging Face's fields, and in our exports also from our own settings.
-
-    Raises:
-        UserError: our own settings in the export are damaged, or no model can have these settings.
-    """
-    base = own_settings(config)
-    if read_omitted_rows(config, base, directory) is None:
-        base = replace(base, vocab_size=config["vocab_size"])
-    model = replace(
-        base,
-        **_recurrence(config),
-        hidden_size=config["hidden_size"],
-        num_attention_heads=config["num_attention_heads"],
-        ffn_hidden_size=config["intermediate_size"],
-        seq_length=config["max_position_embeddings"],
-        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
-        rotary_percent=rotary_percent(config),
-        rotary_base=rotary_base(config),
-        norm_epsilon=float(config.get("layer_norm_eps", 1e-5)),
-        init_method_std=float(config.get("initializer_range", 0.02)),
-        scale_embeddings=config["model_type"] != "gpt_neox" and config["embedding_scale"] != 1.0,
-    )
-    try:
-        return resolve_model(model)
-    except UserError as error:
-        raise UserError(
-            f"config.json describes a model that megatron_mesh doesn't support: {error}"
-        ) from None
-
-
-def own_settings(config: dict[str, Any]) -> ModelConfig:
-    """Return the settings that only our exports have, with defaults for all others.
-
-    Raises:
-        UserError: the settings are damaged.
-    """
-    settings = config.get(SETTINGS_KEY, {})
-    for name, fits in _OWN.items():
-        if name in settings and not fits(settings[name]):
-            raise UserError(
-                f"config.json: {name} in {SETTINGS_KEY} has the invalid value {settings[name]!r}; export the "
-                "model again"
-            )
-    return ModelConfig(**{name: settings[name] for name in _OWN if name in settings})
-
-
-def _recurrence(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of the recurrence scheme, its memory, and the layer layout."""
-    if config["model_type"] == "gpt_neox":
-        layers = LayerLayout(0, config["num_hidden_layers"], 1, 0, shared=False)
-        return {"recurrence": "vanilla", "layers": str(layers)}
-    scheme = SCHEMES[config["recurrence"]]
-    names = ("prelude_layers", "core_layers", "num_loops", "coda_layers")
-    prelude, core, loops, coda = (config[name] for name in names)
-    layers = LayerLayout(prelude, core, loops, coda, scheme.shared_core)
-    found = {"recurrence": config["recurrence"], "layers": str(layers)}
-    if scheme.uses_memory:
-        found |= {name: config[name] for name in ("mesh_slots", "mesh_transition_query")}
-    return found
-
-
 CoreInit = Literal["average", "first", "stepwise"]
-
-
-def recursive_model(plain: ModelConfig, layers: str, recurrence: str) -> ModelConfig:
-    """Return the resolved settings of a recursive model with the sizes of a plain one.
-
-    Raises:
-        UserError: ``plain`` already has a loop, the new model would have none, or the depths differ.
-    """
-    if SCHEMES[plain.recurrence].has_loop:
-        raise UserError(
-            f"--to-recursive needs a plain model, but this one already has a loop ({plain.recurrence})"
-        )
-    if recurrence in SCHEMES and not SCHEMES[recurrence].shared_core:
-        raise UserError(
-            f"--recurrence {recurrence} doesn't share its core; choose another, e.g. mesh or base"
-        )
-    target = parse_layers(layers)
-    if not target.shared:
-        raise UserError(f"--to-recursive {layers} has no loop; write prelude+coreRloops+coda, e.g. 4+8R2+4")
-    if target.depth != layout(plain).depth:
-        raise UserError(
-            f"--to-recursive {layers} is {target.depth} layers deep, but the model has {layout(plain).depth} "
-            "layers; choose a layout of that depth"
-        )
-    return resolve_model(replace(plain, recurrence=recurrence, layers=layers))
-
-
-def core_sources(target: LayerLayout, choice: CoreInit) -> list[list[int]]:
-    """Return, for each core layer, the layers of the plain model whose mean is its initial value.
-
-    Args:
-        target: layout of the recursive model.
-        choice: "average" takes the layers at the same position in every loop; "first" takes the layer of the
-            first loop; "stepwise" takes layers at equal distances from the first layer of all loops to the
-            last.
-    """
-    loops, core, start = target.loops, target.core, target.prelude
-    if choice == "average":
-        return [[start + loop * core + index for loop in range(loops)] for index in range(core)]
-    if choice == "first":
-        return [[start + index] for index in range(core)]
-    last = loops * core - 1
-    return [[start + round(index * last / max(1, core - 1))] for index in range(core)]
-
-
-def layer_sources(target: LayerLayout, choice: CoreInit) -> dict[str, list[list[int]]]:
-    """Return the same for all layers, by the name of the part: prelude, core and coda."""
-    first_of_coda = target.depth - target.coda
-    return {
-        "prelude": [[index] for index in range(target.prelude)],
-        "core": core_sources(target, choice),
-        "coda": [[first_of_coda + index] for index in range(target.coda)],
-    }
-
-
 ReadTensor = Callable[[ExportTensor], Tensor]
-"""Returns the tensor that the checkpoint has for an entry."""
+"""A function that returns the tensor to write to the checkpoint for an entry."""
 
 
 @dataclass(frozen=True)
@@ -193,8 +68,8 @@ class ToRecursive:
 def import_model(directory: Path, save: Path, to_recursive: ToRecursive | None = None) -> ModelConfig:
     """Write the weights in a Hugging Face directory as a checkpoint that ``--finetune`` can start from.
 
-    Only one tensor at a time is in memory. Properties of the source that the checkpoint cannot have are
-    reported on stderr.
+    Only one tensor at a time is in memory. A note on stderr reports what the checkpoint cannot represent,
+    such as dropout.
 
     Returns:
         The settings of the checkpoint's model.
@@ -235,12 +110,129 @@ def import_model(directory: Path, save: Path, to_recursive: ToRecursive | None =
     return model
 
 
+def model_settings(config: dict[str, Any], directory: Path) -> ModelConfig:
+    """Return the resolved model settings for a checked ``config.json`` in ``directory``.
+
+    They come from Hugging Face's fields and, for our exports, from the run's own settings.
+
+    Raises:
+        UserError: our own settings in the export are damaged, or no model can have these settings.
+    """
+    base = own_settings(config)
+    if read_omitted_rows(config, base, directory) is None:
+        base = replace(base, vocab_size=config["vocab_size"])
+    model = replace(
+        base,
+        **_recurrence(config),
+        hidden_size=config["hidden_size"],
+        num_attention_heads=config["num_attention_heads"],
+        ffn_hidden_size=config["intermediate_size"],
+        seq_length=config["max_position_embeddings"],
+        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
+        rotary_percent=rotary_percent(config),
+        rotary_base=rotary_base(config),
+        norm_epsilon=float(config.get("layer_norm_eps", 1e-5)),
+        init_method_std=float(config.get("initializer_range", 0.02)),
+        scale_embeddings=config["model_type"] != "gpt_neox" and config["embedding_scale"] != 1.0,
+    )
+    try:
+        return resolve_model(model)
+    except UserError as error:
+        raise UserError(
+            f"config.json describes a model that megatron_mesh doesn't support: {error}"
+        ) from None
+
+
+def own_settings(config: dict[str, Any]) -> ModelConfig:
+    """Return the settings that only our exports state, with defaults for all others.
+
+    Raises:
+        UserError: the settings are damaged.
+    """
+    settings = config.get(SETTINGS_KEY, {})
+    for name, fits in _OWN.items():
+        if name in settings and not fits(settings[name]):
+            raise UserError(
+                f"config.json: {name} in {SETTINGS_KEY} has the invalid value {settings[name]!r}; export the "
+                "model again"
+            )
+    return ModelConfig(**{name: settings[name] for name in _OWN if name in settings})
+
+
+def recursive_model(plain: ModelConfig, layers: str, recurrence: str) -> ModelConfig:
+    """Return the resolved settings of a recursive model with the sizes of a plain one.
+
+    Raises:
+        UserError: ``plain`` already has a loop, the new model would have none, or the depths differ.
+    """
+    if SCHEMES[plain.recurrence].has_loop:
+        raise UserError(
+            f"--to-recursive needs a plain model, but this one already has a loop ({plain.recurrence})"
+        )
+    if recurrence in SCHEMES and not SCHEMES[recurrence].shared_core:
+        raise UserError(
+            f"--recurrence {recurrence} doesn't share its core; choose another, e.g. mesh or base"
+        )
+    target = parse_layers(layers)
+    if not target.shared:
+        raise UserError(f"--to-recursive {layers} has no loop; write prelude+coreRloops+coda, e.g. 4+8R2+4")
+    if target.depth != layout(plain).depth:
+        raise UserError(
+            f"--to-recursive {layers} is {target.depth} layers deep, but the model has {layout(plain).depth} "
+            "layers; choose a layout of that depth"
+        )
+    return resolve_model(replace(plain, recurrence=recurrence, layers=layers))
+
+
+def core_sources(target: LayerLayout, choice: CoreInit) -> list[list[int]]:
+    """Return, for each core layer, the layers of the plain model that are averaged to initialize it.
+
+    Args:
+        target: layout of the recursive model.
+        choice: "average" takes the layers at the same position in all loops; "first" takes the layer of the
+            first loop; "stepwise" spreads the core over all loops, from the first layer to the last, at equal
+            distances.
+    """
+    loops, core, start = target.loops, target.core, target.prelude
+    if choice == "average":
+        return [[start + loop * core + index for loop in range(loops)] for index in range(core)]
+    if choice == "first":
+        return [[start + index] for index in range(core)]
+    last = loops * core - 1
+    return [[start + round(index * last / max(1, core - 1))] for index in range(core)]
+
+
+def layer_sources(target: LayerLayout, choice: CoreInit) -> dict[str, list[list[int]]]:
+    """Return the same for the layers of all sections, by name: prelude, core and coda."""
+    first_of_coda = target.depth - target.coda
+    return {
+        "prelude": [[index] for index in range(target.prelude)],
+        "core": core_sources(target, choice),
+        "coda": [[first_of_coda + index] for index in range(target.coda)],
+    }
+
+
+def _recurrence(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the recurrence scheme, its memory, and the layer layout."""
+    if config["model_type"] == "gpt_neox":
+        layers = LayerLayout(0, config["num_hidden_layers"], 1, 0, shared=False)
+        return {"recurrence": "vanilla", "layers": str(layers)}
+    scheme = SCHEMES[config["recurrence"]]
+    names = ("prelude_layers", "core_layers", "num_loops", "coda_layers")
+    prelude, core, loops, coda = (config[name] for name in names)
+    layers = LayerLayout(prelude, core, loops, coda, scheme.shared_core)
+    found = {"recurrence": config["recurrence"], "layers": str(layers)}
+    if scheme.uses_memory:
+        found |= {name: config[name] for name in ("mesh_slots", "mesh_transition_query")}
+    return found
+
+
 def _dtype_note(dtype: torch.dtype) -> str | None:
     if dtype != torch.float16:
         return None
     return (
-        "the checkpoint keeps the weights in float16; a run with bf16, as set in its config.yaml, rounds "
-        "them to bfloat16 when it loads them; a run with --no-bf16 doesn't"
+        "the checkpoint keeps the weights in float16; a run with bf16, as its config.yaml says, rounds them "
+        "to bfloat16 when it loads them; a run with --no-bf16 doesn't"
     )
 
 
@@ -285,8 +277,8 @@ def _recursive_reader(
         if entry.layer is None:
             return read_plain(plain[entry.key, None])
         # The recursive model's "decoder.core.layers..." is "decoder.layers..." in the plain one.
-        _, part, rest = entry.key.split(".", 2)
-        tensors = [read_plain(plain[f"decoder.{rest}", index]) for index in sources[part][entry.layer]]
+        _, section, rest = entry.key.split(".", 2)
+        tensors = [read_plain(plain[f"decoder.{rest}", index]) for index in sources[section][entry.layer]]
         return torch.stack([tensor.float() for tensor in tensors]).mean(0).to(tensors[0].dtype)
 
     return read
