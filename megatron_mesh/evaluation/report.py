@@ -20,7 +20,7 @@ REPORT_FILE = "results.md"
 _THIS = "this model"
 _METRICS_NOTE = (
     "In percent. acc compares the log-likelihoods of the choices, acc_norm divides them by the number of "
-    "characters, acc_bytes by the number of UTF-8 bytes. * is the paper's metric, ± its standard error."
+    "characters, acc_bytes by the number of UTF-8 bytes. * marks the paper's metric, ± is its standard error."
 )
 _PERPLEXITIES = {
     "wikitext": "word_perplexity",
@@ -55,7 +55,7 @@ def write_markdown(results: Results) -> Path:
 
 
 def result_tables(results: Results) -> list[TextTable]:
-    """Return the tables of all results, and of the tasks that were not run. Empty tables are omitted."""
+    """Return tables of all results and of the tasks that were not run, except empty tables."""
     tables = [_tasks(results), _averages(results), _perplexities(results), _not_run(results)]
     return [table for table in tables if table.rows]
 
@@ -123,14 +123,14 @@ class PaperRow:
 
 
 def paper() -> tuple[str, list[PaperRow]]:
-    """Return the citation, and the rows in the paper's order."""
+    """Return the citation of the paper, and its rows in their order."""
     content = _read("paper.json")
     rows = [PaperRow(**dict(zip(content["columns"], row, strict=True))) for row in content["rows"]]
     return content["source"], rows
 
 
 def pythia() -> tuple[str, dict[str, dict[str, Any]]]:
-    """Return the citation, and the metrics of each task by model and number of shots ("0" or "5")."""
+    """Return the citation of Pythia's results, and the metrics of each task by model and shots ("0", "5")."""
     content = _read("pythia.json")
     return content["source"], content["models"]
 

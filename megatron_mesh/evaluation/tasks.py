@@ -33,11 +33,11 @@ class Task:
     metric: str
     """The paper's metric, by its name in lm-eval.
 
-    ``acc`` compares log-likelihoods of the choices, ``acc_norm`` divides them by the number of characters,
-    ``acc_bytes`` by the number of UTF-8 bytes.
+    ``acc`` compares the log-likelihoods of the choices. ``acc_norm`` first divides them by the number of
+    characters, ``acc_bytes`` by the number of UTF-8 bytes.
     """
     averaged: bool = True
-    """Whether it is one of the nine tasks of the paper's average. Others are only run without examples."""
+    """Whether the paper's average includes it. Other tasks run with 0 shots only."""
 
     @property
     def normalised(self) -> bool:
@@ -100,7 +100,7 @@ class LocalTask:
 
     @property
     def has_examples(self) -> bool:
-        """Whether the task has data for few-shot examples that are not its test data."""
+        """Whether the task has data for few-shot examples other than its test data."""
         given = {name for name, value in self.config.items() if value}
         return (
             bool({"training_split", "fewshot_split"} & given) or {"validation_split", "test_split"} <= given
@@ -110,8 +110,8 @@ class LocalTask:
 def read_local_tasks(directory: Path) -> dict[str, LocalTask]:
     """Return the known tasks, by name, from all task files (.yaml) in ``directory`` and its subdirectories.
 
-    A file belongs to the task NAME if its ``task`` is NAME or NAME_local. A data file may be at its path
-    relative to ``directory``, or directly in ``directory``.
+    A file belongs to the task NAME if its ``task`` is NAME or NAME_local. The paths of its data files are
+    relative to ``directory``; a data file may also be directly in ``directory``.
 
     Raises:
         UserError: there is no task file, or one of them is unusable.
@@ -158,7 +158,9 @@ def _located(value: Any, directory: Path, file: Path, files: list[Path]) -> Any:
     if isinstance(value, list):
         return [_located(part, directory, file, files) for part in value]
     if not isinstance(value, str):
-        raise UserError(f"{file} has no data_files in its dataset_kwargs; add them, --local-data needs them")
+        raise UserError(
+            f"{file} has no data_files in its dataset_kwargs; add them, since --local-data needs them"
+        )
     tried = [directory / value, directory / Path(value).name]
     path = next((path for path in tried if path.is_file()), None)
     if path is None:
