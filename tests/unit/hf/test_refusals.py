@@ -1,4 +1,4 @@
-"""Models that the conversion rejects for reasons other than config.json, and what it converts exactly."""
+"""Weights and files that the conversion rejects, and those that it converts exactly."""
 
 import json
 import runpy
