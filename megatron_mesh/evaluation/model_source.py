@@ -201,8 +201,8 @@ def _check_model_files(path: Path) -> None:
 def _check_tokenizer(path: Path) -> None:
     if not any((path / name).is_file() for name in _TOKENIZERS):
         raise UserError(
-            f"--model {path} has no tokenizer (none of {', '.join(_TOKENIZERS)}); copy the tokenizer.json "
-            "and tokenizer_config.json of its training there"
+            f"--model {path} has no tokenizer (none of {', '.join(_TOKENIZERS)}); copy the model's "
+            "tokenizer.json and tokenizer_config.json there"
         )
 
 

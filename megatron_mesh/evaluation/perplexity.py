@@ -46,7 +46,7 @@ class Text:
 
 
 def open_text(patterns: Sequence[str], json_key: str) -> Text:
-    """Find the text files that match ``patterns``. Raise UserError if there are none."""
+    """Find the text files that match ``patterns``. Raise UserError if a pattern has no usable match."""
     try:
         paths = expand_inputs(list(patterns))
     except UserError as error:

@@ -76,7 +76,7 @@ class Average:
 
     value: float
     missing: list[str]
-    """Which of the paper's nine tasks are missing. If none is, this is the paper's average."""
+    """Those of the paper's nine tasks that are missing. If there are none, this is the paper's average."""
 
 
 @dataclass
