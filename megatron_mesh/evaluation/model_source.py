@@ -122,9 +122,9 @@ def opened(source: ModelSource, options: Mapping[str, Any], engine: str = TRANSF
         if source.is_checkpoint:
             directory = stack.enter_context(temporary_export(source.path, source.tokenizer_model))
         if engine == VLLM:
-            lm = stack.enter_context(_served(directory, source, options))
+            lm = stack.enter_context(_open_with_vllm(directory, source, options))
         else:
-            lm = _read(directory, source, options)
+            lm = _open_with_transformers(directory, source, options)
         if len(lm.tokenizer) > lm.config.vocab_size:
             raise UserError(
                 f"the tokenizer in {source.path} has {len(lm.tokenizer):,} entries, but the model's "
@@ -133,7 +133,7 @@ def opened(source: ModelSource, options: Mapping[str, Any], engine: str = TRANSF
         yield lm
 
 
-def _read(directory: Path, source: ModelSource, options: Mapping[str, Any]) -> Any:
+def _open_with_transformers(directory: Path, source: ModelSource, options: Mapping[str, Any]) -> Any:
     from megatron_mesh.evaluation.lm import open_hf_lm
     from megatron_mesh.hf.convert.open_model import register_classes
 
@@ -141,7 +141,7 @@ def _read(directory: Path, source: ModelSource, options: Mapping[str, Any]) -> A
     return open_hf_lm(directory, trust_remote_code=source.trust_remote_code, **options)
 
 
-def _served(directory: Path, source: ModelSource, options: Mapping[str, Any]) -> Any:
+def _open_with_vllm(directory: Path, source: ModelSource, options: Mapping[str, Any]) -> Any:
     # We must not register our classes here: vLLM's processes load the code in the directory, and transformers
     # rejects two classes for the same configuration.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # vLLM reads it when it is imported

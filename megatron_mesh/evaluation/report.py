@@ -67,7 +67,7 @@ def paper_table(results: Results) -> TextTable:
     texts = [r for r in results.finished.values() if r.shots is None]
     ours = [
         _number(texts[-1].metrics, "token_perplexity") if texts else "",
-        *(_of(results, task, 0, metric) for task, metric in _PERPLEXITIES.items()),
+        *(_metric_of(results, task, 0, metric) for task, metric in _PERPLEXITIES.items()),
         *(
             f"{100 * averages[n].value:.2f}" if n in averages and not averages[n].missing else ""
             for n in SHOTS
@@ -96,7 +96,7 @@ def pythia_table(results: Results, shots: int) -> TextTable:
     source, models = pythia()
     first = next(iter(models.values()))[str(shots)]
     columns = [(task, metric) for task, metrics in first.items() for metric in metrics]
-    ours = [_THIS, *(_of(results, task, shots, metric) for task, metric in columns)]
+    ours = [_THIS, *(_metric_of(results, task, shots, metric) for task, metric in columns)]
     cells = [
         [name, *(_cell(metric, published[str(shots)][task][metric]) for task, metric in columns)]
         for name, published in models.items()
@@ -196,7 +196,7 @@ def _in_order(results: Results) -> list[Result]:
     return sorted(accuracies, key=lambda r: (r.shots or 0, order.index(r.name)))
 
 
-def _of(results: Results, task: str, shots: int, metric: str) -> str:
+def _metric_of(results: Results, task: str, shots: int, metric: str) -> str:
     result = results.finished.get(f"{task}, {shots}-shot")
     return _number(result.metrics, metric) if result else ""
 

@@ -181,12 +181,12 @@ def dropout_note(config: dict[str, Any]) -> str | None:
 
 def rotary_base(config: dict[str, Any]) -> int:
     """Return the RoPE base of a checked configuration."""
-    return int(_value(config, "rope_theta"))
+    return int(_rope_value(config, "rope_theta"))
 
 
 def rotary_percent(config: dict[str, Any]) -> float:
     """Return the fraction of each head's dimensions that is rotated."""
-    return float(_value(config, "partial_rotary_factor"))
+    return float(_rope_value(config, "partial_rotary_factor"))
 
 
 def check_rope(config: dict[str, Any]) -> None:
@@ -204,14 +204,14 @@ def check_rope(config: dict[str, Any]) -> None:
                 f"rope_parameters sets {name} to {short_json(value)}; only models without RoPE scaling can "
                 "be converted"
             )
-    base = _value(config, "rope_theta")
+    base = _rope_value(config, "rope_theta")
     if not 1 <= base <= _LARGEST_BASE or int(base) != base:
         raise UserError(
             f"rope_theta (or rotary_emb_base) is {short_json(base)}; only whole numbers from 1 to 2^53 can "
             "be converted"
         )
-    _check_fraction(
-        _value(config, "partial_rotary_factor"), config["hidden_size"], config["num_attention_heads"]
+    _check_rotated_dimensions(
+        _rope_value(config, "partial_rotary_factor"), config["hidden_size"], config["num_attention_heads"]
     )
 
 
@@ -336,7 +336,7 @@ def _wrong(name: str, value: Any, wanted: str) -> UserError:
     return UserError(f"{name} is {short_json(value)}, but must be {wanted} for a conversion")
 
 
-def _check_fraction(fraction: float, hidden: int, heads: int) -> None:
+def _check_rotated_dimensions(fraction: float, hidden: int, heads: int) -> None:
     name = "partial_rotary_factor (or rotary_pct)"
     if not 0 < fraction <= 1:
         raise UserError(f"{name} is {short_json(fraction)}, but must be above 0 and at most 1")
@@ -348,7 +348,7 @@ def _check_fraction(fraction: float, hidden: int, heads: int) -> None:
         )
 
 
-def _value(config: dict[str, Any], name: str) -> float:
+def _rope_value(config: dict[str, Any], name: str) -> float:
     """Return the value of a setting. It must be the same under all names by which the file states it."""
     legacy, default, unread = _ROPE_NAMES[name]
     rope = config.get("rope_parameters") or {}

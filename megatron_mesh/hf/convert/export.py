@@ -17,10 +17,19 @@ from megatron_mesh.checkpoint.reader import read_tensor
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.data.tokenizer import Tokenizer, check_vocab
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.convert import describe, ship, tensors
-from megatron_mesh.hf.convert.describe import ExportVocabulary
+from megatron_mesh.hf.convert import ship
+from megatron_mesh.hf.convert.describe import ExportVocabulary, config_json, generation_json, model_card
 from megatron_mesh.hf.convert.export_tokenizer import padding_of, tokenizer_of, write_tokenizer
-from megatron_mesh.hf.convert.tensors import EMBEDDING, VOCABULARY, ExportTensor, entries
+from megatron_mesh.hf.convert.tensors import (
+    EMBEDDING,
+    VOCABULARY,
+    ExportTensor,
+    entries,
+    needs_file,
+    to_export,
+    write_omitted_rows,
+    write_unscaled,
+)
 from megatron_mesh.hf.convert.weights import write_tensors
 from megatron_mesh.recurrence import SCHEMES
 from megatron_mesh.runtime import strict_json
@@ -158,10 +167,10 @@ def _write_weights(
             shard = [wanted[name] for name in names]
             omitted |= _write_shard(index, shard, trained, target, directory / file_name)
     _write_index(plan, directory)
-    if tensors.needs_file(model) and target == stored[EMBEDDING].dtype:
+    if needs_file(model) and target == stored[EMBEDDING].dtype:
         embedding = read_tensor(index, EMBEDDING)
-        tensors.write_unscaled(tensors.to_export(embedding, trained, rows), directory)
-    tensors.write_omitted_rows(omitted, directory)
+        write_unscaled(to_export(embedding, trained, rows), directory)
+    write_omitted_rows(omitted, directory)
     return target
 
 
@@ -174,7 +183,7 @@ def _write_shard(
         tensor = read_tensor(index, entry.key, layer=entry.layer)
         if entry.key in VOCABULARY:
             omitted[entry.key] = tensor[trained:].to(dtype, copy=True)  # a view would keep all rows in memory
-            tensor = tensors.to_export(tensor, trained, entry.shape[0])
+            tensor = to_export(tensor, trained, entry.shape[0])
         if entry.factor != 1:
             tensor = tensor * entry.factor
         converted[entry.name] = tensor.to(entry.dtype(dtype)).contiguous()
@@ -192,9 +201,9 @@ def _write_texts(
     saved: Checkpoint, directory: Path, exported: ExportVocabulary, dtype: str, tokenizer_needs_code: bool
 ) -> None:
     model = saved.config.model
-    _write_json(directory / "config.json", describe.config_json(model, dtype, exported))
-    _write_json(directory / "generation_config.json", describe.generation_json(exported))
-    card = describe.model_card(saved, exported, tokenizer_needs_code)
+    _write_json(directory / "config.json", config_json(model, dtype, exported))
+    _write_json(directory / "generation_config.json", generation_json(exported))
+    card = model_card(saved, exported, tokenizer_needs_code)
     (directory / "README.md").write_text(card, encoding="utf-8")
     if SCHEMES[model.recurrence].has_loop:
         _write_code(ship.sources(), directory)

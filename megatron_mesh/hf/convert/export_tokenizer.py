@@ -127,7 +127,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int, padd
     if not fast:
         settings["auto_map"] = {"AutoTokenizer": [f"{TOKENIZER_CODE}.{TOKENIZER_CLASS}", None]}
     (directory / "tokenizer_config.json").write_text(strict_json.dumps(settings, indent=2), encoding="utf-8")
-    _check(tokenizer, directory, padding)
+    _check_same_ids(tokenizer, directory, padding)
     return not fast
 
 
@@ -186,7 +186,7 @@ def _without_template(processor: dict[str, Any] | None) -> dict[str, Any] | None
     return next((step for step in steps if step["type"] == "ByteLevel"), None)
 
 
-def _check(tokenizer: Tokenizer, directory: Path, padding: Padding) -> None:
+def _check_same_ids(tokenizer: Tokenizer, directory: Path, padding: Padding) -> None:
     """Raise UserError if the export's tokenizer gives different ids in transformers than in training."""
     exported = read_tokenizer(directory)
     for text in texts_with(_symbols(tokenizer)):

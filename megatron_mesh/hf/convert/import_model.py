@@ -23,7 +23,6 @@ from megatron_mesh.config.resolve.model import resolve_model
 from megatron_mesh.config.schema import Config, ModelConfig
 from megatron_mesh.config.settings import dump_config
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.convert import tensors
 from megatron_mesh.hf.convert.config_json import dropout_note, read_config, rotary_base, rotary_percent
 from megatron_mesh.hf.convert.describe import SETTINGS_KEY
 from megatron_mesh.hf.convert.tensors import (
@@ -33,7 +32,9 @@ from megatron_mesh.hf.convert.tensors import (
     ExportTensor,
     check_weights,
     entries,
+    from_export,
     read_omitted_rows,
+    unfold,
 )
 from megatron_mesh.hf.convert.weights import ModelWeights
 from megatron_mesh.model.build import drawn
@@ -85,8 +86,8 @@ def import_model(directory: Path, save: Path, to_recursive: ToRecursive | None =
     weights = ModelWeights(directory)
     dtype = check_weights(source, weights, config_json["vocab_size"])
     names = ("gpt_neox.embed_in.weight", "embed_out.weight")
-    source, embedding = tensors.unfold(source, config_json.get(SETTINGS_KEY, {}), weights, *names)
-    omitted = tensors.read_omitted_rows(config_json, own_settings(config_json), directory) or {}
+    source, embedding = unfold(source, config_json.get(SETTINGS_KEY, {}), weights, *names)
+    omitted = read_omitted_rows(config_json, own_settings(config_json), directory) or {}
     model, read = source, _export_reader(source, weights, embedding, omitted, dtype)
     if to_recursive is not None:
         model = recursive_model(source, to_recursive.layers, to_recursive.recurrence)
@@ -257,7 +258,7 @@ def _export_reader(
         replaced = embedding if entry.key == EMBEDDING else None
         tensor = (weights[entry.name] if replaced is None else replaced).to(entry.dtype(dtype))
         if entry.key in VOCABULARY:
-            return tensors.from_export(tensor, padded_vocab_size(model), omitted.get(entry.key))
+            return from_export(tensor, padded_vocab_size(model), omitted.get(entry.key))
         return tensor
 
     return read

@@ -179,8 +179,8 @@ def unfold(
 ) -> tuple[ModelConfig, Tensor | None]:
     """Return the settings and the embedding that a model had before its embedding scale was folded.
 
-    The export may have been trained since. Therefore the stored embedding counts only if scaling it gives the
-    export's embedding bit for bit.
+    The export may have been trained since. Therefore we undo the folding only if scaling the result again
+    gives the export's embedding bit for bit.
 
     Args:
         model: settings according to the export's config.json.

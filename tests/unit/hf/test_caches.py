@@ -30,7 +30,7 @@ def padded() -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def test_the_base_recursion_is_a_stock_model_of_the_unrolled_depth() -> None:
+def test_the_base_recurrence_is_a_stock_model_of_the_unrolled_depth() -> None:
     model = looped("base")
     twin = unrolled_twin(model)
     with torch.no_grad():
