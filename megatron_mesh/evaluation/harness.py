@@ -15,7 +15,7 @@ from megatron_mesh.evaluation.results import HUB, Result
 from megatron_mesh.evaluation.tasks import TRANSFORMERS, VLLM, LocalTask, Task
 
 _FOLDERS = ("arc", "hellaswag", "lambada", "mmlu/continuation", "piqa", "sciq", "wikitext", "winogrande")
-_FEWSHOT_SEED = 1234  # the default of lm_eval's command line, so that the same examples are drawn
+_FEWSHOT_SEED = 1234  # lm-eval's own default, so that it draws the same examples
 
 # lm-eval can compute acc_bytes, but its task files don't ask for it.
 _METRICS = [
@@ -46,7 +46,7 @@ def harness_version() -> str:
 
 
 def silence_warnings() -> None:
-    """Silence lm-eval's warnings, which are about settings that we choose on purpose."""
+    """Silence lm-eval's warnings about settings that we choose on purpose."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
@@ -57,7 +57,7 @@ def run_task(lm: Any, task: Task, shots: int, *, limit: int | None, local: Local
         lm: a ``CheckedHFLM`` or ``CheckedVLLM``.
         task: the task to run.
         shots: number of examples in the prompt.
-        limit: use only this many documents (of each subject, in MMLU).
+        limit: use only this many documents (in MMLU, of each subject).
         local: the task's local files; if None, its data come from the Hugging Face hub.
 
     Raises:
@@ -72,7 +72,7 @@ def run_task(lm: Any, task: Task, shots: int, *, limit: int | None, local: Local
         part.set_fewshot_seed(_FEWSHOT_SEED)
     with contextlib.redirect_stdout(sys.stderr):
         output = lm_eval.evaluate(lm, loaded, limit=limit, log_samples=False)
-    assert output is not None  # None is only for processes other than the first
+    assert output is not None  # it is None only in processes other than the first
     values = {
         key.removesuffix(",none"): float(value)
         for key, value in output["results"][task.name].items()
@@ -94,9 +94,9 @@ def run_task(lm: Any, task: Task, shots: int, *, limit: int | None, local: Local
 
 
 def _load(task: Task, local: LocalTask | None) -> Any:
-    """Load lm-eval's tasks (a group may have many) and their data.
+    """Load lm-eval's task objects (a group has several) and their data.
 
-    Each run loads them anew, since lm-eval stores the number of shots in the task objects.
+    We load them again for each number of shots, since lm-eval stores this number in them.
     """
     metrics = {"metric_list": _METRICS} if task.normalised else {}
     if local is not None:
@@ -113,7 +113,7 @@ def _load(task: Task, local: LocalTask | None) -> Any:
 
 @functools.cache
 def _manager() -> Any:
-    """Return lm-eval's index of only our tasks, since indexing all of its tasks takes 15 seconds."""
+    """Return lm-eval's index of our tasks. Indexing all of its tasks would take 15 seconds."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
@@ -125,6 +125,6 @@ def _unavailable(task: Task, local: LocalTask | None, error: OSError) -> str:
     if local is not None:
         return f"cannot read the data of {task.name} ({cause}); correct {local.file}"
     return (
-        f"cannot load the data of {task.name} from the Hugging Face hub ({cause}); repeat the command on a "
-        "machine with access to the hub, which continues this evaluation, or use --local-data"
+        f"cannot load the data of {task.name} from the Hugging Face hub ({cause}); run the same command on "
+        "a machine with access to the hub to resume this evaluation, or use --local-data"
     )

@@ -18,7 +18,7 @@ class CheckedHFLM(ChecksRequests, HFLM):
     """``HFLM`` that rejects answers longer than the model's sequences and can score packed text."""
 
     text_batch = 1
-    """Batch size for packed text if the batch size is "auto", since lm-eval finds that only for its tasks."""
+    """Batch size for packed text if ``batch_size`` is "auto", which lm-eval implements only for its tasks."""
 
     @property
     def window(self) -> int:
@@ -27,7 +27,7 @@ class CheckedHFLM(ChecksRequests, HFLM):
 
     @torch.no_grad()
     def nats(self, windows: Tensor) -> float:
-        """Return the summed negative log-likelihood of windows [B, S + 1], except their first tokens."""
+        """Return the negative log-likelihood of windows [B, S + 1], summed over all but the first tokens."""
         tokens = windows.to(self.device, torch.long)
         logits = self.model(tokens[:, :-1], use_cache=False).logits
         # Convert one row at a time, since logits in float32 are large.
@@ -39,8 +39,8 @@ class CheckedHFLM(ChecksRequests, HFLM):
         check_answer_lengths(requests, self.window)
 
 
-def open_hf_lm(directory: Path, *, trust_remote_code: bool, **how: Any) -> CheckedHFLM:
-    """Load the model in ``directory``; ``how`` has ``HFLM``'s device, dtype, batch_size and max_length.
+def open_hf_lm(directory: Path, *, trust_remote_code: bool, **options: Any) -> CheckedHFLM:
+    """Load the model in ``directory``. ``options`` are ``HFLM``'s device, dtype, batch_size and max_length.
 
     Raises:
         UserError: the model cannot be loaded.
@@ -49,7 +49,7 @@ def open_hf_lm(directory: Path, *, trust_remote_code: bool, **how: Any) -> Check
         return CheckedHFLM(
             pretrained=str(directory.resolve()),  # a relative path could be mistaken for a model on the hub
             trust_remote_code=trust_remote_code,
-            **how,
+            **options,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load the model in {directory}: {error}") from error

@@ -39,7 +39,7 @@ class ModelSource:
     sha256: str
     """Hash over the files of the model and its tokenizer."""
     tokenizer_model: str | None = None
-    """For a checkpoint: path of the tokenizer, if it isn't the one in the run's settings."""
+    """For a checkpoint: path of a tokenizer to use instead of the one in the run's settings."""
 
 
 def huggingface_source(path: Path, *, trust_remote_code: bool) -> ModelSource:
@@ -58,7 +58,7 @@ def huggingface_source(path: Path, *, trust_remote_code: bool) -> ModelSource:
 
 
 def checkpoint_source(load: Path, tokenizer_model: str | None) -> ModelSource:
-    """Check the newest checkpoint in a run's directory, or that in an iter_... directory.
+    """Check the newest checkpoint in a run's directory, or an iter_... directory.
 
     Raises:
         UserError: there is no checkpoint, it is incomplete, or it has no tokenizer.
@@ -81,7 +81,7 @@ def checkpoint_source(load: Path, tokenizer_model: str | None) -> ModelSource:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Return the device of that name (default: the one that this process would train on).
+    """Return the device of this name (default: the one on which this process would train).
 
     Raises:
         UserError: there is no such device.
@@ -102,14 +102,14 @@ def choose_device(name: str | None) -> torch.device:
 
 
 @contextmanager
-def opened(source: ModelSource, how: Mapping[str, Any], engine: str = TRANSFORMERS) -> Iterator[Any]:
-    """Load the model as a ``CheckedHFLM`` or ``CheckedVLLM``, until the end of the block.
+def opened(source: ModelSource, options: Mapping[str, Any], engine: str = TRANSFORMERS) -> Iterator[Any]:
+    """Load the model as a ``CheckedHFLM`` or ``CheckedVLLM`` for the duration of the block.
 
-    A checkpoint is exported to a temporary directory for that time.
+    A checkpoint is first exported to a temporary directory.
 
     Args:
         source: the model to load.
-        how: device (only for transformers), dtype, batch_size, max_length.
+        options: device (only for transformers), dtype, batch_size, max_length.
         engine: one of ``ENGINES``.
 
     Raises:
@@ -122,9 +122,9 @@ def opened(source: ModelSource, how: Mapping[str, Any], engine: str = TRANSFORME
         if source.is_checkpoint:
             directory = stack.enter_context(temporary_export(source.path, source.tokenizer_model))
         if engine == VLLM:
-            lm = stack.enter_context(_served(directory, source, how))
+            lm = stack.enter_context(_open_with_vllm(directory, source, options))
         else:
-            lm = _read(directory, source, how)
+            lm = _open_with_transformers(directory, source, options)
         if len(lm.tokenizer) > lm.config.vocab_size:
             raise UserError(
                 f"the tokenizer in {source.path} has {len(lm.tokenizer):,} entries, but the model's "
@@ -133,29 +133,29 @@ def opened(source: ModelSource, how: Mapping[str, Any], engine: str = TRANSFORME
         yield lm
 
 
-def _read(directory: Path, source: ModelSource, how: Mapping[str, Any]) -> Any:
+def _open_with_transformers(directory: Path, source: ModelSource, options: Mapping[str, Any]) -> Any:
     from megatron_mesh.evaluation.lm import open_hf_lm
     from megatron_mesh.hf.convert.open_model import register_classes
 
     register_classes()
-    return open_hf_lm(directory, trust_remote_code=source.trust_remote_code, **how)
+    return open_hf_lm(directory, trust_remote_code=source.trust_remote_code, **options)
 
 
-def _served(directory: Path, source: ModelSource, how: Mapping[str, Any]) -> Any:
+def _open_with_vllm(directory: Path, source: ModelSource, options: Mapping[str, Any]) -> Any:
     # We must not register our classes here: vLLM's processes load the code in the directory, and transformers
     # rejects two classes for the same configuration.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # vLLM reads it when it is imported
     from megatron_mesh.evaluation.vllm_lm import open_vllm_lm
 
     trust = source.trust_remote_code or source.is_checkpoint or _has_only_our_code(directory)
-    return open_vllm_lm(directory, trust_remote_code=trust, **how)
+    return open_vllm_lm(directory, trust_remote_code=trust, **options)
 
 
 def _has_only_our_code(directory: Path) -> bool:
-    """Whether model or tokenizer need code in the directory, all of which is a copy of this package's.
+    """Whether model or tokenizer need code in the directory, all of which is known to be this package's.
 
     Raises:
-        UserError: the code differs from this package's.
+        UserError: some code in the directory differs from this package's.
     """
     if not any(_code_of(directory / name) for name in _MAY_NAME_CODE):
         return False
@@ -201,8 +201,8 @@ def _check_model_files(path: Path) -> None:
 def _check_tokenizer(path: Path) -> None:
     if not any((path / name).is_file() for name in _TOKENIZERS):
         raise UserError(
-            f"--model {path} has no tokenizer (none of {', '.join(_TOKENIZERS)}); copy the tokenizer.json "
-            "and tokenizer_config.json there that the model was trained with"
+            f"--model {path} has no tokenizer (none of {', '.join(_TOKENIZERS)}); copy the model's "
+            "tokenizer.json and tokenizer_config.json there"
         )
 
 
@@ -221,7 +221,7 @@ def _check_no_code(path: Path) -> None:
 
 
 def _code_of(path: Path) -> Any:
-    """Return the auto_map of a JSON file, which lists classes in the model's own code, or None."""
+    """Return the auto_map of a JSON file, which names classes in the model's own code; None without one."""
     return _read_json(path).get("auto_map") if path.is_file() else None
 
 

@@ -36,7 +36,7 @@ class Text:
         return f"text {' '.join(path.name for path in self.paths)}"
 
     def documents(self) -> Iterator[str]:
-        """Yield all documents that aren't empty. Raise UserError for an invalid one."""
+        """Yield all documents that aren't empty. Raise UserError if one is invalid."""
         for path in self.paths:
             for chunk in read_chunks(path, _CHUNK_BYTES):
                 parsed = parse_chunk(chunk, [self.json_key], skip_broken=True)
@@ -46,7 +46,7 @@ class Text:
 
 
 def open_text(patterns: Sequence[str], json_key: str) -> Text:
-    """Find the text files that match ``patterns``. Raise UserError if ``expand_inputs`` does."""
+    """Find the text files that match ``patterns``. Raise UserError if a pattern has no usable match."""
     try:
         paths = expand_inputs(list(patterns))
     except UserError as error:
@@ -65,12 +65,12 @@ def measure_perplexity(
 ) -> Result:
     """Compute the perplexity of the documents, joined by end-of-text tokens and split at the model's length.
 
-    Each token is predicted once; the first one follows an end-of-text token. The metrics are:
+    Each token is predicted once. The first document is preceded by an end-of-text token too. The metrics are:
 
-    - ``token_perplexity``: exp(nats / tokens), where end-of-text tokens count. This is the perplexity that
-      training reports for its validation data.
-    - ``word_perplexity`` and ``byte_perplexity``: the same with the number of words (separated by whitespace,
-      as in lm-eval) and of UTF-8 bytes.
+    - ``token_perplexity``: exp(nats / tokens), where end-of-text tokens count. Training reports the same
+      perplexity for its validation data.
+    - ``word_perplexity`` and ``byte_perplexity``: the same per word (separated by whitespace, as in lm-eval)
+      and per UTF-8 byte.
     - ``bits_per_byte``: the logarithm of ``byte_perplexity`` to base 2.
 
     Args:
@@ -121,7 +121,7 @@ def _pack(documents: Sequence[str], tokenizer: Any, end: int) -> Tensor:
 def _negative_log_likelihood(
     lm: Any, ids: Tensor, batch_size: int, on_batch: Callable[[int, int], None]
 ) -> float:
-    """Return the sum over all tokens except the first, in nats. The last window may be shorter."""
+    """Return the sum over all tokens but the first, in nats. The last window may be short."""
     length, total = lm.window, len(ids) - 1
     windows = [ids[begin : begin + length + 1] for begin in range(0, total, length)]
     batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]

@@ -1,6 +1,6 @@
-"""Published results to compare with: the paper's (paper.json) and Pythia's (pythia.json).
+"""Formats results as tables, and writes results.md, which compares them with published numbers.
 
-Formats results as tables, and writes results.md, which compares them with published numbers.
+The published numbers are the paper's (paper.json) and those of the Pythia suite (pythia.json).
 """
 
 import json
@@ -16,47 +16,17 @@ from megatron_mesh.evaluation.tasks import AVERAGED, SHOTS, TASKS
 from megatron_mesh.metrics.tables import TextTable
 from megatron_mesh.runtime.run_files import replace_text
 
-
-@dataclass(frozen=True)
-class PaperRow:
-    """A model in the paper's table: perplexities, and average accuracies in percent."""
-
-    size: str
-    layers: str
-    recurrence: str
-    pile: float
-    wikitext: float
-    lambada_openai: float
-    lambada_standard: float
-    average_0: float
-    average_5: float
-
-
-def paper() -> tuple[str, list[PaperRow]]:
-    """Return the citation, and the rows in the paper's order."""
-    content = _read("paper.json")
-    rows = [PaperRow(**dict(zip(content["columns"], row, strict=True))) for row in content["rows"]]
-    return content["source"], rows
-
-
-def pythia() -> tuple[str, dict[str, dict[str, Any]]]:
-    """Return the citation, and the metrics of each task by model and number of shots ("0" or "5")."""
-    content = _read("pythia.json")
-    return content["source"], content["models"]
-
-
-@cache
-def _read(name: str) -> dict[str, Any]:
-    return json.loads(resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))
-
-
 REPORT_FILE = "results.md"
-
 _THIS = "this model"
 _METRICS_NOTE = (
     "In percent. acc compares the log-likelihoods of the choices, acc_norm divides them by the number of "
-    "characters, acc_bytes by the number of UTF-8 bytes. * is the paper's metric, ± its standard error."
+    "characters, acc_bytes by the number of UTF-8 bytes. * marks the paper's metric, ± is its standard error."
 )
+_PERPLEXITIES = {
+    "wikitext": "word_perplexity",
+    "lambada_openai": "perplexity",
+    "lambada_standard": "perplexity",
+}
 
 
 def write_markdown(results: Results) -> Path:
@@ -85,7 +55,7 @@ def write_markdown(results: Results) -> Path:
 
 
 def result_tables(results: Results) -> list[TextTable]:
-    """Return the tables of all results, and of the tasks that were not run. Empty tables are omitted."""
+    """Return tables of all results and of the tasks that were not run, except empty tables."""
     tables = [_tasks(results), _averages(results), _perplexities(results), _not_run(results)]
     return [table for table in tables if table.rows]
 
@@ -97,7 +67,7 @@ def paper_table(results: Results) -> TextTable:
     texts = [r for r in results.finished.values() if r.shots is None]
     ours = [
         _number(texts[-1].metrics, "token_perplexity") if texts else "",
-        *(_of(results, task, 0, metric) for task, metric in _PERPLEXITIES.items()),
+        *(_metric_of(results, task, 0, metric) for task, metric in _PERPLEXITIES.items()),
         *(
             f"{100 * averages[n].value:.2f}" if n in averages and not averages[n].missing else ""
             for n in SHOTS
@@ -126,7 +96,7 @@ def pythia_table(results: Results, shots: int) -> TextTable:
     source, models = pythia()
     first = next(iter(models.values()))[str(shots)]
     columns = [(task, metric) for task, metrics in first.items() for metric in metrics]
-    ours = [_THIS, *(_of(results, task, shots, metric) for task, metric in columns)]
+    ours = [_THIS, *(_metric_of(results, task, shots, metric) for task, metric in columns)]
     cells = [
         [name, *(_cell(metric, published[str(shots)][task][metric]) for task, metric in columns)]
         for name, published in models.items()
@@ -137,11 +107,32 @@ def pythia_table(results: Results, shots: int) -> TextTable:
     )
 
 
-_PERPLEXITIES = {
-    "wikitext": "word_perplexity",
-    "lambada_openai": "perplexity",
-    "lambada_standard": "perplexity",
-}
+@dataclass(frozen=True)
+class PaperRow:
+    """A model in the paper's table: perplexities, and average accuracies in percent."""
+
+    size: str
+    layers: str
+    recurrence: str
+    pile: float
+    wikitext: float
+    lambada_openai: float
+    lambada_standard: float
+    average_0: float
+    average_5: float
+
+
+def paper() -> tuple[str, list[PaperRow]]:
+    """Return the citation of the paper, and its rows in their order."""
+    content = _read("paper.json")
+    rows = [PaperRow(**dict(zip(content["columns"], row, strict=True))) for row in content["rows"]]
+    return content["source"], rows
+
+
+def pythia() -> tuple[str, dict[str, dict[str, Any]]]:
+    """Return the citation of Pythia's results, and the metrics of each task by model and shots ("0", "5")."""
+    content = _read("pythia.json")
+    return content["source"], content["models"]
 
 
 def _tasks(results: Results) -> TextTable:
@@ -205,7 +196,7 @@ def _in_order(results: Results) -> list[Result]:
     return sorted(accuracies, key=lambda r: (r.shots or 0, order.index(r.name)))
 
 
-def _of(results: Results, task: str, shots: int, metric: str) -> str:
+def _metric_of(results: Results, task: str, shots: int, metric: str) -> str:
     result = results.finished.get(f"{task}, {shots}-shot")
     return _number(result.metrics, metric) if result else ""
 
@@ -220,3 +211,8 @@ def _cell(metric: str, value: float) -> str:
     if metric == "bits_per_byte":
         return f"{value:.4f}"
     return f"{value:,.2f}" if value < 1e5 else f"{value:.2e}"
+
+
+@cache
+def _read(name: str) -> dict[str, Any]:
+    return json.loads(resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))

@@ -23,7 +23,7 @@ def label(name: str, shots: int | None) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """Result of one task with one number of shots, or the perplexity of one text (``shots`` is None)."""
+    """Result of one task with one number of shots, or of one text (then ``shots`` is None)."""
 
     name: str
     shots: int | None
@@ -72,11 +72,11 @@ def check_answer_lengths(requests: Iterable[tuple[Any, Any, list[int]]], limit: 
 
 @dataclass(frozen=True)
 class Average:
-    """Mean over tasks of the paper's metric, for one number of shots."""
+    """Mean of the paper's metric over tasks, for one number of shots."""
 
     value: float
     missing: list[str]
-    """Tasks that are missing from the paper's nine. If none is missing, this is the paper's average."""
+    """Those of the paper's nine tasks that are missing. If there are none, this is the paper's average."""
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Results:
 
     path: Path
     run: dict[str, Any]
-    """What all results share: model, precision, limit, versions."""
+    """What all results have in common: model, precision, limit, versions."""
     finished: dict[str, Result] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
 
@@ -109,7 +109,7 @@ class Results:
         self.save()
 
     def averages(self) -> dict[int, Average]:
-        """Return averages by number of shots, where at least one of the nine tasks is finished."""
+        """Return averages by number of shots, if at least one of the nine tasks is finished."""
         found = {}
         for shots in sorted({r.shots for r in self.finished.values() if r.shots is not None}):
             done = [r for r in self.finished.values() if r.shots == shots and r.name in AVERAGED]

@@ -70,10 +70,10 @@ class EvaluationJob:
 
 
 def run_evaluation(settings: Settings) -> Results:
-    """Compute the results that ``settings`` ask for, except those already in the output directory.
+    """Compute the results that ``settings`` ask for, unless they are in the output directory already.
 
     Each result is written as soon as it is finished, so the same call resumes an interrupted evaluation. If
-    all results are there, the model isn't loaded.
+    no result is missing, the model isn't loaded.
 
     Raises:
         UserError: the settings contradict each other, or the model or the data cannot be read.
@@ -104,14 +104,14 @@ def _run(
     device: str | None,
 ) -> None:
     harness.silence_warnings()
-    how: dict[str, Any] = {
+    options: dict[str, Any] = {
         "dtype": settings.dtype,
         "batch_size": settings.batch_size,
         "max_length": settings.max_length,
     }
     if device is not None:
-        how["device"] = device
-    with model_source.opened(source, how, settings.engine) as lm:
+        options["device"] = device
+    with model_source.opened(source, options, settings.engine) as lm:
         for number, job in enumerate(jobs, start=1):
             logger.info("[%d/%d] %s", number, len(jobs), job.label)
             try:
@@ -231,7 +231,7 @@ def _source(settings: Settings) -> model_source.ModelSource:
 
 
 def _identity(settings: Settings, source: model_source.ModelSource) -> dict[str, Any]:
-    """Return what all results in one file must share."""
+    """Return what all results in one file must have in common."""
     return {
         "path": str(source.path),
         "model": source.sha256,

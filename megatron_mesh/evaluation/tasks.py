@@ -1,8 +1,7 @@
-"""Names of the engines that can run the evaluated model. This module imports neither of them.
+"""Lists the paper's tasks and the engines that can run them, and reads task files in a local directory.
 
-Lists the tasks of the paper's tables, and the metric that the paper reports for each.
-
-Finds lm-eval task files and their data in a directory, for machines without access to the hub.
+Local task files are for machines without access to the hub. This module imports neither lm-eval nor an
+engine, so settings can be checked before these are loaded.
 """
 
 import difflib
@@ -19,19 +18,6 @@ from megatron_mesh.errors import UserError
 TRANSFORMERS = "transformers"
 VLLM = "vllm"
 ENGINES = (TRANSFORMERS, VLLM)
-
-
-def check_engine(engine: str, device: str | None) -> None:
-    """Raise UserError if the engine is unknown or doesn't support ``--device``."""
-    if engine not in ENGINES:
-        raise UserError(f"--engine {engine} is unknown; choose from {', '.join(ENGINES)}")
-    if engine == VLLM and device is not None:
-        raise UserError(
-            f"--device {device} is only for --engine transformers; leave it out: vLLM runs on the device "
-            "that it was built for (choose a GPU with CUDA_VISIBLE_DEVICES)"
-        )
-
-
 SHOTS = (0, 5)
 """Numbers of examples in the prompt, as in the paper."""
 
@@ -47,11 +33,11 @@ class Task:
     metric: str
     """The paper's metric, by its name in lm-eval.
 
-    ``acc`` compares log-likelihoods of the choices, ``acc_norm`` divides them by the number of characters,
-    ``acc_bytes`` by the number of UTF-8 bytes.
+    ``acc`` compares the log-likelihoods of the choices. ``acc_norm`` first divides them by the number of
+    characters, ``acc_bytes`` by the number of UTF-8 bytes.
     """
     averaged: bool = True
-    """Whether it is one of the nine tasks of the paper's average. Others are only run without examples."""
+    """Whether the paper's average includes it. Other tasks run with 0 shots only."""
 
     @property
     def normalised(self) -> bool:
@@ -75,6 +61,17 @@ TASKS = {
     )
 }
 AVERAGED = [task.name for task in TASKS.values() if task.averaged]
+
+
+def check_engine(engine: str, device: str | None) -> None:
+    """Raise UserError if the engine is unknown or doesn't support ``--device``."""
+    if engine not in ENGINES:
+        raise UserError(f"--engine {engine} is unknown; choose from {', '.join(ENGINES)}")
+    if engine == VLLM and device is not None:
+        raise UserError(
+            f"--device {device} is only for --engine transformers; leave it out: vLLM runs on the device "
+            "that it was built for (choose a GPU with CUDA_VISIBLE_DEVICES)"
+        )
 
 
 def choose_tasks(names: Sequence[str] | None) -> list[Task]:
@@ -103,7 +100,7 @@ class LocalTask:
 
     @property
     def has_examples(self) -> bool:
-        """Whether the task has data for few-shot examples that are not its test data."""
+        """Whether the task has data for few-shot examples other than its test data."""
         given = {name for name, value in self.config.items() if value}
         return (
             bool({"training_split", "fewshot_split"} & given) or {"validation_split", "test_split"} <= given
@@ -113,8 +110,8 @@ class LocalTask:
 def read_local_tasks(directory: Path) -> dict[str, LocalTask]:
     """Return the known tasks, by name, from all task files (.yaml) in ``directory`` and its subdirectories.
 
-    A file belongs to the task NAME if its ``task`` is NAME or NAME_local. A data file may be at its path
-    relative to ``directory``, or directly in ``directory``.
+    A file belongs to the task NAME if its ``task`` is NAME or NAME_local. The paths of its data files are
+    relative to ``directory``; a data file may also be directly in ``directory``.
 
     Raises:
         UserError: there is no task file, or one of them is unusable.
@@ -161,7 +158,9 @@ def _located(value: Any, directory: Path, file: Path, files: list[Path]) -> Any:
     if isinstance(value, list):
         return [_located(part, directory, file, files) for part in value]
     if not isinstance(value, str):
-        raise UserError(f"{file} has no data_files in its dataset_kwargs; add them, --local-data needs them")
+        raise UserError(
+            f"{file} has no data_files in its dataset_kwargs; add them, since --local-data needs them"
+        )
     tried = [directory / value, directory / Path(value).name]
     path = next((path for path in tried if path.is_file()), None)
     if path is None:

@@ -1,8 +1,8 @@
 """lm-eval's vLLM model, with the same scores as ``CheckedHFLM``. This module imports lm-eval and vLLM.
 
-vLLM generates at least one token after a prompt. Therefore the windows of lm-eval's class for vLLM are two
-tokens shorter than those of its Hugging Face class. We make the engine's sequences two tokens longer instead.
-This doesn't change any score, and rotary embeddings are defined at the additional positions.
+vLLM generates at least one token after a prompt, so lm-eval's vLLM class uses windows that are two tokens
+shorter than those of its Hugging Face class. To use the same windows, we make the engine's sequences two
+tokens longer. No score depends on the additional positions, and rotary embeddings are defined there.
 """
 
 import math
@@ -25,15 +25,15 @@ from megatron_mesh.evaluation.results import check_answer_lengths
 with vllm_version(vllm.__version__):
     from lm_eval.models.vllm_causallms import VLLM
 
-_EXTRA = 2
-_AUTO_SEQUENCES = 64
+_EXTRA = 2  # positions after each window
+_AUTO_SEQUENCES = 64  # at a time, if ``batch_size`` is "auto"
 
 
 class CheckedVLLM(ChecksRequests, VLLM):
     """``VLLM`` that rejects answers longer than the model's sequences and can score packed text."""
 
     text_batch = _AUTO_SEQUENCES
-    """Batch size for packed text if the batch size is "auto"."""
+    """Batch size for packed text if ``batch_size`` is "auto"."""
 
     @property
     def window(self) -> int:
@@ -46,7 +46,7 @@ class CheckedVLLM(ChecksRequests, VLLM):
         return vllm_config(self)
 
     def nats(self, windows: Tensor) -> float:
-        """Return the summed negative log-likelihood of windows [B, S + 1], except their first tokens."""
+        """Return the negative log-likelihood of windows [B, S + 1], summed over all but the first tokens."""
         params = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         prompts = [vllm.TokensPrompt(prompt_token_ids=window) for window in windows.tolist()]
         total = 0.0
@@ -74,8 +74,8 @@ def open_vllm_lm(
     Args:
         directory: a Hugging Face model with its tokenizer.
         trust_remote_code: run code in the directory.
-        dtype: dtype of the model; "auto" is that of the stored weights (vLLM's own "auto" casts float32 to 16
-            bits).
+        dtype: dtype of the model; "auto" is the dtype of the stored weights (vLLM's own "auto" would cast
+            float32 to 16 bits).
         batch_size: number of sequences at a time, or "auto".
         max_length: number of tokens that the model sees at once (default: the model's).
 
@@ -124,7 +124,7 @@ def _lengthen(config: Any, window: int) -> dict[str, int]:
 
 
 def _cpu_cache_bytes(config: Any, window: int, sequences: int) -> int | None:
-    """Return the size of the KV cache on a CPU, or None on a GPU.
+    """Return the size of the KV cache on a CPU, or None on a GPU or if VLLM_CPU_KVCACHE_SPACE sets it.
 
     By default, vLLM would allocate nearly all memory of the machine.
     """

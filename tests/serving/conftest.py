@@ -1,4 +1,4 @@
-"""Exports to serve, and the process that serves them. All tests are skipped if vLLM is not installed."""
+"""Checkpoints, their exports, and vLLM engines. All tests are skipped if vLLM is not installed."""
 
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ def nothing_left_behind(needs_vllm: None) -> Iterator[None]:
 
 
 def _unused_shared_memory() -> set[str]:
-    """List shared memory of vLLM that no process maps. Mapped files may belong to other engines."""
+    """List vLLM's shared memory that no process maps. What is mapped may belong to other engines."""
     mapped = ""
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # the process has ended or belongs to another user

@@ -72,7 +72,7 @@ def test_without_compilation(
 def test_compiled(
     engines: Engines, export: Callable[[str], Path], expected: Callable[[str], list[Expected]], scheme: str
 ) -> None:
-    """The default of vLLM, which is torch.compile, on a CPU with inductor."""
+    """By default vLLM compiles the model, on a CPU with inductor."""
     batches = [Batch(prompts(), {**GREEDY, "prompt_logprobs": 0}), Batch(prompts(), GREEDY)]
     for answers in engines.run(Job(export(scheme), batches)):
         check(answers, expected(scheme))
@@ -94,7 +94,7 @@ def test_padded_ids_are_never_sampled(engines: Engines, export: Callable[[str], 
 
 
 def test_every_token_depends_on_the_first(export: Callable[[str], Path]) -> None:
-    """Otherwise the tests above would not notice a lost cache."""
+    """If it did not, the tests above could not notice a lost cache."""
     prompt = prompts()[3]
     assert len(prompt) + NEW_TOKENS <= LENGTH
     for scheme in SCHEMES:

@@ -34,7 +34,7 @@ def test_equal_scores(
     scheme: str,
     option: str,
 ) -> None:
-    """For multiple choice, last words, and packed text with windows as long as the model's sequences."""
+    """Of multiple choice, last words, and packed text whose windows are as long as the model's sequences."""
     where = (export if option == "--model" else checkpoint)(scheme)
     text = tmp_path / "valid.jsonl.gz"
     write_jsonl(text, [{"text": sentence(i, 40 * i + 1)} for i in range(8)])

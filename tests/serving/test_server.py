@@ -1,4 +1,4 @@
-"""Converting, serving and querying a model with the README's three commands, as a user runs them."""
+"""A user converts, serves and queries a model, with a command each."""
 
 import json
 import os

@@ -1,16 +1,12 @@
-"""Lists the fields of a config.json that cannot change logits, and formats values for error messages.
-
-Reads and checks the settings of rotary position embeddings in a config.json.
-
-transformers 4 reads ``rotary_emb_base`` and ``rotary_pct``. Version 5 reads ``rope_parameters`` and falls
-back to those two. We reject a file that version 4 and version 5 would interpret differently, unless version 5
-wrote it.
-
-Reads the config.json of a Hugging Face model and rejects every model that we cannot reproduce exactly.
+"""Reads the config.json of a Hugging Face model and rejects every model that we cannot reproduce exactly.
 
 The check is an allow-list: each field must be known, have the right type, and have a value that our model
-supports. If we ignored unknown fields, one of them could change what transformers computes, and the converted
-model would silently differ from its source.
+supports. An ignored field could change what transformers computes, and then the converted model would
+silently differ from its source.
+
+Rotary position embeddings (RoPE) need a check of their own. transformers 4 reads ``rotary_emb_base`` and
+``rotary_pct``; version 5 reads ``rope_parameters`` and falls back to those two. We reject a file that the two
+versions would interpret differently, unless version 5 wrote it.
 """
 
 import json
@@ -24,8 +20,50 @@ from megatron_mesh.hf.convert.describe import SETTINGS_KEY
 from megatron_mesh.recurrence import SCHEMES
 from megatron_mesh.runtime import strict_json
 
-_MAX_LENGTH = 60
-
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+_LOOP_SIZES = {
+    "prelude_layers": 0,
+    "core_layers": 1,
+    "num_loops": 1,
+    "trained_loops": 1,
+    "coda_layers": 0,
+    "mesh_slots": 1,
+}
+"""Fields that only our recursive models have, and their smallest values."""
+_LARGEST_SIZE, _LARGEST_LOOP_SIZE = 2**31 - 1, 4096
+_LOOP_FIELDS = (*_LOOP_SIZES, "recurrence", "mesh_transition_query", "embedding_scale")
+# Fields with only one supported value, which is also transformers' default for an absent field.
+_FIXED = {
+    "hidden_act": "gelu",
+    "use_parallel_residual": True,
+    "attention_bias": True,
+    "rope_scaling": None,
+    "quantization_config": None,
+    "pruned_heads": {},
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "tie_encoder_decoder": False,
+    "torchscript": False,
+}
+_FRACTIONS = ("hidden_dropout", "attention_dropout", "classifier_dropout")
+_ROPE = ("rope_parameters", "rotary_pct", "rotary_emb_base", "rope_theta", "partial_rotary_factor")
+_ROPE_NAMES = {
+    # Name in rope_parameters: (name in transformers 4, default in both versions, name that neither reads).
+    "rope_theta": ("rotary_emb_base", 10000, "rope_theta"),
+    "partial_rotary_factor": ("rotary_pct", 0.25, "partial_rotary_factor"),
+}
+_LARGEST_BASE = 2**53  # above this, float64 cannot represent every integer
+_OURS = "megatron_mesh"
+"""Model type of our recursive models, and prefix of the fields that only our exports have."""
+_MAX_LENGTH = 60  # of a value in an error message
 HARMLESS = frozenset(
     {
         # Descriptions of the model and of the file.
@@ -71,7 +109,7 @@ HARMLESS = frozenset(
         "_attn_implementation",
         "_attn_implementation_autoset",
         "experts_implementation",
-        # GPT-NeoX reads these in no supported version.
+        # No supported version of GPT-NeoX reads these.
         "chunk_size_feed_forward",
         "cross_attention_hidden_size",
         "hidden_dropout_prob",
@@ -108,130 +146,6 @@ HARMLESS = frozenset(
 """Fields that don't change the logits of a GPT-NeoX, whatever their values."""
 
 
-def short_json(value: Any) -> str:
-    """Return a value as JSON, truncated for an error message."""
-    text = strict_json.dumps(value)
-    return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}..."
-
-
-_LARGEST_BASE = 2**53  # above this, float64 cannot represent every integer
-_NAMES = {
-    # name in rope_parameters: (name in transformers 4, default in both, a name that neither reads)
-    "rope_theta": ("rotary_emb_base", 10000, "rope_theta"),
-    "partial_rotary_factor": ("rotary_pct", 0.25, "partial_rotary_factor"),
-}
-
-
-def rotary_base(config: dict[str, Any]) -> int:
-    """Return the RoPE base of a checked configuration."""
-    return int(_value(config, "rope_theta"))
-
-
-def rotary_percent(config: dict[str, Any]) -> float:
-    """Return the fraction of each head's dimensions that is rotated."""
-    return float(_value(config, "partial_rotary_factor"))
-
-
-def check_rope(config: dict[str, Any]) -> None:
-    """Raise UserError if RoPE is scaled, or if its settings contradict each other or are out of range.
-
-    Args:
-        config: contents of config.json, whose sizes must have been checked.
-    """
-    rope = config.get("rope_parameters")
-    if rope is not None and not isinstance(rope, dict):
-        raise UserError(f"rope_parameters is {short_json(rope)}, but must be an object")
-    for name, value in (rope or {}).items():
-        if name not in _NAMES and not (name in ("type", "rope_type") and value == "default"):
-            raise UserError(
-                f"rope_parameters sets {name} to {short_json(value)}; only models without RoPE scaling can "
-                "be converted"
-            )
-    base = _value(config, "rope_theta")
-    if not 1 <= base <= _LARGEST_BASE or int(base) != base:
-        raise UserError(
-            f"rope_theta (or rotary_emb_base) is {short_json(base)}; only whole numbers from 1 to 2^53 can "
-            "be converted"
-        )
-    _check_fraction(
-        _value(config, "partial_rotary_factor"), config["hidden_size"], config["num_attention_heads"]
-    )
-
-
-def _check_fraction(fraction: float, hidden: int, heads: int) -> None:
-    name = "partial_rotary_factor (or rotary_pct)"
-    if not 0 < fraction <= 1:
-        raise UserError(f"{name} is {short_json(fraction)}, but must be above 0 and at most 1")
-    rotated = int(hidden // heads * fraction)
-    if rotated < 2 or rotated % 2:
-        raise UserError(
-            f"{name} {short_json(fraction)} rotates {rotated} of the {hidden // heads} dimensions of a head; "
-            "only models that rotate an even number can be converted"
-        )
-
-
-def _value(config: dict[str, Any], name: str) -> float:
-    """Return the value of a setting, which must be the same under every name that the file has for it."""
-    legacy, default, unread = _NAMES[name]
-    rope = config.get("rope_parameters") or {}
-    values = {f"rope_parameters.{name}": rope[name]} if name in rope else {}
-    if legacy in config or not values or not _written_by_version_5(config):
-        values[legacy] = config.get(legacy, default)
-    if unread in config:
-        values[unread] = config[unread]
-    for spelling, value in values.items():
-        if type(value) not in (int, float):
-            raise UserError(f"{spelling} is {short_json(value)}, but must be a number")
-    if len(set(values.values())) > 1:
-        listed = ", ".join(f"{spelling} {short_json(value)}" for spelling, value in values.items())
-        raise UserError(f"{listed}: versions of transformers read different ones of these; make them equal")
-    return next(iter(values.values()))
-
-
-def _written_by_version_5(config: dict[str, Any]) -> bool:
-    major = str(config.get("transformers_version")).partition(".")[0]
-    return major.isdecimal() and int(major) >= 5
-
-
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-)
-_LOOP_SIZES = {
-    "prelude_layers": 0,
-    "core_layers": 1,
-    "num_loops": 1,
-    "trained_loops": 1,
-    "coda_layers": 0,
-    "mesh_slots": 1,
-}
-"""Fields that only our recursive models have, and their smallest values."""
-_LARGEST_SIZE, _LARGEST_LOOP_SIZE = 2**31 - 1, 4096
-_LOOP_FIELDS = (*_LOOP_SIZES, "recurrence", "mesh_transition_query", "embedding_scale")
-# Fields with only one supported value, which is also transformers' default for an absent field.
-_FIXED = {
-    "hidden_act": "gelu",
-    "use_parallel_residual": True,
-    "attention_bias": True,
-    "rope_scaling": None,
-    "quantization_config": None,
-    "pruned_heads": {},
-    "is_decoder": False,
-    "is_encoder_decoder": False,
-    "add_cross_attention": False,
-    "tie_encoder_decoder": False,
-    "torchscript": False,
-}
-_FRACTIONS = ("hidden_dropout", "attention_dropout", "classifier_dropout")
-_ROPE = ("rope_parameters", "rotary_pct", "rotary_emb_base", "rope_theta", "partial_rotary_factor")
-_OURS = "megatron_mesh"
-"""Model type of our recursive models, and prefix of the fields that only our exports have."""
-
-
 def read_config(directory: Path) -> dict[str, Any]:
     """Read and check ``directory/config.json``.
 
@@ -258,11 +172,53 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def dropout_note(config: dict[str, Any]) -> str | None:
-    """Return a note about the source's dropout, which the conversion drops; None if there is no dropout."""
+    """Return a note that the source's dropout is ignored; None if the source has no dropout."""
     rates = [f"{name} {config[name]}" for name in _FRACTIONS[:2] if config.get(name)]
     if not rates:
         return None
     return f"ignored {' and '.join(rates)}: megatron_mesh models have no dropout"
+
+
+def rotary_base(config: dict[str, Any]) -> int:
+    """Return the RoPE base of a checked configuration."""
+    return int(_rope_value(config, "rope_theta"))
+
+
+def rotary_percent(config: dict[str, Any]) -> float:
+    """Return the fraction of each head's dimensions that is rotated."""
+    return float(_rope_value(config, "partial_rotary_factor"))
+
+
+def check_rope(config: dict[str, Any]) -> None:
+    """Raise UserError if RoPE is scaled, or if its settings contradict each other or are out of range.
+
+    Args:
+        config: contents of config.json, whose sizes must have been checked.
+    """
+    rope = config.get("rope_parameters")
+    if rope is not None and not isinstance(rope, dict):
+        raise UserError(f"rope_parameters is {short_json(rope)}, but must be an object")
+    for name, value in (rope or {}).items():
+        if name not in _ROPE_NAMES and not (name in ("type", "rope_type") and value == "default"):
+            raise UserError(
+                f"rope_parameters sets {name} to {short_json(value)}; only models without RoPE scaling can "
+                "be converted"
+            )
+    base = _rope_value(config, "rope_theta")
+    if not 1 <= base <= _LARGEST_BASE or int(base) != base:
+        raise UserError(
+            f"rope_theta (or rotary_emb_base) is {short_json(base)}; only whole numbers from 1 to 2^53 can "
+            "be converted"
+        )
+    _check_rotated_dimensions(
+        _rope_value(config, "partial_rotary_factor"), config["hidden_size"], config["num_attention_heads"]
+    )
+
+
+def short_json(value: Any) -> str:
+    """Return a value as JSON, truncated for an error message."""
+    text = strict_json.dumps(value)
+    return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}..."
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -378,3 +334,40 @@ def _check_number(config: dict[str, Any], name: str, wanted: str, fits: Callable
 
 def _wrong(name: str, value: Any, wanted: str) -> UserError:
     return UserError(f"{name} is {short_json(value)}, but must be {wanted} for a conversion")
+
+
+def _check_rotated_dimensions(fraction: float, hidden: int, heads: int) -> None:
+    name = "partial_rotary_factor (or rotary_pct)"
+    if not 0 < fraction <= 1:
+        raise UserError(f"{name} is {short_json(fraction)}, but must be above 0 and at most 1")
+    rotated = int(hidden // heads * fraction)
+    if rotated < 2 or rotated % 2:
+        raise UserError(
+            f"{name} {short_json(fraction)} rotates {rotated} of the {hidden // heads} dimensions of a head; "
+            "only models that rotate an even number can be converted"
+        )
+
+
+def _rope_value(config: dict[str, Any], name: str) -> float:
+    """Return the value of a setting. It must be the same under all names by which the file states it."""
+    legacy, default, unread = _ROPE_NAMES[name]
+    rope = config.get("rope_parameters") or {}
+    values = {f"rope_parameters.{name}": rope[name]} if name in rope else {}
+    if legacy in config or not values or not _written_by_version_5(config):
+        values[legacy] = config.get(legacy, default)
+    if unread in config:
+        values[unread] = config[unread]
+    for spelling, value in values.items():
+        if type(value) not in (int, float):
+            raise UserError(f"{spelling} is {short_json(value)}, but must be a number")
+    if len(set(values.values())) > 1:
+        listed = ", ".join(f"{spelling} {short_json(value)}" for spelling, value in values.items())
+        raise UserError(
+            f"{listed}: which of these is read depends on the version of transformers; make them equal"
+        )
+    return next(iter(values.values()))
+
+
+def _written_by_version_5(config: dict[str, Any]) -> bool:
+    major = str(config.get("transformers_version")).partition(".")[0]
+    return major.isdecimal() and int(major) >= 5

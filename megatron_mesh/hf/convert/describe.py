@@ -81,7 +81,7 @@ def config_json(model: ModelConfig, dtype: str, vocabulary: ExportVocabulary) ->
 
 
 def _is_tied(model: ModelConfig) -> bool:
-    """Whether embedding and output projection are one tensor in the export (see ``names.entries``)."""
+    """Whether embedding and output projection are one tensor in the export (see ``tensors.entries``)."""
     return not model.untie_embeddings_and_output_weights and not is_folded(model)
 
 
@@ -230,7 +230,7 @@ def model_card(checkpoint: Checkpoint, vocabulary: ExportVocabulary, tokenizer_n
 
 
 def _layer_table(layers: LayerLayout) -> str:
-    """Return the card's section on the unrolled layers."""
+    """Return the card's chapter on layers and hidden states."""
     passes = {"prelude": layers.prelude}
     passes |= {f"core, loop {loop}": layers.core for loop in range(1, layers.loops + 1)}
     passes |= {"coda": layers.coda}

@@ -1,4 +1,4 @@
-"""Converts a checkpoint to a Hugging Face directory, one file of weights at a time."""
+"""Converts a checkpoint to a Hugging Face directory, one weight file at a time."""
 
 import shutil
 from pathlib import Path
@@ -17,10 +17,19 @@ from megatron_mesh.checkpoint.reader import read_tensor
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.data.tokenizer import Tokenizer, check_vocab
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.convert import describe, ship, tensors
-from megatron_mesh.hf.convert.describe import ExportVocabulary
+from megatron_mesh.hf.convert import ship
+from megatron_mesh.hf.convert.describe import ExportVocabulary, config_json, generation_json, model_card
 from megatron_mesh.hf.convert.export_tokenizer import padding_of, tokenizer_of, write_tokenizer
-from megatron_mesh.hf.convert.tensors import EMBEDDING, VOCABULARY, ExportTensor, entries
+from megatron_mesh.hf.convert.tensors import (
+    EMBEDDING,
+    VOCABULARY,
+    ExportTensor,
+    entries,
+    needs_file,
+    to_export,
+    write_omitted_rows,
+    write_unscaled,
+)
 from megatron_mesh.hf.convert.weights import write_tensors
 from megatron_mesh.recurrence import SCHEMES
 from megatron_mesh.runtime import strict_json
@@ -105,9 +114,9 @@ def _publish(partial: Path, directory: Path) -> None:
 
 
 def _vocabulary(model: ModelConfig, tokenizer: Tokenizer | None) -> tuple[ExportVocabulary, int]:
-    """Return the export's vocabulary, and the number of its ids that were used in training.
+    """Return the export's vocabulary, and how many of its ids training used.
 
-    Without a tokenizer, we only know that all ids in the training data are below ``vocab_size``.
+    Without a tokenizer, we only know that training used ids below ``vocab_size``.
     """
     assert model.vocab_size is not None, "a checkpoint states the size of its vocabulary"
     if tokenizer is None:
@@ -121,7 +130,7 @@ def _vocabulary(model: ModelConfig, tokenizer: Tokenizer | None) -> tuple[Export
 def _write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> bool:
     """Write the tokenizer, and its code if it needs any. Return whether it does.
 
-    This comes before the weights, so that a tokenizer that cannot be exported is reported at once.
+    The caller does this before it writes the weights, to report at once a tokenizer that cannot be exported.
     """
     try:
         needs_code = write_tokenizer(tokenizer, directory, max_length, padding_of(tokenizer))
@@ -158,10 +167,10 @@ def _write_weights(
             shard = [wanted[name] for name in names]
             omitted |= _write_shard(index, shard, trained, target, directory / file_name)
     _write_index(plan, directory)
-    if tensors.needs_file(model) and target == stored[EMBEDDING].dtype:
+    if needs_file(model) and target == stored[EMBEDDING].dtype:
         embedding = read_tensor(index, EMBEDDING)
-        tensors.write_unscaled(tensors.to_export(embedding, trained, rows), directory)
-    tensors.write_omitted_rows(omitted, directory)
+        write_unscaled(to_export(embedding, trained, rows), directory)
+    write_omitted_rows(omitted, directory)
     return target
 
 
@@ -174,7 +183,7 @@ def _write_shard(
         tensor = read_tensor(index, entry.key, layer=entry.layer)
         if entry.key in VOCABULARY:
             omitted[entry.key] = tensor[trained:].to(dtype, copy=True)  # a view would keep all rows in memory
-            tensor = tensors.to_export(tensor, trained, entry.shape[0])
+            tensor = to_export(tensor, trained, entry.shape[0])
         if entry.factor != 1:
             tensor = tensor * entry.factor
         converted[entry.name] = tensor.to(entry.dtype(dtype)).contiguous()
@@ -192,9 +201,9 @@ def _write_texts(
     saved: Checkpoint, directory: Path, exported: ExportVocabulary, dtype: str, tokenizer_needs_code: bool
 ) -> None:
     model = saved.config.model
-    _write_json(directory / "config.json", describe.config_json(model, dtype, exported))
-    _write_json(directory / "generation_config.json", describe.generation_json(exported))
-    card = describe.model_card(saved, exported, tokenizer_needs_code)
+    _write_json(directory / "config.json", config_json(model, dtype, exported))
+    _write_json(directory / "generation_config.json", generation_json(exported))
+    card = model_card(saved, exported, tokenizer_needs_code)
     (directory / "README.md").write_text(card, encoding="utf-8")
     if SCHEMES[model.recurrence].has_loop:
         _write_code(ship.sources(), directory)

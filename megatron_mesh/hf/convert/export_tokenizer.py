@@ -1,9 +1,9 @@
-"""Chooses the padding token of an export.
+"""Writes the tokenizer of an export, and chooses its padding token.
 
-It is never the end-of-text token. Fine-tuning masks padding in the loss, so the model would not learn to
-stop.
+The exported tokenizer must give the same ids as in training; otherwise the export is refused.
 
-Writes the tokenizer of an export. It must give the same ids as in training, or the export is refused.
+The padding token is never the end-of-text token. Fine-tuning masks padding in the loss, so the model would
+not learn to stop.
 """
 
 import json
@@ -28,11 +28,20 @@ from megatron_mesh.runtime import strict_json
 NEW_TOKEN = "<|megatron_mesh_padding|>"
 """Padding token for tokenizers that have no suitable one.
 
-Unlike in training, a ``tokenizer.json`` recognizes it in text, so it has a name that no text contains.
+The exported tokenizer recognizes it in text, which training didn't, so its name is one that no text contains.
 """
-
 # Padding tokens first, then start tokens, which never occur in training data.
-_NAMES = ("<|padding|>", "<pad>", "<|pad|>", "[PAD]", "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>")
+_PADDING_NAMES = (
+    "<|padding|>",
+    "<pad>",
+    "<|pad|>",
+    "[PAD]",
+    "<s>",
+    "<bos>",
+    "<|begin_of_text|>",
+    "<|startoftext|>",
+)
+_STOCK_CLASS = "PreTrainedTokenizerFast"  # exists in both transformers 4.57 and 5.x
 
 
 @dataclass(frozen=True)
@@ -42,37 +51,14 @@ class Padding:
     token: str
     id: int
     is_new: bool = False
-    """Whether the training's tokenizer lacks it. Its id is then the size of that tokenizer's vocabulary."""
-
-
-def padding_of(tokenizer: Tokenizer) -> Padding:
-    """Return a tokenizer's own padding token, or else its start token, or else a new token."""
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        pieces = tokenizer.backend
-        for index in (pieces.pad_id(), pieces.bos_id()):
-            if index >= 0 and index != tokenizer.eod and pieces.is_control(index):
-                return Padding(pieces.id_to_piece(index), index)
-    else:
-        assert isinstance(tokenizer, HuggingFaceTokenizer)
-        ids = {token.content: i for i, token in tokenizer.backend.get_added_tokens_decoder().items()}
-        # If the end-of-text token isn't an added token, the export splits special tokens (see
-        # write_tokenizer). Then a token that training recognizes in text must not become special.
-        unknown = (*configured_token(tokenizer.path, "unk_token"), "<unk>", "[UNK]")  # occurs in the data
-        if tokenizer.eod in ids.values():
-            for name in (*configured_token(tokenizer.path, "pad_token"), *_NAMES):
-                if name in ids and ids[name] != tokenizer.eod and name not in unknown:
-                    return Padding(name, ids[name])
-    return Padding(NEW_TOKEN, tokenizer.vocab_size, is_new=True)
-
-
-_FAST_CLASS = "PreTrainedTokenizerFast"  # exists in both transformers 4.57 and 5.x
+    """Whether it is missing from the tokenizer. Then its id is the size of the tokenizer's vocabulary."""
 
 
 def tokenizer_of(data: DataConfig, given: str | None) -> Tokenizer | None:
     """Return the tokenizer of a run, or the one at ``given`` instead; None if the run has no tokenizer.
 
     Raises:
-        UserError: it was moved, or cannot be read.
+        UserError: the tokenizer was moved or cannot be read.
     """
     if given is None and data.tokenizer_model is None:
         return None
@@ -85,16 +71,40 @@ def tokenizer_of(data: DataConfig, given: str | None) -> Tokenizer | None:
         ) from error
 
 
+def padding_of(tokenizer: Tokenizer) -> Padding:
+    """Return a tokenizer's own padding token, or else its start token, or else a new token."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        pieces = tokenizer.backend
+        for index in (pieces.pad_id(), pieces.bos_id()):
+            if index >= 0 and index != tokenizer.eod and pieces.is_control(index):
+                return Padding(pieces.id_to_piece(index), index)
+    else:
+        assert isinstance(tokenizer, HuggingFaceTokenizer)
+        ids = {token.content: i for i, token in tokenizer.backend.get_added_tokens_decoder().items()}
+        # If the end-of-text token isn't an added token, the export reads special tokens as ordinary text (see
+        # _write_json_tokenizer). Then no added token may become special, since training recognizes them all.
+        unknown = (
+            *configured_token(tokenizer.path, "unk_token"),
+            "<unk>",
+            "[UNK]",
+        )  # these occur in the data
+        if tokenizer.eod in ids.values():
+            for name in (*configured_token(tokenizer.path, "pad_token"), *_PADDING_NAMES):
+                if name in ids and ids[name] != tokenizer.eod and name not in unknown:
+                    return Padding(name, ids[name])
+    return Padding(NEW_TOKEN, tokenizer.vocab_size, is_new=True)
+
+
 def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int, padding: Padding) -> bool:
     """Write the files from which ``AutoTokenizer`` loads the tokenizer.
 
     Returns:
-        Whether it needs the code in ``tokenization_mesh.py``, which the caller has to write.
+        Whether the tokenizer needs the code in ``tokenization_mesh.py``, which the caller has to write.
 
     Raises:
         UserError: the tokenizer gives different ids in transformers than in training.
     """
-    # With split_special_tokens, transformers doesn't recognize special tokens in text.
+    # With split_special_tokens, transformers reads special tokens in text as ordinary text.
     end: str | None
     if isinstance(tokenizer, SentencePieceTokenizer):
         fast, split = _write_sentencepiece(tokenizer, directory), True
@@ -104,7 +114,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int, padd
         fast, split = True, _write_json_tokenizer(tokenizer, padding, directory)
         end = tokenizer.backend.id_to_token(tokenizer.eod)
     settings: dict[str, Any] = {
-        "tokenizer_class": _FAST_CLASS if fast else TOKENIZER_CLASS,
+        "tokenizer_class": _STOCK_CLASS if fast else TOKENIZER_CLASS,
         "bos_token": end,
         "eos_token": end,
         "pad_token": padding.token,
@@ -117,7 +127,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int, padd
     if not fast:
         settings["auto_map"] = {"AutoTokenizer": [f"{TOKENIZER_CODE}.{TOKENIZER_CLASS}", None]}
     (directory / "tokenizer_config.json").write_text(strict_json.dumps(settings, indent=2), encoding="utf-8")
-    _check(tokenizer, directory, padding)
+    _check_same_ids(tokenizer, directory, padding)
     return not fast
 
 
@@ -135,7 +145,7 @@ def read_tokenizer(directory: Path) -> Any:
 
 
 def _write_sentencepiece(tokenizer: SentencePieceTokenizer, directory: Path) -> bool:
-    """Write tokenizer.json if it can give the same ids, else the model itself. Return whether it can."""
+    """Write a tokenizer.json if one can give the same ids, else the model itself. Return whether one can."""
     from megatron_mesh.hf.convert.spm import to_fast_tokenizer  # needs protobuf, which training doesn't
 
     fast = to_fast_tokenizer(tokenizer.path, tokenizer.eod)
@@ -150,8 +160,9 @@ def _write_json_tokenizer(tokenizer: HuggingFaceTokenizer, padding: Padding, dir
     """Write a tokenizer.json that adds no tokens to a text and doesn't truncate it.
 
     Returns:
-        Whether special tokens must be split. transformers makes the end-of-text token special, but training
-        recognizes it in text only if it is an added token of the tokenizer.
+        Whether transformers must read special tokens in text as ordinary text (``split_special_tokens``). It
+        makes the end-of-text token special, but training recognizes this token in text only if it is an added
+        token of the tokenizer.
     """
     content = json.loads(tokenizer.path.read_text(encoding="utf-8"))
     content["truncation"] = content["padding"] = None
@@ -170,12 +181,12 @@ def _write_json_tokenizer(tokenizer: HuggingFaceTokenizer, padding: Padding, dir
 
 
 def _without_template(processor: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return a post-processor without its template of tokens to add: only byte-level offsets remain."""
+    """Return what a post-processor does except adding tokens, which is to correct byte-level offsets."""
     steps = [processor, *processor.get("processors", [])] if processor else []
     return next((step for step in steps if step["type"] == "ByteLevel"), None)
 
 
-def _check(tokenizer: Tokenizer, directory: Path, padding: Padding) -> None:
+def _check_same_ids(tokenizer: Tokenizer, directory: Path, padding: Padding) -> None:
     """Raise UserError if the export's tokenizer gives different ids in transformers than in training."""
     exported = read_tokenizer(directory)
     for text in texts_with(_symbols(tokenizer)):

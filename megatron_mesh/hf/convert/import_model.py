@@ -1,11 +1,7 @@
-"""Derives our model settings from the config.json of a Hugging Face directory.
+"""Converts a Hugging Face directory to a checkpoint: one of our exports, or a GPT-NeoX such as Pythia.
 
-Chooses the layers of a plain model from which a recursive model starts.
-
-The three ways to initialize the core are those of Bae et al., "Relaxed Recursive Transformers" (arXiv
-2410.20672, section 2.3).
-
-Converts a Hugging Face directory to a checkpoint: one of our exports, or a GPT-NeoX such as Pythia.
+A plain model can also become a recursive one. ``core_sources`` implements three ways to initialize its core,
+those of Bae et al., "Relaxed Recursive Transformers" (arXiv 2410.20672, section 2.3).
 """
 
 import sys
@@ -27,7 +23,6 @@ from megatron_mesh.config.resolve.model import resolve_model
 from megatron_mesh.config.schema import Config, ModelConfig
 from megatron_mesh.config.settings import dump_config
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.convert import tensors
 from megatron_mesh.hf.convert.config_json import dropout_note, read_config, rotary_base, rotary_percent
 from megatron_mesh.hf.convert.describe import SETTINGS_KEY
 from megatron_mesh.hf.convert.tensors import (
@@ -37,7 +32,9 @@ from megatron_mesh.hf.convert.tensors import (
     ExportTensor,
     check_weights,
     entries,
+    from_export,
     read_omitted_rows,
+    unfold,
 )
 from megatron_mesh.hf.convert.weights import ModelWeights
 from megatron_mesh.model.build import drawn
@@ -53,12 +50,71 @@ _OWN: dict[str, Callable[[Any], bool]] = {
     "router_bias_init": lambda x: type(x) in (int, float),
     "depth_scaled_init": lambda x: type(x) is bool,
 }
+CoreInit = Literal["average", "first", "stepwise"]
+ReadTensor = Callable[[ExportTensor], Tensor]
+"""A function that returns the tensor to write to the checkpoint for an entry."""
+
+
+@dataclass(frozen=True)
+class ToRecursive:
+    """How to turn a plain model into a recursive one (``--to-recursive``)."""
+
+    layers: str
+    recurrence: str = "mesh"
+    core: CoreInit = "average"
+    seed: int = 1234
+    """Seed of the new routers."""
+
+
+def import_model(directory: Path, save: Path, to_recursive: ToRecursive | None = None) -> ModelConfig:
+    """Write the weights in a Hugging Face directory as a checkpoint that ``--finetune`` can start from.
+
+    Only one tensor at a time is in memory. A note on stderr reports what the checkpoint cannot represent,
+    such as dropout.
+
+    Returns:
+        The settings of the checkpoint's model.
+
+    Raises:
+        UserError: we cannot reproduce the model exactly, its weights don't match its config.json, or ``save``
+            already exists.
+    """
+    if save.exists():
+        raise UserError(f"--save {save} already exists; choose another directory")
+    config_json = read_config(directory)
+    source = model_settings(config_json, directory)
+    weights = ModelWeights(directory)
+    dtype = check_weights(source, weights, config_json["vocab_size"])
+    names = ("gpt_neox.embed_in.weight", "embed_out.weight")
+    source, embedding = unfold(source, config_json.get(SETTINGS_KEY, {}), weights, *names)
+    omitted = read_omitted_rows(config_json, own_settings(config_json), directory) or {}
+    model, read = source, _export_reader(source, weights, embedding, omitted, dtype)
+    if to_recursive is not None:
+        model = recursive_model(source, to_recursive.layers, to_recursive.recurrence)
+        read = _recursive_reader(read, source, model, to_recursive)
+    for note in filter(None, (dropout_note(config_json), _dtype_note(dtype))):
+        print(f"note: {note}", file=sys.stderr)
+    # The export of a model with tied weights and a folded scale has two entries for one tensor.
+    unique = {(entry.key, entry.layer): entry for entry in entries(model)}
+    listed = track(list(unique.values()), "tensors", console=Console(stderr=True))
+    boxes = (box for entry in listed for box in _boxes(entry, read(entry)))
+    config = Config(model=model)
+    config.training.bf16 = dtype != torch.float32
+    start: dict[str, Any] = {
+        "step": 0,
+        "consumed_samples": 0,
+        "train_loss": None,
+        "valid_loss": None,
+        "schedule": {},
+    }
+    offline.write(save, boxes, dump_config(config), {**describe_state(start), "weights_only": True})
+    return model
 
 
 def model_settings(config: dict[str, Any], directory: Path) -> ModelConfig:
     """Return the resolved model settings for a checked ``config.json`` in ``directory``.
 
-    They come from Hugging Face's fields, and in our exports also from our own settings.
+    They come from Hugging Face's fields and, for our exports, from the run's own settings.
 
     Raises:
         UserError: our own settings in the export are damaged, or no model can have these settings.
@@ -89,7 +145,7 @@ def model_settings(config: dict[str, Any], directory: Path) -> ModelConfig:
 
 
 def own_settings(config: dict[str, Any]) -> ModelConfig:
-    """Return the settings that only our exports have, with defaults for all others.
+    """Return the settings that only our exports state, with defaults for all others.
 
     Raises:
         UserError: the settings are damaged.
@@ -102,24 +158,6 @@ def own_settings(config: dict[str, Any]) -> ModelConfig:
                 "model again"
             )
     return ModelConfig(**{name: settings[name] for name in _OWN if name in settings})
-
-
-def _recurrence(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of the recurrence scheme, its memory, and the layer layout."""
-    if config["model_type"] == "gpt_neox":
-        layers = LayerLayout(0, config["num_hidden_layers"], 1, 0, shared=False)
-        return {"recurrence": "vanilla", "layers": str(layers)}
-    scheme = SCHEMES[config["recurrence"]]
-    names = ("prelude_layers", "core_layers", "num_loops", "coda_layers")
-    prelude, core, loops, coda = (config[name] for name in names)
-    layers = LayerLayout(prelude, core, loops, coda, scheme.shared_core)
-    found = {"recurrence": config["recurrence"], "layers": str(layers)}
-    if scheme.uses_memory:
-        found |= {name: config[name] for name in ("mesh_slots", "mesh_transition_query")}
-    return found
-
-
-CoreInit = Literal["average", "first", "stepwise"]
 
 
 def recursive_model(plain: ModelConfig, layers: str, recurrence: str) -> ModelConfig:
@@ -148,13 +186,13 @@ def recursive_model(plain: ModelConfig, layers: str, recurrence: str) -> ModelCo
 
 
 def core_sources(target: LayerLayout, choice: CoreInit) -> list[list[int]]:
-    """Return, for each core layer, the layers of the plain model whose mean is its initial value.
+    """Return, for each core layer, the layers of the plain model that are averaged to initialize it.
 
     Args:
         target: layout of the recursive model.
-        choice: "average" takes the layers at the same position in every loop; "first" takes the layer of the
-            first loop; "stepwise" takes layers at equal distances from the first layer of all loops to the
-            last.
+        choice: "average" takes the layers at the same position in all loops; "first" takes the layer of the
+            first loop; "stepwise" spreads the core over all loops, from the first layer to the last, at equal
+            distances.
     """
     loops, core, start = target.loops, target.core, target.prelude
     if choice == "average":
@@ -166,7 +204,7 @@ def core_sources(target: LayerLayout, choice: CoreInit) -> list[list[int]]:
 
 
 def layer_sources(target: LayerLayout, choice: CoreInit) -> dict[str, list[list[int]]]:
-    """Return the same for all layers, by the name of the part: prelude, core and coda."""
+    """Return the same for the layers of all sections, by name: prelude, core and coda."""
     first_of_coda = target.depth - target.coda
     return {
         "prelude": [[index] for index in range(target.prelude)],
@@ -175,72 +213,27 @@ def layer_sources(target: LayerLayout, choice: CoreInit) -> dict[str, list[list[
     }
 
 
-ReadTensor = Callable[[ExportTensor], Tensor]
-"""Returns the tensor that the checkpoint has for an entry."""
-
-
-@dataclass(frozen=True)
-class ToRecursive:
-    """How to turn a plain model into a recursive one (``--to-recursive``)."""
-
-    layers: str
-    recurrence: str = "mesh"
-    core: CoreInit = "average"
-    seed: int = 1234
-    """Seed of the new routers."""
-
-
-def import_model(directory: Path, save: Path, to_recursive: ToRecursive | None = None) -> ModelConfig:
-    """Write the weights in a Hugging Face directory as a checkpoint that ``--finetune`` can start from.
-
-    Only one tensor at a time is in memory. Properties of the source that the checkpoint cannot have are
-    reported on stderr.
-
-    Returns:
-        The settings of the checkpoint's model.
-
-    Raises:
-        UserError: we cannot reproduce the model exactly, its weights don't match its config.json, or ``save``
-            already exists.
-    """
-    if save.exists():
-        raise UserError(f"--save {save} already exists; choose another directory")
-    config_json = read_config(directory)
-    source = model_settings(config_json, directory)
-    weights = ModelWeights(directory)
-    dtype = check_weights(source, weights, config_json["vocab_size"])
-    names = ("gpt_neox.embed_in.weight", "embed_out.weight")
-    source, embedding = tensors.unfold(source, config_json.get(SETTINGS_KEY, {}), weights, *names)
-    omitted = tensors.read_omitted_rows(config_json, own_settings(config_json), directory) or {}
-    model, read = source, _export_reader(source, weights, embedding, omitted, dtype)
-    if to_recursive is not None:
-        model = recursive_model(source, to_recursive.layers, to_recursive.recurrence)
-        read = _recursive_reader(read, source, model, to_recursive)
-    for note in filter(None, (dropout_note(config_json), _dtype_note(dtype))):
-        print(f"note: {note}", file=sys.stderr)
-    # The export of a model with tied weights and a folded scale has two entries for one tensor.
-    unique = {(entry.key, entry.layer): entry for entry in entries(model)}
-    listed = track(list(unique.values()), "tensors", console=Console(stderr=True))
-    boxes = (box for entry in listed for box in _boxes(entry, read(entry)))
-    config = Config(model=model)
-    config.training.bf16 = dtype != torch.float32
-    start: dict[str, Any] = {
-        "step": 0,
-        "consumed_samples": 0,
-        "train_loss": None,
-        "valid_loss": None,
-        "schedule": {},
-    }
-    offline.write(save, boxes, dump_config(config), {**describe_state(start), "weights_only": True})
-    return model
+def _recurrence(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the recurrence scheme, its memory, and the layer layout."""
+    if config["model_type"] == "gpt_neox":
+        layers = LayerLayout(0, config["num_hidden_layers"], 1, 0, shared=False)
+        return {"recurrence": "vanilla", "layers": str(layers)}
+    scheme = SCHEMES[config["recurrence"]]
+    names = ("prelude_layers", "core_layers", "num_loops", "coda_layers")
+    prelude, core, loops, coda = (config[name] for name in names)
+    layers = LayerLayout(prelude, core, loops, coda, scheme.shared_core)
+    found = {"recurrence": config["recurrence"], "layers": str(layers)}
+    if scheme.uses_memory:
+        found |= {name: config[name] for name in ("mesh_slots", "mesh_transition_query")}
+    return found
 
 
 def _dtype_note(dtype: torch.dtype) -> str | None:
     if dtype != torch.float16:
         return None
     return (
-        "the checkpoint keeps the weights in float16; a run with bf16, as set in its config.yaml, rounds "
-        "them to bfloat16 when it loads them; a run with --no-bf16 doesn't"
+        "the checkpoint keeps the weights in float16; a run with bf16, as its config.yaml says, rounds them "
+        "to bfloat16 when it loads them; a run with --no-bf16 doesn't"
     )
 
 
@@ -265,7 +258,7 @@ def _export_reader(
         replaced = embedding if entry.key == EMBEDDING else None
         tensor = (weights[entry.name] if replaced is None else replaced).to(entry.dtype(dtype))
         if entry.key in VOCABULARY:
-            return tensors.from_export(tensor, padded_vocab_size(model), omitted.get(entry.key))
+            return from_export(tensor, padded_vocab_size(model), omitted.get(entry.key))
         return tensor
 
     return read
@@ -285,8 +278,8 @@ def _recursive_reader(
         if entry.layer is None:
             return read_plain(plain[entry.key, None])
         # The recursive model's "decoder.core.layers..." is "decoder.layers..." in the plain one.
-        _, part, rest = entry.key.split(".", 2)
-        tensors = [read_plain(plain[f"decoder.{rest}", index]) for index in sources[part][entry.layer]]
+        _, section, rest = entry.key.split(".", 2)
+        tensors = [read_plain(plain[f"decoder.{rest}", index]) for index in sources[section][entry.layer]]
         return torch.stack([tensor.float() for tensor in tensors]).mean(0).to(tensors[0].dtype)
 
     return read

@@ -1,6 +1,7 @@
-"""Checks that transformers is installed and new enough, before anything imports it.
+"""Opens a Hugging Face directory with this package's own code, or a checkpoint through a temporary export.
 
-Opens a Hugging Face directory with this package's own code, or a checkpoint through a temporary export.
+Only the functions import transformers. So ``check_transformers`` can report a missing or old version before
+an import fails.
 """
 
 import importlib.metadata
@@ -13,15 +14,9 @@ from typing import Any
 import torch
 from packaging.version import Version
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_mesh.checkpoint.offline import open_checkpoint
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.convert.export import export_checkpoint
-from megatron_mesh.hf.convert.export_tokenizer import read_tokenizer
-from megatron_mesh.hf.modeling.configuration_mesh import MeshConfig
-from megatron_mesh.hf.modeling.modeling_mesh import MeshForCausalLM, MeshModel
-from megatron_mesh.hf.modeling.tokenization_mesh import MeshTokenizer
 from megatron_mesh.hf.modeling.versions import OLDEST
 
 _REMEDY = "pip install 'megatron_mesh[hf]' (in a checkout: pip install -e '.[hf]')"
@@ -39,6 +34,12 @@ def check_transformers() -> None:
 
 def register_classes() -> None:
     """Register our classes with transformers, so that it uses them instead of code in a directory."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    from megatron_mesh.hf.modeling.configuration_mesh import MeshConfig
+    from megatron_mesh.hf.modeling.modeling_mesh import MeshForCausalLM, MeshModel
+    from megatron_mesh.hf.modeling.tokenization_mesh import MeshTokenizer
+
     AutoConfig.register(MeshConfig.model_type, MeshConfig, exist_ok=True)
     AutoModel.register(MeshConfig, MeshModel, exist_ok=True)
     AutoModelForCausalLM.register(MeshConfig, MeshForCausalLM, exist_ok=True)
@@ -52,6 +53,8 @@ def temporary_export(load: Path, tokenizer_model: str | None = None) -> Iterator
     Raises:
         UserError: ``export_checkpoint`` fails, or no tokenizer is known.
     """
+    from megatron_mesh.hf.convert.export import export_checkpoint
+
     saved = open_checkpoint(load, check_sums=False)  # export_checkpoint verifies the checksums
     if tokenizer_model is None and saved.config.data.tokenizer_model is None:
         raise UserError(
@@ -64,12 +67,14 @@ def temporary_export(load: Path, tokenizer_model: str | None = None) -> Iterator
 
 
 def open_model(directory: Path, **options: Any) -> tuple[Any, Any]:
-    """Load model and tokenizer from a directory. ``options`` are those of ``from_pretrained``.
+    """Load the model and the tokenizer in a directory. ``options`` are those of ``from_pretrained``.
 
     Raises:
         UserError: model or tokenizer is missing or damaged, the model needs code that isn't ours, or the
             options don't fit the model.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     register_classes()
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json; give a directory written by tools/convert_to_hf.py")
@@ -91,7 +96,14 @@ def open_model(directory: Path, **options: Any) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
+def dtype_named(name: str | None) -> torch.dtype | str:
+    """Return torch's dtype of that name, or "auto" (the dtype of the stored weights) for None."""
+    return "auto" if name is None else getattr(torch, name)
+
+
 def _open_tokenizer(directory: Path) -> Any:
+    from megatron_mesh.hf.convert.export_tokenizer import read_tokenizer
+
     try:
         return read_tokenizer(directory)
     except Exception as error:  # transformers and its backends raise nothing more specific
@@ -100,8 +112,3 @@ def _open_tokenizer(directory: Path) -> Any:
             f"cannot open the tokenizer in {directory} ({reason}); convert again, or copy the model's "
             "original tokenizer.json and tokenizer_config.json there"
         ) from error
-
-
-def dtype_named(name: str | None) -> torch.dtype | str:
-    """Return torch's dtype of that name, or "auto" (the dtype of the stored weights) for None."""
-    return "auto" if name is None else getattr(torch, name)

@@ -30,8 +30,8 @@ def refresh_code(directory: Path) -> list[str]:
     """Replace the code of an export, and the two entries of config.json that describe it.
 
     These entries are ``auto_map`` and ``transformers_tested``. Each file is replaced atomically, config.json
-    last, so after an interruption it is enough to refresh again. Code without a checksum, as in early
-    exports, is first copied to ``replaced_code``, since we cannot tell whether it was edited.
+    last, so after an interruption it is enough to refresh again. Early exports have no checksums. We cannot
+    tell whether their code was edited, so it is first copied to ``replaced_code``.
 
     Returns:
         The names of the files that were written or removed. The list is empty if the code is up to date, or

@@ -1,7 +1,8 @@
 """Collects the code that an export carries: copies of our own source files with relative imports.
 
-transformers loads a model's code from one flat directory. Before 5.0 it copies only the files that the
-model's two main files name in ``from .name import``, so every shipped file must be named in one of those two.
+transformers loads a model's code from one flat directory. Versions before 5.0 copy only the files that
+``modeling_mesh.py`` and ``configuration_mesh.py`` import from, so one of these two must import each shipped
+file.
 """
 
 import ast
@@ -27,13 +28,13 @@ TOKENIZER_CODE, TOKENIZER_CLASS = "tokenization_mesh", "MeshTokenizer"
 
 _ROOT = Path(str(megatron_mesh.__file__)).parent
 _MODELING = Path(versions.__file__).parent  # the folder of the files that AUTO_MAP names
-_FOLDERS = (_MODELING, _ROOT / "recurrence")  # only files that lie in these may be shipped
+_FOLDERS = (_MODELING, _ROOT / "recurrence")  # only files in these may be shipped
 _PACKAGE_IMPORT = re.compile(r"^([ \t]*from )megatron_mesh\.(?:\w+\.)*(?=\w+ import )", re.MULTILINE)
 _HEADER = re.compile(r"# Part of megatron_mesh (\S+) \(Apache-2\.0\)(?:, sha256 ([0-9a-f]{64}))?\.\n")
 
 
 def sources() -> dict[str, str]:
-    """Return name and text of every shipped file, each after the files that it imports.
+    """Return name and text of every shipped file. Each file comes after the files that it imports.
 
     These are the files that AUTO_MAP names, and the files of this package that they import.
 

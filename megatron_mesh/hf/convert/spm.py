@@ -1,12 +1,12 @@
 """Converts a SentencePiece model to a ``tokenizer.json``, if that gives the same ids for every text.
 
-The ``tokenizers`` library can reproduce only some models exactly:
+The ``tokenizers`` library can reproduce only some models exactly. It cannot reproduce:
 
-- No Unigram models. sentencepiece adds scores in float32 and the library in float64, so that they can choose
-  different segmentations of equal score, e.g. of ``*******``.
-- No normalization rules such as nmt_nfkc. The library applies them to whole graphemes.
-- No user-defined symbols together with whitespace rules. The library would split a text at the symbols first
-  and apply the rules to each part.
+- Unigram models. sentencepiece adds scores in float32 and the library in float64, so the two can choose
+  different segmentations of equal score, for example of ``*******``.
+- Normalization rules such as nmt_nfkc. The library applies them to whole graphemes.
+- User-defined symbols together with whitespace rules. The library would first split a text at the symbols,
+  and then apply the rules to each piece of the text.
 """
 
 from pathlib import Path
@@ -77,10 +77,10 @@ def _has_exact_rules(proto: Any) -> bool:
 def _merges(proto: Any) -> list[tuple[str, str]] | None:
     """Return the merges of a BPE model in order of priority; None if it isn't BPE or has no unique order.
 
-    sentencepiece ranks a merge by the score of its result, and of equal merges takes the leftmost. The
-    library ranks pairs instead. If two pairs with the same result can overlap in a text (``x y`` and ``y z``
-    with xy = yz), the pair on the left must come first. It is the one whose right half is also a prefix of
-    the result.
+    sentencepiece ranks a merge by the score of its result, and takes the leftmost of several equal ones. The
+    library ranks pairs instead. Two pairs with the same result can overlap in a text ``x y z``: ``x y`` and
+    ``y z``, where xy = yz. Then the pair on the left must come first. We recognize it by its right half, y,
+    with which the result begins.
     """
     if proto.trainer_spec.model_type != _BPE or any(piece.type == _UNUSED for piece in proto.pieces):
         return None

@@ -1,27 +1,13 @@
-"""Maps tensor names of a checkpoint to those of an export, which must never change.
+"""Maps a checkpoint's tensors to those of an export and back, and checks the tensors of a directory.
 
-A checkpoint stacks the layers of a part (prelude, core or coda) along the first dimension of one tensor for
-each parameter; an export has one tensor for each layer. The contents are equal: both interleave the rows of
-query, key and value per head ([heads, 3, head size]). Only the vocabulary rows differ; see ``vocabulary.py``.
+A checkpoint stacks the layers of a section (prelude, core or coda) along the first dimension of one tensor
+for each parameter. An export has one tensor for each layer. Both interleave the rows of query, key and value
+per head ([heads, 3, head size]). The names in an export must never change.
 
-Folds a plain model's embedding scale into its exported embedding, and undoes this in a conversion back.
-
-Stock GPT-NeoX doesn't scale its embedding. The factors of a rounded product cannot be recovered, so the
-export stores the unscaled embedding in a separate file if it has no other copy of it. A conversion back uses
-that file only if scaling it gives the export's embedding bit for bit: the export may have been trained since.
-
-Vocabulary rows of an export: exactly one for each id of the tokenizer.
-
-Training pads the vocabulary. Padded rows have no meaning, but each has a logit, so sampling could choose
-them. An export therefore omits them, but stores them in a separate file that no engine loads, so that a
-conversion back restores them bit for bit.
-
-A new row, for a padding token that the vocabulary lacks or for padding, is the mean of the other rows. The
-exponential of a mean logit is at most the mean of the exponentials, so next to V other rows the new row's
-probability is at most 1 / V. An untrained row or a row of zeros has no such bound, since all other logits may
-be far below 0.
-
-Checks that a directory contains exactly the weights that its config.json describes.
+Two things differ. Stock GPT-NeoX doesn't scale its embedding, so a plain model's export multiplies the scale
+into the embedding ("folds" it). And an export omits the vocabulary rows that training adds as padding: they
+have no meaning, but each has a logit, so sampling could choose them. The export stores what it omits in files
+that no engine loads, so that a conversion back restores it bit for bit.
 """
 
 import re
@@ -46,6 +32,16 @@ OUTPUT = "output_layer.weight"
 VOCABULARY = (EMBEDDING, OUTPUT)
 """Names of the tensors that have one row for each id."""
 RECURRENCE = "decoder.recurrence."
+EMBEDDING_FILE = TRAINING_ONLY / "embedding_before_scaling.safetensors"
+PADDING_FILE = TRAINING_ONLY / "vocabulary_padding.safetensors"
+"""Files of an export: the unscaled embedding, and the vocabulary rows that the export omits."""
+
+_EARLY_EMBEDDING_FILE = "embedding_before_scaling.safetensors"
+"""Location of ``EMBEDDING_FILE`` in early exports."""
+_UNSCALED = "embedding"
+"""Name of the tensor in ``EMBEDDING_FILE``."""
+# Causal masks and rotary frequencies: old versions of transformers saved them, but no version reads them.
+_BUFFERS = re.compile(r"(.*\.)?(attention\.(bias|masked_bias)|rotary_emb\.inv_freq)")
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ def entries(model: ModelConfig, rows: int | None = None) -> list[ExportTensor]:
     """List the tensors of a model's export, in the order of computation.
 
     A model without a loop becomes transformers' own GPT-NeoX, with the tensor names of released checkpoints.
-    GPT-NeoX doesn't scale its embedding, so the scale is folded into the weights, which unties tied weights.
+    The embedding scale is then folded into the exported embedding, so tied weights become two tensors.
 
     Args:
         model: resolved settings of the model.
@@ -88,7 +84,7 @@ def entries(model: ModelConfig, rows: int | None = None) -> list[ExportTensor]:
     folded = is_folded(model)
     factor = embedding_factor(model) if folded else 1.0
     found = [ExportTensor(f"{body}.embed_in.weight", EMBEDDING, vocabulary, factor=factor)]
-    for ours, theirs, count in _parts(model):
+    for ours, theirs, count in _sections(model):
         for index in range(count):
             for key, name, shape in _layer(model):
                 full_key = f"decoder.{ours}layers.{key}"
@@ -105,191 +101,11 @@ def entries(model: ModelConfig, rows: int | None = None) -> list[ExportTensor]:
     return found
 
 
-def _parts(model: ModelConfig) -> Iterator[tuple[str, str, int]]:
-    """Yield prefix in the checkpoint, name in the export, and number of layers of each part."""
-    layers = layout(model)
-    if not SCHEMES[model.recurrence].has_loop:
-        yield "", "layers", layers.depth
-        return
-    yield "prelude.", "prelude", layers.prelude
-    if layers.shared:
-        yield "core.", "core", layers.core
-    else:
-        for loop in range(layers.loops):
-            yield f"cores.{loop}.", f"cores.{loop}", layers.core
-    yield "coda.", "coda", layers.coda
-
-
-def _layer(model: ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Yield name in the checkpoint, name in the export, and shape of each parameter of a layer."""
-    assert model.ffn_hidden_size is not None, "resolve() fills in ffn_hidden_size"
-    h, ffn = model.hidden_size, model.ffn_hidden_size
-    linears = {
-        "self_attention.linear_qkv": ("attention.query_key_value", (3 * h, h)),
-        "self_attention.linear_proj": ("attention.dense", (h, h)),
-        "mlp.linear_fc1": ("mlp.dense_h_to_4h", (ffn, h)),
-        "mlp.linear_fc2": ("mlp.dense_4h_to_h", (h, ffn)),
-    }
-    # The checkpoint uses the names of Transformer Engine, which fuses a norm with the linear layer after it.
-    norms = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "post_attention_layernorm"}
-    for key, name in norms.items():
-        yield f"{key}.layer_norm_weight", f"{name}.weight", (h,)
-        yield f"{key}.layer_norm_bias", f"{name}.bias", (h,)
-    for key, (name, shape) in linears.items():
-        yield f"{key}.weight", f"{name}.weight", shape
-        yield f"{key}.bias", f"{name}.bias", shape[:1]
-
-
-def _recurrence(model: ModelConfig, body: str) -> list[ExportTensor]:
-    options = recurrence_options(model)
-    scheme = build_scheme(model.recurrence, model.hidden_size, layout(model).loops, options)
-    return [
-        ExportTensor(
-            f"{body}.recurrence.{name}",
-            f"{RECURRENCE}{name}",
-            tuple(parameter.shape),
-            full_precision=scheme.full_precision,
-        )
-        for name, parameter in scheme.named_parameters()
-    ]
-
-
-EMBEDDING_FILE = TRAINING_ONLY / "embedding_before_scaling.safetensors"
-_OLD_NAME = "embedding_before_scaling.safetensors"
-"""Location of the file in early exports."""
-_NAME = "embedding"
-
-
-def is_folded(model: ModelConfig) -> bool:
-    """Whether the scale is folded into the weights when this (resolved) model is exported."""
-    return model.scale_embeddings and not SCHEMES[model.recurrence].has_loop
-
-
-def embedding_factor(model: ModelConfig) -> float:
-    """Return the embedding scale."""
-    return model.hidden_size**0.5
-
-
-def needs_file(model: ModelConfig) -> bool:
-    """Whether the unscaled embedding cannot be recovered from the export's weights.
-
-    It can be if the scale is a power of two, since such products are exact, or if the weights are tied, since
-    then the output projection is a copy of it.
-    """
-    exact = frexp(embedding_factor(model))[0] == 0.5
-    return is_folded(model) and model.untie_embeddings_and_output_weights and not exact
-
-
-def write_unscaled(embedding: Tensor, directory: Path) -> None:
-    """Write the unscaled embedding [vocabulary, H] to an export's directory."""
-    path = directory / EMBEDDING_FILE
-    path.parent.mkdir(exist_ok=True)
-    write_tensors({_NAME: embedding.contiguous()}, path)
-
-
-def unfold(
-    model: ModelConfig, ours: dict[str, Any], weights: ModelWeights, name: str, head: str
-) -> tuple[ModelConfig, Tensor | None]:
-    """Return settings and unscaled embedding of the model before its scale was folded.
-
-    Args:
-        model: settings according to the export's config.json.
-        ours: the settings of the training run, if the export has them.
-        weights: the export's weights.
-        name, head: names of the export's embedding and output projection.
-
-    Returns:
-        ``model`` and None if nothing was folded, or if the export was trained since.
-    """
-    trained = replace(
-        model,
-        scale_embeddings=bool(ours.get("scale_embeddings")),
-        untie_embeddings_and_output_weights=bool(ours.get("untie_embeddings_and_output_weights")),
-    )
-    if not ours or not is_folded(trained) or head not in weights:
-        return model, None
-    product = weights[name]
-    stored = _stored_embedding(weights.directory)
-    if not trained.untie_embeddings_and_output_weights:
-        embedding = weights[head]
-    elif stored is not None:
-        embedding = stored[: len(product)]  # early exports also store the padded rows
-    else:
-        embedding = (product / embedding_factor(model)).to(product.dtype)
-    if embedding.dtype != product.dtype or not torch.equal(embedding * embedding_factor(model), product):
-        return model, None
-    return trained, embedding
-
-
-def _stored_embedding(directory: Path) -> Tensor | None:
-    """Return the unscaled embedding if the export has a file for it."""
-    for name in (EMBEDDING_FILE, _OLD_NAME):
-        if (path := directory / name).is_file():
-            return read_tensors(path).get(_NAME)
-    return None
-
-
-PADDING_FILE = TRAINING_ONLY / "vocabulary_padding.safetensors"
-
-
-def to_export(weight: Tensor, trained: int, rows: int) -> Tensor:
-    """Return [``rows``, H]: the first ``trained`` rows of [padded vocabulary, H], followed by new ones."""
-    return _with_mean_rows(weight[:trained], rows)
-
-
-def write_omitted_rows(weights: dict[str, Tensor], directory: Path) -> None:
-    """Store the rows [*, H] that an export omits, by the names of the checkpoint's tensors."""
-    if omitted := {name: weight.contiguous() for name, weight in weights.items() if len(weight)}:
-        (directory / PADDING_FILE).parent.mkdir(exist_ok=True)
-        write_tensors(omitted, directory / PADDING_FILE)
-
-
-def read_omitted_rows(
-    config: dict[str, Any], trained: ModelConfig, directory: Path
-) -> dict[str, Tensor] | None:
-    """Return the rows [*, H] that an export omits, by the names of the checkpoint's tensors.
-
-    Return None if the vocabulary was resized after the export. Then each of its rows has a meaning, and the
-    stored rows no longer belong to it.
-
-    Args:
-        config: contents of config.json.
-        trained: settings that the model was trained with.
-        directory: the export.
-    """
-    if trained.vocab_size is None:
-        return None
-    omitted = read_tensors(directory / PADDING_FILE) if (directory / PADDING_FILE).is_file() else {}
-    rows = config["vocab_size"]
-    old_rows = padded_vocab_size(trained) - len(omitted.get(EMBEDDING, ()))
-    has_new_padding_token = rows == old_rows + 1 and config.get("pad_token_id") == old_rows
-    return omitted if has_new_padding_token or (omitted and rows == old_rows) else None
-
-
-def from_export(weight: Tensor, rows: int, omitted: Tensor | None) -> Tensor:
-    """Return [``rows``, H]: the rows of an export, followed by those that it omits, or by new ones."""
-    if omitted is None or omitted.shape[1:] != weight.shape[1:]:
-        return _with_mean_rows(weight[:rows], rows)
-    return torch.cat([weight[: rows - len(omitted)], omitted.to(weight.dtype)])
-
-
-def _with_mean_rows(weight: Tensor, rows: int) -> Tensor:
-    missing = rows - len(weight)
-    if missing <= 0:
-        return weight
-    mean = weight.mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
-    return torch.cat([weight, mean.expand(missing, -1)])
-
-
-# Causal masks and rotary frequencies: old versions of transformers saved them, but no version reads them.
-_BUFFERS = re.compile(r"(.*\.)?(attention\.(bias|masked_bias)|rotary_emb\.inv_freq)")
-
-
 def check_weights(model: ModelConfig, weights: ModelWeights, rows: int) -> torch.dtype:
-    """Check names, shapes and dtypes of all tensors. Return their dtype, or float32 if they have several.
+    """Check names, shapes and dtypes of all tensors, and return the dtype to convert them to.
 
-    float32 represents the values of every accepted dtype exactly. Tensors that are always in float32 don't
-    count.
+    This is their own dtype, not counting tensors that are always in float32. If they have several, it is
+    float32, which represents the values of every accepted dtype exactly.
 
     Args:
         model: settings of the model.
@@ -331,6 +147,161 @@ def check_weights(model: ModelConfig, weights: ModelWeights, rows: int) -> torch
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
+def is_folded(model: ModelConfig) -> bool:
+    """Whether an export of this (resolved) model has the embedding scale folded into its embedding."""
+    return model.scale_embeddings and not SCHEMES[model.recurrence].has_loop
+
+
+def embedding_factor(model: ModelConfig) -> float:
+    """Return the embedding scale."""
+    return model.hidden_size**0.5
+
+
+def needs_file(model: ModelConfig) -> bool:
+    """Whether the export needs ``EMBEDDING_FILE`` because its weights don't determine the unscaled embedding.
+
+    Multiplying by the scale rounds, unless the scale is a power of two. If the weights are tied, the exported
+    output projection is a copy of the unscaled embedding.
+    """
+    exact = frexp(embedding_factor(model))[0] == 0.5
+    return is_folded(model) and model.untie_embeddings_and_output_weights and not exact
+
+
+def write_unscaled(embedding: Tensor, directory: Path) -> None:
+    """Write the unscaled embedding [vocabulary, H] to an export's directory."""
+    path = directory / EMBEDDING_FILE
+    path.parent.mkdir(exist_ok=True)
+    write_tensors({_UNSCALED: embedding.contiguous()}, path)
+
+
+def unfold(
+    model: ModelConfig, ours: dict[str, Any], weights: ModelWeights, name: str, head: str
+) -> tuple[ModelConfig, Tensor | None]:
+    """Return the settings and the embedding that a model had before its embedding scale was folded.
+
+    The export may have been trained since. Therefore we undo the folding only if scaling the result again
+    gives the export's embedding bit for bit.
+
+    Args:
+        model: settings according to the export's config.json.
+        ours: the settings of the training run, if the export has them.
+        weights: the export's weights.
+        name, head: names of the export's embedding and output projection.
+
+    Returns:
+        The settings and the unscaled embedding; ``model`` and None if nothing was folded or the export was
+        trained since.
+    """
+    trained = replace(
+        model,
+        scale_embeddings=bool(ours.get("scale_embeddings")),
+        untie_embeddings_and_output_weights=bool(ours.get("untie_embeddings_and_output_weights")),
+    )
+    if not ours or not is_folded(trained) or head not in weights:
+        return model, None
+    product = weights[name]
+    stored = _stored_embedding(weights.directory)
+    if not trained.untie_embeddings_and_output_weights:
+        embedding = weights[head]
+    elif stored is not None:
+        embedding = stored[: len(product)]  # early exports also store the padded rows
+    else:
+        embedding = (product / embedding_factor(model)).to(product.dtype)
+    if embedding.dtype != product.dtype or not torch.equal(embedding * embedding_factor(model), product):
+        return model, None
+    return trained, embedding
+
+
+def to_export(weight: Tensor, trained: int, rows: int) -> Tensor:
+    """Return [``rows``, H]: the first ``trained`` rows of [padded vocabulary, H], then new rows."""
+    return _with_mean_rows(weight[:trained], rows)
+
+
+def from_export(weight: Tensor, rows: int, omitted: Tensor | None) -> Tensor:
+    """Return [``rows``, H]: the rows of an export, then the rows that it omits, or new rows."""
+    if omitted is None or omitted.shape[1:] != weight.shape[1:]:
+        return _with_mean_rows(weight[:rows], rows)
+    return torch.cat([weight[: rows - len(omitted)], omitted.to(weight.dtype)])
+
+
+def write_omitted_rows(weights: dict[str, Tensor], directory: Path) -> None:
+    """Store the rows [*, H] that an export omits, by the names of the checkpoint's tensors."""
+    if omitted := {name: weight.contiguous() for name, weight in weights.items() if len(weight)}:
+        (directory / PADDING_FILE).parent.mkdir(exist_ok=True)
+        write_tensors(omitted, directory / PADDING_FILE)
+
+
+def read_omitted_rows(
+    config: dict[str, Any], trained: ModelConfig, directory: Path
+) -> dict[str, Tensor] | None:
+    """Return the rows [*, H] that an export omits, by the names of the checkpoint's tensors.
+
+    Return None if the vocabulary was resized after the export. Then all its rows have a meaning, and the
+    stored rows belong to another vocabulary.
+
+    Args:
+        config: contents of config.json.
+        trained: settings that the model was trained with.
+        directory: the export.
+    """
+    if trained.vocab_size is None:
+        return None
+    omitted = read_tensors(directory / PADDING_FILE) if (directory / PADDING_FILE).is_file() else {}
+    rows = config["vocab_size"]
+    old_rows = padded_vocab_size(trained) - len(omitted.get(EMBEDDING, ()))
+    has_new_padding_token = rows == old_rows + 1 and config.get("pad_token_id") == old_rows
+    return omitted if has_new_padding_token or (omitted and rows == old_rows) else None
+
+
+def _sections(model: ModelConfig) -> Iterator[tuple[str, str, int]]:
+    """Yield, for each section: prefix in the checkpoint, name in the export, number of layers."""
+    layers = layout(model)
+    if not SCHEMES[model.recurrence].has_loop:
+        yield "", "layers", layers.depth
+        return
+    yield "prelude.", "prelude", layers.prelude
+    if layers.shared:
+        yield "core.", "core", layers.core
+    else:
+        for loop in range(layers.loops):
+            yield f"cores.{loop}.", f"cores.{loop}", layers.core
+    yield "coda.", "coda", layers.coda
+
+
+def _layer(model: ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Yield, for each parameter of a layer: name in the checkpoint, name in the export, shape."""
+    assert model.ffn_hidden_size is not None, "resolve() fills in ffn_hidden_size"
+    h, ffn = model.hidden_size, model.ffn_hidden_size
+    linears = {
+        "self_attention.linear_qkv": ("attention.query_key_value", (3 * h, h)),
+        "self_attention.linear_proj": ("attention.dense", (h, h)),
+        "mlp.linear_fc1": ("mlp.dense_h_to_4h", (ffn, h)),
+        "mlp.linear_fc2": ("mlp.dense_4h_to_h", (h, ffn)),
+    }
+    # The checkpoint uses the names of Transformer Engine, which fuses a norm with the linear layer after it.
+    norms = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "post_attention_layernorm"}
+    for key, name in norms.items():
+        yield f"{key}.layer_norm_weight", f"{name}.weight", (h,)
+        yield f"{key}.layer_norm_bias", f"{name}.bias", (h,)
+    for key, (name, shape) in linears.items():
+        yield f"{key}.weight", f"{name}.weight", shape
+        yield f"{key}.bias", f"{name}.bias", shape[:1]
+
+
+def _recurrence(model: ModelConfig, body: str) -> list[ExportTensor]:
+    options = recurrence_options(model)
+    scheme = build_scheme(model.recurrence, model.hidden_size, layout(model).loops, options)
+    return [
+        ExportTensor(
+            f"{body}.recurrence.{name}",
+            f"{RECURRENCE}{name}",
+            tuple(parameter.shape),
+            full_precision=scheme.full_precision,
+        )
+        for name, parameter in scheme.named_parameters()
+    ]
+
+
 def _check_embedding(model: ModelConfig, weights: ModelWeights, rows: int) -> None:
     """Check the hidden size and the vocabulary first: ``entries`` allocates routers of this hidden size."""
     _check_tensor(weights, _embedding(model), (rows, model.hidden_size))
@@ -355,3 +326,25 @@ def _embedding(model: ModelConfig) -> str:
 
 def _head(model: ModelConfig) -> str:
     return "lm_head.weight" if SCHEMES[model.recurrence].has_loop else "embed_out.weight"
+
+
+def _stored_embedding(directory: Path) -> Tensor | None:
+    """Return the unscaled embedding if the export stores it."""
+    for name in (EMBEDDING_FILE, _EARLY_EMBEDDING_FILE):
+        if (path := directory / name).is_file():
+            return read_tensors(path).get(_UNSCALED)
+    return None
+
+
+def _with_mean_rows(weight: Tensor, rows: int) -> Tensor:
+    """Append rows up to a number of ``rows``, each the mean of the present ones.
+
+    A mean row is safe to sample from: its logit is the mean logit, and the exponential of a mean is at most
+    the mean of the exponentials. So next to V other rows, its probability is at most 1 / V. A row of zeros
+    has no such bound, since all other logits may be far below 0.
+    """
+    missing = rows - len(weight)
+    if missing <= 0:
+        return weight
+    mean = weight.mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
+    return torch.cat([weight, mean.expand(missing, -1)])

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from megatron_mesh.errors import UserError
 
-# Tensor names in released checkpoints, and the names that newer versions of transformers give them.
-_NEWER_NAMES = {"embed_out.weight": "lm_head.weight"}
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""The dtypes that we can convert, by their names in safetensors."""
 TRAINING_ONLY = Path("training_only")
 """Subdirectory of an export for tensors that only a conversion back to a checkpoint needs.
 
 It is a subdirectory because engines such as vLLM load every safetensors file next to config.json. It must not
 have this package's name: Python, started in the export, would import the directory instead of the package.
 """
+# Tensor names in released checkpoints, and the names that newer versions of transformers give them.
+_NEWER_NAMES = {"embed_out.weight": "lm_head.weight"}
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""The dtypes that we can convert, by their names in safetensors."""
 
 
 class ModelWeights:
@@ -118,6 +118,25 @@ class ModelWeights:
         return self._pickles[path]
 
 
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file with the read and write permissions of its directory.
+
+    safetensors itself makes the file readable only for its owner.
+    """
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors in a safetensors file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """Open a safetensors file. Errors within the block are reported as damage to this file."""
@@ -150,22 +169,3 @@ def _weight_map(index: Path) -> dict[str, str]:
         return {str(name): str(file) for name, file in dict(found).items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {index} ({error}); download the model again") from None
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file with the read and write permissions of its directory.
-
-    safetensors itself makes the file readable only for its owner.
-    """
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(path.parent.stat().st_mode & 0o666)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors in a safetensors file.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)

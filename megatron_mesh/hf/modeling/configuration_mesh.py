@@ -17,19 +17,21 @@ warn_if_untested()
 
 
 def _tensor_parallel_plan(stock: dict[str, str]) -> dict[str, str]:
-    """Return GPT-NeoX's plan with its ``layers.*`` entries repeated for each of our lists of layers."""
+    """Return GPT-NeoX's plan, with each ``layers.*`` entry repeated for prelude, core and coda."""
     plan: dict[str, str] = {}
     for name, style in stock.items():
         prefix, found, rest = name.partition("layers.*.")
         if found:
-            plan |= {f"{prefix}{part}.*.{rest}": style for part in ("prelude", "core", "cores.*", "coda")}
+            plan |= {
+                f"{prefix}{section}.*.{rest}": style for section in ("prelude", "core", "cores.*", "coda")
+            }
         else:
             plan[name] = style
     return plan
 
 
 class MeshConfig(GPTNeoXConfig):
-    """Configuration of a [`MeshModel`]: that of a GPT-NeoX, and of the loop over its core layers.
+    """Configuration of a [`MeshModel`]: a GPT-NeoX configuration, and the settings of the recurrence.
 
     ``num_hidden_layers`` cannot be set. It is always the unrolled depth, so that a cache has one entry for
     each layer in each loop.
@@ -50,7 +52,7 @@ class MeshConfig(GPTNeoXConfig):
         mesh_slots (`int`, *optional*, defaults to 5):
             Number of slots of the memory, for schemes that have one.
         mesh_transition_query (`str`, *optional*, defaults to `"prelude-output"`):
-            Input of the first cycle's routers: `"prelude-output"` or `"embedding"`.
+            What the routers see in cycle 0, right after the prelude: `"prelude-output"` or `"embedding"`.
         embedding_scale (`float`, *optional*, defaults to 1.0):
             Factor by which the token embedding is multiplied.
         kwargs:
@@ -60,7 +62,7 @@ class MeshConfig(GPTNeoXConfig):
     model_type = "megatron_mesh"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
     base_model_tp_plan = _tensor_parallel_plan(GPTNeoXConfig.base_model_tp_plan)
-    # A token would have to pass through a stage once for each loop, which a plan cannot express.
+    # In a pipeline, a token would pass through a stage once for each loop. A plan cannot express that.
     base_model_pp_plan = None  # type: ignore[assignment]
 
     def __init__(
@@ -104,8 +106,8 @@ class MeshConfig(GPTNeoXConfig):
         installed megatron_mesh, we have to write the code ourselves.
         """
         packaged = __name__.startswith("megatron_mesh.")
-        # transformers reads the import statements of this file and expects every module in the model's
-        # directory. An import by name escapes that.
+        # transformers reads the import statements in this file and looks for each module in the model's
+        # directory. It doesn't see an import by name.
         ship = importlib.import_module("megatron_mesh.hf.convert.ship") if packaged else None
         if ship is not None and not Path(save_directory).is_file():  # transformers reports a file as an error
             self.auto_map = dict(ship.AUTO_MAP)

@@ -1,4 +1,4 @@
-"""Layers of a MeSH model. Weights and positions in the unrolled network are separate modules.
+"""Layers of a MeSH model. The weights of a layer and its applications are separate modules.
 
 A core layer has one set of weights but runs once in each loop, each time with a KV cache of its own.
 ``MeshLayer`` holds the weights. ``UnrolledLayer`` stands for one application of a layer: it has no weights,
@@ -25,7 +25,7 @@ CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).paramet
 
 
 class AttentionDispatcher(nn.Module):
-    """Updates the KV cache and calls the attention function, for one application of a layer. Has no weights.
+    """Updates the KV cache and calls the attention function for one application of a layer. Has no weights.
 
     ``generate_batch`` and vLLM's Transformers backend allocate one KV cache for each such module, identified
     by ``layer_idx`` (0 to unrolled depth - 1), and read ``scaling`` and ``is_causal`` from it.
@@ -77,7 +77,8 @@ class AttentionDispatcher(nn.Module):
     def _implementation(self, paged: bool) -> str:
         name = self.config._attn_implementation
         if paged and f"{name}_paged" in ALL_ATTENTION_FUNCTIONS:
-            name = f"{name}_paged"  # transformers 4 doesn't choose it, and others ignore the paged cache
+            # transformers 4 doesn't choose this function itself. Others ignore a paged cache.
+            name = f"{name}_paged"
         return name
 
 
@@ -124,14 +125,14 @@ class MeshLayer(GradientCheckpointingLayer):
         self.mlp = GPTNeoXMLP(config)
 
     def forward(self, hidden_states: Tensor, dispatcher: nn.Module, **kwargs: Any) -> Tensor:
-        """Map [B, S, H] to [B, S, H]; ``dispatcher`` is that of the present ``UnrolledLayer``."""
+        """Map [B, S, H] to [B, S, H]; ``dispatcher`` belongs to the calling ``UnrolledLayer``."""
         attended = self.attention(self.input_layernorm(hidden_states), dispatcher, **kwargs)
         processed = self.mlp(self.post_attention_layernorm(hidden_states))
         return self.post_mlp_dropout(processed) + self.post_attention_dropout(attended) + hidden_states
 
 
 class UnrolledLayer(nn.Module):
-    """One application of a layer. Register hooks here to see the layer's input and output in one pass."""
+    """One application of a layer. Hooks registered here see the layer's input and output in one pass."""
 
     def __init__(self, config: GPTNeoXConfig, layer_idx: int):
         super().__init__()

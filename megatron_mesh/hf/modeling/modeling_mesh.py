@@ -1,7 +1,7 @@
 """MeSH model, a recursive GPT-NeoX, for Hugging Face transformers.
 
-This file needs only torch and transformers. The recurrence schemes are the trainer's own source files; an
-export holds copies of them next to this one.
+It needs only torch and transformers. The recurrence schemes are the trainer's own source files, of which an
+export holds copies next to this one.
 """
 
 import inspect
@@ -38,8 +38,8 @@ from megatron_mesh.recurrence.mesh import MeSH
 from megatron_mesh.recurrence.mixing import weighted_sum
 from megatron_mesh.recurrence.schemes import SCHEMES, LoopState, RecurrenceOptions, build_scheme
 
-# Importing MeSH registers the scheme. The other names make transformers 4 copy their files: it copies only
-# the files that this one imports from.
+# Importing MeSH registers the scheme. The other names are imported for transformers 4, which copies only the
+# files that this one imports from.
 _IMPORTED_FOR_THEIR_FILES = (CYCLES, MeSH, weighted_sum)
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 _OLD_CACHE_NAMES = ("past_key_value", "layer_past", "past", "mems", "state")
@@ -54,7 +54,7 @@ class MeshPreTrainedModel(GPTNeoXPreTrainedModel):
     config: MeshConfig
     config_class = MeshConfig
     base_model_prefix = "model"
-    # Device maps must not split the recurrence, since its routers share one memory.
+    # Device maps must not split the recurrence, since its routers use one memory.
     _no_split_modules = ["MeshLayer", *sorted({scheme.__name__ for scheme in SCHEMES.values()})]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "cache", "layer_past"]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": UnrolledLayer, "attentions": AttentionDispatcher}  # noqa: RUF012
@@ -69,14 +69,15 @@ class MeshPreTrainedModel(GPTNeoXPreTrainedModel):
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
     ) -> None:
         # Re-entrant checkpointing runs a separate backward pass for each loop. DDP then fails at the second
-        # gradient of a core weight, and DeepSpeed's ZeRO-3 silently loses it. The gradients are the same
-        # without it. Re-entrant is the default of transformers 4, so we override it without a warning.
+        # gradient of a core weight, and DeepSpeed's ZeRO-3 silently loses that gradient. Checkpointing that
+        # isn't re-entrant gives the same gradients. We choose it without a warning, since transformers 4
+        # makes re-entrant the default.
         function = partial(gradient_checkpointing_func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, function, **kwargs)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Initialize the weights that weren't loaded, the routers as in pretraining."""
+        """Initialize the weights that weren't loaded. Routers start as in pretraining."""
         body = self.base_model
         assert isinstance(body, MeshModel)
         recurrence = body.recurrence
@@ -124,7 +125,7 @@ class MeshModel(MeshPreTrainedModel):
         self.rotary_emb = GPTNeoXRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
-        # transformers 5 looks for cores.0.1 under cores.*.1: of two adjacent numbers it replaces only one.
+        # For cores.0.1, transformers 5 looks up cores.*.1: it replaces only one of two adjacent numbers.
         plan = dict(self._tp_plan or {})
         for index in range(config.core_layers):
             plan |= {name.replace("cores.*.*.", f"cores.*.{index}."): plan[name] for name in plan}
@@ -229,7 +230,7 @@ class MeshModel(MeshPreTrainedModel):
         }
 
     def _run_passes(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """Map [B, S, H] to [B, S, H]. The recurrence works on each token alone, so it needs no cache."""
+        """Map [B, S, H] to [B, S, H]. The recurrence mixes states of the same token, so it needs no cache."""
         state, position = LoopState(), 0
         for index, layers in enumerate(self.passes):
             hidden_states = self.recurrence(index, hidden_states, state)
@@ -374,7 +375,7 @@ def _mask(**arguments: Any) -> Any:
 
 
 def _resolve_cache(cache: Any, past_key_values: Any, others: dict[str, Any]) -> Any:
-    """Return the cache, whichever name it was passed under. Ignoring one would give wrong tokens."""
+    """Return the cache, by whichever name it was passed. Ignoring a cache would give wrong tokens."""
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise ValueError("cache and past_key_values are two names of the same argument; pass only one")
     for name, value in others.items():

@@ -1,7 +1,8 @@
 """SentencePiece tokenizer for Hugging Face transformers (4.57 and 5.x) that calls sentencepiece itself.
 
-transformers converts SentencePiece models for the tokenizers library, which normalizes some text differently
-and breaks ties between segmentations differently. This class gives exactly the ids of sentencepiece.
+transformers converts SentencePiece models for the tokenizers library. For some texts, that library normalizes
+differently, or chooses another of several equally likely segmentations. This class gives exactly the ids of
+sentencepiece.
 """
 
 import shutil
@@ -84,7 +85,7 @@ class MeshTokenizer(PreTrainedTokenizer):
     def _text(self, ids: list[int], first: bool) -> str:
         if first:
             return self.pieces.decode(ids)
-        # sentencepiece drops a space at the start of a text, so put an ordinary piece before these.
+        # sentencepiece drops a space at the start of a text. Decode after an ordinary piece and cut it off.
         before = next(self._ordinary_ids())
         return self.pieces.decode([before, *ids])[len(self.pieces.decode([before])) :]
 

@@ -1,4 +1,4 @@
-"""Lists the versions of transformers that this code was tested with, and warns about other ones.
+"""Lists the versions of transformers that this code was tested with, and warns about others.
 
 An export carries this file. It imports transformers only to warn, so that tools can read the list without it.
 """
@@ -8,7 +8,7 @@ import importlib.metadata
 from packaging.version import Version
 
 TESTED = ("4.57.6", "5.16.1", "5.19.0", "5.23.0", "5.24.0")
-"""Oldest first. ``make test-hf VERSION=...`` tests each of them. setup.py reads its bounds from here."""
+"""Oldest first. ``make test-hf VERSION=...`` tests with one of them. setup.py reads its bounds from here."""
 
 
 def minor(version: str) -> str:
@@ -40,8 +40,8 @@ def warn_if_untested(installed: str | None = None) -> None:
         return
     from transformers.utils import logging
 
-    # transformers imports this file once for every directory, each time under a new name. A logger with a
-    # fixed name makes warning_once recognize the repeated text.
+    # transformers imports this file again for each directory, under a new name. warning_once recognizes the
+    # repeated text because the logger's name is the same.
     logging.get_logger("transformers.megatron_mesh").warning_once(
         f"transformers {found} is {relation} than the versions that this model's code was tested with "
         f"({', '.join(TESTED)}). If the model fails or its output looks wrong, install a tested version "

@@ -30,7 +30,7 @@ def read(directory: Path) -> Results:
 def test_checkpoint_and_export_measure_the_same(
     model_dir: Path, local_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The code in the export is not run. The package's own code runs instead."""
+    """The package's own code runs instead of the code in the export."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))

@@ -1,6 +1,5 @@
-"""Metrics equal those of lm-eval, and acc_bytes equals what follows from lm-eval's samples."""
+"""Metrics equal those of lm-eval, and acc_bytes equals what we compute from lm-eval's samples."""
 
-import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -195,7 +194,7 @@ def test_tasks_of_the_hub(model_dir: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_lm_eval_knows_every_task() -> None:
-    """And our metric list, which replaces lm-eval's, drops none of its metrics."""
+    """Our list of metrics replaces lm-eval's. It must not drop a metric."""
     manager = harness._manager()
     for task in TASKS.values():
         assert task.name in manager.all_tasks
@@ -218,7 +217,7 @@ def test_hub_out_of_reach(model_dir: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_packed_text_matches_a_plain_loop(model_dir: Path, tmp_path: Path) -> None:
-    """For a compressed file, several windows, and an incomplete last batch."""
+    """The file is compressed, there are several windows, and the last batch is incomplete."""
     documents = [sentence(i, 7 + 11 * i) for i in range(5)]
     file = tmp_path / "valid.jsonl.gz"
     write_jsonl(file, [{"body": text} for text in [*documents, ""]])
@@ -294,8 +293,3 @@ def test_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     harness.check_installed()
     with pytest.raises(UserError, match="--engine vllm: vLLM is not installed; install it"):
         harness.check_installed("vllm")
-
-
-def test_lm_evals_warnings_are_silenced() -> None:
-    harness.silence_warnings()
-    assert logging.getLogger("lm_eval").getEffectiveLevel() == logging.ERROR

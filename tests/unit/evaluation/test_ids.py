@@ -11,7 +11,7 @@ from megatron_mesh.evaluation.model_source import checkpoint_source, huggingface
 from megatron_mesh.evaluation.perplexity import _pack
 from megatron_mesh.hf.convert.export import export_checkpoint
 from tests.exports import saved_with_logits
-from tests.unit.hf.tokenizers_of_tests import SENTENCEPIECE, byte_level, sentencepiece_model
+from tests.unit.hf.sample_tokenizers import SENTENCEPIECE, byte_level, sentencepiece_model
 
 TEXTS = [
     "a </s> b",
@@ -27,8 +27,8 @@ TEXTS = [
 
 @pytest.mark.parametrize("scheme", ["base", "vanilla"])
 @pytest.mark.parametrize("kind", ["bpe-prefix", "unigram-symbols", "json"])
-def test_ids(tmp_path: Path, kind: str, scheme: str) -> None:
-    """No code in an export runs, not even that of its tokenizer."""
+def test_ids_are_those_of_training(tmp_path: Path, kind: str, scheme: str) -> None:
+    """The code in the export, also that of its tokenizer, is not run."""
     if kind == "json":
         path = byte_level(tmp_path / "tokenizer.json", "<s> $A <|endoftext|>", ("<s>",))
     else:

@@ -1,4 +1,4 @@
-"""Averages, tables, and published results."""
+"""Averages, tables, and the published results that tables compare with."""
 
 import json
 from dataclasses import replace
@@ -16,7 +16,6 @@ from megatron_mesh.evaluation.report import (
 )
 from megatron_mesh.evaluation.results import Result, Results, Skipped
 from megatron_mesh.evaluation.tasks import AVERAGED, TASKS
-from megatron_mesh.metrics.tables import TextTable
 
 
 def of(name: str, shots: int | None, **metrics: float) -> Result:
@@ -86,7 +85,7 @@ def test_pythia_table(results: Results) -> None:
     assert columns["SciQ acc"][:2] == ("", "57.70")
 
 
-def test_the_files(results: Results) -> None:
+def test_what_results_md_contains(results: Results) -> None:
     path = write_markdown(results)
     text = path.read_text()
     for part in (
@@ -123,8 +122,3 @@ def test_published_numbers_are_complete(shared_dir: Path) -> None:
                 for metric, value in metrics.items():
                     theirs = reference[name][key][task]["ppl" if metric == "perplexity" else metric]
                     assert value == pytest.approx(theirs, abs=5e-4 if metric == "perplexity" else 5e-5)
-
-
-def test_markdown_is_a_table() -> None:
-    lines = TextTable("T", ["a", "b"], [["x", "1"]], notes=["n"]).markdown().splitlines()
-    assert lines == ["## T", "", "| a | b |", "| --- | ---: |", "| x | 1 |", "", "n  "]

@@ -92,8 +92,8 @@ def test_a_moved_model_is_the_same(asked: list[str], settings: Settings) -> None
     assert asked == []
 
 
-def test_results_from_before_there_were_engines(asked: list[str], settings: Settings) -> None:
-    """They were measured with transformers."""
+def test_early_results_name_no_engine(asked: list[str], settings: Settings) -> None:
+    """They were measured with transformers, the only engine at the time."""
     path = run_evaluation(settings).path
     content = json.loads(path.read_text())
     assert content["run"].pop("engine") == "transformers"
@@ -195,7 +195,7 @@ def test_bad_models(
     assert asked == []
 
 
-def test_trusted_code_and_the_two_directories(settings: Settings, tmp_path: Path) -> None:
+def test_directories_of_the_other_kind_are_named(settings: Settings, tmp_path: Path) -> None:
     directory = tmp_path / "remote"
     shutil.copytree(settings.model, directory)
     _edit("config.json", auto_map={"AutoConfig": "mine.Config"})(directory)
@@ -229,7 +229,7 @@ def test_bad_local_data(
         run.plan(replace(settings, local_data=local_data))
 
 
-def test_nothing_can_be_run(settings: Settings, local_data: Path) -> None:
+def test_no_task_can_be_run(settings: Settings, local_data: Path) -> None:
     with pytest.raises(UserError, match="no task can be run: sciq: no task file in the local data"):
         run.plan(replace(settings, local_data=local_data, tasks=choose_tasks(["sciq"])))
 

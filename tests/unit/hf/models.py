@@ -44,7 +44,7 @@ def stock(kind: type[PreTrainedModel] = GPTNeoXForCausalLM, layers: int = 6, **c
 
 
 def unrolled_twin(model: Any, kind: type[PreTrainedModel] = GPTNeoXForCausalLM) -> Any:
-    """Return the stock GPT-NeoX that a model with the base recursion becomes when its loop is unrolled."""
+    """Unroll the loop of a model with the base recurrence: return a stock GPT-NeoX that computes the same."""
     assert model.config.recurrence == "base"
     body = model.base_model
     twin = stock(kind, layers=len(body.unrolled), num_labels=model.config.num_labels)

@@ -19,7 +19,7 @@ KINDS = [*SCHEMES, "stock"]
 
 @pytest.fixture(params=KINDS)
 def model(request):
-    """A model of each scheme, and a stock GPT-NeoX, which shows that transformers supports the test."""
+    """A model of each scheme, and a stock GPT-NeoX, which shows what transformers itself can do."""
     return stock() if request.param == "stock" else looped(request.param)
 
 
@@ -30,7 +30,7 @@ def padded() -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def test_the_base_recursion_is_a_stock_model_of_the_unrolled_depth() -> None:
+def test_the_base_recurrence_is_a_stock_model_of_the_unrolled_depth() -> None:
     model = looped("base")
     twin = unrolled_twin(model)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_caches_and_beams(model) -> None:
 
 
 def test_assisted_decoding(model) -> None:
-    """With drafts from the model itself, from another model, and from the prompt."""
+    """Drafts come from the model itself, from another model, or from the prompt."""
     ids = torch.cat([IDS[1:], IDS[1:]], dim=1)
     alone = greedy(model, ids, use_cache=False)
     other = stock(layers=1)
@@ -73,7 +73,7 @@ def test_assisted_decoding(model) -> None:
 @pytest.mark.parametrize("chunk", [1, 3, 7])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_prefill_in_chunks(scheme, chunk, name) -> None:
-    """With either name of the cache, created by the caller or by the model."""
+    """The cache has either name, and is created by the caller or by the model."""
     model = looped(scheme)
     ids, mask = padded()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)

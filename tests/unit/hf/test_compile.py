@@ -53,7 +53,7 @@ def test_one_graph(scheme, loops, prelude) -> None:
 
 
 def test_inductor() -> None:
-    """One case with the default backend."""
+    """The default backend gives the same gradients."""
     model = build("mesh")
     gradients = _gradients(model, torch.compile(model, fullgraph=True))
     for name, expected in _gradients(model, model).items():
@@ -67,7 +67,7 @@ def _gradients(model: Any, function: Any) -> dict[str, Tensor]:
 
 
 def test_recompiles_as_often_as_a_stock_model() -> None:
-    """For new batch sizes and lengths."""
+    """When batch size or length changes."""
     counts = []
     for kind in ("mesh", "stock"):
         model = build(kind)

@@ -1,4 +1,4 @@
-"""Models whose configuration changes, fresh models, and recorded hidden states and attentions."""
+"""Changed configurations, fresh weights, and recorded hidden states and attentions."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ LAYERS = {"vanilla+mesh": "1+2+2+1"}
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("change", ["num_loops", "num_hidden_layers", "core_layers"])
-def test_a_config_that_changes_under_a_model(scheme, change) -> None:
+def test_a_config_changed_after_loading_is_refused(scheme, change) -> None:
     """Forward and generate fail, with and without a cache, until the config is restored."""
     model = looped(scheme)
     before = getattr(model.config, change), model.config.num_hidden_layers
@@ -36,8 +36,8 @@ def test_a_config_that_changes_under_a_model(scheme, change) -> None:
 
 
 @pytest.mark.parametrize("scheme", ADDITIVE)
-def test_other_numbers_of_loops(tmp_path, scheme) -> None:
-    """Like a model that is built with that number: caches, recorded states, and saving."""
+def test_a_changed_number_of_loops(tmp_path, scheme) -> None:
+    """The model is like one built with that number, in its caches, recorded states and saved files."""
     model = looped(scheme)
     model(IDS, output_hidden_states=True)  # makes transformers 5 hook into the present modules
     for loops in (3, 1):
@@ -67,21 +67,21 @@ def test_hidden_states_and_attentions_of_a_stock_model() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_hidden_states_are_what_hooks_see(scheme) -> None:
-    """For hooks on the modules that the model card names."""
+    """Hooks on the modules that the model card names see the recorded states."""
     model = looped(scheme, attn_implementation="eager")
     entered: dict[int, Tensor] = {}
     left: dict[int, Tensor] = {}
     weights: dict[int, Tensor] = {}
-    for place in range(model.config.num_hidden_layers):
-        layer = model.get_submodule(f"model.unrolled.{place}")
-        attention = model.get_submodule(f"model.unrolled.{place}.attention")
-        assert attention.layer_idx == place
+    for index in range(model.config.num_hidden_layers):
+        layer = model.get_submodule(f"model.unrolled.{index}")
+        attention = model.get_submodule(f"model.unrolled.{index}.attention")
+        assert attention.layer_idx == index
 
-        def saw(module: Any, inputs: Any, output: Any, place: int = place) -> None:
-            entered[place], left[place] = inputs[0], output
+        def saw(module: Any, inputs: Any, output: Any, index: int = index) -> None:
+            entered[index], left[index] = inputs[0], output
 
-        def attended(module: Any, inputs: Any, output: Any, place: int = place) -> None:
-            weights[place] = output[1]
+        def attended(module: Any, inputs: Any, output: Any, index: int = index) -> None:
+            weights[index] = output[1]
 
         layer.register_forward_hook(saw)
         attention.register_forward_hook(attended)
@@ -89,13 +89,13 @@ def test_hidden_states_are_what_hooks_see(scheme) -> None:
     states = out.hidden_states
     assert len(states) == 7 and len(out.attentions) == 6
     assert torch.equal(states[0], entered[0])
-    for place in range(5):
-        assert torch.equal(states[place + 1], left[place])
+    for index in range(5):
+        assert torch.equal(states[index + 1], left[index])
     assert torch.equal(states[6], model.model.final_layer_norm(left[5]))
     assert torch.equal(model.lm_head(states[-1]), out.logits)
-    for place in range(6):
-        assert torch.equal(out.attentions[place], weights[place])
-        assert relative_error(weights[place].sum(-1), torch.ones(2, 2, 8)) < 1e-5
+    for index in range(6):
+        assert torch.equal(out.attentions[index], weights[index])
+        assert relative_error(weights[index].sum(-1), torch.ones(2, 2, 8)) < 1e-5
     if scheme in ("mesh", "vanilla+mesh", "static"):
         assert not torch.allclose(states[3], entered[3])  # the recurrence mixes states between passes
     assert torch.equal(states[2], entered[2])  # but not within a pass
@@ -103,7 +103,7 @@ def test_hidden_states_are_what_hooks_see(scheme) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_routers_of_fresh_models(exported, tmp_path, scheme) -> None:
-    """They are initialized as in pretraining, in a new model and if only the routers weren't loaded."""
+    """Routers start as in pretraining, in a new model and in one that was loaded without them."""
     directory = exported(recurrence=scheme, layers=LAYERS.get(scheme, "1+2R2+1"), hidden_size=128)[1]
     config = AutoConfig.from_pretrained(directory, trust_remote_code=True, initializer_range=0.05)
     fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)

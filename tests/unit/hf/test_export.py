@@ -1,4 +1,4 @@
-"""Contents and errors of exports. An interrupted export never looks like a complete one."""
+"""What an export contains, which checkpoints and targets are refused, and what an interruption leaves."""
 
 import json
 import shutil
@@ -52,16 +52,16 @@ def ends(body: str, head: str) -> set[str]:
     }
 
 
-def test_names_are_a_contract(exported) -> None:
-    """Published exports can only be loaded if these names never change."""
+def test_names_never_change(exported) -> None:
+    """Otherwise published exports could no longer be loaded."""
     routers = {
         f"model.recurrence.{kind}.{cycle}.{part}"
         for kind in ("write", "read")
         for cycle in range(3)
         for part in ("weight", "bias")
     }
-    parts = ("model.prelude.0", "model.core.0", "model.core.1", "model.coda.0")
-    mesh = set().union(*map(layer, parts)) | routers | ends("model", "lm_head.weight")
+    layers = ("model.prelude.0", "model.core.0", "model.core.1", "model.coda.0")
+    mesh = set().union(*map(layer, layers)) | routers | ends("model", "lm_head.weight")
     assert set(load_file(exported()[1] / "model.safetensors")) == mesh
     plain = exported(recurrence="vanilla", layers="2")[1]
     stock = layer("gpt_neox.layers.0") | layer("gpt_neox.layers.1") | ends("gpt_neox", "embed_out.weight")
@@ -73,7 +73,7 @@ def test_names_are_a_contract(exported) -> None:
     assert layer("model.cores.1.0") <= distinct
 
 
-def test_files(exported) -> None:
+def test_files_of_an_export(exported) -> None:
     _, directory, _ = exported()
     shipped = set(sources())
     assert {
@@ -206,7 +206,7 @@ def test_force_spares_the_checkpoint(exported, tmp_path) -> None:
 
 
 def test_a_symbolic_link_is_preserved(exported, tmp_path) -> None:
-    """The directory that it points to is replaced, which may be on another disk."""
+    """The directory that it points to, perhaps on another disk, is replaced."""
     (tmp_path / "disk/model").mkdir(parents=True)
     (tmp_path / "disk/model/old.txt").touch()
     (tmp_path / "model").symlink_to(tmp_path / "disk/model")
@@ -216,7 +216,7 @@ def test_a_symbolic_link_is_preserved(exported, tmp_path) -> None:
     assert sorted(p.name for p in tmp_path.rglob("*model*") if p.is_dir()) == ["model", "model"]
 
 
-def test_invalid_targets(exported, tmp_path) -> None:
+def test_targets_that_cannot_be_written(exported, tmp_path) -> None:
     (tmp_path / "file").write_text("precious")
     with pytest.raises(UserError, match="file is a file; choose another --save"):
         export_checkpoint(exported()[0], tmp_path / "file", force=True)
@@ -244,7 +244,7 @@ def test_an_interrupted_conversion_leaves_no_model(exported, tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_mistakes(exported, tmp_path) -> None:
+def test_checkpoints_that_are_refused(exported, tmp_path) -> None:
     checkpoint, _, _ = exported()
 
     def refused(path: Path, message: str) -> None:
@@ -263,7 +263,7 @@ def test_mistakes(exported, tmp_path) -> None:
     refused(damaged, f"damaged: {shard.name} has")
 
 
-def test_the_tool(exported, tmp_path) -> None:
+def test_output_of_the_tool(exported, tmp_path) -> None:
     checkpoint, directory, _ = exported()
 
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -279,7 +279,7 @@ def test_the_tool(exported, tmp_path) -> None:
     assert refused.returncode == 2 and last.startswith("error: ") and "--force" in last
 
 
-def test_peak_memory_is_a_shard(tmp_path) -> None:
+def test_peak_memory_is_that_of_a_shard(tmp_path) -> None:
     """Converting takes the memory of a shard, not of the model."""
     checkpoint, _ = saved_with_logits(tmp_path / "run", hidden_size=512, layers="2+8R2+2", seq_length=16)
     code = f"""

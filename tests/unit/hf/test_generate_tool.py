@@ -1,4 +1,4 @@
-"""tools/generate.py: its output for a directory and for a checkpoint, and its errors."""
+"""tools/generate.py gives the same text for a checkpoint and its export, and reports mistakes."""
 
 import io
 import shutil
@@ -45,7 +45,7 @@ def written(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     return capsys.readouterr().out
 
 
-def test_prints_the_models_text(looped, capsys) -> None:
+def test_prints_prompt_and_continuation(looped, capsys) -> None:
     """Including the space before the first new word."""
     model, tokenizer = open_model(looped[1], dtype=torch.float32)
     for prompt in ("the value", "def forward(self"):
@@ -70,7 +70,7 @@ def test_a_new_word_keeps_its_space(looped, capsys, monkeypatch) -> None:
     assert text.split() == ["the", "value", "return"]
 
 
-def test_ways_in(looped, capsys, tmp_path, monkeypatch) -> None:
+def test_sources_of_model_and_prompts(looped, capsys, tmp_path, monkeypatch) -> None:
     """A directory or a checkpoint, with prompts on the command line, in a file, or in a dialogue."""
     checkpoint, directory = looped
     text = written(capsys, "--model", directory, "--prompt", "def", "--prompt", "class")
@@ -133,7 +133,7 @@ def test_other_loops_and_beams(looped, capsys) -> None:
     assert written(capsys, *prompt, "--num-beams", 3).startswith("the value")
 
 
-def test_mistakes(looped, exported, tmp_path) -> None:
+def test_arguments_that_are_refused(looped, exported, tmp_path) -> None:
     checkpoint, directory = looped
 
     def refused(message: str, *arguments: object) -> None:

@@ -41,7 +41,7 @@ def replicated(tmp_path_factory) -> list[Any]:
 @pytest.mark.versions
 @pytest.mark.parametrize("kind", KINDS)
 def test_tensor_parallelism(directories, sharded, kind) -> None:
-    """Each rank has half of each large weight, and both have the logits and tokens of one process."""
+    """Each rank has half of each large weight. Both give the logits and tokens of one process."""
     model = load(directories[kind])
     with torch.no_grad():
         expected = model(IDS).logits
@@ -97,8 +97,8 @@ def test_device_maps_keep_layers_and_the_recurrence_whole(scheme) -> None:
     assert len(cut) >= 5
 
 
-def test_no_scheme_may_be_split() -> None:
-    """Not even one that is added later."""
+def test_every_scheme_is_kept_whole() -> None:
+    """Device maps must not split a scheme, not even one that is registered later."""
     assert {scheme.__name__ for scheme in CLASSES.values()} <= set(looped()._no_split_modules)
 
 

@@ -1,4 +1,4 @@
-"""``--refresh-code`` updates old code, changes nothing else, and loses nobody's edits."""
+"""``--refresh-code`` updates old code, changes nothing else, and never loses edits."""
 
 import difflib
 import json
@@ -38,7 +38,7 @@ def fresh(exported) -> Path:
 
 @pytest.fixture
 def early(fresh: Path, tmp_path: Path) -> Path:
-    """The same export with early code: no checksums, one file fewer, one more, no list of versions."""
+    """The same export as an early version wrote it: other files, no checksums, no list of tested versions."""
     directory = shutil.copytree(fresh, tmp_path / "early")
     for name, text in sources().items():
         (directory / name).write_text(f"{EARLY}# an earlier line\n{without_header(text)}")
@@ -77,7 +77,7 @@ def test_code_is_replaced_and_nothing_else(early: Path, fresh: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["mesh", "vanilla"])
-def test_the_tokenizers_code_too(exported, tmp_path: Path, scheme: str) -> None:
+def test_the_tokenizers_code_is_replaced_too(exported, tmp_path: Path, scheme: str) -> None:
     """An export of a plain model has no code except perhaps that of its tokenizer."""
     fresh = exported(recurrence=scheme, layers="4" if scheme == "vanilla" else "1+2R2+1")[1]
     directory = shutil.copytree(fresh, tmp_path / "export")
@@ -147,7 +147,7 @@ def config_with(**entries: object) -> Callable[[Path], None]:
         (lambda path: (path / "config.json").unlink(), r"cannot read .*config\.json"),
     ],
 )
-def test_refused(fresh: Path, tmp_path: Path, spoil, message: str) -> None:
+def test_exports_that_are_refused(fresh: Path, tmp_path: Path, spoil, message: str) -> None:
     directory = shutil.copytree(fresh, tmp_path / "model")
     (directory / "schemes.py").write_text(EARLY)  # so that there is something to refresh
     spoil(directory)
@@ -172,10 +172,10 @@ def test_a_plain_model_has_no_code(exported) -> None:
     assert refresh_code(directory) == [] and contents(directory) == before
 
 
-def test_an_interruption(early: Path, tmp_path: Path, monkeypatch) -> None:
-    """Refreshing again completes it, wherever it was interrupted."""
+def test_an_interrupted_refresh_can_be_repeated(early: Path, tmp_path: Path, monkeypatch) -> None:
+    """Whichever step was interrupted, refreshing again completes it."""
     whole = shutil.copytree(early, tmp_path / "whole")
-    steps = len(refresh_code(whole)) - 1  # all but the removed file are put in place by os.replace
+    steps = len(refresh_code(whole)) - 1  # os.replace puts all files in place, except that one is removed
     real = os.replace
     for step in range(steps):
         directory = shutil.copytree(early, tmp_path / str(step))
@@ -208,7 +208,7 @@ def test_a_directory_that_cannot_be_written(early: Path, monkeypatch) -> None:
     assert contents(early) == before
 
 
-def test_the_tool(early: Path, fresh: Path, capsys) -> None:
+def test_output_of_the_tool(early: Path, fresh: Path, capsys) -> None:
     main = tool("convert_to_hf")
     main(["--refresh-code", str(early)])
     out = capsys.readouterr().out

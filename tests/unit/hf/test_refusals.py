@@ -1,4 +1,4 @@
-"""Models that the conversion rejects for reasons other than config.json, and what it converts exactly."""
+"""Weights and files that the conversion rejects, and those that it converts exactly."""
 
 import json
 import runpy
@@ -14,7 +14,7 @@ from transformers import GPTNeoXForCausalLM
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.convert.export import export_checkpoint
 from megatron_mesh.hf.convert.import_model import import_model
-from tests.unit.hf.test_bring_in import ROOT, stock
+from tests.unit.hf.test_import_model import ROOT, stock
 from tests.unit.hf.test_logits import weights_of
 
 

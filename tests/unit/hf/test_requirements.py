@@ -1,7 +1,9 @@
-"""Our tools and our exports report an unsupported version of transformers, and what to do."""
+"""Tools and exports report that transformers is missing or too old, and what to do."""
 
 import importlib.metadata
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,13 +28,13 @@ def old_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", TOOLS)
-def test_tools(old_transformers: None, name: str) -> None:
+def test_tools_refuse_an_old_version(old_transformers: None, name: str) -> None:
     main = tool(name)
     with pytest.raises(UserError, match=r"4\.49\.0 is too old; 4\.57 or newer is needed: pip install"):
         main(TOOLS[name])
 
 
-def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tools_say_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -42,8 +44,21 @@ def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         main(TOOLS["convert_to_hf"])
 
 
-def test_the_code_of_an_export(exported, old_transformers: None, tmp_path: Path) -> None:
-    """The check is in its configuration file, which transformers imports first."""
+def test_the_check_needs_no_transformers() -> None:
+    """A tool imports the check before anything that imports transformers."""
+    code = """
+import sys
+sys.modules["transformers"] = None  # its import fails
+from megatron_mesh.hf.convert.open_model import check_transformers
+import megatron_mesh.evaluation.run
+check_transformers()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_an_export_refuses_an_old_version(exported, old_transformers: None, tmp_path: Path) -> None:
+    """Its configuration file, which transformers imports first, checks the version."""
     directory = shutil.copytree(exported()[1], tmp_path / "for-old-transformers")
     with pytest.raises(
         ImportError, match=r"found transformers==4\.49\.0\.\s.*pip install 'transformers>=4\.57'"

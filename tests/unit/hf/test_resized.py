@@ -1,4 +1,4 @@
-"""Models whose vocabulary was resized in transformers convert to checkpoints, run in parallel, and back."""
+"""Models whose vocabulary was resized in transformers convert to checkpoints that train, and back."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ from megatron_mesh.hf.convert.import_model import import_model
 from megatron_mesh.parallel import build_stage
 from tests.exports import export_config, load_weights
 from tests.helpers import one_process, relative_error
-from tests.unit.hf.test_bring_in import stock
+from tests.unit.hf.test_import_model import stock
 from tests.unit.hf.test_logits import load, weights_of
 
 SIZES: list[dict[str, Any]] = [
@@ -31,7 +31,7 @@ TOKENS = torch.randint(0, 101, (3, 16), generator=torch.Generator().manual_seed(
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_plain_model(tmp_path: Path, sizes: dict[str, int], tied: bool) -> None:
+def test_a_resized_plain_model_trains_as_before(tmp_path: Path, sizes: dict[str, int], tied: bool) -> None:
     model = stock(tmp_path / "stock", num_hidden_layers=2, tie_word_embeddings=tied)
     model.resize_token_embeddings(**sizes)
     model.save_pretrained(tmp_path / "resized")
@@ -56,7 +56,7 @@ def test_a_plain_model(tmp_path: Path, sizes: dict[str, int], tied: bool) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_half_precision_import_starts_a_run(tmp_path: Path, dtype: torch.dtype) -> None:
-    """In float32, the run has the loss of the source."""
+    """Its loss in float32 is that of the source."""
     model = stock(tmp_path / "stock", num_hidden_layers=2).to(dtype)
     model.save_pretrained(tmp_path / "stock")
     import_model(tmp_path / "stock", tmp_path / "megatron")
@@ -65,8 +65,10 @@ def test_a_half_precision_import_starts_a_run(tmp_path: Path, dtype: torch.dtype
 
 @pytest.mark.parametrize("recurrence", ["mesh", "vanilla"])
 @pytest.mark.parametrize("rows", [120, 90])
-def test_an_export(exported: Callable[..., Any], tmp_path: Path, recurrence: str, rows: int) -> None:
-    """Even if the new size is within the padded size of the training, all its rows are preserved."""
+def test_a_resized_export_keeps_its_rows(
+    exported: Callable[..., Any], tmp_path: Path, recurrence: str, rows: int
+) -> None:
+    """Also if the new size is below the padded size that training used."""
     _, directory, _ = exported(recurrence=recurrence, layers="1+1R2+1" if recurrence == "mesh" else "3")
     model = load(directory, dtype=torch.float32)
     model.resize_token_embeddings(rows)

@@ -21,7 +21,7 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.hf.convert import export_tokenizer as tokenizer_module
 from megatron_mesh.hf.convert.export_tokenizer import NEW_TOKEN, padding_of, read_tokenizer
 from megatron_mesh.hf.convert.spm import to_fast_tokenizer
-from tests.unit.hf.tokenizers_of_tests import SENTENCEPIECE, Pair, byte_level, export_tokenizer, models_in
+from tests.unit.hf.sample_tokenizers import SENTENCEPIECE, Pair, byte_level, export_tokenizer, models_in
 
 ROOT = Path(__file__).resolve().parents[3]
 KINDS = [*SENTENCEPIECE, "json", "json-start", "json-end", "json-words"]
@@ -98,7 +98,7 @@ def test_any_text(pairs, kind, text) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_awkward_texts(pairs, prompt_ids, tmp_path, kind) -> None:
-    """Also after ``save_pretrained``, and as prompts, where an empty text becomes an end-of-text token."""
+    """Also after ``save_pretrained``, and in prompts, where an empty text becomes an end-of-text token."""
     pair = pairs[kind]
     pair.exported.save_pretrained(tmp_path)
     fast = not (pair.directory / "tokenization_mesh.py").exists()
@@ -190,7 +190,7 @@ def _model(path: Path, pieces: list[str]) -> Path:
 
 
 def test_what_transformers_cannot_reproduce_is_refused(tmp_path, monkeypatch) -> None:
-    """A faulty conversion, and ids with a gap, in which transformers would put the padding token."""
+    """Here a faulty conversion, and a gap in the ids, where transformers would put the padding token."""
     model = byte_level(tmp_path / "json.json", "<|endoftext|> $A")
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer_module, "_without_template", lambda processor: processor)

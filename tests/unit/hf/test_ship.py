@@ -13,7 +13,7 @@ from megatron_mesh.hf.convert import ship
 PACKAGE = Path(megatron_mesh.__file__).parent
 
 
-def test_the_auto_classes_are_there() -> None:
+def test_the_auto_classes_exist() -> None:
     texts = ship.sources()
     for entry in ship.AUTO_MAP.values():
         module, name = entry.split(".")

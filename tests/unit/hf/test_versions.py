@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 ENGINES = "5.19.0"  # SGLang pins it, vLLM allows it
 
 
-def test_the_list() -> None:
+def test_one_release_of_each_minor_version() -> None:
     versions = [Version(text) for text in TESTED]
     assert versions == sorted(set(versions)) and not any(version.is_prerelease for version in versions)
     assert len({minor(text) for text in TESTED}) == len(TESTED), "one patch release of each minor release"
@@ -57,7 +57,7 @@ def test_the_main_environment_has_the_newest() -> None:
     assert f"\ntransformers=={TESTED[-1]}\n" in (ROOT / ".ci/constraints.txt").read_text()
 
 
-def test_ci_runs_oldest_engines_and_newest() -> None:
+def test_ci_runs_the_oldest_the_engines_and_the_newest() -> None:
     """The main environment has the newest version, but not the packages for fine-tuning."""
     script = (ROOT / ".ci/run").read_text()
     loop = re.search(r"for version in (.+); do\n\s+make test-hf ", script)
@@ -81,13 +81,13 @@ def warnings() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("version", [*TESTED, "4.57.7", "5.0.0", "5.17.2", "5.24.0.dev0", "5.24.1"])
-def test_no_warning(warnings: list[str], version: str) -> None:
+def test_tested_versions_cause_no_warning(warnings: list[str], version: str) -> None:
     warn_if_untested(version)
     assert warnings == []
 
 
 @pytest.mark.parametrize("version", ["5.25.0.dev0", "5.25.0rc1", "5.25.1", "5.100.0", "6.0.0"])
-def test_a_newer_version(warnings: list[str], version: str) -> None:
+def test_a_newer_version_causes_a_warning(warnings: list[str], version: str) -> None:
     for _ in range(2):
         warn_if_untested(version)
     (text,) = warnings
@@ -95,7 +95,7 @@ def test_a_newer_version(warnings: list[str], version: str) -> None:
     assert "convert_to_hf.py --refresh-code DIR" in text and f"pip install transformers=={TESTED[-1]}" in text
 
 
-def test_an_older_patch_release(warnings: list[str]) -> None:
+def test_an_older_patch_release_causes_a_warning(warnings: list[str]) -> None:
     warn_if_untested("4.57.1")
     (text,) = warnings
     assert "transformers 4.57.1 is older than" in text and f"pip install transformers=={TESTED[0]}" in text

@@ -1,4 +1,4 @@
-"""Padded vocabulary rows are not in an export, so they are never sampled. A conversion back restores them."""
+"""Exports omit padded vocabulary rows, so these are never sampled. A conversion back restores them."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from megatron_mesh.checkpoint.offline import open_checkpoint
 from megatron_mesh.errors import UserError
@@ -16,8 +16,8 @@ from megatron_mesh.hf.convert.export import export_checkpoint
 from megatron_mesh.hf.convert.import_model import import_model
 from megatron_mesh.hf.convert.tensors import EMBEDDING, OUTPUT, VOCABULARY
 from tests.exports import TOKENS, saved_with_logits
+from tests.unit.hf.sample_tokenizers import byte_level, sentencepiece_model
 from tests.unit.hf.test_logits import load, weights_of
-from tests.unit.hf.tokenizers_of_tests import byte_level, sentencepiece_model
 
 TINY = {"recurrence": "base", "layers": "1+1R2+1", "seq_length": 64}
 
@@ -61,7 +61,7 @@ def test_no_padded_id_is_sampled(tmp_path, scheme) -> None:
         (402, 16, 403, 14),
         (402, 402, 403, 0),  # no padded rows
         (403, 16, 403, 14),
-        (500, 16, 403, 110),  # --vocab-size beyond the tokenizer
+        (500, 16, 403, 110),  # --vocab-size is larger than the tokenizer
     ],
 )
 def test_a_tokenizer_without_a_padding_token(tmp_path, scheme, untied, size, divisor, rows, kept) -> None:
@@ -118,16 +118,6 @@ def test_padded_rows_are_not_restored_after_resizing(exported, tmp_path) -> None
     assert after[OUTPUT].shape == (112, 32)
     assert torch.equal(after[OUTPUT][:100], model.get_output_embeddings().weight)
     assert torch.allclose(after[OUTPUT][100:], after[OUTPUT][:100].mean(0).expand(12, -1), atol=1e-6)
-
-
-def test_bfloat16(exported, tmp_path) -> None:
-    checkpoint, directory, _ = exported(bf16=True)
-    assert {tensor.dtype for tensor in load_file(directory / tensors.PADDING_FILE).values()} == {
-        torch.bfloat16
-    }
-    assert comes_back(checkpoint, directory, tmp_path / "back")
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype="auto")
-    assert model.dtype == torch.bfloat16
 
 
 def test_a_tokenizer_of_another_model_is_refused(exported, tmp_path) -> None:

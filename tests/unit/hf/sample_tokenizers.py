@@ -19,7 +19,7 @@ SYMBOLS = {"user_defined_symbols": ["<sep>", "\n", "  x"], "control_symbols": ["
 IDENTITY = {"normalization_rule_name": "identity"}
 PLAIN = {**IDENTITY, "add_dummy_prefix": False, "remove_extra_whitespaces": False}
 
-# name: (options of the trainer, whether a stock class of transformers can give the same ids)
+# Name: (options of the trainer, whether a stock class of transformers can give the same ids).
 SENTENCEPIECE: dict[str, tuple[dict[str, Any], bool]] = {
     "bpe-plain": ({"model_type": "bpe", "byte_fallback": True, **PLAIN}, True),
     "bpe-newline": (

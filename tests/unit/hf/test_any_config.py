@@ -1,4 +1,4 @@
-"""With any config.json, a model either survives a conversion and back with equal logits, or is rejected.
+"""With any config.json, a model either has equal logits after a conversion and back, or is rejected.
 
 The logits of the same directory in transformers are the reference.
 """
@@ -116,7 +116,7 @@ def random_fields(draw: random.Random) -> dict[str, Any]:
 
 
 def write_model(directory: Path, fields: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
-    """Write a model that has no parameters at zero or one, and a config.json of exactly these fields."""
+    """Write a model, whose parameters are never 0 or 1, and a config.json of exactly these fields."""
     torch.manual_seed(0)
     model = GPTNeoXForCausalLM(GPTNeoXConfig(**json.loads(json.dumps(fields))))
     with torch.no_grad():
@@ -127,7 +127,7 @@ def write_model(directory: Path, fields: dict[str, Any], dtype: torch.dtype = to
 
 
 def logits_of(directory: Path) -> torch.Tensor:
-    """Return logits in transformers, for ids below the smallest vocabulary size here."""
+    """Return the logits in transformers. ``TOKENS`` are ids of even the smallest vocabulary here."""
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32)
     with torch.no_grad():
         return model.eval()(TOKENS).logits

@@ -14,7 +14,7 @@ from megatron_mesh.hf.convert.import_model import import_model
 from tests.unit.hf.test_logits import load, weights_of
 
 
-def test_its_place(exported: Callable[..., Any], tmp_path: Path) -> None:
+def test_engines_do_not_find_it(exported: Callable[..., Any], tmp_path: Path) -> None:
     """Engines load every .safetensors file next to config.json, so only the model's weights may be there."""
     checkpoint, directory, _ = exported(recurrence="vanilla", layers="3")
     assert (directory / tensors.EMBEDDING_FILE).is_file()
@@ -31,7 +31,7 @@ def test_its_place(exported: Callable[..., Any], tmp_path: Path) -> None:
         assert torch.equal(before[name][:rows], after[name][:rows])
 
 
-def test_a_damaged_one(exported: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_damaged_file_is_named(exported: Callable[..., Any], tmp_path: Path) -> None:
     _, directory, _ = exported(recurrence="vanilla", layers="3")
     copy = shutil.copytree(directory, tmp_path / "copy")
     path = copy / tensors.EMBEDDING_FILE

@@ -1,4 +1,4 @@
-"""Conversion of stock GPT-NeoX models to checkpoints, and to recursive models."""
+"""A stock GPT-NeoX becomes a checkpoint with the same logits, or the start of a recursive model."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def stock(directory: Path, **settings) -> GPTNeoXForCausalLM:
-    """Save and return a stock model with random parameters, none of which is zero or one."""
+    """Save and return a stock model. Its parameters are random, including those that are usually 0 or 1."""
     values = {
         "vocab_size": 128,
         "hidden_size": 32,
@@ -51,7 +51,7 @@ def same(a: GPTNeoXForCausalLM, b: GPTNeoXForCausalLM) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# Layers and heads of the Pythia suite; the rest is scaled down.
+# Layers and heads of the models of the Pythia suite. Other sizes are scaled down.
 PYTHIA = [(6, 8), (12, 12), (24, 16), (16, 8), (24, 16), (32, 32), (32, 32), (36, 40)]
 
 
@@ -81,7 +81,7 @@ def test_stock_models_come_back_bitwise(tmp_path, layers, heads) -> None:
         {"vocab_size": 77, "intermediate_size": 72},
     ],
 )
-def test_variants_come_back(tmp_path, settings) -> None:
+def test_other_settings_come_back_bitwise(tmp_path, settings) -> None:
     model = stock(tmp_path / "stock", **settings)
     found = import_model(tmp_path / "stock", tmp_path / "megatron")
     assert found.untie_embeddings_and_output_weights != settings.get("tie_word_embeddings", False)
@@ -176,17 +176,17 @@ def test_megatron_computes_the_same(tmp_path) -> None:
     ],
 )
 def test_a_recursive_model_from_a_plain_one(tmp_path, choice, expected) -> None:
-    """1+3R3+2 from 12 layers: every tensor is the mean of the right ones."""
+    """1+3R3+2 from 12 layers: every tensor is the mean of the tensors that the choice says."""
     assert core_sources(parse_layers("1+3R3+2"), choice) == expected
     model = stock(tmp_path / "stock", num_hidden_layers=12)
     settings = import_model(tmp_path / "stock", tmp_path / "megatron", ToRecursive("1+3R3+2", core=choice))
     assert (settings.recurrence, settings.layers, settings.mesh_slots) == ("mesh", "1+3R3+2", 6)
     export_checkpoint(tmp_path / "megatron", tmp_path / "recursive")
     plain, recursive = model.state_dict(), load_file(tmp_path / "recursive/model.safetensors")
-    parts = {"prelude": [[0]], "core": expected, "coda": [[10], [11]]}
-    for part, layers in parts.items():
+    sections = {"prelude": [[0]], "core": expected, "coda": [[10], [11]]}
+    for section, layers in sections.items():
         for index, sources in enumerate(layers):
-            prefix = f"model.{part}.{index}."
+            prefix = f"model.{section}.{index}."
             for name in [name for name in recursive if name.startswith(prefix)]:
                 rest = name.removeprefix(prefix)
                 mean = torch.stack([plain[f"gpt_neox.layers.{n}.{rest}"] for n in sources]).mean(0)
@@ -198,7 +198,7 @@ def test_a_recursive_model_from_a_plain_one(tmp_path, choice, expected) -> None:
         assert torch.isfinite(load(tmp_path / "recursive")(TOKENS).logits).all()
 
 
-def test_after_an_interruption(tmp_path, monkeypatch) -> None:
+def test_an_interrupted_import_leaves_nothing(tmp_path, monkeypatch) -> None:
     """No incomplete checkpoint remains, and the same call succeeds."""
     model = stock(tmp_path / "stock")
     with monkeypatch.context() as patch:
@@ -225,7 +225,7 @@ def test_a_loop_of_one_is_the_plain_model(tmp_path) -> None:
     assert torch.equal(ours, theirs)
 
 
-def test_mistakes(tmp_path) -> None:
+def test_sources_that_are_refused(tmp_path) -> None:
     stock(tmp_path / "stock")
     path = tmp_path / "stock/config.json"
     good = json.loads(path.read_text())
@@ -268,8 +268,8 @@ def test_mistakes(tmp_path) -> None:
         import_model(tmp_path / "stock", tmp_path / "out")
 
 
-def test_a_run_starts_from_it(tmp_path, capsys) -> None:
-    """Run the tool, and then the training command that it prints."""
+def test_a_run_starts_from_an_imported_model(tmp_path, capsys) -> None:
+    """The training command that the tool prints works."""
     stock(tmp_path / "stock")
     call = ["--load", str(tmp_path / "stock"), "--save", str(tmp_path / "megatron")]
     convert = tool("convert_from_hf")
@@ -293,7 +293,7 @@ def test_a_run_starts_from_it(tmp_path, capsys) -> None:
 
 
 def write_ids(prefix: Path) -> None:
-    """400 tokens of documents."""
+    """Write a dataset of 20 documents with 20 tokens each."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for index in range(20):
         builder.add_document((torch.arange(20) + index) % 128, [20])
@@ -301,7 +301,7 @@ def write_ids(prefix: Path) -> None:
 
 
 def test_cores_of_the_papers_splits() -> None:
-    """Every core layer comes from one of the loops, none from prelude or coda."""
+    """Core layers come from the layers of the loops, none from prelude or coda."""
     for layers in ("2+4R2+2", "4+8R2+4", "3+6R3+3", "3+5R2+3", "5+11R2+5"):
         target = parse_layers(layers)
         for choice in ("average", "first", "stepwise"):
