@@ -4,8 +4,8 @@
     python tools/fault_test.py --output-dir runs/faults            # 100 kills, spread over phases and victims
     python tools/fault_test.py --output-dir runs/faults --aim "rename x rank 0" --aim "latest x all"
 
-First the run is trained undisturbed. Then it is killed (SIGKILL) in one phase after another, and each time the
-same command starts it again, until all kills are done and the run has ended. The test checks that
+First the run is trained undisturbed. Then it is killed (SIGKILL) in one phase after another, and the same
+command starts it again each time, until all kills are done and the run has ended. The test checks that
 
 - every loss equals that of the undisturbed run, bit for bit;
 - every start resumes from the newest complete checkpoint, unless it reports this one as damaged;

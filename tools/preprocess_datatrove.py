@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Encode raw text as tools/preprocess_data.py does, in a datatrove pipeline: on this machine or as SLURM jobs.
+"""Encode raw text as tools/preprocess_data.py does, but with datatrove, on this machine or as SLURM jobs.
 
     python tools/preprocess_datatrove.py --input 'corpus/*.jsonl.zst' --output-prefix /shared/data/corpus \\
         --tokenizer-model tokenizer.json --append-eod --tasks 64 --slurm --partition cpu --time 04:00:00

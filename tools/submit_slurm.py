@@ -8,10 +8,10 @@ file system that all nodes share:
         --config examples/configs/pythia-1.4b.yaml --data-path my_corpus_text_document \\
         --save-interval 500 --dry-run
 
-Without --dry-run, this copies the code and the settings to RUN/slurm and submits the job. The job saves before
-its time is up and requeues itself until the run is done. If your site doesn't let users requeue jobs, submit
-a chain of jobs instead. A sweep is one array of jobs with a run for each value, each in a directory of its own
-under --save:
+Without --dry-run, this copies the code and the settings to RUN/slurm and submits the job. The job saves
+before its time is up and requeues itself until the run is done. If your site doesn't let users requeue jobs,
+submit a chain of jobs instead. A sweep is one array of jobs with a run for each value, each in a directory of
+its own under --save:
 
     python tools/submit_slurm.py --site my_site.sh --nodes 4 --chain 5 --save /scratch/me/run1 ...
     python tools/submit_slurm.py --site my_site.sh --sweep seed=1,2,3 --save /scratch/me/sweep ...

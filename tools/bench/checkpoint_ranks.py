@@ -121,7 +121,7 @@ def measure_rank(config: Config, directory: Path, rounds: int) -> list[Operation
 
 
 def _save_and_load(config: Config, directory: Path, rounds: int) -> list[Operation]:
-    """Measure on the rank layout of ``config``. Leave one checkpoint in ``directory``, for the other layout."""
+    """Measure on the rank layout of ``config``. Leave one checkpoint, for the other rank layout."""
     run, found, copies = build_untrained(config), [], directory / "copy"
     checkpoint = run.save(directory)[1].path
 

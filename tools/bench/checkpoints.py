@@ -5,9 +5,9 @@ In one process:
     python -m tools.bench.checkpoints --config examples/configs/pythia-160m.yaml --seq-length 128 \\
         --global-batch-size 8 --micro-batch-size 1 --directory runs/bench
 
-With --ranks N, the benchmark starts N processes on this machine and prints the seconds, bytes and memory of each
-rank. It saves in the foreground and in the background, copies, loads on the same rank layout, and loads on a
-layout with tensor parallelism (or without, if the settings have it).
+With --ranks N, the benchmark starts N processes on this machine and prints the seconds, bytes and memory of
+each rank. It saves in the foreground and in the background, copies, loads on the same rank layout, and loads
+on a layout with tensor parallelism (or without, if the settings have it).
 
     python -m tools.bench.checkpoints --ranks 4 --config examples/configs/pythia-160m.yaml \\
         --seq-length 128 --global-batch-size 8 --micro-batch-size 1 --use-distributed-optimizer \\

@@ -5,8 +5,8 @@ rotary embedding are those of transformers. Attention is ``scaled_dot_product_at
 default) or explicit scores (``--eager-attention eager``).
 
 ``variants.EagerVariant`` trains it with float32 parameters, ``torch.autocast`` for bf16 (which casts each
-weight once per forward pass), micro-batches accumulated by hand, ``clip_grad_norm_`` and ``torch.optim.AdamW``
-(not the fused one).
+weight once per forward pass), micro-batches accumulated by hand, ``clip_grad_norm_`` and an unfused
+``torch.optim.AdamW``.
 
 Nothing is fused or compiled, but nothing slows it down either: it has no Trainer or callbacks, and shifts
 labels without copies. The suffix ``-compiled`` compiles the layers with ``torch.compile``.

@@ -1,7 +1,7 @@
 """Measure training steps: their times, peak memory, tensors saved for backward, and traces.
 
-The steps are those of a ``Variant``, which ``variants.py`` builds. ``report.py`` summarizes the results. Other
-benchmarks use only the clock, ``now``.
+The steps are those of a ``Variant``, which ``variants.py`` builds. ``report.py`` summarizes the results.
+Other benchmarks use only the clock, ``now``.
 """
 
 import random
@@ -136,7 +136,7 @@ class Times:
     communication: list[float] = field(default_factory=list)
     """Reducing the gradients over ranks (here only one) and dividing them by the number of tokens."""
     optimizer: list[float] = field(default_factory=list)
-    """Clearing gradients, agreeing with other ranks (on gradient norm and more), clipping, AdamW, schedule."""
+    """Clearing gradients, agreement of the ranks (on gradient norm and more), clipping, AdamW, schedule."""
 
     @property
     def step(self) -> list[float]:
@@ -226,7 +226,7 @@ def _bytes(tensors: dict[int, Tensor]) -> int:
 
 
 def write_traces(variants: Sequence[Variant], batches: Sequence[Batch], directory: Path) -> list[Path]:
-    """Trace one step of each variant and write it to ``directory/VARIANT.json``, with passes and cycles named.
+    """Write a trace of one step of each variant, with named passes and cycles, to ``directory/VARIANT.json``.
 
     The files are Chrome traces, for ui.perfetto.dev or chrome://tracing.
     """

@@ -151,7 +151,10 @@ def _share(timeline: Timeline) -> float:
 
 
 def _gather_spans(spans: list[tuple[bool, float, float]], order: Any) -> tuple[tuple[Span, ...], ...]:
-    """Gather the spans of all ranks of this pipeline, and pair them with the schedule. All ranks must call it."""
+    """Gather the spans of all ranks of this pipeline, and pair them with the steps of the schedule.
+
+    All ranks must call it.
+    """
     group = parallel_state.get_pipeline_model_parallel_group()
     gathered: list[Any] = [None] * group.size()
     dist.all_gather_object(gathered, spans, group=group)

@@ -61,7 +61,8 @@ def main(options: Options) -> None:
     at_least(0, options, "document_characters")
     if not isinstance(build_tokenizer(None, options.tokenizer_model), HuggingFaceTokenizer):
         raise UserError(
-            f"--tokenizer-model {options.tokenizer_model} is not a Hugging Face tokenizer; give a tokenizer.json"
+            f"--tokenizer-model {options.tokenizer_model} is not a Hugging Face tokenizer; "
+            "give a tokenizer.json"
         )
     with tempfile.TemporaryDirectory() as directory:
         corpus = Path(directory) / "corpus.jsonl"

@@ -62,7 +62,7 @@ class VariantResult:
 
     parameters: int
     saved: SavedTensors | None
-    """Tensors saved for backward; None for an eager loop, FP8 or compiled layers (``has_countable_states``)."""
+    """Tensors saved for backward; None for the eager loop, FP8 and compiled layers."""
     times: Times
     flops_per_token: float = 0.0
     """FLOPs per token of the unrolled network, forward and backward (``config/sizes.py``)."""

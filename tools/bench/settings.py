@@ -81,7 +81,7 @@ SHAPES: dict[ShapeName, StepShape] = {
 
 @dataclass(frozen=True)
 class StepSettings:
-    """Settings of one comparison. ``complete`` fills in unset values that depend on the shape or the machine."""
+    """Settings of one comparison. ``complete`` fills in unset ones from the shape and the machine."""
 
     variants: tuple[str, ...] | None = None
     """Models to compare: plain (Megatron-core's GPT of equal depth), eager (a loop of Hugging Face layers)
@@ -131,8 +131,8 @@ class StepSettings:
     profile: Path | None = None
     """Write a trace of one more step of each variant to this directory, for ui.perfetto.dev."""
     output: Path | None = None
-    """Write all measurements to this JSON file, and the tables to a Markdown file (.md) next to it. Overwrites
-    the results of an earlier run."""
+    """Write all measurements to this JSON file, and the tables to a Markdown file (.md) next to it, replacing
+    those of an earlier run."""
 
     @property
     def tokens_per_step(self) -> int:

@@ -1,10 +1,10 @@
-"""Compare training steps of recurrence schemes, a plain Megatron-core GPT and a loop over Hugging Face layers.
+"""Compare training steps of recurrence schemes, a plain Megatron-core GPT and a loop of Hugging Face layers.
 
     python -m tools.bench.steps --shape 1.4b --output results.json
     python -m tools.bench.steps --variants base base-compiled mesh mesh-compiled --profile traces
 
 All models live in one process and take turns, one step each. The tables show medians and quartiles of speed,
-memory, the parts of a step and the tensors that each model saves for its backward pass. The last table
+memory, the parts of a step and the tensors that each model saves for its backward pass. A further table
 compares them with the project's targets.
 """
 

@@ -45,7 +45,7 @@ _SHARED_SETTINGS = (
 
 
 class MegatronVariant(Variant):
-    """A model with Megatron's DistributedDataParallel and optimizer, trained with the training loop's step."""
+    """A model with Megatron's DistributedDataParallel and optimizer, trained with the trainer's own step."""
 
     def __init__(self, name: str, config: Config, plain: bool = False):
         """Build Megatron-core's own GPT if ``plain``, otherwise the model that ``config`` describes."""
