@@ -1,4 +1,4 @@
-"""The README is right: its table of schemes, its files and its flags."""
+"""The README's table of schemes, files and flags agree with the code."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_linked_and_named_files_exist() -> None:
     commands = re.findall(r"python (\S+\.py)", README)
     configs = re.findall(r"--config (\S+\.yaml)", README)
     assert links and commands and configs
-    made = ("runs/", "weights/")  # by an earlier command
+    made = ("runs/", "weights/")  # written by the README's earlier commands
     for name in {*links, *commands, *(config for config in configs if not config.startswith(made))}:
         assert (ROOT / name).exists(), name
 
