@@ -39,13 +39,6 @@ def test_the_build_copies_the_files_that_it_uses() -> None:
         assert (ROOT / name).is_file() and name.split("/")[0] in copied
 
 
-def test_the_build_checks_that_it_kept_them() -> None:
-    steps = [step.strip(" \\\n") for step in RECIPE.split("&&")]
-    assert "sh examples/docker/kept.sh | diff kept.txt -" in steps
-    assert "python -c 'import torch; torch.zeros(1).numpy()'" in steps  # torch and the installed numpy fit
-    assert "chmod -R a+rX ." in steps  # readable by others even if built with a narrow umask
-
-
 def setup_arguments(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     found: dict[str, object] = {}
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: found.update(arguments))
