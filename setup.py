@@ -85,7 +85,7 @@ setup(
         "matplotlib>=3.9",
     ],
     extras_require={
-        "data": ["gigatoken>=0.10", "datatrove>=0.9"],  # 0.10 of datatrove doesn't work with transformers 4.57
+        "data": ["gigatoken>=0.10", "datatrove>=0.9"],  # 0.10 doesn't work with transformers 4.57
         "hf": [TRANSFORMERS, "safetensors>=0.5", "huggingface_hub>=0.36", "protobuf>=5"],
         "eval": [
             "lm_eval>=0.4.13,<0.5",
@@ -94,8 +94,8 @@ setup(
             "peft>=0.21",
             "datasets>=5.0",  # 5.2 doesn't work with transformers 4.57
         ],
-        # The versions that megatron-core 0.16.1 supports. The bindings are compiled against the installed torch
-        # (pip install --no-build-isolation), which must have CUDA 13. NVIDIA's image has them (examples/docker).
+        # The versions that megatron-core 0.16.1 supports. With --no-build-isolation, pip compiles the bindings
+        # against the installed torch, which must have CUDA 13. NVIDIA's image has them (examples/docker).
         "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "wandb": ["wandb>=0.19"],
         "dev": [
