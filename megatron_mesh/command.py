@@ -121,7 +121,7 @@ def call(main: Main, argv: Sequence[str]) -> int | None:
     hints = get_type_hints(main, include_extras=True)
     hints.pop("return", None)
     kind, *others = hints.values()
-    prog, docstring = Path(module["__file__"]).name, module["__doc__"]
+    prog, docstring = _prog(module), module["__doc__"]
     # As an exception, Ctrl-C would print a traceback from inside an import, and some libraries catch it.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -129,6 +129,13 @@ def call(main: Main, argv: Sequence[str]) -> int | None:
     finally:
         signal.signal(signal.SIGINT, handler)
     return main(*found) if others else main(found)
+
+
+def _prog(module: dict[str, Any]) -> str:
+    """Name the program for ``--help``, as the user started it."""
+    if module["__name__"] == "__main__" and module.get("__spec__") is not None:
+        return f"python -m {module['__spec__'].name}"
+    return Path(module["__file__"]).name
 
 
 def parse(

@@ -4,10 +4,12 @@
     python tools/build_data_index.py --config examples/configs/pythia-160m.yaml \\
         --data-path data/corpus_text_document --data-cache-path /local/cache --tokenizer-model tokenizer.json
 
-Takes every setting of pretrain_mesh.py (see its --help); give the run's own. The data, --split, --seq-length
-and --seed decide which index is built, and the other settings change nothing. One index serves any number of
-steps, ranks and loader processes, wherever the data are mounted. Several of these commands may run at once.
-The table of a blend depends on the length of the run, so the run builds it.
+Give it the settings of the run; it takes all of pretrain_mesh.py (see its --help). The data, --split,
+--seq-length and --seed decide which index is built; the other settings make no difference. One index serves
+any number of steps, ranks and loader processes, and the data may have another path on each machine. Several
+of these commands may run at once.
+
+The order of a blend's samples also depends on the length of the run, so the run itself builds that.
 """
 
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from megatron_mesh.errors import UserError
 
 @dataclass
 class Options:
-    """All options are settings of pretrain_mesh.py."""
+    """There are no others than the settings of pretrain_mesh.py."""
 
 
 def main(options: Options, settings: list[str]) -> None:

@@ -5,11 +5,11 @@
     srun --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 python tools/check_communication.py --megabytes 1 512
     CUDA_VISIBLE_DEVICES= torchrun --nproc-per-node 2 tools/check_communication.py   # gloo instead of NCCL
 
-GPUs use NCCL; without GPUs, or with hidden ones, the ranks use gloo. Bandwidth is the bus bandwidth of
-nccl-tests, and times are the slowest rank's.
+Uses NCCL on GPUs, and gloo if there are none or they are hidden. Times are those of the slowest rank.
+Bandwidth is the bus bandwidth, as nccl-tests defines it.
 
-Exits with 1 if a result is wrong (the ranks and hosts are named) or a rank cannot be reached, and with 2 on
-bad input.
+Exit status: 1 if a result is wrong (the message names the ranks and their hosts) or if a rank cannot be
+reached, 2 on bad input.
 """
 
 import sys
@@ -51,13 +51,13 @@ def main(options: Options) -> None:
     device.prepare()
     rank, ranks = rank_from_environment(), world_size_from_environment()
     timeout = timedelta(seconds=options.timeout)
-    place = find_rendezvous()
+    rendezvous = find_rendezvous()
     try:
-        store, _ = open_store(place, rank, ranks, timeout)
-        store = dist.PrefixStore("communication", store)  # keeps our keys apart from torchrun's
+        store, _ = open_store(rendezvous, rank, ranks, timeout)
+        store = dist.PrefixStore("communication", store)  # our keys must not clash with torchrun's
         dist.init_process_group(device.backend(), store=store, rank=rank, world_size=ranks, timeout=timeout)
     except (RanksLost, dist.DistError) as error:
-        sys.exit(f"error: the ranks did not meet at {place.address} ({str(error).splitlines()[0]})")
+        sys.exit(f"error: the ranks did not meet at {rendezvous.address} ({str(error).splitlines()[0]})")
     try:
         if dist.get_rank() == 0:
             print(f"{dist.get_world_size()} ranks, {device.backend()}, {device.describe()}")

@@ -6,8 +6,8 @@
     python tools/checkpoint.py show runs/160m-mesh/iter_0010000
     python tools/checkpoint.py reshard runs/160m-mesh/iter_0010000 --save weights --weights-only
 
-Any rank layout loads any checkpoint, so you never need to reshard one to train on. Resharding turns the many
-files of a large job into a few, or makes a checkpoint of the weights alone.
+Any rank layout loads any checkpoint, so you never need to reshard one to continue training. Reshard to turn
+the many files of a large job into a few, or to keep the weights alone.
 """
 
 from dataclasses import dataclass
@@ -45,18 +45,18 @@ class Show:
 
 @dataclass
 class Reshard:
-    """Write the same state again, from one process."""
+    """Write the checkpoint's state as a new checkpoint, from one process."""
 
     checkpoint: Positional[Path]
     """An iter_... directory, or a run's directory for its newest checkpoint."""
     save: Path
     """Directory for the new checkpoint."""
     weights_only: bool = False
-    """Leave out the optimizer's state."""
+    """Leave out the optimizer state."""
 
 
 def main(options: List | Verify | Show | Reshard) -> int:
-    """Do what the subcommand asks; return 1 if ``verify`` found damage."""
+    """Run the subcommand. Return 1 if ``verify`` found damage."""
     from megatron_mesh.checkpoint import inspect
 
     try:

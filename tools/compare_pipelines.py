@@ -5,8 +5,8 @@
         --tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 4 \\
         --use-distributed-optimizer --gpus 8 32 128 512
 
-Prints a Markdown table. Everything in it is computed from the settings (see inspect_config.py), with the same
-global batch for all three. All settings of pretrain_mesh.py are accepted.
+Prints a Markdown table. The numbers are computed from the settings, as in inspect_config.py, with the same
+global batch for all three pipelines. Accepts all settings of pretrain_mesh.py.
 """
 
 from dataclasses import dataclass

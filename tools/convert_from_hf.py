@@ -1,22 +1,23 @@
 #!/usr/bin/env python
-"""Convert a Hugging Face model, an export of ours or a GPT-NeoX, to a checkpoint to start a run from.
+"""Convert a Hugging Face model (an export of this project, or a GPT-NeoX) to a checkpoint for training.
 
     python tools/convert_from_hf.py --load pythia-410m --save pythia-410m-megatron
     python pretrain_mesh.py \\
         --config pythia-410m-megatron/config.yaml --load pythia-410m-megatron --finetune ...
 
-The run can have any rank layout. A plain model can become a recursive one with new routers, for continued
-pretraining:
+The run can have any rank layout. For continued pretraining, a plain model can become a recursive one with new
+routers:
 
     python tools/convert_from_hf.py --load pythia-410m --save recursive --to-recursive 4+8R2+4 --core average
 
-A GPT-NeoX can be converted if it computes what our models do, as all of Pythia does: parallel residual,
-attention biases, hidden_act "gelu", an even number of rotated dimensions per head, an integer rope_theta, no
-RoPE scaling. Anything else that would change the logits is refused with one line and exit status 2, for
-example GPT-NeoX-20B (gelu_fast) and RedPajama-INCITE (use_parallel_residual false). Weights must be float32,
-bfloat16 or float16, without quantization or adapters. They are copied bit for bit; if their dtypes differ,
-all become float32. Dropout is left out with a note. The vocabulary is padded for tensor parallelism, and the
-loss ignores the padding.
+A GPT-NeoX must compute what our models compute, as all Pythia models do: parallel residual, attention biases,
+hidden_act "gelu", an even number of rotated dimensions per head, an integer rope_theta, and no RoPE scaling.
+A model that differs in a way that changes its logits is refused with one line and exit status 2, for example
+GPT-NeoX-20B (gelu_fast) or RedPajama-INCITE (use_parallel_residual false). Dropout is left out with a note.
+
+Weights must be float32, bfloat16 or float16, without quantization or adapters. They are copied bit for bit;
+if their dtypes differ, all become float32. The vocabulary is padded for tensor parallelism, and the loss
+ignores the padding.
 """
 
 from dataclasses import dataclass
@@ -32,14 +33,16 @@ class RecursiveOptions:
     """Make a recursive model from a plain one."""
 
     to_recursive: str | None = None
-    """Layers of the new model as prelude+coreRloops+coda; its unrolled depth must be the model's."""
+    """Layers of the new model as prelude+coreRloops+coda; its unrolled depth must be that of the old one.
+    (default: stay plain)"""
     recurrence: str | None = None
     """Recurrence scheme. (default: mesh)"""
     core: Literal["average", "first", "stepwise"] | None = None
-    """Layers of the core: the mean over all loops, the first loop's, or some at equal steps.
+    """Initialize the core's layers with the mean over the layers that they replace (average), with the
+    layers of the first loop (first), or with layers at equal distances over all loops (stepwise).
     (default: average)"""
     seed: int | None = None
-    """Seed of the new routers. (default: 1234)"""
+    """Random seed for the new routers. (default: 1234)"""
 
 
 @dataclass

@@ -8,12 +8,12 @@ holds the weights (safetensors), the tokenizer, a model card and, for a looped m
 
     AutoModelForCausalLM.from_pretrained("my-model", trust_remote_code=True)
 
-If that code no longer runs with a newer transformers, replace it by this package's:
+If that code doesn't run with a newer transformers, replace it with the code of this package:
 
     python tools/convert_to_hf.py --refresh-code my-model
 
-This changes the code and, in config.json, the entries that describe it (auto_map, transformers_tested).
-Weights, tokenizer and model card stay as they are. Code that you have edited is never overwritten.
+This changes the code, and the entries of config.json that describe it (auto_map, transformers_tested).
+Weights, tokenizer and model card stay as they are, and code that you have edited is never overwritten.
 """
 
 from dataclasses import dataclass, fields
@@ -33,13 +33,13 @@ class Options:
     save: Path | None = None
     """Directory for the model."""
     tokenizer_model: str | None = None
-    """Where the tokenizer is now. (default: where it was in training)"""
+    """Where the tokenizer is now. (default: where it was during training)"""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Precision of the weights. (default: the checkpoint's)"""
     force: bool = False
     """Replace what is at --save."""
     refresh_code: Path | None = None
-    """Update the code of an export; takes no other option."""
+    """Update the code in this exported model, and do nothing else."""
 
 
 def main(options: Options) -> None:
@@ -74,7 +74,7 @@ def _convert(options: Options, load: Path, save: Path) -> None:
     print(f"wrote {save}")
     if not (save / "tokenizer.json").is_file():
         print(
-            "The run was trained without a tokenizer, so the directory has none; --tokenizer-model adds one."
+            "The run was trained without a tokenizer, so the directory has none. --tokenizer-model adds one."
         )
 
 

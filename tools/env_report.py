@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Print what this machine offers for training: GPUs, libraries, and the cost of each missing part.
+"""Print what this machine offers for training: GPUs, libraries, and what each missing part costs you.
 
     python tools/env_report.py
     srun --label --nodes 4 --ntasks-per-node 1 --gpus-per-node 8 python tools/env_report.py   # every node
@@ -15,7 +15,7 @@ from megatron_mesh import command
 
 @dataclass
 class Options:
-    """There are none."""
+    """There are no options."""
 
 
 def main(options: Options) -> None:
@@ -27,7 +27,7 @@ def main(options: Options) -> None:
     for row in rows:
         print(f"{row.what:<{widths[0]}}  {row.found:<{widths[1]}}  {row.note}".rstrip())
     if missing := missing_required():
-        sys.exit(f"error: {', '.join(missing)} missing; install what is needed with pip install -e .")
+        sys.exit(f"error: {', '.join(missing)} missing; run pip install -e . to install what is needed")
     if NO_TORCH:
         sys.exit(f"error: {NO_TORCH}; install a torch that fits this machine's driver and CUDA")
 

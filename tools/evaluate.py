@@ -6,10 +6,11 @@
     python tools/evaluate.py --model exported --tasks piqa arc_easy --num-fewshot 0 \\
         --local-data eval-data --limit 100 --output-dir quick-look
 
-Needs lm-evaluation-harness: pip install -e '.[eval]'. Data come from the Hugging Face hub, or with
---local-data from files, and then the hub is not contacted. After an interruption, the same command resumes:
-results that are already in --output-dir are not computed again. They are written to results.json and
-results.md, next to the paper's and Pythia's numbers.
+Writes results.json and results.md, which compare the results with the paper's and Pythia's. After an
+interruption, the same command resumes: it doesn't repeat results that are already in --output-dir.
+
+Needs lm-evaluation-harness: pip install -e '.[eval]'. Data come from the Hugging Face hub. With --local-data
+they come from files, and the hub is not contacted.
 """
 
 import os
@@ -33,7 +34,7 @@ class ModelOptions:
     load: Path | None = None
     """A training checkpoint: a run's directory, or an iter_... directory in it."""
     tokenizer_model: str | None = None
-    """With --load: where the tokenizer is now. (default: where it was in training)"""
+    """With --load: where the tokenizer is now. (default: where it was during training)"""
     trust_remote_code: bool = False
     """Run the Python code that comes with --model (our own exports don't need this)."""
 
@@ -45,19 +46,19 @@ class MeasureOptions:
     tasks: Annotated[
         tuple[str, ...] | None,
         arg(
-            help=f"Tasks to run, of {', '.join(TASKS)}; none with an empty list.",
+            help=f"Tasks to run, from {', '.join(TASKS)}. An empty list runs none.",
             help_behavior_hint="(default: all)",
         ),
     ] = None
     num_fewshot: tuple[int, ...] = SHOTS
-    """Numbers of examples in the prompt."""
+    """Numbers of examples in the prompt, each in a run of its own."""
     text: tuple[str, ...] = ()
     """Files for perplexity: .jsonl or .txt, also compressed. Documents are packed as in training.
     (default: none)"""
     json_keys: str = "text"
     """Key of the text in .jsonl files."""
     local_data: Path | None = None
-    """Take data and lm-eval task files (.yaml) from this directory, not from the hub."""
+    """Read data and lm-eval task files (.yaml) from this directory. (default: use the hub)"""
     limit: int | None = None
     """Use only the first N documents, for a quick look. (default: all)"""
 
@@ -67,15 +68,16 @@ class EngineOptions:
     """How to run the model."""
 
     max_length: int | None = None
-    """Tokens in a sequence. Longer sequences than in training give worse results. (default: the model's)"""
+    """Longest sequence in tokens. Sequences longer than in training give worse results.
+    (default: the model's)"""
     batch_size: int | Literal["auto"] = 8
-    """Sequences in a batch, or auto. With auto, --text takes one sequence at a time."""
+    """Sequences in a batch, or auto: as many as fit, but one at a time for --text."""
     device: str | None = None
-    """cpu, or a GPU by torch's name. (default: the GPU if there is one)"""
+    """cpu, or torch's name of a GPU, e.g. cuda:1. (default: the GPU if there is one)"""
     engine: Literal["transformers", "vllm"] = "transformers"
     """Library that runs the model; vllm must be installed."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision; auto takes that of the stored weights."""
+    """Precision of the computation; auto uses that of the stored weights."""
 
 
 @dataclass
@@ -83,7 +85,7 @@ class Options:
     """Options of an evaluation."""
 
     output_dir: Path
-    """Directory for the results, one for each model."""
+    """Directory for the results; use a new one for each model."""
     model: ModelOptions
     measure: MeasureOptions
     engine: EngineOptions

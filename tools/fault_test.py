@@ -4,16 +4,20 @@
     python tools/fault_test.py --output-dir runs/faults            # 100 kills, spread over phases and victims
     python tools/fault_test.py --output-dir runs/faults --aim "rename x rank 0" --aim "latest x all"
 
-The run is first trained undisturbed. Then it is killed (SIGKILL) in a chosen phase and started again by the
-same command, until all kills are done and the run has ended. Every loss must equal the undisturbed run's bit
-for bit. Every start must resume from the newest complete checkpoint, unless it reports that this one is
-damaged, and must leave no unfinished checkpoint behind. At most two save intervals may be repeated: one, and
-another if a write is under way. Further runs are paused for a while (SIGSTOP), paused for longer than the
-watchdog waits, or meet a full disk in the middle of a save.
+First the run is trained undisturbed. Then it is killed (SIGKILL) in one phase after another, and the same
+command starts it again each time, until all kills are done and the run has ended. The test checks that
 
-Kills are aimed: each rank reports the phases that it enters, and holds in the phase in which it is to be
-killed. A victim is one rank (other than 0), all ranks, rank 0, or the writer, a rank in the middle of writing
-its file. Each kill prints a line to stderr, and a table of all goes to stdout.
+- every loss equals that of the undisturbed run, bit for bit;
+- every start resumes from the newest complete checkpoint, unless it reports this one as damaged;
+- no start leaves an unfinished checkpoint behind;
+- no start repeats more than one save interval, or two if a background save was killed.
+
+Then ranks are paused for a while (SIGSTOP), a rank is paused for longer than the watchdog waits, and the disk
+is full in the middle of a save.
+
+Each rank reports the phases that it enters, and waits in the phase in which it is to be killed, so every kill
+hits its target. The victim is "one rank" (other than 0), "all", "rank 0", or "the writer" (a rank in the
+middle of writing its file). Each kill prints a line to stderr; a table of all kills goes to stdout.
 """
 
 import os
@@ -41,9 +45,9 @@ class Options:
     output_dir: Path
     """An empty directory."""
     kills: int = 100
-    """How often to kill."""
+    """Number of kills, spread over all phases and victims."""
     aim: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """Kill only here, once for each --aim: 'PHASE x VICTIM'."""
+    """'PHASE x VICTIM': kill there, once for each --aim, instead of spreading --kills."""
     stops: int = 5
     """How often to pause ranks for a while."""
     hangs: int = 2
@@ -57,7 +61,7 @@ class Options:
     save_interval: int = 4
     """Steps between saves."""
     seed: int = 0
-    """Seed of the order, and of which rank and which save is hit."""
+    """Random seed for the order of the kills and for the rank and save that each hits."""
 
 
 def main(options: Options) -> None:
@@ -126,10 +130,12 @@ def _setup(options: Options) -> "Setup":
 def _train_undisturbed(setup: "Setup", *, fresh: bool) -> tuple[float, float]:
     """Train without disturbance.
 
-    Returns:
-        The run's seconds and, if ``fresh``, the seconds that its ranks needed to import the program.
-    """
+    Args:
+        fresh: start new interpreters that import everything, instead of forks of a process that already has.
 
+    Returns:
+        The seconds that the run took, and the part of them before its ranks had imported the program.
+    """
     from megatron_mesh.faults.job import RankGroup
 
     save = setup.directory / "calm"

@@ -5,9 +5,9 @@
     python tools/generate.py --load runs/160m-mesh --prompt-file prompts.txt --temperature 0
     python tools/generate.py --model my-model                      # reads prompts until an empty line
 
---model is a Hugging Face directory (tools/convert_to_hf.py writes one). --load is a run's directory or one of
-its checkpoints, which is converted into a temporary directory. Either way, prompts get the token ids that the
-training would give them.
+--model is a Hugging Face directory, such as tools/convert_to_hf.py writes. --load is a run's directory or one
+of its checkpoints, and is converted in a temporary directory. Either way, prompts are tokenized as the
+training data were.
 """
 
 from collections.abc import Iterator
@@ -31,35 +31,35 @@ class Options:
     load: Path | None = None
     """A run's directory (its newest checkpoint), or an iter_... directory in it."""
     tokenizer_model: str | None = None
-    """With --load: where the tokenizer is now. (default: where it was in training)"""
+    """With --load: where the tokenizer is now. (default: where it was during training)"""
     prompt: Annotated[tuple[str, ...], UseAppendAction] = ()
     """Text to continue; may be given several times."""
     prompt_file: Path | None = None
-    """UTF-8 file with one prompt per line; only line feeds end a line."""
+    """UTF-8 file with one prompt per line. Only line feeds end a line."""
     max_new_tokens: int = 64
-    """Tokens to generate at most."""
+    """Largest number of tokens to generate."""
     temperature: float = 0.8
     """Temperature of sampling; 0 for greedy decoding."""
     top_p: float = 0.95
-    """Sample from the most probable tokens that have this probability together."""
+    """Sample from the most probable tokens, as many as together have this probability."""
     top_k: int = 0
-    """Sample from this many most probable tokens; 0 for no limit."""
+    """Sample from this many of the most probable tokens; 0 for no limit."""
     num_beams: int = 1
-    """Beams; above 1 for beam search."""
+    """Number of beams; more than 1 for beam search."""
     num_loops: int | None = None
-    """Run the core this many times, if the scheme has no parameters per loop. (default: as trained)"""
+    """Run the core this many times. Only for schemes without parameters per loop. (default: as trained)"""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Precision of the computation. (default: the weights')"""
     attn_implementation: str | None = None
     """sdpa, eager or flash_attention_2. (default: sdpa)"""
     output: Path | None = None
-    """New file for the text, which is printed as well."""
+    """Also write the text to this new file."""
     seed: int = 0
-    """Seed of sampling."""
+    """Random seed for sampling."""
 
 
 def main(options: Options) -> None:
-    """Continue every prompt."""
+    """Generate a continuation of every prompt."""
     from megatron_mesh.hf.convert.open_model import check_transformers
 
     _check(options)
@@ -94,7 +94,7 @@ def _continued(model: Any, tokenizer: Any, prompt: str, options: Options) -> str
     """The text that the model adds to ``prompt``."""
     import torch
 
-    # Without a prompt the model begins a document, as after an end-of-text token in training.
+    # For an empty prompt the model begins a document, as it does after an end-of-text token in training.
     ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
     if ids == [None]:
         raise UserError("the prompt is empty and the tokenizer has no end-of-text token; write a prompt")
@@ -105,7 +105,7 @@ def _continued(model: Any, tokenizer: Any, prompt: str, options: Options) -> str
         how |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
     how |= {"max_new_tokens": options.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
     whole = model.generate(given, attention_mask=torch.ones_like(given), **how)
-    # Decode whole texts: the first token of a part may lose the space before it.
+    # Decode both texts whole, since decoding only the new tokens may lose the space before the first.
     before, after = (tokenizer.decode(row, skip_special_tokens=True) for row in (given[0], whole[0]))
     return after[len(before) :]
 

@@ -7,7 +7,7 @@
     python tools/inspect_config.py --config examples/configs/pythia-6.9b-5+11R2+5.yaml \\
         --nodes 4 --suggest
 
-Besides the options below, it takes every setting of pretrain_mesh.py.
+Accepts all settings of pretrain_mesh.py besides the options below.
 """
 
 from dataclasses import dataclass, fields
@@ -26,9 +26,9 @@ class CheckpointOptions:
     """Write speeds, to estimate how long a save takes."""
 
     disk_gb_per_s: float = 5.0
-    """GB/s that the shared file system takes from all ranks together."""
+    """Write speed of the shared file system, for all ranks together."""
     rank_disk_gb_per_s: float = 0.4
-    """GB/s that one rank writes to a checkpoint, with checksums."""
+    """Speed at which one rank writes a checkpoint, checksums included."""
 
 
 @dataclass
@@ -36,9 +36,9 @@ class SuggestionOptions:
     """Suggest rank layouts. The defaults are for H100 SXM nodes with one 400 Gbit/s port per GPU."""
 
     suggest: bool = False
-    """List the rank layouts that fit, fastest first by a model of their speed."""
+    """List the rank layouts that fit, in the order of their estimated step times."""
     gpu_memory_gib: float = 76.0
-    """Memory of a GPU that the run may use, in GiB."""
+    """Memory that the run may use on each GPU."""
     tflops: float = 400.0
     """TFLOP/s that a GPU sustains in a layer (data sheet: 989)."""
     node_gb_per_s: float = 300.0
@@ -54,15 +54,15 @@ class Options:
     checkpoint: CheckpointOptions
     suggestion: SuggestionOptions
     nodes: int = 1
-    """Nodes of the cluster."""
+    """Number of nodes."""
     gpus_per_node: int = 8
-    """GPUs of a node."""
+    """Number of GPUs in each node."""
     figure: Path | None = None
     """Write a picture of the schedule to this PNG file. (default: none)"""
 
 
 def main(options: Options, settings: list[str]) -> None:
-    """Print the plan of the rank layout in the settings, or suggest layouts."""
+    """Print the plan of the rank layout that the settings describe, or suggest rank layouts."""
     for group in (options, options.checkpoint, options.suggestion):
         for each in fields(group):
             value = getattr(group, each.name)
@@ -82,13 +82,13 @@ def _print_plan(config: "Config", options: Options) -> None:
 
     world_size = options.nodes * options.gpus_per_node
     config = resolve(config, world_size=world_size)
-    # Megatron-core takes seconds to import, and mistakes in the settings don't need it.
+    # Importing Megatron-core takes seconds, so mistakes in the settings are reported before it.
     from megatron_mesh.planner.figure import save_schedule
     from megatron_mesh.planner.plan import make_plan
     from megatron_mesh.planner.rank_memory import Disk
     from megatron_mesh.planner.text import plan_text, with_vocabulary
 
-    # If the tokenizer decides the vocabulary, that must fit the rank layout as well.
+    # If the tokenizer determines the size of the vocabulary, check that it fits the rank layout too.
     plan = make_plan(resolve(with_vocabulary(config), world_size=world_size), world_size)
     disk = Disk(options.checkpoint.disk_gb_per_s, options.checkpoint.rank_disk_gb_per_s)
     print(plan_text(plan, disk, options.gpus_per_node))

@@ -3,8 +3,8 @@
 
     python tools/plot_run.py --run runs/quickstart/model
 
-Writes loss.png and, for a run with MeSH routers, routers.png next to the run's metrics.jsonl. Existing
-figures are replaced. The run may still be training.
+Writes loss.png and, for a run with MeSH routers, routers.png next to the run's metrics.jsonl, replacing
+earlier ones. The run may still be training.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Options:
     """Options of the figures."""
 
     run: Path
-    """The run's directory, with its metrics.jsonl."""
+    """The run's directory, which holds its metrics.jsonl."""
     output_dir: Path | None = None
     """Directory for the figures. (default: the run's)"""
 

@@ -4,9 +4,9 @@
     python tools/preprocess_data.py --input 'corpus/*.jsonl.zst' --output-prefix data/corpus \\
         --tokenizer-model tokenizer.json --append-eod --workers 8
 
-Writes data/corpus_text_document.bin and .idx; train with --data-path data/corpus_text_document. A .json file
-must hold one object per line; for others, the error tells you how to convert them. A worker needs about 12
-bytes of memory for each byte of the longest document.
+Writes data/corpus_text_document.bin and .idx. To train on them: --data-path data/corpus_text_document. A
+.json file must hold one object per line; if it doesn't, the error gives the command that converts it. A
+worker needs about 12 bytes of memory for each byte of the longest document.
 """
 
 import os
@@ -44,10 +44,10 @@ class Options:
     append_eod: bool = False
     """End every document with the end-of-document token."""
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
-    """Processes; one per core by default."""
+    """Worker processes; by default one per core."""
     encoder: Literal["auto", "reference"] = "auto"
-    """reference: the tokenizer's own library. auto: gigatoken if it gives the same ids, which is
-    checked on one chunk in a thousand."""
+    """reference uses the tokenizer's own library. auto uses the faster gigatoken if it gives the same ids,
+    which is checked on one chunk in a thousand."""
     skip_broken: bool = False
     """Leave out broken documents and count them."""
     overwrite: bool = False
@@ -55,7 +55,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Preprocess with a progress bar, or with lines for logs."""
+    """Preprocess, showing a progress bar on a terminal and lines in a log."""
     if not options.input or not options.json_keys:
         raise UserError(f"{'--json-keys' if options.input else '--input'} needs at least one value")
     from rich.console import Console
@@ -113,7 +113,7 @@ def _numbers(progress: "Progress") -> str:
 
 
 def _line_printer(console: "Console") -> "Callable[[Progress], None]":
-    """A function that prints a line at most every ten seconds, for logs."""
+    """Return a function that prints progress at most every ten seconds."""
     due = _SECONDS_BETWEEN_LINES
 
     def show(progress: "Progress") -> None:

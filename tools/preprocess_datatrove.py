@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Do what tools/preprocess_data.py does as a datatrove pipeline, on this machine or as SLURM jobs.
+"""Encode raw text as tools/preprocess_data.py does, but with datatrove, on this machine or as SLURM jobs.
 
     python tools/preprocess_datatrove.py --input 'corpus/*.jsonl.zst' --output-prefix /shared/data/corpus \\
         --tokenizer-model tokenizer.json --append-eod --tasks 64 --slurm --partition cpu --time 04:00:00
 
-Each task encodes a share of the files, and a last task joins their outputs. The result equals that of
-tools/preprocess_data.py byte for byte. After an interruption, the same command resumes. Files are not
-divided, so give at least as many files as tasks. Needs datatrove (pip install datatrove).
+Each task encodes some of the files, and a last task joins their outputs. The result equals that of
+tools/preprocess_data.py byte for byte. Files are not divided, so give at least as many files as tasks. After
+an interruption, the same command resumes. Needs datatrove (pip install datatrove).
 """
 
 import shutil
@@ -23,7 +23,7 @@ class SlurmOptions:
     """Run as SLURM jobs."""
 
     slurm: bool = False
-    """Submit the tasks as a job array, and a job after it that joins their outputs."""
+    """Submit the tasks as an array of jobs, followed by a job that joins their outputs."""
     partition: str | None = None
     """Partition of the jobs."""
     time: str = "04:00:00"
@@ -31,7 +31,7 @@ class SlurmOptions:
     qos: str | None = None
     """Quality of service, if the cluster requires one. (default: none)"""
     mem_per_cpu_gb: int = 4
-    """Memory of a task in GB."""
+    """Memory of each task in GB."""
     env_command: str | None = None
     """Shell line to run before each task, e.g. 'source .venv/bin/activate'. (default: none)"""
 
@@ -58,9 +58,9 @@ class Options:
     overwrite: bool = False
     """Replace existing outputs and start from the beginning."""
     tasks: int = 1
-    """Tasks to divide the files into; at most one per input file is used."""
+    """Number of tasks to divide the files among; at most one per input file is used."""
     workers: int = 1
-    """Tasks that run at the same time."""
+    """Largest number of tasks that run at the same time."""
 
 
 def main(options: Options) -> None:

@@ -1,21 +1,22 @@
 #!/usr/bin/env python
-"""Train on SLURM: check a plan and submit it, look at runs, put one back in the queue, change or cancel it.
+"""Train on SLURM: check a run and submit it, then watch, requeue, change or cancel it.
 
-Submit. Besides the options below, it takes every setting of pretrain_mesh.py. --save is the run's directory,
-on a file system that all nodes share:
+To submit a run, give its settings, which are those of pretrain_mesh.py. --save is the run's directory, on a
+file system that all nodes share:
 
     python tools/submit_slurm.py --site my_site.sh --nodes 4 --gpu-memory-gib 76 --save /scratch/me/run1 \\
         --config examples/configs/pythia-1.4b.yaml --data-path my_corpus_text_document \\
         --save-interval 500 --dry-run
 
-Without --dry-run, the code and the settings are copied to RUN/slurm and the job is submitted. It saves before
-its time is up and requeues itself until the run is done. If users may not requeue jobs, use a chain of jobs.
-A sweep submits one array of jobs, with a run for each value in its own directory under --save:
+Without --dry-run, this copies the code and the settings to RUN/slurm and submits the job. The job saves
+before its time is up and requeues itself until the run is done. If your site doesn't let users requeue jobs,
+submit a chain of jobs instead. A sweep is one array of jobs with a run for each value, each in a directory of
+its own under --save:
 
     python tools/submit_slurm.py --site my_site.sh --nodes 4 --chain 5 --save /scratch/me/run1 ...
     python tools/submit_slurm.py --site my_site.sh --sweep seed=1,2,3 --save /scratch/me/sweep ...
 
-Later (a sweep's directory stands for all of its runs):
+Afterwards, name the run's directory, or a sweep's directory for all of its runs:
 
     python tools/submit_slurm.py --status /scratch/me/run1 /scratch/me/sweep
     python tools/submit_slurm.py --follow /scratch/me/run1
@@ -52,49 +53,49 @@ _FOR_CHANGES = ("site", "nodes", "gpus_per_node", "time", "gpu_memory_gib", "dry
 
 @dataclass
 class RunOptions:
-    """Runs that have been submitted. Give one of these, with a run's or a sweep's directory."""
+    """For runs that have been submitted: give one of these, with a run's or a sweep's directory."""
 
     status: tuple[Path, ...] | None = None
-    """Show the state of a run, or a table of several."""
+    """Show the state of a run, or a table of several runs."""
     follow: Path | None = None
     """Print the log of the run's job until the job ends."""
     requeue: tuple[Path, ...] | None = None
-    """Save, and put the runs back in the queue."""
+    """Make the runs save, and put them back in the queue."""
     change: Path | None = None
-    """Give the run other nodes or settings."""
+    """Change the run's nodes or settings."""
     cancel: tuple[Path, ...] | None = None
     """Cancel the jobs of the runs."""
     json: bool = False
-    """With --status: print a list of objects."""
+    """With --status: print JSON, a list with one object per run."""
 
 
 @dataclass
 class JobOptions:
-    """A new run, or a change of one."""
+    """For a new run, or with --change."""
 
     site: Path | None = None
-    """The site's choices: your copy of examples/slurm/site.sh."""
+    """Your copy of examples/slurm/site.sh, filled in for your cluster."""
     nodes: int | None = None
-    """Nodes of the job. (default: 1)"""
+    """Number of nodes. (default: 1)"""
     gpus_per_node: int | None = None
-    """GPUs of a node. (default: GPUS_PER_NODE of the site)"""
+    """Number of GPUs in each node. (default: GPUS_PER_NODE in the site file)"""
     time: str | None = None
-    """Time limit of a job. (default: TIME_LIMIT of the site)"""
+    """Time limit of a job. (default: TIME_LIMIT in the site file)"""
     gpu_memory_gib: float | None = None
     """Refuse a plan that needs more memory per GPU than this. (default: no limit)"""
     chain: int | None = None
     """Number of jobs that resume the run one after another. (default: 1)"""
     sweep: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """NAME=V1,V2: one run for each value, as an array. Several --sweep run every combination."""
+    """NAME=V1,V2: an array with a run for each value of a setting. Several --sweep run all combinations."""
     at_once: int | None = None
     """With --sweep: run at most this many at a time. (default: all)"""
     dry_run: bool = False
-    """Print the batch script or the change, and do nothing."""
+    """Only print the batch script or the change."""
 
 
 @dataclass
 class Options:
-    """Options besides the settings of the run."""
+    """Options besides the settings of pretrain_mesh.py."""
 
     run: RunOptions = field(default_factory=RunOptions)
     job: JobOptions = field(default_factory=JobOptions)
@@ -126,7 +127,7 @@ def main(options: Options, settings: list[str]) -> None:
 
 
 def _check_options(run: RunOptions, job: JobOptions, settings: Sequence[str]) -> None:
-    """Refuse numbers that are not above 0, and options that the command would ignore."""
+    """Refuse numbers that are not above 0, and options that the given command would ignore."""
     for name in ("chain", "nodes", "gpus_per_node", "gpu_memory_gib", "at_once"):
         value = getattr(job, name)
         if value is not None and not value > 0:
@@ -168,7 +169,7 @@ def _one_run(path: Path) -> Path:
 
 
 def _act(runs: Sequence[Path], action: Callable[[Path], str]) -> None:
-    """Do it for every run, even if it fails for others; then the exit status is 2."""
+    """Act on every run, even after one fails. If any failed, exit with status 2."""
     from megatron_mesh.slurm import actions
 
     if len(runs) == 1:

@@ -1,3 +1,3 @@
-# Print, as pip constraints, torch and the installed packages that are compiled against it or that it runs on.
+# Print pip constraints for torch, for the packages that are compiled against it, and for those that it runs on.
 pip list --format=freeze |
     grep -iE '^(torch|pytorch-triton|triton|transformer[-_]engine|flash[-_]attn|apex|nvidia|cuda)[^=]*=='

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Build a corpus from the text of this Python installation: documentation, licences and sources.
+"""Build a corpus from the text in this Python installation: documentation, licences and sources.
 
     python examples/quickstart/build_corpus.py --output-dir runs/quickstart/corpus --megabytes 16
 
-Writes train.jsonl and, with 4 % of the text, valid.jsonl. Each line is a JSON object {"path": ..., "text":
-...}. The documentation and the standard library come first, then sources of the installed packages until the
-size is reached. The same installation gives the same corpus.
+Writes train.jsonl, and valid.jsonl with 4 % of the text. Each line is a JSON object {"path": ..., "text":
+...}. Documentation comes first, then the standard library, then sources of the installed packages, until the
+text has the given size. The same installation always gives the same corpus.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
 
 LEAST = 8_000_000
-"""Every installation should have this many bytes of text."""
+"""Bytes of text that every Python installation should have."""
 VALID_SHARE, LARGEST_VALID = 0.04, 64 << 10
-"""Share of the text for validation, and the largest document there in bytes: many small ones vary less."""
+"""Share of the text for validation, and its largest document in bytes: many small ones vary less."""
 _SMALLEST_FILE, _LARGEST_FILE = 200, 256 << 10
-_LONGEST_LINE = 1000  # sources with a longer one are tables or generated
+_LONGEST_LINE = 1000  # sources with longer lines are tables or generated
 _DOCUMENTATION = (".md", ".rst", ".txt")
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
 
@@ -46,7 +46,7 @@ class Options:
     output_dir: Path
     """Directory for train.jsonl and valid.jsonl."""
     megabytes: float = 16.0
-    """Text to collect, in MB."""
+    """Amount of text to collect, in MB."""
 
 
 def main(options: Options) -> None:
@@ -70,7 +70,7 @@ def collect(documents: Iterable[Document], size: int) -> list[Document]:
     """Take documents until they have ``size`` bytes of text, without duplicates.
 
     Raises:
-        UserError: there is less text than ``size`` and ``LEAST``.
+        UserError: there is less text than the smaller of ``size`` and ``LEAST``.
     """
     seen: set[str] = set()
     taken: list[Document] = []
@@ -109,7 +109,7 @@ def find_documents() -> Iterator[Document]:
 def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
     """Split into training and validation documents by a hash of their paths.
 
-    So one package more or less moves few documents between the two.
+    So installing or removing a package moves few documents between the two.
     """
     train: list[Document] = []
     valid: list[Document] = []
@@ -125,7 +125,7 @@ def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
 
 
 def write_jsonl(path: Path, documents: list[Document]) -> int:
-    """Write the documents, renaming the file once it is complete. Return the bytes of text in it."""
+    """Write the documents, and rename the file once it is complete. Return its bytes of text."""
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
         for document in documents:
@@ -145,7 +145,7 @@ def _language_reference() -> Iterator[Document]:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """Paths, relative to ``root``, of all files except tests and generated tables."""
+    """Yield the paths, relative to ``root``, of all files except tests and generated tables."""
     for directory, subdirectories, names in os.walk(root):
         subdirectories[:] = sorted(set(subdirectories) - _SKIPPED)
         for name in sorted(names):

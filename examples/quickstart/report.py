@@ -1,4 +1,4 @@
-"""The report at the end of the quickstart: how good the model is, where the files are, what to do next."""
+"""Report at the end of the quickstart how good the model is, where the files are, and what to do next."""
 
 import json
 import math
@@ -12,11 +12,11 @@ from megatron_mesh.metrics.figures import read_metrics
 from megatron_mesh.runtime.run_files import CONFIG_FILE, LOSS_FIGURE, METRICS_FILE, ROUTERS_FIGURE
 
 SAMPLE_FILE = "sample.txt"
-_TOKEN_BYTES = 2  # in the .bin files: a vocabulary of 4,096 fits in 16 bits
+_TOKEN_BYTES = 2  # in the .bin files, since 16 bits are enough for a vocabulary of 4,096
 
 
 def report(output: Path, training: Step, figures: Step) -> str:
-    """The report, from the files in ``output``."""
+    """Write the report from the files in ``output``."""
     return "\n\n".join(
         [_results(output), _sample(output), _places(output), _next_commands(output, training, figures)]
     )

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Train a small MeSH model from the text of this Python installation, in a few minutes on two cores.
+"""Train a small MeSH model on the text in this Python installation, in a few minutes on two cores.
 
     python examples/quickstart/run.py
 
-Each step is a command of its own, printed before it runs. Steps that are done are skipped: after an
-interruption, the same command resumes, and the training resumes from its last checkpoint.
+Each step is a command of its own, which is printed before it runs. Steps that are done are skipped. So after
+an interruption, the same command resumes, and the training resumes from its last checkpoint.
 """
 
 import time
@@ -26,13 +26,13 @@ class Options:
     """Options of the quickstart."""
 
     output_dir: Path = Path("runs/quickstart")
-    """Directory for everything."""
+    """Directory for all files."""
     corpus_mb: float = 16.0
-    """Text to collect, in MB."""
+    """Amount of text to collect, in MB."""
     config: Path = HERE / "quickstart.yaml"
-    """Settings of the training."""
+    """File with the settings of the training."""
     steps: int = 600
-    """Optimizer steps."""
+    """Number of optimizer steps."""
 
 
 def main(options: Options) -> None:
@@ -45,13 +45,13 @@ def main(options: Options) -> None:
 
 
 def plan(options: Options) -> list[Step]:
-    """The steps, in order; the last four are the training, the figures, the conversion and the sample."""
+    """List the steps in order. The last four are training, figures, conversion and sample."""
     directory = options.output_dir
     corpus, data, model, hf = (directory / name for name in ("corpus", "data", "model", "hf"))
     tokenizer = directory / "tokenizer/tokenizer.model"
     return [
         Step(
-            "Collect the text that this Python installation carries",
+            "Collect text from this Python installation",
             HERE / "build_corpus.py",
             {"--output-dir": corpus, "--megabytes": options.corpus_mb},
             output=corpus / "train.jsonl",
@@ -101,13 +101,13 @@ def plan(options: Options) -> list[Step]:
             output=model / LOSS_FIGURE,
         ),
         Step(
-            "Convert it for Hugging Face",
+            "Convert the model for Hugging Face",
             ROOT / "tools/convert_to_hf.py",
             {"--load": model, "--save": hf},
             output=hf,
         ),
         Step(
-            "Let it write",
+            "Generate text",
             ROOT / "tools/generate.py",
             {
                 "--model": hf,

@@ -1,4 +1,4 @@
-"""A step of the quickstart: a command that is printed as you would type it, then run."""
+"""Run the steps of the quickstart: commands that are printed as you would type them."""
 
 import json
 import os
@@ -15,18 +15,18 @@ from megatron_mesh.runtime import strict_json
 
 @dataclass(frozen=True)
 class Step:
-    """One command."""
+    """One command of the quickstart."""
 
     title: str
     program: Path
     flags: dict[str, object]
-    """Flags with their values; None for a flag that takes none."""
+    """Flags and their values; None for a flag that takes no value."""
     output: Path
     """File or directory that exists once the step is complete."""
 
     @property
     def command(self) -> list[str]:
-        """The words of the command, with paths relative to the working directory where possible."""
+        """The words of the command line, with paths relative to the working directory where possible."""
         words = [str(from_here(Path(sys.executable))), str(from_here(self.program))]
         for flag, value in self.flags.items():
             words += [flag] if value is None else [flag, str(value)]
@@ -34,7 +34,7 @@ class Step:
 
     @property
     def settings(self) -> dict[str, object]:
-        """The flags that decide the result, without input and output paths."""
+        """The flags that determine the result, without input and output paths."""
         return {flag: value for flag, value in self.flags.items() if not isinstance(value, Path)}
 
 
@@ -42,8 +42,8 @@ def run_all(steps: list[Step], notes: Path) -> None:
     """Run the steps that have no output yet.
 
     Args:
-        notes: JSON file with the settings of each finished step. Existing output is
-            used only if it was made with the same settings.
+        notes: JSON file with the settings of each finished step. Existing output is used only if it was made
+            with the same settings.
 
     Raises:
         UserError: existing output was made with other settings.
@@ -68,7 +68,7 @@ def run_all(steps: list[Step], notes: Path) -> None:
 def _run(step: Step) -> None:
     print(shell(step.command), flush=True)
     start = time.monotonic()
-    # Waiting threads should give up their core: next to other programs, spinning ones are ten times slower.
+    # Waiting threads should give up their cores. If they spin, other programs make a step ten times slower.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     code = subprocess.run(step.command, check=False, env=environment).returncode
     if code:
@@ -86,11 +86,11 @@ def _spell(settings: dict[str, object]) -> str:
 
 
 def shell(words: list[str]) -> str:
-    """The command as you would type it, with line breaks before the flags if it is long."""
+    """Spell the command as you would type it, with a line break before each flag if it is long."""
     line = shlex.join(words)
     return line if len(line) <= 110 else line.replace(" --", " \\\n    --")
 
 
 def from_here(path: Path) -> Path:
-    """``path``, relative if it is below the working directory."""
+    """Make ``path`` relative if it is below the working directory."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

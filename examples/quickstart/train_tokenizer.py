@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Train a SentencePiece tokenizer on a JSONL corpus in which white space matters.
+"""Train a SentencePiece tokenizer that keeps white space, on a JSONL corpus.
 
     python examples/quickstart/train_tokenizer.py --input runs/quickstart/corpus/train.jsonl \\
         --output-prefix runs/quickstart/tokenizer/tokenizer --vocab-size 4096
 
-Writes PREFIX.model and PREFIX.vocab. Decoding restores the text exactly: nothing is normalised, and
-characters outside the vocabulary become bytes. Only U+2581, SentencePiece's own sign for a space, is lost.
+Writes PREFIX.model and PREFIX.vocab. Decoding restores the text exactly: nothing is normalized, and
+characters outside the vocabulary are encoded as bytes. The one exception is the character U+2581, which is
+SentencePiece's sign for a space and is decoded as one.
 """
 
 import json
@@ -25,11 +26,11 @@ class Options:
     input: Path
     """JSONL file with the text of each document under "text"."""
     output_prefix: str
-    """Path of the tokenizer, without .model."""
+    """Path of the tokenizer without its .model."""
     vocab_size: int = 4096
-    """Pieces, including 256 bytes."""
+    """Number of pieces, 256 bytes included."""
     sample_megabytes: float = 8.0
-    """Text to train on, in MB."""
+    """Amount of text to train on, in MB."""
 
 
 def main(options: Options) -> None:
@@ -49,7 +50,7 @@ def main(options: Options) -> None:
 
 
 def sample_lines(corpus: Path, size: int) -> Iterator[str]:
-    """Lines of the first documents of the corpus, about ``size`` bytes of JSON (at least one document)."""
+    """Yield the lines of the first documents of the corpus: about ``size`` bytes, at least one document."""
     with corpus.open(encoding="utf-8") as file:
         for document in file:
             yield from json.loads(document)["text"].splitlines(keepends=True)
@@ -62,7 +63,7 @@ def train(lines: Iterator[str], prefix: Path, vocab_size: int) -> None:
     """Train BPE on ``lines`` and write ``prefix``.model and ``prefix``.vocab.
 
     Raises:
-        UserError: the lines have too few pieces for ``vocab_size``.
+        UserError: the lines have too few different pieces for ``vocab_size``.
     """
     import sentencepiece
 
@@ -77,7 +78,7 @@ def train(lines: Iterator[str], prefix: Path, vocab_size: int) -> None:
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,  # so an indentation is one piece
+            allow_whitespace_only_pieces=True,  # so that an indentation can be one piece
             user_defined_symbols=["\n"],
             split_digits=True,
             minloglevel=2,

@@ -1,7 +1,7 @@
 """Name the phases of a run, and log how long each phase of its start takes.
 
-Listeners hear of each phase when it begins (``enter``): ``StartTimes`` measures the start, and the fault test strikes
-in a chosen phase.
+Listeners hear of each phase when it begins (``enter``): ``StartTimes`` measures the start, and the fault
+test strikes in a chosen phase.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Compiled kernels on a GPU: the interpreter's cases with exact rounding, real widths and a whole MeSH."""
+"""Compiled kernels on a GPU: the cases of tests/unit/kernels, the widths of real models, and a whole MeSH."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def _kernels_run() -> None:
 
 
 @pytest.mark.parametrize("case", [*CASES, *WIDE], ids=name_of)
-def test_equals_float64(case: Case) -> None:
+def test_equals_the_sum_in_float64(case: Case) -> None:
     check(case, kernels.weighted_sum, where=device.device())
 
 

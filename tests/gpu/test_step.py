@@ -73,7 +73,7 @@ def synchronizations() -> Iterator[Counter[str]]:
         yield found
 
 
-def test_synchronizations_are_counted() -> None:
+def test_every_kind_of_synchronization_is_counted() -> None:
     event = torch.cuda.Event()
     event.record()
     with synchronizations() as found:
@@ -101,7 +101,7 @@ def test_the_host_waits_once(name: str, bf16: bool) -> None:
     assert sum(found.values()) == 1 and next(iter(found)).startswith("vote.py:"), found
 
 
-def test_parts_of_a_step_add_up_without_waiting_in_between() -> None:
+def test_every_part_of_a_step_takes_time() -> None:
     config = variant_config(TOY, "mesh")
     times = Times()
     with one_process(config):

@@ -1,4 +1,4 @@
-"""Transformer Engine itself, which tests/unit/model replaces by a stand-in."""
+"""The real Transformer Engine, for which tests/unit/model uses a stand-in."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from megatron_mesh.runtime import device, exits
 from tests.end_to_end.runs import launch, losses, write_settings
 from tests.helpers import one_process, tiny_config
 
-# Relative errors: the rounding of bfloat16 gradients and of different kernels, and a lost gradient.
+# Relative errors of gradients: below CLOSE is rounding in bfloat16, above WRONG a gradient is lost.
 CLOSE, WRONG = 0.02, 0.1
 FP8 = ("--bf16", "--fp8-format", "hybrid", "--fp8-scope", "all", "--gradient-accumulation-fusion")
 
@@ -46,7 +46,7 @@ def test_fused_gradients_equal_unfused_ones(measured, loops: int, label: str) ->
 
 
 @pytest.mark.parametrize("loops", [2, 3])
-def test_megatrons_flag_loses_gradients_in_a_loop(measured, loops: int) -> None:
+def test_fusing_as_megatron_does_loses_gradients_in_a_loop(measured, loops: int) -> None:
     assert measured[f"naive, K={loops}, no FP8"]["first"] > WRONG
     assert min(measured[f"naive, K={loops}, FP8"].values()) > WRONG
 
@@ -63,7 +63,7 @@ def train(settings: Path, directory: Path, *flags: object) -> list[float]:
     return losses(directory)
 
 
-def test_learns_what_local_layers_learn(settings, tmp_path) -> None:
+def test_losses_are_those_of_local_layers(settings, tmp_path) -> None:
     ours = train(settings, tmp_path / "te", "--bf16", "--transformer-impl", "transformer_engine")
     local = train(settings, tmp_path / "local", "--bf16", "--transformer-impl", "local")
     assert ours == pytest.approx(local, rel=0.01)
@@ -71,7 +71,7 @@ def test_learns_what_local_layers_learn(settings, tmp_path) -> None:
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "delayed"])
 def test_fp8_learns_and_resumes_exactly(settings, tmp_path, recipe: str) -> None:
-    """Hidden size 128 is one block of blockwise scaling."""
+    """The hidden size is 128, one block of blockwise scaling."""
     _require_fp8(recipe)
     flags = (*FP8, "--fp8-recipe", recipe, "--hidden-size", 128, "--deterministic-mode")
     whole = train(settings, tmp_path / "whole", *flags)

@@ -1,4 +1,4 @@
-"""Training on GPUs: the same losses as on a CPU, and bitwise equal when resumed."""
+"""Training on GPUs: the losses are those on a CPU, and a resumed run is bitwise the uninterrupted one."""
 
 from pathlib import Path
 
@@ -34,14 +34,14 @@ def train(settings: Path, directory: Path, *flags: object, processes: int = 1, *
     return losses(directory)
 
 
-def test_learns_what_a_cpu_learns(settings, tmp_path) -> None:
+def test_losses_are_those_on_a_cpu(settings, tmp_path) -> None:
     there = train(settings, tmp_path / "gpu", "--transformer-impl", "local")
     here = train(settings, tmp_path / "cpu", CUDA_VISIBLE_DEVICES="")
     assert there == pytest.approx(here, rel=1e-4)  # float32 sums in a different order
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_resumed_run_is_the_same_bits(settings, tmp_path, precision: str) -> None:
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(settings, tmp_path, precision: str) -> None:
     flags = ("--deterministic-mode", *(["--bf16"] if precision == "bf16" else []))
     whole = train(settings, tmp_path / "whole", *flags)
     part = tmp_path / "part"
@@ -50,8 +50,8 @@ def test_a_resumed_run_is_the_same_bits(settings, tmp_path, precision: str) -> N
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["tp2-sp", "pp2", "dp2-overlap"])
-def test_two_gpus_learn_what_one_learns(settings, tmp_path, layout: tuple) -> None:
-    """NCCL on rank layouts that tests/parallel covers with gloo."""
+def test_losses_on_two_gpus_are_those_on_one(settings, tmp_path, layout: tuple) -> None:
+    """With NCCL, on rank layouts that tests/parallel covers with gloo."""
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one GPU")
     one = train(settings, tmp_path / "one", "--transformer-impl", "local")

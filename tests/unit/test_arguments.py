@@ -1,3 +1,5 @@
+"""Settings from the command line and from a --config file."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +26,7 @@ def test_no_arguments_give_the_defaults() -> None:
     assert not arguments.dry_run
 
 
-def test_precedence(tmp_path: Path) -> None:
+def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path: Path) -> None:
     path = _file(tmp_path, "hidden_size: 64\nseq_length: 128\nlr: 1e-2")
     config = parse_args(["--seq-length", "32", "--config", path]).config
     assert (config.model.hidden_size, config.model.seq_length) == (64, 32)
@@ -60,13 +62,15 @@ def test_flags_of_every_kind() -> None:
         ("num_loops: 7", "--layers 1+2R2+1", "1+2R2+1"),
     ],
 )
-def test_layers_from_two_sources(tmp_path: Path, text: str, flags: str, expected: str) -> None:
+def test_layers_in_the_flags_override_those_in_the_file(
+    tmp_path: Path, text: str, flags: str, expected: str
+) -> None:
     line = ["--config", _file(tmp_path, text), *flags.split(), "--train-iters", "5", "--vocab-size", "9"]
     assert resolve(parse_args(line).config).model.layers == expected
 
 
 @pytest.mark.parametrize("where", ["file", "flags"])
-def test_two_ways_to_give_the_layers_in_one_source(tmp_path: Path, where: str) -> None:
+def test_layers_given_twice_in_one_source_are_refused(tmp_path: Path, where: str) -> None:
     line = (
         ["--config", _file(tmp_path, "{layers: 1+2R2+1, num_loops: 3}")]
         if where == "file"
@@ -76,21 +80,21 @@ def test_two_ways_to_give_the_layers_in_one_source(tmp_path: Path, where: str) -
         resolve(parse_args(line).config)
 
 
-def test_flags_replace_alternatives_in_the_file(tmp_path: Path) -> None:
+def test_a_flag_unsets_its_alternatives_in_the_file(tmp_path: Path) -> None:
     path = _file(tmp_path, "train_iters: 100\nlr_warmup_fraction: 0.5")
     config = parse_args(["--config", path, "--train-samples", "8", "--lr-warmup-samples", "2"]).config
     assert (config.training.train_iters, config.training.train_samples) == (None, 8)
     assert (config.optimizer.lr_warmup_fraction, config.optimizer.lr_warmup_samples) == (None, 2)
 
 
-def test_another_tokenizer_on_the_command_line(tmp_path: Path) -> None:
+def test_another_tokenizer_on_the_command_line_unsets_its_type_in_the_file(tmp_path: Path) -> None:
     path = _file(tmp_path, "tokenizer_type: HuggingFaceTokenizer\nlr: 1e-2")
     data = parse_args(["--config", path, "--tokenizer-model", "b.model"]).config.data
     assert (data.tokenizer_type, data.tokenizer_model) == (None, "b.model")
     assert parse_args(["--config", path]).config.data.tokenizer_type == "HuggingFaceTokenizer"
 
 
-def test_a_tilde_that_the_shell_did_not_expand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_in_a_path_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert parse_args(["--save=~/x", "--data-path", "~/a"]).config.checkpoint.save == "/home/me/x"
 
@@ -112,7 +116,7 @@ def test_a_tilde_that_the_shell_did_not_expand(monkeypatch: pytest.MonkeyPatch) 
         ("--config absent.yaml", ["--config absent.yaml cannot be read", "No such file"]),
     ],
 )
-def test_bad_flags(line: str, named: list[str]) -> None:
+def test_unknown_and_unsupported_flags_are_reported_with_a_remedy(line: str, named: list[str]) -> None:
     with pytest.raises(UserError) as error:
         parse_args(line.split())
     for part in named:
@@ -131,14 +135,16 @@ def test_bad_flags(line: str, named: list[str]) -> None:
         ("--config", "--config"),
     ],
 )
-def test_values_of_the_wrong_type(line: str, named: str) -> None:
+def test_wrong_values_are_reported_in_one_line(line: str, named: str) -> None:
     with pytest.raises(UserError) as error:
         parse_args(line.split())
     assert named in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_every_setting_with_the_values_of_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = _file(tmp_path, "hidden_size: 4321")
     with pytest.raises(SystemExit) as exit_:
         parse_args(["--config", path, "--help"])
@@ -173,7 +179,7 @@ def test_the_resolved_config_starts_the_same_run_again(tmp_path: Path) -> None:
         ("--layers 4+8R2+4 --num-attention-heads 10", "error: --hidden-size 768 is not divisible"),
     ],
 )
-def test_exit_code_and_output_of_the_program(line: str, named: str) -> None:
+def test_mistakes_end_the_program_with_status_2(line: str, named: str) -> None:
     program = Path(__file__).resolve().parents[2] / "pretrain_mesh.py"
     command = [sys.executable, str(program), *line.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -193,5 +199,5 @@ def test_help_shows_one_default_per_setting(tmp_path: Path, capsys: pytest.Captu
     assert "Directory to save checkpoints to. (default: unset)" in shown()
     path = _file(tmp_path, "keep_last: 3")
     assert "Keep this many of the newest checkpoints. (default: 3)" in shown("--config", path)
-    # Two lines in the source are one sentence here.
+    # A help text of two lines in the source is joined.
     assert "if a save blocks training for this long. --watchdog-timeout-minutes 0 disables it." in shown()

@@ -1,4 +1,4 @@
-"""The frame of all tools: options, ``--help``, errors of one line, and exit statuses."""
+"""What all tools share: parsing of options, ``--help``, one-line errors and exit statuses."""
 
 import io
 import os
@@ -107,12 +107,12 @@ def test_errors_are_one_line(line: str, message: str, monkeypatch) -> None:
         assert str(error.value) == message
 
 
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_the_docstring_and_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         command.call(only_options, ["--help"])
     assert not end.value.code
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert text.startswith("The frame of all tools")
+    assert text.startswith("What all tools share")
     assert "Seconds that it may take, -1 for any. (default: 4.0)" in text
     assert "What it writes. (default: nothing)" in text and "unset" not in text
     assert "limits options" in text and "Limits of the work." in text and "None" not in text
@@ -126,7 +126,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         (KeyboardInterrupt(), 130, "\nStopped.\n"),
     ],
 )
-def test_errors(
+def test_an_error_is_one_line_with_its_exit_status(
     error: BaseException, status: int, printed: str, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
     def main(options: Limits) -> None:
@@ -141,7 +141,9 @@ def test_errors(
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_one_rank_of_many_prints_errors(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_a_process_that_does_not_print_errors_still_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["tool", "--seconds"])
     with pytest.raises(SystemExit, match="2"):
         command.run(not_reached, prints_errors=lambda: False)
@@ -153,8 +155,8 @@ def not_reached(options: Limits) -> None:
 
 
 @pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
-def test_every_tool_prints_its_help_quickly(path: Path) -> None:
-    """So it must not import anything heavy."""
+def test_every_tool_shows_its_help_quickly(path: Path) -> None:
+    """So it must not import torch."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, timeout=60)
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1.5
@@ -164,7 +166,7 @@ def test_every_tool_prints_its_help_quickly(path: Path) -> None:
 
 @pytest.fixture
 def interruptible(tmp_path: Path) -> Iterator[Path]:
-    """A tool that prints "ready" and waits."""
+    """A tool whose ``main`` prints "ready" and waits."""
     path = tmp_path / "waiting.py"
     path.write_text(
         '"""Wait."""\nimport time\nfrom dataclasses import dataclass\nfrom megatron_mesh import command\n'
@@ -177,14 +179,14 @@ def interruptible(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_a_tool_without_a_traceback(interruptible: Path, kind: signal.Signals) -> None:
+def test_an_interrupt_ends_a_tool_quietly(interruptible: Path, kind: signal.Signals) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, interruptible],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in background jobs
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
     )
     assert process.stdout and process.stderr and process.stdout.readline() == b"ready\n"
     time.sleep(0.1)

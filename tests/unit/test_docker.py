@@ -1,4 +1,4 @@
-"""The Dockerfile: what it copies, installs and keeps. The image is not built here."""
+"""The Dockerfile: what it copies, installs and keeps. The tests don't build the image."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from megatron_mesh.slurm.site import read_site
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples/docker"
 RECIPE = (FOLDER / "Dockerfile").read_text(encoding="utf-8")
-# Lines of the image's pip: first the packages to keep.
+# Packages as the image's pip lists them: those to keep, and others.
 KEPT = """\
 torch==2.10.0a0+b4e4ee81d3.nv25.12
 torchvision==0.25.0a0+ca221243
@@ -29,7 +29,7 @@ FREE = ["numpy==2.1.0", "transformers==4.0.0", "tokenizers==0.20.0", "pip==25.3"
 
 def test_the_build_copies_the_files_that_it_uses() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
-    assert "*" in lines  # nothing else gets in
+    assert "*" in lines  # so nothing else is copied
     copied = [line.removeprefix("!") for line in lines if line.startswith("!")]
     assert all((ROOT / name).exists() for name in copied)
     named = re.findall(r"(?:sh|python) (\S+/\S+)", RECIPE)
@@ -37,13 +37,6 @@ def test_the_build_copies_the_files_that_it_uses() -> None:
     assert named
     for name in [*named, *read_by_setup]:
         assert (ROOT / name).is_file() and name.split("/")[0] in copied
-
-
-def test_the_build_checks_that_it_kept_them() -> None:
-    steps = [step.strip(" \\\n") for step in RECIPE.split("&&")]
-    assert "sh examples/docker/kept.sh | diff kept.txt -" in steps
-    assert "python -c 'import torch; torch.zeros(1).numpy()'" in steps  # torch and the installed numpy fit
-    assert "chmod -R a+rX ." in steps  # readable by others even if built with a narrow umask
 
 
 def setup_arguments(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
@@ -54,7 +47,7 @@ def setup_arguments(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return SimpleNamespace(**found)
 
 
-def test_the_extras_exist_and_leave_transformer_engine_to_the_image(monkeypatch) -> None:
+def test_installed_extras_exist_and_do_not_replace_transformer_engine(monkeypatch) -> None:
     arguments = setup_arguments(monkeypatch)
     (extras,) = re.findall(r"'\.\[([\w,]+)\]'", RECIPE)
     installed = [*arguments.install_requires]
@@ -65,7 +58,7 @@ def test_the_extras_exist_and_leave_transformer_engine_to_the_image(monkeypatch)
     assert re.fullmatch(r"transformer-engine\[[\w,]+\]>=2\.9,<2\.12", te)
 
 
-def test_torch_and_packages_built_on_it_are_kept(tmp_path: Path) -> None:
+def test_torch_and_packages_compiled_against_it_are_kept(tmp_path: Path) -> None:
     pip = tmp_path / "pip"
     pip.write_text("#!/bin/sh\ncat <<'END'\n" + "\n".join([*FREE, *KEPT]) + "\nEND\n")
     pip.chmod(0o755)
@@ -79,7 +72,7 @@ def test_torch_and_packages_built_on_it_are_kept(tmp_path: Path) -> None:
     assert found.stdout.splitlines() == KEPT
 
 
-def test_the_site_file_of_the_readme_is_read(tmp_path: Path) -> None:
+def test_the_settings_for_site_sh_in_the_readme_can_be_read(tmp_path: Path) -> None:
     blocks = re.findall(r"```bash\n(.*?)```", (FOLDER / "README.md").read_text(encoding="utf-8"), re.S)
     (values,) = [block for block in blocks if "ENVIRONMENT=pyxis" in block]
     path = tmp_path / "site.sh"

@@ -1,4 +1,4 @@
-"""The report of hardware and packages."""
+"""The environment report and ``tools/env_report.py``."""
 
 import importlib.metadata
 import os
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NO_FP8 = "the GPU (sm_80) has no FP8; it needs sm_89 (Ada), sm_90 (Hopper) or newer"
 
 
-def test_every_package_has_its_version_or_a_note_on_what_is_lost(monkeypatch) -> None:
+def test_every_package_has_its_version_or_the_cost_of_its_absence(monkeypatch) -> None:
     rows = {row.what: row for row in report()}
     for name in REQUIRED:
         assert rows[name].found == importlib.metadata.version(name)
@@ -38,7 +38,7 @@ def layers() -> dict[str, tuple[str, str]]:
     return {row.what: (row.found, row.note) for row in report() if row.what in ("layers", "FP8")}
 
 
-def test_layers_and_fp8_if_transformer_engine_is_installed_but_unusable(monkeypatch) -> None:
+def test_the_report_says_why_an_installed_transformer_engine_cannot_be_used(monkeypatch) -> None:
     monkeypatch.setattr(environment_report, "_version", lambda name: "2.11.0")
     monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: "libcudart.so cannot be loaded")
     assert layers()["layers"] == ("torch's", "libcudart.so cannot be loaded")
@@ -61,7 +61,9 @@ def test_layers_and_fp8_if_transformer_engine_is_installed_but_unusable(monkeypa
         ),
     ],
 )
-def test_layers_and_fp8_with_transformer_engine(monkeypatch, version, capability, note, fp8) -> None:
+def test_the_report_on_layers_and_fp8_with_transformer_engine(
+    monkeypatch, version, capability, note, fp8
+) -> None:
     installed = environment_report._version
     monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: None)
     monkeypatch.setattr(device, "has_gpu", lambda: True)
@@ -85,13 +87,13 @@ def test_the_tool_fails_if_a_required_package_is_missing(monkeypatch, capsys) ->
     assert "no-such-package" in capsys.readouterr().out
 
 
-def test_the_tool() -> None:
+def test_the_tool_succeeds_here() -> None:
     command = [sys.executable, str(ROOT / "tools/env_report.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "megatron-core" in done.stdout, done.stderr
 
 
-def test_required_packages_are_those_of_setup() -> None:
+def test_required_packages_are_those_in_setup_py() -> None:
     text = (ROOT / "setup.py").read_text(encoding="utf-8")
     needed = re.search(r"install_requires=\[(.*?)\n    \]", text, re.S)
     assert needed and set(REQUIRED) == set(re.findall(r'^\s+"([\w-]+)[>=<]', needed[1], re.M))
@@ -108,7 +110,7 @@ def test_a_torch_that_cannot_be_imported_is_reported(tmp_path: Path, error: str)
     assert line.startswith("error: torch cannot be imported (libcudart.so.13: cannot open)")
 
 
-def test_nvidias_name_of_triton_counts(monkeypatch) -> None:
+def test_triton_is_found_under_nvidias_name(monkeypatch) -> None:
     class Found:
         version = "3.5.1"
 
@@ -122,8 +124,8 @@ def test_nvidias_name_of_triton_counts(monkeypatch) -> None:
     assert environment_report._version("flash-attn") is None
 
 
-def test_the_driver_is_named(tmp_path: Path, monkeypatch) -> None:
-    """In the format of the open kernel modules."""
+def test_the_version_of_the_driver_is_reported(tmp_path: Path, monkeypatch) -> None:
+    """Linux shows it like this for the open kernel modules."""
     (tmp_path / "version").write_text(
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (dvs-builder)\n"
     )

@@ -24,7 +24,7 @@ Run = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of the installed wheel. It is built from a copy, so that the tree stays clean."""
+    """The directory of the installed wheel, which is built from a copy so that the tree stays clean."""
     pytest.importorskip("setuptools", reason="setuptools, which builds the wheel, is not installed")
     top = tmp_path_factory.mktemp("wheel")
     for name in (*SOURCES, *TEXTS):
@@ -47,7 +47,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(installed: Path, tmp_path: Path) -> Run:
-    """Runs ``megatron-mesh`` of the wheel in an empty directory; returns what it prints."""
+    """A function that runs the wheel's ``megatron-mesh`` in an empty directory and returns what it prints."""
 
     def run(*arguments: object) -> str:
         environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
@@ -65,7 +65,7 @@ def run(installed: Path, tmp_path: Path) -> Run:
     return run
 
 
-def test_what_is_in_it(installed: Path, run: Run) -> None:
+def test_the_wheel_has_all_tools_and_presets(installed: Path, run: Run) -> None:
     commands = re.findall(r"^  ([a-z-]+)  ", run("--help"), re.M)
     assert {"pretrain", "plan", "submit", "convert-to-hf", "convert-from-hf"} <= set(commands)
     tools = {path.name for path in (installed / "megatron_mesh/tools").iterdir()} - {"__pycache__"}

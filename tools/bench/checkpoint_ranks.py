@@ -1,7 +1,7 @@
-"""Count what each rank does while checkpoints are saved, loaded and copied.
+"""Count what each rank reads, writes, sends and holds while checkpoints are saved, loaded and copied.
 
-``checkpoints.py --ranks N`` starts the ranks on this machine and prints the results. Tests use
-``UntrainedRun`` to assert the counts.
+``checkpoints.py --ranks N`` calls ``on_ranks`` to start the ranks on this machine, runs ``measure_rank`` on
+each, and prints ``summary_rows``. Tests use ``UntrainedRun`` to assert the counts.
 """
 
 import os
@@ -49,11 +49,11 @@ class Operation:
     kind: str
     seconds: float
     stall_seconds: float
-    """How long training would have waited."""
+    """How long training would wait."""
     written: int = 0
     read: int = 0
     memory: int = 0
-    """This field and the following ones are as in ``Counts``."""
+    """This and the following fields are those of ``Counts``."""
     sent: int = 0
     received: int = 0
     opened: int = 0
@@ -69,7 +69,7 @@ class UntrainedRun:
     state: TrainState
 
     def save(self, directory: Path, *, background: bool = False) -> tuple[Counts, Saved]:
-        """Save to ``directory``; a collective. A background save runs alone, without training next to it."""
+        """Save to ``directory``. All ranks must call it. No steps are trained during a background save."""
         saved: list[Saved] = []
         self.state.advance(1)  # each step can be saved only once
         settings = replace(self.config.checkpoint, save=str(directory), async_save=background)
@@ -84,7 +84,7 @@ class UntrainedRun:
         return counts, saved[0]
 
     def load(self, checkpoint: Path) -> Counts:
-        """Load ``checkpoint``; a collective."""
+        """Load ``checkpoint``. All ranks must call it."""
         settings = replace(self.config.checkpoint, load=str(checkpoint), save=None)
         dist.barrier()
         with counted(checkpoint) as counts:
@@ -101,13 +101,16 @@ def build_untrained(config: Config) -> UntrainedRun:
     optimizer = build_optimizer(config, stage)
     allocate(optimizer)
     for state in only_member(optimizer).optimizer.state.values():
-        for name in MOMENTS:  # memory is resident only once something is written to it
+        for name in MOMENTS:  # memory becomes resident only when something is written to it
             state[name].uniform_()
     return UntrainedRun(config, stage, optimizer, TrainState(build_schedule(config.optimizer, optimizer)))
 
 
 def measure_rank(config: Config, directory: Path, rounds: int) -> list[Operation]:
-    """Save in both ways, copy and load in turn, then load on another rank layout. Runs on every rank."""
+    """Save in both ways, copy and load, round by round, then load on another rank layout.
+
+    All ranks must call it.
+    """
     with model_parallel_groups(config):
         found = _save_and_load(config, directory, rounds)
     other = other_layout(config, dist.get_world_size())
@@ -118,7 +121,7 @@ def measure_rank(config: Config, directory: Path, rounds: int) -> list[Operation
 
 
 def _save_and_load(config: Config, directory: Path, rounds: int) -> list[Operation]:
-    """Measure on the rank layout of ``config``. One checkpoint is left, for the other layout."""
+    """Measure on the rank layout of ``config``. Leave one checkpoint, for the other rank layout."""
     run, found, copies = build_untrained(config), [], directory / "copy"
     checkpoint = run.save(directory)[1].path
 
@@ -150,7 +153,7 @@ def _remove(path: Path) -> None:
 
 
 def _load(config: Config, directory: Path, rounds: int) -> list[Operation]:
-    """Load the one checkpoint in ``directory``."""
+    """Measure loading the only checkpoint in ``directory``."""
     run, (checkpoint,) = build_untrained(config), list(directory.glob(CHECKPOINTS))
     found = []
     for number in range(1, rounds + 1):
@@ -187,7 +190,7 @@ def _copy(checkpoint: Path, copies: Path) -> Operation:
 
 
 def other_layout(config: Config, ranks: int) -> Config | None:
-    """Toggle tensor parallelism on the same ranks. Returns None for an odd number of ranks."""
+    """Return the settings with tensor parallelism toggled; None for an odd number of ranks."""
     parallel, training = config.parallel, config.training
     if ranks % 2:
         return None
@@ -205,7 +208,7 @@ def other_layout(config: Config, ranks: int) -> Config | None:
 
 
 def summary_rows(by_rank: list[list[Operation]]) -> list[list[str]]:
-    """Tabulate each operation on each rank: median seconds, and maximum bytes over the rounds."""
+    """Tabulate each operation on each rank: the median of its seconds and the maximum of its bytes."""
     head = ["", "rank", "seconds", "waiting", "written", "read", "memory", "sent", "received", "files opened"]
     rows = [head]
     for kind in KINDS:
@@ -224,7 +227,7 @@ def summary_rows(by_rank: list[list[Operation]]) -> list[list[str]]:
 def rotated(items: Sequence[T], number: int) -> list[T]:
     """Rotate ``items`` so that each round begins with a different one.
 
-    A disk may accept the first gigabytes faster than those that follow.
+    This is fairer, because a disk may accept the first gigabytes faster than later ones.
     """
     first = number % len(items)
     return [*items[first:], *items[:first]]
@@ -240,9 +243,8 @@ def on_ranks(ranks: int, work: Callable[..., T], *args: object) -> list[T]:
         Its results, by rank.
 
     Raises:
-        torch.distributed.elastic.multiprocessing.errors.ChildFailedError: a process failed. Its traceback is
-        on
-            stderr.
+        torch.distributed.elastic.multiprocessing.errors.ChildFailedError: a process failed and printed its
+            traceback to stderr.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
     settings = LaunchConfig(

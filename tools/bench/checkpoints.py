@@ -1,19 +1,19 @@
-"""Measure how fast checkpoints are saved and loaded, next to a plain copy, and how long training waits.
+"""Measure how fast checkpoints are saved and loaded, compared with a plain copy, and how long training waits.
 
 In one process:
 
     python -m tools.bench.checkpoints --config examples/configs/pythia-160m.yaml --seq-length 128 \\
         --global-batch-size 8 --micro-batch-size 1 --directory runs/bench
 
-With --ranks N the benchmark starts N processes on this machine. It prints seconds, bytes and memory of each
-rank for saving, saving in the background, copying, loading on the same rank layout, and loading with tensor
-parallelism (or without, if the settings have it).
+With --ranks N, the benchmark starts N processes on this machine and prints the seconds, bytes and memory of
+each rank. It saves in the foreground and in the background, copies, loads on the same rank layout, and loads
+on a layout with tensor parallelism (or without, if the settings have it).
 
     python -m tools.bench.checkpoints --ranks 4 --config examples/configs/pythia-160m.yaml \\
         --seq-length 128 --global-batch-size 8 --micro-batch-size 1 --use-distributed-optimizer \\
         --directory runs/bench
 
-All settings of pretrain_mesh.py are accepted. The disk needs room for twice the size of the checkpoint.
+Accepts all settings of pretrain_mesh.py. The disk needs room for two checkpoints.
 """
 
 import os
@@ -46,10 +46,10 @@ from tools.bench.measure import now
 from tools.bench.variants import random_batches
 
 _NOTES = """\
-Seconds and waiting are medians over the rounds; waiting is the time during which training stands still. The
-other columns are maxima. Memory: peak resident memory (VmHWM) above what was resident before. Sent and
-received: tensors passed to collectives and filled by them. After loading, ranks send each other weights. No
-step is trained, and files are read from the page cache if they fit there."""
+Seconds and waiting are medians over the rounds, the other columns are maxima. Waiting: the time for which
+training would stop. Memory: peak resident memory (VmHWM) above what was resident before. Sent and received:
+tensors passed to collectives and filled by them; after loading, ranks send each other weights. No step is
+trained. Files are read from the page cache if they fit there."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,15 @@ class Options:
     """Options besides the settings of pretrain_mesh.py."""
 
     directory: Path
-    """Where to save; must not exist."""
+    """New directory to save to."""
     rounds: int = 5
-    """Repetitions."""
+    """Number of measurements."""
     ranks: int | None = None
-    """Start this many processes and count what each one does."""
+    """Start this many processes and count what each does. (default: measure times in one process)"""
 
 
 def main(options: Options, settings: list[str]) -> None:
-    """Measure, and print one line per figure or rank."""
+    """Measure, and print the results."""
     at_least(1, options, "rounds", "ranks")
     if options.directory.exists():
         raise UserError(f"--directory {options.directory} exists already; choose another")
@@ -95,13 +95,16 @@ class CheckpointTimes:
     async_stall_seconds: float
     """How long training waits during a background save."""
     load_seconds: float
-    """Verifying all checksums and restoring the state."""
+    """Including the verification of all checksums."""
     copy_seconds: float
-    """Copying the same files within the directory, with fsync. It follows a training step, as saves do."""
+    """Copying the same files within the directory, with fsync, right after a training step as saves are."""
 
 
 def measure_checkpoints(config: Config, directory: Path, rounds: int) -> CheckpointTimes:
-    """Save in the foreground and in the background, copy and load, in turn. Megatron's groups must exist."""
+    """Save in the foreground and in the background, copy and load, round by round.
+
+    Megatron's process groups must exist.
+    """
     stage = build_stage(config)
     optimizer = build_optimizer(config, stage)
     state = TrainState(build_schedule(config.optimizer, optimizer))
@@ -122,7 +125,7 @@ def measure_checkpoints(config: Config, directory: Path, rounds: int) -> Checkpo
         return _save(config, directory, (stage, optimizer, state), step, background=background)
 
     def copy() -> None:
-        step()  # as before a save: after a step, the system may be slower to provide memory for files
+        step()  # as before a save, since after a step the system may be slower to provide memory for files
         times["copy"].append(_seconds(lambda: _copy(checkpoint, directory / "copy")))
         shutil.rmtree(directory / "copy")
 

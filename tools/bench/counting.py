@@ -1,6 +1,6 @@
-"""Count what one process does in a block: bytes of a checkpoint, host memory, collectives, opened files.
+"""Count what one process does in a block: bytes read and written, host memory, collectives, opened files.
 
-The measured code needs no changes: the counts come from the kernel, Python's audit events and torch's
+The measured code stays unchanged: the counts come from the Linux kernel, Python's audit events and torch's
 dispatcher.
 """
 
@@ -20,6 +20,11 @@ from megatron_mesh.compat.torch_internals import TorchDispatchMode, argument_nam
 from megatron_mesh.errors import UserError
 from tools.bench.measure import now
 
+_watch: Callable[[str, Any], None] | None = None
+"""Called for every opened file. An audit hook cannot be removed, so we add one and change what it calls."""
+_hooked = False
+"""Whether the audit hook has been added."""
+
 
 @dataclass
 class Counts:
@@ -33,9 +38,9 @@ class Counts:
     received: int = 0
     """Tensors filled by collectives. A tensor changed in place counts as sent only."""
     tensors_read: int = 0
-    """Bytes that the kernel reports as read while boxes were filled."""
+    """Bytes that were read to fill tensors, as counted by the kernel."""
     filled: int = 0
-    """Bytes that ``fill`` itself reports as read."""
+    """Bytes that were read to fill tensors, as returned by ``checkpoint/load.py: fill``."""
     reads: list[str] = field(default_factory=list)
     """Names of files opened for reading."""
     writes: list[str] = field(default_factory=list)
@@ -53,14 +58,14 @@ class Counts:
         return _sizes(checkpoint, self.writes)
 
     def read(self, checkpoint: Path) -> int:
-        """Bytes of ``checkpoint`` that this process read. A small file counts in full."""
+        """Bytes of ``checkpoint`` that this process read. Files without tensors count in full."""
         small = [name for name in self.reads if not name.endswith(".distcp")]
         return self.tensors_read + _sizes(checkpoint, small)
 
 
 @contextmanager
 def counted(directory: Path) -> Iterator[Counts]:
-    """Count what this process does in the block. Only files under ``directory`` count.
+    """Count what this process does in the block, considering only files under ``directory``.
 
     Raises:
         UserError: the kernel doesn't report the peak of resident memory.
@@ -92,7 +97,7 @@ def _sizes(checkpoint: Path, names: list[str]) -> int:
 
 
 class _Collectives(TorchDispatchMode):
-    """Adds up the tensors of collectives, all of which end as calls to ``torch.ops.c10d``."""
+    """Adds up the tensors of collectives. Every collective ends in a call to ``torch.ops.c10d``."""
 
     def __init__(self, counts: Counts):
         super().__init__()
@@ -110,16 +115,9 @@ class _Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-_watch: Callable[[str, Any], None] | None = None
-"""Called for every opened file. An audit hook cannot be removed, so we add only one and switch this."""
-
-
 def _audit(event: str, args: tuple) -> None:
     if event == "open" and _watch is not None and isinstance(args[0], str | bytes | os.PathLike):
         _watch(os.fsdecode(args[0]), args[1])
-
-
-_hooked = False
 
 
 @contextmanager
@@ -146,7 +144,7 @@ def _opened_files(directory: Path, counts: Counts) -> Iterator[None]:
 
 @contextmanager
 def _reads_of_tensors(counts: Counts) -> Iterator[None]:
-    """Count what ``fill`` reads. Outside of it, the kernel's count would include sockets."""
+    """Count the bytes read within ``fill``. Elsewhere the kernel's count would include sockets."""
     fill = load.fill
 
     def counting(*args: Any) -> int:
@@ -183,7 +181,7 @@ def _field(path: Path, name: str) -> int:
 
 
 def _release_free_memory() -> None:
-    """Return freed memory to the system, so that a save that reuses it doesn't seem to need none."""
+    """Return freed memory to the system. Otherwise a save could reuse it and seem to need none."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -1,17 +1,15 @@
-"""A looped GPT-NeoX as one would write it without this project: Hugging Face layers and a Python loop.
+"""A looped GPT-NeoX as you would write it without this project: Hugging Face layers in a Python loop.
 
-It computes the base recurrence, with the same sizes and parameter count as our base:
+It computes the ``base`` recurrence with the same sizes and number of parameters as our ``base``. Layers and
+rotary embedding are those of transformers. Attention is ``scaled_dot_product_attention`` (transformers'
+default) or explicit scores (``--eager-attention eager``).
 
-- transformers' ``GPTNeoXLayer`` and rotary embedding. Attention uses ``scaled_dot_product_attention``
-  (transformers' default) or explicit scores (``--eager-attention eager``).
-- ``for _ in range(loops)`` over the layers of the core.
+``variants.EagerVariant`` trains it with float32 parameters, ``torch.autocast`` for bf16 (which casts each
+weight once per forward pass), micro-batches accumulated by hand, ``clip_grad_norm_`` and an unfused
+``torch.optim.AdamW``.
 
-``variants.EagerVariant`` trains it: float32 parameters, ``torch.autocast`` for bf16 (it casts each weight
-once per forward pass), micro-batches accumulated by hand, ``clip_grad_norm_`` and ``torch.optim.AdamW`` (not
-the fused one).
-
-Nothing is fused or compiled, but nothing slows it down either: no Trainer, no callbacks, no label shifting by
-copies. The suffix ``-compiled`` puts the layers through ``torch.compile``.
+Nothing is fused or compiled, but nothing slows it down either: it has no Trainer or callbacks, and shifts
+labels without copies. The suffix ``-compiled`` compiles the layers with ``torch.compile``.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
-"""Compare the generation speed of looped models with stock GPT-NeoX of the same unrolled depth, with a cache.
+"""Compare how fast looped models and stock GPT-NeoX of the same unrolled depth generate text with a cache.
 
     python -m tools.bench.generation --layers 2+4R2+2 --hidden-size 768 --num-attention-heads 12
 
-Weights are random. The models take turns, and ratios are taken within a round.
+Weights are random. The models take turns, and each ratio is of two speeds of the same round.
 """
 
 import random
@@ -38,21 +38,21 @@ class Options:
     layers: str = "2+4R2+2"
     """Layers of the looped models, as prelude+coreRloops+coda."""
     schemes: tuple[str, ...] = ("base", "mesh")
-    """Recurrence schemes with a shared core."""
+    """Recurrence schemes to compare; they must share their core."""
     hidden_size: int = 768
     """Hidden size."""
     num_attention_heads: int = 12
-    """Attention heads."""
+    """Number of attention heads."""
     vocab_size: int = 50304
     """Vocabulary size."""
     batch_size: int = 1
-    """Sequences generated at once."""
+    """Number of sequences to generate at once."""
     prompt_tokens: int = 64
-    """Tokens in each prompt."""
+    """Number of tokens in each prompt."""
     new_tokens: int = 64
-    """Tokens to generate for each prompt."""
+    """Number of tokens to generate for each prompt."""
     rounds: int = 10
-    """Measured rounds, after one warm-up round."""
+    """Number of measured rounds, after one warm-up round."""
     bf16: bool = False
     """Use bfloat16 weights instead of float32."""
 

@@ -1,10 +1,11 @@
-"""Compare the memory bandwidth of the Triton kernels and of torch's operations with a plain copy on a GPU.
+"""Compare the memory bandwidth of our Triton kernels, of torch's operations and of a plain copy on a GPU.
 
     python -m tools.bench.kernel --hidden-size 2048 --terms 2 3 4 --output kernel.json
 
-Both compute the weighted sum of the recurrence's memory, forward and backward. GB/s counts the least possible
-bytes: J + 1 states forward, 2 J + 1 backward, and the weights. Every round also times a copy of 1 GiB, and
-shares are of that round's copy. The defaults are the 1.4B shape.
+Kernels and operations compute the weighted sum of the recurrence's memory, forward and backward. GB/s counts
+the fewest bytes that can be moved: J + 1 states forward, 2 J + 1 backward, and the weights. Every round also
+times a copy of 1 GiB, and speeds are given as a share of the copy's speed in the same round. The default
+sizes are those of the 1.4B model.
 """
 
 import random
@@ -42,15 +43,15 @@ class Options:
     """Sizes and repetitions."""
 
     seq_length: int = 4096
-    """Tokens per sequence S."""
+    """Sequence length S in tokens."""
     micro_batch_size: int = 8
-    """Sequences B."""
+    """Number of sequences B."""
     hidden_size: int = 2048
     """Hidden size H."""
     rounds: int = 30
-    """Timings of each implementation."""
+    """Number of timings of each implementation."""
     calls: int = 10
-    """Calls per timing."""
+    """Number of calls per timing."""
     terms: tuple[int, ...] = (2, 3, 4)
     """Numbers of states J to sum; a model with K loops sums 2 to K + 2."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -60,7 +61,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Measure, print a table and write the JSON file."""
+    """Measure, print a table and, with --output, write the JSON file."""
     at_least(1, options, "seq_length", "micro_batch_size", "hidden_size", "rounds", "calls")
     if not options.terms or min(options.terms) < 1:
         raise UserError("--terms needs one or more numbers of at least 1, e.g. 2 3 4")
@@ -115,7 +116,7 @@ class MixShape:
     dtype: torch.dtype
 
     def least_bytes(self, direction: str) -> int:
-        """Bytes to move if every input is read once and every output is written once."""
+        """Return the bytes that are moved if every input is read once and every output is written once."""
         states = {"forward": self.terms + 1, "backward": 2 * self.terms + 1}[direction]
         weights = {"forward": self.terms, "backward": 2 * self.terms}[direction]
         tokens = self.sequence * self.batch
@@ -160,7 +161,7 @@ def measure_kernels(
 
 
 def summarize(shape: MixShape, seconds: Seconds, copy_bytes: int) -> list[KernelResult]:
-    """Summarize the timings, forward first."""
+    """Summarize the timings of each implementation, forward first."""
     copied = [2 * copy_bytes / each for each in seconds[COPY]]
     found = []
     ways = [name for name in seconds if name != COPY]

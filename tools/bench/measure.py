@@ -1,7 +1,7 @@
-"""Measure training steps: their time, peak memory, tensors saved for backward, and traces.
+"""Measure training steps: their times, peak memory, tensors saved for backward, and traces.
 
-A ``Variant`` (built in ``variants.py``) is what gets measured. ``report.py`` summarizes the results. Other
-benchmarks use the clock, ``now``.
+The steps are those of a ``Variant``, which ``variants.py`` builds. ``report.py`` summarizes the results.
+Other benchmarks use only the clock, ``now``.
 """
 
 import random
@@ -24,11 +24,11 @@ from megatron_mesh.runtime import device, profiling
 
 
 class Variant(ABC):
-    """A model under test with its optimizer."""
+    """A model to measure, with its optimizer."""
 
     name: str
     config: Config
-    """The resolved run. For an eager loop, the run of the scheme that it computes."""
+    """The resolved settings. Those of an eager loop are the settings of ``base``, which it computes."""
     model: nn.Module
 
     @abstractmethod
@@ -37,16 +37,16 @@ class Variant(ABC):
 
     @abstractmethod
     def step(self, batches: Sequence[Batch]) -> None:
-        """Take an optimizer step on the loss per token of all ``batches``.
+        """Take an optimizer step on the mean loss per token of all ``batches``.
 
-        Profilers and stopwatches see the ranges "clear", "forward-backward", "communication" (inside
-        forward-backward), "agreement" and "update". A range that a variant doesn't have counts as 0 s.
+        The step names its ranges (``runtime/phases.py``) "clear", "forward-backward", "communication" (inside
+        forward-backward), "agreement" and "update". A range that a variant doesn't name counts as 0 s.
         """
 
     @property
     @abstractmethod
     def layers(self) -> Iterable[nn.Module]:
-        """Every layer once."""
+        """All layers, each once even if it is looped."""
 
 
 def now() -> float:
@@ -94,10 +94,10 @@ class MemoryMeter:
 
     @contextmanager
     def charged(self, name: str, *, measured: bool = False) -> Iterator[None]:
-        """Charge memory that the block allocates to the variant ``name``.
+        """Charge the memory that the block allocates to the variant ``name``.
 
         Args:
-            measured: whether this turn counts for the peak and the allocation retries.
+            measured: whether the block counts towards the peak and the allocation retries.
         """
         before = device.allocated_bytes()
         if before is None:
@@ -115,28 +115,28 @@ class MemoryMeter:
         self._held[name] += after - before
 
     def peak(self, name: str) -> int | None:
-        """Peak bytes of the variant in a measured turn; None on a CPU, where torch doesn't count them."""
+        """Peak bytes of the variant in its measured turns; None on a CPU, where torch doesn't count them."""
         return self._peak.get(name)
 
     def retries(self, name: str) -> int:
-        """Allocation retries in measured turns.
+        """Number of allocation retries in the variant's measured turns.
 
-        On a retry the device was full and the allocator first had to free its cache. Such a step takes longer
-        than it would if the variant had the device to itself.
+        The allocator retries when the device is full, after freeing its cache. Such a step takes longer than
+        it would if the variant had the device to itself.
         """
         return self._retries[name]
 
 
 @dataclass
 class Times:
-    """Seconds of each measured step. Entry i of every variant is from the same round."""
+    """Seconds of each measured step. Entry i of all variants is from the same round."""
 
     forward_backward: list[float] = field(default_factory=list)
     """All micro-batches of the step."""
     communication: list[float] = field(default_factory=list)
     """Reducing the gradients over ranks (here only one) and dividing them by the number of tokens."""
     optimizer: list[float] = field(default_factory=list)
-    """Clearing gradients, the agreement of the ranks (gradient norm and more), clipping, AdamW, schedule."""
+    """Clearing gradients, agreement of the ranks (on gradient norm and more), clipping, AdamW, schedule."""
 
     @property
     def step(self) -> list[float]:
@@ -157,12 +157,12 @@ def measure_steps(
 ) -> dict[str, Times]:
     """Train every variant for ``warmup + steps`` steps, one step of each per round.
 
-    Each round has a new random order. Other load on the machine and its temperature then affect all variants
-    alike, so the ratio of two times from the same round is fair.
+    Each round has a new random order. So temperature and other work on the machine affect all variants alike,
+    and the ratio of two times from the same round is fair.
 
     Args:
         batches: the micro-batches of a step; every step of every variant uses the same ones.
-        memory: charged with what each step allocates.
+        memory: counts what each step allocates.
         on_step: called after each step with the variant's name and a ``Times`` that ends with this step.
     """
     times = {variant.name: Times() for variant in variants}
@@ -195,13 +195,13 @@ class SavedTensors:
     states: int
     """Number of tensors with the hidden state's shape, [S, B, H]."""
     state_bytes: int
-    """Bytes of those."""
+    """Bytes of these states."""
     total_bytes: int
     """Bytes of all saved tensors: states, attention, MLP, logits and router weights."""
 
 
 def saved_for_backward(variant: Variant, batch: Batch) -> SavedTensors:
-    """Count what a forward pass on ``batch`` saves. A tensor that is saved twice counts once."""
+    """Count what the forward pass on ``batch`` saves. A tensor that is saved twice counts once."""
     parameters = {p.untyped_storage().data_ptr() for p in variant.model.parameters()}
     shape = (batch.tokens.shape[1], batch.tokens.shape[0], variant.config.model.hidden_size)
     saved: dict[int, Tensor] = {}  # by memory address
@@ -226,7 +226,7 @@ def _bytes(tensors: dict[int, Tensor]) -> int:
 
 
 def write_traces(variants: Sequence[Variant], batches: Sequence[Batch], directory: Path) -> list[Path]:
-    """Write one step of each variant to ``directory/VARIANT.json``, with its passes and cycles named.
+    """Write a trace of one step of each variant, with named passes and cycles, to ``directory/VARIANT.json``.
 
     The files are Chrome traces, for ui.perfetto.dev or chrome://tracing.
     """

@@ -1,10 +1,10 @@
-"""Measure how long the ranks of a real pipeline wait, and compare it with what the planner predicts.
+"""Measure how long the ranks of a real pipeline wait, and compare that with the planner's prediction.
 
     torchrun --nproc-per-node 2 -m tools.bench.pipeline --config examples/configs/pythia-160m.yaml \\
         --pipeline-model-parallel-size 2 --seq-length 128 --micro-batch-size 1 --global-batch-size 8
 
-All settings of pretrain_mesh.py are accepted; the data are random. The bubble is the share of the ranks' time
-spent waiting, 1 - busy / (ranks x step). All ranks must be on one node.
+Accepts all settings of pretrain_mesh.py. The data are random. The bubble is the share of the ranks' time that
+they spend waiting, 1 - busy / (ranks x step). All ranks must be on one node.
 """
 
 import time
@@ -44,7 +44,7 @@ class Options:
     """Options besides the settings of pretrain_mesh.py."""
 
     steps: int = 10
-    """Measured steps, after one warm-up step."""
+    """Number of measured steps, after one warm-up step."""
 
 
 def main(options: Options, settings: list[str]) -> None:
@@ -70,10 +70,10 @@ def main(options: Options, settings: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Bubbles:
-    """Share of the ranks' time spent waiting, 1 - busy / (ranks x step), found in three ways."""
+    """The share of the ranks' time that they spend waiting, found in three ways."""
 
     measured: float
-    """In a real run, the median over its steps."""
+    """In a real run: the median over its steps."""
     simulated: float
     """In the planner's simulation with the measured costs."""
     planned: float
@@ -82,7 +82,7 @@ class Bubbles:
 
 @contextmanager
 def recorded(spans: list[tuple[bool, float, float]]) -> Iterator[None]:
-    """Record start and end of each forward and backward pass in Megatron's schedule on this rank."""
+    """Record when this rank starts and ends each forward and backward computation of Megatron's schedule."""
     originals = {False: schedules.forward_step, True: schedules.backward_step}
 
     def timed(backward: bool) -> Callable[..., Any]:
@@ -106,8 +106,8 @@ def recorded(spans: list[tuple[bool, float, float]]) -> Iterator[None]:
 def measure_bubble(config: Config, steps: int) -> Bubbles:
     """Run a warm-up step and ``steps`` measured ones on all ranks. Megatron's groups must exist.
 
-    The ranks must be on one node, because their clocks are compared without correction. The loss counts with
-    the chunk that computes it.
+    The ranks must be on one node, because their clocks are compared without correction. The time of the loss
+    counts for the chunk that computes it.
     """
     world, training = dist.get_world_size(), config.training
     plan = make_plan(config, world)
@@ -145,13 +145,16 @@ def measure_bubble(config: Config, steps: int) -> Bubbles:
 
 
 def _share(timeline: Timeline) -> float:
-    """Compute ``bubble_share`` for a clock that doesn't start at 0."""
+    """Compute the bubble, as ``Timeline.bubble_share`` does, for a step that doesn't start at time 0."""
     begin = min(spans[0].start for spans in timeline.spans)
     return 1 - sum(timeline.busy) / (len(timeline.spans) * (timeline.step_time - begin))
 
 
 def _gather_spans(spans: list[tuple[bool, float, float]], order: Any) -> tuple[tuple[Span, ...], ...]:
-    """Gather the spans of every rank of this pipeline with the steps of the schedule. Collective."""
+    """Gather the spans of all ranks of this pipeline, and pair them with the steps of the schedule.
+
+    All ranks must call it.
+    """
     group = parallel_state.get_pipeline_model_parallel_group()
     gathered: list[Any] = [None] * group.size()
     dist.all_gather_object(gathered, spans, group=group)
@@ -160,7 +163,7 @@ def _gather_spans(spans: list[tuple[bool, float, float]], order: Any) -> tuple[t
 
 def _span(step: Step, times: tuple[bool, float, float]) -> Span:
     backward, start, end = times
-    assert backward == step.backward, "Megatron's schedule runs in another order than the planner's"
+    assert backward == step.backward, "Megatron's schedule runs in a different order than the planner's"
     return Span(step, start, end)
 
 

@@ -1,16 +1,16 @@
-"""Compare the speed of tools/preprocess_data.py with Megatron-LM's classic way on the same text.
+"""Compare the speed of tools/preprocess_data.py with Megatron-LM's way of preprocessing the same text.
 
     python -m tools.bench.preprocessing --input corpus.jsonl.xz --tokenizer-model tokenizer.json --workers 2
 
-Three ways take turns for several rounds. The table shows medians of MB (10^6 bytes of JSONL) per second of
-wall time, from starting the worker processes to the finished .idx; importing modules doesn't count.
+Three ways take turns for several rounds:
 
-  ours:      gigatoken if it gives the same ids; the check is included.
-  reference: the same tool with Hugging Face tokenizers only.
-  classic:   as Megatron-LM's tools/preprocess_data.py, with multiprocessing.Pool.imap over the lines,
+  ours:      our tool, with gigatoken if it gives the same ids. The time includes the check.
+  reference: our tool, with Hugging Face's tokenizers only.
+  classic:   what Megatron-LM's tools/preprocess_data.py does: multiprocessing.Pool.imap over the lines,
              json.loads and a Hugging Face tokenizer per document, and IndexedDatasetBuilder.add_document.
 
-The three outputs must be identical, byte for byte.
+The table shows the median MB/s: 10^6 bytes of JSONL per second of wall time, from starting the worker
+processes to the finished .idx, without imports. The three outputs must be identical, byte for byte.
 """
 
 import json
@@ -41,16 +41,16 @@ _classic_tokenizer: Tokenizer | None = None
 
 @dataclass(frozen=True)
 class Options:
-    """The text, the tokenizer and the effort."""
+    """Options of the comparison."""
 
     input: tuple[str, ...]
-    """JSONL files with the key text."""
+    """JSONL files with text under the key "text"."""
     tokenizer_model: str
     """A tokenizer.json."""
     workers: int = 2
-    """Worker processes."""
+    """Number of worker processes."""
     rounds: int = 3
-    """Measurements of each way."""
+    """Number of measurements of each way."""
     document_characters: int = 0
     """Split documents into pieces of this length; 0 leaves them whole."""
 
@@ -61,7 +61,8 @@ def main(options: Options) -> None:
     at_least(0, options, "document_characters")
     if not isinstance(build_tokenizer(None, options.tokenizer_model), HuggingFaceTokenizer):
         raise UserError(
-            f"--tokenizer-model {options.tokenizer_model} is no Hugging Face tokenizer; give a tokenizer.json"
+            f"--tokenizer-model {options.tokenizer_model} is not a Hugging Face tokenizer; "
+            "give a tokenizer.json"
         )
     with tempfile.TemporaryDirectory() as directory:
         corpus = Path(directory) / "corpus.jsonl"

@@ -1,4 +1,4 @@
-"""Summarize measured steps as medians, rates, ratios between variants and targets, and write them as JSON."""
+"""Summarize measured steps: medians, rates, ratios between variants, verdicts on targets, and JSON."""
 
 import importlib.metadata
 import platform
@@ -21,7 +21,7 @@ from tools.bench.settings import EAGER, FP8, PLAIN, StepSettings
 
 PARTS = ("forward_backward", "communication", "optimizer", "step")
 COMPARED = ("forward_backward", "optimizer", "step")
-"""Parts that are compared between variants. In one process, communication takes almost no time."""
+"""Parts that are compared between variants. Communication isn't: in one process it takes almost no time."""
 _WIDTH_1B4, _DEPTH_1B4 = 2048, 24
 _WIDTH_6B9 = 4096
 _MICRO_BATCHES = 8
@@ -62,12 +62,12 @@ class VariantResult:
 
     parameters: int
     saved: SavedTensors | None
-    """Tensors saved for backward; counted only for Megatron's layers without FP8 and compilation."""
+    """Tensors saved for backward; None for the eager loop, FP8 and compiled layers."""
     times: Times
     flops_per_token: float = 0.0
     """FLOPs per token of the unrolled network, forward and backward (``config/sizes.py``)."""
     peak_bytes: int | None = None
-    """Peak memory in a measured step; None on a CPU."""
+    """Peak memory over the measured steps; None on a CPU."""
     peak_flops: float | None = None
     """FLOP/s from the device's data sheet in the variant's precision; None if unknown."""
     retries: int = 0
@@ -86,20 +86,21 @@ class VariantResult:
 
 @dataclass(frozen=True)
 class StepReport:
-    """Results of a whole comparison, in the order of the variants. The settings are complete."""
+    """Results of a comparison, in the order of its variants."""
 
     settings: StepSettings
+    """Settings with nothing left unset (``complete``)."""
     results: Mapping[str, VariantResult]
     skipped: Mapping[str, str]
     """Variants that could not run here, and why."""
     parts: Mapping[str, str] = field(default_factory=dict)
-    """Implementations that Megatron's variants used for the layers, the memory and the optimizer's step."""
+    """Names of the implementations of layers, memory and optimizer in all variants but ``eager``."""
 
 
 def ratios(results: Mapping[str, VariantResult]) -> dict[str, dict[str, Spread]]:
     """Divide each variant's times by those of each earlier one: ``{"mesh / base": {part: spread}}``.
 
-    Ratios are taken within a round, since whatever slows a round down slows both variants.
+    Each ratio is of two times of the same round, since whatever slows a round down slows both variants.
     """
     found: dict[str, dict[str, Spread]] = {}
     for below, above in combinations(results, 2):
@@ -117,7 +118,7 @@ def ratio(above: VariantResult, below: VariantResult, part: str = "step") -> Spr
 
 @dataclass(frozen=True)
 class StepTarget:
-    """A figure with the value that it should reach on one H200 in bf16."""
+    """A figure, and the value that it should reach on one H200 in bf16."""
 
     what: str
     bound: Literal["at most", "at least"]
@@ -125,11 +126,11 @@ class StepTarget:
     measured: float | None
     """None if the report lacks the figure."""
     applies: bool
-    """Whether the target is for this run: an H200, bf16 and enough micro-batches per step."""
+    """Whether the target is for a run like this: an H200, bf16 and enough micro-batches per step."""
 
     @property
     def verdict(self) -> str:
-        """Met, missed or not measured here."""
+        """Return "met", "missed" or "not measured here"."""
         if self.measured is None or not self.applies:
             return "not measured here"
         met = self.measured <= self.limit if self.bound == "at most" else self.measured >= self.limit
@@ -157,7 +158,7 @@ def targets(report: StepReport) -> list[StepTarget]:
 
 
 def _time(above: VariantResult | None, below: VariantResult | None) -> float | None:
-    """Divide step times, which is the inverse ratio of tokens/s."""
+    """Divide step times: ``above`` / ``below``, or the tokens/s of ``below`` / ``above``."""
     return ratio(above, below).median if above and below else None
 
 
@@ -168,7 +169,7 @@ def _memory(above: VariantResult | None, below: VariantResult | None) -> float |
 
 
 def _speed_of_fp8(results: Mapping[str, VariantResult]) -> float | None:
-    """Speed-up from FP8 for mesh if it ran in both precisions, otherwise for base."""
+    """Return the speed-up from FP8: that of mesh if it ran in both precisions, otherwise that of base."""
     pairs = ((results.get(name), results.get(name + FP8)) for name in ("mesh", "base"))
     return next((_time(bf16, fp8) for bf16, fp8 in pairs if bf16 and fp8), None)
 
@@ -180,7 +181,7 @@ def _is_large(settings: StepSettings) -> bool:
 
 
 def check_output_file(output: Path) -> None:
-    """Check that ``--output`` can be written, before a long measurement. The file stays as it is.
+    """Check before a long measurement that ``--output`` can be written, without changing the file.
 
     Raises:
         UserError: it cannot be written.
@@ -197,7 +198,7 @@ def check_output_file(output: Path) -> None:
 
 
 def report_as_json(report: StepReport) -> dict[str, Any]:
-    """Convert the report for JSON: summaries, and the seconds of every step."""
+    """Convert the report for JSON: the summaries, and the seconds of every step."""
     settings = asdict(report.settings)
     return {
         "date": datetime.now(UTC).date().isoformat(),

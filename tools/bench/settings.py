@@ -10,18 +10,18 @@ from megatron_mesh.recurrence import SCHEMES
 PLAIN = "plain"
 """The variant that is Megatron-core's own GPT."""
 EAGER = "eager"
-"""The variant that is a loop of transformers' layers (``eager_loop.py``)."""
+"""The variant that loops over Hugging Face layers (``eager_loop.py``)."""
 FP8 = "-fp8"
 """Suffix of a variant whose core computes in FP8."""
 COMPILED = "-compiled"
-"""Suffix of a variant whose layers go through ``torch.compile``."""
+"""Suffix of a variant whose layers are compiled with ``torch.compile``."""
 
 _LOOPED = ("base", "residual", "anchor", "mesh")
 _IN_FP8 = (f"base{FP8}", f"mesh{FP8}")
 
 ShapeName = Literal["160m", "410m", "1b", "1.4b", "2.8b", "6.9b-slice"]
 EagerAttention = Literal["sdpa", "eager"]
-"""Transformers' names for attention by ``scaled_dot_product_attention`` and with explicit scores."""
+"""transformers' names for ``scaled_dot_product_attention`` and for attention with explicit scores."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def kind_of(name: str) -> VariantKind:
 
 @dataclass(frozen=True)
 class StepShape:
-    """A model size, and which variants fit together on one GPU of 141 GB at 2,048 tokens in bf16."""
+    """A model size, and the variants that fit together on a GPU with 141 GB at 2,048 tokens in bf16."""
 
     layers: str
     hidden_size: int
@@ -74,19 +74,19 @@ SHAPES: dict[ShapeName, StepShape] = {
     "1b": StepShape("3+5R2+3", 2048, 8, 4, (PLAIN, *_LOOPED, EAGER)),
     "1.4b": StepShape("4+8R2+4", 2048, 16, 4, (PLAIN, "base", "mesh", EAGER)),
     "2.8b": StepShape("6+10R2+6", 2560, 32, 2, (PLAIN, "base", "mesh")),
-    # The width of 6.9B. Its full 6+10R2+6 would need 400 GB for weights, gradients and optimizer.
+    # As wide as 6.9B, but not as deep: weights, gradients and optimizer of 6+10R2+6 would need 400 GB.
     "6.9b-slice": StepShape("1+4R2+1", 4096, 32, 4, ("base", "mesh", *_IN_FP8)),
 }
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """Settings of one comparison. ``complete`` fills in what is unset, from the shape and the machine."""
+    """Settings of one comparison. ``complete`` fills in unset ones from the shape and the machine."""
 
     variants: tuple[str, ...] | None = None
     """Models to compare: plain (Megatron-core's GPT of equal depth), eager (a loop of Hugging Face layers)
-    and recurrence schemes. Append -fp8 or -compiled for FP8 or torch.compile, e.g. mesh-fp8. Ratios are
-    against the variants named earlier. (default: the shape's; on a CPU plain base mesh)"""
+    or a recurrence scheme. Append -fp8 for FP8 and -compiled for torch.compile, e.g. mesh-fp8. Each variant
+    is compared with those named before it. (default: the shape's; on a CPU plain base mesh)"""
     shape: ShapeName | None = None
     """Model size: layers, widths and, on a GPU, the micro-batch size. (default: 410m on a GPU, else 160m)"""
     layers: str | None = None
@@ -94,23 +94,23 @@ class StepSettings:
     hidden_size: int | None = None
     """Hidden size H. (default: the shape's)"""
     num_attention_heads: int | None = None
-    """Attention heads. (default: the shape's)"""
+    """Number of attention heads. (default: the shape's)"""
     vocab_size: int = 50277
     """Vocabulary size before padding."""
     seq_length: int | None = None
-    """Tokens per sequence S. (default: 2048 on a GPU, 128 on a CPU)"""
+    """Sequence length S in tokens. (default: 2048 on a GPU, 128 on a CPU)"""
     micro_batch_size: int | None = None
     """Sequences per micro-batch B. (default: the shape's on a GPU, 1 on a CPU)"""
     num_micro_batches: int = 8
-    """Micro-batches per step."""
+    """Number of micro-batches per step."""
     bf16: bool | None = None
-    """Train in bfloat16 with float32 main parameters and gradients (eager: autocast). (default: on a GPU)"""
+    """Train in bfloat16 with float32 main parameters and gradients (eager: with autocast).
+    (default: on a GPU)"""
     fp8_recipe: Literal["tensorwise", "blockwise", "delayed"] = "tensorwise"
     """FP8 scaling of the -fp8 variants: per tensor from current values, per block, or delayed (from an amax
     history)."""
     fp8_scope: Literal["core", "all"] = "core"
-    """Which layers of the -fp8 variants use FP8: the core only, or all. plain has no core, so all of its
-    layers do."""
+    """Layers of the -fp8 variants that use FP8: the core or all. In plain, which has no core, all do."""
     eager_attention: EagerAttention = "sdpa"
     """Attention of the eager variant: sdpa (transformers' default), or eager (explicit scores)."""
     gradient_accumulation_fusion: bool = False
@@ -119,20 +119,20 @@ class StepSettings:
     """Recompute attention (selective) or whole layers (full) in the backward pass; not for eager.
     (default: off)"""
     steps: int = 20
-    """Measured steps per variant."""
+    """Number of measured steps per variant."""
     warmup: int = 2
-    """Warm-up steps per variant, not measured."""
+    """Number of warm-up steps per variant, which are not measured."""
     seed: int = 1234
-    """Seed of weights, data and the order of the variants."""
+    """Random seed for weights, data and the order of the variants."""
     threads: int | None = None
-    """CPU threads. (default: torch's choice)"""
+    """Number of CPU threads. (default: torch's choice)"""
     nvtx: bool = False
     """Mark passes and cycles in every step with NVTX ranges, for Nsight Systems."""
     profile: Path | None = None
-    """Write a trace of one extra step per variant to this directory, for ui.perfetto.dev."""
+    """Write a trace of one more step of each variant to this directory, for ui.perfetto.dev."""
     output: Path | None = None
-    """Write all measurements to this JSON file and the tables next to it as Markdown (.md). Overwrites the
-    results of an earlier run."""
+    """Write all measurements to this JSON file, and the tables to a Markdown file (.md) next to it, replacing
+    those of an earlier run."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -142,7 +142,7 @@ class StepSettings:
 
 
 def complete(settings: StepSettings, gpu: bool) -> StepSettings:
-    """Fill in everything that is unset."""
+    """Fill in what is unset, from the shape and the machine."""
     name: ShapeName = settings.shape or ("410m" if gpu else "160m")
     shape = SHAPES[name]
     chosen: dict[str, Any] = {

@@ -3,9 +3,9 @@
     python -m tools.bench.steps --shape 1.4b --output results.json
     python -m tools.bench.steps --variants base base-compiled mesh mesh-compiled --profile traces
 
-All models live in one process and take turns, one step each. The tables show speed, memory, where the time of
-a step goes and what each model saves for its backward pass, as medians and quartiles, and the project's
-targets.
+All models live in one process and take turns, one step each. The tables show medians and quartiles of speed,
+memory, the parts of a step and the tensors that each model saves for its backward pass. A further table
+compares them with the project's targets.
 """
 
 import logging
@@ -34,11 +34,11 @@ from tools.bench.settings import StepSettings, complete, kind_of
 from tools.bench.tables import as_markdown, as_tables
 from tools.bench.variants import batches_of, build_variant, variant_config, why_skipped
 
-logger = logging.getLogger("megatron_mesh.bench")  # below the logger that command.run shows
+logger = logging.getLogger("megatron_mesh.bench")  # command.run shows messages below "megatron_mesh"
 
 
 def main(settings: StepSettings) -> None:
-    """Measure, print the tables and write the files."""
+    """Measure, print the tables and, with --output, write the files."""
     report = compare_steps(settings)
     Console().print(as_tables(report))
     if settings.output is not None:
@@ -54,8 +54,8 @@ def compare_steps(settings: StepSettings) -> StepReport:
     """Measure every variant that can run on this machine.
 
     Raises:
-        UserError: settings that don't fit each other or the machine, before anything is built.
-        OutOfMemory: with remedies.
+        UserError: settings don't fit each other or the machine; nothing has been built yet.
+        OutOfMemory: the message lists remedies.
     """
     settings = complete(settings, device.has_gpu())
     check_settings(settings)
@@ -100,7 +100,7 @@ def _measured(settings: StepSettings, configs: dict[str, Config]) -> dict[str, V
         )
     if short := [name for name in configs if memory.retries(name)]:
         logger.warning(
-            "times of %s are too long: the device was full, so the allocator freed its cache within measured "
+            "times of %s are too long: the device was full, so the allocator freed its cache during measured "
             "steps; try: %s",
             ", ".join(short),
             "; ".join(_remedies(settings)),
@@ -123,13 +123,13 @@ def _measured(settings: StepSettings, configs: dict[str, Config]) -> dict[str, V
 
 
 def _start_libraries(dtype: torch.dtype) -> None:
-    """Let matrix libraries allocate their workspaces now, so that no variant is charged for them."""
+    """Make matrix libraries allocate their workspaces now, so that no variant is charged for them."""
     x = torch.ones(16, 16, dtype=dtype, device=device.device(), requires_grad=True)
     torch.nn.functional.linear(x, x, x[0]).sum().backward()
 
 
 def _remedies(settings: StepSettings) -> list[str]:
-    """List what reduces memory when all variants share one device."""
+    """List what would make the variants fit on one device together."""
     assert settings.variants is not None and settings.micro_batch_size is not None
     found = []
     if len(settings.variants) > 2:
@@ -141,15 +141,15 @@ def _remedies(settings: StepSettings) -> list[str]:
     return [
         *found,
         "a smaller --shape, fewer --layers or a shorter --seq-length",
-        "in training also --tensor-model-parallel-size, which this one-process benchmark doesn't have",
+        "in training also --tensor-model-parallel-size (this benchmark runs in one process)",
     ]
 
 
 def check_settings(settings: StepSettings) -> None:
-    """Refuse mistakes that ``resolve`` cannot see.
+    """Check the settings that ``resolve`` doesn't check.
 
     Raises:
-        UserError: naming the flag and the remedy.
+        UserError: a setting is wrong; the message names the flag and the remedy.
     """
     at_least(1, settings, "steps", "num_micro_batches", "micro_batch_size", "threads")
     at_least(0, settings, "warmup")
@@ -170,7 +170,7 @@ def check_settings(settings: StepSettings) -> None:
 
 
 def _check_outputs(output: Path) -> None:
-    """Check that the JSON file and the tables can be written without replacing anything else."""
+    """Check that the JSON file and the tables can be written and replace only those of an earlier run."""
     check_output_file(output)
     tables = output.with_suffix(".md")
     if tables == output:
@@ -193,7 +193,7 @@ def _make_directory(profile: Path) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str, Times], None]]:
-    """Yield a callback for finished steps: it shows a bar on a terminal, and prints lines elsewhere."""
+    """Yield a callback for finished steps. It shows a bar on a terminal, and prints lines elsewhere."""
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)

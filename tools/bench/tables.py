@@ -1,4 +1,4 @@
-"""Lay a step report out as tables, for a terminal and as Markdown."""
+"""Format a step report as tables, for a terminal and as Markdown."""
 
 from collections.abc import Iterator, Mapping
 
@@ -21,7 +21,7 @@ def as_markdown(report: StepReport) -> str:
 
 
 def _describe(settings: StepSettings) -> str:
-    """Describe the run in one line."""
+    """Describe the benchmark's run in one line."""
     s = settings
     kinds = [kind_of(name) for name in s.variants or ()]
     choices = [
@@ -61,7 +61,10 @@ def _tables(report: StepReport) -> Iterator[TextTable]:
 
 
 def _is_shown(pair: str, results: Mapping[str, VariantResult]) -> bool:
-    """Show ratios to the first variant, to base, and of suffixed variants to plain ones. JSON has all."""
+    """Select ratios to the first variant, to base, and of a variant with a suffix to the one without.
+
+    The JSON file has all ratios.
+    """
     above, below = pair.split(" / ")
     suffixed = (f"{below}{FP8}", f"{below}{COMPILED}", f"{below}{FP8}{COMPILED}")
     return below in (next(iter(results)), "base") or above in suffixed

@@ -1,4 +1,4 @@
-"""Build what the step benchmark compares: models of one shape, each with its own gradients and optimizer."""
+"""Build the variants of the step benchmark: models of one shape, each with its gradients and optimizer."""
 
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,7 +45,7 @@ _SHARED_SETTINGS = (
 
 
 class MegatronVariant(Variant):
-    """A model with Megatron's DistributedDataParallel and optimizer. It takes the training loop's step."""
+    """A model with Megatron's DistributedDataParallel and optimizer, trained with the trainer's own step."""
 
     def __init__(self, name: str, config: Config, plain: bool = False):
         """Build Megatron-core's own GPT if ``plain``, otherwise the model that ``config`` describes."""
@@ -69,7 +69,7 @@ class MegatronVariant(Variant):
 
 
 def build_plain(config: Config) -> GPTModel:
-    """Build Megatron-core's own GPT around our layer. No class above the layer is ours."""
+    """Build Megatron-core's own GPT from our layers. Only the layers are ours."""
     implementation = choose(config.precision, config.parallel)
     transformer = transformer_config(config, implementation)
     layers = [layer_spec(implementation, transformer.attention_backend)] * transformer.num_layers
@@ -89,10 +89,10 @@ def build_plain(config: Config) -> GPTModel:
 
 
 class EagerVariant(Variant):
-    """An ``EagerLoop`` with a training step written by hand."""
+    """An ``EagerLoop``, trained with a step written by hand."""
 
     def __init__(self, name: str, config: Config, attention: EagerAttention = "sdpa"):
-        """Build the model with this attention (see ``EagerLoop``) and torch's AdamW."""
+        """Build the model with this attention (``settings.EagerAttention``) and torch's AdamW."""
         self.name, self.config = name, config
         torch.manual_seed(config.training.seed)
         with device.device():
@@ -133,7 +133,7 @@ class EagerVariant(Variant):
 
 
 def why_skipped(name: str, recipe: str = "tensorwise") -> str | None:
-    """Why this machine cannot run a variant with this FP8 recipe; None if it can."""
+    """Say why this machine cannot run the variant, with this FP8 recipe; None if it can."""
     kind = kind_of(name)
     if kind.scheme == EAGER and importlib.util.find_spec("transformers") is None:
         return "transformers is not installed (pip install -e '.[hf]')"
@@ -143,7 +143,7 @@ def why_skipped(name: str, recipe: str = "tensorwise") -> str | None:
 
 
 def variant_config(settings: StepSettings, name: str) -> Config:
-    """Resolve the run of one variant. Without a shared core it is as deep as the unrolled loop.
+    """Resolve the settings of one variant. Without a loop, it is as deep as the unrolled loop.
 
     Raises:
         UserError: there is no such variant, or the sizes don't fit each other.
@@ -155,7 +155,7 @@ def variant_config(settings: StepSettings, name: str) -> Config:
         "recurrence": {PLAIN: "vanilla", EAGER: "base"}.get(kind.scheme, kind.scheme),
         "global_batch_size": settings.micro_batch_size * settings.num_micro_batches,
         "train_iters": settings.warmup + settings.steps,
-        "watchdog_timeout_minutes": 0.0,  # the benchmark doesn't report progress to the watchdog
+        "watchdog_timeout_minutes": 0.0,  # the benchmark reports no progress to the watchdog
     }
     if kind.fp8:
         fp8 = {"fp8_format": "hybrid", "fp8_recipe": settings.fp8_recipe, "fp8_scope": settings.fp8_scope}
@@ -164,7 +164,7 @@ def variant_config(settings: StepSettings, name: str) -> Config:
 
 
 def build_variant(name: str, config: Config, eager_attention: EagerAttention = "sdpa") -> Variant:
-    """Build model, gradients and optimizer. Megatron's process groups must exist."""
+    """Build a model with its gradients and optimizer. Megatron's process groups must exist."""
     kind = kind_of(name)
     variant: Variant
     if kind.scheme == EAGER:
@@ -178,7 +178,7 @@ def build_variant(name: str, config: Config, eager_attention: EagerAttention = "
 
 
 def random_batches(count: int, sequences: int, seq_length: int, vocab_size: int, seed: int) -> list[Batch]:
-    """Draw ``count`` micro-batches of uniform random ids. Every token counts in the loss."""
+    """Draw ``count`` micro-batches of uniformly random ids. The loss counts every token."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(count):

@@ -65,7 +65,7 @@ def command_line(settings: StepSettings) -> list[str]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Run the command and read what it writes."""
+    """Run the benchmark and return its JSON, with its tables under "markdown"."""
     output = tmp_path_factory.mktemp("bench") / "report.json"
     call(steps.main, command_line(replace(TOY, output=output)))
     return json.loads(output.read_text()) | {"markdown": output.with_suffix(".md").read_text()}
@@ -117,7 +117,7 @@ def test_ratios_are_within_a_round(report: dict) -> None:
     assert spread["step"].lower == spread["step"].upper == pytest.approx(4 / 3)
 
 
-def test_parameters_and_saved_states(report: dict) -> None:
+def test_mesh_saves_k_plus_one_states_more_than_base(report: dict) -> None:
     variants = report["variants"]
     embeddings = 2 * 128 * H
     for name, scheme in (("plain", "vanilla"), ("base", "base"), ("mesh", "mesh")):
@@ -129,13 +129,13 @@ def test_parameters_and_saved_states(report: dict) -> None:
     assert kept["mesh"]["state_bytes"] - kept["base"]["state_bytes"] == (LOOPS + 1) * S * B * H * 4
 
 
-def test_parts_of_a_step_and_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock that only these ranges advance: 1 s clearing, 5 s forward-backward (with 2 s reduction), and
-    4 s in the optimizer (with 1 s agreement of the ranks)."""
+def test_variants_take_turns_and_ranges_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock advances only in the named ranges: by 1 s in "clear", 5 s in "forward-backward" (with 2 s of
+    communication), 1 s in the agreement of the ranks, and 3 s in "update"."""
     now = 0.0
 
     class Part:
-        """A variant whose ranges take fixed times."""
+        """A variant whose ranges take a fixed time."""
 
         def __init__(self, name: str):
             self.name = name
@@ -171,7 +171,7 @@ def test_parts_of_a_step_and_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(Counter(rounds)) > 2, "the order within a round must change"
 
 
-def test_a_measured_step_is_a_training_step() -> None:
+def test_a_measured_step_trains_every_parameter() -> None:
     config = variant_config(TOY, "mesh")
     with one_process(config):
         variant = build_variant("mesh", config)
@@ -196,7 +196,7 @@ def test_only_the_agreement_waits_for_the_device_in_a_measured_step() -> None:
     assert waits == {"train/vote.py: _count": 1}
 
 
-def test_plain_is_megatron_core_itself_and_computes_what_vanilla_does() -> None:
+def test_plain_is_megatron_cores_own_model_and_equals_vanilla() -> None:
     config = with_values(variant_config(TOY, "plain"), {"scale_embeddings": False})
     (batch,) = batches_of(replace(TOY, num_micro_batches=1))
     with one_process(config):
@@ -231,7 +231,9 @@ def test_mistakes_are_reported_before_anything_is_built(
         call(steps.main, command_line(replace(TOY, **changes)))
 
 
-def test_missing_fused_gradients_are_reported_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_fused_gradients_are_reported_early(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(implementation, "why_no_transformer_engine", lambda: "it is gone")
     monkeypatch.setattr(implementation, "has_fused_gradients", lambda: False)
     monkeypatch.setattr("tools.bench.steps.build_variant", lambda *_: pytest.fail("built"))
@@ -239,7 +241,7 @@ def test_missing_fused_gradients_are_reported_first(monkeypatch: pytest.MonkeyPa
         call(steps.main, command_line(replace(TOY, gradient_accumulation_fusion=True)))
 
 
-def test_tables_name_the_settings() -> None:
+def test_the_first_line_of_the_tables_names_the_settings() -> None:
     def first_line(**changes: object) -> str:
         return as_markdown(StepReport(replace(TOY, **changes), {}, {})).splitlines()[0]
 
@@ -257,7 +259,9 @@ def test_refuses_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         call(steps.main, command_line(TOY))
 
 
-def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_says_that_nothing_was_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -271,19 +275,19 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_all_variants_of_a_shape_fit_an_h200_together(name: str) -> None:
-    """By the planner's count. The margin is for CUDA's context, library workspaces and fragmentation."""
+    """Counted by the planner, with a margin for CUDA's context, library workspaces and fragmentation."""
     settings = complete(StepSettings(shape=name), gpu=True)
     held, activations = 0, 0
     for variant in settings.variants or ():
         memory = make_plan(variant_config(settings, variant), 1).ranks[0].memory
         eager = variant == "eager"
-        # Eager: float32 weights, gradients and moments. Autocast and an unfused loss save 2.5 times as much.
+        # eager: float32 weights, gradients and moments. Autocast and an unfused loss save 2.5 x as much.
         held += memory.gradients * 4 if eager else memory.total - memory.activations
         activations = max(activations, int(memory.activations * (2.5 if eager else 1)))
     assert held + activations < 135e9, "must fit the 150e9 bytes that torch sees"
 
 
-def test_names_of_variants() -> None:
+def test_a_variants_name_is_parsed() -> None:
     kind = kind_of("anchor-emb-fp8-compiled")
     assert (kind.scheme, kind.fp8, kind.compiled) == ("anchor-emb", True, True)
     kind = kind_of("vanilla+mesh")
@@ -292,7 +296,7 @@ def test_names_of_variants() -> None:
 
 @pytest.mark.parametrize("gpu", [True, False])
 @pytest.mark.parametrize("name", SHAPES)
-def test_every_shape_is_a_run(name: str, gpu: bool) -> None:
+def test_every_shape_resolves_with_all_its_variants(name: str, gpu: bool) -> None:
     settings = complete(StepSettings(shape=name), gpu)
     assert settings.variants and settings.bf16 is gpu
     for variant in settings.variants:
@@ -303,7 +307,7 @@ def test_every_shape_is_a_run(name: str, gpu: bool) -> None:
     assert complete(chosen, gpu) == chosen
 
 
-def test_compiled_layers_are_the_layers() -> None:
+def test_only_the_compiled_variant_compiles_its_layers() -> None:
     config = variant_config(TOY, "base-compiled")
     with one_process(config):
         plain, compiled = (build_variant(name, config) for name in ("base", "base-compiled"))

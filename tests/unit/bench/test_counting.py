@@ -1,4 +1,4 @@
-"""The counters count everything in the block, and nothing else."""
+"""``counted`` counts everything that happens in its block, and nothing else."""
 
 import os
 import pickle
@@ -14,8 +14,8 @@ from tools.bench.counting import counted
 MB = 10**6
 
 
-def test_peak_of_memory(tmp_path: Path) -> None:
-    """Freed memory still counts towards the peak, and reusing memory freed earlier counts as well."""
+def test_peak_memory_is_counted(tmp_path: Path) -> None:
+    """Memory that is freed in the block counts, and so does reusing memory that was freed before it."""
     before = torch.ones(10 * MB)  # 40 MB
     del before
     with counted(tmp_path) as counts:
@@ -27,7 +27,7 @@ def test_peak_of_memory(tmp_path: Path) -> None:
     assert nothing.memory <= 2 * MB
 
 
-def test_files(tmp_path: Path) -> None:
+def test_only_files_in_the_directory_are_counted(tmp_path: Path) -> None:
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     inside.mkdir()
     outside.mkdir()
@@ -43,8 +43,8 @@ def test_files(tmp_path: Path) -> None:
     assert (counts.written(inside), counts.read(inside), counts.opened) == (1000, 300, 3)
 
 
-def test_collectives(tmp_path: Path) -> None:
-    """Collectives on tensors, and those on Python objects, which torch builds from the former."""
+def test_bytes_of_collectives_are_counted(tmp_path: Path) -> None:
+    """Both those on tensors and those on Python objects, which torch implements with tensors."""
     with one_process(tiny_config()):
         with counted(tmp_path) as plain:
             dist.all_reduce(torch.ones(100))

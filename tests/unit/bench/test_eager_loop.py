@@ -1,4 +1,4 @@
-"""The eager loop does the same work as our base, and trains correctly."""
+"""The eager loop does the same work as ``base``, and trains correctly."""
 
 import importlib.util
 import math
@@ -54,10 +54,12 @@ def test_parameters_and_flops_equal_those_of_base(attention: str, monkeypatch: p
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         theirs.losses(batches_of(TOY)[0])
     depth, causal_half = 2 + 2 * 3, 2 * S * H  # the counter counts all scores
-    # Rotary angles are a matrix product in some versions of transformers.
+    # Some versions of transformers compute the rotary angles with a matrix product.
     angles = S * H // 2 // 4
     assert len(calls) == (depth if attention == "sdpa" else 0)
-    assert all(c["is_causal"] and c["attn_mask"] is None for c in calls), "a GPU would take a slower kernel"
+    assert all(c["is_causal"] and c["attn_mask"] is None for c in calls), (
+        "otherwise a GPU would use a slower kernel"
+    )
     expected = (forward_flops_per_token(config.model) + depth * causal_half) * S * B
     assert counter.get_total_flops() - expected in (0, angles)
 

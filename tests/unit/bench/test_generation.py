@@ -1,4 +1,4 @@
-"""The generation benchmark at toy size: its models are equally deep, and it prints a row for each."""
+"""The generation benchmark at toy size."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from megatron_mesh.errors import UserError
 from tools.bench.generation import STOCK, ModelShape, build_models, main, measure_generation
 
 
-def test_models_are_of_equal_depth() -> None:
+def test_all_models_run_equally_many_layers_per_token() -> None:
     shape = ModelShape(parse_layers("1+2R3+1"), 32, 2, 64, 12)
     models = build_models(shape, ["base", "mesh"])
     assert type(models[STOCK]) is GPTNeoXForCausalLM and len(models[STOCK].gpt_neox.layers) == 8
@@ -26,11 +26,14 @@ def test_models_are_of_equal_depth() -> None:
     assert calls == dict.fromkeys(models, 8 * 3 * 3)  # layers, tokens, rounds including the warm-up
 
 
-def test_the_tool(capsys) -> None:
+def test_a_row_is_printed_for_each_model(capsys) -> None:
     sizes = "--hidden-size 32 --num-attention-heads 2 --vocab-size 64 --prompt-tokens 4 --new-tokens 2"
     call(main, f"--layers 1+1R2+1 {sizes} --rounds 2 --bf16".split())
     rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert rows == ["model", "stock", "base", "mesh"]
+
+
+def test_models_without_a_loop_are_refused() -> None:
     for mistake in ("--layers 4", "--schemes vanilla+mesh", "--schemes nonsense"):
         with pytest.raises(UserError):
             call(main, mistake.split())

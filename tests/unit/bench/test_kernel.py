@@ -1,4 +1,4 @@
-"""The kernel benchmark on a CPU: its arithmetic, and the way from options to a file."""
+"""The kernel benchmark on a CPU: its arithmetic, and the whole command with torch in place of the kernels."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_least_bytes_are_those_of_the_tensors() -> None:
     assert SHAPE.least_bytes("backward") == sum(x.nbytes for x in (*inputs, out, *grads))
 
 
-def test_shares_are_relative_to_the_same_rounds_copy() -> None:
+def test_shares_are_of_the_copy_in_the_same_round() -> None:
     least = SHAPE.least_bytes("forward")
     seconds = {
         COPY: [1.0, 2.0, 4.0],
@@ -67,7 +67,7 @@ def test_every_implementation_is_timed_in_every_round() -> None:
     assert calls.count(False) == (4 + 1) * 2  # forward without gradients, twice in each round
 
 
-def test_from_options_to_a_file(
+def test_the_command_writes_a_file_and_prints_a_table(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("triton", reason="triton is not installed")

@@ -1,4 +1,4 @@
-"""Traces name the ranges of a step: its parts, passes and cycles."""
+"""Traces name the parts of a step, its passes and its cycles."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Verdicts on targets and peak memory, on invented figures."""
+"""Verdicts on targets, and the peak memory of a variant, from invented numbers."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from tools.bench.settings import StepSettings, complete
 
 
 def result(seconds: float, gigabytes: int | None = None) -> VariantResult:
-    """Three steps of ``seconds`` each; at 65,536 tokens a step, 1 s is 65,536 FLOP/s of a peak of 100,000."""
+    """Three steps of ``seconds`` each. With 65,536 tokens per step, 1 s makes 65,536 FLOP/s of 100,000."""
     times = Times([seconds] * 3, [0.0] * 3, [0.0] * 3)
     peak = None if gigabytes is None else gigabytes * 10**9
     return VariantResult(0, None, times, flops_per_token=1.0, peak_bytes=peak, peak_flops=1e5)
@@ -31,7 +31,7 @@ NONE = (None, "not measured here")
 
 
 def on(monkeypatch: pytest.MonkeyPatch, gpu: str | None) -> None:
-    """Pretend that the first of two devices is ``gpu``, or that there is none."""
+    """Pretend that the first of two GPUs is ``gpu``, or that there is no GPU."""
     names = [] if gpu is None else [(gpu, ""), ("NVIDIA H200", "")]
     monkeypatch.setattr(module.device, "gpus", lambda: names)
 
@@ -59,7 +59,7 @@ def test_verdicts_on_an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdicts("1.4b", base=result(1.0), base_fp8=result(0.5))[4] == NONE
 
 
-def test_a_figure_from_elsewhere_has_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_machines_and_settings_have_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     here, h200 = {"bf16": True, "num_micro_batches": 8}, "NVIDIA H200"
     elsewhere = (
         (None, here),
@@ -76,14 +76,14 @@ def test_a_figure_from_elsewhere_has_no_verdict(monkeypatch: pytest.MonkeyPatch)
 
 
 class Allocator:
-    """A GPU's memory as torch reports it."""
+    """Stands in for torch's allocator on a GPU."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = self.peak = 1000  # memory that belongs to no variant
         monkeypatch.setattr(device, "allocated_bytes", lambda: self.now)
         monkeypatch.setattr(device, "peak_memory_bytes", lambda: self.peak)
         monkeypatch.setattr(device, "reset_peak_memory", lambda: setattr(self, "peak", self.now))
-        self.retries = 3  # while the models were built
+        self.retries = 3  # from building the models
         monkeypatch.setattr(device, "allocation_retries", lambda: self.retries)
 
     def use(self, stays: int, temporary: int = 0) -> None:
@@ -91,7 +91,7 @@ class Allocator:
         self.peak = max(self.peak, self.now + temporary)
 
 
-def test_peak_is_the_variants_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_excludes_other_variants(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, meter = Allocator(monkeypatch), MemoryMeter()
     for name, size in (("a", 100), ("b", 10)):
         with meter.charged(name):
@@ -106,7 +106,7 @@ def test_peak_is_the_variants_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (meter.retries("a"), meter.retries("b")) == (0, 2), "only measured turns count"
 
 
-def test_no_peak_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_is_no_peak_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "allocated_bytes", lambda: None)
     meter = MemoryMeter()
     with meter.charged("a", measured=True):
