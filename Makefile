@@ -100,8 +100,7 @@ bench: $(installed)
 	$(python) -m tools.bench.steps
 
 configs: $(installed)
-	$(python) -m megatron_mesh.config.presets examples/configs
-	$(python) -m megatron_mesh.config.cluster_presets examples/slurm/6.9b
+	$(python) -m megatron_mesh.config.presets examples
 
 clean:
 	rm -rf $(VENV) $(VENV)-hf-* $(VENV)-vllm runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -39,7 +39,7 @@ def tested_transformers() -> str:
     A minor release may rename arguments that our exports use, so those that weren't tested are left out, also
     between tested ones. Patch releases only fix bugs, so those after a tested one are allowed.
     """
-    tested = constant("TESTED", PACKAGE / "hf/versions.py")
+    tested = constant("TESTED", PACKAGE / "hf/modeling/versions.py")
     minors = [tuple(int(part) for part in version.split(".")[:2]) for version in tested]
     major, newest = minors[-1]
     skipped = [f"!={major}.{minor}.*" for minor in range(newest) if (major, minor) not in minors]
@@ -64,7 +64,11 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_mesh", "megatron_mesh.*"]),
     py_modules=["pretrain_mesh"],
-    package_data={"megatron_mesh.evaluation": ["*.json"]},
+    package_data={
+        "megatron_mesh": ["py.typed"],
+        "megatron_mesh.evaluation": ["*.json"],
+        "megatron_mesh.slurm": ["*.sh"],
+    },
     install_requires=[
         "megatron-core==0.16.1",  # its seams are patched and subclassed: this version exactly
         "torch>=2.9,<2.14",

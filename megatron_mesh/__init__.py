@@ -1,20 +1,8 @@
-"""Megatron-style pretraining of recursive (looped) transformers, with MeSH at its heart."""
+"""Pretrain recursive (looped) transformers on Megatron-core, with MeSH at the heart.
 
-import warnings
-
-from megatron_mesh.runtime import late_compile, unusable_imports
+Settings and text go in; checkpoints, metrics and Hugging Face models come out. Start with
+``train/loop.py``, or read "How a token travels through the code" in CONTRIBUTING.md. Importing the package
+changes nothing outside of it; programs that train call ``compat.install()`` first.
+"""
 
 __version__ = "0.1.0"
-
-# Megatron-core says in every process and in five modules that Transformer Engine and apex are absent.
-# We say it once (runtime/device.py: describe), so those messages, and only those, are dropped here.
-for _message in (
-    "Transformer Engine and Apex are not installed",
-    "Apex is not installed. Falling back to Torch Norm",
-    "The following imports from `dynamic_context.py` will be removed",
-):
-    warnings.filterwarnings("ignore", message=_message)
-
-# Before anything imports Megatron-core:
-unusable_imports.install()
-late_compile.install()

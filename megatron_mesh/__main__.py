@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from megatron_mesh.runtime import exits
-from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
+from megatron_mesh.runtime.entry import closed_pipe_is_no_error
 
 _PACKAGE = Path(__file__).resolve().parent
 _ROOT = _PACKAGE.parent

@@ -10,9 +10,19 @@ import tyro
 
 from megatron_mesh.command import parse
 from megatron_mesh.config.schema import Config
-from megatron_mesh.config.settings import NEGATED, SETTINGS, flag, flatten, unknown_setting, with_values
-from megatron_mesh.config.sources import ALTERNATIVE_NAMES, PATHS, merge, read_yaml
-from megatron_mesh.config.yaml_file import expand_user
+from megatron_mesh.config.settings import (
+    ALTERNATIVE_NAMES,
+    NEGATED,
+    PATHS,
+    SETTINGS,
+    expand_user,
+    flag,
+    flatten,
+    merge,
+    read_yaml,
+    unknown_setting,
+    with_values,
+)
 from megatron_mesh.recurrence import SCHEMES
 
 _DESCRIPTION = f"""\

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_type_hint
 
 from megatron_mesh.errors import OutOfMemory, RanksLost, UserError
 from megatron_mesh.runtime import exits
-from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
+from megatron_mesh.runtime.entry import closed_pipe_is_no_error
 
 if TYPE_CHECKING:
     from tyro.constructors import (
@@ -74,13 +74,15 @@ def run(
     with closed_pipe_is_no_error():
         try:
             if show_progress:
-                from megatron_mesh.runtime.console import show_messages
+                from megatron_mesh.metrics.console import show_messages
 
                 show_messages(True)
             if removes_files:
                 signal.signal(signal.SIGTERM, signal.default_int_handler)
                 os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-            # What a program installs in its process goes here; importing the package still installs it.
+            from megatron_mesh import compat
+
+            compat.install()
             status = call(main, sys.argv[1:])
         except (UserError, OutOfMemory, RanksLost) as error:
             if prints_errors():

@@ -1,23 +1,23 @@
-"""Exceptions that end a run with one message: bad input, and memory that is full."""
+"""Exceptions that end a run with one message and no traceback."""
 
 
 class UserError(ValueError):
     """Bad input. The message names the cause and the remedy.
 
-    Entry points print it as ``error: <message>`` and exit with code 2, without a traceback;
-    every other exception is a bug and keeps its traceback.
+    Entry points print ``error: <message>`` without a traceback and exit with code 2. Exceptions of other
+    types than those in this module are bugs, and keep their traceback.
     """
 
 
 class OutOfMemory(RuntimeError):
-    """The device's memory is full. The message names the remedies.
+    """The device ran out of memory. The message names the remedies.
 
-    Nothing is wrong with the input as such, so entry points exit with code 1, and without a traceback.
+    The input itself may be right, so entry points exit with code 1, without a traceback.
     """
 
 
 class RanksLost(RuntimeError):
-    """Other ranks of the job cannot be reached. The message says which, and where to look.
+    """Other ranks of the job can't be reached. The message names them and where to look.
 
-    The same command may succeed the next time, so entry points exit with code 1, and without a traceback.
+    The same command may succeed next time, so entry points exit with code 1, without a traceback.
     """

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from megatron_mesh.checkpoint.content import TrainState
 from megatron_mesh.checkpoint.integrity import Digests, digest, files, sha256, write_checksums
 from megatron_mesh.checkpoint.load import load_tensors
 from megatron_mesh.checkpoint.offline import open_index
 from megatron_mesh.checkpoint.save import Saver
-from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import Config
 from megatron_mesh.model import build_model
 from megatron_mesh.parallel import Stage, build_stage

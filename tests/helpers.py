@@ -1,4 +1,4 @@
-"""Small things that several tests need."""
+"""Helpers that several tests share."""
 
 import math
 from collections.abc import Iterator
@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mesh.config.checks import resolve
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.runtime.distributed import process_groups
 from megatron_mesh.runtime.health import Health
 
 
 def tiny_config(recurrence: str = "mesh", layers: str = "1+2R2+1", world_size: int = 1, **settings) -> Config:
-    """A resolved configuration of a model that runs in milliseconds; any field can be set by name."""
+    """A resolved configuration of a model that runs in milliseconds. Any setting can be given by name."""
     config = Config()
     values = {
         "recurrence": recurrence,
@@ -39,7 +39,7 @@ def tiny_config(recurrence: str = "mesh", layers: str = "1+2R2+1", world_size: i
 
 @contextmanager
 def one_process(config: Config) -> Iterator[Health]:
-    """Megatron's process groups with this process as the only member."""
+    """Megatron's process groups, with this process as the only member."""
     torch.set_num_threads(1)
     with process_groups(config) as health:
         yield health
@@ -47,7 +47,7 @@ def one_process(config: Config) -> Iterator[Health]:
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module, seed: int = 0, std: float = 0.2) -> None:
-    """Draw routers, biases and norms from N(0, 0.2): zeros and near-uniform routers hide errors."""
+    """Draw routers, biases and norms from N(0, std), because zeros and near-uniform routers hide errors."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "recurrence" in name or "layernorm" in name or name.endswith(".bias"):
@@ -55,7 +55,7 @@ def randomise(model: torch.nn.Module, seed: int = 0, std: float = 0.2) -> None:
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    """||a - b|| / ||b||, in float64; 0 where both are zero."""
+    """||a - b|| / ||b|| in float64; 0 if both are zero."""
     a, b = a.double(), b.double()
     norm = b.norm().item()
     difference = (a - b).norm().item()
@@ -64,7 +64,7 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def loss_per_token(totals: Tensor) -> float:
     """Loss per token in nats, from ``run_batch`` on all ranks. Collective; waits for the device."""
-    # All ranks of a tensor-parallel group add the same numbers. The quotient is not affected.
+    # All ranks of a tensor-parallel group add the same numbers, which cancels out in the quotient.
     dist.all_reduce(totals)
     total, tokens = totals.tolist()
     return total / tokens if tokens else math.nan

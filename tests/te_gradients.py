@@ -8,7 +8,7 @@ import torch
 
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data import Batch
-from megatron_mesh.model import te_layers
+from megatron_mesh.model import layers_te
 from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.train.step import run_batch
 from tests.helpers import relative_error, tiny_config
@@ -86,12 +86,12 @@ def linears(stage: Stage) -> dict[str, Any]:
 @contextmanager
 def stock_wrappers() -> Iterator[None]:
     """Megatron's wrappers as they are."""
-    ours = te_layers._RefreshesCast.forward
-    del te_layers._RefreshesCast.forward
+    ours = layers_te._RefreshesCast.forward
+    del layers_te._RefreshesCast.forward
     try:
         yield
     finally:
-        te_layers._RefreshesCast.forward = ours
+        layers_te._RefreshesCast.forward = ours
 
 
 def worst(fused: dict[str, Any], unfused: dict[str, Any]) -> dict[str, float]:

@@ -27,10 +27,10 @@ def main(options: Options, settings: list[str]) -> None:
         raise UserError("the data are missing; give --data-path or a --config that names them")
     from megatron_mesh.arguments import parse_args
     from megatron_mesh.data import Tokenizer, build_datasets, build_tokenizer
-    from megatron_mesh.train.data import IdsOnly
+    from megatron_mesh.train.data import NoTokenizer
 
     config = parse_args(settings, prog="build_data_index.py").config
-    tokenizer: Tokenizer = IdsOnly(0)
+    tokenizer: Tokenizer = NoTokenizer(0)
     if config.data.tokenizer_model is not None:
         tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
     seq_length = config.model.seq_length

@@ -62,7 +62,7 @@ def main(options: List | Verify | Show | Reshard) -> int:
     try:
         match options:
             case List(directory):
-                print(inspect.table(directory))
+                print(inspect.checkpoint_table(directory))
             case Show(checkpoint):
                 print(inspect.description(checkpoint))
             case Verify(checkpoint):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compare the ring pipeline with running the whole loop on one stage, and with a copy of the core per loop.
 
-    python tools/compare_pipelines.py --config examples/configs/pythia-6.9b-5+11R2+5-mesh.yaml \\
+    python tools/compare_pipelines.py --config examples/configs/pythia-6.9b-5+11R2+5.yaml \\
         --tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 4 \\
         --use-distributed-optimizer --gpus 8 32 128 512
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from megatron_mesh import command
 from megatron_mesh.arguments import parse_args
-from megatron_mesh.config.checks import resolve
-from megatron_mesh.config.derived import layout
+from megatron_mesh.config.layout import layout
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import UserError
 from megatron_mesh.recurrence import SCHEMES

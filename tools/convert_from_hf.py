@@ -55,18 +55,18 @@ class Options:
 
 def main(options: Options) -> None:
     """Convert the model and print how to train it."""
-    from megatron_mesh.hf.requirements import check_transformers
+    from megatron_mesh.hf.convert.open_model import check_transformers
 
     check_transformers()
-    from megatron_mesh.hf.bring_in import Recursive, bring_in
+    from megatron_mesh.hf.convert.import_model import ToRecursive, import_model
 
     asked = options.recursive
     choices = {name: getattr(asked, name) for name in ("recurrence", "core", "seed")}
     given = {name: value for name, value in choices.items() if value is not None}
     if given and not asked.to_recursive:
         raise UserError(f"--{next(iter(given))} needs --to-recursive; add that or leave it out")
-    recursive = Recursive(asked.to_recursive, **given) if asked.to_recursive else None
-    model = bring_in(options.load, options.save, recursive)
+    recursive = ToRecursive(asked.to_recursive, **given) if asked.to_recursive else None
+    model = import_model(options.load, options.save, recursive)
     print(f"wrote {options.save} ({model.recurrence} {model.layers}); start a run from it with")
     print(f"  pretrain_mesh.py --config {options.save / 'config.yaml'} --load {options.save} --finetune ...")
 

@@ -57,12 +57,12 @@ def main(options: Options) -> None:
 
 
 def _convert(options: Options, load: Path, save: Path) -> None:
-    from megatron_mesh.hf.requirements import check_transformers
+    from megatron_mesh.hf.convert.open_model import check_transformers
 
     check_transformers()
     import torch
 
-    from megatron_mesh.hf.export import export_checkpoint
+    from megatron_mesh.hf.convert.export import export_checkpoint
 
     export_checkpoint(
         load,
@@ -79,7 +79,7 @@ def _convert(options: Options, load: Path, save: Path) -> None:
 
 
 def _refresh(directory: Path) -> None:
-    from megatron_mesh.hf.refresh import REPLACED, refresh_code
+    from megatron_mesh.hf.convert.refresh import REPLACED, refresh_code
 
     changed = refresh_code(directory)
     if not changed:

@@ -20,7 +20,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Print the report."""
-    from megatron_mesh.runtime.environment_report import NO_TORCH, missing_required, report
+    from megatron_mesh.environment_report import NO_TORCH, missing_required, report
 
     rows = report()
     widths = [max(len(getattr(row, name)) for row in rows) for name in ("what", "found")]

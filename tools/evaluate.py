@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from megatron_mesh import command
-from megatron_mesh.evaluation.tasks import SHOTS, TASKS, choose
+from megatron_mesh.evaluation.tasks import SHOTS, TASKS, choose_tasks
 
 
 @dataclass
@@ -94,16 +94,16 @@ def main(options: Options) -> None:
     groups = {**vars(options.model), **vars(options.measure), **vars(options.engine)}
     if groups["local_data"] is not None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # huggingface_hub reads it when it is imported
-    tasks = choose(groups["tasks"])
+    tasks = choose_tasks(groups["tasks"])
     from rich.console import Console
 
-    from megatron_mesh.evaluation.report import own_sheets, write_markdown
-    from megatron_mesh.evaluation.run import Settings, evaluate
+    from megatron_mesh.evaluation.report import result_tables, write_markdown
+    from megatron_mesh.evaluation.run import Settings, run_evaluation
 
-    results = evaluate(Settings(output_dir=options.output_dir, **{**groups, "tasks": tasks}))
+    results = run_evaluation(Settings(output_dir=options.output_dir, **{**groups, "tasks": tasks}))
     console = Console()
-    for sheet in own_sheets(results):
-        console.print(sheet.rich())
+    for table in result_tables(results):
+        console.print(table.rich())
         console.print()
     path = write_markdown(results)
     print(f"wrote {results.path} and {path} (with the paper's and Pythia's numbers)", file=sys.stderr)

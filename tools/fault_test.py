@@ -30,7 +30,7 @@ from megatron_mesh import command
 from megatron_mesh.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_mesh.faults.mishaps import Mishap
+    from megatron_mesh.faults.mishaps import Fault
     from megatron_mesh.faults.runs import Setup
 
 
@@ -71,25 +71,24 @@ def main(options: Options) -> None:
 
 
 def _test(options: Options) -> None:
-    from megatron_mesh.faults.aims import START, parse, spread
-    from megatron_mesh.faults.kills import Kills
-    from megatron_mesh.faults.mishaps import Mishaps
-    from megatron_mesh.faults.report import table
+    from megatron_mesh.faults.aims import START, parse_target, spread_kills
+    from megatron_mesh.faults.kills import KillInjector
+    from megatron_mesh.faults.mishaps import FaultInjector, fault_table
     from megatron_mesh.faults.runs import write_inputs
 
     rng = random.Random(options.seed)
-    targets = [parse(text) for text in options.aim] or spread(options.kills, rng)
+    targets = [parse_target(text) for text in options.aim] or spread_kills(options.kills, rng)
     setup = _setup(options)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks' parent imports torch
     write_inputs(setup)
     undisturbed, imports = _train_undisturbed(setup, fresh=any(target.phase is START for target in targets))
     began = time.monotonic()
-    kills = Kills(setup, targets, rng, imports).run()
-    mishaps = Mishaps(setup, rng, _show)
+    kills = KillInjector(setup, targets, rng, imports).run()
+    mishaps = FaultInjector(setup, rng, _show)
     mishaps.stop(options.stops)
     mishaps.hang(options.hangs)
     skipped = mishaps.fill_disk(options.full_disks)
-    print(table(kills, mishaps.done))
+    print(fault_table(kills, mishaps.done))
     if skipped:
         print(f"not done: filling the disk, because {skipped}")
     repeated = max((kill.repeated for kill in kills), default=0)
@@ -130,19 +129,22 @@ def _train_undisturbed(setup: "Setup", *, fresh: bool) -> tuple[float, float]:
     Returns:
         The run's seconds and, if ``fresh``, the seconds that its ranks needed to import the program.
     """
-    from megatron_mesh.faults.job import Job
+
+    from megatron_mesh.faults.job import RankGroup
 
     save = setup.directory / "calm"
     log, began = save.with_suffix(".log"), time.monotonic()
-    with Job(setup.ranks, setup.flags(save), save, log, fresh=fresh) as job:
-        job.until(lambda: job.imported)
+    with RankGroup(setup.ranks, setup.flags(save), save, log, fresh=fresh) as job:
+        job.wait_until(lambda: job.imported)
         imported = time.monotonic() - began
-        job.until_ended()
-        assert job.codes == [0] * setup.ranks, f"the undisturbed run ended with {job.codes}; see {log}"
+        job.wait_until_ended()
+        assert job.exit_codes == [0] * setup.ranks, (
+            f"the undisturbed run ended with {job.exit_codes}; see {log}"
+        )
     return time.monotonic() - began, imported
 
 
-def _show(mishap: "Mishap") -> None:
+def _show(mishap: "Fault") -> None:
     print(f"{mishap.kind}: {mishap.target}; {mishap.outcome}", file=sys.stderr, flush=True)
 
 

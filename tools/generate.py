@@ -60,7 +60,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Continue every prompt."""
-    from megatron_mesh.hf.requirements import check_transformers
+    from megatron_mesh.hf.convert.open_model import check_transformers
 
     _check(options)
     prompts = list(_given(options))
@@ -69,14 +69,14 @@ def main(options: Options) -> None:
     check_transformers()
     import transformers
 
-    from megatron_mesh.hf.open_model import directory_of, dtype_named, open_model
+    from megatron_mesh.hf.convert.open_model import dtype_named, open_model, temporary_export
     from megatron_mesh.runtime import device
 
     transformers.utils.logging.set_verbosity_error()
     with ExitStack() as stack:
         directory = options.model
         if options.load is not None:
-            directory = stack.enter_context(directory_of(options.load, options.tokenizer_model))
+            directory = stack.enter_context(temporary_export(options.load, options.tokenizer_model))
         choices: dict[str, Any] = {"dtype": dtype_named(options.dtype)}
         if options.num_loops is not None:
             choices["num_loops"] = options.num_loops

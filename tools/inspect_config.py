@@ -78,16 +78,15 @@ def main(options: Options, settings: list[str]) -> None:
 
 
 def _print_plan(config: "Config", options: Options) -> None:
-    from megatron_mesh.config.checks import resolve
+    from megatron_mesh.config.resolve import resolve
 
     world_size = options.nodes * options.gpus_per_node
     config = resolve(config, world_size=world_size)
     # Megatron-core takes seconds to import, and mistakes in the settings don't need it.
-    from megatron_mesh.planner.dry_run import with_vocabulary
     from megatron_mesh.planner.figure import save_schedule
-    from megatron_mesh.planner.report import make_plan
-    from megatron_mesh.planner.saving import Disk
-    from megatron_mesh.planner.text import plan_text
+    from megatron_mesh.planner.plan import make_plan
+    from megatron_mesh.planner.rank_memory import Disk
+    from megatron_mesh.planner.text import plan_text, with_vocabulary
 
     # If the tokenizer decides the vocabulary, that must fit the rank layout as well.
     plan = make_plan(resolve(with_vocabulary(config), world_size=world_size), world_size)
@@ -101,10 +100,9 @@ def _print_plan(config: "Config", options: Options) -> None:
 def _print_suggestions(config: "Config", options: Options) -> None:
     from rich.console import Console
 
-    from megatron_mesh.planner.dry_run import with_vocabulary
-    from megatron_mesh.planner.speed import Hardware
+    from megatron_mesh.planner.schedule import Hardware
     from megatron_mesh.planner.suggest import suggest
-    from megatron_mesh.planner.text import suggestions_text
+    from megatron_mesh.planner.text import suggestions_text, with_vocabulary
 
     given = options.suggestion
     hardware = Hardware(

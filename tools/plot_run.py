@@ -25,7 +25,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Write the figures."""
-    from megatron_mesh.probe.figures import draw_run
+    from megatron_mesh.metrics.figures import draw_run
 
     for path in draw_run(options.run, options.output_dir or options.run):
         print(f"wrote {path}")

@@ -43,7 +43,7 @@ from megatron_mesh import command  # noqa: E402
 from megatron_mesh.errors import UserError  # noqa: E402
 
 if TYPE_CHECKING:
-    from megatron_mesh.slurm.script import Shape
+    from megatron_mesh.slurm.script import JobRequest
     from megatron_mesh.slurm.site import Site
 
 _PROG = "submit_slurm.py"
@@ -155,7 +155,7 @@ def _flag(name: str) -> str:
 
 def _runs(paths: Sequence[Path]) -> list[Path]:
     from megatron_mesh.slurm.actions import run_directory
-    from megatron_mesh.slurm.sweep import runs_in
+    from megatron_mesh.slurm.submission import runs_in
 
     return [run for path in paths for run in runs_in(run_directory(path))]
 
@@ -178,7 +178,7 @@ def _act(runs: Sequence[Path], action: Callable[[Path], str]) -> None:
     for run in runs:
         try:
             print(action(run))
-        except actions.AlreadyDone as done:
+        except actions.RunAlreadyDone as done:
             print(done)
         except UserError as error:
             print(f"error: {run}: {error}", file=sys.stderr)
@@ -190,7 +190,7 @@ def _act(runs: Sequence[Path], action: Callable[[Path], str]) -> None:
 def _show(runs: Sequence[Path], as_json: bool) -> None:
     from megatron_mesh.slurm import status
 
-    found = status.statuses(runs)
+    found = status.read_statuses(runs)
     if as_json:
         print(status.as_json(found))
     else:
@@ -198,32 +198,39 @@ def _show(runs: Sequence[Path], as_json: bool) -> None:
 
 
 def _change(run: Path, options: JobOptions, settings: Sequence[str]) -> None:
-    from megatron_mesh.slurm.change import Wanted, make_change, plan_change
-    from megatron_mesh.slurm.commands import tell_unused_options
+    from megatron_mesh.slurm.actions import ChangeRequest, apply_change, plan_change
+    from megatron_mesh.slurm.commands import warn_about_unused_options
     from megatron_mesh.slurm.submission import check_memory
 
-    wanted = Wanted(
+    wanted = ChangeRequest(
         settings, options.site, options.nodes, options.gpus_per_node, options.time, options.chain or 1
     )
     change = plan_change(_one_run(run), wanted, _PROG)
-    gib = check_memory(change.config, change.shape.nodes * change.site.gpus_per_node, options.gpu_memory_gib)
+    gib = check_memory(
+        change.config, change.request.nodes * change.site.gpus_per_node, options.gpu_memory_gib
+    )
     print(f"the fullest rank needs about {gib:.1f} GiB", file=sys.stderr)
     for line in change.differences:
         print(line)
     if not options.dry_run:
-        tell_unused_options()
-        print(make_change(change))
+        warn_about_unused_options()
+        print(apply_change(change))
 
 
 def _submit(options: JobOptions, settings: Sequence[str]) -> None:
     from megatron_mesh.arguments import parse_args
     from megatron_mesh.slurm.actions import run_directory
-    from megatron_mesh.slurm.script import Shape, batch_script
-    from megatron_mesh.slurm.site import read_site
-    from megatron_mesh.slurm.submission import check_memory, check_new, prepared, write_and_submit
+    from megatron_mesh.slurm.script import JobRequest, batch_script
+    from megatron_mesh.slurm.site import TEMPLATE, read_site
+    from megatron_mesh.slurm.submission import (
+        check_memory,
+        check_not_submitted,
+        config_for_jobs,
+        write_and_submit,
+    )
 
     if options.site is None:
-        raise UserError("--site is missing; copy examples/slurm/site.sh, fill it in and give its path")
+        raise UserError(f"--site is missing; copy {TEMPLATE}, fill it in and give the copy's path")
     site = read_site(options.site)
     site = replace(
         site,
@@ -234,44 +241,44 @@ def _submit(options: JobOptions, settings: Sequence[str]) -> None:
     if config.checkpoint.save is None:
         raise UserError("--save is missing: the run's directory, on a file system that all nodes share")
     run = run_directory(Path(config.checkpoint.save))
-    check_new(run)
-    shape = Shape(options.nodes or 1, options.chain or 1)
-    jobs = _sweep(options, settings, run, site, shape) if options.sweep else None
+    check_not_submitted(run)
+    request = JobRequest(options.nodes or 1, options.chain or 1)
+    jobs = _sweep(options, settings, run, site, request) if options.sweep else None
     if jobs is None:
-        config = prepared(config, run, site, shape.nodes)
-        script = batch_script(run, config.checkpoint.load, site, shape)
-        _print_memory(check_memory(config, shape.nodes * site.gpus_per_node, options.gpu_memory_gib))
+        config = config_for_jobs(config, run, site, request.nodes)
+        script = batch_script(run, config.checkpoint.load, site, request)
+        _print_memory(check_memory(config, request.nodes * site.gpus_per_node, options.gpu_memory_gib))
         if options.dry_run:
             print(script, end="")
             return
         _print_notes(site)
-        jobs = write_and_submit(config, run, site, shape)
+        jobs = write_and_submit(config, run, site, request)
     if jobs:
         print(f"submitted job {', '.join(jobs)}; {_PROG} --status {run} shows its state")
 
 
 def _sweep(
-    options: JobOptions, settings: Sequence[str], top: Path, site: "Site", shape: "Shape"
+    options: JobOptions, settings: Sequence[str], top: Path, site: "Site", request: "JobRequest"
 ) -> list[str]:
     """Submit a sweep; return its arrays' numbers, or none after a dry run."""
-    from megatron_mesh.slurm.script import array_script, batch_script, folder
-    from megatron_mesh.slurm.submission import check_memory
-    from megatron_mesh.slurm.sweep import elements, write_and_submit_sweep
+    from megatron_mesh.runtime.run_files import CODE_FOLDER
+    from megatron_mesh.slurm.script import array_script, batch_script, slurm_directory
+    from megatron_mesh.slurm.submission import check_memory, expand_sweep, write_and_submit_sweep
 
-    found = elements(options.sweep, settings, top, site, shape.nodes, _PROG)
-    shape = replace(shape, code=folder(top) / "code")
-    world = shape.nodes * site.gpus_per_node
+    found = expand_sweep(options.sweep, settings, top, site, request.nodes, _PROG)
+    request = replace(request, code=slurm_directory(top) / CODE_FOLDER)
+    world = request.nodes * site.gpus_per_node
     _print_memory(max(check_memory(each.config, world, options.gpu_memory_gib) for each in found))
     if options.dry_run:
         for each in found:
             print(f"# {each.run}")
-        print(array_script(top, len(found), site, shape, options.at_once))
+        print(array_script(top, len(found), site, request, options.at_once))
         print("# The array's script starts the script of each run. This is the first run's:")
         first = found[0]
-        print(batch_script(first.run, first.config.checkpoint.load, site, shape), end="")
+        print(batch_script(first.run, first.config.checkpoint.load, site, request), end="")
         return []
     _print_notes(site)
-    return write_and_submit_sweep(found, top, site, shape, options.at_once)
+    return write_and_submit_sweep(found, top, site, request, options.at_once)
 
 
 def _print_memory(gib: float) -> None:
@@ -279,11 +286,11 @@ def _print_memory(gib: float) -> None:
 
 
 def _print_notes(site: "Site") -> None:
-    from megatron_mesh.slurm.commands import seconds_to_leave, tell_unused_options
-    from megatron_mesh.slurm.script import save_note
+    from megatron_mesh.slurm.commands import kill_wait_and_grace, warn_about_unused_options
+    from megatron_mesh.slurm.script import slow_save_note
 
-    tell_unused_options()
-    note = save_note(site, seconds_to_leave(site.partition))
+    warn_about_unused_options()
+    note = slow_save_note(site, kill_wait_and_grace(site.partition))
     if note:
         print(f"note: {note}", file=sys.stderr)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from steps import Step, from_here, shell
 
-from megatron_mesh.probe.figures import LOSS_FILE, ROUTERS_FILE, read_metrics
+from megatron_mesh.metrics.figures import read_metrics
+from megatron_mesh.runtime.run_files import CONFIG_FILE, LOSS_FIGURE, METRICS_FILE, ROUTERS_FIGURE
 
 SAMPLE_FILE = "sample.txt"
 _TOKEN_BYTES = 2  # in the .bin files: a vocabulary of 4,096 fits in 16 bits
@@ -53,10 +54,10 @@ def _places(output: Path) -> str:
         output / "tokenizer": "the SentencePiece tokenizer",
         output / "data": "token ids for training and validation (.bin and .idx)",
         model: "checkpoints",
-        model / "config.yaml": "every setting of the run",
-        model / "metrics.jsonl": "metrics of every logged step",
-        model / LOSS_FILE: "plot of the training and validation loss",
-        model / ROUTERS_FILE: "plot of where the routers write and read, per loop",
+        model / CONFIG_FILE: "every setting of the run",
+        model / METRICS_FILE: "metrics of every logged step",
+        model / LOSS_FIGURE: "plot of the training and validation loss",
+        model / ROUTERS_FIGURE: "plot of where the routers write and read, per loop",
         output / "hf": "the model for Hugging Face transformers",
     }
     width = max(len(str(path)) for path in places)
@@ -70,7 +71,7 @@ def _next_commands(output: Path, training: Step, figures: Step) -> str:
     longer = _with(training, {"--train-iters": 2 * steps, "--override-opt-param-scheduler": None})
     scheme = _with(training, {"--save": other, "--load": other, "--recurrence": "anchor"})
     python, program = training.command[:2]
-    preset = from_here(training.program.parent / "examples/configs/pythia-160m-mesh.yaml")
+    preset = from_here(training.program.parent / "examples/configs/pythia-160m.yaml")
     commands = {
         "Train twice as long, from the last checkpoint:": shell(longer.command),
         "Then plot it again:": shell(figures.command),

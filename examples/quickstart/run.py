@@ -15,6 +15,7 @@ from report import SAMPLE_FILE, report
 from steps import Step, from_here, run_all
 
 from megatron_mesh import command
+from megatron_mesh.runtime.run_files import LOSS_FIGURE, checkpoint_path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -91,13 +92,13 @@ def plan(options: Options) -> list[Step]:
                 "--save": model,
                 "--load": model,
             },
-            output=model / f"iter_{options.steps:07d}",
+            output=checkpoint_path(model, options.steps),
         ),
         Step(
             "Draw the loss and the routers' weights",
             ROOT / "tools/plot_run.py",
             {"--run": model},
-            output=model / "loss.png",
+            output=model / LOSS_FIGURE,
         ),
         Step(
             "Convert it for Hugging Face",

@@ -1,17 +1,21 @@
-"""Whether a run can resume from a checkpoint, and what is different from then on (``config/resuming.py``)."""
+"""Decides whether a run can resume from a checkpoint, and describes what changes for it.
+
+``config/resuming.py`` says which settings may change, and what a change means.
+"""
 
 from collections.abc import Iterable, Mapping
 
-from megatron_mesh.checkpoint.directory import CONFIG_FILE, Checkpoint
-from megatron_mesh.config.length import counts_samples
+from megatron_mesh.checkpoint.directory import Checkpoint
+from megatron_mesh.config.layout import counts_samples
 from megatron_mesh.config.resuming import ADAM, RESUMING, Kind, differing
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import flag, flatten
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.run_files import CONFIG_FILE
 
 
 def check_same_run(checkpoint: Checkpoint, config: Config) -> None:
-    """Raise UserError, naming the settings that differ, if ``config`` cannot resume from ``checkpoint``."""
+    """Raise UserError with the settings that differ if ``config`` cannot resume from ``checkpoint``."""
     settings, saved = config.checkpoint, checkpoint.config
     where = f"the checkpoint {checkpoint.path}"
     weights = differing(saved, config, Kind.WEIGHTS)
@@ -19,79 +23,79 @@ def check_same_run(checkpoint: Checkpoint, config: Config) -> None:
         weights.remove("seq_length")
     if weights:
         raise UserError(
-            f"{where} is of another model: {_in_words(saved, config, weights)}; give the checkpoint's "
+            f"{where} is for a different model: {_in_words(saved, config, weights)}; use the checkpoint's "
             f"settings (--config {checkpoint.path / CONFIG_FILE}) or --load another checkpoint"
         )
     if settings.finetune or not settings.load_optim:
         return
     if checkpoint.weights_only:
         raise UserError(
-            f"{where} holds weights alone; add --finetune to start a run from them, or --no-load-optim "
+            f"{where} holds only weights; add --finetune to start a new run from them, or --no-load-optim "
             "--no-load-rng to resume at its step with a new optimizer"
         )
     if names := differing(saved, config, Kind.OPTIMIZER):
         raise UserError(
-            f"{where} has an optimizer of another precision: {_in_words(saved, config, names)}; add "
-            "--no-load-optim"
+            f"{where} has an optimizer state of another precision: {_in_words(saved, config, names)}; use "
+            "the checkpoint's precision, or add --no-load-optim to start with a new optimizer"
         )
     schedule = _schedule_differences(saved, config)
     if schedule and not settings.override_opt_param_scheduler:
         raise UserError(
-            f"{where} has another learning-rate schedule: {schedule}; give the checkpoint's, or "
-            "--override-opt-param-scheduler to resume with this run's"
+            f"{where} has another learning-rate schedule: {schedule}; use the checkpoint's settings, or add "
+            "--override-opt-param-scheduler to resume with the new schedule"
         )
 
 
 def schedule_position(checkpoint: Checkpoint, config: Config) -> int:
-    """How far the schedule of a run of ``config`` is, in its own unit (steps or samples)."""
+    """Return the position in the schedule of ``config`` at which the run resumes, in steps or samples."""
     state = checkpoint.train_state
     position = int(state["schedule"]["num_steps"])
     before, now = counts_samples(checkpoint.config.training), counts_samples(config.training)
     if before == now or not state["step"]:
         return position
-    # The schedule may be behind the run, where the optimizer started anew.
+    # After --no-load-optim the schedule is behind the run, so convert by the ratio, not from the step.
     steps_or_samples = (state["step"], state["consumed_samples"])
     return round(position / steps_or_samples[before] * steps_or_samples[now])
 
 
-def changes(checkpoint: Checkpoint, config: Config, fingerprints: Mapping[str, str]) -> list[str]:
-    """What is different for a run of ``config`` from the checkpoint on; a sentence each.
+def describe_changes(checkpoint: Checkpoint, config: Config, fingerprints: Mapping[str, str]) -> list[str]:
+    """Describe, in one sentence each, what changes when a run with ``config`` resumes from the checkpoint.
 
     Args:
-        fingerprints: of this run's data and tokenizer (``TrainState.fingerprints``).
+        fingerprints: digests of this run's data and tokenizer (``TrainState.fingerprints``).
 
     Raises:
         UserError: training data or tokenizer differ, and ``require_same_data`` forbids that.
     """
     settings, saved = config.checkpoint, checkpoint.config
     if settings.finetune:
-        return []  # a new run, of which only the weights are taken over
+        return []  # a new run, which loads only the weights
     lines = _data_lines(checkpoint, config, fingerprints)
     by_meaning: dict[str, list[str]] = {}
-    for name in differing(saved, config, Kind.NAMED):
+    for name in differing(saved, config, Kind.REPORTED):
         if settings.load_optim or name not in ADAM:
-            by_meaning.setdefault(RESUMING[name].meaning, []).append(name)
+            by_meaning.setdefault(RESUMING[name].consequence, []).append(name)
     lines += [f"{_in_words(saved, config, names)}: {meaning}" for meaning, names in by_meaning.items()]
     schedule = _schedule_differences(saved, config)
     if not settings.load_optim:
         precision = _in_words(saved, config, differing(saved, config, Kind.OPTIMIZER))
         also = f" ({'; '.join(filter(None, (precision, schedule)))})" if precision or schedule else ""
         lines.append(
-            "--no-load-optim: Adam's moments start at zero, and the learning-rate schedule at its beginning, "
-            f"at step {checkpoint.train_state['step']} of the run{also}"
+            f"--no-load-optim: at step {checkpoint.train_state['step']} of the run, Adam's moments restart "
+            f"at zero and the learning-rate schedule restarts at its beginning{also}"
         )
     elif schedule:
         lines.append(
-            f"{schedule}: from this step on the new schedule applies, at the position that it would have "
+            f"{schedule}: the new schedule applies from this step on, at the position that it would have "
             "reached by now"
         )
     if not settings.load_rng:
-        lines.append("--no-load-rng: the random number generators start from --seed")
+        lines.append("--no-load-rng: the random number generators restart from --seed")
     return lines
 
 
 def _data_lines(checkpoint: Checkpoint, config: Config, now: Mapping[str, str]) -> list[str]:
-    """What is different about training data, tokenizer, and the data of validation and test."""
+    """Describe the changes in training data, tokenizer, and validation and test data."""
     before = checkpoint.train_state.get("fingerprints")
     saved, strict = checkpoint.config, config.checkpoint.require_same_data
     lines, refused = [], []
@@ -99,8 +103,8 @@ def _data_lines(checkpoint: Checkpoint, config: Config, now: Mapping[str, str]) 
     words = _in_words(saved, config, differing(saved, config, Kind.ORDER))
     if before is None and not words:
         refused.append(
-            f"{checkpoint.path} is of an earlier version and doesn't say which data it was trained on: they "
-            "are taken to be the same"
+            f"{checkpoint.path} is from an earlier version, which didn't record its training data: the data "
+            "are assumed to be the same"
         )
     elif before is None or before["train"] != now["train"]:
         refused.append(
@@ -113,12 +117,12 @@ def _data_lines(checkpoint: Checkpoint, config: Config, now: Mapping[str, str]) 
     theirs, ours = (before or {}).get("tokenizer"), now.get("tokenizer")
     if theirs != ours if theirs and ours else words:
         refused.append(
-            f"{words or 'the tokenizer has changed since the checkpoint'}: the data keep the ids of the "
-            "tokenizer that made them; only its size and its end-of-document id count here"
+            f"{words or 'the tokenizer has changed since the checkpoint'}: the data still hold the ids of "
+            "the tokenizer that made them; the new one only sets vocabulary size and end-of-document id"
         )
     if strict and refused:
         raise UserError(
-            f"{'; '.join(refused)}; give the checkpoint's data, seed and tokenizer, or leave out "
+            f"{'; '.join(refused)}; use the checkpoint's data, seed and tokenizer, or leave out "
             "--require-same-data"
         )
     return refused + lines + _validation_lines(saved, config, before, now)
@@ -137,13 +141,13 @@ def _validation_lines(
     elif not words:
         return []
     return [
-        f"{words or 'the data of validation or test have changed'}: their losses are not comparable with "
+        f"{words or 'the validation or test data have changed'}: their losses are not comparable with "
         "those before this step"
     ]
 
 
 def _schedule_differences(saved: Config, ours: Config) -> str:
-    """The settings of the schedule that differ, in words; lengths in samples and in steps are compared."""
+    """Describe the schedule settings that differ. A length in steps is compared with one in samples, too."""
     names = differing(saved, ours, Kind.SCHEDULE)
     before, now = (counts_samples(config.training) for config in (saved, ours))
     if before == now:
@@ -154,7 +158,7 @@ def _schedule_differences(saved: Config, ours: Config) -> str:
         for name in ("lr-decay", "lr-warmup", "lr-wsd-decay")
         if (a := _length(saved, name)) is not None
         if (b := _length(ours, name)) is not None
-        # Earlier versions rounded samples down to steps: the length, and the warm-up of that.
+        # Earlier versions rounded samples down to steps, twice for the warm-up, so allow that much.
         if abs(a * (1 if before else _batch(saved)) - b * (1 if now else _batch(ours)))
         >= 2 * (_batch(ours) if before else _batch(saved))
     ]
@@ -183,7 +187,7 @@ def _in_words(saved: Config, ours: Config, names: Iterable[str]) -> str:
 
 
 def _text(value: object) -> str:
-    """A value as a command line has it."""
+    """Return a value as one writes it on the command line."""
     if isinstance(value, list):
         return " ".join(map(str, value))
     return "unset" if value is None else str(value)

@@ -1,14 +1,13 @@
-"""The checkpoints in a directory: their names, which are whole, which a run starts from, which are deleted.
+"""The checkpoints in a directory: finds, describes, publishes and retires them.
 
-``SAVE/iter_0000020/`` gets its name when it is complete, and only then is it named in
-``SAVE/latest_checkpointed_iteration.txt`` (Megatron-LM's file). Directories with a suffix are being written
-or deleted. No run reads them.
+A checkpoint is written under a temporary name. When it is complete it is renamed to ``SAVE/iter_0000020/``,
+and then ``SAVE/latest_checkpointed_iteration.txt`` (Megatron-LM's file) is updated. Directories with a suffix
+are being written or deleted, and no run reads them.
 """
 
 import json
 import logging
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,32 +15,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mesh.config.length import counts_samples, last_step
+from megatron_mesh.config.layout import counts_samples, last_step
 from megatron_mesh.config.schema import CheckpointConfig, Config
-from megatron_mesh.config.settings import with_values
-from megatron_mesh.config.sources import read_yaml
+from megatron_mesh.config.settings import read_yaml, with_values
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import phases, strict_json
-from megatron_mesh.runtime.files import replace_text
+from megatron_mesh.runtime.run_files import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    LATEST_FILE,
+    VALIDATION_FILE,
+    checkpoint_step,
+    replace_text,
+)
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3
 OLD_FORMAT_VERSION = 2
-"""Still read. It has one checksum for each file, and plain values in ``common.pt``."""
-CONFIG_FILE = "config.yaml"
+"""Can still be read. It has one checksum per file, and plain values in ``common.pt``."""
 STATE_FILE = "state.json"
-VALIDATION_FILE = "validation.json"
-"""The validation loss of the checkpoint's own step, if one was measured: that is after it was saved."""
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
 
-_NAME = re.compile(r"iter_(\d{7,})")
 _UNFINISHED = (".partial", ".replaced", ".deleting")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint, without its tensors."""
+    """The description of a complete checkpoint, without its tensors."""
 
     path: Path
     config: Config
@@ -49,66 +49,58 @@ class Checkpoint:
     train_state: dict[str, Any]
     """See ``TrainState.state_dict``."""
     updates: int = 0
-    """How many updates Adam counts; of format 2 it is not known before the tensors are read."""
+    """How many updates Adam has counted. Not known for format 2 before its tensors are read."""
     weights_only: bool = False
     """Whether it lacks the optimizer's state."""
     format_version: int = FORMAT_VERSION
 
     def same_layout(self, config: Config, world_size: int) -> bool:
-        """Whether each rank of a run of ``config`` stands where the same rank of the saved one stood."""
+        """Return whether a run with ``config`` on ``world_size`` ranks has the saved run's rank layout."""
         names = ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
         saved, ours = self.config.parallel, config.parallel
         same = all(getattr(saved, name) == getattr(ours, name) for name in names)
         return same and self.world_size == world_size
 
     def position(self, config: Config) -> tuple[int, int]:
-        """Step and consumed samples at which a run of ``config`` starts."""
+        """Return the step and the number of consumed samples at which a run with ``config`` starts."""
         if config.checkpoint.finetune:
             return 0, 0
         step, samples = self.train_state["step"], self.train_state["consumed_samples"]
         if step >= last_step(config.training, step, samples):
             length = "--train-samples" if counts_samples(config.training) else "--train-iters"
-            logger.info("%s is at step %d: raise %s to train on", self.path, step, length)
+            logger.info("%s is at step %d, the last one; raise %s to train longer", self.path, step, length)
         return step, samples
 
 
-def step_directory(directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
-    return directory / f"iter_{step:07d}"
-
-
 def saved_steps(directory: Path) -> dict[int, Path]:
-    """Complete checkpoints by step, ascending."""
+    """Return the complete checkpoints by step, in ascending order."""
     if not directory.is_dir():
         return {}
-    found = {
-        int(match[1]): path
-        for path in directory.iterdir()
-        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
-    }
-    return dict(sorted(found.items()))
+    found = {checkpoint_step(path.name): path for path in directory.iterdir() if path.is_dir()}
+    return {step: found[step] for step in sorted(step for step in found if step is not None)}
 
 
-def newest(path: Path) -> Path:
-    """The last checkpoint of the run in the directory ``path``, or ``path``, if it is one or holds none."""
+def newest_checkpoint(path: Path) -> Path:
+    """Return the newest checkpoint in ``path``, or ``path`` itself if it is a checkpoint or has none."""
     steps = {} if (path / STATE_FILE).is_file() else saved_steps(path)
     return list(steps.values())[-1] if steps else path
 
 
 def candidates(settings: CheckpointConfig) -> list[Path]:
-    """The checkpoints that a run may start from, best first; none for a new run.
+    """Return the checkpoints that a run may load, in the order of preference; none for a new run.
 
-    That is ``load`` itself, or else the newest in it and, with ``load_fallback``, those before.
+    If ``load`` is a checkpoint, that is the only one. If it is a run's directory, the newest comes first and,
+    with ``load_fallback``, the earlier ones follow.
 
     Raises:
-        UserError: ``load`` holds no checkpoint and is not ``save``; or going on would write among the
-            checkpoints of another run in ``save``.
+        UserError: ``load`` holds no checkpoint and is not ``save``, or ``save`` holds the checkpoints of
+            another run, among which this one would write.
     """
     save = Path(settings.save).resolve() if settings.save else None
     load = Path(settings.load).resolve() if settings.load else None
     if save and saved_steps(save) and (load != save or settings.finetune):
         raise UserError(
-            f"--save {settings.save} already holds checkpoints, of another run; choose another directory, or "
+            f"--save {settings.save} already holds checkpoints of another run; choose another directory, or "
             f"resume that run with --load {settings.save}"
         )
     if load is None:
@@ -117,31 +109,31 @@ def candidates(settings: CheckpointConfig) -> list[Path]:
         return [load]
     found = list(reversed(saved_steps(load).values()))
     if (not found or any(found[0].glob("mp_rank_*"))) and (load != save or settings.finetune):
-        raise UserError(f"--load {settings.load}{_what_else(load)}")
+        raise UserError(f"--load {settings.load}{_describe_wrong_path(load)}")
     return found if settings.load_fallback else found[:1]
 
 
-def _what_else(path: Path) -> str:
-    """What ``path`` is if it is not a checkpoint, and what to do."""
+def _describe_wrong_path(path: Path) -> str:
+    """Say what ``path`` is instead of a checkpoint, and what to do. Continues the sentence "--load PATH"."""
     if path.is_file():
         return " is a file; give the directory of a run (its --save) or of one checkpoint (iter_...)"
     if not path.exists():
-        return ": no checkpoint there (no such directory); check the directory"
+        return " does not exist; give the directory of a run (its --save) or of one checkpoint (iter_...)"
     if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
         return (
-            f" is a Hugging Face model; tools/convert_from_hf.py --load {path} --save NEW makes a checkpoint "
-            "of it, for --load NEW --finetune"
+            f" is a Hugging Face model; convert it with tools/convert_from_hf.py --load {path} --save NEW, "
+            "then give --load NEW --finetune"
         )
-    if any(path.glob("iter_*/mp_rank_*")):
-        return " holds a checkpoint of Megatron-LM, in a format of its own, which cannot be read"
-    return ": no checkpoint there (no iter_...); check the directory"
+    if any(path.glob(f"{CHECKPOINTS}/mp_rank_*")):
+        return " holds a checkpoint in Megatron-LM's own format, which cannot be read; give another one"
+    return " holds no checkpoint (no iter_... directory); check the directory"
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read what a checkpoint says of itself.
+    """Read the description of a checkpoint.
 
     Raises:
-        UserError: it is incomplete or of another format.
+        UserError: the checkpoint is incomplete or has an unknown format.
     """
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
@@ -152,8 +144,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{path} is not a complete checkpoint ({error}); --load another one") from None
     if version not in (OLD_FORMAT_VERSION, FORMAT_VERSION):
         raise UserError(
-            f"{path} has checkpoint format {version}, and this version reads {OLD_FORMAT_VERSION} and "
-            f"{FORMAT_VERSION}; use the version of megatron_mesh that wrote it"
+            f"{path} has checkpoint format {version}, but this version of megatron_mesh reads only formats "
+            f"{OLD_FORMAT_VERSION} and {FORMAT_VERSION}; use the version that wrote it"
         )
     config = with_values(Config(), read_yaml(path / CONFIG_FILE))
     return Checkpoint(
@@ -168,27 +160,27 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def write_validation(path: Path, loss: float | None) -> None:
-    """Add the validation loss of its own step to the complete checkpoint ``path``."""
+    """Add the validation loss of its step to the complete checkpoint ``path``."""
     replace_text(path / VALIDATION_FILE, strict_json.dumps({"valid_loss": loss}))
 
 
 def _validation(path: Path, train_state: dict[str, Any]) -> dict[str, Any]:
-    """What ``write_validation`` has added to the state."""
+    """Return the entries of the train state that ``write_validation`` has added."""
     try:
         loss = json.loads((path / VALIDATION_FILE).read_text(encoding="utf-8"))["valid_loss"]
-    except (OSError, ValueError, KeyError, TypeError):  # it is not part of what makes a checkpoint whole
+    except (OSError, ValueError, KeyError, TypeError):  # a checkpoint is complete without it
         return {}
     return {"valid_loss": strict_json.number(loss), "valid_loss_step": train_state["step"]}
 
 
 def publish(partial: Path, final: Path, step: int) -> list[Path]:
-    """Give a complete checkpoint its name, then name it in the tracker file; each step is atomic.
+    """Rename a complete checkpoint to its final name, then update the tracker file. Each step is atomic.
 
-    What a name stands for is on the disk before the name is: earlier checkpoints may be deleted after this.
-    The ranks have already synchronized their files of tensors.
+    Contents reach the disk before names do, so earlier checkpoints may be deleted afterwards. The ranks have
+    already synchronized their tensor files.
 
     Returns:
-        The earlier checkpoint of this step, if there was one, renamed, for deletion.
+        The earlier checkpoint of this step, renamed and ready to be deleted, if there was one.
     """
     for path in partial.iterdir():
         if not path.name.endswith(".distcp"):
@@ -203,34 +195,33 @@ def publish(partial: Path, final: Path, step: int) -> list[Path]:
     try:
         partial.rename(final)
     except OSError:
-        put_back(final.parent)
+        restore_replaced(final.parent)
         raise
     phases.enter("latest")
-    tracker = final.parent / TRACKER_FILE
+    tracker = final.parent / LATEST_FILE
     try:
         _sync(final.parent)
         replace_text(tracker, str(step))
-    except OSError as error:  # the checkpoint is complete all the same, and runs look for its name
-        logger.error("%s cannot name step %d: %s", tracker, step, error)
+    except OSError as error:  # runs look for the names of checkpoints and don't need this file
+        logger.error("%s was not updated to step %d: %s; the checkpoint is complete", tracker, step, error)
     return [replaced] if again else []
 
 
-def put_back(directory: Path) -> None:
-    """Restore the names of checkpoints that were set aside for a replacement that was never published."""
-    for path in directory.glob("iter_*.replaced"):
+def restore_replaced(directory: Path) -> None:
+    """Undo the renaming of checkpoints whose replacements were never published."""
+    for path in directory.glob(f"{CHECKPOINTS}.replaced"):
         if not (final := path.with_suffix("")).exists():
             path.rename(final)
 
 
-def outdated(directory: Path, newest: int, keep_last: int | None, keep_every: int | None) -> Iterator[Path]:
-    """Rename the checkpoints that are not to be kept, so that no name stands for half a checkpoint.
+def retire_old(directory: Path, newest: int, keep_last: int | None, keep_every: int | None) -> Iterator[Path]:
+    """Rename old checkpoints before they are deleted, so no valid name ever belongs to a half-deleted one.
 
-    Kept are the last ``keep_last`` up to step ``newest``, which was just written, and those of steps
-    divisible by ``keep_every``.
-    Checkpoints after ``newest`` are not counted: the run resumed before them because they were damaged.
+    The ``keep_last`` newest stay, up to step ``newest``, which was just written; so do steps divisible by
+    ``keep_every``. Checkpoints after ``newest`` were skipped as damaged, so they must not displace good ones.
 
     Yields:
-        Each as soon as it is renamed, for deletion.
+        Each renamed directory, ready to be deleted.
     """
     if keep_last is None:
         return
@@ -242,21 +233,21 @@ def outdated(directory: Path, newest: int, keep_last: int | None, keep_every: in
             yield leaving
 
 
-def unfinished(directory: Path) -> list[Path]:
-    """Rename the unfinished checkpoints that a killed run left, so that later saves can use their names.
+def retire_unfinished(directory: Path) -> list[Path]:
+    """Rename the unfinished checkpoints that a killed run left behind, so that saves can reuse their names.
 
     Returns:
-        The renamed directories, for deletion.
+        The renamed directories, ready to be deleted.
     """
     leaving = []
-    for path in directory.glob("iter_*"):
+    for path in directory.glob(CHECKPOINTS):
         if path.suffix not in _UNFINISHED:
             continue
         if path.suffix != ".deleting":
             renamed = path.with_name(f"{path.name}.{time.time_ns()}.deleting")
             try:
                 path.rename(renamed)
-            except OSError:  # a save of the same step makes room for itself
+            except OSError:  # a save of the same step will empty it
                 continue
             path = renamed
         leaving.append(path)
@@ -264,7 +255,7 @@ def unfinished(directory: Path) -> list[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Make a file, or the names in a directory, last through a power failure."""
+    """Flush a file, or the names in a directory, to the disk, so that they survive a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,11 +1,11 @@
-"""The state of FP8's delayed scaling: plain tensors in a checkpoint, pickles nowhere.
+"""Saves the state of FP8's delayed scaling as plain tensors, without pickles.
 
-Transformer Engine keeps scales and histories in its modules' extra states, which are pickles of a dict. Here
-they are taken apart when a checkpoint is written and put together again after the tensors are read: what is
-unpickled is what this process has pickled. Other recipes, and bfloat16, have no state.
+Transformer Engine stores scales and amax histories in the extra states of its modules, which are pickled
+dicts. This module unpacks them before saving and packs them again after loading, so a process only unpickles
+what it has pickled itself. The other FP8 recipes and bfloat16 have no such state.
 
-Transformer Engine reduces the histories over all ranks that hold a layer, so they are of the layer and not
-of the rank, and fit every layout.
+Transformer Engine reduces the histories over all ranks that hold a layer. So they belong to the layer, not to
+a rank, and can be loaded into any rank layout.
 """
 
 import logging
@@ -23,31 +23,31 @@ logger = logging.getLogger(__name__)
 
 _TENSORS = ("scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd")
 Weights = dict[str, dict[str, Any]]
-"""By chunk of the model and name, as from ``Stage.sharded_state_dict``."""
+"""Values by model chunk and name, as from ``Stage.sharded_state_dict``."""
 
 
-def is_kept(config: TransformerConfig) -> bool:
-    """Whether modules have a state that lasts from step to step."""
+def has_state(config: TransformerConfig) -> bool:
+    """Return whether modules have a state that carries over from step to step."""
     return bool(config.fp8) and config.fp8_recipe == "delayed"
 
 
 def to_save(weights: Weights, config: TransformerConfig) -> dict[str, ShardedTensor]:
-    """The modules' states, by chunk, module and tensor; a module that has not run in FP8 has none."""
+    """Return the modules' states by chunk, module and tensor. A module that has not run in FP8 has none."""
     found: dict[str, ShardedTensor] = {}
-    if not is_kept(config):
+    if not has_state(config):
         return found
     for name, state in _extra_states(weights).items():
         packed = state.data
         if packed is not None and packed.numel():
-            values = pickle.loads(packed.numpy().tobytes())  # this process has just written it
+            values = pickle.loads(packed.numpy().tobytes())  # safe: this process has just pickled it
             found |= {f"{name}.{key}": _sharded(state, key, values[key]) for key in _TENSORS if key in values}
     return found
 
 
 def to_fill(weights: Weights, index: Index, config: TransformerConfig) -> dict[str, ShardedTensor]:
-    """The same for modules that have not run yet, if the checkpoint has states with histories as long."""
+    """Return empty tensors for the checkpoint's states, or none if its histories have another length."""
     wanted: dict[str, ShardedTensor] = {}
-    if not is_kept(config):
+    if not has_state(config):
         return wanted
     for name, state in _extra_states(weights).items():
         entries = {key: index.entries.get(f"{state.key}.{key}") for key in _TENSORS}
@@ -55,18 +55,22 @@ def to_fill(weights: Weights, index: Index, config: TransformerConfig) -> dict[s
         if not sizes:
             continue
         if sizes["amax_history_fwd"][0] != config.fp8_amax_history_len:
-            logger.info("FP8 histories start anew: the checkpoint's are of another length")
+            logger.info(
+                "FP8 amax histories restart empty: theirs have length %d in the checkpoint, %d here",
+                sizes["amax_history_fwd"][0],
+                config.fp8_amax_history_len,
+            )
             return {}
         wanted |= {f"{name}.{key}": _sharded(state, key, torch.empty(size)) for key, size in sizes.items()}
     return wanted
 
 
 def extra_states(filled: dict[str, ShardedTensor], config: TransformerConfig) -> Weights:
-    """Extra states of modules from what was read into ``to_fill``, for ``load_state_dict`` of each chunk."""
+    """Pack the filled tensors of ``to_fill`` into extra states, for ``load_state_dict`` of each chunk."""
     found: Weights = {}
     for name in {name.rpartition(".")[0] for name in filled}:
         state: dict[str, Any] = {key: filled[f"{name}.{key}"].data for key in _TENSORS}
-        # With the second a module has a state at once, and not only when it has run.
+        # fp8_checkpoint makes a module restore its state at once, even before it has run.
         others = {"num_gemms": 1, "fp8_checkpoint": True}
         state |= {"recipe": get_fp8_recipe(config), "extra_fp8_variables": others}
         chunk, _, module = name.partition(".")
@@ -85,7 +89,7 @@ def _extra_states(weights: Weights) -> dict[str, ShardedObject]:
 
 
 def _sharded(state: ShardedObject, key: str, value: torch.Tensor) -> ShardedTensor:
-    """A tensor of a module whose layers are stacked along a first dimension, or of one that is alone."""
+    """Describe a tensor of a module. Modules of stacked layers add a leading dimension."""
     axes = [
         (axis, place, count)
         for axis, (place, count) in enumerate(zip(state.global_offset, state.global_shape, strict=True))

@@ -1,7 +1,7 @@
-"""Checksums of a checkpoint: made while it is written, compared by whoever reads a piece.
+"""Checksums of a checkpoint: computed while writing, compared while reading.
 
-``checksums.json`` lists each file as its pieces, one after the other: length in bytes, and SHA-256. A file of
-tensors has a piece for every box, so that a rank that reads some of them checks just those.
+``checksums.json`` lists the consecutive pieces of each file with their lengths in bytes and SHA-256. A tensor
+file has one piece per box, so a rank that reads only some boxes checks only those.
 """
 
 import hashlib
@@ -15,52 +15,56 @@ from megatron_mesh.runtime import strict_json
 CHECKSUMS_FILE = "checksums.json"
 
 Digests = dict[str, list[tuple[int, str]]]
-"""By file: length and SHA-256 of its pieces, in their order."""
+"""For each file, the lengths and SHA-256 of its pieces, in order."""
 
 _BLOCK = 2**24
 
-_OURS = re.compile(r"\.metadata|metadata\.json|common\.pt|config\.yaml|state\.json|__\d+_\d+\.distcp")
+_CHECKPOINT_FILES = re.compile(
+    r"\.metadata|metadata\.json|common\.pt|config\.yaml|state\.json|__\d+_\d+\.distcp"
+)
 
 
 def sha256(data: bytes | memoryview) -> str:
-    """SHA-256 of bytes, in hexadecimal digits."""
+    """Return the SHA-256 of bytes as hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def digest(path: Path) -> list[Any]:
-    """Size in bytes, and SHA-256 of a file."""
+    """Return the size in bytes and the SHA-256 of a file."""
     with path.open("rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
 def files(directory: Path) -> list[Path]:
-    """The files of a checkpoint but for its checksums; others (``.nfs...``, a README) are no part of it."""
-    return sorted(path for path in directory.iterdir() if _OURS.fullmatch(path.name))
+    """Return the files of a checkpoint, except for its checksums. Ignores others (``.nfs...``, a README)."""
+    return sorted(path for path in directory.iterdir() if _CHECKPOINT_FILES.fullmatch(path.name))
 
 
 def write_checksums(directory: Path, digests: Digests) -> None:
-    """Write ``checksums.json``: the digests of all other files."""
+    """Write the digests of all other files to ``checksums.json``."""
     listed = dict(sorted(digests.items()))
-    text = strict_json.dumps({"algorithm": "sha256", "files": listed, "sha256_of_files": _of_list(listed)})
+    text = strict_json.dumps(
+        {"algorithm": "sha256", "files": listed, "sha256_of_files": _checksum_of_list(listed)}
+    )
     (directory / CHECKSUMS_FILE).write_text(text, encoding="utf-8")
 
 
-def _of_list(listed: Any) -> str:
-    """Checksum of the list itself."""
+def _checksum_of_list(listed: Any) -> str:
+    """Return the checksum of the list itself."""
     return sha256(strict_json.dumps(listed, sort_keys=True).encode())
 
 
 def read_checksums(directory: Path) -> Digests:
-    """The digests in ``checksums.json``; in format 2 every file is one piece.
+    """Read the digests in ``checksums.json``. In format 2 every file is one piece.
 
     Raises:
-        ValueError: there is no such file, or it is not a list of digests.
-        PermissionError: it may not be read, which says nothing about the checkpoint.
+        ValueError: the file is missing or damaged.
+        PermissionError: the file may not be read. The checkpoint may still be intact.
     """
     try:
         content: Any = json.loads((directory / CHECKSUMS_FILE).read_text(encoding="utf-8"))
         listed = content["files"]
-        if content["sha256_of_files"] != _of_list(listed):
+        if content["sha256_of_files"] != _checksum_of_list(listed):
             raise ValueError("it was changed after it was written")
         return {str(name): _pieces(entry) for name, entry in listed.items()}
     except FileNotFoundError:
@@ -76,16 +80,17 @@ def _pieces(entry: Any) -> list[tuple[int, str]]:
     return [(int(length), str(digest)) for length, digest in pieces]
 
 
-def differences(
+def find_differences(
     directory: Path, digests: Digests, *, read: bool, share: int = 0, shares: int = 1
 ) -> list[str]:
-    """How the files differ from their digests, as sentences; none if they do not.
+    """Compare files with their digests; return a sentence for each file that differs.
 
     Args:
-        directory: of the checkpoint.
-        digests: what its files should be.
-        read: compare contents, not the sizes alone.
-        share, shares: which part of the files this caller reads; sizes are always compared.
+        directory: the checkpoint.
+        digests: the expected digests.
+        read: compare contents, not only sizes.
+        share, shares: read only every ``shares``-th file, from number ``share`` on. Sizes are compared for
+            all.
     """
     found = []
     for number, (name, pieces) in enumerate(sorted(digests.items())):
@@ -100,22 +105,22 @@ def differences(
     return found
 
 
-def damage(directory: Path) -> list[str]:
-    """What is wrong with a checkpoint, all of which is read; nothing if it is whole."""
+def find_damage(directory: Path) -> list[str]:
+    """Read an entire checkpoint; return a sentence for each file that is damaged."""
     try:
-        return differences(directory, read_checksums(directory), read=True)
+        return find_differences(directory, read_checksums(directory), read=True)
     except ValueError as error:
         return [str(error)]
 
 
-def damage_before_reading(directory: Path) -> list[str]:
-    """What is wrong with the sizes of files, or the contents of small ones; the tensors are not read."""
+def find_cheap_damage(directory: Path) -> list[str]:
+    """Compare the sizes of all files and the contents of the small ones, without reading tensors."""
     try:
         digests = read_checksums(directory)
     except ValueError as error:
         return [str(error)]
     small = {name: pieces for name, pieces in digests.items() if not name.endswith(".distcp")}
-    return differences(directory, digests, read=False) or differences(directory, small, read=True)
+    return find_differences(directory, digests, read=False) or find_differences(directory, small, read=True)
 
 
 def _difference(path: Path, pieces: list[tuple[int, str]], *, read: bool) -> str | None:
@@ -127,12 +132,12 @@ def _difference(path: Path, pieces: list[tuple[int, str]], *, read: bool) -> str
     if not read:
         return None
     with path.open("rb") as file:
-        whole = all(_sha256_of_next(file, length) == digest for length, digest in pieces)
-    return None if whole else "was changed after it was written (its checksum doesn't match)"
+        intact = all(_sha256_of_next(file, length) == digest for length, digest in pieces)
+    return None if intact else "was changed after it was written (its checksum doesn't match)"
 
 
 def _sha256_of_next(file: BinaryIO, length: int) -> str:
-    """Of the next ``length`` bytes, of which a block at a time is in memory: old files are one piece."""
+    """Hash the next ``length`` bytes in blocks, because a large file of the old format is a single piece."""
     digest = hashlib.sha256()
     while length and (block := file.read(min(length, _BLOCK))):
         digest.update(block)

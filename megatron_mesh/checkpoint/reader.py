@@ -1,4 +1,4 @@
-"""Reading boxes from a checkpoint: each stored piece once, compared with its checksum by whoever reads it."""
+"""Reads boxes from a checkpoint. Each stored piece is read once per process and verified by its checksum."""
 
 import io
 import math
@@ -20,21 +20,20 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_mesh.checkpoint.boxes import Box
-from megatron_mesh.checkpoint.index import Entry, Index, Piece
+from megatron_mesh.checkpoint.index import Box, Entry, Index, Piece
 from megatron_mesh.checkpoint.integrity import sha256
 from megatron_mesh.errors import UserError
 
 _THREADS = 4
-"""Reader threads per file; each holds one piece in memory."""
+"""Reader threads per file. Each holds one piece in memory."""
 
 
 class Damaged(UserError):
-    """A checkpoint, or a part of it that was to be read, is not what was written."""
+    """A checkpoint, or the part of it that was read, is incomplete or has changed since it was written."""
 
 
 class _Copy(NamedTuple):
-    """A part of a stored piece, and where it goes."""
+    """A part of a stored piece, and the memory to copy it to."""
 
     target: Tensor
     start: tuple[int, ...]
@@ -42,13 +41,13 @@ class _Copy(NamedTuple):
 
 
 def fill(index: Index, boxes: Iterable[Box]) -> int:
-    """Read ``boxes`` into their memory; returns the number of bytes read.
+    """Read ``boxes`` into their memory; return the number of bytes read.
 
-    Values take the memory's dtype. A box of a tensor whose padding may differ is zero where the checkpoint
-    has nothing.
+    Values are converted to the dtype of the memory. A ``padded`` box is zero where the checkpoint has no
+    values.
 
     Raises:
-        Damaged: what was to be read is not all there, or was changed after it was written.
+        Damaged: parts are missing or have changed since they were written.
     """
     wanted: dict[str, list[Box]] = defaultdict(list)
     for box in boxes:
@@ -56,19 +55,19 @@ def fill(index: Index, boxes: Iterable[Box]) -> int:
     files: dict[str, dict[Piece, list[_Copy]]] = defaultdict(lambda: defaultdict(list))
     for key, targets in wanted.items():
         if key not in index.entries:
-            raise Damaged(f"it has no tensor {key}")
+            raise Damaged(f"the tensor {key} is missing")
         for piece, copy in _copies(key, index.entries[key], targets):
             files[piece.file][piece].append(copy)
     with _no_added_classes():
         return sum(_read_file(index, name, pieces) for name, pieces in files.items())
 
 
-def read_whole(index: Index, key: str, *, layer: int | None = None) -> Tensor:
-    """One tensor, or one of the layers that are stacked in it, in host memory.
+def read_tensor(index: Index, key: str, *, layer: int | None = None) -> Tensor:
+    """Read a tensor, or one layer of a tensor of stacked layers, into host memory.
 
     Raises:
         KeyError: the checkpoint has no such tensor.
-        Damaged: as above.
+        Damaged: see ``fill``.
     """
     entry = index.entries[key]
     shape, offset = entry.shape, (0,) * len(entry.shape)
@@ -80,10 +79,10 @@ def read_whole(index: Index, key: str, *, layer: int | None = None) -> Tensor:
 
 
 def read_piece(index: Index, piece: Piece) -> Tensor:
-    """A stored piece in host memory.
+    """Read a stored piece into host memory.
 
     Raises:
-        Damaged: as above.
+        Damaged: see ``fill``.
     """
     path = index.directory / piece.file
     try:
@@ -93,23 +92,23 @@ def read_piece(index: Index, piece: Piece) -> Tensor:
         raise Damaged(f"{path} cannot be read ({error.strerror})") from error
 
 
-def read_plain(path: Path) -> Any:
-    """The plain values in a file of ``torch.save``'s, of which none is run.
+def read_values(path: Path) -> Any:
+    """Read the plain values in a file of ``torch.save``, without executing any code in it.
 
     Raises:
-        UserError: it holds more than tensors and plain values.
+        UserError: the file holds more than tensors and plain values.
     """
     try:
         with _no_added_classes():
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} cannot be trusted: it holds more than tensors and plain values; take another checkpoint"
+            f"{path} cannot be trusted: it holds more than tensors and plain values; use another checkpoint"
         ) from error
 
 
 def _copies(key: str, entry: Entry, targets: list[Box]) -> Iterable[tuple[Piece, _Copy]]:
-    """What of which piece goes where, by torch's rules of resharding."""
+    """Yield the pieces to read and what to copy from each, by torch's resharding rules."""
     stored = TensorStorageMetadata(
         TensorProperties(dtype=entry.dtype),
         torch.Size(entry.shape),
@@ -124,7 +123,7 @@ def _copies(key: str, entry: Entry, targets: list[Box]) -> Iterable[tuple[Piece,
         if box.padded:
             box.data.zero_()
         elif box.shape != entry.shape:
-            raise Damaged(f"{key} is {list(entry.shape)} there and {list(box.shape)} here")
+            raise Damaged(f"{key} has shape {list(entry.shape)} in the checkpoint and {list(box.shape)} here")
     for item in create_read_items_for_chunk_list(key, stored, chunks):
         number = item.dest_index.index
         assert number is not None and item.storage_index.offset is not None
@@ -137,7 +136,7 @@ def _copies(key: str, entry: Entry, targets: list[Box]) -> Iterable[tuple[Piece,
 
 
 def _read_file(index: Index, name: str, pieces: Mapping[Piece, list[_Copy]]) -> int:
-    """Read the pieces of one file; returns the number of bytes."""
+    """Read the pieces of one file; return the number of bytes read."""
     ordered = sorted(pieces, key=lambda piece: piece.start)
     try:
         with (index.directory / name).open("rb") as file:
@@ -157,7 +156,7 @@ def _read_file(index: Index, name: str, pieces: Mapping[Piece, list[_Copy]]) -> 
 
 
 def _content(file: BinaryIO, piece: Piece) -> bytes:
-    """The bytes of a piece, fewer if the file ends. One call of the system reads at most 2 GiB."""
+    """Read the bytes of a piece, or fewer if the file ends early. One system call reads at most 2 GiB."""
     parts, left = [], piece.length
     while left and (part := os.pread(file.fileno(), left, piece.start + piece.length - left)):
         parts.append(part)
@@ -177,15 +176,15 @@ def _tensor(piece: Piece, content: bytes) -> Tensor:
         reason = "it holds more than tensors and plain values" if refused else str(error)
         raise Damaged(f"{piece.file} cannot be trusted: {reason}") from error
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) != piece.sizes:
-        raise Damaged(f"{piece.file} cannot be trusted: it does not hold what .metadata says")
+        raise Damaged(f"{piece.file} cannot be trusted: its contents do not match .metadata")
     return tensor
 
 
 @contextmanager
 def _no_added_classes() -> Iterator[None]:
-    """Let torch unpickle its own classes only.
+    """Let torch unpickle only its own classes: temporarily clear its list of allowed globals.
 
-    Libraries register others with it, such as NumPy's arrays, whose pickles may hold addresses.
+    Libraries add classes to that list, such as NumPy's arrays, whose pickles may hold memory addresses.
     """
     added = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()

@@ -1,4 +1,4 @@
-"""Saving: each rank writes its part, rank 0 puts them together, checks, and publishes by one rename."""
+"""Saving: each rank writes its part; rank 0 adds index and checksums, and publishes by renaming."""
 
 import logging
 import platform
@@ -20,30 +20,36 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_mesh import __version__
 from megatron_mesh.checkpoint import directory as names
 from megatron_mesh.checkpoint import integrity
-from megatron_mesh.checkpoint.content import Content
+from megatron_mesh.checkpoint.content import Content, TrainState
 from megatron_mesh.checkpoint.index import INDEX_FILE, Written, index_file, index_of
 from megatron_mesh.checkpoint.shares import updates_done
-from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.checkpoint.writer import BackgroundWriter, file_of, write_file
-from megatron_mesh.config.dump import dump_config
 from megatron_mesh.config.schema import Config
+from megatron_mesh.config.settings import dump_config
 from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime import phases, strict_json
-from megatron_mesh.runtime.agreement import Reason, from_rank_zero, in_words, to_rank_zero, with_host
+from megatron_mesh.runtime.distributed import (
+    Reason,
+    from_rank_zero,
+    summarize_reasons,
+    to_rank_zero,
+    with_host,
+)
+from megatron_mesh.runtime.run_files import CONFIG_FILE, checkpoint_path
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is complete."""
+    """A checkpoint that was published."""
 
     step: int
     path: Path
     seconds: float
-    """From the start of the save to its publication."""
+    """Time from the start of the save to its publication."""
     stall_seconds: float
-    """The part of it in which training waited."""
+    """The part of that time in which training waited."""
 
 
 @dataclass(frozen=True)
@@ -53,27 +59,27 @@ class Unsaved:
     step: int
     reason: str
     steps_at_risk: int
-    """Steps since the last complete checkpoint; known on rank 0 only."""
+    """Steps since the last complete checkpoint. Known only on rank 0."""
 
 
 @dataclass
 class _Pending:
-    """A checkpoint on its way to the disk."""
+    """A checkpoint that is being written."""
 
     step: int
     part: "Future[list[Written]]"
-    """This rank's."""
+    """This rank's pieces."""
     description: dict[str, Any]
     started: float
     stalled: float = 0.0
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time. All methods but ``written`` are collective operations.
+    """Writes the checkpoints of a run, one at a time. All methods except ``written`` are collective.
 
-    A checkpoint that cannot be written, whatever fails on whichever rank, costs the run nothing but that
-    checkpoint: the reason is logged with rank and host, the earlier ones are kept, and the next ``save``
-    tries again. ``failed`` says whether the last save failed.
+    If a save fails, for whatever reason and on whichever rank, the run continues. The reason is logged with
+    rank and host, earlier checkpoints stay, and the next ``save`` tries again. ``failed`` tells whether the
+    last save failed.
     """
 
     def __init__(
@@ -83,11 +89,11 @@ class Saver:
         on_failed: Callable[[Unsaved], None] = lambda unsaved: None,
         loaded_step: int = 0,
     ):
-        """Start deleting what a killed run left unfinished.
+        """Start deleting unfinished checkpoints that a killed run left behind.
 
         Args:
             on_saved, on_failed: called for each checkpoint, on all ranks.
-            loaded_step: of the checkpoint that the run has resumed from, which may be elsewhere.
+            loaded_step: the step of the checkpoint that the run resumed from, perhaps from another directory.
         """
         assert config.checkpoint.save is not None
         self.config = config
@@ -100,10 +106,10 @@ class Saver:
         self._writer = BackgroundWriter()
         self._pruner = ThreadPoolExecutor(1, thread_name_prefix="ckpt-pruner")
         if dist.get_rank() == 0:
-            self._delete(names.unfinished(self.directory))
+            self._delete(names.retire_unfinished(self.directory))
 
     def save(self, stage: Stage, optimizer: MegatronOptimizer, state: TrainState) -> None:
-        """Save the run as it stands; with ``async_save`` this returns when the state is copied."""
+        """Save the current state. With ``async_save`` this returns as soon as the state is copied."""
         if self._pending is not None:
             self.complete()
         started = time.monotonic()
@@ -112,8 +118,8 @@ class Saver:
         if reason := from_rank_zero(lambda: _attempt(lambda: make_empty(partial))):
             self._give_up(state.step, reason)
             return
-        described = description(state.state_dict(), dist.get_world_size())
-        part = _caught(lambda: self._start(partial, stage, optimizer))
+        described = describe_state(state.state_dict(), dist.get_world_size())
+        part = _as_future(lambda: self._start(partial, stage, optimizer))
         if dist.get_rank() == 0:
             described["updates"] = updates_done(optimizer)
         self._pending = _Pending(state.step, part, described, started)
@@ -123,12 +129,12 @@ class Saver:
             self.complete()
 
     def _partial(self, step: int) -> Path:
-        return names.step_directory(self.directory, step).with_suffix(".partial")
+        return checkpoint_path(self.directory, step).with_suffix(".partial")
 
     def _start(
         self, partial: Path, stage: Stage, optimizer: MegatronOptimizer
     ) -> "list[Written] | Future[list[Written]]":
-        partial.mkdir(parents=True, exist_ok=True)  # a node may not know yet that rank 0 has made it
+        partial.mkdir(parents=True, exist_ok=True)  # on a network disk, rank 0's may not be visible yet
         path = partial / file_of(dist.get_rank())
         boxes = Content(stage, optimizer).to_write()
         if self.config.checkpoint.async_save:
@@ -138,19 +144,19 @@ class Saver:
 
     @property
     def pending(self) -> bool:
-        """Whether a checkpoint is on its way; the same on all ranks."""
+        """Whether a checkpoint is being written; the same on all ranks."""
         return self._pending is not None
 
     def has(self, step: int) -> bool:
-        """Whether ``step`` is saved or on its way to the disk; the same on all ranks."""
+        """Return whether ``step`` is saved or being written; the same on all ranks."""
         return step == (self._pending.step if self._pending is not None else self._published)
 
     def written(self) -> bool:
-        """Whether this rank has nothing more to write of the checkpoint on its way; local."""
+        """Return whether this rank has written its part of the pending checkpoint. Not collective."""
         return self._pending is None or self._pending.part.done()
 
     def complete(self) -> None:
-        """Publish the checkpoint on its way, after waiting for all ranks to have written their parts."""
+        """Wait until all ranks have written their parts of the pending checkpoint, and publish it."""
         pending, self._pending = self._pending, None
         assert pending is not None
         began = time.monotonic()
@@ -159,11 +165,11 @@ class Saver:
         gathered = to_rank_zero(outcome)
 
         def publish() -> str:
-            missing = "; ".join(in_words([reason for _, reason in gathered]))
+            missing = "; ".join(summarize_reasons([reason for _, reason in gathered]))
             written = (entry for part, _ in gathered for entry in part)
             return missing or _attempt(lambda: self._publish(final, pending.description, written))
 
-        final = names.step_directory(self.directory, pending.step)
+        final = checkpoint_path(self.directory, pending.step)
         if reason := from_rank_zero(publish):
             self._give_up(pending.step, reason)
             return
@@ -174,15 +180,15 @@ class Saver:
         self._on_saved(Saved(pending.step, final, now - pending.started, stalled))
 
     def finish(self) -> None:
-        """Publish the checkpoint on its way, if there is one.
+        """Publish the pending checkpoint, if there is one.
 
-        Old ones may still be being deleted; the interpreter waits for that before it exits.
+        Old checkpoints may still be being deleted; the interpreter waits for that before it exits.
         """
         if self._pending is not None:
             self.complete()
 
     def _publish(self, final: Path, described: dict[str, Any], written: Iterable[Written]) -> None:
-        """On rank 0, when all ranks have written their parts."""
+        """Complete and publish a checkpoint. Rank 0 calls this when all ranks have written their parts."""
         partial = final.with_suffix(".partial")
         write_small_files(partial, written, dump_config(self.config), described)
         step = described["train_state"]["step"]
@@ -190,27 +196,24 @@ class Saver:
         phases.enter("pruning")
         settings = self.config.checkpoint
         try:
-            self._delete(names.outdated(self.directory, step, settings.keep_last, settings.keep_every))
-        except OSError as error:  # the new one is complete all the same
-            logger.error("old checkpoints in %s cannot be deleted: %s", self.directory, error)
+            self._delete(names.retire_old(self.directory, step, settings.keep_last, settings.keep_every))
+        except OSError as error:  # the new checkpoint is complete, so the save has not failed
+            logger.error("old checkpoints in %s cannot be deleted: %s; delete them", self.directory, error)
 
     def _delete(self, paths: Iterable[Path]) -> None:
-        """In the background."""
+        """Delete directories in the background."""
         for path in paths:
             self._pruner.submit(_delete, path)
 
     def note_validation(self, state: TrainState) -> None:
-        """Add the validation loss of this step to its checkpoint, which was saved before; local.
-
-        The checkpoint is complete without it.
-        """
-        path = names.step_directory(self.directory, state.step)
+        """Add this step's validation loss to its checkpoint, which was saved earlier. Not collective."""
+        path = checkpoint_path(self.directory, state.step)
         if dist.get_rank() or state.valid_loss_step != state.step or not path.is_dir():
             return
         try:
             names.write_validation(path, state.valid_loss)
         except OSError as error:
-            logger.warning("the validation loss was not added to %s: %s", path, error)
+            logger.warning("the validation loss was not added to %s: %s; metrics.jsonl has it", path, error)
 
     def _give_up(self, step: int, reason: str) -> None:
         self.failed = True
@@ -219,23 +222,23 @@ class Saver:
             last = self._last_complete(step)
             at_risk = step - last
             logger.error(
-                "no checkpoint of step %d was written to %s: %s; earlier ones are kept (%s), and later saves "
-                "try again; steps at risk until then: %d",
+                "saving step %d to %s failed: %s; later saves try again; last complete checkpoint: %s; steps "
+                "at risk until then: %d",
                 step,
                 self.directory,
                 reason,
-                f"the last is of step {last}" if last else "there is none",
+                f"step {last}" if last else "none",
                 at_risk,
             )
             shutil.rmtree(partial, ignore_errors=True)
-        else:  # rank 0 is removing it, or it is on a disk of this node's own
+        else:  # for a directory that rank 0 doesn't see, on a local disk of this node
             with suppress(OSError):
                 (partial / file_of(dist.get_rank())).unlink(missing_ok=True)
                 partial.rmdir()
         self._on_failed(Unsaved(step, reason, at_risk))
 
     def _last_complete(self, step: int) -> int:
-        """Step of the last complete checkpoint before ``step``; 0 if there is none to be seen."""
+        """Return the step of the last complete checkpoint up to ``step``; 0 if there is none."""
         try:
             steps = [saved for saved in names.saved_steps(self.directory) if saved <= step]
         except OSError:
@@ -247,18 +250,18 @@ def _delete(path: Path) -> None:
     phases.enter("deleting")
     try:
         shutil.rmtree(path)
-    except FileNotFoundError:  # somebody was faster
+    except FileNotFoundError:  # another process was faster
         pass
     except OSError as error:
-        logger.error("%s cannot be deleted: %s; the next start tries again", path, error)
+        logger.error("%s cannot be deleted: %s; the next start of the run tries again", path, error)
 
 
-def _caught(work: Callable[[], Any]) -> "Future[list[Written]]":
-    """What ``work`` returns, or raises, as a future; what is one stays it."""
+def _as_future(work: Callable[[], Any]) -> "Future[list[Written]]":
+    """Do ``work``, and return its result or exception as a future. A future is returned as it is."""
     future: Future[list[Written]] = Future()
     try:
         result = work()
-    # Whatever it is (memory, the disk, an error of torch's), it must not end the run on one rank alone.
+    # No error (memory, disk, torch) may end the run on only one rank: the others would wait forever.
     except Exception as error:
         future.set_exception(error)
         return future
@@ -272,48 +275,48 @@ _Outcome = tuple[list[Written], Reason]
 
 
 def _outcome(part: "Future[list[Written]]") -> _Outcome:
-    """What this rank has written, or why not."""
+    """Return the pieces that this rank has written, or the reason why it failed."""
     error = part.exception()
     if error is None:
         return part.result(), None
     if not isinstance(error, OSError):
-        logger.error("this rank's part of a checkpoint was not written", exc_info=error)
+        logger.error("this rank could not write its part of a checkpoint", exc_info=error)
     return [], with_host(_cause(error))
 
 
 def _cause(error: BaseException) -> str:
-    """The error without its path, which differs between ranks. The message names the directory."""
+    """Describe an error without its path, so that equal errors of several ranks have equal descriptions."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     return f"{type(error).__name__}: {error}"
 
 
 def _attempt(work: Callable[[], object]) -> str:
-    """Let rank 0, which calls this, do ``work``; returns why it could not, or ""."""
-    return "; ".join(in_words([_outcome(_caught(work))[1]]))
+    """Do ``work`` on rank 0, which calls this; return the reason if it fails, or ""."""
+    return "; ".join(summarize_reasons([_outcome(_as_future(work))[1]]))
 
 
 def write_small_files(
     directory: Path, written: Iterable[Written], config: str, described: dict[str, Any]
 ) -> None:
-    """Write the files beside the tensors that all ranks have written, and the checksums of all.
+    """Write index, configuration, description and checksums next to the tensor files of all ranks.
 
     Raises:
-        OSError: the disk will not have them, or what the ranks wrote is not all here.
+        OSError: a file cannot be written, or a rank's tensor file is not visible here.
     """
     digests: integrity.Digests = {}
     listed = sorted(written, key=lambda w: (w.piece.file, w.piece.start))
     for entry in listed:
         digests.setdefault(entry.piece.file, []).append((entry.piece.length, entry.piece.sha256 or ""))
     phases.enter("checks")
-    if missing := integrity.differences(directory, digests, read=False):
+    if missing := integrity.find_differences(directory, digests, read=False):
         raise OSError(
-            f"{'; '.join(missing)} in {directory}: not all ranks' files are seen on {socket.gethostname()}; "
-            "--save must be on a disk that all nodes share"
+            f"{'; '.join(missing)} in {directory}: {socket.gethostname()} does not see the files of all "
+            "ranks; put --save on a file system that all nodes share"
         )
     small = {
         INDEX_FILE: index_file(index_of(directory, listed)),
-        names.CONFIG_FILE: config.encode(),
+        CONFIG_FILE: config.encode(),
         names.STATE_FILE: strict_json.dumps(described, indent=2).encode(),
     }
     for name, content in small.items():
@@ -323,13 +326,13 @@ def write_small_files(
 
 
 def make_empty(directory: Path) -> None:
-    """Make ``directory``, without what a killed run may have left there."""
+    """Create an empty ``directory``, deleting what a killed run may have left there."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
 
 
-def description(train_state: dict[str, Any], world_size: int = 1) -> dict[str, Any]:
-    """Contents of the state file: format, versions, and ``TrainState.state_dict``."""
+def describe_state(train_state: dict[str, Any], world_size: int = 1) -> dict[str, Any]:
+    """Return the contents of the state file: format, versions, and ``TrainState.state_dict``."""
     return {
         "format_version": names.FORMAT_VERSION,
         "world_size": world_size,

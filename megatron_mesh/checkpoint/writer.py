@@ -1,4 +1,4 @@
-"""Writing a rank's part of a checkpoint: in the training thread or in a background thread."""
+"""Writes a rank's tensors to its file of a checkpoint, in the training thread or in the background."""
 
 import hashlib
 import os
@@ -12,33 +12,32 @@ from typing import BinaryIO
 
 import torch
 
-from megatron_mesh.checkpoint.boxes import Box
-from megatron_mesh.checkpoint.index import Piece, Written
+from megatron_mesh.checkpoint.index import Box, Piece, Written
 from megatron_mesh.runtime import device, phases
 
 WRITER_NAME = "ckpt-writer"
-"""Beginning of the name of the thread that writes in the background."""
+"""Prefix of the name of the background thread."""
 
 
 def file_of(rank: int) -> str:
-    """Name of the file of a rank's tensors, as torch's distributed checkpoints name them."""
+    """Return the name of a rank's tensor file, as in torch's distributed checkpoints."""
     return f"__{rank}_0.distcp"
 
 
 def write_file(path: Path, boxes: Iterable[Box]) -> list[Written]:
-    """Write boxes one after the other to ``path``, a new file, and fsync it.
+    """Write boxes to the new file ``path``, one after the other, and fsync it.
 
-    Boxes in host memory are not copied; those on a GPU are copied one at a time.
+    Boxes in host memory are not copied. Boxes on a GPU are copied one at a time.
 
     Raises:
-        OSError: the disk will not have them.
+        OSError: the file cannot be written.
     """
     written: list[Written] = []
     with path.open("xb") as file, _without_crc32():
         for box in boxes:
             phases.enter("writing a box")
             start, stream = file.tell(), _Stream(file)
-            stream.save(_alone(box.data))
+            stream.save(_with_own_storage(box.data))
             sizes = tuple(box.data.shape)
             piece = Piece(box.offset, sizes, path.name, start, stream.length, stream.sha256.hexdigest())
             written.append(Written(box.key, box.shape, box.data.dtype, piece))
@@ -49,7 +48,7 @@ def write_file(path: Path, boxes: Iterable[Box]) -> list[Written]:
 
 @contextmanager
 def _without_crc32() -> Iterator[None]:
-    """Keep torch from computing a second checksum, which takes longer than the one that we need."""
+    """Keep ``torch.save`` from computing CRC-32, which takes longer than our own checksum."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -59,7 +58,7 @@ def _without_crc32() -> Iterator[None]:
 
 
 class _Stream:
-    """Passes what ``torch.save`` writes on to a file; counts the bytes and computes their checksum."""
+    """A file object for ``torch.save`` that counts and hashes the bytes it passes on to a file."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -68,7 +67,7 @@ class _Stream:
         self.sha256 = hashlib.sha256()
 
     def save(self, data: torch.Tensor) -> None:
-        """Write a tensor; raises what the file raises, for which torch has another error."""
+        """Write a tensor. Raises the file's own OSError, which torch would hide behind a RuntimeError."""
         try:
             torch.save(data, self)  # type: ignore[arg-type]
         except RuntimeError:
@@ -77,7 +76,7 @@ class _Stream:
             raise
 
     def write(self, data: memoryview) -> int:
-        """Called by ``torch.save``."""
+        """Write bytes; ``torch.save`` calls this."""
         self.sha256.update(data)
         self.length += len(data)
         try:
@@ -87,11 +86,11 @@ class _Stream:
             raise
 
     def flush(self) -> None:
-        """Called by ``torch.save``; ``write_file`` flushes once, at its end."""
+        """Do nothing when ``torch.save`` calls this: ``write_file`` flushes once, at the end."""
 
 
-def _alone(data: torch.Tensor) -> torch.Tensor:
-    """``data`` in host memory whose storage holds nothing else, since ``torch.save`` writes all of a storage.
+def _with_own_storage(data: torch.Tensor) -> torch.Tensor:
+    """Return ``data`` in host memory, in a storage of its own, because ``torch.save`` writes entire storages.
 
     Contiguous data that is in host memory already is not copied.
     """
@@ -102,32 +101,32 @@ def _alone(data: torch.Tensor) -> torch.Tensor:
 
 
 class BackgroundWriter:
-    """Writes copies of what it is given, while training changes the originals.
+    """Writes copies of boxes in a thread, while training changes the originals.
 
-    It is a thread, not a process: a forked one would keep every page that training writes to, of weights that
-    it does not save too, and a fork of a process with a GPU's and network libraries is not safe. The work is
-    copying, checksums and writing, for which Python's lock is not held.
+    A forked process would be worse: it would make the system copy every page that training writes to, even of
+    tensors that it doesn't save, and forking is not safe with GPU and network libraries loaded. A thread is
+    fast enough, since copying, hashing and writing release Python's global lock.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=WRITER_NAME)
 
     def start(self, path: Path, boxes: Iterable[Box]) -> "Future[list[Written]]":
-        """Copy ``boxes`` and return; the result comes when they are written."""
-        return self._thread.submit(_write_copies, path, copies(boxes))
+        """Copy ``boxes`` and return a future for the written pieces."""
+        return self._thread.submit(_write_copies, path, host_copies(boxes))
 
 
-def copies(boxes: Iterable[Box]) -> deque[Box]:
-    """Boxes whose elements are copied to host memory of their own."""
+def host_copies(boxes: Iterable[Box]) -> deque[Box]:
+    """Copy the data of boxes to host memory."""
     return deque(replace(box, data=device.copy_to_host(box.data)) for box in boxes)
 
 
 def _write_copies(path: Path, boxes: deque[Box]) -> list[Written]:
     phases.enter("writing in the background")
-    return write_file(path, _each_once(boxes))
+    return write_file(path, _consume(boxes))
 
 
-def _each_once(boxes: deque[Box]) -> Iterable[Box]:
-    """Give memory back as soon as it is written."""
+def _consume(boxes: deque[Box]) -> Iterable[Box]:
+    """Yield boxes and drop them, so that memory is freed as soon as it is written."""
     while boxes:
         yield boxes.popleft()

@@ -1,14 +1,13 @@
-"""Which pipeline rank owns which layers of a looped model.
+"""The placement of a looped model: which pipeline rank owns which layers.
 
-Prelude, core and coda are each cut into consecutive parts, one per rank, and a rank keeps its three parts
-for good: the model's K + 2 passes go round the ring of ranks, and every pass takes each rank's part.
+Prelude, core and coda are each divided into consecutive parts, one per rank. A rank always owns the same
+three parts. Each of the model's K + 2 passes goes around the ring of ranks and runs one part on each.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_mesh.config.derived import layout
-from megatron_mesh.config.layers import LayerLayout
+from megatron_mesh.config.layout import LayerLayout, layout
 from megatron_mesh.config.schema import ModelConfig, ParallelConfig
 from megatron_mesh.config.sizes import loss_in_layers
 from megatron_mesh.errors import UserError
@@ -17,25 +16,25 @@ from megatron_mesh.recurrence import SCHEMES
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank holds of a looped model: layers by their number within the section, and the ends."""
+    """What one rank owns of a looped model: layers, numbered within their section, and maybe an end."""
 
     prelude: range
     core: range
     coda: range
     first: bool = True
-    """Whether it holds the embedding and the recurrence."""
+    """Whether it owns the embedding and the recurrence."""
     last: bool = True
-    """Whether it holds the final norm and the output projection."""
+    """Whether it owns the final norm and the output projection."""
 
     @classmethod
     def whole(cls, layers: LayerLayout) -> "Part":
-        """The model on one rank."""
+        """Return the part of a rank that owns the whole model."""
         return cls(range(layers.prelude), range(layers.core), range(layers.coda))
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Layers of each section on each pipeline rank; where cores are not shared, of each of them."""
+    """Layers of each section on each pipeline rank. Separate cores all have the same placement."""
 
     prelude: tuple[int, ...]
     core: tuple[int, ...]
@@ -47,17 +46,17 @@ class Placement:
         return len(self.core)
 
     def sections(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and parts of prelude, core and coda."""
+        """Yield the name of each section and its layers per rank."""
         yield from (("prelude", self.prelude), ("core", self.core), ("coda", self.coda))
 
     def span(self, section: str, rank: int) -> tuple[int, int]:
-        """First layer, and the one after the last, that ``rank`` owns of a section (counted in it)."""
+        """Return start and end of the layers of a section that ``rank`` owns."""
         parts = getattr(self, section)
         first = sum(parts[:rank])
         return first, first + parts[rank]
 
     def part(self, rank: int) -> Part:
-        """What ``rank`` holds."""
+        """Return what ``rank`` owns."""
         layers = {name: range(*self.span(name, rank)) for name, _ in self.sections()}
         return Part(**layers, first=rank == 0, last=rank == self.ranks - 1)
 
@@ -66,10 +65,10 @@ class Placement:
 
 
 def placement(model: ModelConfig, parallel: ParallelConfig) -> Placement:
-    """The placement of a resolved, looped model.
+    """Return the placement of a resolved, looped model.
 
     Raises:
-        UserError: ``pipeline_model_parallel_layout`` is not one of this model and pipeline.
+        UserError: ``pipeline_model_parallel_layout`` doesn't fit the model or the pipeline.
     """
     layers, ranks = layout(model), parallel.pipeline_model_parallel_size
     even = _balanced(model, layers, parallel)
@@ -80,31 +79,35 @@ def placement(model: ModelConfig, parallel: ParallelConfig) -> Placement:
     for name, parts in wanted.sections():
         if len(parts) != ranks or sum(parts) != totals[name]:
             raise UserError(
-                f"--pipeline-model-parallel-layout {wanted}: the {name} has the parts {parts}, and "
+                f"--pipeline-model-parallel-layout {wanted} gives the {name} the parts {parts}, but "
                 f"--pipeline-model-parallel-size {ranks} with --layers {layers} needs {ranks} parts that "
-                f"make {totals[name]}; an even one is {even}"
+                f"add up to {totals[name]}; an even layout is {even}"
             )
     return wanted
 
 
 def parse_placement(text: str) -> Placement:
-    """Read ``2,2/4,4/3,1``: layers per rank of prelude, core and coda (UserError if it is not that)."""
+    """Parse ``2,2/4,4/3,1``, the layers of prelude, core and coda on each rank.
+
+    Raises:
+        UserError: the text has another form.
+    """
     try:
         parts = [tuple(int(n) for n in section.split(",")) for section in text.split("/")]
         if len(parts) != 3 or min(n for section in parts for n in section) < 0:
             raise ValueError(text)
     except ValueError:
         raise UserError(
-            f"--pipeline-model-parallel-layout {text!r} is not prelude/core/coda with the layers of each "
-            "rank, for example 2,2/4,4/3,1 for two ranks and --layers 4+8R2+4"
+            f"--pipeline-model-parallel-layout {text!r} is not a layout; write prelude/core/coda with the "
+            "layers of each rank, e.g. 2,2/4,4/3,1 for two ranks and --layers 4+8R2+4"
         ) from None
     return Placement(*parts)
 
 
 def _balanced(model: ModelConfig, layers: LayerLayout, parallel: ParallelConfig) -> Placement:
-    """As even as possible; what does not divide goes away from the embedding and from the loss.
+    """Distribute the layers as evenly as possible, with surplus layers far from the embedding and the loss.
 
-    Where that would leave a rank without any layer, it goes to the ranks that hold least so far.
+    If that leaves a rank without any layer, surplus layers go to the ranks with the fewest layers instead.
     """
     ranks = parallel.pipeline_model_parallel_size
     embedding = 1.0 if parallel.account_for_embedding_in_pipeline_split else 0.0
@@ -122,10 +125,11 @@ def _balanced(model: ModelConfig, layers: LayerLayout, parallel: ParallelConfig)
 
 
 def _spread(layers: int, load: list[float], away_from: int, held: list[int] | None = None) -> tuple[int, ...]:
-    """Give each layer to the rank with the least load, among equals the one farthest from ``away_from``.
+    """Give each layer to the rank with the least load; of several, to the one farthest from ``away_from``.
 
     Args:
-        held: layers of other parts by rank, which decide among equals first; these layers are added.
+        held: layers of other sections on each rank. Of ranks with equal load, the one with the fewest layers
+            comes first. Updated in place.
     """
     counts = [0] * len(load)
     for _ in range(layers):
@@ -138,7 +142,7 @@ def _spread(layers: int, load: list[float], away_from: int, held: list[int] | No
 
 
 def virtual_stages(model: ModelConfig, parallel: ParallelConfig) -> int | None:
-    """Model chunks of each pipeline rank in Megatron-core's interleaved schedule; None without one."""
+    """Return the model chunks per pipeline rank of the interleaved schedule, or None if it isn't used."""
     if parallel.pipeline_model_parallel_size == 1:
         return None
     if SCHEMES[model.recurrence].has_loop:
@@ -148,13 +152,14 @@ def virtual_stages(model: ModelConfig, parallel: ParallelConfig) -> int | None:
 
 
 def microbatch_group_size(parallel: ParallelConfig, micro_batches: int) -> int:
-    """Micro-batches that pass one chunk before the next chunk's turn, of ``micro_batches`` per step.
+    """Return how many consecutive micro-batches run through a chunk before the next chunk runs.
 
-    The setting, or else the smallest that fits: every group, the last one too, must have a micro-batch for
-    each rank, or the pipeline would stall (Megatron-core's ``schedules.py`` refuses it).
+    This is the setting, or by default the smallest number that fits ``micro_batches`` per step. Every group,
+    including the last, needs a micro-batch for each rank. Otherwise the pipeline would stall, and
+    Megatron-core's ``schedules.py`` refuses it.
 
     Raises:
-        UserError: the setting does not fit.
+        UserError: the setting doesn't fit.
     """
     ranks, wanted = parallel.pipeline_model_parallel_size, parallel.microbatch_group_size_per_virtual_stage
     fitting = [g for g in range(ranks, micro_batches + 1) if not 0 < micro_batches % g < ranks]
@@ -164,7 +169,7 @@ def microbatch_group_size(parallel: ParallelConfig, micro_batches: int) -> int:
         near = min(fitting, key=lambda g: abs(g - wanted))
         raise UserError(
             f"--microbatch-group-size-per-virtual-stage {wanted} does not fit {micro_batches} micro-batches "
-            f"on {ranks} pipeline ranks (it must be from {ranks} to {micro_batches}, and the last group must "
-            f"not be smaller than {ranks}); the nearest that fits: {near}"
+            f"on {ranks} pipeline ranks: it must be from {ranks} to {micro_batches}, and the last group must "
+            f"not be smaller than {ranks}; use {near}, the nearest that fits"
         )
     return wanted

@@ -1,42 +1,47 @@
-"""The table of all settings: what happens if one differs from the checkpoint's when a run resumes."""
+"""What happens to each setting that differs from the checkpoint's when a run resumes."""
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
+from megatron_mesh.config.layout import parse_layers
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import SETTINGS, flatten
+from megatron_mesh.recurrence import SCHEMES
 
 
 class Kind(Enum):
-    """What happens to a setting that differs."""
+    """How a resumed run treats a setting that differs."""
 
-    WEIGHTS = "refused: the weights of the checkpoint are of another model"
+    WEIGHTS = "refused, because the checkpoint has the weights of another model"
     OPTIMIZER = "refused, unless the optimizer starts anew (--no-load-optim)"
-    SCHEDULE = "refused, unless this run's schedule is to count (--override-opt-param-scheduler)"
-    ORDER = "in force and named if the samples come in a different order (--require-same-data refuses it)"
-    TOKENIZER = "in force and named if its content differs (--require-same-data refuses it)"
-    VALIDATION = "in force and named if the data differ"
-    NAMED = "in force and named, with what it means"
-    FREE = "in force, and changes no number but by rounding"
+    SCHEDULE = "refused, unless this run's schedule replaces it (--override-opt-param-scheduler)"
+    ORDER = "applied, and reported if the order of the samples changes (--require-same-data refuses that)"
+    TOKENIZER = "applied, and reported if its content differs (--require-same-data refuses that)"
+    VALIDATION = "applied, and reported if the data differ"
+    REPORTED = "applied, and reported with its consequence"
+    FREE = "applied; affects results only by rounding"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a difference means; ``meaning`` in words for ``NAMED``."""
+    """How to treat a difference, and for ``REPORTED`` its consequence as shown in the log."""
 
     kind: Kind
-    meaning: str = ""
+    consequence: str = ""
 
 
-_IDLE = "the weights come from the checkpoint, so it has no effect"
+_NO_EFFECT = "the weights come from the checkpoint, so it has no effect"
 _LOSS = "losses are not comparable with those before this step"
 _BATCH = "from this step on, steps and validations cover a different number of samples"
 ADAM = ("adam_beta1", "adam_beta2", "adam_eps")
-"""Named only if the moments are loaded."""
+"""Reported only if Adam's moments are loaded."""
 _ADAM = "the new value applies from this step; Adam's moments were accumulated with the old one"
 _FP8 = "from this step on, the layers compute in a different precision"
-_NAMED = {
-    **dict.fromkeys(("init_method_std", "depth_scaled_init", "router_init_std", "router_bias_init"), _IDLE),
+_REPORTED = {
+    **dict.fromkeys(
+        ("init_method_std", "depth_scaled_init", "router_init_std", "router_bias_init"), _NO_EFFECT
+    ),
     **dict.fromkeys(("global_batch_size", "rampup_batch_size"), _BATCH),
     **dict.fromkeys(ADAM, _ADAM),
     "clip_grad": "the new value applies from this step",
@@ -151,9 +156,6 @@ _FREE = (
     "log_routers",
     "progress",
 )
-_EARLIER = {"eod_mask_loss_of": "next"}
-"""What checkpoints of earlier versions mean where they have no value."""
-
 RESUMING: dict[str, Rule] = {
     **dict.fromkeys(_WEIGHTS, Rule(Kind.WEIGHTS)),
     "bf16": Rule(Kind.OPTIMIZER),
@@ -161,18 +163,25 @@ RESUMING: dict[str, Rule] = {
     **dict.fromkeys(("data_path", "train_data_path", "split", "seed"), Rule(Kind.ORDER)),
     **dict.fromkeys(("tokenizer_model", "tokenizer_type"), Rule(Kind.TOKENIZER)),
     **dict.fromkeys(("valid_data_path", "test_data_path"), Rule(Kind.VALIDATION)),
-    **{name: Rule(Kind.NAMED, meaning) for name, meaning in _NAMED.items()},
+    **{name: Rule(Kind.REPORTED, consequence) for name, consequence in _REPORTED.items()},
     **dict.fromkeys(_FREE, Rule(Kind.FREE)),
 }
-"""The rule of every setting (a test compares with the schema)."""
+"""The rule for every setting. A test compares its keys with the schema."""
 
 
 def differing(saved: Config, ours: Config, kind: Kind) -> list[str]:
-    """Names of the settings of one kind that differ, in the order of the schema."""
-    before, now = flatten(saved), flatten(ours)
+    """Return the names of the settings of one kind that differ, in the order of the schema."""
+    before, now = _comparable(saved), _comparable(ours)
+    return [name for name in SETTINGS if RESUMING[name].kind is kind and before[name] != now[name]]
 
-    def differs(name: str) -> bool:
-        default = _EARLIER.get(name)
-        return (before[name] or default) != (now[name] or default) if default else before[name] != now[name]
 
-    return [name for name in SETTINGS if RESUMING[name].kind is kind and differs(name)]
+def _comparable(config: Config) -> dict[str, Any]:
+    """Return the settings with one spelling for values that mean the same."""
+    settings = flatten(config)
+    # Earlier versions always excluded the next token, without a setting for it.
+    settings["eod_mask_loss_of"] = settings["eod_mask_loss_of"] or "next"
+    # Depth alone makes a plain model, and earlier versions wrote 4+8+8+4 where this one writes 24.
+    scheme = SCHEMES.get(config.model.recurrence)
+    if config.model.layers and scheme and not scheme.has_loop:
+        settings["layers"] = str(parse_layers(config.model.layers).depth)
+    return settings

@@ -5,7 +5,7 @@ counters. H is the hidden size and F the width of the MLP. With an argument ``tp
 of ``tp`` tensor-parallel ranks holds.
 """
 
-from megatron_mesh.config.derived import layout, padded_vocab_size, tokens_of_rank
+from megatron_mesh.config.layout import layout, padded_vocab_size, tokens_of_rank
 from megatron_mesh.config.schema import Config, ModelConfig
 from megatron_mesh.recurrence import SCHEMES, Scheme
 
@@ -93,16 +93,8 @@ def head_flops(model: ModelConfig) -> float:
 
 
 def enter_flops(model: ModelConfig, index: int) -> float:
-    """FLOPs of the recurrence at the start of pass ``index`` = 0..K+1.
-
-    A scheme only knows its total for K loops, which cover the cycles 0..K; cycle K starts pass K + 1. So the
-    cost of one pass is the difference between two totals.
-    """
-    scheme, h, slots = _scheme(model), model.hidden_size, model.mesh_slots or 0
-    before, after = (
-        scheme.forward_flops(h, loops, slots) if loops >= 0 else 0 for loops in (index - 2, index - 1)
-    )
-    return after - before
+    """FLOPs of the recurrence at the start of pass ``index`` = 0..K+1."""
+    return _scheme(model).enter_flops(index, model.hidden_size, model.mesh_slots or 0)
 
 
 def forward_flops_per_token(model: ModelConfig) -> float:

@@ -1,4 +1,9 @@
-"""Text becomes an indexed data set, and an indexed data set becomes batches."""
+"""Text becomes an indexed data set, and an indexed data set becomes micro-batches.
+
+In: JSON Lines or plain text, and a tokenizer. Out: ``.bin/.idx`` files, and from them ``Batch`` objects in
+an order that depends on data and seed alone. Start with ``preprocess.py`` for the first half and
+``datasets.py`` for the second.
+"""
 
 from megatron_mesh.data.datasets import Datasets, build_datasets
 from megatron_mesh.data.loader import Batch, build_loader

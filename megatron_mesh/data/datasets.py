@@ -1,4 +1,8 @@
-"""The three data sets of a run, from .bin/.idx prefixes, on Megatron's GPTDataset and an index cache."""
+"""Opens the training, validation and test data of a run, from prefixes of .bin and .idx files.
+
+Samples come from Megatron's GPTDataset; its index is in our own cache (``cache.py``). ``plan.py`` decides on
+rank 0 what every rank opens here.
+"""
 
 import socket
 from collections.abc import Mapping
@@ -11,35 +15,33 @@ from megatron.core.datasets.utils import Split
 
 from megatron_mesh.config.schema import DataConfig
 from megatron_mesh.data import cache
-from megatron_mesh.data.blend import parse_blend, parse_sets, parse_split
-from megatron_mesh.data.epoch import Epoch
 from megatron_mesh.data.indexed import file_sizes
-from megatron_mesh.data.plan import Planner, Source, StreamPlan
-from megatron_mesh.data.stream import Part, SampleStream
+from megatron_mesh.data.sources import Planner, Source, StreamPlan, parse_blend, parse_sets, parse_split
+from megatron_mesh.data.stream import Epoch, SampleStream, StreamPart
 from megatron_mesh.data.tokenizer import Tokenizer
 from megatron_mesh.errors import UserError
-from megatron_mesh.runtime.agreement import from_every_rank, from_rank_zero, on_every_rank, rank
+from megatron_mesh.runtime.distributed import from_every_rank, from_rank_zero, on_every_rank, rank
 
 _Name = tuple[Split, str]
-"""What a stream is for, and its name if there are several such."""
+"""The split that a stream serves, and its name if that split has several streams."""
 
 
 class Datasets(NamedTuple):
-    """The streams of a run; validation and test are None where the settings name no data for them."""
+    """The streams of a run. Validation and test are None if the settings give no data for them."""
 
     train: SampleStream
     valid: SampleStream | None
     test: SampleStream | None
     valid_sets: Mapping[str, SampleStream] = MappingProxyType({})
-    """Validation sets by name, if the settings name several; ``valid`` is None then."""
+    """Validation sets by name, if there are several. ``valid`` is None then."""
 
     @property
     def validation(self) -> Mapping[str, SampleStream]:
-        """The sets on which a run validates, by name; the name of a single one is ""."""
+        """The validation sets by name. A single one has the name ""."""
         return {"": self.valid} if self.valid is not None else self.valid_sets
 
     def named(self) -> dict[str, SampleStream]:
-        """Every stream by its name: train, valid or valid/NAME ..., test."""
+        """Return all streams by name: train, valid or valid/NAME ..., test."""
         streams = {"train": self.train, "valid": self.valid, "test": self.test}
         sets = {f"valid/{name}": stream for name, stream in self.valid_sets.items()}
         return {name: stream for name, stream in {**streams, **sets}.items() if stream is not None}
@@ -54,22 +56,23 @@ def build_datasets(
     train_samples: int,
     eval_samples: int,
 ) -> Datasets:
-    """Open the data of a run; with torch.distributed, a collective operation.
+    """Open the data of a run. Collective, if torch.distributed is initialized.
 
-    Training is the first ``train_samples`` samples of a stream that ``seed`` alone orders; validation and
-    test are the first ``eval_samples`` of theirs, the same at every evaluation (read again from the start
-    where there are fewer). A test share too small for one sequence is left out.
+    Training reads the first ``train_samples`` samples of a stream whose order depends only on ``seed``.
+    Validation and test read the first ``eval_samples`` of theirs, the same at every evaluation, and start
+    over if there are fewer. A test share that is too small for one sequence is left out.
 
-    Rank 0 inspects the data and builds what the index cache lacks. On nodes that don't see its cache, one
-    rank per node builds it. Every rank then memory-maps the cache, and reads nothing else.
+    Rank 0 inspects the data and builds missing entries of the index cache. On each node that doesn't see rank
+    0's cache, one rank builds them again. Then every rank memory-maps the cache and reads nothing else.
 
-    Raises UserError, on every rank, for malformed settings, missing or damaged files, too little data, a
-    cache that cannot be written, or data that differ between nodes.
+    Raises:
+        UserError: on every rank, if settings are malformed, files are missing or damaged, there is too little
+            data, the cache cannot be written, or data differ between nodes.
     """
     sources = _sources(data)
     if not any(source.kind is Split.train for source in sources.values()):
         raise UserError(
-            "No training data: give --data-path (with a training share in --split) or --train-data-path."
+            "no training data; give --data-path (with a training share in --split) or --train-data-path"
         )
     planner = Planner(data.data_cache_path, seq_length, seed)
 
@@ -101,10 +104,10 @@ def build_datasets(
 
 
 class _Opener:
-    """Opens streams, which share one reader of each prefix.
+    """Opens streams. Streams with the same prefix share a reader.
 
     Args:
-        leave_out_eod: don't count predictions of end-of-document tokens.
+        leave_out_eod: exclude predictions of end-of-document tokens from the loss.
     """
 
     def __init__(
@@ -114,18 +117,19 @@ class _Opener:
         self._data: dict[str, IndexedDataset] = {}
 
     def stream(self, plan: StreamPlan, name: _Name) -> SampleStream | None:
-        """The stream, or None if the cache entries that it needs aren't whole, or not visible here.
+        """Open a stream, or return None if its cache entries are missing or damaged here.
 
         Raises:
-            UserError: the data files are missing here, or aren't those that rank 0 sees.
+            UserError: the data files are missing here, or differ from those that rank 0 sees.
         """
         source, config = self._sources[name]
         parts = []
         for part in plan.parts:
             if (sizes := file_sizes(part.prefix, source.flag)) != part.facts.sizes:
                 raise UserError(
-                    f"{part.prefix}.idx and .bin have {sizes[0]:,} and {sizes[1]:,} bytes, and rank 0 sees "
-                    f"{part.facts.sizes[0]:,} and {part.facts.sizes[1]:,}; copy the same files to every node"
+                    f"{part.prefix}.idx and .bin have {sizes[0]:,} and {sizes[1]:,} bytes here, but "
+                    f"{part.facts.sizes[0]:,} and {part.facts.sizes[1]:,} on rank 0; copy the same files to "
+                    "every node"
                 )
             index = cache.load(part.key)
             if index is None:
@@ -140,7 +144,7 @@ class _Opener:
                 config,
                 leave_out_eod=self._leave_out_eod,
             )
-            parts.append(Part(part.prefix, part.weight, epoch))
+            parts.append(StreamPart(part.prefix, part.weight, epoch))
         blend = None if plan.blend is None else cache.load(plan.blend)
         if plan.blend is not None and blend is None:
             return None
@@ -151,14 +155,16 @@ class _Opener:
             try:
                 self._data[prefix] = IndexedDataset(prefix)
             except OSError as error:
-                raise UserError(f"{error.filename} cannot be read here ({error.strerror})") from None
+                raise UserError(
+                    f"{error.filename} cannot be read ({error.strerror}); check that this node has the data"
+                ) from None
         return self._data[prefix]
 
 
 def _open_everywhere(
     opener: _Opener, planner: Planner, plans: Mapping[_Name, StreamPlan]
 ) -> dict[_Name, SampleStream]:
-    """Open the streams on every rank. Where a node doesn't see the cache, its first such rank builds it."""
+    """Open the streams on every rank. If a node doesn't see the cache, one of its ranks builds it there."""
     streams, blind = _attempt(opener, plans)
     if not blind:
         return streams
@@ -169,8 +175,8 @@ def _open_everywhere(
     if blind:
         lost = min(blind)
         raise UserError(
-            f"Rank {lost} on host {blind[lost]} doesn't see the index cache that a rank of the same host has "
-            "just built; put --data-cache-path where all processes of a node see it."
+            f"rank {lost} on host {blind[lost]} doesn't see the index cache that another rank on that host "
+            "has just built; give a --data-cache-path that all processes of a node see"
         )
     return streams
 
@@ -178,7 +184,7 @@ def _open_everywhere(
 def _attempt(
     opener: _Opener, plans: Mapping[_Name, StreamPlan]
 ) -> tuple[dict[_Name, SampleStream], dict[int, str]]:
-    """The streams that open here, and the hosts of the ranks where not all of them do, by rank."""
+    """Return the streams that open on this rank, and the hosts of ranks that cannot open all, by rank."""
     opened = on_every_rank(lambda: {name: opener.stream(plan, name) for name, plan in plans.items()})
     streams = {name: stream for name, stream in opened.items() if stream is not None}
     seen = from_every_rank((socket.gethostname(), len(streams) == len(plans)))
@@ -201,7 +207,7 @@ def _sources(data: DataConfig) -> dict[_Name, Source]:
     for flag, words in separate.values():
         if words:
             raise UserError(
-                f"--data-path and {flag} are both given: use --data-path with --split, or the three others."
+                f"--data-path and {flag} are both given; give --data-path with --split, or one path per split"
             )
     return {
         (kind, ""): Source(
@@ -229,5 +235,5 @@ def _megatron_config(
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=data.eod_mask_loss and data.eod_mask_loss_of != "eod",
-        create_attention_mask=False,  # the attention is causal by itself; a mask costs [S, S] per sample
+        create_attention_mask=False,  # causal attention needs none, and it would cost [S, S] per sample
     )

@@ -1,7 +1,7 @@
-"""The steps of tools/preprocess_datatrove.py: tasks encode their files, the last one joins all.
+"""The pipeline steps of tools/preprocess_datatrove.py: tasks encode files, and a last one joins the results.
 
-Only that tool imports this module: datatrove is an optional dependency. The steps stand here and not in the
-tool because datatrove sends them to SLURM jobs by the name of their module.
+Only that tool imports this module, since datatrove is an optional dependency. The steps are in the package,
+not in the tool, because datatrove pickles them for SLURM jobs, which must be able to import them.
 """
 
 from collections.abc import Iterator
@@ -16,9 +16,8 @@ from datatrove.utils.batching import batched
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, get_bin_path
 
 from megatron_mesh.data.corpus import parse_chunk, read_chunks
-from megatron_mesh.data.encode import choose_encoder, spot_check
+from megatron_mesh.data.encode import choose_encoder, encode_texts, spot_check
 from megatron_mesh.data.indexed import IndexedWriter, inspect_prefix
-from megatron_mesh.data.long_texts import encode_texts
 from megatron_mesh.data.preprocess import CHUNK_BYTES, CHUNKS_PER_CHECK
 from megatron_mesh.data.tokenizer import build_tokenizer
 from megatron_mesh.errors import UserError
@@ -28,7 +27,7 @@ _SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS = 64, 2048
 
 
 class ReadCorpus(PipelineStep):
-    """The documents of this task's run of the files; the tasks in order give the order of the input."""
+    """Reads the documents of this task's consecutive files. Tasks in order yield the order of the input."""
 
     name, type = "Read corpus", "Reader"
 
@@ -47,7 +46,7 @@ class ReadCorpus(PipelineStep):
 
 
 class EncodeShard(MegatronDocumentTokenizer):
-    """datatrove's writer of Megatron files, with our choice of encoder and of the token type."""
+    """datatrove's writer of Megatron files, with our encoder and our token type."""
 
     def __init__(
         self, folder: str, tokenizer_type: str | None, tokenizer_model: str, append_eod: bool
@@ -56,7 +55,7 @@ class EncodeShard(MegatronDocumentTokenizer):
         self.tokenizer_type, self.append_eod = tokenizer_type, append_eod
 
     def write_tokens(self, data: DocumentsPipeline, filename: str) -> MegatronTokenizedFile:
-        """Encode ``data`` into FILENAME.bin and .idx of the output folder."""
+        """Encode ``data`` into FILENAME.bin and .idx in the output folder."""
         tokenizer = build_tokenizer(self.tokenizer_type, self.tokenizer_name_or_path)
         size = DType.size(DType.optimal_dtype(tokenizer.vocab_size))
         file = MegatronTokenizedFile(self.output_folder, filename, token_size=size)
@@ -70,7 +69,7 @@ class EncodeShard(MegatronDocumentTokenizer):
             if number % CHUNKS_PER_CHECK == 0 and (part := spot_check(encoder, texts)):
                 raise UserError(
                     f"gigatoken gives other ids than Hugging Face's tokenizers for {part!r}; use "
-                    "tools/preprocess_data.py with --encoder reference."
+                    "tools/preprocess_data.py with --encoder reference"
                 )
             encoded = encode_texts(encoder, texts)
             self.stat_update("cut", value=encoded.cut)
@@ -83,7 +82,7 @@ class EncodeShard(MegatronDocumentTokenizer):
 
 
 class JoinShards(PipelineStep):
-    """One task that joins the shards in ``folder``, in their order, into PREFIX.bin and .idx."""
+    """Joins the shards in ``folder``, in order, into PREFIX.bin and .idx. Runs as a single task."""
 
     name, type = "Join shards", "Writer"
 
@@ -97,7 +96,8 @@ class JoinShards(PipelineStep):
         full = [shard for shard in shards if inspect_prefix(shard).sequences]
         if not full:
             raise UserError(
-                f"The corpus is empty: none of the {len(shards)} shards in {self.folder} has text."
+                f"the corpus is empty: none of the {len(shards)} shards in {self.folder} has text; check "
+                "--input"
             )
         with IndexedWriter(self.prefix, IndexedDataset(full[0]).index.dtype) as writer:
             for shard in full:

@@ -1,10 +1,20 @@
-"""Encoding many texts at once. gigatoken is fast, Hugging Face's tokenizers is the reference. If both agree
-on a sample of the corpus and on awkward text, gigatoken does the work and is compared again along the way.
+"""Encodes many texts at once, with the fastest library that gives the tokenizer's own ids.
 
-Each encoder stays in the thread that calls it: worker processes divide the work between cores.
+gigatoken is fast; Hugging Face's tokenizers library is the reference. If both agree on a sample of the corpus
+and on difficult texts, gigatoken is used, and spot checks compare it again during the work. Encoders are
+single-threaded, since worker processes divide the work between cores.
+
+Encodes texts of any length in bounded memory, with the same ids as encoding the entire text at once.
+
+Tokenizers need 20 to 120 bytes of memory per byte of text. So a long text is encoded in overlapping windows,
+and two neighbours are joined where they have the same tokens at the same positions. For byte-pair encoding,
+two such tokens in a row prove that the result is right: a sequence of tokens is the encoding of its word
+exactly if each pair of neighbours is. We require agreement over many more. A unigram model may still choose
+differently between two segmentations with the same score, since rounding decides between them.
 """
 
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -29,27 +39,27 @@ _PROBES = [
 
 
 CHECKED_CHARACTERS = 1 << 20
-"""Of a text that is spot-checked: the start, so that a text of any size takes about a second."""
+"""Spot checks compare only the first part of a text, so that even a huge text takes about a second."""
 
 
 class Encoded(NamedTuple):
-    """Documents as ids, one after the other."""
+    """The concatenated ids of documents."""
 
     ids: np.ndarray
     """[sum(lengths)]"""
     lengths: np.ndarray
     """[documents] int32"""
     cut: int = 0
-    """Documents that had to be cut (``long_texts.py``): some ids may differ from those of the whole."""
+    """Number of documents that had to be cut (``long_texts.py``). Their ids may be wrong at the cuts."""
 
 
 class Located(NamedTuple):
-    """The tokens of one text and their places."""
+    """The tokens of one text with their positions."""
 
     ids: np.ndarray
     """[tokens]"""
     starts: np.ndarray
-    """[tokens] int64: the character at which each token starts, or of which it is a part."""
+    """[tokens] int64: the character in which each token starts. A token may begin in the middle of one."""
 
 
 Locate = Callable[[str], Located | None]
@@ -62,13 +72,18 @@ class Encoder(Protocol):
         """Encode many texts."""
 
     def locators(self) -> list[Locate]:
-        """Ways to encode a text with the places of its tokens. None means no; the last way takes any text."""
+        """Return functions that encode a text with token positions, in the order of preference.
+
+        A function returns None if it cannot encode a text. The last one can encode any text.
+        """
 
 
 class GigatokenEncoder:
-    """gigatoken, 10 to 50 times as fast as the reference on one core, for byte-level BPE.
+    """gigatoken, for byte-level BPE: 10 to 50 times as fast as the reference on one core.
 
-    Raises ImportError, ValueError or RuntimeError when it is absent or does not know the kind of tokenizer.
+    Raises:
+        ImportError: gigatoken is not installed.
+        ValueError, RuntimeError: it does not support this kind of tokenizer.
     """
 
     def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
@@ -88,8 +103,10 @@ class GigatokenEncoder:
         return [self._locate, *self.reference.locators()]
 
     def _locate(self, text: str) -> Located | None:
-        """gigatoken doesn't say where its tokens are, but they have the bytes of the text, unless it is
-        normalized."""
+        """Compute token positions from the byte lengths of tokens, since gigatoken doesn't report positions.
+
+        Returns None if the tokenizer normalizes the text, so that the lengths don't add up.
+        """
         ids = self.encode([text]).ids
         ends = np.cumsum(self._bytes[ids])
         data = np.frombuffer(text.encode(), np.uint8)
@@ -100,7 +117,7 @@ class GigatokenEncoder:
 
 
 class HuggingFaceEncoder:
-    """The tokenizers library; TOKENIZERS_PARALLELISM=false keeps it in the calling thread."""
+    """Hugging Face's tokenizers library. TOKENIZERS_PARALLELISM=false keeps it single-threaded."""
 
     def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
         self._backend = tokenizer.backend
@@ -112,7 +129,7 @@ class HuggingFaceEncoder:
         return [self.locate]
 
     def locate(self, text: str) -> Located:
-        """Encode a text with the places of its tokens."""
+        """Encode a text with token positions."""
         row = self._backend.encode(text, add_special_tokens=False)
         return Located(np.array(row.ids, np.int32), np.array(row.offsets, np.int64).reshape(-1, 2)[:, 0])
 
@@ -136,7 +153,7 @@ class SentencePieceEncoder:
 
 
 def _token_bytes(tokenizer: HuggingFaceTokenizer) -> np.ndarray[Any, Any]:
-    """[vocabulary] int64: bytes of each token, for byte-level tokenizers: they spell a byte as a letter."""
+    """Return the bytes per token, [vocabulary] int64, of a tokenizer that writes each byte as one letter."""
     sizes = np.zeros(tokenizer.vocab_size, np.int64)
     for token, number in tokenizer.backend.get_vocab(with_added_tokens=True).items():
         sizes[number] = len(token)
@@ -152,18 +169,18 @@ def _joined(rows: list[list[int]]) -> Encoded:
 
 
 def choose_encoder(tokenizer: Tokenizer, sample: list[str], *, fast: bool = True) -> tuple[Encoder, str]:
-    """The fastest encoder with the tokenizer's own ids, and a line for the console on which it is and why.
+    """Return the fastest encoder that gives the tokenizer's own ids, with its name and the reason.
 
     Args:
-        sample: texts from the corpus; a few KB are compared.
+        sample: texts from the corpus, a few KB, on which encoders are compared.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
-        return SentencePieceEncoder(tokenizer), "sentencepiece, the library of this tokenizer"
+        return SentencePieceEncoder(tokenizer), "sentencepiece, the tokenizer's own library"
     assert isinstance(tokenizer, HuggingFaceTokenizer)
     reference = HuggingFaceEncoder(tokenizer)
     name = "Hugging Face tokenizers"
     if not fast:
-        return reference, f"{name}, as asked"
+        return reference, f"{name}, as requested"
     try:
         candidate = GigatokenEncoder(tokenizer)
     except ImportError:
@@ -178,16 +195,16 @@ def choose_encoder(tokenizer: Tokenizer, sample: list[str], *, fast: bool = True
 
 
 def first_difference(candidate: Encoder, reference: Encoder, texts: list[str]) -> str | None:
-    """The first of ``texts`` for which two encoders differ."""
+    """Return the first of ``texts`` for which two encoders differ, or None."""
     a, b = candidate.encode(texts), reference.encode(texts)
     rows = zip(texts, _rows(a), _rows(b), strict=True)
     return next((text for text, left, right in rows if not np.array_equal(left, right)), None)
 
 
 def spot_check(encoder: Encoder, texts: list[str]) -> str | None:
-    """The part of a text for which ``encoder`` gives other ids than its reference; None if there is none.
+    """Return the passage for which ``encoder`` gives other ids than its reference, or None.
 
-    Compares the first ``CHECKED_CHARACTERS`` of each text. Encoders without a reference are right.
+    Compares the first ``CHECKED_CHARACTERS`` of each text. Encoders without a reference are references.
     """
     if not isinstance(encoder, GigatokenEncoder) or not texts:
         return None
@@ -207,12 +224,96 @@ def _rows(encoded: Encoded) -> list[np.ndarray[Any, Any]]:
 
 
 def probe_texts(tokenizer: HuggingFaceTokenizer) -> list[str]:
-    """Short texts on which tokenizers tend to differ, the tokenizer's added tokens among them."""
+    """Return short texts on which tokenizers tend to differ, including the tokenizer's added tokens."""
     added = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
     return texts_with(added[:256])
 
 
 def texts_with(symbols: list[str]) -> list[str]:
-    """``symbols`` alone and within text, white space, odd Unicode, runs of a character."""
+    """Return ``symbols`` alone and within text, white space, unusual Unicode, and repeated characters."""
     around = [f"a{t}b {t} {t}{t}\n{t}\t {t}. {t[:-1]} {t[1:]}" for t in symbols]
     return [*symbols, *around, *_PROBES]
+
+
+_Ids = np.ndarray[Any, Any]
+
+WINDOW = 1 << 20
+"""Characters to encode at once."""
+_OVERLAP = 1 << 13
+_MARGIN = 1 << 10
+"""Characters at the end of a window that are not compared: their tokens may depend on the text after it."""
+_TRIES = 4
+"""How many starting tokens to try for a window. Some tokenizers split long numbers in threes from their
+start, so a window that begins inside a number may never agree."""
+
+
+def encode_texts(encoder: Encoder, texts: list[str], window: int = WINDOW) -> Encoded:
+    """Encode texts of any length. ``Encoded.cut`` counts those whose windows did not agree."""
+    if all(len(text) <= window for text in texts):
+        return encoder.encode(texts)
+    ids: list[_Ids] = []
+    lengths: list[int] = []
+    cut = 0
+    for long, group in groupby(texts, lambda text: len(text) > window):
+        if not long:
+            encoded = encoder.encode(list(group))
+            ids.append(encoded.ids)
+            lengths += encoded.lengths.tolist()
+            continue
+        for text in group:
+            pieces, joints = _encode_long(encoder, text, window)
+            ids += pieces
+            lengths.append(sum(map(len, pieces)))
+            cut += joints > 0
+    return Encoded(np.concatenate(ids), np.array(lengths, np.int32), cut)
+
+
+def _encode_long(encoder: Encoder, text: str, window: int) -> tuple[list[_Ids], int]:
+    """Return the ids of a text in pieces, and the number of joints at which its windows disagree."""
+    for locate in encoder.locators():
+        result = _join_windows(locate, text, window)
+        if result is not None:
+            return result
+    raise AssertionError("the last locator encodes any text")
+
+
+def _join_windows(locate: Locate, text: str, window: int) -> tuple[list[_Ids], int] | None:
+    """Do the work of ``_encode_long`` with one locator. Returns None if it cannot encode a window."""
+    pieces: list[_Ids] = []
+    start, cuts = 0, 0
+    left = locate(text[:window])
+    while left is not None and start + window < len(text):
+        end = start + window
+        overlap = left.starts[np.searchsorted(left.starts, end - min(_OVERLAP, window // 2)) :]
+        for start in map(int, overlap[:_TRIES] if len(overlap) else [end]):
+            right = locate(text[start : start + window])
+            if right is None:
+                return None
+            right = Located(right.ids, right.starts + start)
+            joint = _joint(left, right, start, end - min(_MARGIN, window // 8))
+            if joint is not None:
+                break
+        else:
+            joint = int(np.searchsorted(left.starts, start)), 0
+            cuts += 1
+        assert right is not None
+        pieces.append(left.ids[: joint[0]])
+        left = Located(right.ids[joint[1] :], right.starts[joint[1] :])
+    return None if left is None else ([*pieces, left.ids], cuts)
+
+
+def _joint(left: Located, right: Located, start: int, end: int) -> tuple[int, int] | None:
+    """Return the indices in two windows from which both have the same tokens up to character ``end``.
+
+    Returns None if they differ in the second half of their overlap, which begins at ``start``.
+    """
+    first, last = np.searchsorted(left.starts, [start, end])
+    until = int(np.searchsorted(right.starts, end))
+    length = min(last - first, until)
+    a, b = slice(last - length, last), slice(until - length, until)
+    same = (left.ids[a] == right.ids[b]) & (left.starts[a] == right.starts[b])
+    differing = np.flatnonzero(~same)
+    common = int(length if not len(differing) else length - 1 - differing[-1])
+    if common < 2 or left.starts[last - common] > (start + end) // 2:
+        return None
+    return int(last - common), until - common

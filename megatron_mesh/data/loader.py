@@ -1,4 +1,4 @@
-"""Micro-batches for one data-parallel rank, in an order that neither ranks nor loader processes change."""
+"""Reads micro-batches for one data-parallel rank, in an order that does not depend on loader processes."""
 
 import atexit
 import gc
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from megatron_mesh.compat.torch_internals import end_workers
 from megatron_mesh.errors import UserError
 
 
@@ -21,19 +22,21 @@ class Batch:
     tokens: torch.Tensor
     """[B, S] int64: the input."""
     labels: torch.Tensor
-    """[B, S] int64: at each place the token that follows."""
+    """[B, S] int64: for each position, the next token."""
     loss_mask: torch.Tensor
-    """[B, S] float32: 1 where the prediction counts, 0 where it does not."""
+    """[B, S] float32: 1 if the prediction counts in the loss, otherwise 0."""
     position_ids: torch.Tensor
     """[B, S] int64."""
 
 
 class RankSampler(Sampler[list[int]]):
-    """The samples of each micro-batch of one rank, from sample ``consumed_samples`` on.
+    """Yields the sample numbers of one rank's micro-batches, starting at sample ``consumed_samples``.
 
-    The global batch that begins after n samples is the next ``batch_size(n)`` samples; rank r takes the
-    r-th of ``dp_size`` equal runs of them, cut into micro-batches. An incomplete global batch at the end is
-    left out. Raises UserError when a global batch does not divide.
+    The global batch that begins after n samples has the next ``batch_size(n)`` samples. It is divided into
+    ``dp_size`` equal parts; rank r takes the r-th part in micro-batches. An incomplete last batch is dropped.
+
+    Raises:
+        UserError: a global batch cannot be divided evenly.
     """
 
     def __init__(
@@ -51,12 +54,12 @@ class RankSampler(Sampler[list[int]]):
         self._share(consumed_samples)
 
     def _share(self, start: int) -> int:
-        """Samples of each rank in the global batch that begins at ``start``."""
+        """Return the number of samples per rank in the global batch that begins at ``start``."""
         size = self._batch_size(start)
         if self._micro < 1 or size < 1 or size % (self._micro * self._ranks):
             raise UserError(
                 f"a global batch of {size} is not a multiple of --micro-batch-size {self._micro} x "
-                f"{self._ranks} data-parallel ranks; change one of them."
+                f"{self._ranks} data-parallel ranks; change one of them"
             )
         return size // self._ranks
 
@@ -79,11 +82,15 @@ def build_loader(
     num_workers: int,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """This rank's micro-batches, from global sample ``consumed_samples`` to the end of ``dataset``.
+    """Return this rank's micro-batches, from sample ``consumed_samples`` to the end of ``dataset``.
 
-    ``global_batch_size`` may be a function of the samples consumed so far (a ramp-up). ``num_workers``
-    processes read ahead (0: the caller reads); they change neither the order nor the global random state.
-    Raises UserError when the global batch does not divide.
+    Args:
+        global_batch_size: a number, or a function of the samples consumed so far (batch-size ramp-up).
+        num_workers: processes that read ahead; with 0 the caller reads. They change neither the order nor the
+            global random state.
+
+    Raises:
+        UserError: a global batch cannot be divided evenly.
     """
     sampler = RankSampler(
         len(dataset),  # type: ignore[arg-type]
@@ -98,7 +105,7 @@ def build_loader(
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # else each new iterator draws from the global one, and a resume differs
+        generator=torch.Generator(),  # the global one would advance here, so a resumed run would differ
     )
     batches = _batches(loader)
     _open_loaders.add(batches)
@@ -107,8 +114,8 @@ def build_loader(
 
 def _batches(loader: DataLoader[dict[str, torch.Tensor]]) -> Generator[Batch, None, None]:
     if loader.num_workers:
-        # Loader processes are forks. What is garbage here must not be collected there: destroyed process
-        # groups, for example, would join threads that a fork does not have.
+        # Loader processes are forks, in which collecting our garbage could hang: destroyed process groups,
+        # for example, join threads that a fork does not have.
         gc.collect()
     with _signals_held():
         samples = iter(loader)
@@ -117,15 +124,17 @@ def _batches(loader: DataLoader[dict[str, torch.Tensor]]) -> Generator[Batch, No
             yield Batch(sample["tokens"], sample["labels"], sample["loss_mask"], sample["position_ids"])
     finally:
         if loader.num_workers:
-            samples._shutdown_workers()  # type: ignore[attr-defined]  # torch's own, but not left to __del__
+            end_workers(samples)  # now, not at some later __del__
 
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Processes started in this context never see the signals that end or interrupt a whole job.
+    """Start processes that ignore the signals which end or interrupt a job.
 
-    The main process alone decides on those: a loader killed by SLURM's SIGTERM would fail it in the middle
-    of its last save. A mask is inherited; a handler would leave a gap while the process starts.
+    Only the main process reacts to those: if SLURM's SIGTERM killed a loader process, the main process would
+        fail in the middle of its last save. A signal mask is inherited, so unlike a handler it leaves no gap
+        while a
+    process starts.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
     try:
@@ -140,6 +149,6 @@ _open_loaders: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
 
 @atexit.register
 def _close_loaders() -> None:
-    """End loader processes still open at exit: Python would send them SIGTERM, and wait for ever."""
+    """End loader processes at exit. Python would send them SIGTERM, which they ignore, and wait forever."""
     for batches in list(_open_loaders):
         batches.close()

@@ -1,4 +1,4 @@
-"""From raw text to indexed data: worker processes parse and encode, one writes in the order of the input."""
+"""Turns raw text into indexed data: worker processes parse and encode, the main process writes in order."""
 
 import os
 import signal
@@ -17,24 +17,30 @@ from typing import Any, NamedTuple
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
 
-from megatron_mesh.data.corpus import Chunk, expand_inputs, parse_chunk, read_chunks
-from megatron_mesh.data.encode import Encoded, Encoder, GigatokenEncoder, choose_encoder, spot_check
+from megatron_mesh.data.corpus import TextChunk, expand_inputs, parse_chunk, read_chunks
+from megatron_mesh.data.encode import (
+    Encoded,
+    Encoder,
+    GigatokenEncoder,
+    choose_encoder,
+    encode_texts,
+    spot_check,
+)
 from megatron_mesh.data.indexed import IndexedWriter
-from megatron_mesh.data.long_texts import encode_texts
 from megatron_mesh.data.tokenizer import Tokenizer
 from megatron_mesh.errors import UserError
 
 CHUNK_BYTES = 2 << 20
-"""Text per task: some 20 ms of encoding, so that passing it between processes costs little."""
+"""Text per task: about 20 ms of encoding, so that passing it between processes costs little."""
 CHUNKS_PER_CHECK = 1000
-"""gigatoken's ids are compared with the reference in one chunk of this many; the first is always one."""
+"""Every so many chunks, starting with the first, gigatoken's ids are compared with the reference."""
 SAMPLE_FILES, SAMPLE_PIECES, PIECE_CHARACTERS = 8, 64, 2048
-"""The sample on which encoders are compared: pieces of the first documents of the first files."""
+"""Size of the sample on which encoders are compared: pieces of the first documents of the first files."""
 
 
 @dataclass
 class PreprocessSettings:
-    """What to read and write; names as Megatron-LM's tools/preprocess_data.py."""
+    """Inputs, outputs and options, with the names of Megatron-LM's tools/preprocess_data.py."""
 
     input: list[str]
     output_prefix: str
@@ -44,41 +50,41 @@ class PreprocessSettings:
     skip_broken: bool = False
     overwrite: bool = False
     fast: bool = True
-    """Use gigatoken where it gives the same ids."""
+    """Use gigatoken if it gives the same ids."""
 
     def prefix(self, key: str) -> str:
-        """Prefix of the data of one key."""
+        """Return the prefix of the data of one key."""
         return f"{self.output_prefix}_{key}_document"
 
 
 @dataclass
 class Progress:
-    """How far the work is."""
+    """The progress of the work, and statistics at its end."""
 
     disk_bytes: int = 0
     text_bytes: int = 0
     """Bytes of decompressed input."""
     documents: int = 0
-    """Documents written, of all keys together; documents without a token are left out."""
+    """Number of documents written for all keys together. Documents without a token are left out."""
     tokens: int = 0
     broken: list[str] = field(default_factory=list)
-    """What was wrong with the documents left out."""
+    """For each skipped document, its place and what is wrong with it."""
     cut: list[str] = field(default_factory=list)
-    """Where documents were too long to be encoded whole and had to be cut (``long_texts.py``)."""
+    """Places of documents that were too long to be encoded at once and had to be cut (``long_texts.py``)."""
     chunks: int = 0
     checked: int = 0
-    """Chunks in which gigatoken's ids were compared with the reference."""
+    """Number of chunks in which gigatoken's ids were compared with the reference."""
     seconds: float = 0.0
-    """Since the first chunk was read."""
+    """Time since the first chunk was read."""
 
     @property
     def speed(self) -> float:
-        """MB (10^6 bytes) of decompressed input per second."""
+        """Decompressed input in MB (10^6 bytes) per second."""
         return self.text_bytes / 1e6 / max(self.seconds, 1e-9)
 
 
 class _Result(NamedTuple):
-    """What comes of a chunk: ids for each key, and for the console."""
+    """The result of a chunk: ids for each key, and information for the console."""
 
     encoded: list[Encoded]
     broken: list[str]
@@ -87,7 +93,7 @@ class _Result(NamedTuple):
 
 @dataclass(frozen=True)
 class _Task:
-    """What a worker does with each chunk."""
+    """The work on one chunk: parse, encode, and sometimes compare encoders."""
 
     encoder: Encoder
     keys: list[str]
@@ -95,13 +101,13 @@ class _Task:
     dtype: type[np.number[Any]]
     skip_broken: bool
 
-    def __call__(self, chunk: Chunk, number: int) -> _Result:
+    def __call__(self, chunk: TextChunk, number: int) -> _Result:
         parsed = parse_chunk(chunk, self.keys, skip_broken=self.skip_broken)
         check = number % CHUNKS_PER_CHECK == 0 and isinstance(self.encoder, GigatokenEncoder)
         if check and (part := spot_check(self.encoder, [t for texts in parsed.texts for t in texts if t])):
             raise UserError(
-                f"gigatoken gives other ids than Hugging Face's tokenizers for {part!r} ({chunk.place}). "
-                "Nothing was written; run again with --encoder reference."
+                f"gigatoken gives other ids than Hugging Face's tokenizers for {part!r} ({chunk.place}); "
+                "nothing was written; run again with --encoder reference"
             )
         return _Result([self._encode(texts) for texts in parsed.texts], parsed.broken, check)
 
@@ -125,18 +131,21 @@ def preprocess(
     on_start: Callable[[str, int], None] = lambda reason, disk_bytes: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
-    """Encode all inputs into ``{output_prefix}_{key}_document.bin`` and ``.idx``, one pair for each key.
+    """Encode all inputs into ``{output_prefix}_{key}_document.bin`` and ``.idx``, one pair per key.
 
-    ``on_start`` hears which encoder is used and why, and the size of the input on disk; ``on_progress``
-    hears of every chunk that was written.
-    Raises UserError for bad input, outputs that exist (unless ``overwrite``) and a corpus without a token;
-    nothing is left or changed on disk then. Also raises it if gigatoken gives other ids than the tokenizer
-    in one of the chunks that are compared: the first and every ``CHUNKS_PER_CHECK``th after it.
+    Args:
+        on_start: called with the encoder and the reason for its choice, and the size of the input on disk.
+        on_progress: called after each chunk is written.
+
+    Raises:
+        UserError: an input is bad, an output exists (unless ``overwrite``), the corpus has no token, or a
+            spot check finds that gigatoken gives other ids than the tokenizer. Nothing is changed on disk
+            then.
     """
     paths = expand_inputs(settings.input)
     _check_outputs(settings)
     chunks = chain.from_iterable(read_chunks(path, CHUNK_BYTES) for path in paths)
-    with _environment("TOKENIZERS_PARALLELISM", "false"):  # the workers divide the work, not its threads
+    with _environment("TOKENIZERS_PARALLELISM", "false"):  # parallelism comes from the worker processes
         encoder, reason = choose_encoder(tokenizer, _sample(paths, settings.json_keys), fast=settings.fast)
         on_start(reason, sum(path.stat().st_size for path in paths))
         dtype = DType.optimal_dtype(tokenizer.vocab_size)
@@ -147,7 +156,7 @@ def preprocess(
 
 def _run(
     task: _Task,
-    chunks: Iterable[Chunk],
+    chunks: Iterable[TextChunk],
     settings: PreprocessSettings,
     on_progress: Callable[[Progress], None],
 ) -> Progress:
@@ -172,7 +181,10 @@ def _run(
         for key, count in zip(task.keys, tokens, strict=True):
             if count == 0:
                 skipped = f" ({len(progress.broken)} broken documents skipped)" if progress.broken else ""
-                raise UserError(f"The corpus is empty: no text under {key!r} in {settings.input}{skipped}.")
+                raise UserError(
+                    f"the corpus is empty: no text under {key!r} in {settings.input}{skipped}; check --input "
+                    "and --json-keys"
+                )
         for writer in writers:
             writer.commit()
     progress.seconds = time.perf_counter() - start
@@ -180,15 +192,17 @@ def _run(
 
 
 _task: _Task | None = None
-"""In a worker process: its task, inherited by fork with the tokenizer loaded and nothing to pickle."""
+"""The task of a worker process, inherited by fork: the tokenizer is neither pickled nor loaded again."""
 
 
-def _map_in_order(task: _Task, chunks: Iterable[Chunk], workers: int) -> Iterator[tuple[Chunk, _Result]]:
-    """Results in the order of the chunks, with a bounded number of chunks and bytes in memory."""
+def _map_in_order(
+    task: _Task, chunks: Iterable[TextChunk], workers: int
+) -> Iterator[tuple[TextChunk, _Result]]:
+    """Yield results in the order of the chunks, with a bounded number of chunks and bytes in memory."""
     if workers == 1:
         yield from ((chunk, task(chunk, number)) for number, chunk in enumerate(chunks))
         return
-    pending: deque[tuple[Chunk, Future[_Result]]] = deque()
+    pending: deque[tuple[TextChunk, Future[_Result]]] = deque()
     waiting_bytes, most = 0, 3 * workers
     pool: Executor = ProcessPoolExecutor(
         workers, get_context("fork"), initializer=_start_worker, initargs=(task,)
@@ -206,7 +220,7 @@ def _map_in_order(task: _Task, chunks: Iterable[Chunk], workers: int) -> Iterato
             yield first, future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "A worker process was killed, most likely for lack of memory: use fewer --workers."
+            "a worker process was killed, most likely because memory ran out; use fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -215,16 +229,16 @@ def _map_in_order(task: _Task, chunks: Iterable[Chunk], workers: int) -> Iterato
 def _start_worker(task: _Task) -> None:
     global _task
     _task = task
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches them too; the main process ends them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers, too; the main process ends them
 
 
-def _work(chunk: Chunk, number: int) -> _Result:
+def _work(chunk: TextChunk, number: int) -> _Result:
     assert _task is not None
     return _task(chunk, number)
 
 
 def _sample(paths: list[Path], keys: list[str]) -> list[str]:
-    """Pieces of the first documents, from several files; broken ones are for the real run to report."""
+    """Return pieces of the first documents of several files. Broken documents are reported later."""
     pieces: list[str] = []
     for path in paths[:SAMPLE_FILES]:
         for chunk in islice(read_chunks(path, CHUNK_BYTES // 8), 1):
@@ -236,14 +250,14 @@ def _sample(paths: list[Path], keys: list[str]) -> list[str]:
 
 def _check_outputs(settings: PreprocessSettings) -> None:
     if settings.workers < 1:
-        raise UserError(f"--workers {settings.workers}: at least 1 is needed.")
+        raise UserError(f"--workers {settings.workers} is too small; give at least 1")
     if len(set(settings.json_keys)) != len(settings.json_keys):
-        raise UserError(f"--json-keys names a key twice: {' '.join(settings.json_keys)}")
+        raise UserError(f"--json-keys has a key twice: {' '.join(settings.json_keys)}; give each key once")
     for key in settings.json_keys:
         for path in (f"{settings.prefix(key)}.bin", f"{settings.prefix(key)}.idx"):
             if Path(path).exists() and not settings.overwrite:
                 raise UserError(
-                    f"{path} exists: choose another --output-prefix, or replace it with --overwrite."
+                    f"{path} exists; choose another --output-prefix, or replace it with --overwrite"
                 )
 
 

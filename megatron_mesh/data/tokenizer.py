@@ -1,9 +1,9 @@
-"""Tokenizers: a Hugging Face ``tokenizer.json`` or a SentencePiece ``.model``, read from local files.
+"""Tokenizers from local files: a Hugging Face ``tokenizer.json`` or a SentencePiece ``.model``.
 
-Megatron-core's own classes do not serve here: its HuggingFaceTokenizer goes through transformers'
-AutoTokenizer, which cannot open a bare ``tokenizer.json``, and both of its classes name the tokenizer's
-absolute path in the key of the index cache, so that a cache built on one node is not found on another.
-These two classes have what ``GPTDataset`` and our tools need, under Megatron-core's names
+Megatron-core's classes don't work for us. Its HuggingFaceTokenizer uses transformers' AutoTokenizer, which
+cannot open a bare ``tokenizer.json``. Both of its classes put the tokenizer's absolute path into the key of
+the index cache, so a cache built on one node is not found on another. Our two classes have what
+``GPTDataset`` and our tools need, under Megatron-core's names
 (megatron/core/tokenizers/text/text_tokenizer.py).
 """
 
@@ -21,16 +21,15 @@ _END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|
 
 
 class Tokenizer(ABC):
-    """Text to ids and back.
+    """Converts text to ids and back.
 
-    ``vocab_size`` counts every id that the tokenizer can emit (largest id + 1, added tokens included);
-    ``eod`` is the id that ends a document.
+    ``vocab_size`` is the largest id + 1, including added tokens. ``eod`` is the id that ends a document.
     """
 
     vocab_size: int
     eod: int
     pad: int = -1
-    """Documents are packed, never padded: no id of the text may be taken for padding by GPTDataset."""
+    """Not a token id, so GPTDataset takes no token for padding. Documents are packed, never padded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,16 +37,16 @@ class Tokenizer(ABC):
 
     @property
     def unique_identifiers(self) -> dict[str, str]:
-        """How the key of the index cache names the tokenizer: by its content, not by its path."""
+        """Identifies the tokenizer in keys of the index cache, by its content instead of its path."""
         return {"class": type(self).__name__, "sha256": self._sha256}
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
-        """Ids of ``text``, without start or end tokens; special tokens written in the text count as such."""
+        """Encode ``text`` without start or end tokens. Special tokens in the text become their ids."""
 
     @abstractmethod
     def detokenize(self, ids: list[int]) -> str:
-        """Text of ``ids``, special tokens included."""
+        """Decode ``ids``, including special tokens."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -108,49 +107,53 @@ _FILES = {"HuggingFaceTokenizer": "tokenizer.json", "SentencePieceTokenizer": "t
 def build_tokenizer(tokenizer_type: str | None, tokenizer_model: str | None) -> Tokenizer:
     """Open the tokenizer at ``tokenizer_model``: a file, or a directory that holds one.
 
-    Without ``tokenizer_type`` the name decides: ``.json`` is Hugging Face's, ``.model`` SentencePiece's.
-    Raises UserError when the file is missing, unreadable, of another kind than the type says, or has no
-    end-of-document token.
+    Without ``tokenizer_type``, the suffix decides: ``.json`` is Hugging Face's, ``.model`` SentencePiece's.
+
+    Raises:
+        UserError: the file is missing, unreadable or not of this type, or has no end-of-document token.
     """
     if tokenizer_model is None:
-        raise UserError("No tokenizer: give --tokenizer-model a tokenizer.json or a SentencePiece .model.")
+        raise UserError("no tokenizer; give a tokenizer.json or a SentencePiece .model as --tokenizer-model")
     if tokenizer_type is not None and tokenizer_type not in _CLASSES:
-        raise UserError(f"--tokenizer-type {tokenizer_type} is not known; choose from {', '.join(_CLASSES)}.")
+        raise UserError(f"--tokenizer-type {tokenizer_type} is unknown; choose from {', '.join(_CLASSES)}")
     path = Path(tokenizer_model)
     kinds = [tokenizer_type] if tokenizer_type else list(_CLASSES)
     if path.is_dir():
         found = [path / _FILES[kind] for kind in kinds if (path / _FILES[kind]).is_file()]
         if not found:
             wanted = " or ".join(_FILES[kind] for kind in kinds)
-            raise UserError(f"The directory {path} holds no {wanted}; check --tokenizer-model.")
+            raise UserError(f"the directory {path} holds no {wanted}; check --tokenizer-model")
         path = found[0]
     if not path.is_file():
-        raise UserError(f"Tokenizer {path} does not exist; check --tokenizer-model.")
+        raise UserError(f"tokenizer {path} does not exist; check --tokenizer-model")
     kind = next((kind for kind in kinds if path.suffix == _SUFFIXES[kind]), None)
     if kind is None:
         wanted = " or ".join(f"a {_SUFFIXES[k]} file ({k})" for k in kinds)
-        raise UserError(f"Tokenizer {path} is not {wanted}; check --tokenizer-model and --tokenizer-type.")
+        raise UserError(f"tokenizer {path} is not {wanted}; check --tokenizer-model and --tokenizer-type")
     return _CLASSES[kind](path)
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise UserError if the tokenizer can emit ids that a model of ``vocab_size`` entries lacks."""
+    """Raise UserError if the tokenizer has ids beyond the ``vocab_size`` entries of the model."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"The tokenizer {tokenizer.path} has {tokenizer.vocab_size:,} ids, the model's vocabulary only "
-            f"{vocab_size:,}: give the model's own tokenizer, or --vocab-size {tokenizer.vocab_size} or more."
+            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size:,} ids, the model's vocabulary only "
+            f"{vocab_size:,}; give the model's own tokenizer, or --vocab-size {tokenizer.vocab_size} or more"
         )
 
 
 def configured_token(path: Path, name: str) -> tuple[str, ...]:
-    """The token that a ``tokenizer_config.json`` beside the tokenizer names as e.g. ``eos_token``, if any."""
+    """Return the token ``name``, such as ``eos_token``, from ``tokenizer_config.json`` next to the tokenizer.
+
+    Returns () if there is none.
+    """
     config = path.with_name("tokenizer_config.json")
     if not config.is_file():
         return ()
     try:
         token = json.loads(config.read_text(encoding="utf-8")).get(name)
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{config} is not a readable JSON object: {error}") from error
+        raise UserError(f"{config} is not a readable JSON object: {error}; correct or remove it") from error
     token = token.get("content") if isinstance(token, dict) else token
     return (token,) if isinstance(token, str) else ()
 
@@ -160,6 +163,6 @@ def _first_known(candidates: tuple[str, ...], ids: dict[str, int], path: Path) -
         if token in ids:
             return ids[token]
     raise UserError(
-        f"The tokenizer {path} has no end-of-document token (none of {', '.join(candidates)}): name one as "
-        "eos_token in a tokenizer_config.json beside it, or train the tokenizer with one."
+        f"the tokenizer {path} has no end-of-document token (none of {', '.join(candidates)}); name one as "
+        "eos_token in a tokenizer_config.json next to it, or train the tokenizer with one"
     )

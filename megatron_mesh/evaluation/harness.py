@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: its tasks with the measures that we report, and one task run on a model."""
+"""Runs single tasks of lm-evaluation-harness, with the metrics that we report."""
 
 import contextlib
 import functools
@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.evaluation.engines import TRANSFORMERS, VLLM
-from megatron_mesh.evaluation.local_data import LocalTask
 from megatron_mesh.evaluation.results import HUB, Result
-from megatron_mesh.evaluation.tasks import Task
+from megatron_mesh.evaluation.tasks import TRANSFORMERS, VLLM, LocalTask, Task
 
 _FOLDERS = ("arc", "hellaswag", "lambada", "mmlu/continuation", "piqa", "sciq", "wikitext", "winogrande")
-_FEWSHOT_SEED = 1234  # as in lm_eval's command line; the same examples are drawn
+_FEWSHOT_SEED = 1234  # the default of lm_eval's command line, so that the same examples are drawn
 
-# lm-eval computes acc_bytes for a task whose list names it, and its own task files do not.
+# lm-eval can compute acc_bytes, but its task files don't ask for it.
 _METRICS = [
     {"metric": name, "aggregation": "mean", "higher_is_better": True}
     for name in ("acc", "acc_norm", "acc_bytes")
@@ -27,11 +25,11 @@ _METRICS = [
 
 
 def check_installed(engine: str = TRANSFORMERS) -> None:
-    """Raise UserError if lm-eval, or what it needs for ``engine``, is not there."""
+    """Raise UserError if lm-eval or a package that it needs for ``engine`` is not installed."""
     if engine == VLLM and importlib.util.find_spec("vllm") is None:
         raise UserError(
-            "--engine vllm: vLLM is not installed here. It pins its own torch and transformers: install it "
-            "with megatron_mesh[eval] in another environment, or use --engine transformers"
+            "--engine vllm: vLLM is not installed; install it with megatron_mesh[eval] in a separate "
+            "environment, since it pins torch and transformers, or use --engine transformers"
         )
     needed = ("lm_eval", "transformers", *(("accelerate",) if engine == TRANSFORMERS else ()))
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
@@ -42,28 +40,28 @@ def check_installed(engine: str = TRANSFORMERS) -> None:
         )
 
 
-def version() -> str:
-    """lm-eval's version, which its tasks may change with."""
+def harness_version() -> str:
+    """Return lm-eval's version. Its tasks may change from one version to the next."""
     return importlib.metadata.version("lm_eval")
 
 
-def quiet() -> None:
-    """Leave out lm-eval's warnings, which are about settings that we make on purpose."""
+def silence_warnings() -> None:
+    """Silence lm-eval's warnings, which are about settings that we choose on purpose."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def run_task(lm: Any, task: Task, shots: int, *, limit: int | None, local: LocalTask | None) -> Result:
-    """One task at one number of shots, as ``lm_eval run`` does it.
+    """Run a task with a number of few-shot examples, with the same result as ``lm_eval run``.
 
     Args:
-        lm: ``CheckedHFLM`` or ``CheckedVLLM``.
-        task: what is run.
-        shots: examples in the prompt.
-        limit: only this many documents (of each subject, in MMLU).
-        local: the task from files; else it comes from the hub.
+        lm: a ``CheckedHFLM`` or ``CheckedVLLM``.
+        task: the task to run.
+        shots: number of examples in the prompt.
+        limit: use only this many documents (of each subject, in MMLU).
+        local: the task's local files; if None, its data come from the Hugging Face hub.
 
     Raises:
-        UserError: its data cannot be had, or a local file does not give the paper's measure.
+        UserError: the data are unavailable, or the local task file doesn't ask for the paper's metric.
     """
     import lm_eval
 
@@ -74,7 +72,7 @@ def run_task(lm: Any, task: Task, shots: int, *, limit: int | None, local: Local
         part.set_fewshot_seed(_FEWSHOT_SEED)
     with contextlib.redirect_stdout(sys.stderr):
         output = lm_eval.evaluate(lm, loaded, limit=limit, log_samples=False)
-    assert output is not None  # only processes other than the first get nothing
+    assert output is not None  # None is only for processes other than the first
     values = {
         key.removesuffix(",none"): float(value)
         for key, value in output["results"][task.name].items()
@@ -82,7 +80,7 @@ def run_task(lm: Any, task: Task, shots: int, *, limit: int | None, local: Local
     }
     if task.metric not in values:
         raise UserError(
-            f"{local.file if local else task.name} gives no {task.metric}; correct its metric_list"
+            f"{local.file if local else task.name} doesn't report {task.metric}; add it to its metric_list"
         )
     return Result(
         name=task.name,
@@ -96,23 +94,26 @@ def run_task(lm: Any, task: Task, shots: int, *, limit: int | None, local: Local
 
 
 def _load(task: Task, local: LocalTask | None) -> Any:
-    """lm-eval's tasks (many in a group) with their data; new for each run, since they keep their shots."""
+    """Load lm-eval's tasks (a group may have many) and their data.
+
+    Each run loads them anew, since lm-eval stores the number of shots in the task objects.
+    """
     metrics = {"metric_list": _METRICS} if task.normalised else {}
     if local is not None:
         spec: Any = {**local.config, **metrics}
-    elif metrics:  # a group is lm-eval's way to change a setting of a task
+    elif metrics:  # lm-eval lets only a group override a task's settings
         spec = {"group": f"{task.name}_group", "task": [{"task": task.name, **metrics}]}
     else:
         spec = task.name
     try:
         return _manager().load(spec)
-    except OSError as error:  # what datasets and huggingface_hub raise for the network derives from it
+    except OSError as error:  # base class of the network errors of datasets and huggingface_hub
         raise UserError(_unavailable(task, local, error)) from error
 
 
 @functools.cache
 def _manager() -> Any:
-    """lm-eval's index of our tasks. That of all of its tasks takes a quarter of a minute to read."""
+    """Return lm-eval's index of only our tasks, since indexing all of its tasks takes 15 seconds."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
@@ -122,8 +123,8 @@ def _manager() -> Any:
 def _unavailable(task: Task, local: LocalTask | None, error: OSError) -> str:
     cause = (str(error).splitlines() or [type(error).__name__])[0]
     if local is not None:
-        return f"the data of {task.name} cannot be read ({cause}); correct {local.file}"
+        return f"cannot read the data of {task.name} ({cause}); correct {local.file}"
     return (
-        f"the data of {task.name} cannot be had from the Hugging Face hub ({cause}); go on with the same "
-        "command where the hub can be reached, or give --local-data"
+        f"cannot load the data of {task.name} from the Hugging Face hub ({cause}); repeat the command on a "
+        "machine with access to the hub, which continues this evaluation, or use --local-data"
     )

@@ -1,25 +1,66 @@
-"""Results in words: tables for the console, and a Markdown file beside the published numbers."""
+"""Published results to compare with: the paper's (paper.json) and Pythia's (pythia.json).
 
+Formats results as tables, and writes results.md, which compares them with published numbers.
+"""
+
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from megatron_mesh.evaluation.published import paper, pythia
 from megatron_mesh.evaluation.results import HUB, Result, Results
-from megatron_mesh.evaluation.tables import Sheet
 from megatron_mesh.evaluation.tasks import AVERAGED, SHOTS, TASKS
-from megatron_mesh.runtime.files import replace_text
+from megatron_mesh.metrics.tables import TextTable
+from megatron_mesh.runtime.run_files import replace_text
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """A model in the paper's table: perplexities, and average accuracies in percent."""
+
+    size: str
+    layers: str
+    recurrence: str
+    pile: float
+    wikitext: float
+    lambada_openai: float
+    lambada_standard: float
+    average_0: float
+    average_5: float
+
+
+def paper() -> tuple[str, list[PaperRow]]:
+    """Return the citation, and the rows in the paper's order."""
+    content = _read("paper.json")
+    rows = [PaperRow(**dict(zip(content["columns"], row, strict=True))) for row in content["rows"]]
+    return content["source"], rows
+
+
+def pythia() -> tuple[str, dict[str, dict[str, Any]]]:
+    """Return the citation, and the metrics of each task by model and number of shots ("0" or "5")."""
+    content = _read("pythia.json")
+    return content["source"], content["models"]
+
+
+@cache
+def _read(name: str) -> dict[str, Any]:
+    return json.loads(resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))
+
 
 REPORT_FILE = "results.md"
 
 _THIS = "this model"
-_DIVIDED = (
-    "Percent. Log-likelihoods of the choices are divided by nothing (acc), by characters (acc_norm), by "
-    "UTF-8 bytes (acc_bytes). * the paper's measure, ± its standard error."
+_METRICS_NOTE = (
+    "In percent. acc compares the log-likelihoods of the choices, acc_norm divides them by the number of "
+    "characters, acc_bytes by the number of UTF-8 bytes. * is the paper's metric, ± its standard error."
 )
 
 
 def write_markdown(results: Results) -> Path:
-    """Write ``results.md`` beside ``results.json``."""
+    """Write ``results.md`` next to ``results.json`` and return its path."""
     run = results.run
     lines = [
         f"# Evaluation of {run['path']}",
@@ -28,25 +69,29 @@ def write_markdown(results: Results) -> Path:
         "",
     ]
     if run["max_length"]:
-        lines += [f"Sequences of {run['max_length']} tokens, whatever the model was trained with.", ""]
+        lines += [f"Sequence length {run['max_length']}, which may differ from that of training.", ""]
     if run["limit"]:
-        lines += [f"**Only the first {run['limit']} documents of each task: not comparable.**", ""]
+        lines += [
+            f"**These numbers are not comparable: only the first {run['limit']} documents of each task were "
+            "used.**",
+            "",
+        ]
     measured = [shots for shots in SHOTS if any(r.shots == shots for r in results.finished.values())]
-    sheets = [*own_sheets(results), beside_paper(results), *(beside_pythia(results, n) for n in measured)]
-    lines += [sheet.markdown() for sheet in sheets]
+    tables = [*result_tables(results), paper_table(results), *(pythia_table(results, n) for n in measured)]
+    lines += [table.markdown() for table in tables]
     path = results.path.with_name(REPORT_FILE)
     replace_text(path, "\n".join(lines))
     return path
 
 
-def own_sheets(results: Results) -> list[Sheet]:
-    """What was measured, and what was not and why; tables without rows are left out."""
-    sheets = [_tasks(results), _averages(results), _perplexities(results), _not_run(results)]
-    return [sheet for sheet in sheets if sheet.rows]
+def result_tables(results: Results) -> list[TextTable]:
+    """Return the tables of all results, and of the tasks that were not run. Empty tables are omitted."""
+    tables = [_tasks(results), _averages(results), _perplexities(results), _not_run(results)]
+    return [table for table in tables if table.rows]
 
 
-def beside_paper(results: Results) -> Sheet:
-    """This model above the paper's."""
+def paper_table(results: Results) -> TextTable:
+    """Compare this model with the paper's."""
     source, rows = paper()
     averages = results.averages()
     texts = [r for r in results.finished.values() if r.shots is None]
@@ -60,9 +105,9 @@ def beside_paper(results: Results) -> Sheet:
     ]
     notes = [f"Source: {source}."]
     if texts:
-        notes.append(f'Pile, {_THIS}: perplexity per token on "{texts[-1].name}".')
+        notes.append(f'The Pile column of {_THIS} is its perplexity per token on "{texts[-1].name}".')
     if any(average.missing for average in averages.values()):
-        notes.append("An average of fewer than the nine tasks is no average of the paper's, and not shown.")
+        notes.append("Averages over fewer than the nine tasks are not shown, since the paper has none.")
     header = ["model", "Pile", "WikiText", "LAMBADA OpenAI", "LAMBADA standard", "0-shot", "5-shot"]
     cells = [
         [
@@ -72,12 +117,12 @@ def beside_paper(results: Results) -> Sheet:
         ]
         for row in rows
     ]
-    title = "Beside the paper: perplexities, and averages of nine tasks"
-    return Sheet(title, header, [[_THIS, *ours], *cells], notes=notes)
+    title = "Compared with the paper: perplexities, and average accuracies over nine tasks"
+    return TextTable(title, header, [[_THIS, *ours], *cells], notes=notes)
 
 
-def beside_pythia(results: Results, shots: int) -> Sheet:
-    """This model above the Pythia suite at one number of shots."""
+def pythia_table(results: Results, shots: int) -> TextTable:
+    """Compare this model with the Pythia suite, for one number of shots."""
     source, models = pythia()
     first = next(iter(models.values()))[str(shots)]
     columns = [(task, metric) for task, metrics in first.items() for metric in metrics]
@@ -87,7 +132,9 @@ def beside_pythia(results: Results, shots: int) -> Sheet:
         for name, published in models.items()
     ]
     header = ["model", *(f"{TASKS[task].label} {metric}" for task, metric in columns)]
-    return Sheet(f"Beside Pythia, {shots}-shot", header, [ours, *cells], notes=[f"Source: {source}."])
+    return TextTable(
+        f"Compared with Pythia, {shots}-shot", header, [ours, *cells], notes=[f"Source: {source}."]
+    )
 
 
 _PERPLEXITIES = {
@@ -97,12 +144,12 @@ _PERPLEXITIES = {
 }
 
 
-def _tasks(results: Results) -> Sheet:
+def _tasks(results: Results) -> TextTable:
     rows = []
     for result in _in_order(results):
-        measure = TASKS[result.name].metric
+        metric = TASKS[result.name].metric
         accuracies = [
-            _number(result.metrics, name) + "*" * (name == measure)
+            _number(result.metrics, name) + "*" * (name == metric)
             for name in ("acc", "acc_norm", "acc_bytes")
         ]
         rows.append(
@@ -111,45 +158,45 @@ def _tasks(results: Results) -> Sheet:
                 str(result.shots),
                 f"{result.documents:,}",
                 *accuracies,
-                _number(result.stderr, measure),
+                _number(result.stderr, metric),
             ]
         )
-    notes = [_DIVIDED]
+    notes = [_METRICS_NOTE]
     local = dict.fromkeys(TASKS[r.name].label for r in _in_order(results) if r.data != HUB)
     if local:
-        notes.append(f"From local files, which can differ from the official ones: {', '.join(local)}.")
+        notes.append(f"From local files, which may differ from the official data: {', '.join(local)}.")
     header = ["task", "shots", "documents", "acc", "acc_norm", "acc_bytes", "±"]
-    return Sheet("Tasks", header, rows, notes=notes)
+    return TextTable("Tasks", header, rows, notes=notes)
 
 
-def _averages(results: Results) -> Sheet:
+def _averages(results: Results) -> TextTable:
     rows = []
     for shots, average in results.averages().items():
         count = len(AVERAGED) - len(average.missing)
         name = f"average of the {count}"
         if average.missing:
-            name = f"mean of {count} of {len(AVERAGED)}, without {', '.join(average.missing)}"
+            name = f"mean of {count} of the {len(AVERAGED)}, without {', '.join(average.missing)}"
         rows.append([str(shots), name, f"{100 * average.value:.2f}"])
-    return Sheet("Averages of the paper's measure", ["shots", "tasks", "percent"], rows, 2)
+    return TextTable("Averages of the paper's metric", ["shots", "tasks", "percent"], rows, 2)
 
 
-def _perplexities(results: Results) -> Sheet:
+def _perplexities(results: Results) -> TextTable:
     names = ("token_perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")
     rows = []
     for result in results.finished.values():
         if result.shots is None or (result.shots == 0 and result.name in _PERPLEXITIES):
             label = result.name if result.shots is None else TASKS[result.name].label
             rows.append([label, *(_number(result.metrics, name) for name in names)])
-    header = ["text", "per token", "per word", "per byte", "bits per byte", "of last word"]
-    return Sheet("Perplexity", header, rows)
+    header = ["text", "per token", "per word", "per byte", "bits per byte", "last word"]
+    return TextTable("Perplexity", header, rows)
 
 
-def _not_run(results: Results) -> Sheet:
+def _not_run(results: Results) -> TextTable:
     by_reason: dict[tuple[int | None, str], list[str]] = {}
     for skipped in results.skipped:
         by_reason.setdefault((skipped.shots, skipped.reason), []).append(skipped.name)
     rows = [[str(shots), ", ".join(names), reason] for (shots, reason), names in by_reason.items()]
-    return Sheet("Not run", ["shots", "tasks", "why"], rows, 3)
+    return TextTable("Not run", ["shots", "tasks", "why"], rows, 3)
 
 
 def _in_order(results: Results) -> list[Result]:

@@ -1,4 +1,4 @@
-"""What is measured so far, in a file that outlives an interruption."""
+"""Collects results in results.json, from which an interrupted evaluation resumes."""
 
 import json
 import math
@@ -8,28 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.evaluation.engines import TRANSFORMERS
-from megatron_mesh.evaluation.tasks import AVERAGED, TASKS
+from megatron_mesh.evaluation.tasks import AVERAGED, TASKS, TRANSFORMERS
 from megatron_mesh.runtime import strict_json
-from megatron_mesh.runtime.files import replace_text
+from megatron_mesh.runtime.run_files import replace_text
 
 RESULTS_FILE = "results.json"
 HUB = "hub"
 
 
 def label(name: str, shots: int | None) -> str:
-    """What a result is called."""
+    """Return the label of a result: the key in results.json."""
     return name if shots is None else f"{name}, {shots}-shot"
 
 
 @dataclass(frozen=True)
 class Result:
-    """One task at one number of shots, or the perplexity of one text (``shots`` is None)."""
+    """Result of one task with one number of shots, or the perplexity of one text (``shots`` is None)."""
 
     name: str
     shots: int | None
     data: str
-    """Where the documents come from: "hub", or the SHA-256 of local files."""
+    """Source of the documents: "hub", or the SHA-256 of local files."""
     metrics: dict[str, float]
     stderr: dict[str, float]
     documents: int
@@ -37,13 +36,13 @@ class Result:
 
     @property
     def label(self) -> str:
-        """For people, and the key in the file."""
+        """The key in results.json."""
         return label(self.name, self.shots)
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A task that was asked for and cannot be run."""
+    """A requested task that cannot be run."""
 
     name: str
     shots: int | None
@@ -51,64 +50,66 @@ class Skipped:
 
     @property
     def label(self) -> str:
-        """As that of a result."""
+        """The label that the result would have."""
         return label(self.name, self.shots)
 
 
-class TooLong(Exception):
-    """An answer has more tokens than the model takes: the task cannot be run on this model."""
+class AnswerTooLong(Exception):
+    """An answer has more tokens than the model accepts, so the task cannot be run on this model."""
 
     def __init__(self, tokens: int, limit: int):
-        super().__init__(f"an answer has {tokens} tokens, the model takes {limit}; --max-length allows more")
+        super().__init__(
+            f"an answer has {tokens} tokens, but the model accepts {limit}; increase --max-length"
+        )
 
 
-def refuse_long_answers(requests: Iterable[tuple[Any, Any, list[int]]], limit: int) -> None:
-    """Raise TooLong if the answer of one of lm-eval's requests (key, context, answer) exceeds ``limit``."""
+def check_answer_lengths(requests: Iterable[tuple[Any, Any, list[int]]], limit: int) -> None:
+    """Raise AnswerTooLong if an answer in lm-eval's requests (key, context, answer) exceeds ``limit``."""
     longest = max(len(answer) for _, _, answer in requests)
     if longest > limit:
-        raise TooLong(longest, limit)
+        raise AnswerTooLong(longest, limit)
 
 
 @dataclass(frozen=True)
 class Average:
-    """Mean of the paper's measure over tasks at one number of shots."""
+    """Mean over tasks of the paper's metric, for one number of shots."""
 
     value: float
     missing: list[str]
-    """Those of the nine that are not in it: it is the paper's average if there are none."""
+    """Tasks that are missing from the paper's nine. If none is missing, this is the paper's average."""
 
 
 @dataclass
 class Results:
-    """The content of ``results.json``."""
+    """Contents of ``results.json``."""
 
     path: Path
     run: dict[str, Any]
-    """What all results have in common: model, precision, limit, versions."""
+    """What all results share: model, precision, limit, versions."""
     finished: dict[str, Result] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
 
     def holds(self, label: str, data: str) -> bool:
-        """Whether this was measured already, on the same data.
+        """Whether there already is a result with this label, for the same data.
 
         Raises:
-            UserError: it was measured on other data.
+            UserError: there is one for different data.
         """
         done = self.finished.get(label)
         if done is not None and done.data != data:
             raise UserError(
-                f"{self.path} holds {label} from other data than these ({_short(done.data)}, not "
-                f"{_short(data)}); choose another --output-dir"
+                f"{self.path} contains {label} for different data ({_short(done.data)} there, {_short(data)} "
+                "here); choose another --output-dir"
             )
         return done is not None
 
     def add(self, result: Result) -> None:
-        """Take a result up and write the file."""
+        """Add a result and write the file."""
         self.finished[result.label] = result
         self.save()
 
     def averages(self) -> dict[int, Average]:
-        """By number of shots; a number at which no task of the nine is finished is left out."""
+        """Return averages by number of shots, where at least one of the nine tasks is finished."""
         found = {}
         for shots in sorted({r.shots for r in self.finished.values() if r.shots is not None}):
             done = [r for r in self.finished.values() if r.shots == shots and r.name in AVERAGED]
@@ -119,7 +120,7 @@ class Results:
         return found
 
     def save(self) -> None:
-        """Write the file at one stroke: there is always a whole one."""
+        """Write the file atomically."""
         content = {
             "run": self.run,
             "finished": {label: asdict(result) for label, result in self.finished.items()},
@@ -130,10 +131,10 @@ class Results:
 
 
 def open_results(directory: Path, run: Mapping[str, Any]) -> Results:
-    """What was measured in ``directory`` so far, for the same ``run``; empty for a new directory.
+    """Read the results in ``directory``, which is created if needed.
 
     Raises:
-        UserError: the directory holds results of another run, or cannot be read or written.
+        UserError: the directory contains results of a different ``run``, or cannot be read or written.
     """
     path = directory / RESULTS_FILE
     results = Results(path, dict(run))
@@ -141,7 +142,7 @@ def open_results(directory: Path, run: Mapping[str, Any]) -> Results:
         directory.mkdir(parents=True, exist_ok=True)
         text = path.read_text(encoding="utf-8") if path.exists() else None
     except OSError as error:
-        raise UserError(f"--output-dir {directory} cannot be used: {error}") from None
+        raise UserError(f"cannot use --output-dir {directory} ({error}); choose another") from None
     if text is None:
         return results
     try:
@@ -152,11 +153,11 @@ def open_results(directory: Path, run: Mapping[str, Any]) -> Results:
                 values[kind] = {name: strict_json.number(value) for name, value in values[kind].items()}
         results.finished = {label: Result(**values) for label, values in finished.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a file of results ({error}); choose another --output-dir") from None
+        raise UserError(f"cannot read the results in {path} ({error}); choose another --output-dir") from None
     for name, value in results.run.items():
         if name != "path" and saved.get(name) != value:
             raise UserError(
-                f"{path} holds results of another run ({name}: {_short(saved.get(name))} there, "
+                f"{path} contains results of a different run ({name}: {_short(saved.get(name))} there, "
                 f"{_short(value)} here); choose another --output-dir"
             )
     return results

@@ -1,4 +1,4 @@
-"""An evaluation from settings to results."""
+"""Runs an evaluation: checks the settings, plans the jobs, runs them, and stores their results."""
 
 import logging
 import os
@@ -13,20 +13,27 @@ from rich.console import Console
 from rich.progress import Progress
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.evaluation import harness, model
-from megatron_mesh.evaluation.engines import TRANSFORMERS, VLLM, check_engine
-from megatron_mesh.evaluation.local_data import LocalTask, read_local_tasks
-from megatron_mesh.evaluation.results import HUB, Result, Results, Skipped, TooLong, label, open_results
-from megatron_mesh.evaluation.tasks import SHOTS, TASKS, Task
-from megatron_mesh.evaluation.text import Text, measure, open_text
-from megatron_mesh.hf.requirements import check_transformers
+from megatron_mesh.evaluation import harness, model_source
+from megatron_mesh.evaluation.perplexity import Text, measure_perplexity, open_text
+from megatron_mesh.evaluation.results import HUB, AnswerTooLong, Result, Results, Skipped, label, open_results
+from megatron_mesh.evaluation.tasks import (
+    SHOTS,
+    TASKS,
+    TRANSFORMERS,
+    VLLM,
+    LocalTask,
+    Task,
+    check_engine,
+    read_local_tasks,
+)
+from megatron_mesh.hf.convert.open_model import check_transformers
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to evaluate; the fields are the flags of tools/evaluate.py."""
+    """Settings of an evaluation. The fields are the flags of tools/evaluate.py."""
 
     output_dir: Path
     model: Path | None = None
@@ -47,42 +54,42 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One result to be had; the fields are those of ``Result``."""
+class EvaluationJob:
+    """A measurement that gives one result. The first three fields are those of ``Result``."""
 
     name: str
     shots: int | None
     data: str
     measure: Callable[[Any], Result]
-    """Takes ``CheckedHFLM`` or ``CheckedVLLM``."""
+    """Called with a ``CheckedHFLM`` or ``CheckedVLLM``."""
 
     @property
     def label(self) -> str:
-        """As that of the result."""
+        """The label of the result."""
         return label(self.name, self.shots)
 
 
-def evaluate(settings: Settings) -> Results:
-    """Measure what ``settings`` ask for and the output directory does not hold yet.
+def run_evaluation(settings: Settings) -> Results:
+    """Compute the results that ``settings`` ask for, except those already in the output directory.
 
-    Every result is written as soon as it is there, so the same call goes on after an interruption; where
-    nothing is left, the model is not even read.
+    Each result is written as soon as it is finished, so the same call resumes an interrupted evaluation. If
+    all results are there, the model isn't loaded.
 
     Raises:
-        UserError: settings that do not fit, a model or data that cannot be read.
+        UserError: the settings contradict each other, or the model or the data cannot be read.
     """
-    check(settings)
+    check_settings(settings)
     harness.check_installed(settings.engine)
     check_transformers()
-    device = None if settings.engine == VLLM else str(model.choose_device(settings.device))
+    device = None if settings.engine == VLLM else str(model_source.choose_device(settings.device))
     jobs, skipped = plan(settings)
-    with Console(stderr=True).status("reading the model's files"):
+    with Console(stderr=True).status("hashing the model's files"):
         source = _source(settings)
     results = open_results(settings.output_dir, _identity(settings, source))
     results.skipped = [task for task in skipped if task.label not in results.finished]
     left = [job for job in jobs if not results.holds(job.label, job.data)]
     if len(left) < len(jobs):
-        logger.info("finished before: %d of %d", len(jobs) - len(left), len(jobs))
+        logger.info("resuming: %d of %d results exist", len(jobs) - len(left), len(jobs))
     if left:
         _run(left, results, source, settings, device)
     results.save()
@@ -90,9 +97,13 @@ def evaluate(settings: Settings) -> Results:
 
 
 def _run(
-    jobs: list[Job], results: Results, source: model.Source, settings: Settings, device: str | None
+    jobs: list[EvaluationJob],
+    results: Results,
+    source: model_source.ModelSource,
+    settings: Settings,
+    device: str | None,
 ) -> None:
-    harness.quiet()
+    harness.silence_warnings()
     how: dict[str, Any] = {
         "dtype": settings.dtype,
         "batch_size": settings.batch_size,
@@ -100,24 +111,27 @@ def _run(
     }
     if device is not None:
         how["device"] = device
-    with model.opened(source, how, settings.engine) as lm:
+    with model_source.opened(source, how, settings.engine) as lm:
         for number, job in enumerate(jobs, start=1):
             logger.info("[%d/%d] %s", number, len(jobs), job.label)
             try:
                 results.add(job.measure(lm))
-            except TooLong as error:
-                logger.warning("%s is not run: %s", job.label, error)
+            except AnswerTooLong as error:
+                logger.warning("skipping %s: %s", job.label, error)
                 results.skipped.append(Skipped(job.name, job.shots, str(error)))
 
 
-def check(settings: Settings) -> None:
-    """Refuse what cannot be, before anything is read."""
+def check_settings(settings: Settings) -> None:
+    """Raise UserError if the settings contradict each other. This reads no files."""
     if (settings.model is None) == (settings.load is None):
         raise UserError("give either --model (a Hugging Face directory) or --load (a training checkpoint)")
     if settings.tokenizer_model is not None and settings.load is None:
-        raise UserError("--tokenizer-model is for --load; a --model directory holds its tokenizer")
+        raise UserError(
+            "--tokenizer-model is only for --load; leave it out, since a --model directory has its own "
+            "tokenizer"
+        )
     if not settings.tasks and not settings.text:
-        raise UserError("nothing to evaluate: name --tasks, or a --text")
+        raise UserError("nothing to evaluate; give --tasks or --text")
     check_engine(settings.engine, settings.device)
     for name, value in {
         "limit": settings.limit,
@@ -125,18 +139,21 @@ def check(settings: Settings) -> None:
         "batch-size": settings.batch_size,
     }.items():
         if isinstance(value, int) and value < 1:
-            raise UserError(f"--{name} {value} must be above 0")
+            raise UserError(f"--{name} {value} must be at least 1")
     if any(shots < 0 for shots in settings.num_fewshot):
-        raise UserError(f"--num-fewshot {min(settings.num_fewshot)} must not be below 0")
+        raise UserError(f"--num-fewshot {min(settings.num_fewshot)} must be at least 0")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("the evaluation is one process: start it without torchrun (--device names its GPU)")
+        raise UserError(
+            "the evaluation runs in a single process; start it without torchrun (choose its GPU with "
+            "--device)"
+        )
 
 
-def plan(settings: Settings) -> tuple[list[Job], list[Skipped]]:
-    """The results to be had, and those that cannot be, with the reason.
+def plan(settings: Settings) -> tuple[list[EvaluationJob], list[Skipped]]:
+    """Return the jobs to run, and the tasks that cannot be run, with reasons.
 
     Raises:
-        UserError: the data cannot be read, or nothing at all can be run.
+        UserError: the data cannot be read, or no task can be run.
     """
     local = None if settings.local_data is None else read_local_tasks(settings.local_data)
     jobs, skipped = [], []
@@ -152,7 +169,7 @@ def plan(settings: Settings) -> tuple[list[Job], list[Skipped]]:
     if settings.text:
         jobs.append(_text_job(open_text(settings.text, settings.json_keys), settings))
     if not jobs:
-        raise UserError(f"nothing can be run: {'; '.join(f'{s.name}: {s.reason}' for s in skipped)}")
+        raise UserError(f"no task can be run: {'; '.join(f'{s.name}: {s.reason}' for s in skipped)}")
     return jobs, skipped
 
 
@@ -162,11 +179,11 @@ def _unavailable(task: Task, shots: int, local: dict[str, LocalTask] | None) -> 
     if task.name not in local:
         return "no task file in the local data"
     if shots and not local[task.name].has_examples:
-        return "no split to draw examples from in the local data (training_split in the task file)"
+        return "the local task file specifies no split for examples (training_split)"
     return None
 
 
-def _task_job(task: Task, shots: int, limit: int | None, local: LocalTask | None) -> Job:
+def _task_job(task: Task, shots: int, limit: int | None, local: LocalTask | None) -> EvaluationJob:
     def run(lm: Any) -> Result:
         result = harness.run_task(lm, task, shots, limit=limit, local=local)
         logger.info(
@@ -174,21 +191,23 @@ def _task_job(task: Task, shots: int, limit: int | None, local: LocalTask | None
         )
         return result
 
-    return Job(task.name, shots, local.data if local else HUB, run)
+    return EvaluationJob(task.name, shots, local.data if local else HUB, run)
 
 
-def _text_job(text: Text, settings: Settings) -> Job:
+def _text_job(text: Text, settings: Settings) -> EvaluationJob:
     def run(lm: Any) -> Result:
         batch_size = settings.batch_size if isinstance(settings.batch_size, int) else lm.text_batch
         with _progress(text.label) as on_batch:
-            return measure(text, lm, batch_size=batch_size, limit=settings.limit, on_batch=on_batch)
+            return measure_perplexity(
+                text, lm, batch_size=batch_size, limit=settings.limit, on_batch=on_batch
+            )
 
-    return Job(text.label, None, text.data, run)
+    return EvaluationJob(text.label, None, text.data, run)
 
 
 @contextmanager
 def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Call the result with tokens done and their total."""
+    """Show a progress bar. Yield a function to call with the number of finished tokens and their total."""
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=None)
@@ -204,15 +223,15 @@ def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
         yield on_batch
 
 
-def _source(settings: Settings) -> model.Source:
+def _source(settings: Settings) -> model_source.ModelSource:
     if settings.load is not None:
-        return model.checkpoint_source(settings.load, settings.tokenizer_model)
+        return model_source.checkpoint_source(settings.load, settings.tokenizer_model)
     assert settings.model is not None
-    return model.huggingface_source(settings.model, trust_remote_code=settings.trust_remote_code)
+    return model_source.huggingface_source(settings.model, trust_remote_code=settings.trust_remote_code)
 
 
-def _identity(settings: Settings, source: model.Source) -> dict[str, Any]:
-    """What results in one file have in common."""
+def _identity(settings: Settings, source: model_source.ModelSource) -> dict[str, Any]:
+    """Return what all results in one file must share."""
     return {
         "path": str(source.path),
         "model": source.sha256,
@@ -220,5 +239,5 @@ def _identity(settings: Settings, source: model.Source) -> dict[str, Any]:
         "dtype": settings.dtype,
         "limit": settings.limit,
         "max_length": settings.max_length,
-        "lm_eval": harness.version(),
+        "lm_eval": harness.harness_version(),
     }

@@ -1,4 +1,4 @@
-"""What can be hit: phases of a run x victims, and how a number of kills is spread over them."""
+"""The targets of the fault test: phases of a run x victims, and how kills are spread over them."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from itertools import cycle, islice
 from megatron_mesh.errors import UserError
 
 ONE, ALL, RANK_ZERO, WRITER = "one rank", "all", "rank 0", "the writer"
-"""A rank other than 0; all ranks; rank 0 alone; a rank that is in the middle of writing its file."""
+"""Victims: one rank other than 0, all ranks, rank 0, or a rank in the middle of writing its file."""
 
 
 @dataclass(frozen=True)
@@ -16,16 +16,16 @@ class Phase:
     """A phase of a run.
 
     Args:
-        name: for people.
-        entered: the name with which the product enters it (``runtime/phases.py``).
-        on_all: whether all ranks enter it; otherwise rank 0 does.
-        with_writer: whether a rank's writer thread can be writing at the same time.
-        saving: whether it belongs to a periodic save.
+        name: shown to the user.
+        event: the name under which the trainer enters the phase (``runtime/phases.py``).
+        on_all: whether all ranks enter it; otherwise only rank 0 does.
+        with_writer: whether a rank's writer thread may be writing at the same time.
+        saving: whether the phase belongs to a periodic save.
         at_end: whether it comes once, after the last step.
     """
 
     name: str
-    entered: str
+    event: str
     on_all: bool = True
     with_writer: bool = False
     saving: bool = False
@@ -33,7 +33,7 @@ class Phase:
 
     @property
     def victims(self) -> list[str]:
-        """Who can be hit in it."""
+        """The victims that can be hit in this phase."""
         return [ONE, ALL, RANK_ZERO, *([WRITER] if self.with_writer else [])]
 
 
@@ -63,8 +63,8 @@ PHASES = (
 
 
 @dataclass(frozen=True)
-class Target:
-    """A kill to come."""
+class FaultTarget:
+    """What to hit: a victim in a phase."""
 
     phase: Phase
     victim: str
@@ -72,55 +72,55 @@ class Target:
     def __str__(self) -> str:
         return f"{self.phase.name} x {self.victim}"
 
-    def ranks_hit(self, ranks: int, rng: random.Random) -> list[int]:
-        """The ranks that get the signal."""
+    def victim_ranks(self, ranks: int, rng: random.Random) -> list[int]:
+        """The ranks that receive the signal."""
         if self.victim == ALL:
             return list(range(ranks))
         if self.victim == RANK_ZERO:
             return [0]
         return [rng.randrange(ranks) if self.victim == WRITER else rng.randrange(1, ranks)]
 
-    def ranks_held(self, hit: Sequence[int]) -> list[int]:
-        """The ranks that stand in the phase when the signal comes."""
+    def held_ranks(self, hit: Sequence[int]) -> list[int]:
+        """The ranks that are held in the phase until the signal arrives."""
         return list(hit) if self.phase.on_all else [0]
 
 
-def spread(kills: int, rng: random.Random) -> list[Target]:
-    """So many kills, evenly over the phases and, within a phase, over its victims; in random order."""
+def spread_kills(kills: int, rng: random.Random) -> list[FaultTarget]:
+    """Spread kills evenly over the phases and over each phase's victims, in random order."""
     turns: dict[Phase, Iterator[str]] = {phase: cycle(phase.victims) for phase in PHASES}
-    targets = [Target(phase, next(turns[phase])) for phase in islice(cycle(PHASES), kills)]
+    targets = [FaultTarget(phase, next(turns[phase])) for phase in islice(cycle(PHASES), kills)]
     rng.shuffle(targets)
     return targets
 
 
-def parse(text: str) -> Target:
-    """``"rename x rank 0"`` as a target.
+def parse_target(text: str) -> FaultTarget:
+    """Parse a target such as ``"rename x rank 0"``.
 
     Raises:
-        UserError: there is no such phase, or no such victim in it.
+        UserError: there is no such phase, or it has no such victim.
     """
     phase_name, _, victim = text.partition(" x ")
     by_name = {phase.name: phase for phase in PHASES}
     if phase_name not in by_name:
         raise UserError(
-            f"--aim {text!r} names no phase; write PHASE x VICTIM, PHASE one of: {', '.join(by_name)}"
+            f"--aim {text!r} names no known phase; write PHASE x VICTIM with one of: {', '.join(by_name)}"
         )
     phase = by_name[phase_name]
     if victim not in phase.victims:
         raise UserError(
-            f"--aim {text!r} names no victim; of {phase_name!r} they are: {', '.join(phase.victims)}"
+            f"--aim {text!r} names no known victim; those of {phase_name!r} are: {', '.join(phase.victims)}"
         )
-    return Target(phase, victim)
+    return FaultTarget(phase, victim)
 
 
 @dataclass
 class Kill:
-    """A kill that was done."""
+    """A kill that has been carried out."""
 
-    target: Target
+    target: FaultTarget
     step: int = 0
-    """The last step the run had logged."""
+    """The last step that the run had logged."""
     notes: list[str] = field(default_factory=list)
     repeated: int = 0
-    said: str = ""
-    """What the next start said."""
+    next_start: str = ""
+    """What the next start printed about where it resumes."""

@@ -1,4 +1,4 @@
-"""The ranks of a run as processes that are watched, without a launcher that would tidy up."""
+"""Start the ranks of a run as watched processes, without a launcher that would clean up after a failure."""
 
 import os
 import signal
@@ -11,19 +11,19 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 
-from megatron_mesh.faults.rank import BEGINS, Aim, Report, run_rank
+from megatron_mesh.faults.rank import BEGINS, Aim, PhaseReport, run_rank
 
 
-class Job:
-    """A start of a run.
+class RankGroup:
+    """The ranks of one start of a run.
 
     Args:
-        ranks: processes.
-        flags: of ``pretrain_mesh.py``.
-        save: the run's directory, as the ranks see it.
-        log: gets what they print.
-        aims: where ranks are to hold.
-        fresh: start new interpreters that import everything, not forks of a process that has.
+        ranks: number of ranks.
+        flags: flags of ``pretrain_mesh.py``.
+        save: the run's directory as the ranks see it.
+        log: file to which the ranks' output is appended.
+        aims: where each of these ranks holds.
+        fresh: start new interpreters that import everything, instead of forks of a process that already has.
         namespace: see ``rank.run_rank``.
     """
 
@@ -41,14 +41,14 @@ class Job:
         context: ForkServerContext | SpawnContext
         context = SpawnContext() if fresh else ForkServerContext()
         if not fresh:
-            context.set_forkserver_preload(["megatron_mesh.train", "megatron_mesh.arguments"])
+            context.set_forkserver_preload(["megatron_mesh.faults.preload"])
         self.log, self._log_start = log, log.stat().st_size if log.exists() else 0
         self.unfinished: list[str] = []
-        """Unfinished checkpoints that were left when rank 0 began its first step."""
-        self.entered: Counter[str] = Counter()
-        """Phases of rank 0."""
+        """Unfinished checkpoints that still existed when rank 0 began its first step."""
+        self.phase_counts: Counter[str] = Counter()
+        """How often rank 0 has entered each phase."""
         self.imported = False
-        """Whether a rank has imported the program."""
+        """Whether some rank has finished importing the program."""
         self._held: set[int] = set()
         self._connections: list[Connection] = []
         self.processes = []
@@ -73,59 +73,61 @@ class Job:
             self.processes.append(process)
 
     @property
-    def codes(self) -> list[int | None]:
-        """Exit codes by rank; None while it runs, negative after a signal."""
+    def exit_codes(self) -> list[int | None]:
+        """Exit codes by rank: None while it runs, negative if a signal ended it."""
         return [process.exitcode for process in self.processes]
 
     @property
-    def text(self) -> str:
-        """What the ranks have printed since this start."""
+    def output(self) -> str:
+        """The ranks' output since this start."""
         with self.log.open("rb") as file:
             file.seek(self._log_start)
             return file.read().decode(errors="replace")
 
-    def until(self, done: Callable[[], bool], seconds: float = 600.0) -> bool:
-        """Watch until ``done`` (True), or until all ranks have ended or the time is over (False)."""
+    def wait_until(self, done: Callable[[], bool], seconds: float = 600.0) -> bool:
+        """Wait until ``done()`` (True), or until all ranks have ended or the time is up (False)."""
         deadline = time.monotonic() + seconds
         while True:
             self._read(0.02)
             if done():
                 return True
-            if None not in self.codes:
+            if None not in self.exit_codes:
                 self._read(0.0)
                 return done()
             if time.monotonic() > deadline:
                 return False
 
-    def until_held(self, ranks: Iterable[int]) -> bool:
-        """Watch until all ``ranks`` hold where they were aimed at, or one has ended."""
+    def wait_until_held(self, ranks: Iterable[int]) -> bool:
+        """Wait until all ``ranks`` hold at their aims (True), or one of them has ended (False)."""
         wanted = set(ranks)
-        self.until(lambda: wanted <= self._held or any(self.codes[rank] is not None for rank in wanted))
+        self.wait_until(
+            lambda: wanted <= self._held or any(self.exit_codes[rank] is not None for rank in wanted)
+        )
         return wanted <= self._held
 
-    def until_ended(self, seconds: float = 600.0) -> bool:
-        """Watch until all ranks have ended; False if the time is over before."""
-        return self.until(lambda: None not in self.codes, seconds)
+    def wait_until_ended(self, seconds: float = 600.0) -> bool:
+        """Wait until all ranks have ended; False if the time is up first."""
+        return self.wait_until(lambda: None not in self.exit_codes, seconds)
 
     def aim(self, rank: int, aim: Aim) -> None:
-        """Let a rank hold elsewhere, counted from now on."""
+        """Give a rank another aim, whose occurrences count from now on."""
         self._send(rank, aim)
 
-    def go(self, ranks: Iterable[int]) -> None:
-        """Let ranks go on that are held."""
+    def release(self, ranks: Iterable[int]) -> None:
+        """Let held ranks continue."""
         for rank in ranks:
             self._held.discard(rank)
             self._send(rank, None)
 
     def signal(self, ranks: Iterable[int], number: signal.Signals) -> None:
-        """Send a signal to ranks; not to their loaders' processes, as a scheduler would."""
+        """Send a signal to ranks, but not to their data loaders, as a scheduler would."""
         for rank in ranks:
             process = self.processes[rank]
             if process.exitcode is None and process.pid is not None:
                 os.kill(process.pid, number)
 
     def close(self) -> None:
-        """End what is left, with the processes that the ranks have started."""
+        """Kill the remaining ranks and every process that the ranks have started."""
         for process in self.processes:
             process.kill()
             assert process.pid is not None
@@ -135,14 +137,14 @@ class Job:
         for connection in self._connections:
             connection.close()
 
-    def __enter__(self) -> "Job":
+    def __enter__(self) -> "RankGroup":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
     def _send(self, rank: int, order: Aim | None) -> None:
-        with suppress(OSError):  # it has ended
+        with suppress(OSError):  # the rank has ended
             self._connections[rank].send(order)
 
     def _read(self, seconds: float) -> None:
@@ -151,16 +153,16 @@ class Job:
             rank = self._connections.index(ready)  # type: ignore[arg-type]
             try:
                 while self._connections[rank].poll():
-                    self._note(rank, self._connections[rank].recv())
+                    self._record(rank, self._connections[rank].recv())
             except (EOFError, OSError):
                 self._connections[rank].close()
 
-    def _note(self, rank: int, report: Report) -> None:
+    def _record(self, rank: int, report: PhaseReport) -> None:
         if report.held:
             self._held.add(rank)
             return
         self.imported = self.imported or report.phase != BEGINS
-        self.entered[report.phase] += rank == 0
+        self.phase_counts[report.phase] += rank == 0
         self.unfinished += report.unfinished
 
 

@@ -1,4 +1,4 @@
-"""Kills, each in its phase: a run is killed and started again until it is at its end, then another one."""
+"""Kill a run in chosen phases and restart it until it reaches its end, then begin with another run."""
 
 import math
 import random
@@ -7,45 +7,47 @@ from collections.abc import Iterator
 from signal import SIGKILL
 
 from megatron_mesh.checkpoint.directory import saved_steps
-from megatron_mesh.faults.aims import LOADING, PHASES, START, STEP, WRITER, WRITING, Kill, Target
-from megatron_mesh.faults.job import Job
+from megatron_mesh.faults.aims import LOADING, PHASES, START, STEP, WRITER, WRITING, FaultTarget, Kill
+from megatron_mesh.faults.job import RankGroup
 from megatron_mesh.faults.rank import Aim
 from megatron_mesh.faults.runs import (
     Setup,
-    compare,
+    compare_losses,
+    logged_steps,
     newest_step,
-    steps,
-    unfinished,
-    what_it_said,
-    wrong_start,
+    resume_error,
+    resume_message,
+    unfinished_checkpoints,
 )
 
 _PATIENCE = 10.0
-"""Seconds after which ranks that were not killed are, as a launcher does it."""
+"""How many seconds after a kill the other ranks are killed too, as by a launcher."""
 _END_ZONE = 3
-"""Saves before the end from which on only kills at the end are aimed."""
+"""With fewer saves than this left, aim only at the phases at the end of the run."""
 
 
-class Kills:
-    """Does ``targets`` to one run after the other.
+class KillInjector:
+    """Carries out the kills in ``targets`` on one run after another.
 
     Args:
-        imports_seconds: how long a fresh rank imports, if any target is a start.
+        imports_seconds: how long a new interpreter imports the program; needed if a target is a start.
     """
 
-    def __init__(self, setup: Setup, targets: list[Target], rng: random.Random, imports_seconds: float = 0.0):
+    def __init__(
+        self, setup: Setup, targets: list[FaultTarget], rng: random.Random, imports_seconds: float = 0.0
+    ):
         self.setup, self.rng, self.imports_seconds = setup, rng, imports_seconds
         self.done: list[Kill] = []
         self._targets, self._planned = list(targets), len(targets)
         at_end = sum(target.phase.at_end for target in targets)
         saves = setup.saves_after(0)
-        # A save or two a kill: so many runs, over which the kills at the end are spread.
+        # A kill uses up a save or two. That gives the number of runs, over which kills at the end are spread.
         self._at_end_per_run = (
             math.ceil(at_end / math.ceil((len(targets) - at_end + 1) / saves)) if at_end else 0
         )
 
     def run(self) -> list[Kill]:
-        """All of them.
+        """Carry out all kills.
 
         Raises:
             AssertionError: something was lost, skipped, repeated too often, or left over.
@@ -53,17 +55,17 @@ class Kills:
         number = 0
         while self._targets:
             number += 1
-            run = HurtRun(self.setup, f"run-{number}", self.rng, self.imports_seconds)
+            run = KilledRun(self.setup, f"run-{number}", self.rng, self.imports_seconds)
             for target in self._chosen(run):
                 kill = run.kill(target)
                 self.done.append(kill)
-                self._show(run.told())
+                self._show(run.take_reported())
             run.finish()
-            self._show(run.told())
+            self._show(run.take_reported())
         return self.done
 
-    def _chosen(self, run: "HurtRun") -> Iterator[Target]:
-        """Pop the targets that the run can still reach."""
+    def _chosen(self, run: "KilledRun") -> Iterator[FaultTarget]:
+        """Pop and yield the targets that the run can still reach."""
         at_end = 0
         while self._targets:
             middle = [target for target in self._targets if not target.phase.at_end]
@@ -80,121 +82,128 @@ class Kills:
             self._targets.remove(target)
             yield target
 
-    def _show(self, told: list[Kill]) -> None:
-        for kill in told:
+    def _show(self, reported: list[Kill]) -> None:
+        for kill in reported:
             number = 1 + next(i for i, each in enumerate(self.done) if each is kill)
             notes = "".join(f"; {note}" for note in kill.notes)
             print(
                 f"kill {number} of {self._planned}: {kill.target}, at step {kill.step}; "
-                f"the next start: {kill.said}; steps repeated: {kill.repeated}{notes}",
+                f"the next start: {kill.next_start}; steps repeated: {kill.repeated}{notes}",
                 file=sys.stderr,
                 flush=True,
             )
 
 
-class HurtRun:
-    """A run from its first step to its last, killed in between."""
+class KilledRun:
+    """A run that is killed and restarted between its first step and its last."""
 
     def __init__(self, setup: Setup, name: str, rng: random.Random, imports_seconds: float = 0.0):
         self.setup, self._rng, self._imports_seconds = setup, rng, imports_seconds
         self.save, self.log = setup.directory / name, setup.directory / f"{name}.log"
         self._waiting: list[Kill] = []
-        """Kills that no start has followed yet that took a step."""
-        self._told: list[Kill] = []
+        """Kills since which no start has taken a step."""
+        self._reported: list[Kill] = []
         self._started_at = 0
         self._complete: list[int] = []
         """Steps of the checkpoints that were complete before the last start."""
         self._loads = 1
-        """How often a start that resumes enters the phase of loading."""
+        """How often a resuming start enters the loading phase."""
 
-    def kill(self, target: Target) -> Kill:
-        """Start the run, and kill it in the target's phase."""
+    def kill(self, target: FaultTarget) -> Kill:
+        """Start the run and kill it in the target's phase."""
         if target.phase is LOADING and not newest_step(self.save):
             self._train_a_little()
-        hit = target.ranks_hit(self.setup.ranks, self._rng)
-        held = target.ranks_held(hit)
+        hit = target.victim_ranks(self.setup.ranks, self._rng)
+        held = target.held_ranks(hit)
         aim = self._aim(target)
-        # Half of the kills at the start hit the imports, of real new interpreters; the others the rendezvous.
+        # Of the kills at the start, half hit the imports of new interpreters and half the rendezvous.
         while_importing = target.phase is START and self._rng.random() < 0.5
         with self._start(
             {} if while_importing else dict.fromkeys(held, aim), fresh=target.phase is START
         ) as job:
             if while_importing:
-                job.until(lambda: job.imported, self._rng.uniform(0.05, 0.9) * self._imports_seconds)
-            elif not job.until_held(held):
-                raise AssertionError(f"{target}: the run did not get there: {job.codes}; see {self.log}")
-            self._hear(job)
+                job.wait_until(lambda: job.imported, self._rng.uniform(0.05, 0.9) * self._imports_seconds)
+            elif not job.wait_until_held(held):
+                raise AssertionError(
+                    f"{target}: the run did not reach it (exit codes {job.exit_codes}); see {self.log}"
+                )
+            self._record_start(job)
             kill = Kill(target)
             job.signal(hit, SIGKILL)
-            job.go(range(self.setup.ranks))
-            # At the rendezvous the others wait for whoever is missing.
-            if not job.until_ended(1.0 if target.phase is START else _PATIENCE) and target.phase is not START:
-                kill.notes.append(f"the others had to be ended after {_PATIENCE:.0f} s")
-        kill.step = (steps(self.save) or [0])[-1]
+            job.release(range(self.setup.ranks))
+            # At the rendezvous the other ranks wait for the missing one, so don't wait for them to end.
+            if (
+                not job.wait_until_ended(1.0 if target.phase is START else _PATIENCE)
+                and target.phase is not START
+            ):
+                kill.notes.append(f"the other ranks had to be killed after {_PATIENCE:.0f} s")
+        kill.step = (logged_steps(self.save) or [0])[-1]
         self._waiting.append(kill)
         return kill
 
     def finish(self) -> None:
-        """Start the run once more, let it come to its end, and compare it with the undisturbed one."""
+        """Start the run once more, let it finish, and compare its losses with the undisturbed run's."""
         with self._start({}) as job:
-            assert job.until_ended(), f"the last start has not ended in time; see {self.log}"
-            assert job.codes == [0] * self.setup.ranks, (
-                f"the last start ended with {job.codes}; see {self.log}"
+            assert job.wait_until_ended(), f"the last start did not end in time; see {self.log}"
+            assert job.exit_codes == [0] * self.setup.ranks, (
+                f"the last start ended with {job.exit_codes}; see {self.log}"
             )
-            self._hear(job, ended=True)
-        assert not unfinished(self.save), f"left over in {self.save}: {unfinished(self.save)}"
-        compare(self.setup.directory / "calm", self.save)
+            self._record_start(job, ended=True)
+        assert not unfinished_checkpoints(self.save), (
+            f"left over in {self.save}: {unfinished_checkpoints(self.save)}"
+        )
+        compare_losses(self.setup.directory / "calm", self.save)
 
-    def told(self) -> list[Kill]:
-        """Kills of which the next start has told since the last call."""
-        told, self._told = self._told, []
-        return told
+    def take_reported(self) -> list[Kill]:
+        """Kills whose outcome has become known since the last call."""
+        reported, self._reported = self._reported, []
+        return reported
 
-    def _aim(self, target: Target) -> Aim:
+    def _aim(self, target: FaultTarget) -> Aim:
         phase, rng = target.phase, self._rng
         left = self.setup.saves_after(newest_step(self.save))
         save = rng.randint(1, min(2, left)) if left else 1
         if phase is WRITING and target.victim == WRITER:
             return Aim("", writing=save)
         if target.victim == WRITER and phase.at_end:
-            # With no step left to do nothing is written, and the end alone can be aimed at.
-            return Aim(phase.entered, writing=left)
+            # With no step left, nothing is written, and only the end itself can be aimed at.
+            return Aim(phase.event, writing=left)
         if target.victim == WRITER:
-            return Aim(phase.entered, writing=min(save, max(1, left - 1)))
+            return Aim(phase.event, writing=min(save, max(1, left - 1)))
         several = {STEP: 2 * self.setup.save_interval, LOADING: self._loads}
         occurrences = several.get(phase, 2 if phase.saving else 1)
         most = min(occurrences, left) if phase.saving else occurrences
-        return Aim(phase.entered, occurrence=rng.randint(1, max(1, most)))
+        return Aim(phase.event, occurrence=rng.randint(1, max(1, most)))
 
-    def _start(self, aims: dict[int, Aim], *, fresh: bool = False, more: tuple[str, ...] = ()) -> Job:
-        self._started_at, self._complete = len(steps(self.save)), list(saved_steps(self.save))
+    def _start(self, aims: dict[int, Aim], *, fresh: bool = False, more: tuple[str, ...] = ()) -> RankGroup:
+        self._started_at, self._complete = len(logged_steps(self.save)), list(saved_steps(self.save))
         flags = [*self.setup.flags(self.save), *more]
-        return Job(self.setup.ranks, flags, self.save, self.log, aims, fresh=fresh)
+        return RankGroup(self.setup.ranks, flags, self.save, self.log, aims, fresh=fresh)
 
     def _train_a_little(self) -> None:
-        """Train to the first checkpoint, if there is none to load."""
+        """Train to the first checkpoint, so that there is one to load."""
         with self._start({}, more=("--exit-interval", str(self.setup.save_interval))) as job:
-            job.until_ended()
-            assert newest_step(self.save), f"no checkpoint was written: {job.codes}; see {self.log}"
-            self._hear(job, ended=True)
+            job.wait_until_ended()
+            assert newest_step(self.save), f"no checkpoint was written: {job.exit_codes}; see {self.log}"
+            self._record_start(job, ended=True)
 
-    def _hear(self, job: Job, *, ended: bool = False) -> None:
-        """Note what this start has said and repeated, for the kills before it."""
+    def _record_start(self, job: RankGroup, *, ended: bool = False) -> None:
+        """Check where this start resumed, and record that and the repeated steps for the kills before it."""
         assert not job.unfinished, f"left over after a start: {job.unfinished}; see {self.log}"
-        said = what_it_said(job.text, bool(job.entered[STEP.entered]) or ended)
-        wrong = wrong_start(said, self._complete)
+        said = resume_message(job.output, bool(job.phase_counts[STEP.event]) or ended)
+        wrong = resume_error(said, self._complete)
         assert not wrong, f"a start {wrong}; see {self.log}"
         for kill in self._waiting:
-            kill.said = kill.said or said
-        done = steps(self.save)[self._started_at :]
+            kill.next_start = kill.next_start or said
+        done = logged_steps(self.save)[self._started_at :]
         if done and said.startswith("resumes"):
-            self._loads = job.entered[LOADING.entered]
+            self._loads = job.phase_counts[LOADING.event]
         if not self._waiting or not (done or ended):
             return
-        if done:  # starts between the first of these kills and this one did no step
+        if done:  # no start between the first of these kills and this one took a step
             first = self._waiting[0]
             first.repeated = max(0, first.step - done[0] + 1)
             limit = 2 * self.setup.save_interval
             assert first.repeated <= limit, f"{first.repeated} steps were repeated; see {self.log}"
-        self._told += self._waiting
+        self._reported += self._waiting
         self._waiting = []

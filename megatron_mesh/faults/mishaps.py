@@ -1,164 +1,231 @@
-"""Faults other than kills: stopped ranks, and a full disk."""
+"""Faults other than kills: ranks that stop for a while or hang, and a full disk.
+
+The summary table of the fault test.
+"""
 
 import random
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, groupby, islice
 from pathlib import Path
 from signal import SIGCONT, SIGSTOP
 
 from megatron_mesh.checkpoint.directory import saved_steps
-from megatron_mesh.faults.aims import ALL, CHECKS, EVALUATION, ONE, RANK_ZERO, STEP, WRITER, WRITING, Target
-from megatron_mesh.faults.disk import NoDisk, SmallDisk
-from megatron_mesh.faults.job import Job
-from megatron_mesh.faults.kills import HurtRun
-from megatron_mesh.faults.rank import Aim
-from megatron_mesh.faults.runs import Setup, compare, records, what_it_said, wrong_start
+from megatron_mesh.faults.aims import (
+    ALL,
+    CHECKS,
+    EVALUATION,
+    ONE,
+    PHASES,
+    RANK_ZERO,
+    STEP,
+    WRITER,
+    WRITING,
+    FaultTarget,
+    Kill,
+)
+from megatron_mesh.faults.job import RankGroup
+from megatron_mesh.faults.kills import KilledRun
+from megatron_mesh.faults.rank import Aim, DiskUnavailable, SmallDisk
+from megatron_mesh.faults.runs import Setup, compare_losses, read_records, resume_error, resume_message
 from megatron_mesh.runtime import exits
 
 STOP_SECONDS = 3.0
 WATCHDOG_SECONDS = 6.0
 _DISK_MEGABYTES = 16
 _STOPS = (
-    Target(STEP, ONE),
-    Target(WRITING, WRITER),
-    Target(EVALUATION, ALL),
-    Target(WRITING, RANK_ZERO),
-    Target(STEP, WRITER),
+    FaultTarget(STEP, ONE),
+    FaultTarget(WRITING, WRITER),
+    FaultTarget(EVALUATION, ALL),
+    FaultTarget(WRITING, RANK_ZERO),
+    FaultTarget(STEP, WRITER),
 )
-_FULL = (Target(WRITING, ALL), Target(CHECKS, RANK_ZERO))
+_FULL = (FaultTarget(WRITING, ALL), FaultTarget(CHECKS, RANK_ZERO))
 
 
 @dataclass(frozen=True)
-class Mishap:
-    """What happened to the run, and what it did."""
+class Fault:
+    """A fault that was injected, and how the run reacted."""
 
     kind: str
-    target: Target
+    target: FaultTarget
     outcome: str
 
 
-class Mishaps:
-    """Hurts runs of ``setup``; every method raises AssertionError if a run does not take it as it should."""
+class FaultInjector:
+    """Injects faults into runs of ``setup``; raises AssertionError if a run doesn't react as it should."""
 
-    def __init__(self, setup: Setup, rng: random.Random, show: Callable[[Mishap], None]):
+    def __init__(self, setup: Setup, rng: random.Random, show: Callable[[Fault], None]):
         self.setup, self._rng, self._show = setup, rng, show
-        self.done: list[Mishap] = []
+        self.done: list[Fault] = []
 
     def stop(self, times: int) -> None:
-        """SIGSTOP for a while, again and again in one run, which goes on unharmed."""
+        """Stop ranks with SIGSTOP for a while, several times in one run, which must continue unharmed."""
         if not times:
             return
-        save, log = self._places("stopped")
-        with Job(self.setup.ranks, self.setup.flags(save), save, log) as job:
+        save, log = self._paths("stopped")
+        with RankGroup(self.setup.ranks, self.setup.flags(save), save, log) as job:
             for target in islice(cycle(_STOPS), times):
-                hit = self._hold(job, target, log)
+                hit = self._hold_ranks(job, target, log)
                 job.signal(hit, SIGSTOP)
                 time.sleep(STOP_SECONDS)
                 job.signal(hit, SIGCONT)
-                job.go(range(self.setup.ranks))
-                self._note(f"SIGSTOP for {STOP_SECONDS:.0f} s", target, "the run goes on")
-            self._see_the_end(job, save, log)
+                job.release(range(self.setup.ranks))
+                self._record(f"SIGSTOP for {STOP_SECONDS:.0f} s", target, "the run continues")
+            self._check_end(job, save, log)
 
     def hang(self, times: int) -> None:
-        """SIGSTOP for longer than the watchdog waits: the others end, and say so; the next start goes on."""
-        run = HurtRun(self.setup, "hung", self._rng)
+        """Stop a rank for longer than the watchdog waits: the others must report it, later starts resume."""
+        run = KilledRun(self.setup, "hung", self._rng)
         for victim in islice(cycle((ONE, RANK_ZERO)), times):
             minutes = ("--watchdog-timeout-minutes", str(WATCHDOG_SECONDS / 60))
-            target = Target(STEP, victim)  # rank 0 holds the store, too
-            hit = target.ranks_hit(self.setup.ranks, self._rng)
-            aim = Aim(STEP.entered, occurrence=self.setup.save_interval + 2)
+            target = FaultTarget(STEP, victim)  # rank 0 also hosts the store of torch.distributed
+            hit = target.victim_ranks(self.setup.ranks, self._rng)
+            aim = Aim(STEP.event, occurrence=self.setup.save_interval + 2)
             complete = list(saved_steps(run.save))
-            with Job(
+            with RankGroup(
                 self.setup.ranks, [*self.setup.flags(run.save), *minutes], run.save, run.log, {hit[0]: aim}
             ) as job:
-                assert job.until_held(hit), f"{target}: the run did not get there: {job.codes}; see {run.log}"
-                wrong = wrong_start(what_it_said(job.text, stepped=True), complete)
+                assert job.wait_until_held(hit), (
+                    f"{target}: the run did not reach it (exit codes {job.exit_codes}); see {run.log}"
+                )
+                wrong = resume_error(resume_message(job.output, stepped=True), complete)
                 assert not wrong, f"a start {wrong}; see {run.log}"
                 job.signal(hit, SIGSTOP)
-                job.go(hit)
+                job.release(hit)
                 others = [rank for rank in range(self.setup.ranks) if rank not in hit]
-                ended = job.until(lambda: all(job.codes[rank] is not None for rank in others), 60)  # noqa: B023
+                ended = job.wait_until(lambda: all(job.exit_codes[rank] is not None for rank in others), 60)  # noqa: B023
                 assert ended, f"the watchdog did not end ranks {others}; see {run.log}"
                 said = re.search(
-                    r"error: (rank .* has made no progress for .*\(--watchdog-timeout-minutes\))", job.text
+                    r"error: (rank .* has made no progress for .*\(--watchdog-timeout-minutes\))", job.output
                 )
-                assert said and exits.HUNG in job.codes, (
-                    f"no message of the watchdog: {job.codes}; see {run.log}"
+                assert said and exits.HUNG in job.exit_codes, (
+                    f"the watchdog printed no message (exit codes {job.exit_codes}); see {run.log}"
                 )
                 job.signal(hit, SIGCONT)
-                assert job.until_ended(60), f"the rank that had been stopped does not end; see {run.log}"
-            self._note("SIGSTOP for longer than the watchdog", target, said[1])
+                assert job.wait_until_ended(60), f"the stopped rank did not end after SIGCONT; see {run.log}"
+            self._record("SIGSTOP for longer than the watchdog", target, said[1])
         if times:
             run.finish()
 
     def fill_disk(self, times: int) -> str:
-        """Fill the disk in the middle of a save, again and again in one run: only that checkpoint is lost.
+        """Fill the disk in the middle of a save, several times in one run: only that checkpoint may be lost.
 
         Returns:
-            Why this was not done, or "".
+            Why this could not be done, or "".
         """
         if not times:
             return ""
-        save, log = self._places("full")
+        save, log = self._paths("full")
         try:
             disk = SmallDisk(save, _DISK_MEGABYTES)
-        except NoDisk as error:
+        except DiskUnavailable as error:
             return str(error)
         metrics = self.setup.directory / "full-metrics"
         flags = [*self.setup.flags(save), "--output-dir", str(metrics)]
         try:
-            with Job(self.setup.ranks, flags, save, log, namespace=disk.namespace) as job:
+            with RankGroup(self.setup.ranks, flags, save, log, namespace=disk.namespace) as job:
                 for target in islice(cycle(_FULL), times):
-                    self._hold(job, target, log)
-                    failures = len(failed_saves(job.text))
+                    self._hold_ranks(job, target, log)
+                    failures = len(failed_saves(job.output))
                     disk.fill()
-                    job.go(range(self.setup.ranks))
-                    job.until(lambda: len(failed_saves(job.text)) > failures, 60)  # noqa: B023
+                    job.release(range(self.setup.ranks))
+                    job.wait_until(lambda: len(failed_saves(job.output)) > failures, 60)  # noqa: B023
                     disk.empty()
-                    reasons = failed_saves(job.text)
-                    assert len(reasons) > failures, f"{target}: the full disk was not noticed; see {log}"
+                    reasons = failed_saves(job.output)
+                    assert len(reasons) > failures, f"{target}: the full disk was not reported; see {log}"
                     named = rf"No space left on device \(rank \d+ on {re.escape(socket.gethostname())}"
-                    assert re.match(named, reasons[-1]), f"no rank and host are named: {reasons[-1]}"
-                    self._note("the disk is full", target, reasons[-1])
-                self._see_the_end(job, metrics, log)
-            saved = [record["step"] for record in records(metrics) if record["kind"] == "save"]
-            # On a busy machine the next save may begin before the disk is empty again.
+                    assert re.match(named, reasons[-1]), f"the message names no rank and host: {reasons[-1]}"
+                    self._record("the disk is full", target, reasons[-1])
+                self._check_end(job, metrics, log)
+            saved = [record["step"] for record in read_records(metrics) if record["kind"] == "save"]
+            # On a busy machine the next save may also fail, if it begins before the disk is emptied.
             expected = self.setup.saves_after(0) - len(failed_saves(log.read_text(errors="replace")))
             assert len(saved) == expected, (
-                f"{len(saved)} checkpoints were saved (steps {saved}), and {expected} did not fail; see {log}"
+                f"{len(saved)} checkpoints were saved (steps {saved}) instead of {expected}; see {log}"
             )
         finally:
             disk.close()
         return ""
 
-    def _hold(self, job: Job, target: Target, log: Path) -> list[int]:
-        """Aim at the next time of a phase, wait until the ranks are there; returns the ranks to hit."""
-        hit = target.ranks_hit(self.setup.ranks, self._rng)
-        held = target.ranks_held(hit)
+    def _hold_ranks(self, job: RankGroup, target: FaultTarget, log: Path) -> list[int]:
+        """Hold ranks at the next occurrence of the target's phase, and return the ranks to hit."""
+        hit = target.victim_ranks(self.setup.ranks, self._rng)
+        held = target.held_ranks(hit)
         writing = int(target.victim == WRITER or target.phase is WRITING)
-        phase = "" if target.phase is WRITING else target.phase.entered
+        phase = "" if target.phase is WRITING else target.phase.event
         for rank in held:
             job.aim(rank, Aim(phase, writing=writing))
-        assert job.until_held(held), f"{target}: the run did not get there: {job.codes}; see {log}"
+        assert job.wait_until_held(held), (
+            f"{target}: the run did not reach it (exit codes {job.exit_codes}); see {log}"
+        )
         return hit
 
-    def _places(self, name: str) -> tuple[Path, Path]:
+    def _paths(self, name: str) -> tuple[Path, Path]:
         return self.setup.directory / name, self.setup.directory / f"{name}.log"
 
-    def _see_the_end(self, job: Job, output: Path, log: Path) -> None:
-        assert job.until_ended(), f"the run does not end; see {log}"
-        assert job.codes == [0] * self.setup.ranks, f"the run ended with {job.codes}; see {log}"
-        compare(self.setup.directory / "calm", output)
+    def _check_end(self, job: RankGroup, output: Path, log: Path) -> None:
+        assert job.wait_until_ended(), f"the run did not end in time; see {log}"
+        assert job.exit_codes == [0] * self.setup.ranks, f"exit codes {job.exit_codes}; see {log}"
+        compare_losses(self.setup.directory / "calm", output)
 
-    def _note(self, kind: str, target: Target, outcome: str) -> None:
-        self.done.append(Mishap(kind, target, outcome))
+    def _record(self, kind: str, target: FaultTarget, outcome: str) -> None:
+        self.done.append(Fault(kind, target, outcome))
         self._show(self.done[-1])
 
 
-def failed_saves(said: str) -> list[str]:
-    """Why saves have failed, of what a run said."""
-    return re.findall(r"no checkpoint of step \d+ was written to \S+: (.*); earlier", said)
+def failed_saves(output: str) -> list[str]:
+    """The reasons for failed saves in a run's output."""
+    return re.findall(r"no checkpoint of step \d+ was written to \S+: (.*); earlier", output)
+
+
+_HEAD = ("phase", "victim", "times", "steps repeated", "outcome")
+
+
+def fault_table(kills: Sequence[Kill], faults: Sequence[Fault]) -> str:
+    """A Markdown table with a row for each phase x victim that was hit, in the order of a run."""
+
+    def place(kill: Kill) -> tuple[int, int]:
+        phase = kill.target.phase
+        return PHASES.index(phase), phase.victims.index(kill.target.victim)
+
+    rows = [_HEAD]
+    for _, group in groupby(sorted(kills, key=place), place):
+        found = list(group)
+        target, repeated = found[0].target, [kill.repeated for kill in found]
+        span = f"{min(repeated)} to {max(repeated)}" if min(repeated) != max(repeated) else str(repeated[0])
+        outcome = _counted([_outcome(kill) for kill in found])
+        rows.append((target.phase.name, target.victim, str(len(found)), span, outcome))
+    by_kind: dict[tuple[str, str], list[Fault]] = {}
+    for fault in faults:
+        by_kind.setdefault((f"{fault.kind}, {fault.target.phase.name}", fault.target.victim), []).append(
+            fault
+        )
+    for (name, victim), same in by_kind.items():
+        rows.append((name, victim, str(len(same)), "0", _counted([each.outcome for each in same])))
+    return "\n".join(_markdown(rows))
+
+
+def _outcome(kill: Kill) -> str:
+    """What the next start did, without the step, which differs from kill to kill."""
+    *complaints, begins = kill.next_start.split("; ")
+    return "; ".join([*complaints, begins.rsplit(" at ", 1)[0], *kill.notes])
+
+
+def _counted(texts: Sequence[str]) -> str:
+    counts = Counter(texts)
+    return ", ".join(text if len(counts) == 1 else f"{text} ({number})" for text, number in counts.items())
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)] + [0]
+    lines = [
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |"
+        for row in rows
+    ]
+    rule = f"|{'|'.join('-' * max(3, width + 2) for width in widths)}|"
+    return [lines[0], rule, *lines[1:]]

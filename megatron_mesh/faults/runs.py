@@ -1,4 +1,4 @@
-"""The run that is hurt: its settings and data, and what it leaves behind."""
+"""The run under test: its settings and data, and checks of its metrics, checkpoints and output."""
 
 import json
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mesh.checkpoint.directory import saved_steps
+from megatron_mesh.runtime.run_files import CHECKPOINTS, METRICS_FILE, earlier_versions
 
 SETTINGS = """\
 recurrence: mesh
@@ -34,7 +35,7 @@ keep_last: 2
 
 @dataclass(frozen=True)
 class Setup:
-    """A run that is trained once undisturbed, and again while it is hurt."""
+    """A run that is trained once undisturbed, and again with faults."""
 
     directory: Path
     ranks: int
@@ -43,25 +44,23 @@ class Setup:
 
     @property
     def config(self) -> Path:
-        """The settings' file."""
+        """The configuration file."""
         return self.directory / "settings.yaml"
 
     def flags(self, save: Path) -> list[str]:
-        """Of every start of a run in ``save``: the first and the later ones are the same command."""
+        """The flags of every start of a run in ``save``; the first start and later ones use the same."""
         return ["--config", str(self.config), "--save", str(save), "--load", str(save)]
 
     def saves_after(self, step: int) -> int:
-        """Checkpoints that a run writes which resumes at ``step``."""
+        """How many checkpoints a run writes after it resumes at ``step``."""
         later = range(step + 1, self.steps + 1)
         return sum(s % self.save_interval == 0 or s == self.steps for s in later)
 
 
 def write_inputs(setup: Setup) -> None:
-    """A corpus of skewed random ids, and the configuration.
-
-    Evaluations come between any two saves.
-    """
-    # It imports Megatron-core. Ranks import this file too, and are to import that when they are watched.
+    """Write a corpus of skewed random ids, and settings with an evaluation between any two saves."""
+    # Imported late: it imports Megatron-core, which the ranks, which import this module, load only when
+    # watched.
     from megatron_mesh.data.indexed import IndexedWriter
 
     generator = np.random.default_rng(0)
@@ -80,13 +79,14 @@ def write_inputs(setup: Setup) -> None:
     setup.config.write_text(SETTINGS + text, encoding="utf-8")
 
 
-def records(output: Path) -> list[dict]:
-    """The lines of the metrics; a killed run may leave half a line.
+def read_records(output: Path) -> list[dict]:
+    """Read all records of the metrics. A killed run may leave half a line, which is skipped.
 
-    A start that finds no checkpoint keeps what an earlier one wrote as metrics.1.jsonl and so on.
+    A start that finds no checkpoint renames the metrics of an earlier one to metrics.1.jsonl and so on.
     """
-    kept = sorted(output.glob("metrics.*.jsonl"), key=lambda path: int(path.name.split(".")[1]))
-    texts = [path.read_text(encoding="utf-8") for path in (*kept, output / "metrics.jsonl") if path.exists()]
+    metrics = output / METRICS_FILE
+    paths = [*earlier_versions(metrics), metrics]
+    texts = [path.read_text(encoding="utf-8") for path in paths if path.exists()]
     found = []
     for line in "\n".join(texts).splitlines():
         try:
@@ -96,26 +96,26 @@ def records(output: Path) -> list[dict]:
     return found
 
 
-def steps(output: Path) -> list[int]:
-    """Steps in the order in which they were logged."""
-    return [record["step"] for record in records(output) if record["kind"] == "train"]
+def logged_steps(output: Path) -> list[int]:
+    """The steps in the order in which they were logged."""
+    return [record["step"] for record in read_records(output) if record["kind"] == "train"]
 
 
-def losses(output: Path) -> dict[tuple[str, int], set[float]]:
-    """Every loss that was ever logged, by kind (train, valid, test) and step."""
+def logged_losses(output: Path) -> dict[tuple[str, int], set[float]]:
+    """All losses ever logged, by kind (train, valid, test) and step."""
     found: dict[tuple[str, int], set[float]] = {}
-    for record in records(output):
+    for record in read_records(output):
         if record["kind"] in ("train", "valid", "test"):
             found.setdefault((record["kind"], record["step"]), set()).add(record["loss"])
     return found
 
 
-def compare(calm: Path, hurt: Path) -> None:
-    """Raise AssertionError unless a run has every loss of the undisturbed one, bit for bit, and no other."""
-    wanted, found = losses(calm), losses(hurt)
+def compare_losses(calm: Path, hurt: Path) -> None:
+    """Raise AssertionError unless a run has exactly the losses of the undisturbed one, bit for bit."""
+    wanted, found = logged_losses(calm), logged_losses(hurt)
     different = [f"{kind} {step}" for kind, step in wanted if found.get((kind, step)) != wanted[kind, step]]
-    assert not different, f"{hurt}: other losses than the undisturbed run's: {', '.join(different)}"
-    assert wanted.keys() == found.keys(), f"{hurt}: losses of steps that the undisturbed run does not have"
+    assert not different, f"{hurt}: losses differ from the undisturbed run's: {', '.join(different)}"
+    assert wanted.keys() == found.keys(), f"{hurt}: has losses of steps that the undisturbed run lacks"
 
 
 def newest_step(save: Path) -> int:
@@ -123,13 +123,13 @@ def newest_step(save: Path) -> int:
     return max(saved_steps(save), default=0)
 
 
-def unfinished(save: Path) -> list[str]:
-    """Directories on their way in or out."""
-    return [path.name for path in save.glob("iter_*") if path.suffix]
+def unfinished_checkpoints(save: Path) -> list[str]:
+    """Directories of checkpoints that are being written or deleted."""
+    return [path.name for path in save.glob(CHECKPOINTS) if path.suffix]
 
 
-def what_it_said(text: str, stepped: bool) -> str:
-    """Return what a start said about where it begins, from its output; "" if it was killed before.
+def resume_message(text: str, stepped: bool) -> str:
+    """Return what a start printed about where it begins, or "" if it was killed before it printed that.
 
     Args:
         stepped: whether it has begun a step.
@@ -140,24 +140,24 @@ def what_it_said(text: str, stepped: bool) -> str:
     return "; ".join([*complaints, begins] if begins else complaints)
 
 
-def wrong_start(said: str, complete: Sequence[int]) -> str:
-    """Return how a start failed to resume from the newest checkpoint that it did not call damaged.
+def resume_error(message: str, complete: Sequence[int]) -> str:
+    """Check that a start resumed from the newest checkpoint that it did not report as damaged.
 
     Args:
-        said: what the start said, from ``what_it_said``.
-        complete: steps of the checkpoints that were complete before it, ascending.
+        message: the start's message, from ``resume_message``.
+        complete: steps of the checkpoints that were complete before the start, ascending.
 
     Returns:
-        For example "resumed at 4, but 8 was complete". "" if it began where it should, or was killed before
-        it could say where.
+        What went wrong, for example "resumed at 4, but 8 was complete". "" if the start began where it
+        should, or was killed before it printed where.
     """
-    begins = re.search(r"(?:resumes at (\d+)|a new run)$", said)
+    begins = re.search(r"(?:resumes at (\d+)|a new run)$", message)
     if begins is None:
         return ""
     step = int(begins[1] or 0)
     how = f"resumed at {step}" if step else "began a new run"
     if step not in (0, *complete):
         return f"{how}, where no checkpoint was complete"
-    damaged = {int(number) for number in re.findall(r"iter_0*(\d+) is damaged", said)}
+    damaged = {int(number) for number in re.findall(r"iter_0*(\d+) is damaged", message)}
     skipped = [newer for newer in complete if newer > step and newer not in damaged]
     return f"{how}, but {skipped[-1]} was complete" if skipped else ""

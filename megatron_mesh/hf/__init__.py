@@ -1,5 +1,6 @@
-"""Models for Hugging Face: the code that exports carry, and the way there and back.
+"""Models for Hugging Face transformers, and the way back.
 
-``configuration_mesh.py`` and ``modeling_mesh.py`` need torch and transformers only; an export holds copies of
-them and of ``recurrence/``.
+In: a checkpoint of ours, or a directory of transformers. Out: the other one. Start with
+``convert/export.py`` and ``convert/bring_in.py``; ``modeling`` is the code that exports carry, which needs
+torch and transformers alone.
 """

@@ -1,12 +1,13 @@
-"""Megatron-core's GPT with a block that loops: takes a resolved configuration, returns a built model.
+"""The model: Megatron-core's GPT with a block that loops.
 
-Start reading at ``block.py``; ``build.py`` is the entry point.
+In: a resolved ``Config`` (and the part that a pipeline rank holds). Out: a ``MeshGPTModel`` with its
+initial weights. Start with ``block.py``; ``build.py`` puts the pieces together.
 """
 
 from megatron_mesh.model.block import MeshTransformerBlock
 from megatron_mesh.model.build import build_model, build_on_meta
-from megatron_mesh.model.config import MeshTransformerConfig, transformer_config
 from megatron_mesh.model.gpt import MeshGPTModel
+from megatron_mesh.model.transformer_config import MeshTransformerConfig, transformer_config
 
 __all__ = [
     "MeshGPTModel",

@@ -1,11 +1,16 @@
-"""The MeSH transformer block: a prelude, a core that runs K times with a recurrence, a coda."""
+"""A section: consecutive layers of the prelude, the core or the coda.
 
+The MeSH transformer block: a prelude, a core that runs K times with a recurrence, a coda.
+"""
+
+import copy
 from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
@@ -15,16 +20,71 @@ from megatron.core.utils import get_pg_size
 from torch import Tensor
 
 from megatron_mesh import kernels
+from megatron_mesh.compat.megatron_model import CustomTransformerBlock
 from megatron_mesh.config.placement import Part
-from megatron_mesh.model.config import MeshTransformerConfig
 from megatron_mesh.model.layer_spec import final_norm
-from megatron_mesh.model.precision import Name, section_config
-from megatron_mesh.model.section import Section
+from megatron_mesh.model.transformer_config import MeshTransformerConfig, Name, section_config
 from megatron_mesh.recurrence import LoopState, Scheme, build_scheme
-from megatron_mesh.runtime import ranges
+from megatron_mesh.runtime import profiling
 
 
-class MeshTransformerBlock(TransformerBlock):
+class Section(TransformerBlock):
+    """A ``TransformerBlock`` that holds this rank's layers of the prelude, the core or the coda.
+
+    Recomputation and precision contexts are Megatron's. Only the layer numbers are ours, because Megatron
+    assumes that every pipeline rank holds an equal share of one plain stack.
+
+    Args:
+        layer_spec: the spec of every layer.
+        held: the layers that this rank holds, numbered from 0 within the section.
+        total: the number of layers in the whole section, on all ranks.
+    """
+
+    def __init__(
+        self,
+        config: MeshTransformerConfig,
+        layer_spec: ModuleSpec,
+        held: range,
+        total: int,
+        pg_collection: ProcessGroupCollection,
+    ):
+        config = copy.copy(config)
+        config.num_layers = len(held)
+        config.pipeline_model_parallel_size = 1
+        config.virtual_pipeline_model_parallel_size = None
+        super().__init__(
+            config=config,
+            spec=TransformerBlockSubmodules(layer_specs=[layer_spec] * len(held), layer_norm=None),
+            post_layer_norm=False,
+            pg_collection=pg_collection,
+        )
+        self.total_layers = total
+        for layer, number in zip(self.layers, held, strict=True):
+            layer.layer_number = number + 1
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs) -> Tensor:
+        """[S, B, H] -> [S, B, H]; see ``TransformerBlock.forward``."""
+        if not self.layers:
+            # The pipeline schedule needs input and output to be different nodes of the graph.
+            return hidden_states.clone()
+        return super().forward(hidden_states, attention_mask, **kwargs)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Stack the layers of all ranks into one tensor per parameter, along a new first dimension."""
+        assert not sharded_offsets, "a section is not sharded along another dimension"
+        state: ShardedStateDict = {}
+        for index, layer in enumerate(self.layers):
+            here = f"{prefix}layers.{index}."
+            place = [(0, layer.layer_number - 1, self.total_layers)]
+            part = layer.sharded_state_dict(here, place, metadata)
+            replace_prefix_for_sharding(part, here, f"{prefix}layers.")
+            state.update(part)
+        return state
+
+
+class MeshTransformerBlock(CustomTransformerBlock):
     """A ``TransformerBlock`` whose middle layers run K times.
 
     A forward consists of K + 2 *passes*: the prelude, K loops of the core, the coda. Before each pass, the
@@ -55,7 +115,7 @@ class MeshTransformerBlock(TransformerBlock):
             pg_collection=pg_collection,
         )
 
-    def _build_layers(self) -> None:
+    def build_layers(self) -> None:
         """Called by ``TransformerBlock.__init__``."""
         layers, part = self.config.layout, self.part
         self.prelude = self._section("prelude", part.prelude, layers.prelude)
@@ -92,9 +152,7 @@ class MeshTransformerBlock(TransformerBlock):
         # Under tensor parallelism the memory is always sharded along the sequence. Without sequence
         # parallelism we scatter its inputs and gather its outputs.
         self.shards_states = (
-            get_pg_size(self.tp_group) > 1
-            and not config.sequence_parallel
-            and scheme.kept_states(config.layout.loops) > 0
+            get_pg_size(self.tp_group) > 1 and not config.sequence_parallel and scheme.shards_states
         )
         for parameter in scheme.parameters():
             # Each tensor-parallel rank has the gradient for its sequence shard only. The first attribute
@@ -138,7 +196,7 @@ class MeshTransformerBlock(TransformerBlock):
         the result are whole on every rank, although the memory is sharded along the sequence.
         """
         assert self.recurrence is not None, "only the first pipeline rank holds the recurrence"
-        with ranges.named(f"cycle {index - 1}" if index else "store embedding"):
+        with profiling.named(f"cycle {index - 1}" if index else "store embedding"):
             if not self.shards_states:
                 return self.recurrence(index, x, state)
             x = tensor_parallel.scatter_to_sequence_parallel_region(x, group=self.tp_group)
@@ -157,7 +215,7 @@ class MeshTransformerBlock(TransformerBlock):
         assert self.final_layernorm is not None, "a partial block has no forward; run it pass by pass"
         state = LoopState()
         for index, section in enumerate(self.passes):
-            with ranges.named(self.pass_name(index)):
+            with profiling.named(self.pass_name(index)):
                 hidden_states = self.enter(index, hidden_states, state)
                 hidden_states = section(hidden_states, attention_mask, **kwargs)
         return self.final_layernorm(hidden_states)

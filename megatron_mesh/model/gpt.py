@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -14,14 +13,15 @@ from megatron.core.transformer.transformer_block import (
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_mesh.compat.megatron_model import CustomGPTModel
 from megatron_mesh.config.placement import Part
 from megatron_mesh.model.block import MeshTransformerBlock
-from megatron_mesh.model.config import MeshTransformerConfig
 from megatron_mesh.model.layer_spec import final_norm
+from megatron_mesh.model.transformer_config import MeshTransformerConfig
 from megatron_mesh.recurrence import SCHEMES
 
 
-class MeshGPTModel(GPTModel):
+class MeshGPTModel(CustomGPTModel):
     """A ``GPTModel`` whose decoder loops. Without a loop (vanilla) it has Megatron's own decoder.
 
     ``GPTModel`` always constructs a ``TransformerBlock`` as its decoder. A looped model therefore lets it
@@ -80,14 +80,9 @@ class MeshGPTModel(GPTModel):
         parameters = super().named_parameters(*args, **kwargs)
         return iter(sorted(parameters, key=lambda named: "recurrence." not in named[0]))
 
-    def _preprocess(
-        self, input_ids: Tensor, position_ids: Tensor, decoder_input: Tensor | None = None, **kwargs: Any
-    ) -> tuple:
-        """Preprocess as ``GPTModel`` does, but scale the token embedding."""
-        if decoder_input is None and self.pre_process:
-            decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
-            decoder_input = decoder_input * self.config.embedding_scale
-        return super()._preprocess(input_ids, position_ids, decoder_input, **kwargs)
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Embed as ``GPTModel`` does, and scale the result."""
+        return super().embed(input_ids, position_ids) * self.config.embedding_scale
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Compute the loss as ``GPTModel`` does, but give padded vocabulary entries zero probability.

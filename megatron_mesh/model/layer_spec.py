@@ -20,7 +20,7 @@ def layer_spec(implementation: Implementation, attention: AttnBackend = AttnBack
     """
     if implementation == LOCAL:
         return local_layer_spec()
-    from megatron_mesh.model.te_layers import te_layer_spec
+    from megatron_mesh.model.layers_te import te_layer_spec
 
     spec = te_layer_spec()
     if attention is AttnBackend.local:

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_mesh.compat.megatron_model import layer_attention, layer_post_mlp, layer_pre_mlp_norm
 from megatron_mesh.model.implementation import has_fused_norms
 
 
@@ -99,13 +100,13 @@ class ParallelResidualLayer(TransformerLayer):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[S, B, H] -> ([S, B, H], None); further arguments as in ``TransformerLayer.forward``."""
         kwargs.pop("dynamic_inference_decode_only", None)
-        attended, context = self._forward_attention(hidden_states, *args, **kwargs)
-        normed = self._forward_pre_mlp_layernorm(hidden_states)
+        attended, context = layer_attention(self, hidden_states, *args, **kwargs)
+        normed = layer_pre_mlp_norm(self, hidden_states)
         if self.recompute_mlp and self.training:
             mlp_output_with_bias = self._recomputed_mlp(normed), None
         else:
             mlp_output_with_bias = self.mlp(normed)
-        return self._forward_post_mlp(mlp_output_with_bias, attended), context
+        return layer_post_mlp(self, mlp_output_with_bias, attended), context
 
     def _recomputed_mlp(self, normed: Tensor) -> Tensor:
         if not self.config.fp8:

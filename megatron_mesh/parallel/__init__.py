@@ -1,6 +1,8 @@
-"""Pipeline stages and gradient reduction: takes a configuration, returns this rank's ``Stage`` of the model.
+"""Pipeline stages and gradient reduction: the only folder that knows of stages.
 
-No other folder knows how the model is split over pipeline ranks. Start reading at ``ring.py``.
+In: a resolved ``Config`` and Megatron's process groups. Out: a ``Stage``, this rank's share of the model as
+the schedule runs it. Start with ``stage.py``, then ``ring.py`` (passes round the ranks) and
+``gradients.py``.
 """
 
 from megatron_mesh.parallel.stage import Stage, build_stage, plain_stage

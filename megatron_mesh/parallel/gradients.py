@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_mesh.config.schema import ParallelConfig
 from megatron_mesh.model import MeshGPTModel
-from megatron_mesh.runtime import ranges
+from megatron_mesh.runtime import profiling
 
 
 class WeightGroup(MegatronModule):
@@ -117,7 +117,7 @@ def finalize(
         num_tokens: the number of tokens in this rank's micro-batches. The gradients are divided by its sum
             over all ranks.
     """
-    with ranges.named("communication"):
+    with profiling.named("communication"):
         finalize_model_grads(groups, None, **kwargs)
         if num_tokens is not None:
             _divide_by_tokens(groups, num_tokens)

@@ -9,16 +9,16 @@ Every pass starts on the first rank, so the recurrence and its stored states liv
 one hidden state [S, B, H] per pass.
 """
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_mesh.compat.torch_internals import shallow_copy
 from megatron_mesh.model import MeshGPTModel
 from megatron_mesh.model.block import MeshTransformerBlock
 from megatron_mesh.recurrence import LoopState
-from megatron_mesh.runtime import ranges
+from megatron_mesh.runtime import profiling
 
 
 class _AddLeafGradient(torch.autograd.Function):
@@ -99,7 +99,7 @@ class RingPass(torch.nn.Module):
         x = self.input_tensor if hidden_states is None else hidden_states
         assert x is not None
         block = self.block
-        with ranges.named(block.pass_name(self.index)):
+        with profiling.named(block.pass_name(self.index)):
             if block.recurrence is not None:
                 x = block.enter(self.index, x, self.states.enter(self.index, self.current_microbatch))
             x = self.section(x, attention_mask, **kwargs)
@@ -116,9 +116,7 @@ def ring_chunks(model: MeshGPTModel) -> list[MeshGPTModel]:
 
 
 def _chunk(model: MeshGPTModel, index: int, passes: int, states: LoopStates) -> MeshGPTModel:
-    chunk = copy.copy(model)
-    chunk._modules = dict(model._modules)
-    chunk._modules["decoder"] = RingPass(model.decoder, index, states)
+    chunk = shallow_copy(model, decoder=RingPass(model.decoder, index, states))
     chunk.pre_process = model.pre_process and index == 0
     chunk.post_process = model.post_process and index == passes - 1
     chunk.vp_stage = index

@@ -18,7 +18,7 @@ from megatron_mesh.config.placement import microbatch_group_size, placement, vir
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data import Batch
 from megatron_mesh.model import MeshGPTModel, build_model
-from megatron_mesh.model.config import MeshTransformerConfig
+from megatron_mesh.model.transformer_config import MeshTransformerConfig
 from megatron_mesh.parallel.gradients import finalize, no_sync, ring_groups, ring_sync_order, wrap
 from megatron_mesh.parallel.ring import ring_chunks
 from megatron_mesh.recurrence import SCHEMES, Scheme

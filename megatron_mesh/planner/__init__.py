@@ -1,4 +1,5 @@
-"""Plan a run from its resolved settings alone: memory, traffic, schedule and checkpoint size.
+"""A run on paper: memory, traffic, schedule and time of each rank, without GPU, process group or data.
 
-Nothing here needs a GPU, a process group or data. Start reading at ``report.make_plan``.
+In: a resolved ``Config``. Out: a ``Plan`` as text or picture, and suggestions of rank layouts that fit.
+Start with ``plan.py``; ``stages.py`` says what each rank runs.
 """

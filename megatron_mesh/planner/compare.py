@@ -13,14 +13,13 @@ left out, because its casts follow the same pattern as the weights.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_mesh.config.derived import layout
-from megatron_mesh.config.layers import LayerLayout
+from megatron_mesh.config.layout import LayerLayout, layout
 from megatron_mesh.config.placement import microbatch_group_size
 from megatron_mesh.config.schema import Config, PrecisionConfig
 from megatron_mesh.config.sizes import GRADIENT_BYTES, layer_parameters
-from megatron_mesh.planner.balance import balanced_placement
-from megatron_mesh.planner.report import Plan, data_parallel_size, make_plan, plan_for
+from megatron_mesh.planner.plan import Plan, data_parallel_size, make_plan, plan_for
 from megatron_mesh.planner.stages import Chunk, Pipeline, plain_pipeline
+from megatron_mesh.planner.suggest import balanced_placement
 
 
 def ring(config: Config, world_size: int) -> Plan:
@@ -62,7 +61,7 @@ def _even(layers: int, ranks: int) -> list[int]:
     return [layers // ranks + (rank < layers % ranks) for rank in range(ranks)]
 
 
-def copies(config: Config, world_size: int) -> Plan:
+def core_copies(config: Config, world_size: int) -> Plan:
     """Plan a copy of the core for every loop, distributed like a plain model of the same depth."""
     ranks, layers = config.parallel.pipeline_model_parallel_size, layout(config.model)
     fitting = [v for v in range(1, layers.loops + 3) if layers.depth % (ranks * v) == 0]
@@ -130,7 +129,7 @@ def comparison_table(configs: Sequence[tuple[int, Config]]) -> str:
 
     Each column shows the rank with the largest value; traffic is what a rank sends per step.
     """
-    ways = {"ring": ring, "loop on one stage": one_stage, "copies of the core": copies}
+    ways = {"ring": ring, "loop on one stage": one_stage, "copies of the core": core_copies}
     lines = [" | ".join(["", *_COLUMNS, ""]).strip(), "|---" * len(_COLUMNS) + "|"]
     for gpus, config in configs:
         config = replace(config, precision=PrecisionConfig())

@@ -12,8 +12,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.planner.report import Plan
-from megatron_mesh.planner.simulate import Span, Timeline
+from megatron_mesh.planner.plan import Plan
+from megatron_mesh.planner.schedule import Span, Timeline
 
 _MOST_RANKS = 16
 _MOST_SPANS = 40  # per rank in each part of a long step; more would be unreadable

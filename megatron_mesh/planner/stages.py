@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_mesh.config.derived import layout
-from megatron_mesh.config.layers import LayerLayout
+from megatron_mesh.config.layout import LayerLayout, layout
 from megatron_mesh.config.placement import microbatch_group_size, placement
 from megatron_mesh.config.schema import Config
 from megatron_mesh.recurrence import SCHEMES
@@ -37,7 +36,7 @@ class Pipeline:
     """The chunks of every rank, and the number of micro-batches in a step."""
 
     chunks: tuple[tuple[Chunk, ...], ...]
-    """[rank][pass]."""
+    """[rank][chunk]."""
     layers: tuple[int, ...]
     """Distinct layers on each rank: a shared core counts once."""
     micro_batches: int
@@ -52,8 +51,8 @@ class Pipeline:
         return len(self.chunks)
 
     @property
-    def passes(self) -> int:
-        """Chunks per rank, V."""
+    def chunks_per_rank(self) -> int:
+        """Number of chunks on each rank, V: one for each pass of a ring."""
         return len(self.chunks[0])
 
     def core_layers(self, rank: int) -> int:

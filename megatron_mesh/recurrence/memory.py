@@ -1,12 +1,12 @@
-"""Two exact computations of the MeSH memory (arXiv 2510.07739, sec. 3): written-out slots, factored.
+"""The MeSH memory (arXiv 2510.07739, sec. 3), computed exactly in two ways: factored, or slot by slot.
 
-Slot 0 starts as the embedding, the others as zero. A cycle writes ``slot_b += w_b * o`` and then
-reads ``sum_b r_b * slot_b``. Since the slots are linear in what was written,
+Slot 0 starts as the embedding, the others as zero. A cycle writes ``slot_b += w_b * o`` and then reads
+``sum_b r_b * slot_b``. The slots are linear in the outputs written to them, so
 
-    read_t = r_0 * h_emb + sum_{j<=t} (sum_b r_b * w_b^j) * o_j,
+    read_t = r_0 * h_emb + sum_{j<=t} (sum_b r_b * w_b^j) * o_j.
 
-so the states h_emb, o_0..o_K and N numbers per token and cycle are enough: K + 2 tensors kept for
-backward, where writing N slots in K + 1 cycles and letting autograd save them keeps (N + 1)(K + 1).
+The factored computation therefore needs only the states h_emb, o_0..o_K and N numbers per token and cycle. It
+saves K + 2 tensors for backward. Updating N slots in K + 1 cycles under autograd saves (N + 1)(K + 1).
 """
 
 import torch
@@ -17,9 +17,9 @@ from .schemes import LoopState
 
 
 def factored_cycle(o: Tensor, w: Tensor, r: Tensor, state: LoopState, mix: Mix) -> Tensor:
-    """Write ``o`` [S, B, H] with weights ``w`` [S, B, N], then read with ``r`` [S, B, N].
+    """Write ``o`` [S, B, H] with weights ``w`` [S, B, N], then read with weights ``r`` [S, B, N].
 
-    Keeps ``o`` and ``w`` in ``state``; expects ``state.kept["h_emb"]``.
+    Adds ``o`` and ``w`` to ``state``, which must have ``kept["h_emb"]``.
     """
     w, w_later = state.share(w)
     o, o_later = state.share(o)
@@ -31,7 +31,7 @@ def factored_cycle(o: Tensor, w: Tensor, r: Tensor, state: LoopState, mix: Mix) 
 
 
 def slots_cycle(o: Tensor, w: Tensor, r: Tensor, state: LoopState, mix: Mix) -> Tensor:
-    """The same, literally: every slot is written out. Slow; the reference for ``factored_cycle``."""
+    """Do the same by updating every slot: slow, and the reference for ``factored_cycle``."""
     slots = state.kept.get("slots")
     if slots is None:
         h_emb = at_least_fp32(state.kept["h_emb"])

@@ -1,4 +1,4 @@
-"""A weighted sum of states with a weight per token: the one heavy operation of the memory."""
+"""The memory's one heavy operation: a weighted sum of states, with a weight per token and state."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 Mix = Callable[[Tensor, Sequence[Tensor]], Tensor]
-"""What ``weighted_sum`` does, by whatever means."""
+"""Any implementation of ``weighted_sum``."""
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """``x`` in float32, or in its own type where that is wider."""
+    """Convert ``x`` to float32, unless its dtype is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -22,21 +22,21 @@ def _plain_sum(weights_SBJ: Tensor, states_SBH: Sequence[Tensor]) -> Tensor:
 
 
 def _stacked_sum(weights_SBJ: Tensor, states_SBH: Sequence[Tensor]) -> Tensor:
-    """``_plain_sum`` as a matrix product, for compiled inference.
+    """Compute ``_plain_sum`` as a matrix product, for compiled inference.
 
-    torch 2.13's inductor fuses ``_plain_sum`` into a kernel that runs before operators that write a state in
-    place, and the result is wrong without an error. vLLM's linear layers on CPUs are such operators. Inductor
-    doesn't fuse a matrix product.
+    torch 2.13's inductor may fuse ``_plain_sum`` into a kernel that runs before an operator that writes one
+    of the states in place, such as vLLM's linear layers on CPUs. The result is then wrong, without an error.
+    Inductor doesn't fuse a matrix product.
     """
     states_SBJH = torch.stack([state.to(weights_SBJ.dtype) for state in states_SBH], dim=-2)
     return (weights_SBJ.unsqueeze(-2) @ states_SBJH).squeeze(-2).to(states_SBH[0].dtype)
 
 
 class _WeightedSum(torch.autograd.Function):
-    """Saves the states and the weights, and no product of them.
+    """Saves only the states and the weights for backward.
 
-    Written out with ``*`` and ``+``, autograd would run one kernel and make one [S, B, H] temporary
-    for each, forward and backward.
+    With ``*`` and ``+`` under autograd, each operation would run a kernel and make a temporary [S, B, H],
+    both forward and backward.
     """
 
     generate_vmap_rule = True
@@ -66,14 +66,15 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def weighted_sum(weights_SBJ: Tensor, states_SBH: Sequence[Tensor]) -> Tensor:
-    """``sum_j weights[..., j] * states[j]``, accumulated in at least float32.
+    """Return ``sum_j weights[..., j] * states[j]``, accumulated in at least float32.
 
     Args:
         weights_SBJ: [S, B, J], float32 or wider.
-        states_SBH: J tensors [S, B, H] of one dtype, which is also the result's.
+        states_SBH: J tensors [S, B, H] of one dtype, which is also the dtype of the result.
     """
-    # A trace can't hold a Python function. Compilers fuse the plain sum themselves, and torch's refuses a
-    # function that gets one tensor twice, as this one does in a model without a prelude.
+    # A trace can't contain a custom autograd function. Compilers fuse the plain sum themselves, and
+    # torch.compile rejects a custom function that gets the same tensor twice, which happens in a model
+    # without a prelude.
     compiling = torch.compiler.is_compiling()
     if torch.is_grad_enabled() and not (compiling or torch.jit.is_tracing()):
         return _WeightedSum.apply(weights_SBJ, *states_SBH)

@@ -1,38 +1,47 @@
-"""The only file that names CUDA or the CPU: each process chooses its device once, here.
+"""Choose this process's device, GPU or CPU, and hide the difference: no other file names CUDA.
 
-Megatron-core 0.16.1 names CUDA in places that a CPU run reaches. Without a GPU, ``prepare`` makes those
-names mean the CPU; with one it patches nothing. ``SEAMS`` lists each patched name.
+Megatron-core 0.16.1 names CUDA in places that a CPU run reaches. Without a GPU, ``prepare`` makes those names
+mean the CPU; ``CPU_PATCHES`` lists each of them. With a GPU it patches nothing. ``compat.uninstall`` undoes
+it.
+
+Save and restore the states of all random number generators of a process, as one tensor.
 """
 
 import functools
 import importlib.util
+import io
 import logging
+import math
 import os
+import random
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils._device import _device_constructors
+from megatron.core import tensor_parallel
 
+from megatron_mesh.compat import changes
 from megatron_mesh.runtime.environment import local_rank_from_environment
 
 logger = logging.getLogger(__name__)
 
-# name -> why Megatron-core 0.16.1 needs it on a CPU. tests/unit/runtime checks that each still exists.
-SEAMS = {
+# Patched name -> why Megatron-core 0.16.1 needs the patch on a CPU. tests/unit/runtime checks that each name
+# exists.
+CPU_PATCHES = {
     "torch.tensor": 'called with device="cuda" (optimizer, distributed data parallel)',
     "torch.zeros": 'called with device="cuda" (schedules, gradient buffers)',
     "torch.ones": 'called with device="cuda"',
     "torch.empty": 'called with device="cuda" (pipeline receive buffers)',
     "torch.empty_like": 'called with device="cuda"',
-    "torch.cuda.current_device": "handed on as a device by layers, buffers and the optimizer",
+    "torch.cuda.current_device": "passed on as a device by layers, buffers and the optimizer",
     "torch.cuda.synchronize": "called by schedules and checkpoints",
     "torch.cuda.empty_cache": "called by checkpoints",
-    "torch.cuda.manual_seed": "called by the RNG tracker: one generator, the CPU's",
+    "torch.cuda.manual_seed": "called by the RNG tracker; a CPU run has one generator",
     "torch.cuda.get_rng_state": "called by the RNG tracker",
     "torch.cuda.set_rng_state": "called by the RNG tracker",
     "torch.Tensor.cuda": "called on token counts and norms",
@@ -41,7 +50,7 @@ SEAMS = {
     "megatron.core.tensor_parallel.random._set_cuda_rng_state": "activation recomputation",
 }
 
-# Dense bf16 FLOP/s of the data sheets, by a part of the device's name; the first that fits counts.
+# Dense bf16 FLOP/s from the data sheets, by a part of the device's name; the first match counts.
 _PEAK_BF16_FLOPS = {
     "H200 NVL": 835.5e12,
     "H200": 989.4e12,  # GH200 too
@@ -53,15 +62,13 @@ _PEAK_BF16_FLOPS = {
     "B200": 2250e12,
 }
 
-# What errors say that are not of the type OutOfMemoryError: of torch's CPU allocator; and of the CUDA runtime
-# (a kernel that is loaded late) and cuBLAS, which take memory beside torch's allocator.
+# Texts of out-of-memory errors that are not an OutOfMemoryError: those of torch's CPU allocator, of the CUDA
+# runtime (when it loads a kernel late) and of cuBLAS. The last two bypass torch's allocator.
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-
-_prepared = False
 
 
 def has_gpu() -> bool:
@@ -70,29 +77,29 @@ def has_gpu() -> bool:
 
 
 def prepare(local_rank: int | None = None) -> torch.device:
-    """Choose this process's device, once; call it before the first use of Megatron-core.
+    """Choose this process's device. Call it before the first use of Megatron-core; a second call changes
+    nothing.
 
     Args:
-        local_rank: index of the process on its node; default: ``LOCAL_RANK`` or ``SLURM_LOCALID``.
+        local_rank: index of the process on its node (default: ``LOCAL_RANK`` or ``SLURM_LOCALID``).
     """
-    global _prepared
-    # Up to Hopper the sends of tensor parallelism hide behind a product only in one queue of the device
-    # (Megatron-core's tensor_parallel/layers.py). CUDA reads it when it starts; one that is set stays.
+    # Up to Hopper, tensor parallelism overlaps its sends with a matrix product only if the device has a
+    # single queue (Megatron-core's tensor_parallel/layers.py). CUDA reads this when it starts. A user's value
+    # stays.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if has_gpu():
         if local_rank is None:
             local_rank = local_rank_from_environment()
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    elif not _prepared:
-        _install_seams()
-    _prepared = True
+    else:
+        changes.make("names of the GPU mean the CPU", _patch_for_cpu)
     return device()
 
 
 def be_deterministic() -> None:
-    """Allow only operations that give the same bits every time; call it before the first of them.
+    """Allow only deterministic operations. Call it before the first operation.
 
-    cuBLAS, NCCL and Transformer Engine read the variables when they start. One that is already set stays.
+    cuBLAS, NCCL and Transformer Engine read the variables when they start. Values that a user has set stay.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "Ring")
@@ -107,22 +114,22 @@ def device() -> torch.device:
 
 
 def backend() -> str:
-    """The torch.distributed backend that serves the device."""
+    """The torch.distributed backend for the device."""
     return "nccl" if has_gpu() else "gloo"
 
 
 def describe() -> str:
-    """One line: what computes here, and which optional parts are missing."""
+    """Name the device and the optional packages that are missing, in one line."""
     optional = {"transformer_engine": "Transformer Engine", "apex": "apex"}
     missing = [label for name, label in optional.items() if importlib.util.find_spec(name) is None]
     where = torch.cuda.get_device_name() if has_gpu() else f"CPU, {torch.get_num_threads()} threads"
-    if "Transformer Engine" not in missing:  # which brings what apex has
+    if "Transformer Engine" not in missing:  # it replaces apex
         return where
     return f"{where} (not installed: {', '.join(missing)}; torch's own attention, norms and AdamW are used)"
 
 
 def gpus() -> list[tuple[str, str]]:
-    """Name, and memory with compute capability, of each GPU that this process sees."""
+    """Name and description (memory, compute capability) of each GPU that this process sees."""
     if not has_gpu():
         return []
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -132,14 +139,16 @@ def gpus() -> list[tuple[str, str]]:
 
 
 def why_no_gpu() -> str:
-    """Why this process has no GPU."""
+    """Explain why this process has no GPU."""
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA: training runs on the CPU, with gloo"
-    return "torch finds no device (driver, or CUDA_VISIBLE_DEVICES): training runs on the CPU, with gloo"
+        return f"torch {torch.__version__} is built without CUDA; training runs on the CPU, with gloo"
+    return (
+        "torch finds no GPU (check the driver and CUDA_VISIBLE_DEVICES); training runs on the CPU, with gloo"
+    )
 
 
 def why_no_fp8(recipe: str = "tensorwise") -> str | None:
-    """Why this machine has no FP8 matrix products; None if all its GPUs have them.
+    """Explain why this machine cannot multiply matrices in FP8; None if all its GPUs can.
 
     The limits are those of Transformer Engine 2.11 (``pytorch/quantization.py``).
     """
@@ -147,19 +156,19 @@ def why_no_fp8(recipe: str = "tensorwise") -> str | None:
         return "there is no GPU"
     oldest = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
     if oldest < (8, 9):
-        return "sm_{}{} has none: FP8 begins with sm_89 (Ada) and sm_90 (Hopper)".format(*oldest)
+        return "the GPU (sm_{}{}) has no FP8; it needs sm_89 (Ada), sm_90 (Hopper) or newer".format(*oldest)
     if recipe != "blockwise":
         return None
     if oldest < (9, 0):
-        return "sm_{}{} has no FP8 with scales of blocks, which begins with sm_90 (Hopper)".format(*oldest)
+        return "the GPU (sm_{}{}) has no blockwise FP8; it needs sm_90 (Hopper) or newer".format(*oldest)
     cuda = str(torch.version.cuda)
     if tuple(map(int, cuda.split("."))) < (12, 9):
-        return f"torch is built for CUDA {cuda}, and FP8 with scales of blocks begins with 12.9"
+        return f"torch is built for CUDA {cuda}, and blockwise FP8 needs 12.9 or newer"
     return None
 
 
 def libraries() -> dict[str, str]:
-    """Versions of the GPU libraries that come with torch; empty on a CPU."""
+    """Versions of the GPU libraries that torch uses; empty on a CPU."""
     if not has_gpu():
         return {}
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
@@ -177,12 +186,12 @@ def synchronize() -> None:
 
 
 def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy to host memory. The copy isn't pinned: torch rounds pinned memory up, and keeps what is freed."""
+    """Copy to host memory. It isn't pinned: torch rounds pinned allocations up and never returns them."""
     return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
 
 
 def moment() -> Any:
-    """Mark the moment when the device has finished the work queued so far. Doesn't wait for it."""
+    """Mark the moment when the device finishes the work queued so far, without waiting for it."""
     if not has_gpu():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -191,7 +200,7 @@ def moment() -> Any:
 
 
 def seconds_between(start: Any, end: Any) -> float:
-    """Seconds from one ``moment`` to another; waits for the device to reach ``end``."""
+    """Seconds between two ``moment``s; waits until the device has reached ``end``."""
     if not has_gpu():
         return end - start
     end.synchronize()
@@ -207,28 +216,28 @@ def peak_memory_bytes() -> int:
 
 
 def allocated_bytes() -> int | None:
-    """GPU memory that tensors hold now. None on a CPU, where torch doesn't count."""
+    """GPU memory that tensors occupy now; None on a CPU, where torch doesn't count it."""
     return torch.cuda.memory_allocated() if has_gpu() else None
 
 
 def allocation_retries() -> int:
-    """How often the allocator had to free its cache and retry, so far; 0 on a CPU."""
+    """How often the allocator has freed its cache and retried so far; 0 on a CPU."""
     return torch.cuda.memory_stats()["num_alloc_retries"] if has_gpu() else 0
 
 
 def reset_peak_memory() -> None:
-    """Let ``peak_memory_bytes`` count from now on. No effect on a CPU."""
+    """Restart the measurement of ``peak_memory_bytes``. No effect on a CPU."""
     if has_gpu():
         torch.cuda.reset_peak_memory_stats()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch raised ``error`` because memory was refused, on the GPU or on the CPU."""
+    """Whether torch raised ``error`` because GPU or host memory ran out."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def peak_flops(fp8: bool = False) -> float | None:
-    """Dense bf16 or FP8 FLOP/s from the data sheet; None if unknown, as for a CPU or a MIG slice of a GPU."""
+    """Dense bf16 or FP8 FLOP/s by the data sheet; None if unknown, as for a CPU or a MIG slice."""
     if not has_gpu() or (fp8 and why_no_fp8()):
         return None
     name = torch.cuda.get_device_name()
@@ -240,7 +249,7 @@ def peak_flops(fp8: bool = False) -> float | None:
 
 @contextmanager
 def marked(name: str) -> Iterator[None]:
-    """Name what runs inside: in the traces of torch's profiler, and as an NVTX range on a GPU."""
+    """Name the code inside in traces of torch's profiler and, on a GPU, as an NVTX range."""
     with torch.profiler.record_function(name):
         if not has_gpu():
             yield
@@ -253,7 +262,7 @@ def marked(name: str) -> Iterator[None]:
 
 
 def rng_state() -> dict[str, torch.Tensor]:
-    """States of the torch generators that this process uses."""
+    """States of torch's random number generators in this process."""
     state = {"cpu": torch.get_rng_state()}
     if has_gpu():
         state["device"] = torch.cuda.get_rng_state()
@@ -261,7 +270,7 @@ def rng_state() -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Restore the states that ``rng_state`` returned. Without a GPU, a GPU's state is ignored."""
+    """Restore states from ``rng_state``. Without a GPU, the state of a GPU is ignored."""
     torch.set_rng_state(state["cpu"])
     if has_gpu() and "device" in state:
         torch.cuda.set_rng_state(state["device"])
@@ -272,21 +281,19 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     def call(*args: Any, **kwargs: Any) -> torch.Tensor:
         if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
             kwargs["device"] = "cpu"
-        kwargs.pop("pin_memory", None)  # what is for a GPU to read stays where it is
+        kwargs.pop("pin_memory", None)  # there is no GPU to read it
         return factory(*args, **kwargs)
 
     return call
 
 
-def _install_seams() -> None:
-    """Make the names in ``SEAMS`` mean the CPU. Process-wide, since torch's modes are per thread."""
-    from megatron.core.tensor_parallel import random as megatron_random
+def _patch_for_cpu(stack: ExitStack) -> None:
+    """Make the names in ``CPU_PATCHES`` mean the CPU. Process-wide, because torch's modes are per thread."""
+    from megatron_mesh.compat import megatron_random, torch_internals
 
-    # "with torch.device(...)" recognises factories by identity, from a list made at its first use.
-    # Made now, it holds the real ones, which the wrappers call.
-    _device_constructors()
+    torch_internals.cache_device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+        changes.replace(stack, torch, name, _on_cpu(getattr(torch, name)))
 
     plain_type = torch.Tensor.type
 
@@ -295,20 +302,64 @@ def _install_seams() -> None:
             return plain_type(self, *args, **kwargs)
         return plain_type(self).replace("torch.", "torch.cuda.", 1)
 
+    def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(state)
+
     replacements: list[tuple[Any, str, Callable]] = [
         (torch.cuda, "current_device", lambda: torch.device("cpu")),
         (torch.cuda, "synchronize", lambda *a, **k: None),
         (torch.cuda, "empty_cache", lambda: None),
         (torch.cuda, "manual_seed", torch.default_generator.manual_seed),
-        (torch.cuda, "get_rng_state", lambda *a, **k: torch.get_rng_state()),
-        (torch.cuda, "set_rng_state", lambda state, *a, **k: torch.set_rng_state(state)),
+        (torch.cuda, "get_rng_state", get_state),
+        (torch.cuda, "set_rng_state", set_state),
         (torch.Tensor, "cuda", lambda self, *a, **k: self),
         (torch.Tensor, "type", type_as_on_gpu),
-        (megatron_random, "_get_cuda_rng_state", lambda *a, **k: torch.get_rng_state()),
-        (megatron_random, "_set_cuda_rng_state", lambda state, *a, **k: torch.set_rng_state(state)),
     ]
     for owner, name, replacement in replacements:
-        setattr(owner, name, replacement)
-    # "CPU RNG state changed within GPU RNG context" is always so where they are one generator.
-    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
-    logger.debug("no GPU: %d names of torch and Megatron-core now mean the CPU", len(SEAMS))
+        changes.replace(stack, owner, name, replacement)
+    megatron_random.replace_recompute_generator(stack, get_state, set_state)
+    megatron_random.silence_generator_warning(stack)
+    logger.debug("no GPU: %d names of torch and Megatron-core now mean the CPU", len(CPU_PATCHES))
+
+
+def pack_generators() -> torch.Tensor:
+    """Pack the states of Python's, NumPy's, torch's and Megatron's generators into a uint8 tensor.
+
+    The tensor has the same length on all ranks of a run.
+    """
+    python_version, python_state, gauss = random.getstate()
+    name, keys, position, has_gauss, cached_gauss = np.random.get_state()
+    assert name == "MT19937"
+    arrays: dict[str, Any] = {
+        "python": np.array([python_version, *python_state], dtype=np.uint64),
+        "python_gauss": np.array(math.nan if gauss is None else gauss),
+        "numpy": keys,
+        "numpy_position": np.array([position, has_gauss]),
+        "numpy_gauss": np.array(cached_gauss),
+    }
+    arrays |= {f"torch/{name}": state.numpy() for name, state in rng_state().items()}
+    tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
+    arrays |= {f"tracker/{name}": state.numpy() for name, state in tracker.items()}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def unpack_generators(packed: torch.Tensor) -> None:
+    """Restore the states from ``pack_generators``."""
+    with np.load(io.BytesIO(packed.numpy().tobytes()), allow_pickle=False) as arrays:
+        version, *state = arrays["python"].tolist()
+        gauss = float(arrays["python_gauss"])
+        random.setstate((version, tuple(state), None if math.isnan(gauss) else gauss))
+        position, has_gauss = arrays["numpy_position"].tolist()
+        np.random.set_state(("MT19937", arrays["numpy"], position, has_gauss, float(arrays["numpy_gauss"])))
+        tensors = {name: torch.from_numpy(arrays[name].copy()) for name in arrays.files if "/" in name}
+    set_rng_state(_below("torch/", tensors))
+    tensor_parallel.get_cuda_rng_tracker().set_states(_below("tracker/", tensors))
+
+
+def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""What torchrun, srun and the system say about this process. Reading it starts nothing."""
+"""Read this process's rank and the job's size from the environment, as torchrun or srun set it."""
 
 import os
 import time
@@ -9,12 +9,12 @@ from megatron_mesh.errors import UserError
 
 
 def process_age() -> float:
-    """Seconds since this process was started, its imports included."""
+    """Seconds since this process started, including its imports."""
     return time.time() - psutil.Process().create_time()
 
 
 def world_size_from_environment() -> int:
-    """Processes of the job; plain python is a world of one."""
+    """Number of processes in the job; 1 with plain python."""
     return _number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", default=1)
 
 
@@ -24,12 +24,12 @@ def rank_from_environment() -> int:
 
 
 def local_rank_from_environment() -> int:
-    """Index of this process on its host; a rank that was started by hand counts as the first."""
+    """Index of this process on its host; 0 for a rank that was started by hand."""
     return _number("LOCAL_RANK", "SLURM_LOCALID", default=0)
 
 
-def check_place() -> None:
-    """Raise UserError unless rank and world size are numbers that fit each other."""
+def check_rank() -> None:
+    """Raise UserError unless rank and world size are numbers that are consistent."""
     rank, world_size = rank_from_environment(), world_size_from_environment()
     if not 0 <= rank < world_size:
         raise UserError(
@@ -40,7 +40,7 @@ def check_place() -> None:
 
 
 def _number(*names: str, default: int) -> int:
-    """The first of the variables that is set.
+    """The value of the first variable that is set.
 
     Raises:
         UserError: it is not a whole number.
@@ -61,6 +61,6 @@ def agent_holds_store() -> bool:
 
 
 def store_holder() -> str:
-    """The process that holds the job's store, in words."""
+    """Describe the process that holds the job's store."""
     who = "torchrun's agent" if agent_holds_store() else "rank 0"
     return f"{who} on host {os.environ.get('MASTER_ADDR', '?')} (MASTER_ADDR)"

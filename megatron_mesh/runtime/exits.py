@@ -1,4 +1,4 @@
-"""Exit statuses of a run. Launchers may hide them, so ``SAVE/run_status.txt`` says how it ended, too."""
+"""Exit statuses of a run. Launchers may hide them, so ``SAVE/run_status.txt`` records the end too."""
 
 DONE = 0
 CRASHED = 1
@@ -6,10 +6,10 @@ BAD_INPUT = 2
 HUNG = 3
 """The watchdog ended a rank that made no progress."""
 NOT_SAVED = 4
-"""The run ended, and its last checkpoint could not be written."""
+"""The run ended, but its last checkpoint could not be written."""
 DIVERGED = 5
-"""Too many steps in a row were not finite."""
+"""Too many steps in a row had a loss or gradient norm that was not finite."""
 STOPPED = 42
 """Stopped on request, with a checkpoint: the same command resumes."""
 STOPPED_UNSAVED = 43
-"""Stopped on request, with nothing saved: there is no --save."""
+"""Stopped on request without a checkpoint, because there is no --save."""

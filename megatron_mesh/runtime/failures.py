@@ -1,46 +1,95 @@
-"""Report why a job ends, once per cause: on stderr (and in SLURM's log) and in ``SAVE/run_status.txt``."""
+"""Turn out-of-memory errors into one message with remedies.
+
+Report why a job ends, once per cause, on stderr (which is SLURM's log) and in ``SAVE/run_status.txt``.
+"""
 
 import hashlib
+import logging
 import os
 import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron_mesh.runtime.files import replace_text
+from megatron_mesh.config.schema import Config
+from megatron_mesh.errors import OutOfMemory
 from megatron_mesh.runtime.owner_file import given_token, held_by_another
+from megatron_mesh.runtime.run_files import CHECKPOINTS, STATUS_FILE, replace_text
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def explain_out_of_memory(remedies: Callable[[], Sequence[str]]) -> Iterator[None]:
+    """Turn torch's out-of-memory error into ``OutOfMemory``. Its traceback is logged at debug level.
+
+    Args:
+        remedies: settings to try, cheapest first.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # the base class of torch's own error
+        from megatron_mesh.runtime import device  # not at the top: --help and input errors don't need torch
+
+        if not device.is_out_of_memory(error):
+            raise
+        logger.debug("out of memory", exc_info=True)
+        reason = str(error).strip().splitlines()[0]
+        raise OutOfMemory(f"out of memory: {reason}\ntry: {'; '.join(remedies())}") from error
+
+
+def remedies(config: Config) -> list[str]:
+    """List what would make a run with these (resolved) settings need less memory, cheapest first."""
+    training, parallel = config.training, config.parallel
+    found = []
+    size = training.micro_batch_size
+    if size > 1:
+        smaller = max(n for n in range(1, size) if not size % n)
+        found.append(f"--micro-batch-size {smaller} (the same global batch in more micro-batches)")
+    if training.recompute_granularity is None:
+        found.append("--recompute-granularity selective --recompute-modules core_attn mlp")
+    if training.recompute_granularity != "full":
+        found.append("--recompute-granularity full (steps take about a third longer)")
+    if not training.bf16:
+        found.append("--bf16")
+    if not parallel.use_distributed_optimizer:
+        found.append("--use-distributed-optimizer (with several data-parallel ranks)")
+    ranks = 2 * parallel.tensor_model_parallel_size
+    if config.model.num_attention_heads % ranks == 0:
+        found.append(f"--tensor-model-parallel-size {ranks} --sequence-parallel (needs {ranks} or more GPUs)")
+    return [*found, "--dry-run shows what each rank needs"]
+
 
 FAILED, RUNNING = "failed", "running"
-STATUS_FILE = "run_status.txt"
-"""Its first line is one word for scripts. Further lines say why a run failed, one for each cause."""
 TURN_SECONDS = 5.0
-"""How long a rank that writes to the status file waits for the rank before it."""
+"""How long a rank waits for its turn to write to the status file."""
 
 _FIRST, _OVER, _INFORMED, _NOTES = (f"failures/{name}" for name in ("first", "over", "informed", "notes"))
 
 
-def place(rank: int, world_size: int) -> str:
-    """A process of the job, in words."""
+def describe_rank(rank: int, world_size: int) -> str:
+    """Describe a process of the job."""
     return f"rank {rank} of {world_size} on host {socket.gethostname()}"
 
 
 class Failures:
-    """What the ranks of a job tell each other about its end.
+    """Reports failures, and coordinates with the other ranks so that each cause is reported once.
 
     Args:
-        store: a ``torch.distributed.Store`` that all ranks share. Without one, a rank speaks for itself.
+        store: a ``torch.distributed.Store`` that all ranks share. Without one, a rank reports by itself.
         save: the run's directory (``--save``), or None.
         resumes: whether the command continues the run in ``save`` (see ``resumes``).
 
     Attributes:
-        token: of the start that owns ``save`` (``ownership.py``), once this one does.
-        running: whether this run has said ``running`` in ``run_status.txt``. Before that, a directory with
+        token: names this start, once it owns ``save`` (``ownership.py``).
+        running: whether this run has written ``running`` to ``run_status.txt``. Before that, a directory with
             such a file or with checkpoints may belong to another run, and is left alone unless ``resumes``.
-        is_informed: whether this rank knows how the job ends, and can do without the store.
+        is_informed: whether this rank knows how the job ends, and no longer needs the store.
     """
 
     def __init__(self, store: Any = None, save: str | None = None, resumes: bool = False) -> None:
@@ -52,10 +101,10 @@ class Failures:
         self._new: dict[str, bool] = {}
         self.is_informed = False
 
-    def first(self, who: str, status: int) -> tuple[str, int]:
-        """Note that ``who`` ends the job with exit status ``status``, unless another has noted so before.
+    def note_first(self, who: str, status: int) -> tuple[str, int]:
+        """Record that ``who`` ends the job with exit status ``status``, unless another rank came first.
 
-        Returns the first one noted, which is the reason why the others end.
+        Returns the rank that came first, and its status: it is the reason why the others end.
         """
         if self._first is not None or self._store is None:
             return self._first or (who, status)
@@ -65,8 +114,8 @@ class Failures:
             return who, status
         return self._remember(noted)
 
-    def someone(self) -> tuple[str, int] | None:
-        """The first failure noted, if there is one. Doesn't wait.
+    def first_failure(self) -> tuple[str, int] | None:
+        """The rank that failed first and its exit status, if any has failed. Doesn't wait.
 
         Raises:
             torch.distributed.DistError: the store is gone.
@@ -80,13 +129,13 @@ class Failures:
         self._first = name, int(number)
         return self._first
 
-    def end_well(self) -> None:
-        """Note that the job has ended without a failure, so that nobody misses the store."""
+    def mark_success(self) -> None:
+        """Record that the job has ended without a failure, so the end of the store is no failure either."""
         if self._store is not None:
             with suppress(RuntimeError):
                 self._store.set(_OVER, "")
 
-    def ended_well(self) -> bool:
+    def has_succeeded(self) -> bool:
         """Whether the job has ended without a failure.
 
         Raises:
@@ -94,8 +143,8 @@ class Failures:
         """
         return self._store is not None and self._store.check([_OVER])
 
-    def informed(self) -> None:
-        """Tell the others that this rank ``is_informed``."""
+    def mark_informed(self) -> None:
+        """Let the other ranks know that this one ``is_informed``."""
         with self._lock:
             first_time, self.is_informed = not self.is_informed, True
         if first_time and self._store is not None:
@@ -103,7 +152,7 @@ class Failures:
                 self._store.add(_INFORMED, 1)
 
     def wait_until_informed(self, ranks: int, seconds: float) -> None:
-        """Wait until ``ranks`` ranks know how the job ends, or ``seconds`` are over: some may be dead."""
+        """Wait until ``ranks`` ranks know how the job ends, but at most ``seconds``: some may be dead."""
         end = time.monotonic() + seconds
         with suppress(RuntimeError):
             while self._store is not None and time.monotonic() < end:
@@ -111,47 +160,48 @@ class Failures:
                     return
                 time.sleep(0.2)
 
-    def lose_store(self) -> bool:
-        """From now on this rank speaks for itself; returns whether it had a store."""
+    def drop_store(self) -> bool:
+        """Report without the other ranks from now on; returns whether there was a store."""
         with self._lock:
             store, self._store = self._store, None
         return store is not None
 
     def leave_directory(self) -> None:
-        """From now on ``save`` is another start's: write nothing there."""
+        """Write nothing to ``save`` from now on, because another start owns it."""
         self._save = None
 
-    def tell(self, who: str, cause: str, word: str, details: str = "") -> None:
-        """Print and note why ``who`` ends, unless another rank has told the same cause before.
+    def report(self, who: str, cause: str, word: str, details: str = "") -> None:
+        """Print why ``who`` ends and write it to the status file, unless another rank has reported this
+        cause.
 
         Args:
             cause: the same text on all ranks that have the same problem.
             word: see ``note``.
-            details: printed in place of the cause, such as a traceback.
+            details: printed instead of the cause, for example a traceback.
         """
-        if self.is_new(cause):
+        if self.is_first_report(cause):
             print(f"error: {who}: {details or cause}", file=sys.stderr, flush=True)
             self.note(word, f"{who}: {cause}")
 
-    def has_told(self, cause: str) -> bool:
-        """Whether this rank has told the cause."""
+    def has_reported(self, cause: str) -> bool:
+        """Whether this rank has reported the cause."""
         with self._lock:
             return self._new.get(cause, False)
 
-    def leave_untold(self, cause: str) -> None:
-        """Neither this rank nor another has to tell the cause from now on."""
-        self.is_new(cause)
+    def silence(self, cause: str) -> None:
+        """Let no rank report the cause from now on."""
+        self.is_first_report(cause)
         with self._lock:
             self._new[cause] = False
 
-    def is_new(self, cause: str) -> bool:
-        """Whether no other rank has asked about this cause before. The same rank gets the same answer."""
+    def is_first_report(self, cause: str) -> bool:
+        """Whether this rank is the first to ask about this cause. Later calls give the same answer."""
         with self._lock:
             if cause not in self._new:
-                self._new[cause] = self._ask_first(cause)
+                self._new[cause] = self._claim_report(cause)
             return self._new[cause]
 
-    def _ask_first(self, cause: str) -> bool:
+    def _claim_report(self, cause: str) -> bool:
         if self._store is None:
             return True
         key = hashlib.sha256(cause.encode()).hexdigest()
@@ -161,9 +211,9 @@ class Failures:
             return True
 
     def note(self, word: str, text: str) -> None:
-        """Add a line to the status file. Another run's file stays as it is, and no directory is made.
+        """Add a line to the status file. Leave another run's file alone, and create no directory.
 
-        Ranks take turns, so the first one writes the word and no line is lost.
+        Ranks take turns, so that the first one writes the word and no line is lost.
 
         Args:
             word: the file's first line: ``failed`` if the same command would fail again, else ``running``.
@@ -172,10 +222,10 @@ class Failures:
             return
         path, line = Path(self._save) / STATUS_FILE, " ".join(text.split()) + "\n"
         if self._store is None:
-            with suppress(OSError):  # stderr has it
+            with suppress(OSError):  # the text is on stderr too
                 self._write(path, word, line, ours=self.running)
             return
-        with suppress(RuntimeError):  # the store is gone, or the rank before takes too long
+        with suppress(RuntimeError):  # the store is gone, or another rank takes too long
             turn = self._store.add(_NOTES, 1)
             ours = turn > 1 and self._wait_for_turn(turn)
             with suppress(OSError):
@@ -183,13 +233,13 @@ class Failures:
             self._store.set(f"{_NOTES}/{turn}", "ours" if ours else "not ours")
 
     def _wait_for_turn(self, turn: int) -> bool:
-        """Wait for the rank before; returns whether the status file is this run's."""
+        """Wait for the previous rank to write; returns whether the status file belongs to this run."""
         earlier = f"{_NOTES}/{turn - 1}"
         self._store.wait([earlier], timedelta(seconds=TURN_SECONDS))
         return self._store.get(earlier) == b"ours"
 
     def _write(self, path: Path, word: str, line: str, ours: bool) -> bool:
-        """Add a line to the file if it is ``ours``, else begin it; returns whether it is this run's now."""
+        """Append to the file if it is ``ours``, else create it; returns whether it is this run's now."""
         if not self.running and held_by_another(path.parent, self.token):
             return False
         if ours:
@@ -201,7 +251,7 @@ class Failures:
             if found.partition("\n")[0] != RUNNING:
                 replace_text(path, word + "\n" + line)
             elif line not in found:
-                # Either the start before this one crashed, or it still runs and this one is a mistake.
+                # Either the previous start crashed, or it is still running and this start is a mistake.
                 _append(path, line)
         elif self._resumes or not _is_another_runs(path.parent):
             with path.open("x", encoding="utf-8") as file:
@@ -219,7 +269,7 @@ def resumes(save: str | None, load: str | None, finetune: bool) -> bool:
 
 
 def _append(path: Path, line: str) -> None:
-    """Add a line to a file that exists."""
+    """Append a line to a file, which must exist."""
     with open(path, "a", encoding="utf-8", opener=_no_new_file) as file:
         file.write(line)
 
@@ -230,4 +280,4 @@ def _no_new_file(path: str, flags: int) -> int:
 
 def _is_another_runs(save: Path) -> bool:
     """Whether ``save`` holds checkpoints. A batch script that has claimed it owns it all the same."""
-    return any(save.glob("iter_*")) and given_token() is None
+    return any(save.glob(CHECKPOINTS)) and given_token() is None

@@ -1,4 +1,4 @@
-"""End a job of many processes when one of them fails or hangs, and say which one and where."""
+"""End a job of many processes when one of them fails or hangs, and report which rank it was and where."""
 
 import faulthandler
 import logging
@@ -16,27 +16,27 @@ import torch.distributed as dist
 from megatron_mesh.errors import OutOfMemory, UserError
 from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.environment import agent_holds_store, store_holder
-from megatron_mesh.runtime.failures import FAILED, RUNNING, Failures, place
+from megatron_mesh.runtime.failures import FAILED, RUNNING, Failures, describe_rank
 
 logger = logging.getLogger(__name__)
 
-_LOST_RANK = " (a lost connection: look for a rank that was killed; it could not say so itself)"
+_LOST_RANK = " (lost connection: look for a rank that was killed, for example by the out-of-memory killer)"
 LISTEN_SECONDS = 2.0
 """How often a rank asks the store whether another has failed."""
 LINGER_SECONDS = 3 * LISTEN_SECONDS
-"""How long a rank whose exit may end the store waits for others to hear of it."""
+"""How long a rank whose exit may end the store waits for the others to learn of the failure."""
 STORE_SECONDS = 5.0
-"""How long the watchdog waits for the store, which may not answer."""
+"""How long the watchdog waits for an answer from the store."""
 FOLLOW_SECONDS = 20.0
-"""How long after another rank's failure this one may still find its own error."""
+"""How long after another rank's failure this rank may still report an error of its own."""
 
 
 class Health:
-    """What one rank knows of its own progress, and of the failures of others.
+    """Tracks the progress of one rank, and ends its process when it or another rank fails.
 
     Args:
-        rank, world_size: this process in the job.
-        failures: with a store that all ranks share; without one for a single process.
+        rank, world_size: position of this process in the job.
+        failures: has a store that all ranks share, unless this process is alone.
 
     Attributes:
         before_exit: called before this process ends because of a failure.
@@ -49,23 +49,32 @@ class Health:
         self.before_exit: Callable[[], None] = lambda: None
 
     def beat(self, where: str | None = None) -> None:
-        """This rank makes progress. Its next work is ``where`` (for example "step 17"), if that is new."""
+        """Tell the watchdog that this rank makes progress.
+
+        Args:
+            where: the next work, for example "step 17" (default: as before).
+        """
         self._where, self._last = where or self._where, time.monotonic()
 
     @contextmanager
     def busy(self, where: str, minutes: float = math.inf) -> Iterator[None]:
-        """Suspend the watchdog's limit during the preparations, or replace it by that of a save."""
+        """Suspend the watchdog during work of unknown duration, such as building the index.
+
+        Args:
+            where: the work, for error messages.
+            minutes: a limit for this work, such as a save's (default: none).
+        """
         self.beat(where)
         self._limit = minutes * 60
         try:
             yield
         finally:
-            self.beat(where)  # first: the watchdog may look at any moment
+            self.beat(where)  # before the limit changes: the watchdog may check at any moment
             self._limit = None
 
     @property
     def limit(self) -> str:
-        """Name of the setting that limits the time between beats."""
+        """Name of the setting that limits the time between beats now."""
         return "--watchdog-timeout-minutes" if self._limit is None else "--save-timeout-minutes"
 
     def overdue(self, seconds: float, now: float) -> float:
@@ -79,29 +88,29 @@ class Health:
         limit = seconds if self._limit is None else self._limit
         return waiting if waiting > limit else 0.0
 
-    def was_suspended(self, seconds: float, now: float) -> None:
-        """Don't count the last ``seconds`` before ``now``, in which this process did not run at all."""
+    def ignore_suspension(self, seconds: float, now: float) -> None:
+        """Don't count the last ``seconds`` before ``now``, during which this process was suspended."""
         if self.rank == 0:
             logger.warning(
-                "the process stood still for %.0f s (suspended?); the watchdog ignores that", seconds
+                "this process was suspended for %.0f s; the watchdog does not count that time", seconds
             )
         self._last = min(now, self._last + seconds)
 
     def __str__(self) -> str:
-        return f"{place(self.rank, self.world_size)} in {self._where}"
+        return f"{describe_rank(self.rank, self.world_size)} in {self._where}"
 
     def end(self, cause: str, word: str, status: int, details: str = "") -> None:
-        """End this process and say why, unless another rank has said the same."""
+        """End this process, and report why unless another rank has reported the same cause."""
         who = str(self)
-        _, status = self.failures.first(who, status)
-        self.failures.tell(who, cause, word, details)
+        _, status = self.failures.note_first(who, status)
+        self.failures.report(who, cause, word, details)
         self._exit(status)
 
     def follow(self, first: tuple[str, int]) -> None:
-        """End this process because another rank has failed. One of the ranks that follow says so."""
+        """End this process because another rank has failed. Only one of the followers prints a line."""
         name, status = first
         hangs = status == exits.HUNG
-        if self.failures.is_new(f"after {name}") or hangs:
+        if self.failures.is_first_report(f"after {name}") or hangs:
             stacks = "; its stacks:" if hangs else ""
             print(f"error: {self} ends, because {name} failed{stacks}", file=sys.stderr, flush=True)
         if hangs:
@@ -109,68 +118,68 @@ class Health:
         self._exit(status)
 
     def follow_lost_store(self) -> None:
-        """End this process because the store is gone, so the process that held it has failed."""
-        because = f"{store_holder()} is gone; unless it has said why, see whether it was killed"
-        if self.failures.lose_store():  # another thread of this process may find this at the same time
+        """End this process because the store is gone: the process that held it has failed."""
+        because = f"{store_holder()} is gone; if it printed no error, check whether it was killed"
+        if self.failures.drop_store():  # another thread of this process may notice it at the same time
             print(f"error: {self} ends, because {because}", file=sys.stderr, flush=True)
-            if self.rank == 1:  # one line is enough, and the ranks can no longer agree on who writes it
+            if self.rank == 1:  # the ranks can no longer agree on who writes the one line that is enough
                 self.failures.note(RUNNING, f"{self}: {because}")
         self._exit(exits.CRASHED)
 
     def hang(self, waiting: float) -> None:
-        """End this process with its stacks, after ``waiting`` seconds without a beat."""
+        """End this process after ``waiting`` seconds without a beat, and print its stacks."""
         waited = f"has made no progress for {waiting:.0f} s ({self.limit})"
         who = str(self)
         print(f"error: {who} {waited}; its stacks:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
 
-        def tell_others() -> None:
-            self.failures.first(who, exits.HUNG)
+        def inform_others() -> None:
+            self.failures.note_first(who, exits.HUNG)
             self.failures.note(RUNNING, f"{who} {waited}")
             self._linger()
 
-        telling = threading.Thread(target=tell_others, daemon=True)
-        telling.start()
-        telling.join(STORE_SECONDS + LINGER_SECONDS)
+        informing = threading.Thread(target=inform_others, daemon=True)
+        informing.start()
+        informing.join(STORE_SECONDS + LINGER_SECONDS)
         os._exit(exits.HUNG)
 
     def abandon(self, cause: str) -> None:
-        """End this process at once: it must not write anything more. The others follow."""
+        """End this process at once, because it must not write anything more. The others follow."""
         who = str(self)
-        self.failures.first(who, exits.CRASHED)
+        self.failures.note_first(who, exits.CRASHED)
         print(f"error: {who}: {cause}", file=sys.stderr, flush=True)
         os._exit(exits.CRASHED)
 
     def finish(self) -> None:
-        """This rank has ended its work well. It waits a little for others that still need the store."""
+        """Record that this rank has finished, and wait a little for others that still need the store."""
         if self.rank == 0:
-            self.failures.end_well()
+            self.failures.mark_success()
         self._linger()
 
     def _linger(self) -> None:
-        """Wait until all ranks know how the job ends, if the store may end with this process.
+        """Wait until all ranks know how the job ends, if the store may end together with this process.
 
-        Rank 0 holds the store, or torchrun's agent does, which ends once one of its processes has failed.
+        Rank 0 holds the store, or torchrun's agent, which ends as soon as one of its processes has failed.
         """
-        self.failures.informed()
+        self.failures.mark_informed()
         if self.rank == 0 or agent_holds_store():
             self.failures.wait_until_informed(self.world_size, LINGER_SECONDS)
 
     def _exit(self, status: int) -> None:
-        self.failures.informed()
+        self.failures.mark_informed()
         self.before_exit()
-        # A launcher that sees this process end may kill the others. First let them say what is wrong.
+        # A launcher that sees this process end may kill the others. Give them time to report their errors.
         time.sleep(1)
         self._linger()
         os._exit(status)
 
 
 @contextmanager
-def failures_reported(health: Health) -> Iterator[None]:
-    """Report a rank's failure once per cause, where it happened, without waiting for the other ranks.
+def report_failure(health: Health) -> Iterator[None]:
+    """Report an exception once per cause, with the place where it happened, without waiting for other ranks.
 
-    With several ranks the process ends here: destroying the process groups would wait for ranks that still
-    work. All ranks exit with the status of the first that failed.
+    With several ranks the process ends here, because destroying the process groups would wait for ranks that
+    are still working. All ranks exit with the status of the first that failed.
     """
     try:
         yield
@@ -187,14 +196,14 @@ def failures_reported(health: Health) -> Iterator[None]:
         lost = _is_lost_connection(error)
         if lost:
             try:
-                first = health.failures.someone()
+                first = health.failures.first_failure()
             except dist.DistError:
                 health.follow_lost_store()
             else:
                 if first is not None:
                     health.follow(first)
         details = f"failed{_LOST_RANK if lost else ''}:\n{traceback.format_exc()}"
-        # All ranks that lose a connection at once have one cause, though each names another peer.
+        # Ranks that lose a connection at the same time share one cause, although each names another peer.
         health.end("lost connection" if lost else cause, RUNNING, exits.CRASHED, details)
 
 
@@ -206,10 +215,10 @@ def _is_lost_connection(error: Exception) -> bool:
 
 @contextmanager
 def watched(health: Health, minutes: float) -> Iterator[None]:
-    """End this process when another rank has failed, or, with its stacks, when it hangs itself.
+    """End this process when another rank fails, or when it hangs itself; then print its stacks.
 
     Args:
-        minutes: how long ``health`` may go without a beat (0: forever).
+        minutes: how long this rank may go without a beat (0: forever).
     """
     if not minutes and health.world_size == 1:
         yield
@@ -220,7 +229,7 @@ def watched(health: Health, minutes: float) -> Iterator[None]:
         arguments = (health, minutes * 60, done)
         threads.append(threading.Thread(target=_watch, args=arguments, daemon=True, name="watchdog"))
     if health.world_size > 1:
-        # Not in the watchdog's thread: this one waits for the store, whose process may be the one that hangs.
+        # A separate thread, because it waits for the store, and the process that holds that may be hanging.
         threads.append(threading.Thread(target=_listen, args=(health, done), daemon=True, name="listener"))
     for thread in threads:
         thread.start()
@@ -235,8 +244,9 @@ def watched(health: Health, minutes: float) -> Iterator[None]:
 def _watch(health: Health, seconds: float, done: threading.Event) -> None:
     """End this process when ``health`` is overdue.
 
-    Time in which the whole process was suspended (SIGSTOP, ``scontrol suspend``) doesn't count. Such a rank
-    has a fresh start when it is resumed. If it alone is suspended, the others wait for it, and report that.
+    Time during which the whole process was suspended (SIGSTOP, ``scontrol suspend``) doesn't count: the limit
+    starts again when the process is resumed. If only this rank is suspended, the others wait for it and
+    report that they hang.
     """
     interval = min(seconds / 4, 5.0)
     last = time.monotonic()
@@ -245,7 +255,7 @@ def _watch(health: Health, seconds: float, done: threading.Event) -> None:
         suspended = now - last - interval
         last = now
         if suspended > interval:
-            health.was_suspended(suspended, now)
+            health.ignore_suspension(suspended, now)
         if waiting := health.overdue(seconds, now):
             health.hang(waiting)
 
@@ -255,17 +265,19 @@ def _listen(health: Health, done: threading.Event) -> None:
     failures = health.failures
     while not done.wait(LISTEN_SECONDS) and not failures.is_informed:
         try:
-            if failures.ended_well():
-                failures.informed()
+            if failures.has_succeeded():
+                failures.mark_informed()
                 return
-            first = failures.someone()
+            first = failures.first_failure()
         except dist.DistError:
-            if not done.wait(LISTEN_SECONDS):  # this rank may be about to find its own end
+            if not done.wait(LISTEN_SECONDS):  # this rank may be about to report its own error
                 health.follow_lost_store()
             return
         if first is not None:
-            failures.is_new(f"after {first[0]}")  # while the store is there: the first to ask will say it
-            failures.informed()
+            failures.is_first_report(
+                f"after {first[0]}"
+            )  # while the store is there: the first to ask will say it
+            failures.mark_informed()
             if not done.wait(FOLLOW_SECONDS):
                 health.follow(first)
             return

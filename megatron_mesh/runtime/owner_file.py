@@ -1,7 +1,8 @@
-"""``SAVE/run_owner.txt``: which start of a run may write to its directory.
+"""Read ``SAVE/run_owner.txt``, which names the one start of a run that may write to the directory.
 
-Three lines: the owner's token, who that is as JSON, and a counter that rises while the owner lives. The token
-comes first for shell scripts (examples/slurm). A batch script writes the first line alone.
+It has three lines: the owner's token, its process as JSON, and a counter that rises while the owner is alive.
+The token comes first for the sake of shell scripts (examples/slurm). A batch script writes only the first
+line.
 """
 
 import os
@@ -15,22 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mesh.runtime import strict_json
-
-OWNER_FILE = "run_owner.txt"
+from megatron_mesh.runtime.run_files import OWNER_FILE
 
 _SLURM_TOKEN = re.compile(r"(\d+(?:_\d+)?)\.\d+")
-"""A job, or an element of an array, and how often it was restarted."""
+"""The id of a job or array element, and how often it was restarted."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """What the file says."""
+    """The contents of the file."""
 
     token: str
     who: dict[str, Any] = field(default_factory=dict)
-    """``describe_this_process``; empty if only a batch script has claimed the directory so far."""
+    """From ``describe_this_process``; empty while only a batch script has claimed the directory."""
     text: str = ""
-    """The whole file. It changes while the owner lives."""
+    """The whole file. It changes as long as the owner is alive."""
 
     def __str__(self) -> str:
         if self.who:
@@ -39,7 +39,7 @@ class Owner:
         return f"SLURM job {job[1]}" if job else "an unidentified process"
 
     def lives(self) -> bool | None:
-        """Whether the owner's process exists; None if that cannot be known from here."""
+        """Whether the owner's process exists; None if it cannot be checked (on another host)."""
         here = _machine()
         if not here or self.who.get("machine") != here:
             return None
@@ -47,12 +47,12 @@ class Owner:
         return None if started == -1 else started == self.who["started"]
 
     def has_slurm_job(self) -> bool:
-        """Whether SLURM says that the owner's job runs now. False if there is no SLURM to ask."""
+        """Whether the owner's job is running, according to SLURM; False without SLURM."""
         job = _SLURM_TOKEN.fullmatch(self.token)
         if job is None:
             return False
         command = ["squeue", "-h", "-j", job[1], "-t", "running,completing,suspended", "-o", "%A"]
-        # Options in the environment, such as a partition, would hide the job.
+        # Options in the environment, such as a partition, could hide the job.
         env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
         try:
             ended = subprocess.run(
@@ -67,22 +67,22 @@ def read_owner(path: Path) -> Owner | None:
     """The owner that the file ``path`` names; None if there is no such file.
 
     Raises:
-        OSError: the file cannot be read just now.
+        OSError: the file cannot be read at the moment.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return None
     token, who, *_ = [*text.split("\n"), "", ""]
-    said: Any = None
+    found: Any = None
     with suppress(ValueError):
-        said = strict_json.loads(who)
-    complete = isinstance(said, dict) and said.keys() >= describe_this_process().keys()
-    return Owner(token, said if complete else {}, text)
+        found = strict_json.loads(who)
+    complete = isinstance(found, dict) and found.keys() >= describe_this_process().keys()
+    return Owner(token, found if complete else {}, text)
 
 
 def describe_this_process() -> dict[str, Any]:
-    """Which process this is, so that others can tell whether it still exists."""
+    """Describe this process, so that others can check whether it still exists."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -93,12 +93,12 @@ def describe_this_process() -> dict[str, Any]:
 
 
 def given_token() -> str | None:
-    """The token that a batch script has written to the file for this start, if any (examples/slurm)."""
+    """The token that a batch script wrote to the file for this start, if any (examples/slurm)."""
     return os.environ.get("MESH_RUN_TOKEN") or None
 
 
 def held_by_another(directory: Path, token: str | None) -> bool:
-    """Whether ``directory`` may belong to another start than the one with ``token``. Does not wait."""
+    """Whether ``directory`` may belong to a start other than the one with ``token``. Doesn't wait."""
     try:
         owner = read_owner(directory / OWNER_FILE)
     except OSError:
@@ -107,15 +107,15 @@ def held_by_another(directory: Path, token: str | None) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """When a process was started, in clock ticks since boot: setting the clock doesn't change that.
+    """The start time of a process in clock ticks since boot, which setting the clock doesn't change.
 
-    None if there is no such process, -1 if the system hides it.
+    None if there is no such process, -1 if the system hides the time.
     """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:  # it exists, and belongs to somebody else
+    except PermissionError:  # it exists, but belongs to another user
         pass
     try:
         state, *values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -125,9 +125,9 @@ def _started(pid: int) -> int | None:
 
 
 def _machine() -> str:
-    """Names the space in which a process id means this process; "" if the system doesn't tell.
+    """Identify the boot and the namespace in which process ids are unique; "" if the system hides them.
 
-    Containers on one host may each have a process 7, and two hosts may have the same name.
+    Two containers on one host may each have a process 7, and two hosts may have the same name.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

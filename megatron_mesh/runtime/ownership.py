@@ -1,11 +1,12 @@
-"""One start at a time owns a run's directory: it alone trains, saves and deletes there.
+"""Let only one start of a run at a time use its directory: only the owner trains, saves and deletes there.
 
-Rank 0 claims the directory before anything in it is read or changed. A second start is refused while the
-owner lives. On the same machine that is seen from the owner's process. Elsewhere the owner must let its
-counter in the file rise, so no clocks are compared. The file is created by a link and replaced by a rename,
-which are atomic on NFS too.
+Rank 0 claims the directory before it reads or changes anything in it. A second start is refused as long as
+the owner is alive. On the same machine we look for the owner's process. From another machine we watch the
+counter in the file, which the owner keeps raising; so no clocks are compared. The file is created by a link
+and replaced by a rename, which are atomic on NFS too.
 
-An owner that was taken for dead (a suspended machine, a lost network) ends when it sees another's token.
+An owner that was wrongly considered dead (a suspended machine, a lost network) ends when it sees another
+token.
 """
 
 import errno
@@ -20,26 +21,27 @@ from uuid import uuid4
 
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import strict_json
-from megatron_mesh.runtime.agreement import from_rank_zero
+from megatron_mesh.runtime.distributed import from_rank_zero
 from megatron_mesh.runtime.health import Health
-from megatron_mesh.runtime.owner_file import OWNER_FILE, Owner, describe_this_process, given_token, read_owner
+from megatron_mesh.runtime.owner_file import Owner, describe_this_process, given_token, read_owner
+from megatron_mesh.runtime.run_files import OWNER_FILE
 
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 3.0
-"""How often the owner raises its counter and looks for another's token."""
+"""How often the owner raises its counter and checks that the token is still its own."""
 TURN_SECONDS = 10.0
-"""After this long, the mark of a start that takes over (a matter of milliseconds) counts as left behind."""
+"""Age at which the lock file of a takeover, which takes milliseconds, counts as left behind by a crash."""
 SILENCE_SECONDS = 20.0
-"""How long the counter of an owner on another machine must stand still before it counts as dead."""
+"""How long the counter must not change before an owner on another machine counts as dead."""
 
 
 @contextmanager
 def owned(save: str | None, health: Health) -> Iterator[None]:
-    """Own the directory ``save`` inside; a collective operation. Without ``save`` there is nothing to own.
+    """Own the directory ``save`` inside, if there is one; a collective operation.
 
     Raises:
-        UserError: another start owns it, or the file cannot be written. Nothing has been changed.
+        UserError: another start owns it, or the file cannot be written. Nothing was changed.
     """
     if save is None:
         yield
@@ -50,7 +52,7 @@ def owned(save: str | None, health: Health) -> Iterator[None]:
 
     def lost(other: Owner) -> None:
         health.failures.leave_directory()
-        health.abandon(f"{other} has taken over --save {save}; this start ends without writing to it")
+        health.abandon(f"{other} has taken over --save {save}; this run ends and writes nothing more to it")
 
     ownership.keep(lost)
     health.before_exit = ownership.release
@@ -64,7 +66,7 @@ class Ownership:
     """A claim on ``directory``. Only rank 0 claims, keeps and releases.
 
     Attributes:
-        token: names this start. A batch script that gives it has written it to the file already.
+        token: identifies this start. If a batch script provides it, it is in the file already.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -91,13 +93,13 @@ class Ownership:
             self._text = f"{self.token}\n{strict_json.dumps(describe_this_process())}\n".encode()
             while not self._create():
                 owner = read_owner(self.path)
-                if owner is None:  # it has just left
+                if owner is None:  # the owner has just released it
                     continue
                 lives = owner.token != self.token and self._lives(owner)
                 if lives:
                     raise UserError(
-                        f"--save {self.directory} belongs to {owner}; wait for its end or stop it, or choose "
-                        "another directory"
+                        f"--save {self.directory} is in use by {owner}; wait until it ends, stop it, or "
+                        "choose another directory"
                     )
                 if lives is False and self._replace(owner):
                     break
@@ -108,7 +110,7 @@ class Ownership:
         return self.token
 
     def _create(self) -> bool:
-        """Create the file, unless there is one. It appears with its content, so nobody sees it empty."""
+        """Create the file, unless it exists. It appears with its content, so nobody sees it empty."""
         if os.path.exists(self.path):
             return False
         try:
@@ -118,10 +120,10 @@ class Ownership:
         return True
 
     def _replace(self, dead: Owner) -> bool:
-        """Take the place of a dead owner; False if another start was faster.
+        """Replace a dead owner; False if another start was faster.
 
-        Those who have found the same dead owner take turns, and each looks again first: so none replaces the
-        file of one that was faster. The file is replaced in one step, and never absent.
+        Starts that have found the same dead owner take turns, and each reads the file again first. So none
+        replaces the file of a start that was faster. The file is replaced atomically and is never missing.
         """
         turn = self.path.with_name(f"{OWNER_FILE}.takeover")
         try:
@@ -139,7 +141,7 @@ class Ownership:
         return True
 
     def _write(self, put: Callable[[Path, Path], None]) -> None:
-        """Write the file under another name, and ``put`` it in its place."""
+        """Write the file under a temporary name, and ``put`` it in place."""
         draft = self.path.with_name(f"{OWNER_FILE}.{uuid4().hex}")
         handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
         try:
@@ -156,9 +158,9 @@ class Ownership:
         self._handle = handle
 
     def _lives(self, owner: Owner) -> bool | None:
-        """Whether ``owner`` is at work; None if it no longer is the owner.
+        """Whether ``owner`` is alive; None if it is no longer the owner.
 
-        Waits for a sign of life if its process cannot be seen from here.
+        If its process cannot be seen from here, wait for the counter to change.
         """
         lives = owner.lives()
         if lives is not None:
@@ -166,7 +168,7 @@ class Ownership:
         if owner.has_slurm_job():
             return True
         logger.info(
-            "%s belonged to %s; watching it for %.0f s to see whether that still runs",
+            "%s belongs to %s; waiting up to %.0f s to see whether that is still alive",
             self.directory,
             owner,
             SILENCE_SECONDS,
@@ -182,7 +184,7 @@ class Ownership:
         return False
 
     def keep(self, lost: Callable[[Owner], None]) -> None:
-        """Raise the counter from now on; call ``lost`` if another start has taken over."""
+        """Keep raising the counter in a thread; call ``lost`` if another start has taken over."""
         if self._handle is not None:
             self._thread = threading.Thread(target=self._keep, args=(lost,), daemon=True, name="ownership")
             self._thread.start()
@@ -191,23 +193,23 @@ class Ownership:
         count = 0
         while not self._over.wait(BEAT_SECONDS):
             count += 1
-            with suppress(OSError):  # the file system may be away for a moment
+            with suppress(OSError):  # the file system may be unavailable for a moment
                 owner = read_owner(self.path)
                 if owner is not None and owner.token not in ("", self.token):
                     lost(owner)
                     return
-                if owner is None:  # somebody has removed the file
+                if owner is None:  # someone has removed the file
                     self._create()
                 self._beat(count)
 
     def _beat(self, count: int) -> None:
-        """Write the counter in place, into the file that this start has created: never into another's."""
+        """Write the counter in place. The handle is our own file's, so another start's never changes."""
         assert self._handle is not None
         os.pwrite(self._handle, _counter(count), len(self._text))
         os.fsync(self._handle)
 
     def release(self) -> None:
-        """Remove the file, unless a batch script does that, and directories that were made for nothing."""
+        """Remove the file, unless a batch script will, and directories that were created but stayed empty."""
         if self._over.is_set():
             return
         self._over.set()
@@ -217,13 +219,13 @@ class Ownership:
             owner = read_owner(self.path) if self._handle is not None and not self._given else None
             if owner is not None and owner.token == self.token:
                 self.path.unlink()
-        with suppress(OSError):  # the first that is not empty
+        with suppress(OSError):  # stop at the first that is not empty
             for path in self._made:
                 path.rmdir()
 
 
 def _put(file: Path, name: Path) -> None:
-    """Give ``file`` a second name, or the only one on file systems without hard links.
+    """Link ``file`` to ``name``; rename it on file systems without hard links.
 
     Raises:
         FileExistsError: the name is taken.
@@ -233,12 +235,12 @@ def _put(file: Path, name: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
             raise
-        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644))  # nobody else takes the name
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644))  # reserve the name
         file.replace(name)
 
 
 def _wait_for_turn(turn: Path) -> None:
-    """Wait until nobody takes over, and remove the mark of one that was killed in the middle of that."""
+    """Wait until no other start is taking over, and remove a lock file that a crash has left behind."""
     with suppress(FileNotFoundError):
         first, end = turn.stat(), time.monotonic() + TURN_SECONDS
         while (now := turn.stat()).st_ino == first.st_ino and now.st_mtime_ns == first.st_mtime_ns:

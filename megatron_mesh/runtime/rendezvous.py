@@ -1,8 +1,14 @@
-"""Open the store at which a job's ranks meet.
+"""Let all ranks meet before torch.distributed starts, so that none waits for a rank that has failed.
 
-Rank 0 opens it at any free port, and a signpost at the first free port of a list that all ranks know
-(``find_rendezvous``). The signpost tells everybody who connects which job this is, and where its store is. A
-rank that meets another job's signpost, or something else, looks at the next port of the list.
+Every rank takes part, even one with an error. If all arrive without an error, the job starts. Otherwise all
+ranks end at once, with the exit status of the first that failed. If some don't arrive in time, one rank lists
+them.
+
+Open the store at which a job's ranks meet.
+
+Rank 0 opens the store at any free port, and a signpost at the first free port in a list that all ranks know
+(``find_rendezvous``). To everyone who connects, the signpost sends the name of the job and the port of its
+store. A rank that finds another job's signpost, or something else, tries the next port in the list.
 """
 
 import errno
@@ -10,6 +16,7 @@ import hashlib
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -20,21 +27,147 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_mesh.errors import RanksLost, UserError
-from megatron_mesh.runtime import strict_json
+from megatron_mesh.runtime import exits, strict_json
 from megatron_mesh.runtime.environment import agent_holds_store, store_holder, world_size_from_environment
+from megatron_mesh.runtime.failures import Failures
+
+LINGER_SECONDS = 120.0
+"""How long a rank with an error waits for ranks that have not arrived, so that they learn of it."""
+
+SECONDS_TO_REACH = 30.0
+"""How long a rank with an error tries to reach the others before it reports the error by itself."""
+
+LEAVE_SECONDS = 10.0
+"""How long the rank that holds the store waits until the others have left."""
+
+_ARRIVED, _COMPLETE, _VERDICT, _GIVEN_UP, _LEFT = (
+    f"meeting/{name}" for name in ("arrived", "complete", "verdict", "given_up", "left")
+)
+_START = "start"
+
+
+class Meeting:
+    """One rank's part in the meeting. Rank 0 or torchrun's agent holds the store.
+
+    Raises:
+        UserError: no store can be opened or found (``rendezvous.py``), or another process has this rank.
+        RanksLost: rank 0 does not announce its store within ``timeout``.
+    """
+
+    held = False
+    """Whether this process has already been in a meeting that could start the job."""
+
+    def __init__(self, rank: int, world_size: int, timeout: timedelta, *, failing: bool = False) -> None:
+        self.rank, self.world_size, self._timeout = rank, world_size, timeout
+        store, self._signpost = open_store(find_rendezvous(), rank, world_size, timeout, failing=failing)
+        self._holds_store = self._signpost is not None
+        # After a restart by torchrun the ranks meet in the same store.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"megatron_mesh/{attempt}", store)
+        if self.store.add(f"meeting/came/{rank}", 1) > 1:
+            raise UserError(
+                f"another process is rank {rank} of this job; if these are two jobs, give each its own "
+                "MASTER_PORT"
+            )
+
+    def start(self) -> None:
+        """Wait until all ranks are here.
+
+        Raises:
+            SystemExit: the job cannot start. Another rank has failed or found that ranks are missing, and has
+                reported it.
+            RanksLost: a rank doesn't arrive within the timeout, or the store is lost.
+        """
+        Meeting.held = True
+        try:
+            self._arrive()
+            try:
+                self.store.wait([_VERDICT], self._timeout)
+            except dist.DistStoreError:
+                if self.store.add(_GIVEN_UP, 1) == 1:  # one rank looks for the missing ones
+                    self._give_up()
+                self.store.wait([_VERDICT], timedelta(seconds=SECONDS_TO_REACH))
+            verdict = self.store.get(_VERDICT).decode()
+        except dist.DistError:
+            raise RanksLost(
+                f"the job's store was lost before all ranks had arrived: {store_holder()} has ended or does "
+                "not answer; look at its output"
+            ) from None
+        if verdict != _START:
+            self.leave()
+            sys.exit(int(verdict))
+        if self._signpost is not None:
+            self._signpost.close()
+
+    def fail(self, failures: Failures, who: str, cause: str, word: str, status: int, details: str) -> int:
+        """Report this rank's error (``Failures.report``), and wait for the others.
+
+        Returns the exit status of the job: that of the first rank that failed.
+        """
+        with suppress(dist.DistError):
+            status = int(self.store.compare_set(_VERDICT, "", str(status)).decode())
+        failures.report(who, cause, word, details)
+        with suppress(dist.DistError):
+            self._arrive()
+        self.leave()
+        return status
+
+    def _arrive(self) -> None:
+        self.store.set(f"meeting/{self.rank}", "")
+        if self.store.add(_ARRIVED, 1) == self.world_size:
+            self.store.compare_set(_VERDICT, "", _START)
+            self.store.set(_COMPLETE, "")
+
+    def leave(self) -> None:
+        """Wait until no other rank is expected. The rank that holds the store leaves last."""
+        with suppress(dist.DistError):
+            self.store.wait([_COMPLETE], timedelta(seconds=LINGER_SECONDS))
+        with suppress(dist.DistError):
+            left, end = self.store.add(_LEFT, 1), time.monotonic() + LEAVE_SECONDS
+            while self._holds_store and left < self.store.add(_ARRIVED, 0) and time.monotonic() < end:
+                time.sleep(0.1)
+                left = self.store.add(_LEFT, 0)
+
+    def _give_up(self) -> None:
+        """End the meeting and the job if ranks are missing.
+
+        Raises:
+            RanksLost: ranks are missing.
+        """
+        absent = [r for r in range(self.world_size) if not self.store.check([f"meeting/{r}"])]
+        if not absent or self.store.compare_set(_VERDICT, "", str(exits.CRASHED)).decode() == _START:
+            return
+        self.store.set(_COMPLETE, "")
+        named = ", ".join(map(str, absent[:16])) + (", ..." if len(absent) > 16 else "")
+        raise RanksLost(
+            f"{len(absent)} of {self.world_size} ranks did not arrive within "
+            f"{self._timeout.total_seconds():.0f} s (--distributed-timeout-minutes): {named}; check that "
+            "they were started, and look at their logs"
+        )
+
+
+def meet_to_fail(rank: int, world_size: int) -> Meeting | None:
+    """Join the meeting with an error to report; None if the other ranks cannot be reached."""
+    if Meeting.held:
+        return None
+    try:
+        return Meeting(rank, world_size, timedelta(seconds=SECONDS_TO_REACH), failing=True)
+    except (UserError, RanksLost):
+        return None
+
 
 ANSWER_SECONDS = 5.0
-"""How long a signpost may take to answer: rank 0 may be importing."""
+"""How long a signpost may take to answer, since rank 0 may be importing."""
 PATIENCE_SECONDS = 15.0
-"""How long rank 0 tries to listen at the port that was given: another job may just be starting there."""
+"""How long rank 0 retries a given port, at which another job may just be starting."""
 FOREIGN_SECONDS = 30.0
-"""How long the other ranks see something else at that port before they give up."""
+"""How long the other ranks accept that something else answers at a given port before they give up."""
 _BACKLOG = 4096
 _PORTS_TO_TRY = 8
 
 
 class PortTaken(UserError):
-    """Rank 0 cannot listen at the port that was given, and every rank finds something else there."""
+    """Rank 0 cannot listen at the given port, where every rank finds something else."""
 
 
 @dataclass(frozen=True)
@@ -42,22 +175,22 @@ class Rendezvous:
     """Where the ranks of a job find each other."""
 
     address: str
-    """Host of rank 0, or of torchrun's agent that holds the store."""
+    """Host of the process that holds the store: rank 0 or torchrun's agent."""
     ports: tuple[int, ...]
-    """Rank 0 listens at the first that is free."""
+    """Rank 0 listens at the first free one."""
     given: bool
-    """Whether the user or torchrun has given the port, so that there is no other."""
+    """Whether the user or torchrun has given the port, so that no other may be used."""
     spare: tuple[int, ...]
-    """Where rank 0 tells the others that it cannot listen at the port that was given."""
+    """Ports at which rank 0 informs the others that it cannot listen at the given port."""
     job: str
-    """The same for all ranks of this start of the job. Other jobs and other starts have another."""
+    """Identifies this start of the job: the same for all its ranks, different for other jobs and starts."""
 
 
 def find_rendezvous() -> Rendezvous:
-    """Where this job's ranks meet: as torchrun or the user says, or else from SLURM's job step.
+    """Find out where this job's ranks meet: from torchrun or the user, or else from SLURM's job step.
 
-    Without MASTER_PORT the ports follow from job, step, restart and user, so that jobs on the same host
-    rarely try the same one, and no start meets what is left of an earlier one.
+    Without MASTER_PORT the ports are derived from job, step, restart and user. So jobs on the same host
+    rarely try the same port, and no start meets a leftover of an earlier one.
 
     Raises:
         UserError: MASTER_ADDR is not set and this is not a SLURM job step; or MASTER_PORT is not a port.
@@ -75,7 +208,7 @@ def find_rendezvous() -> Rendezvous:
 
 
 def _ports_of(job: str) -> tuple[int, ...]:
-    """Below 32768, from where systems take the ports of outgoing connections."""
+    """Ports below 32768, above which systems choose ports of outgoing connections."""
     digest = hashlib.sha256(job.encode()).digest()
     numbers = (int.from_bytes(digest[index : index + 4]) for index in range(0, 4 * _PORTS_TO_TRY, 4))
     return tuple(20000 + number % 12000 for number in numbers)
@@ -91,15 +224,15 @@ def _first_host() -> str:
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
         raise UserError(
             f"the ranks cannot find each other: MASTER_ADDR is not set ({error}); start with torchrun, or "
-            "export MASTER_ADDR, the name of the first node"
+            "export MASTER_ADDR=<name of the first node>"
         ) from None
 
 
 class Signpost:
-    """Answers each connection to a port, on a thread of its own, with one line of JSON."""
+    """Answers each connection to a port with one line of JSON, from a separate thread."""
 
     def __init__(self, port: int) -> None:
-        """Raises OSError if the port is taken."""
+        """Listen at the port. Raises OSError if it is taken."""
         try:
             self._listener = socket.create_server(
                 ("", port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True
@@ -111,7 +244,7 @@ class Signpost:
         self._closed = threading.Event()
 
     def show(self, **directions: Any) -> None:
-        """Start to answer."""
+        """Start to answer with these directions."""
         line = strict_json.dumps(directions).encode() + b"\n"
         threading.Thread(target=self._answer, args=(line,), daemon=True, name="signpost").start()
 
@@ -119,7 +252,7 @@ class Signpost:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # closed, or for the moment there is no file descriptor left
+            except OSError:  # closed, or no file descriptor is left at the moment
                 if self._closed.wait(0.1):
                     return
                 continue
@@ -127,7 +260,7 @@ class Signpost:
                 connection.sendall(line)
 
     def close(self) -> None:
-        """Give the port back."""
+        """Stop listening and release the port."""
         self._closed.set()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread, which waits in accept
@@ -137,14 +270,15 @@ class Signpost:
 def open_store(
     place: Rendezvous, rank: int, world_size: int, timeout: timedelta, *, failing: bool = False
 ) -> tuple[dist.Store, Signpost | None]:
-    """The job's store, and on the rank that holds it the signpost, which is of no use once all have come.
+    """Open the job's store. On the rank that holds it, also return the signpost, needed until all have
+    arrived.
 
     Args:
-        failing: this rank only wants to tell the others of an error.
+        failing: this rank joins only to report an error to the others.
 
     Raises:
-        PortTaken: no port is free, or something else is at the one that was given.
-        RanksLost: rank 0 does not show where the store is within ``timeout``.
+        PortTaken: no port is free, or something else uses the given one.
+        RanksLost: rank 0 does not announce the store within ``timeout``.
     """
     if agent_holds_store():
         return _connect(place.address, place.ports[0], world_size, timeout), None
@@ -177,18 +311,18 @@ def _put_up_signpost(place: Rendezvous, failing: bool) -> Signpost:
 
 
 def _look_for_store(place: Rendezvous, timeout: timedelta) -> int:
-    """The port of the job's store, from its signpost."""
+    """Get the port of the job's store from its signpost."""
     begin, pause, reason, foreign_since = time.monotonic(), 0.1, "", None
     while time.monotonic() - begin < timeout.total_seconds():
         for port in place.ports + place.spare:
             try:
-                said = _ask(place.address, port)
+                answer = _ask(place.address, port)
             except OSError as error:
                 if port in place.ports:
                     reason = error.strerror or str(error)
                 continue
-            if said.get("job") == place.job:
-                return int(said["port"])
+            if answer.get("job") == place.job:
+                return int(answer["port"])
             if port in place.ports:
                 reason = f"something else answers at port {port}"
                 foreign_since = foreign_since or time.monotonic()
@@ -202,12 +336,12 @@ def _look_for_store(place: Rendezvous, timeout: timedelta) -> int:
     ports = ", ".join(map(str, place.ports))
     raise RanksLost(
         f"rank 0 does not answer at {place.address}:{ports} (MASTER_ADDR, MASTER_PORT) after "
-        f"{timeout.total_seconds():.0f} s ({reason}); see whether it runs, and whether this host reaches it"
+        f"{timeout.total_seconds():.0f} s ({reason}); check that it runs, and that this host can reach it"
     )
 
 
 def _ask(address: str, port: int) -> dict[str, Any]:
-    """What a signpost says; empty if it is none.
+    """Ask for a signpost's directions; empty if something else answers.
 
     Raises:
         OSError: nothing answers there.
@@ -215,10 +349,10 @@ def _ask(address: str, port: int) -> dict[str, Any]:
     with socket.create_connection((address, port), timeout=ANSWER_SECONDS) as connection:
         try:
             with connection.makefile("rb") as answer:
-                said = strict_json.loads(answer.readline(4096))
+                directions = strict_json.loads(answer.readline(4096))
         except (OSError, ValueError):
             return {}
-    return said if isinstance(said, dict) else {}
+    return directions if isinstance(directions, dict) else {}
 
 
 def _connect(address: str, port: int, world_size: int, timeout: timedelta) -> dist.Store:
@@ -226,6 +360,6 @@ def _connect(address: str, port: int, world_size: int, timeout: timedelta) -> di
         return dist.TCPStore(address, port, world_size, False, timeout, wait_for_workers=False)
     except dist.DistNetworkError:
         raise RanksLost(
-            f"{store_holder()} does not answer at port {port} after {timeout.total_seconds():.0f} s; see "
-            "whether it runs, and whether this host reaches it"
+            f"{store_holder()} does not answer at port {port} after {timeout.total_seconds():.0f} s; check "
+            "that it runs, and that this host can reach it"
         ) from None

@@ -1,6 +1,6 @@
-"""Requests to stop after a step, with a checkpoint: a signal, the stop file, a time limit, an interval.
+"""Stop a run after a step, with a checkpoint, on a signal, a stop file, a time limit or an interval.
 
-A signal may reach only one rank, but all ranks must stop after the same step. So each rank votes in every
+A signal may reach only one rank, but all ranks must stop after the same step. So the ranks agree in every
 step (``train/vote.py``).
 """
 
@@ -16,28 +16,26 @@ from types import FrameType
 
 from megatron_mesh.config.schema import CheckpointConfig
 from megatron_mesh.runtime.distributed import is_rank_zero
-from megatron_mesh.runtime.failures import STATUS_FILE
-from megatron_mesh.runtime.files import replace_text
+from megatron_mesh.runtime.run_files import STATUS_FILE, STOP_FILE, replace_text
 
 logger = logging.getLogger(__name__)
 
-STOP_FILE = "stop"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO_SECONDS = 5.0
-"""A signal this soon after the first is the same request: launchers repeat signals that ranks already got."""
+"""A signal this soon after the first belongs to the same request: launchers repeat signals."""
 
 URGENT = ("the stop file", "SIGINT", "SIGTERM", "SIGUSR1")
-"""Reasons to stop that may be followed by a kill: no evaluation is begun, and one on its way is cut short."""
+"""Reasons to stop that a kill may follow: no evaluation is started, and a running one is cut short."""
 REASONS = ("--exit-interval", "--exit-duration-in-mins", *URGENT)
-"""All reasons to stop. If ranks have different ones, the last in this order counts."""
+"""All reasons to stop. If ranks have different ones, the last one in this order wins."""
 
 
 class StopRequests:
-    """Reasons to stop that this rank knows of.
+    """Collects the reasons to stop that this rank has.
 
     Args:
-        settings: the stop file appears in ``settings.save``.
-        started: ``time.monotonic()`` when the job began.
+        settings: ``settings.save`` is the directory of the stop file.
+        started: ``time.monotonic()`` at the start of the job.
     """
 
     def __init__(self, settings: CheckpointConfig, started: float):
@@ -48,18 +46,19 @@ class StopRequests:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the signals; a second request ends the process at once (status 128 + the signal's number).
+        """Handle the signals. A second request ends the process at once, with status 128 + the signal's
+        number.
 
-        Python runs its handlers only when the main thread returns from the call it is in, which may be a
-        collective that never returns. So a thread also reads the signals' numbers, from a pipe that is
-        written at once (``signal.set_wakeup_fd``).
+        Python runs its handlers only when the main thread returns from its current call, which may be a
+        collective that never returns. So a thread also reads the numbers of the signals, from a pipe that is
+        written immediately (``signal.set_wakeup_fd``).
         """
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         threading.Thread(target=_end_at_second_request, args=(reading,), daemon=True).start()
         wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        self._remove_file()  # left over from an earlier run
+        self.remove_stop_file()  # left over from an earlier run
         try:
             yield
         finally:
@@ -86,29 +85,26 @@ class StopRequests:
         """Why this rank wants to stop as soon as possible: one of ``URGENT``, or ""."""
         if self._signalled:
             return self._signalled
-        # Unlike Path.exists, os.path.exists is False for a stale handle or another error of the file system.
+        # Unlike Path.exists, os.path.exists is False after file system errors such as a stale handle.
         if self._file is not None and is_rank_zero() and os.path.exists(self._file):
             return "the stop file"
         return ""
 
-    def honoured(self) -> None:
-        """Remove the stop file after the run has stopped, so that the next run does not stop too."""
-        self._remove_file()
-
-    def _remove_file(self) -> None:
+    def remove_stop_file(self) -> None:
+        """Remove the stop file, so that the next run does not stop too."""
         if self._file is None or not is_rank_zero():
             return
         try:
             self._file.unlink(missing_ok=True)
         except OSError as error:
-            logger.warning("%s cannot be removed: %s; while it is there, runs stop", self._file, error)
+            logger.warning("cannot remove %s: %s; remove it, or the next run stops too", self._file, error)
 
 
 def _end_at_second_request(pipe: int) -> None:
     """End this process at the second request.
 
-    Two things do not count as a second request: echoes (``ECHO_SECONDS``), and another SIGTERM in a SLURM
-    job. SLURM sends SIGTERM itself when a grace time is over, and kills the job after KillWait anyway.
+    Neither a repeated signal within ``ECHO_SECONDS`` nor another SIGTERM in a SLURM job counts as a second
+    request. SLURM itself sends SIGTERM at the end of a grace time, and kills the job after KillWait anyway.
     """
     first = None
     while number := os.read(pipe, 1):  # empty once the other end is closed
@@ -124,17 +120,17 @@ def _end_at_second_request(pipe: int) -> None:
 
 
 def write_status(directory: str | None, status: str) -> None:
-    """Write the state of the run to ``directory/run_status.txt``, for scripts that restart it.
+    """Write the state of the run to ``directory/run_status.txt``, for scripts that restart it. Rank 0 writes.
 
     Args:
         status: ``running``, ``stopped`` (on request, with a checkpoint), ``done`` or ``failed``.
 
-    Rank 0 writes. If the run fails, ``failures.py`` adds the cause.
+    If the run fails, ``failures.py`` adds the cause.
     """
     if directory is None or not is_rank_zero():
         return
     path = Path(directory) / STATUS_FILE
     try:
         replace_text(path, f"{status}\n")
-    except OSError as error:  # the exit status says it as well
-        logger.error("cannot write to %s that the run is %s: %s", path, status, error)
+    except OSError as error:  # the exit status has the same information
+        logger.error("cannot write the status of the run, %s, to %s: %s", status, path, error)

@@ -1,6 +1,6 @@
-"""Strict JSON (RFC 8259), which every file and every output of ours is: a number that is not finite is null.
+"""Read and write strict JSON (RFC 8259): a number that is not finite becomes null.
 
-Python's own module writes NaN and Infinity, which other readers (jq, JavaScript, pandas) refuse.
+Python's own module writes NaN and Infinity, which other readers (jq, JavaScript, pandas) reject.
 """
 
 import json
@@ -9,12 +9,12 @@ from typing import IO, Any
 
 
 def loads(text: str | bytes) -> Any:
-    """``json.loads``, with None in place of NaN and infinities, which earlier versions have written."""
+    """``json.loads``, but None for NaN and infinities, which earlier versions wrote."""
     return json.loads(text, parse_constant=lambda name: None)
 
 
 def dumps(value: Any, **options: Any) -> str:
-    """``json.dumps``, with null in place of NaN and infinities."""
+    """``json.dumps``, but null for NaN and infinities."""
     try:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError:
@@ -27,7 +27,7 @@ def dump(value: Any, file: IO[str], **options: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-    """``value`` with None in place of every float in it that is not finite."""
+    """Replace every float in ``value`` that is not finite by None."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -36,5 +36,5 @@ def finite(value: Any) -> Any:
 
 
 def number(value: float | None) -> float:
-    """A number as it was before it was written: null stands for one that was not finite."""
+    """Read back a number: null, which was written for one that is not finite, becomes NaN."""
     return math.nan if value is None else value

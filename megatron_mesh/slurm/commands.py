@@ -1,4 +1,4 @@
-"""SLURM's commands."""
+"""Run SLURM's commands and parse their output."""
 
 import os
 import re
@@ -17,12 +17,12 @@ OVER = (
     *("OUT_OF_MEMORY", "PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT"),
 )
 CHANGING = ("CONFIGURING", "POWER_UP_NODE", "COMPLETING", "STAGE_OUT")
-"""States in which a batch script does not listen: its nodes are being made ready, or it is ending."""
+"""States in which a batch script cannot react to signals: its nodes are being prepared, or it is ending."""
 STATUS_SECONDS = 5.0
-"""How long --status waits for an answer; without one it shows the files alone."""
+"""How long --status waits for SLURM's answer before it shows the files alone."""
 
-_KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
-_DROPPED = (
+_KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+_DROPPED_PREFIXES = (
     *("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SALLOC_"),
     *("SQUEUE_", "SCANCEL_", "SINFO_", "SCONTROL_"),
 )
@@ -40,8 +40,8 @@ _FIELDS = (
 
 
 @dataclass(frozen=True)
-class Job:
-    """What SLURM says of a job. ``number`` is ARRAY_INDEX for an element of an array."""
+class SlurmJob:
+    """A job as squeue reports it. ``number`` is ARRAY_INDEX for an element of an array."""
 
     number: str
     state: str
@@ -53,31 +53,31 @@ class Job:
     exit_status: int
 
     @property
-    def waits(self) -> bool:
-        """Whether it is in the queue."""
+    def is_waiting(self) -> bool:
+        """Whether the job is in the queue."""
         return self.state in WAITING
 
     @property
-    def runs(self) -> bool:
-        """Whether it has nodes and its processes may run. That includes states that are not known here."""
-        return not (self.waits or self.is_suspended or self.is_over)
+    def is_running(self) -> bool:
+        """Whether the job has nodes and its processes may run. Unknown states count as running."""
+        return not (self.is_waiting or self.is_suspended or self.is_over)
 
     @property
     def is_suspended(self) -> bool:
-        """Whether its processes are there and stand still."""
+        """Whether the job's processes exist but are stopped."""
         return self.state in SUSPENDED
 
     @property
     def is_over(self) -> bool:
-        """Whether SLURM is through with it."""
+        """Whether the job has ended for good."""
         return self.state in OVER
 
 
 def slurm(*command: str, seconds: float = 60) -> str:
-    """The output of one command, which reads no input and no options from the environment.
+    """Run one command, without input and without options from the environment, and return its output.
 
     Raises:
-        UserError: it is not installed here, fails, or does not answer within ``seconds``.
+        UserError: the command is not installed here, fails, or does not answer within ``seconds``.
     """
     try:
         ended = subprocess.run(
@@ -90,7 +90,9 @@ def slurm(*command: str, seconds: float = 60) -> str:
             timeout=seconds,
         )
     except (FileNotFoundError, PermissionError):
-        raise UserError(f"{command[0]} is not on this machine; go to one that has SLURM's commands") from None
+        raise UserError(
+            f"{command[0]} is not installed on this machine; use one that has SLURM's commands"
+        ) from None
     except subprocess.TimeoutExpired:
         raise UserError(
             f"{command[0]} did not answer within {seconds:g} s; sinfo shows whether SLURM's controller is up"
@@ -102,45 +104,47 @@ def slurm(*command: str, seconds: float = 60) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Ours without the variables of an outer job and without options of SLURM's commands."""
+    """This process's environment without an outer job's variables and options of SLURM's commands."""
     return {
-        name: value for name, value in os.environ.items() if name in _KEPT or not name.startswith(_DROPPED)
+        name: value
+        for name, value in os.environ.items()
+        if name in _KEPT_VARIABLES or not name.startswith(_DROPPED_PREFIXES)
     }
 
 
-def tell_unused_options() -> None:
-    """Print which options of sbatch the environment holds, since the site file alone decides."""
+def warn_about_unused_options() -> None:
+    """Warn about sbatch options in the environment: only the site file sets options."""
     for name, value in os.environ.items():
         if name.startswith("SBATCH_"):
             print(
-                f"note: {name}={value} is not used; the site file's SBATCH_OPTIONS says what a job needs",
+                f"note: {name}={value} is ignored; set sbatch options in the site file's SBATCH_OPTIONS",
                 file=sys.stderr,
             )
 
 
 def submit(script: Path, chain: int, *options: str) -> list[str]:
-    """Submit a batch script ``chain`` times, each job to start after the one before; their numbers."""
+    """Submit a batch script ``chain`` times, each job starting after the previous; return the numbers."""
     jobs: list[str] = []
     for _ in range(chain):
-        # By number, not by "singleton": another run of the same name need not wait.
+        # Not --dependency=singleton: that would also wait for other runs of the same name.
         after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
         try:
             answer = slurm("sbatch", "--parsable", *options, *after, str(script))
         except BaseException:  # Ctrl-C too
-            withdraw(jobs)
+            cancel_jobs(jobs)
             raise
         jobs.append(answer.split()[-1].split(";")[0])
     return jobs
 
 
-def withdraw(jobs: Sequence[str]) -> None:
-    """Cancel jobs, the last ones first: none of a chain starts because the one before it is gone."""
+def cancel_jobs(jobs: Sequence[str]) -> None:
+    """Cancel jobs, the last ones first, so that no job of a chain starts because its predecessor is gone."""
     for job in reversed(jobs):
         slurm("scancel", job)
 
 
-def known_jobs(jobs: Sequence[str], seconds: float = 60) -> dict[str, Job]:
-    """Those of ``jobs`` that SLURM still knows, in the same order; one question for all of them.
+def find_jobs(jobs: Sequence[str], seconds: float = 60) -> dict[str, SlurmJob]:
+    """Look up jobs with one call of squeue. Jobs that SLURM no longer knows are left out; the order stays.
 
     Raises:
         UserError: SLURM does not answer within ``seconds``.
@@ -148,10 +152,10 @@ def known_jobs(jobs: Sequence[str], seconds: float = 60) -> dict[str, Job]:
     if not jobs:
         return {}
     columns = ",".join(f"{name}:|" for name in _FIELDS)
-    # squeue refuses a single number that it does not know, and leaves it out of several.
-    asked = ",".join([*jobs, jobs[0]])
+    # squeue fails for a single unknown number but leaves it out of several, so name the first job twice.
+    numbers = ",".join([*jobs, jobs[0]])
     try:
-        answer = slurm("squeue", "-h", "-r", "-t", "all", "-j", asked, "-O", columns, seconds=seconds)
+        answer = slurm("squeue", "-h", "-r", "-t", "all", "-j", numbers, "-O", columns, seconds=seconds)
     except UserError as error:
         if "Invalid job id" in str(error):
             return {}
@@ -160,12 +164,12 @@ def known_jobs(jobs: Sequence[str], seconds: float = 60) -> dict[str, Job]:
     for line in filter(None, map(str.strip, answer.splitlines())):
         number, state, reason, nodes, used, limit, restarts, status, _ = line.split("|")[: len(_FIELDS)]
         exit_status = int(status) >> 8 & 255 if status.isdecimal() else 0
-        found[number] = Job(number, state, reason, nodes, used, limit, int(restarts or 0), exit_status)
+        found[number] = SlurmJob(number, state, reason, nodes, used, limit, int(restarts or 0), exit_status)
     return {number: found[number] for number in jobs if number in found}
 
 
-def seconds_to_leave(partition: str | None) -> tuple[int, int]:
-    """Seconds between a job's SIGTERM and its SIGKILL, and those that the partition's preemption adds."""
+def kill_wait_and_grace(partition: str | None) -> tuple[int, int]:
+    """Seconds from SIGTERM to SIGKILL (KillWait), and those that preemption adds (GraceTime)."""
     kill_wait = re.search(r"^KillWait\s*=\s*(\d+)", slurm("scontrol", "show", "config"), re.MULTILINE)
     partitions = [
         _fields(line) for line in slurm("scontrol", "-o", "show", "partition").splitlines() if line.strip()

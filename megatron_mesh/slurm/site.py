@@ -1,4 +1,4 @@
-"""A site file (``examples/slurm/site.sh``), read by bash just as jobs read it."""
+"""Read a site file, a filled-in copy of ``site.sh``, with bash, as jobs do."""
 
 import argparse
 import re
@@ -9,9 +9,11 @@ from pathlib import Path
 
 from megatron_mesh.errors import UserError
 
+TEMPLATE = Path(__file__).with_name("site.sh")
+"""The site file to copy and fill in."""
 ENVIRONMENTS = ("venv", "pyxis", "apptainer")
 LONGEST_WARNING = 65535
-"""Seconds; the most that ``sbatch --signal`` takes."""
+"""Seconds: the maximum that ``sbatch --signal`` accepts."""
 
 _NAMES = (
     "GPUS_PER_NODE",
@@ -28,32 +30,32 @@ _PRINT_ALL = '. "$1" >&2 && printf "%s\\0" {} "${{SBATCH_OPTIONS[@]}}"'
 
 @dataclass(frozen=True)
 class Site:
-    """What a site file says."""
+    """The values of a site file."""
 
     path: Path
     gpus_per_node: int
     cpus_per_task: int
     time_limit: str
     environment: str
-    """One of ``ENVIRONMENTS``: where python comes from."""
+    """Where Python comes from; one of ``ENVIRONMENTS``."""
     save_seconds: int
-    """The longest time that saving a checkpoint takes."""
+    """The longest time that saving a checkpoint may take."""
     sbatch_options: tuple[str, ...]
 
     @property
     def warning_seconds(self) -> int:
-        """How long before its time limit a job is told to stop."""
+        """How long before its time limit a job is asked to stop."""
         return 2 * self.save_seconds + 60
 
     @property
     def partition(self) -> str | None:
-        """The partition that the options name; None is the cluster's default."""
+        """The partition in ``sbatch_options``; None means the cluster's default."""
         parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
         parser.add_argument("-p", "--partition")
         words = [word for option in self.sbatch_options for word in option.split()]
         try:
             return parser.parse_known_args(words)[0].partition
-        except argparse.ArgumentError:  # without a value, which sbatch refuses
+        except argparse.ArgumentError:  # the value is missing; sbatch will report that
             return None
 
 
@@ -61,10 +63,10 @@ def read_site(path: Path) -> Site:
     """Read a site file.
 
     Raises:
-        UserError: the file cannot be read, a value is missing, or a value is wrong.
+        UserError: the file cannot be read, or a value is missing or wrong.
     """
     if not path.is_file():
-        raise UserError(f"--site {path} is not a file; copy examples/slurm/site.sh and fill it in")
+        raise UserError(f"--site {path} is not a file; copy {TEMPLATE} and fill it in")
     wanted = " ".join(f'"${{{name}-}}"' for name in _NAMES)
     command = ["bash", "-c", _PRINT_ALL.format(wanted), "bash", str(path.resolve())]
     try:
@@ -73,10 +75,10 @@ def read_site(path: Path) -> Site:
         )
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"--site {path}: bash did not finish within {_READ_SECONDS:g} s; put slow commands into prepare"
+            f"--site {path}: bash did not finish within {_READ_SECONDS:g} s; move slow commands into prepare"
         ) from None
     if ended.returncode:
-        raise UserError(f"--site {path}: bash cannot read it: {ended.stderr.strip() or 'it fails'}")
+        raise UserError(f"--site {path}: bash fails to read it: {ended.stderr.strip() or 'no error message'}")
     values = ended.stdout.split("\0")[:-1]
     found, options = dict(zip(_NAMES, values, strict=False)), tuple(filter(None, values[len(_NAMES) :]))
     if found["ENVIRONMENT"] not in ENVIRONMENTS:
@@ -85,9 +87,9 @@ def read_site(path: Path) -> Site:
         )
     for name in _NAMES:
         if not found[name] and not (name == "CONTAINER" and found["ENVIRONMENT"] == "venv"):
-            raise UserError(f"--site {path}: {name} is not set; examples/slurm/site.sh says what it is")
+            raise UserError(f"--site {path}: {name} is not set; {TEMPLATE} explains it")
     if found["ENVIRONMENT"] == "venv" and shutil.which(found["PYTHON"]) is None:
-        raise UserError(f"--site {path}: PYTHON={found['PYTHON']} cannot be run; give the venv's python")
+        raise UserError(f"--site {path}: PYTHON={found['PYTHON']} cannot be run; set it to the venv's python")
     site = Site(
         path=path,
         gpus_per_node=_number(path, "GPUS_PER_NODE", found),
@@ -99,22 +101,22 @@ def read_site(path: Path) -> Site:
     )
     if site.warning_seconds > LONGEST_WARNING:
         raise UserError(
-            f"--site {path}: SAVE_SECONDS={site.save_seconds} is too long: sbatch --signal takes at most "
-            f"{LONGEST_WARNING} s, so give at most {(LONGEST_WARNING - 60) // 2}"
+            f"--site {path}: SAVE_SECONDS={site.save_seconds} is too large, because sbatch --signal accepts "
+            f"at most {LONGEST_WARNING} s; set it to at most {(LONGEST_WARNING - 60) // 2}"
         )
     return site
 
 
 def seconds_of(time_limit: str) -> int:
-    """Seconds of a time as sbatch writes it: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS.
+    """Convert a time limit to seconds: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS.
 
     Raises:
-        UserError: it is none of these.
+        UserError: it has none of these forms.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time_limit)
     if match is None:
         raise UserError(
-            f"the time limit {time_limit} is not a time that sbatch takes; write D-HH:MM:SS or HH:MM:SS"
+            f"the time limit {time_limit} is not in a form that sbatch accepts; write HH:MM:SS or D-HH:MM:SS"
         )
     days, *parts = (int(part) if part else None for part in match.groups())
     given = [part for part in parts if part is not None]

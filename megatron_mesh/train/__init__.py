@@ -1,6 +1,10 @@
-"""Training: the loop, one step of it, optimizer and schedule, checkpoints, what is measured and written."""
+"""Training: the loop, one step of it, the optimizer, and what a run writes.
 
-from megatron_mesh.checkpoint.state import TrainState
+In: a resolved ``Config``. Out: a trained model in checkpoints, and an exit status. Start with ``loop.py``,
+then ``step.py``.
+"""
+
+from megatron_mesh.checkpoint.content import TrainState
 from megatron_mesh.train.loop import pretrain
 
 __all__ = ["TrainState", "pretrain"]

@@ -1,13 +1,18 @@
-"""What the loop reads: the run's vocabulary, its data sets, and micro-batches from a position in them."""
+"""Opens a run's tokenizer and data sets, and reads micro-batches from a given sample on.
 
+Describes a run's data in the log: sources, tokens and epochs. Nothing here reads data files.
+"""
+
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_mesh.config.checks import resolve
-from megatron_mesh.config.length import last_sample
+from megatron_mesh.config.layout import last_sample
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data import (
     Batch,
@@ -22,10 +27,10 @@ from megatron_mesh.data import (
 from megatron_mesh.runtime import device
 
 
-class IdsOnly(Tokenizer):
-    """Placeholder when no tokenizer is given: tokenized data needs only the vocabulary size."""
+class NoTokenizer(Tokenizer):
+    """Stands in when no tokenizer is given: tokenized data needs only the vocabulary size."""
 
-    eod = -2  # no id of the text, and not ``pad`` either
+    eod = -2  # neither a token id nor ``pad``
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -42,14 +47,14 @@ class IdsOnly(Tokenizer):
 
 
 def open_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
-    """The tokenizer, and ``config`` with the vocabulary's size, which is the tokenizer's unless it is set.
+    """Open the tokenizer; return it with ``config``, whose ``vocab_size`` is filled in from it if unset.
 
     Raises:
-        UserError: no such tokenizer, or it has more ids than the model's vocabulary.
+        UserError: there is no such tokenizer, or it has more ids than the model's vocabulary.
     """
     if config.data.tokenizer_model is None:
         assert config.model.vocab_size is not None, "resolve() asks for one of the two"
-        return config, IdsOnly(config.model.vocab_size)
+        return config, NoTokenizer(config.model.vocab_size)
     tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
     if config.model.vocab_size is not None:
         check_vocab(tokenizer, config.model.vocab_size)
@@ -59,7 +64,7 @@ def open_vocabulary(config: Config) -> tuple[Config, Tokenizer]:
 
 
 def open_datasets(config: Config, tokenizer: Tokenizer, step: int = 0, consumed_samples: int = 0) -> Datasets:
-    """Training data up to the end of a run that stands at ``step``; the others unless it never evaluates."""
+    """Open training data up to the end of a run that is at ``step``, and evaluation data if it evaluates."""
     training = config.training
     assert training.global_batch_size is not None
     eval_iters = training.eval_iters if training.eval_interval else 0
@@ -74,9 +79,9 @@ def open_datasets(config: Config, tokenizer: Tokenizer, step: int = 0, consumed_
 
 
 def fingerprints_of(data: Datasets, tokenizer: Tokenizer) -> dict[str, str]:
-    """What decides the samples of each stream, by its name, and the tokenizer; see ``TrainState``."""
+    """Return digests of each stream's data and order, by name, and of the tokenizer (see ``TrainState``)."""
     found = {name: stream.order for name, stream in data.named().items()}
-    if not isinstance(tokenizer, IdsOnly):
+    if not isinstance(tokenizer, NoTokenizer):
         found["tokenizer"] = tokenizer.unique_identifiers["sha256"]
     return found
 
@@ -87,10 +92,12 @@ def open_batches(
     consumed_samples: int = 0,
     batch_size: Callable[[int], int] | None = None,
 ) -> Iterator[Batch]:
-    """This rank's micro-batches from a position on; the ranks of a tensor-parallel group read the same.
+    """Return this rank's micro-batches, starting after ``consumed_samples``.
+
+    The ranks of a tensor-parallel group read the same ones.
 
     Args:
-        batch_size: the global batch size after a number of consumed samples; constant by default.
+        batch_size: maps consumed samples to the global batch size; by default the size is constant.
     """
     training = config.training
     assert training.global_batch_size is not None
@@ -104,3 +111,46 @@ def open_batches(
         num_workers=config.data.num_workers,
         pin_memory=device.has_gpu(),
     )
+
+
+logger = logging.getLogger(__name__)
+
+
+def log_data(config: Config, data: Datasets, consumed_samples: int) -> None:
+    """Log which sources each stream takes its samples from, and how often it reads them."""
+    lines = [
+        line
+        for name, stream in data.named().items()
+        for line in describe_data(
+            name, stream, config.model.seq_length, consumed_samples if name == "train" else 0
+        )
+    ]
+    logger.info("\n".join(lines))
+
+
+def describe_data(
+    name: str, stream: SampleStream, seq_length: int, consumed_samples: int = 0
+) -> Iterator[str]:
+    """Yield lines about one stream: its size, and for each source its share, tokens and epochs.
+
+    A blend follows its weights to within one sample, so the weights give the number of samples per source.
+
+    Args:
+        consumed_samples: the sample at which a resumed run starts.
+    """
+    start = f", starting at sample {consumed_samples:,}" if consumed_samples else ""
+    tokens = len(stream) * seq_length
+    yield f"{name} data: {len(stream):,} samples of {seq_length:,} tokens, {tokens:,} tokens{start}"
+    for part in stream.parts:
+        samples = len(part.dataset)
+        epochs = f"{part.weight * len(stream) / samples:.3g} epochs"
+        if consumed_samples:
+            epochs += f" ({part.weight * consumed_samples / samples:.3g} done)"
+        yield f"  {part.weight:6.2%} from {part.prefix}: {samples * seq_length:,} tokens, {epochs}"
+
+
+def describe_sources(stream: SampleStream, samples: range) -> str:
+    """Return where samples come from, e.g. ``3 of data/books (epoch 1), 1 of data/code (epoch 2)``."""
+    origins = [stream.origin(sample) for sample in samples]
+    counts = Counter((origin.prefix, origin.epoch + 1) for origin in origins)
+    return ", ".join(f"{count} of {prefix} (epoch {epoch})" for (prefix, epoch), count in counts.items())

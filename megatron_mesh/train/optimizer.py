@@ -1,4 +1,4 @@
-"""Gradients, optimizer and learning-rate schedule: Megatron-core's, from our settings."""
+"""Builds Megatron-core's optimizer and learning-rate schedule from our settings."""
 
 import logging
 
@@ -12,7 +12,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
-from megatron_mesh.config.length import counts_samples
+from megatron_mesh.config.layout import counts_samples
 from megatron_mesh.config.schema import Config, OptimizerConfig
 from megatron_mesh.parallel import Stage
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_optimizer(settings: Config, stage: Stage) -> MegatronOptimizer:
-    """AdamW; for a bfloat16 model it holds main parameters in float32. Clips to ``clip_grad`` in its step."""
+    """Build AdamW. For a bfloat16 model it holds float32 main parameters."""
     config, parallel = settings.optimizer, settings.parallel
     dtype = stage.config.params_dtype
     theirs = MegatronOptimizerConfig(
@@ -37,14 +37,14 @@ def build_optimizer(settings: Config, stage: Stage) -> MegatronOptimizer:
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    # Megatron's own rules spare biases and vectors; ours the coefficients of the recurrence (block.py).
+    # Megatron's rules exempt biases and vectors from weight decay; ours exempts recurrence coefficients.
     rules = get_standard_config_overrides(theirs)
     rules[ParamKey(attr="no_weight_decay")] = ParamGroupOverride(wd_mult=0.0)
     return get_megatron_optimizer(theirs, stage.groups, config_overrides=rules, use_gloo_process_groups=False)
 
 
 def warn_if_lr_reaches_zero_early(config: Config) -> None:
-    """Warn if the schedule ends before the run does, as in a longer run with a shorter one's settings."""
+    """Warn if the schedule ends before the run does, for example after --train-iters was raised."""
     optimizer, training = config.optimizer, config.training
     if counts_samples(training):
         what, unit, decay, last = "sample", "samples", optimizer.lr_decay_samples, training.train_samples
@@ -53,19 +53,20 @@ def warn_if_lr_reaches_zero_early(config: Config) -> None:
     decays = optimizer.lr_decay_style != "constant" and not optimizer.min_lr
     if decays and decay is not None and last is not None and decay < last:
         logger.warning(
-            "the learning rate is 0 after %s %d (--lr-decay-%s), and nothing is learned from there to "
-            "%s %d; --lr-decay-%s %d --override-opt-param-scheduler makes it decay over the whole run",
+            "the learning rate is 0 after %s %d (--lr-decay-%s), so the model learns nothing more until "
+            "%s %d; for a decay over the whole run give --lr-decay-%s %d --override-opt-param-scheduler",
             *(what, decay, unit, what, last, unit, last),
         )
 
 
 def build_schedule(config: OptimizerConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Warm-up and decay of the learning rate, in the unit of the run's length; the weight decay is constant.
+    """Build the schedule: warm-up and decay of the learning rate, and a constant weight decay.
 
-    As in Megatron-LM the first step has ``lr_warmup_init``, by default 0, where there is a warm-up.
+    It counts in steps or samples, like the length of the run. As in Megatron-LM, a warm-up starts at
+    ``lr_warmup_init``, by default 0, so the first step then changes nothing.
 
     Args:
-        config: resolved.
+        config: resolved settings.
     """
     in_samples = config.lr_decay_iters is None
     warmup, decay, wsd = (

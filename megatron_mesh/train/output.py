@@ -1,4 +1,4 @@
-"""The directories that a run writes to, and the configuration that it leaves there."""
+"""The directories that a run writes to: checks them, and writes configuration, metrics and summary."""
 
 import logging
 import os
@@ -6,36 +6,35 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from megatron_mesh.checkpoint.directory import CONFIG_FILE
-from megatron_mesh.checkpoint.state import TrainState
-from megatron_mesh.config.dump import dump_config
-from megatron_mesh.config.length import last_step
+from megatron_mesh.checkpoint.content import TrainState
+from megatron_mesh.config.layout import last_step
 from megatron_mesh.config.schema import Config
-from megatron_mesh.config.settings import flag
-from megatron_mesh.config.sources import read_yaml
+from megatron_mesh.config.settings import dump_config, flag, read_yaml
 from megatron_mesh.errors import UserError
+from megatron_mesh.metrics.log import Log, open_log
+from megatron_mesh.metrics.meters import perplexity
 from megatron_mesh.runtime.distributed import is_rank_zero
 from megatron_mesh.runtime.failures import resumes
-from megatron_mesh.runtime.files import replace_text
-from megatron_mesh.runtime.logging import METRICS_FILE, Log, open_log
-from megatron_mesh.runtime.owner_file import OWNER_FILE, held_by_another, read_owner
-from megatron_mesh.train.metrics import perplexity
+from megatron_mesh.runtime.owner_file import held_by_another, read_owner
+from megatron_mesh.runtime.run_files import CONFIG_FILE, METRICS_FILE, OWNER_FILE, numbered, replace_text
 
 logger = logging.getLogger(__name__)
 
 _ROOM = 2**16
-"""Bytes that must fit into a directory at the start."""
+"""Bytes that must fit into each directory when the run starts."""
 
 
 def check_writable(config: Config) -> None:
-    """Make the directories that the settings name, and raise UserError where one cannot be written.
+    """Create the directories in the settings, and check that they can be written.
 
-    Refuse an output directory that belongs to another run which is still at work, too.
+    Every rank writes to --save and checks it. Only rank 0 writes to the others, so only rank 0 checks them.
 
-    Every rank writes to --save; rank 0 alone writes to the others, so it alone checks them.
+    Raises:
+        UserError: a directory cannot be written, or another run is writing to the output directory.
     """
     directories = {
         "--save": config.checkpoint.save,
@@ -53,10 +52,10 @@ def check_writable(config: Config) -> None:
         try:
             Path(directory).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=directory) as file:
-                file.write(bytes(_ROOM))  # a full disk still takes an empty file
+                file.write(bytes(_ROOM))  # an empty file would fit on a full disk
         except OSError as error:
             raise UserError(
-                f"{name} {directory} cannot be written ({error.strerror}); choose another"
+                f"{name} {directory} cannot be written ({error.strerror}); choose another directory"
             ) from None
 
 
@@ -65,17 +64,17 @@ def _same(one: str, other: str | None) -> bool:
 
 
 def warn_if_nothing_is_saved(config: Config) -> None:
-    """Warn if there are settings for saving but no ``--save``: one YAML file may serve both kinds of run."""
+    """Warn about settings for saving without ``--save``. Runs with and without it may share a YAML file."""
     names = ("save_interval", "async_save", "keep_last", "exit_grace_seconds")
     idle = [flag(name) for name in names if getattr(config.checkpoint, name)]
     if config.checkpoint.save is None and idle:
         logger.warning(
-            "nothing is saved: %s without --save; give the directory for checkpoints", ", ".join(idle)
+            "no checkpoint will be saved: %s without --save; give a directory with --save", ", ".join(idle)
         )
 
 
 def output_directory(config: Config) -> Path:
-    """Make the directory of configuration and metrics: --output-dir, or --save, or runs/<scheme>-<time>."""
+    """Create the directory for configuration and metrics: --output-dir, --save or runs/<scheme>-<time>."""
     chosen = config.logging.output_dir or config.checkpoint.save
     name = f"{config.model.recurrence}-{datetime.now():%Y%m%d-%H%M%S}"
     directory = Path(chosen) if chosen else Path("runs") / name
@@ -84,10 +83,13 @@ def output_directory(config: Config) -> Path:
 
 
 def holds_same_run(directory: Path, config: Config, step: int) -> bool:
-    """Whether a run of ``config`` that starts at ``step`` continues the one whose output is in ``directory``.
+    """Return whether this start continues the run whose output is in ``directory``.
 
-    It does if it resumes, or if the earlier start ended before its first checkpoint. This reads the earlier
-    start's configuration, so call it before ``write_config``.
+    It does if it resumes from a checkpoint, or if the earlier start ended before its first one. Call this
+    before ``write_config``, which replaces the earlier start's configuration.
+
+    Args:
+        step: the step at which this start begins.
     """
     settings = config.checkpoint
     if step or not resumes(settings.save, settings.load, settings.finetune):
@@ -103,7 +105,7 @@ def holds_same_run(directory: Path, config: Config, step: int) -> bool:
 def write_config(config: Config, directory: Path) -> None:
     """Write ``config.yaml``, with which ``--config`` starts the same run again.
 
-    A different one that is there already is kept as ``config.1.yaml``, ``config.2.yaml`` and so on.
+    If the file exists with other contents, those are moved to ``config.1.yaml``, ``config.2.yaml`` and so on.
     """
     path, text = directory / CONFIG_FILE, dump_config(config)
     try:
@@ -112,24 +114,21 @@ def write_config(config: Config, directory: Path) -> None:
         replace_text(path, text)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror}); free the disk, or choose another directory"
+            f"{path} cannot be written ({error.strerror}); free disk space or choose another --output-dir"
         ) from None
 
 
 def free_name(path: Path) -> Path:
-    """The first of ``name.1.ext``, ``name.2.ext``, ... that is free, for what was in ``name.ext``."""
-    number = 1
-    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    return aside
+    """Return the first unused name for an earlier version of a file, such as ``config.1.yaml``."""
+    return next(free for n in count(1) if not (free := numbered(path, n)).exists())
 
 
 @contextmanager
 def open_outputs(config: Config, state: TrainState) -> Iterator[Log]:
-    """The run's log, with its configuration and metrics in the output directory; rank 0 alone writes.
+    """Write the configuration and open the run's log. Only rank 0 writes.
 
-    A run that resumes adds to ``metrics.jsonl``, and so does one that was restarted before its first
-    checkpoint. A new run keeps another's as ``metrics.1.jsonl``.
+    A run that resumes, or restarts before its first checkpoint, appends to ``metrics.jsonl``. A new run first
+    renames an existing file to ``metrics.1.jsonl``.
     """
     if not is_rank_zero():
         yield Log()
@@ -145,22 +144,22 @@ def open_outputs(config: Config, state: TrainState) -> Iterator[Log]:
         log = open_log(config, directory, state.step, last, same_run=same_run)
     except OSError as error:
         raise UserError(
-            f"the run's output cannot be written ({error}); free the disk or choose another --output-dir"
+            f"the run's output cannot be written ({error}); free disk space or choose another --output-dir"
         ) from None
     with log:
         yield log
 
 
 def position(config: Config, state: TrainState) -> dict[str, int]:
-    """How far the training data were read."""
+    """Return the position in the training data, in samples and tokens."""
     return {
         "consumed_samples": state.consumed_samples,
         "consumed_tokens": state.consumed_samples * config.model.seq_length,
     }
 
 
-def summary(config: Config, state: TrainState, log: Log) -> dict[str, Any]:
-    """What a finished run reports: how far, how long, how good, and where things are."""
+def run_summary(config: Config, state: TrainState, log: Log) -> dict[str, Any]:
+    """Return the final report of a run: steps, time, losses, and the paths of its files."""
     values: dict[str, Any] = {
         "steps": state.step,
         "tokens": state.consumed_samples * config.model.seq_length,

@@ -1,4 +1,4 @@
-"""One training step, and its parts: a global batch through Megatron-core's schedule, and evaluation."""
+"""One training step over a global batch, and evaluation. Both run Megatron-core's pipeline schedules."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -12,20 +12,20 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 from torch import Tensor
 
-from megatron_mesh.checkpoint.state import TrainState
-from megatron_mesh.config.length import batch_size_at, counts_samples
+from megatron_mesh.checkpoint.content import TrainState
+from megatron_mesh.config.layout import batch_size_at, counts_samples
 from megatron_mesh.config.schema import Config, TrainingConfig
 from megatron_mesh.data import Batch, SampleStream
 from megatron_mesh.errors import UserError
 from megatron_mesh.parallel import Stage
-from megatron_mesh.runtime import device, phases, ranges
+from megatron_mesh.runtime import device, phases, profiling
 from megatron_mesh.runtime.health import Health
 from megatron_mesh.train.data import open_batches
 from megatron_mesh.train.vote import Outcome, Vote, agree, agree_in_evaluation, clip
 
-# What the schedules expect of a loss function: the sum to differentiate, the number of tokens to divide the
-# gradients by, and a report that they collect.
 LossReport = tuple[Tensor, Tensor, Tensor]
+"""What Megatron-core's schedules expect from a loss function: the sum to differentiate, the number of tokens
+to divide the gradients by, and a report for the caller."""
 
 
 def train_step(
@@ -38,28 +38,28 @@ def train_step(
     vote: Callable[[], Vote] = Vote,
     beat: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Take one optimizer step over a global batch, unless its loss or gradients are not finite on any rank.
+    """Take one optimizer step over a global batch, or skip it if the loss or gradients are not finite.
 
-    Either way ``state`` advances: a step that is not taken uses up its samples and its learning rate.
-    Collective. The host waits for the device once, in ``agree``.
+    All ranks skip if one does. ``state`` advances in either case, so a skipped step uses up its samples and
+    its place in the schedule. Collective. The host waits for the device only once, in ``agree``.
 
     Args:
         batches: this rank's micro-batches.
-        training: resolved settings; of these, the sizes of the batches and the unit of the schedule are used.
-        vote: what this rank tells the others. Called after the forward and backward passes, so that a signal
-            that arrives during them still counts for this step.
+        training: resolved settings. Only the batch sizes and the unit of the schedule are used.
+        vote: returns this rank's vote. Called after the forward and backward passes, so a signal that arrives
+            during them still counts for this step.
         beat: called before every micro-batch, to show that this rank is making progress.
     """
     batch_size = batch_size_at(training, state.consumed_samples)
-    with ranges.named("clear"):
+    with profiling.named("clear"):
         stage.zero_grad_buffer()
         optimizer.zero_grad()
-    with ranges.named("forward-backward"):
+    with profiling.named("forward-backward"):
         totals = run_batch(stage, batches, training, batch_size=batch_size, beat=beat)
-    with ranges.named("agreement"):
+    with profiling.named("agreement"):
         optimizer.prepare_grads()
         outcome = agree(optimizer, totals, vote())
-    with ranges.named("update"):
+    with profiling.named("update"):
         if outcome.taken:
             clip(optimizer, outcome.grad_norm)
             optimizer.step_with_ready_grads()
@@ -69,7 +69,7 @@ def train_step(
 
 
 def masked_loss(loss_mask: Tensor, losses: Tensor) -> LossReport:
-    """Sum the losses [B, S] whose mask [B, S] is 1; return sum, number, and both as a report [2]."""
+    """Sum the losses [B, S] whose mask [B, S] is 1. Return the sum, the number of tokens, and both as [2]."""
     total = (losses.float() * loss_mask).sum()
     tokens = loss_mask.sum()
     # The schedule scales the loss in place, so the report must not share its memory.
@@ -79,37 +79,37 @@ def masked_loss(loss_mask: Tensor, losses: Tensor) -> LossReport:
 def forward_step(
     beat: Callable[[], None], batches: Iterator[Batch | None], chunk: torch.nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], LossReport] | None]:
-    """Run the next micro-batch through a chunk of the model: the schedules' ``forward_step_func``.
+    """Run the next micro-batch through a model chunk: the ``forward_step_func`` of the schedules.
 
     Args:
         beat: called first, to show that this rank is making progress.
 
     Returns:
-        Losses [B, S] and the function that sums them. A chunk that does not end the model returns its hidden
-        states instead.
+        The losses [B, S] and the function that sums them. A chunk that does not hold the end of the model
+        returns its hidden states instead.
     """
     beat()
     batch = next(batches)
     if batch is None:
         return chunk(None, None, attention_mask=None), None
     model = unwrap_model(chunk)
-    # Megatron's own GPTModel, in benchmarks, knows only its vocab_size.
+    # Benchmarks also run Megatron's own GPTModel, which has only the padded vocab_size.
     _check_ids(batch, getattr(model, "unpadded_vocab_size", model.vocab_size))
-    there = {name: x.to(device.device(), non_blocking=True) for name, x in vars(batch).items()}
-    there = get_batch_on_this_cp_rank(there)
-    losses = chunk(there["tokens"], there["position_ids"], attention_mask=None, labels=there["labels"])
-    return losses, partial(masked_loss, there["loss_mask"])
+    inputs = {name: x.to(device.device(), non_blocking=True) for name, x in vars(batch).items()}
+    inputs = get_batch_on_this_cp_rank(inputs)
+    losses = chunk(inputs["tokens"], inputs["position_ids"], attention_mask=None, labels=inputs["labels"])
+    return losses, partial(masked_loss, inputs["loss_mask"])
 
 
 def _check_ids(batch: Batch, entries: int) -> None:
-    """Raise UserError for an id outside the vocabulary, which would crash a kernel or spoil the loss.
+    """Raise UserError for an id outside the vocabulary, which would crash a kernel or corrupt the loss.
 
-    The batch is still in host memory, so this does not wait for the device.
+    The batch is still in host memory, so the check doesn't wait for the device.
     """
     largest = max(int(batch.tokens.max()), int(batch.labels.max()))
     if largest >= entries:
         raise UserError(
-            f"the data hold token {largest}, and the model's vocabulary has {entries} entries; give "
+            f"the data contain token {largest}, but the model's vocabulary has {entries} entries; give "
             "the tokenizer that the data were made with (--tokenizer-model), or the right --vocab-size"
         )
 
@@ -125,12 +125,14 @@ def run_batch(
 ) -> Tensor:
     """Run this rank's micro-batches of one global batch through Megatron-core's schedule.
 
-    The batch has ``batch_size`` sequences, by default ``global_batch_size``. Unless ``forward_only``,
-    ``main_grad`` then holds the gradients of the loss per token over all ranks.
+    Unless ``forward_only``, ``main_grad`` then holds the gradients of the loss per token over all ranks.
+
+    Args:
+        batch_size: sequences in the global batch; by default ``global_batch_size``.
 
     Returns:
-        [2], float64, on the device: this rank's sum of losses and number of tokens; zeros on the ranks that
-        do not hold the end of the model.
+        [2], float64, on the device: this rank's sum of losses and number of tokens. Zeros on ranks that don't
+        hold the end of the model.
     """
     batch_size = batch_size or training.global_batch_size
     assert batch_size is not None
@@ -152,12 +154,12 @@ def run_batch(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How an evaluation ended; the same on all ranks."""
+    """The result of an evaluation, equal on all ranks."""
 
     losses: dict[str, float]
-    """Per token, in nats, by set; empty if it was interrupted."""
+    """Loss per token in nats, for each data set. Empty if the evaluation was interrupted."""
     stop: str = ""
-    """Why it was interrupted (``stopping.URGENT``), or ""."""
+    """Why the evaluation was interrupted (one of ``stopping.URGENT``), or ""."""
 
 
 @torch.no_grad()
@@ -170,15 +172,15 @@ def evaluate(
     vote: Callable[[], Vote] = Vote,
     on_written: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Measure the loss over the first ``eval_iters`` global batches of each of ``datasets``.
+    """Measure the loss over the first ``eval_iters`` global batches of each data set.
 
-    Collective: one all-reduce for each batch, after which the host waits for the device.
+    Collective: one all-reduce per batch, for which the host waits.
 
     Args:
-        datasets: by name; the name of a single one is "".
-        vote: what this rank tells the others after each batch.
-        on_written: a collective operation, called after a batch if all ranks have written their parts of the
-            background checkpoint.
+        datasets: data sets by name. A single one has the name "".
+        vote: returns this rank's vote after each batch.
+        on_written: a collective operation, called after a batch once all ranks have written their parts of
+            the background checkpoint.
     """
     phases.enter("evaluation")
     losses: dict[str, float] = {}
@@ -194,7 +196,7 @@ def evaluate(
                 loss, tokens, left = loss + interim.loss, tokens + interim.tokens, left - 1
                 if interim.all_written:
                     on_written()
-                # A request during the very last batch interrupts nothing; the next step sees it.
+                # After the last batch there is nothing to interrupt; the next step handles the request.
                 stop = interim.stop if left else ""
                 if stop:
                     break

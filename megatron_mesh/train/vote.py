@@ -1,9 +1,9 @@
-"""What all ranks agree on in a step: loss, gradient norm, whether to update, when to stop.
+"""The agreement of all ranks in a step: loss, gradient norm, whether to update, whether to stop.
 
-A loss or gradient that is not finite would spoil the weights for good, even if it occurs on one rank only. A
-signal to stop may reach one rank only, too. So each step has one all-reduce of a few numbers, and the host
-reads the result once: the only time in a step that it waits for the device. Each batch of an evaluation has
-such an all-reduce, too, since an evaluation may take longer than a job is given to end.
+A loss or gradient that is not finite, even on one rank, would corrupt the weights for good. A signal to stop
+may reach only one rank, too. So each step has one all-reduce of a few numbers, and the host reads the result:
+this is the only time in a step that it waits for the device. Each batch of an evaluation has such an
+all-reduce as well, because an evaluation may take longer than the time that a job is given to end.
 """
 
 import math
@@ -21,35 +21,35 @@ from megatron_mesh.runtime.stopping import REASONS
 
 @dataclass(frozen=True)
 class Vote:
-    """What one rank tells the others in a step."""
+    """One rank's contribution to the agreement."""
 
     stop: str = ""
-    """Why to stop after this step (``stopping.REASONS``), or "" to continue."""
+    """Why to stop after this step (one of ``stopping.REASONS``), or "" to continue."""
     written: bool = True
-    """Whether this rank has finished its part of a background checkpoint; True if there is none."""
+    """Whether this rank has written its part of the background checkpoint. True if there is none."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A step as all ranks see it."""
+    """The outcome of a step, equal on all ranks."""
 
     loss: float
-    """Per token, in nats; NaN if no token counts."""
+    """Loss per token in nats. NaN if the batch has no token that counts."""
     grad_norm: float
-    """L2 norm of all gradients, before clipping."""
+    """L2 norm of all gradients before clipping."""
     taken: bool
-    """Whether the weights were updated: loss and gradients were finite on all ranks."""
+    """Whether to update the weights: loss and gradients are finite on all ranks."""
     stop: str
-    """Why all ranks stop after this step (``stopping.REASONS``), or ""."""
+    """Why all ranks stop after this step (one of ``stopping.REASONS``), or ""."""
     all_written: bool
-    """Whether all ranks have finished their part of a background checkpoint."""
+    """Whether all ranks have written their parts of the background checkpoint."""
 
 
 def agree(optimizer: MegatronOptimizer, totals: Tensor, vote: Vote) -> Outcome:
-    """Combine what all ranks know of a step. Collective; waits for the device once.
+    """Combine the losses, gradient norms and votes of all ranks. Collective; waits for the device once.
 
     Args:
-        optimizer: its gradients are ready (``prepare_grads``).
+        optimizer: ``prepare_grads`` must have been called.
         totals: [2], this rank's sum of losses and number of tokens, from ``run_batch``.
     """
     stop, all_written, (loss, tokens, squares) = _count(vote, totals, squared_norm(optimizer))
@@ -64,36 +64,37 @@ def agree(optimizer: MegatronOptimizer, totals: Tensor, vote: Vote) -> Outcome:
 
 @dataclass(frozen=True)
 class Interim:
-    """A batch of an evaluation as all ranks see it."""
+    """The outcome of one batch of an evaluation, equal on all ranks."""
 
     loss: float
     """Sum over the tokens of all ranks, in nats."""
     tokens: float
     stop: str
-    """As in ``Outcome``, as is ``all_written``."""
+    """See ``Outcome``."""
     all_written: bool
+    """See ``Outcome``."""
 
 
 def agree_in_evaluation(totals: Tensor, vote: Vote) -> Interim:
-    """Combine what all ranks know of a batch of an evaluation. Collective; waits for the device once.
+    """Combine the losses and votes of all ranks. Collective; waits for the device once.
 
     Args:
-        totals: as in ``agree``.
+        totals: see ``agree``.
     """
     stop, all_written, (loss, tokens) = _count(vote, totals)
     return Interim(loss, tokens, stop, all_written)
 
 
 def _count(vote: Vote, totals: Tensor, *more: Tensor) -> tuple[str, bool, list[float]]:
-    """Why to stop, whether all have written, and the ranks' sums of ``totals`` [2] and ``more`` []."""
-    # Everything is summed: unlike a maximum, a sum that includes NaN is NaN on every rank.
+    """Return why to stop, whether all ranks have written, and ``totals`` and ``more`` summed over ranks."""
+    # A sum, because a sum that includes NaN is NaN on every rank. A maximum may lose it.
     numbers = 2 + len(more)
     ballot = torch.zeros(numbers + 1 + len(REASONS), dtype=torch.float64, device=device.device())
-    # All ranks of a tensor-parallel group add the same totals. Their quotient is not affected.
+    # All ranks of a tensor-parallel group add the same totals, which cancels in the loss per token.
     ballot[:2].copy_(totals)
     for index, number in enumerate(more):
         ballot[2 + index].copy_(number)
-    # Only votes that are cast cost a kernel; fill_ takes its value along and needs no copy to the device.
+    # Most steps have no such vote and launch no kernel. fill_ needs no copy from the host.
     if not vote.written:
         ballot[numbers].fill_(1)
     if vote.stop:
@@ -106,10 +107,10 @@ def _count(vote: Vote, totals: Tensor, *more: Tensor) -> tuple[str, bool, list[f
 
 
 def squared_norm(optimizer: MegatronOptimizer) -> Tensor:
-    """This rank's share of the squared L2 norm of all gradients: [], float64, on the device.
+    """Return this rank's share of the squared L2 norm of all gradients: [], float64, on the device.
 
-    The sum over all ranks is the squared norm. Megatron-core's ``get_grad_norm`` computes the same norm, but
-    with a collective and a wait of its own.
+    The shares of all ranks sum to the squared norm. Megatron-core's ``get_grad_norm`` computes the same norm,
+    but with an all-reduce and a wait of its own.
     """
     grads = [grad for part in _parts(optimizer) for grad in part.get_main_grads_for_grad_norm()]
     if not grads:
@@ -121,12 +122,12 @@ def squared_norm(optimizer: MegatronOptimizer) -> Tensor:
 
 
 def clip(optimizer: MegatronOptimizer, grad_norm: float) -> None:
-    """Scale the gradients down to the norm ``clip_grad`` of the optimizer's settings (0: no limit)."""
+    """Scale the gradients down to the norm ``clip_grad`` in the optimizer's settings (0: no clipping)."""
     for part in _parts(optimizer):
         if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
             clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers that Megatron-core chains, for example one for each kind of parameter."""
+    """Return the optimizers in Megatron-core's chain, or the optimizer itself if it is not a chain."""
     return getattr(optimizer, "chained_optimizers", [optimizer])

@@ -1,4 +1,4 @@
-"""Small runs of the program as a user starts it."""
+"""Starts small runs of the program on its command line, as a user would."""
 
 import json
 import os
@@ -33,7 +33,7 @@ log_interval: 1
 
 
 def launch(*flags: object, processes: int = 1, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run the program; with several processes under torchrun."""
+    """Run the program. Several processes run under torchrun."""
     launcher = [sys.executable]
     if processes > 1:
         with socket.socket() as free:
@@ -47,13 +47,13 @@ def launch(*flags: object, processes: int = 1, **variables: str) -> subprocess.C
 
 
 def losses(directory: Path, kind: str = "train") -> list[float]:
-    """As the run has written them, bit for bit."""
+    """Return the losses in metrics.jsonl, bit for bit."""
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [record["loss"] for record in records if record["kind"] == kind]
 
 
 def write_settings(directory: Path) -> Path:
-    """A YAML file of a small run, with a corpus of skewed random ids."""
+    """Write a YAML file for a small run, and a corpus of skewed random ids for it."""
     random = np.random.default_rng(0)
     documents = [random.zipf(1.3, size=40) % 128 for _ in range(200)]
     with IndexedWriter(str(directory / "text"), np.uint16) as writer:

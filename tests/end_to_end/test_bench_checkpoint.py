@@ -1,4 +1,4 @@
-"""The benchmark of checkpoints as a user starts it."""
+"""The checkpoint benchmark, started as a user starts it."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ use_distributed_optimizer: true
 """
 
 
-def test_a_line_for_each_rank_and_operation(tmp_path: Path) -> None:
+def test_one_line_per_rank_and_operation(tmp_path: Path) -> None:
     settings = tmp_path / "settings.yaml"
     settings.write_text(SETTINGS)
     command = [sys.executable, "-m", "tools.bench.checkpoints", "--ranks", "2", "--rounds", "1"]

@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or out of disk space in any phase ends as if it had not been."""
+"""A run that is killed, stopped or out of disk space in any phase resumes with the same losses."""
 
 import pytest
 

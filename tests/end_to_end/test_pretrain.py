@@ -1,4 +1,4 @@
-"""The program as a user starts it: plain python and torchrun, its configuration file, its errors."""
+"""The program on its command line: plain python and torchrun, its configuration file, its errors."""
 
 import os
 from pathlib import Path
@@ -14,13 +14,13 @@ from tests.end_to_end.runs import launch, losses, write_settings
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> None:
-    """As in the launched processes: sums come out bitwise the same."""
+    """Use one thread, as the launched processes do, so that sums are equal bit for bit."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> Path:
-    """See ``write_settings``."""
+    """The YAML file of ``write_settings``."""
     return write_settings(tmp_path_factory.mktemp("settings"))
 
 
@@ -48,7 +48,7 @@ def test_files(single):
 
 
 def test_a_ring_of_two_processes_trains_as_one(settings, single, tmp_path):
-    """``tests/parallel`` has many more layouts."""
+    """``tests/parallel`` covers many more layouts."""
     ring = ("--pipeline-model-parallel-size", 2)
     result = launch("--config", settings, "--output-dir", tmp_path, *ring, processes=2)
     assert result.returncode == 0, result.stderr
@@ -57,7 +57,7 @@ def test_a_ring_of_two_processes_trains_as_one(settings, single, tmp_path):
 
 
 def test_two_tensor_parallel_processes_train_as_one(settings, single, tmp_path):
-    """And one process goes on with what the two saved."""
+    """One process can resume from their checkpoint, too."""
     flags = (
         "--tensor-model-parallel-size",
         2,
@@ -94,7 +94,7 @@ def test_errors_are_one_line(settings):
 
 @pytest.mark.parametrize("asked, status", [("transformer_engine", 2), ("local", 0)])
 def test_an_unusable_transformer_engine_is_one_message(settings, tmp_path, asked, status) -> None:
-    """Or not needed. Megatron-core alone would end in a traceback."""
+    """A run that doesn't need it works. Megatron-core alone would end with a traceback."""
     broken = tmp_path / "transformer_engine"
     broken.mkdir()
     (broken / "__init__.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')\n")

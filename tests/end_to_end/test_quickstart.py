@@ -1,4 +1,4 @@
-"""The quickstart's own script, from raw text to figures, in a setting that takes seconds."""
+"""The quickstart script, from raw text to figures, with settings that take seconds."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def quickstart(output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished quickstart; what it printed is in ``stdout.txt`` beside it."""
+    """The output directory of a finished quickstart, with what it printed in ``stdout.txt``."""
     directory = tmp_path_factory.mktemp("quickstart") / "out"
     done = quickstart(directory)
     assert done.returncode == 0, done.stderr
@@ -76,7 +76,7 @@ def test_ids_turn_back_into_the_corpus(output: Path, part: str) -> None:
     ids = np.fromfile(output / f"data/{part}_text_document.bin", dtype=np.uint16)
     ends = np.flatnonzero(ids == tokenizer.eos_id())
     documents = [tokenizer.decode(row[:-1].tolist()) for row in np.split(ids, ends + 1)[:-1]]
-    # SentencePiece's sign for a space is the one character that it cannot keep.
+    # SentencePiece cannot represent its own sign for a space.
     assert documents == [text.replace("\u2581", " ") for text in texts(output, part)]
 
 
@@ -112,7 +112,7 @@ def test_the_end_says_how_good_and_where(output: Path) -> None:
 
 
 def test_the_model_for_hugging_face(output: Path) -> None:
-    """It writes, and its tokenizer gives the ids that the model was trained on."""
+    """It generates text, and its tokenizer gives the ids that the model was trained on."""
     sample = (output / "sample.txt").read_text(encoding="utf-8")
     assert sample.startswith("The first argument") and len(sample) > 60
     assert sample.strip().splitlines()[0] in output.with_name("stdout.txt").read_text(encoding="utf-8")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from megatron_mesh.model.implementation import why_no_transformer_engine
 from megatron_mesh.runtime import device, exits
-from megatron_mesh.runtime.transformer_engine import why_no_transformer_engine
 from tests.end_to_end.runs import launch, losses, write_settings
 from tests.helpers import one_process, tiny_config
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_mesh.checkpoint.boxes import Box
 from megatron_mesh.checkpoint.content import Content, generators
+from megatron_mesh.checkpoint.index import Box
 from megatron_mesh.config.schema import Config
+from megatron_mesh.runtime.device import pack_generators
 from megatron_mesh.runtime.distributed import model_parallel_groups
-from megatron_mesh.runtime.random import pack_generators
 from tools.bench.checkpoint_ranks import UntrainedRun, build_untrained
 from tools.bench.counting import Counts
 

@@ -41,7 +41,7 @@ def start_ranks(
         directory: where the ranks' stderr is written.
     """
     context, port, size = multiprocessing.get_context("forkserver"), free_port(), len(arguments)
-    context.set_forkserver_preload(["megatron_mesh.train"])
+    context.set_forkserver_preload(["tests.preload"])
     ranks = []
     for rank, own in enumerate(arguments):
         if own is None:

@@ -8,7 +8,7 @@ from unittest import mock
 from megatron_mesh.config.schema import DataConfig
 from megatron_mesh.data import build_datasets, cache
 from megatron_mesh.errors import UserError
-from megatron_mesh.runtime.agreement import rank
+from megatron_mesh.runtime.distributed import rank
 from tests.unit.data.corpora import NumberTokenizer
 
 

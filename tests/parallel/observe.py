@@ -7,7 +7,7 @@ import numpy as np
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_mesh.model.naming import whole_model_parameters
+from megatron_mesh.model.build import whole_model_parameters
 from megatron_mesh.parallel import build_stage
 from megatron_mesh.runtime.distributed import model_parallel_groups
 from megatron_mesh.train.step import train_step

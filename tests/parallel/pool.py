@@ -26,7 +26,7 @@ class Pool:
     def __init__(self, size: int):
         # The workers are forks of a process that has imported everything and done nothing else.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["megatron_mesh.train"])
+        context.set_forkserver_preload(["tests.preload"])
         port = free_port()
         self.connections: list[Connection] = []
         self.processes = []

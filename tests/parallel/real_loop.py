@@ -20,15 +20,15 @@ from torch import Tensor
 from megatron_mesh.checkpoint import writer
 from megatron_mesh.checkpoint.save import Saver
 from megatron_mesh.config.schema import Config
+from megatron_mesh.metrics.log import Log
+from megatron_mesh.metrics.meters import SpeedMeter
 from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime import device
 from megatron_mesh.runtime.distributed import model_parallel_groups
 from megatron_mesh.runtime.health import Health
-from megatron_mesh.runtime.logging import Log
 from megatron_mesh.runtime.stopping import StopRequests
 from megatron_mesh.train import loop, pretrain
 from megatron_mesh.train import step as step_module
-from megatron_mesh.train.metrics import SpeedMeter
 from megatron_mesh.train.output import open_outputs
 from megatron_mesh.train.vote import Vote, agree
 from tests.helpers import loss_per_token, tiny_config
@@ -97,7 +97,7 @@ def watch_steps(corpus: str, case: dict[str, Any]) -> tuple[dict[int, Seen], lis
     config = config_of(corpus, {"train_iters": 6, **case})
     saver = BackgroundSave(4 if dist.get_rank() == dist.get_world_size() - 1 else 0)
     with model_parallel_groups(config), patch.object(loop, "open_saver", lambda *parts: saver):
-        run = loop.build(config)
+        run = loop.build_run(config)
         with Watch() as watch:
             health = _StepByStep(watch)
             loop.train(run, Log(), health, StopRequests(config.checkpoint, time.monotonic()))
@@ -128,7 +128,7 @@ def stop_in_evaluation(corpus: str, directory: Path) -> tuple[int, int, dict[str
                 watch.seen = Seen()
 
     with model_parallel_groups(config), Watch() as watch:
-        run = loop.build(config)
+        run = loop.build_run(config)
         with open_outputs(config, run.state) as log:
             health = Asking(dist.get_rank(), dist.get_world_size(), None)
             ending = loop.train(run, log, health, stop)
@@ -179,7 +179,7 @@ def _watched(config: Config, release: int) -> Watched:
                 found.pending.append(step)
                 found.writing.extend([step] if not parts[-1].done() else [])
 
-        run, health = loop.build(config), _StepByStep(watch, before)
+        run, health = loop.build_run(config), _StepByStep(watch, before)
         with patch.object(loop, "open_saver", keep), open_outputs(config, run.state) as log:
             loop.train(run, log, health, StopRequests(config.checkpoint, time.monotonic()))
     found.steps = health.steps

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_mesh.checkpoint.content import TrainState
 from megatron_mesh.checkpoint.load import Search, load_checkpoint
 from megatron_mesh.checkpoint.save import Saver
-from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.config.schema import Config
 from megatron_mesh.parallel import Stage
 from megatron_mesh.runtime.distributed import model_parallel_groups

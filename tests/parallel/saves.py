@@ -20,7 +20,7 @@ from megatron_mesh.checkpoint.directory import saved_steps
 from megatron_mesh.checkpoint.load import Search
 from megatron_mesh.checkpoint.save import Saver
 from megatron_mesh.errors import UserError
-from megatron_mesh.runtime import agreement
+from megatron_mesh.runtime import distributed
 from megatron_mesh.runtime.distributed import model_parallel_groups
 from tests.helpers import tiny_config
 from tests.parallel.resume import _train
@@ -124,5 +124,5 @@ def collective_timeout(save_timeout_minutes: float) -> timedelta:
     """Return how long a rank waits for the others in a save."""
     config = tiny_config(world_size=dist.get_world_size(), save_timeout_minutes=save_timeout_minutes)
     with model_parallel_groups(config):
-        assert agreement._group is not None
-        return agreement._group._get_backend(torch.device("cpu")).options._timeout
+        assert distributed._group is not None
+        return distributed._group._get_backend(torch.device("cpu")).options._timeout

@@ -34,7 +34,7 @@ def start(config: Config, world_size: int) -> list[Start]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_mesh.train"])
+    context.set_forkserver_preload(["tests.preload"])
     results: Any = context.SimpleQueue()
     processes = [
         context.Process(target=_run, args=(rank, world_size, port, config, results))
@@ -54,8 +54,8 @@ def _run(rank: int, world_size: int, port: int, config: Config, results: Any) ->
     import torch
 
     from megatron_mesh.runtime import phases
-    from megatron_mesh.runtime.owner_file import OWNER_FILE
-    from megatron_mesh.runtime.start_times import log_start_times
+    from megatron_mesh.runtime.phases import log_start_times
+    from megatron_mesh.runtime.run_files import OWNER_FILE
     from megatron_mesh.train import pretrain
     from tests.parallel.forked import hurry
 

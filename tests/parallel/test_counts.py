@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from megatron_mesh.arguments import parse_args
-from megatron_mesh.config.checks import resolve
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import with_values
-from megatron_mesh.planner.report import make_plan
+from megatron_mesh.planner.plan import make_plan
 from tests.helpers import tiny_config
 from tests.parallel import counts
 from tests.parallel.pool import pool
@@ -74,7 +74,7 @@ def small(ranks: int, settings: dict[str, Any]) -> Config:
 
 
 def large(ranks: int, settings: dict[str, Any]) -> Config:
-    file = Path(__file__).parents[2] / "examples" / "configs" / "pythia-160m-mesh.yaml"
+    file = Path(__file__).parents[2] / "examples" / "configs" / "pythia-160m.yaml"
     values = {"seq_length": 128, "micro_batch_size": 1, "global_batch_size": 8, **settings}
     return resolve(with_values(parse_args(["--config", str(file)]).config, values), world_size=ranks)
 

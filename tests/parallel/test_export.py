@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_mesh.hf.bring_in import bring_in
-from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.convert.export import export_checkpoint
+from megatron_mesh.hf.convert.import_model import import_model
 from megatron_mesh.recurrence import SCHEMES
 from megatron_mesh.runtime.distributed import model_parallel_groups
 from tests.exports import TOKENS, export_config, load_weights, saved_with_logits
@@ -19,8 +19,8 @@ from tests.parallel.pool import pool
 
 def save(directory: Path, settings: dict, source: Path) -> None:
     """Load the weights of ``source`` on this rank layout and save them. Runs in workers."""
+    from megatron_mesh.checkpoint.content import TrainState
     from megatron_mesh.checkpoint.save import Saver
-    from megatron_mesh.checkpoint.state import TrainState
     from megatron_mesh.parallel import build_stage
     from megatron_mesh.train.optimizer import build_optimizer, build_schedule
 
@@ -61,7 +61,7 @@ def test_an_import_loads_on_tensor_and_pipeline_parallel_ranks(tmp_path) -> None
     model = {"recurrence": "mesh", "layers": "2+3R2+1"}
     source, _ = saved_with_logits(tmp_path / "one", **model)
     export_checkpoint(source, tmp_path / "hf")
-    bring_in(tmp_path / "hf", tmp_path / "imported")
+    import_model(tmp_path / "hf", tmp_path / "imported")
     pool(4).run(save, tmp_path / "many", {**model, **RANKS}, tmp_path / "imported")
     export_checkpoint(tmp_path / "many", tmp_path / "again")
     before, after = (load_file(tmp_path / place / "model.safetensors") for place in ("hf", "again"))
@@ -77,7 +77,7 @@ def test_a_resized_vocabulary_is_split_over_tensor_parallel_ranks(tmp_path) -> N
     resized = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     resized.resize_token_embeddings(101)
     resized.save_pretrained(tmp_path / "resized")
-    settings = bring_in(tmp_path / "resized", tmp_path / "imported")
+    settings = import_model(tmp_path / "resized", tmp_path / "imported")
     assert settings.vocab_size == 101
     pool(4).run(save, tmp_path / "many", {**model, **RANKS, "vocab_size": 101}, tmp_path / "imported")
     export_checkpoint(tmp_path / "many", tmp_path / "again")

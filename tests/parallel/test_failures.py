@@ -139,7 +139,7 @@ def test_a_missing_rank_is_named(good, tmp_path: Path) -> None:
     codes, errors = job(tmp_path, line, None, line)
     assert codes == [1, 1]
     ((_, text),) = reported(errors)
-    assert text.startswith("1 of 3 ranks did not come within 3 s (--distributed-timeout-minutes): 1; see")
+    assert text.startswith("1 of 3 ranks did not arrive within 3 s (--distributed-timeout-minutes): 1; check")
 
 
 def test_no_rank_zero(good, tmp_path: Path) -> None:

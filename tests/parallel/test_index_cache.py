@@ -46,7 +46,7 @@ def test_one_node_has_lost_its_cache(root: Path) -> None:
 
 def test_data_that_a_node_lacks(root: Path) -> None:
     (root / "node1" / "two.idx").unlink()
-    message = "Data file two.idx does not exist"
+    message = "data file two.idx does not exist"
     for refused in pool(2).run(refusal, root, WORDS, 1, False):
         assert message in refused and "(rank 1 on host node1)" in refused
 
@@ -55,22 +55,22 @@ def test_data_that_differ_between_nodes(root: Path) -> None:
     with (root / "node1" / "one.bin").open("ab") as file:
         file.write(b"12")
     for refused in pool(2).run(refusal, root, WORDS, 1, False):
-        assert "rank 0 sees" in refused and "(rank 1 on host node1)" in refused
+        assert "on rank 0; copy the same files" in refused and "(rank 1 on host node1)" in refused
 
 
 def test_data_of_equal_size_that_differ_between_nodes(root: Path) -> None:
     np.arange(2000, 0, -1).astype(np.uint16).tofile(root / "node1" / "one.bin")
     for refused in pool(2).run(refusal, root, WORDS, 1, False):
-        assert "The data one differ from those that rank 0 sees" in refused
+        assert "the data one differ from those that rank 0 sees" in refused
         assert "(rank 1 on host node1)" in refused
 
 
 def test_bad_input_is_raised_on_every_rank(root: Path) -> None:
     for refused in pool(2).run(refusal, root, ["one", "two"], 1, True):
-        assert "not a number above 0" in refused
+        assert "is not a positive number" in refused
 
 
 def test_a_cache_that_one_node_cannot_write(root: Path) -> None:
     (root / "node1" / "cache").write_text("a file")
     for refused in pool(2).run(refusal, root, WORDS, 1, False):
-        assert "The index cache cache cannot be used" in refused and "(rank 1 on host node1)" in refused
+        assert "the index cache cache cannot be written" in refused and "(rank 1 on host node1)" in refused

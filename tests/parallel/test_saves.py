@@ -9,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megatron_mesh.checkpoint.offline import open_index
-from megatron_mesh.checkpoint.reader import read_whole
+from megatron_mesh.checkpoint.reader import read_tensor
 from megatron_mesh.config.schema import Config
 from tests.parallel import resume, saves
 from tests.parallel.layouts import LAYOUTS, model_of
@@ -45,11 +45,9 @@ def test_one_rank_fails(
     cause = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
     told = f"{cause} (rank {victim} on {socket.gethostname()})"
     said = [message for message in found[0]["heard"] if "part of a checkpoint" not in message]
-    kept = "earlier ones are kept (the last is of step 1), and later saves try again"
-    assert said == [
-        f"no checkpoint of step 2 was written to {tmp_path}: {told}; {kept}; steps at risk until then: 1"
-    ]
-    # A bug is logged with its traceback on the rank where it happened.
+    at_risk = "last complete checkpoint: step 1; steps at risk until then: 1"
+    assert said == [f"saving step 2 to {tmp_path} failed: {told}; later saves try again; {at_risk}"]
+    # Unexpected errors are logged with a traceback, on the rank that raised them.
     tracebacks = [rank for rank, seen in enumerate(found) if any("part of" in m for m in seen["heard"])]
     assert tracebacks == ([] if isinstance(error, OSError) else [victim])
     assert not list(tmp_path.glob("*.partial"))
@@ -61,7 +59,7 @@ def test_a_rank_that_does_not_see_the_checkpoint_is_named(tmp_path) -> None:
     found = pool(2).run(saves.one_rank_sees_no_checkpoint, tmp_path, 1)
     assert found[0] == found[1]
     path = tmp_path.resolve() / "iter_0000003"
-    assert f"the checkpoint {path} is not there (rank 1 on {socket.gethostname()})" in found[0]
+    assert f"the checkpoint {path} does not exist here (rank 1 on {socket.gethostname()})" in found[0]
 
 
 @pytest.mark.parametrize("layout", ["dp2-distopt", "tp2-pp2", "pp2-dp2-overlap"])
@@ -75,7 +73,7 @@ def test_stock_torch_reads_the_same(layout: str, tmp_path) -> None:
     dcp.load(stock, storage_reader=dcp.FileSystemReader(path), no_dist=True)
     assert any(key.startswith("optimizer.state.fp32_param.") for key in stock)
     for key, tensor in stock.items():
-        assert torch.equal(read_whole(index, key), tensor), key
+        assert torch.equal(read_tensor(index, key), tensor), key
         weight = stock.get(key.removeprefix("optimizer.state.fp32_param."))
         if weight is not None and weight is not tensor:
             assert torch.equal(tensor.bfloat16(), weight), key
@@ -85,7 +83,7 @@ def test_disks_that_are_not_shared(tmp_path) -> None:
     processes, settings = LAYOUTS["dp2-distopt"]
     found = pool(processes).run(saves.save_to_separate_disks, tmp_path, {**MODEL, **settings})
     assert "__1_0.distcp is missing" in found[0][0][0]
-    assert "--save must be on a disk that all nodes share" in found[0][0][0]
+    assert "put --save on a file system that all nodes share" in found[0][0][0]
     assert [left for _, left in found] == [False, False]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data.indexed import IndexedWriter
-from megatron_mesh.runtime import phases, start_times
+from megatron_mesh.runtime import phases
 from tests.helpers import tiny_config
 from tests.parallel.started import Start, start
 
@@ -126,13 +126,13 @@ def check_breakdown(messages: list[str], *, checkpoint: bool) -> None:
 def test_the_breakdown_adds_up(monkeypatch) -> None:
     """Unknown phases, such as those of a save, count towards the phase around them."""
     clock = iter([2.0, 3.0, 7.0, 8.0, 12.0, 12.5])
-    monkeypatch.setattr(start_times, "process_age", lambda: next(clock))
+    monkeypatch.setattr(phases, "process_age", lambda: next(clock))
     monkeypatch.setattr(phases, "_listeners", [])
-    times = start_times.StartTimes()
+    times = phases.StartTimes()
     phases.listen(times)
     for phase in ("groups", "data", "planning a save", "model", "loading a checkpoint", "step"):
         phases.enter(phase)
-    phases.enter(start_times.STARTED)
+    phases.enter(phases.STARTED)
     phases.enter("data")  # time after the first step is ignored
     assert times.seconds == {
         "imports": 2.0,

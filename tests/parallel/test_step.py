@@ -86,9 +86,9 @@ STEP: dict[str, tuple[int, dict[str, Any], list[tuple[dict[str, int], dict[str, 
 
 # The waits of every step, and those that logging and saving add.
 WAIT = {"train/vote.py: _count": 1}
-LOGGED = {"train/metrics.py: SpeedMeter.read": 2}  # for the end of the step and for the peak memory
-ROUTERS = {"train/metrics.py: RouterMeter.read": 1}  # on ranks with routers
-SAVED = {"train/metrics.py: SpeedMeter.paused": 2}  # before and after the save
+LOGGED = {"metrics/meters.py: SpeedMeter.read": 2}  # for the end of the step and for the peak memory
+ROUTERS = {"metrics/meters.py: RouterMeter.read": 1}  # on ranks with routers
+SAVED = {"metrics/meters.py: SpeedMeter.paused": 2}  # before and after the save
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
-from megatron_mesh.checkpoint.state import TrainState
-from megatron_mesh.config.length import batch_size_at
+from megatron_mesh.checkpoint.content import TrainState
+from megatron_mesh.config.layout import batch_size_at
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data import Batch
-from megatron_mesh.model.naming import whole_model_parameters
+from megatron_mesh.model.build import whole_model_parameters
 from megatron_mesh.parallel import Stage, build_stage
-from megatron_mesh.runtime import ranges
+from megatron_mesh.runtime import profiling
 from megatron_mesh.runtime.distributed import model_parallel_groups
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule
 from megatron_mesh.train.step import train_step
@@ -83,7 +83,7 @@ def train(directory: Path, case: dict[str, Any], steps: int = STEPS, fault: Any 
                 outcome.gradients = whole_gradients(stage, config.parallel.use_distributed_optimizer)
             yield
 
-        with fault(stage) if fault is not None else nullcontext(), ranges.watched_by(keep_gradients):
+        with fault(stage) if fault is not None else nullcontext(), profiling.watched_by(keep_gradients):
             for step in range(steps):
                 size = batch_size_at(config.training, state.consumed_samples)
                 batches = batches_of(config, step, size)

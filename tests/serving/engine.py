@@ -1,4 +1,4 @@
-"""Engines of vLLM in a process of their own, one after the other."""
+"""Runs engines of vLLM in a separate process, one after the other."""
 
 import gc
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 _START_SECONDS = 300
 _ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no process for the scheduler: it would take longer to start
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # starts faster without a separate process for the scheduler
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
@@ -29,18 +29,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the engine says to one prompt."""
+    """The engine's answer to one prompt."""
 
     samples: list[list[int]]
     logprobs: list[float] | None
-    """Of the prompt's tokens but the first, if ``prompt_logprobs`` was asked for."""
+    """Log-probabilities of the prompt's tokens except the first, if ``prompt_logprobs`` was requested."""
     cached: int
-    """Tokens of the prompt that were not computed, since their keys and values were at hand."""
+    """Number of prompt tokens whose keys and values came from the prefix cache."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One engine and what it is asked, in this order."""
+    """An engine, and the batches that it answers in this order."""
 
     model: Path
     batches: list[Batch]
@@ -49,10 +49,10 @@ class Job:
 
 
 class Engines:
-    """A process that runs jobs. vLLM changes the classes of transformers, so it must not run in this one.
+    """A process that runs jobs. vLLM changes classes of transformers, so it must not run in the test process.
 
     Args:
-        environment: variables for vLLM beside those of ``_ENVIRONMENT``.
+        environment: environment variables for vLLM, in addition to those in ``_ENVIRONMENT``.
     """
 
     def __init__(self, **environment: str) -> None:
@@ -60,7 +60,7 @@ class Engines:
         self._pool = ProcessPoolExecutor(1, get_context("spawn"), _prepare, (variables,))
 
     def run(self, job: Job) -> list[list[Answer]]:
-        """The answers to every batch. Raises what vLLM raises."""
+        """Return the answers to every batch. Errors of vLLM are raised here."""
         return self._pool.submit(_run, job).result(_START_SECONDS)
 
     def __enter__(self) -> "Engines":

@@ -1,4 +1,4 @@
-"""Exports that are worth serving: random weights by which every token depends on all that precede it."""
+"""Exports for serving tests, with random weights that make every token depend on all tokens before it."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM
 
-from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.convert.export import export_checkpoint
 from tests.exports import export_config, save_checkpoint
 from tests.helpers import one_process
 
@@ -23,13 +23,13 @@ LAYERS = {
 }
 VOCABULARY = 600  # not a multiple of 128, so that the checkpoint has padded rows
 LENGTH = 256
-HEAD_SIZE = 32  # vLLM's attention on CPUs takes multiples of 32
+HEAD_SIZE = 32  # vLLM's CPU attention needs a multiple of 32
 
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_tokenizer(path: Path) -> None:
-    """A byte-level tokenizer of 600 entries, trained on this project's sources."""
+    """Write a byte-level tokenizer with 600 entries, trained on this project's sources."""
     trained = ByteLevelBPETokenizer()
     texts = [file.read_text(encoding="utf-8") for file in sorted((_ROOT / "megatron_mesh").rglob("*.py"))]
     trained.train_from_iterator(
@@ -39,7 +39,7 @@ def write_tokenizer(path: Path) -> None:
 
 
 def write_checkpoint(directory: Path, scheme: str, tokenizer: Path) -> Path:
-    """A checkpoint of a random model of hidden size 64."""
+    """Write a checkpoint of a random model with hidden size 64."""
     config = export_config(
         directory,
         recurrence=scheme,
@@ -57,14 +57,14 @@ def write_checkpoint(directory: Path, scheme: str, tokenizer: Path) -> Path:
 
 
 def write_export(checkpoint: Path, directory: Path) -> Path:
-    """The checkpoint for Hugging Face, sharpened."""
+    """Export a checkpoint and sharpen its attention."""
     export_checkpoint(checkpoint, directory)
     sharpen(directory)
     return directory
 
 
 def sharpen(directory: Path) -> None:
-    """Scale the norms of a model, so that attention is sharp and logits differ."""
+    """Scale the norm weights of a model, so that attention is sharp and logits differ clearly."""
     path = directory / "model.safetensors"
     norms = ("layernorm.weight", "layer_norm.weight")
     weights = {k: 5 * v if k.endswith(norms) else v for k, v in load_file(path).items()}
@@ -73,16 +73,16 @@ def sharpen(directory: Path) -> None:
 
 @dataclass(frozen=True)
 class Expected:
-    """What transformers says about one prompt."""
+    """The output of transformers for one prompt."""
 
     tokens: list[int]
-    """Greedily chosen after the prompt."""
+    """Greedy continuation of the prompt."""
     logprobs: list[float]
-    """Of the prompt's tokens but the first."""
+    """Log-probabilities of the prompt's tokens except the first."""
 
 
 def by_transformers(directory: Path, prompts: Sequence[list[int]], new_tokens: int) -> list[Expected]:
-    """Greedy tokens, computed without a cache, and log-probabilities of the prompts."""
+    """Compute greedy continuations without a cache, and log-probabilities of the prompts."""
     model = AutoModelForCausalLM.from_pretrained(
         directory, trust_remote_code=True, dtype=torch.float32
     ).eval()
@@ -101,5 +101,5 @@ def _expected(model: torch.nn.Module, prompt: list[int], new_tokens: int) -> Exp
 
 
 def vocabulary_of(directory: Path) -> int:
-    """Rows of the exported embedding."""
+    """Return the vocabulary size of an export."""
     return int(json.loads((directory / "config.json").read_text(encoding="utf-8"))["vocab_size"])

@@ -1,4 +1,4 @@
-"""vLLM's Transformers backend, without a plugin, against transformers."""
+"""vLLM's Transformers backend, without a plugin, gives the same output as transformers."""
 
 from collections.abc import Callable
 from functools import cache
@@ -18,7 +18,7 @@ GREEDY = {"temperature": 0, "max_tokens": NEW_TOKENS}
 
 
 def prompts() -> list[list[int]]:
-    """Of 1 to 200 tokens; three have 64 tokens in common, two blocks of the cache."""
+    """Return prompts of 1 to 200 tokens. Three share their first 64 tokens, two blocks of the cache."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(length: int) -> list[int]:
@@ -57,7 +57,7 @@ def test_without_compilation(
     scheme: str,
     way: str,
 ) -> None:
-    """The second batch finds prefixes in the cache; with log-probabilities vLLM computes prompts anew."""
+    """The second batch finds prefixes in the cache. For log-probabilities, vLLM recomputes prompts."""
     batches = [Batch(prompts(), {**GREEDY, "prompt_logprobs": 0}), Batch(prompts(), GREEDY)]
     job = Job(export(scheme), batches, {"enforce_eager": True, **WAYS[way]})
     scored, again = engines.run(job)
@@ -72,31 +72,29 @@ def test_without_compilation(
 def test_compiled(
     engines: Engines, export: Callable[[str], Path], expected: Callable[[str], list[Expected]], scheme: str
 ) -> None:
-    """vLLM's default: torch.compile, on a CPU with inductor."""
+    """The default of vLLM, which is torch.compile, on a CPU with inductor."""
     batches = [Batch(prompts(), {**GREEDY, "prompt_logprobs": 0}), Batch(prompts(), GREEDY)]
     for answers in engines.run(Job(export(scheme), batches)):
         check(answers, expected(scheme))
 
 
 @pytest.mark.parametrize("scheme", ["mesh", "vanilla"])
-def test_ids_without_meaning_are_never_drawn(
-    engines: Engines, export: Callable[[str], Path], scheme: str
-) -> None:
-    """The checkpoint's vocabulary is padded to 640; at a temperature of 2 those ids would come up.
+def test_padded_ids_are_never_sampled(engines: Engines, export: Callable[[str], Path], scheme: str) -> None:
+    """The checkpoint's vocabulary is padded to 640. At a temperature of 2, padded ids would occur.
 
-    The padding token, 600, has a row and may come up: vLLM reads no ``suppress_tokens`` from
-    generation_config.json. It is an entry of the tokenizer, and decodes to nothing.
+    The padding token, 600, has a row and may occur, since vLLM doesn't read ``suppress_tokens`` from
+    generation_config.json. The tokenizer knows this token and decodes it to an empty text.
     """
     sampling = {"temperature": 2.0, "n": 64, "max_tokens": 64, "seed": 0}
     job = Job(export(scheme), [Batch(prompts()[:2], sampling)], {"enforce_eager": True, "max_num_seqs": 64})
     drawn = [i for answer in engines.run(job)[0] for sample in answer.samples for i in sample]
     assert len(drawn) == 2 * 64 * 64
-    assert len(set(drawn)) > VOCABULARY // 2, "the temperature is too low for the test to mean something"
+    assert len(set(drawn)) > VOCABULARY // 2, "the temperature is too low for this test"
     assert max(drawn) < vocabulary_of(export(scheme)) <= VOCABULARY + 1
 
 
 def test_every_token_depends_on_the_first(export: Callable[[str], Path]) -> None:
-    """Otherwise a lost cache would go unnoticed above."""
+    """Otherwise the tests above would not notice a lost cache."""
     prompt = prompts()[3]
     assert len(prompt) + NEW_TOKENS <= LENGTH
     for scheme in SCHEMES:

@@ -1,4 +1,4 @@
-"""``tools/evaluate.py --engine vllm`` gives the scores of ``--engine transformers``."""
+"""``tools/evaluate.py --engine vllm`` gives the same scores as ``--engine transformers``."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def test_equal_scores(
     scheme: str,
     option: str,
 ) -> None:
-    """Multiple choice, a last word, and packed text whose windows are as long as the model."""
+    """For multiple choice, last words, and packed text with windows as long as the model's sequences."""
     where = (export if option == "--model" else checkpoint)(scheme)
     text = tmp_path / "valid.jsonl.gz"
     write_jsonl(text, [{"text": sentence(i, 40 * i + 1)} for i in range(8)])
@@ -44,7 +44,7 @@ def test_equal_scores(
         done = run(tmp_path, *arguments, *asked, "--output-dir", engine)
         assert done.returncode == 0, done.stderr[-4000:]
     plain, served = finished(tmp_path / "transformers"), finished(tmp_path / "vllm")
-    assert plain.keys() == served.keys() and len(plain) == 5  # ARC has no examples here, LAMBADA none at all
+    assert plain.keys() == served.keys() and len(plain) == 5  # ARC and LAMBADA have no data for 5 shots
     for label, result in plain.items():
         assert result["documents"] == served[label]["documents"]
         for name, value in result["metrics"].items():
@@ -53,11 +53,11 @@ def test_equal_scores(
     assert plain["text valid.jsonl.gz"]["metrics"]["tokens"] > 2 * 256
 
     mixed = run(tmp_path, option, where, "--dtype", "float32", *asked, "--output-dir", "vllm")
-    assert mixed.returncode == 2 and "another run (engine: vllm there, transformers here)" in mixed.stderr
+    assert mixed.returncode == 2 and "different run (engine: vllm there, transformers here)" in mixed.stderr
 
 
 def test_refusals(export: Callable[[str], Path], tmp_path: Path) -> None:
-    """One line each: a device, code that is not ours, a head size that vLLM's attention does not take."""
+    """A device and foreign code are each rejected with a message of one line."""
     text = tmp_path / "valid.txt"
     text.write_text("a few words\n")
     model = write_copy(export("mesh"), tmp_path / "mine")
@@ -66,7 +66,10 @@ def test_refusals(export: Callable[[str], Path], tmp_path: Path) -> None:
     code = model / "mesh.py"
     code.write_text(code.read_text(encoding="utf-8") + "raise RuntimeError('run')\n", encoding="utf-8")
     changed = run(tmp_path, *always)
-    for done, message in ((device, "--device cpu is for --engine transformers"), (changed, "--refresh-code")):
+    for done, message in (
+        (device, "--device cpu is only for --engine transformers"),
+        (changed, "--refresh-code"),
+    ):
         assert done.returncode == 2, done.stderr
         assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 

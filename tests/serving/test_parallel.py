@@ -1,4 +1,4 @@
-"""One model on two processes: what vLLM does for us, and what it refuses."""
+"""vLLM with two processes: tensor parallelism works, pipeline parallelism is rejected."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from tests.serving.test_engine import GREEDY, NEW_TOKENS, check, prompts
 
 
 def one_core_each() -> dict[str, str]:
-    """Environment for two processes of an engine; vLLM itself would give each a NUMA node."""
+    """Return the environment for an engine of two processes. By default, vLLM gives each a NUMA node."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         pytest.skip("needs two cores")
@@ -31,7 +31,7 @@ def test_tensor_parallel(export: Callable[[str], Path], scheme: str) -> None:
 def test_pipeline_parallel_is_refused(
     export: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A loop cannot be cut into stages that a token passes once."""
+    """A loop cannot be divided into stages that a token passes through once."""
     job = Job(export("mesh"), [], {"enforce_eager": True, "pipeline_parallel_size": 2})
     with pytest.raises(Exception, match="initialization failed"), Engines(**one_core_each()) as engines:
         engines.run(job)

@@ -1,4 +1,4 @@
-"""Convert, serve, ask: the README's three commands, in a shell, as a user runs them."""
+"""Converting, serving and querying a model with the README's three commands, as a user runs them."""
 
 import json
 import os
@@ -25,7 +25,7 @@ _START_SECONDS = 240
 
 @contextmanager
 def serving(arguments: list[str], port: int, cwd: Path) -> Iterator[None]:
-    """``vllm serve`` until the end of the block; nothing of it is left afterwards."""
+    """Run ``vllm serve`` until the end of the block, and leave no process behind."""
     log = cwd / "server.log"
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     command = [str(Path(sys.executable).parent / "vllm"), "serve", *arguments, "--port", str(port)]
@@ -50,7 +50,7 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], port: int, log: Path) -
 
 
 def _end_group(server: subprocess.Popen[bytes]) -> None:
-    """Wait for all processes of the server, which have a minute to free what they share; then kill them."""
+    """Give all processes of the server a minute to free their shared memory, then kill them."""
     with suppress(ProcessLookupError):
         for _ in range(600):
             server.poll()
@@ -67,7 +67,7 @@ def free_port() -> int:
 
 
 def ask(port: int, **request: Any) -> dict[str, Any]:
-    """What curl prints."""
+    """Send a request with curl and return the response."""
     url = f"http://127.0.0.1:{port}/v1/completions"
     header = "Content-Type: application/json"
     done = subprocess.run(
@@ -81,7 +81,7 @@ def ask(port: int, **request: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def my_model(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A mesh model as the converting tool writes it."""
+    """A mesh model written by tools/convert_to_hf.py."""
     tool = str(ROOT / "tools/convert_to_hf.py")
     command = [sys.executable, tool, "--load", str(checkpoint("mesh")), "--save", "my-model"]
     subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
@@ -106,7 +106,7 @@ def test_convert_serve_ask(my_model: Path) -> None:
         )
         refused = ask(port, model="my-model", prompt=TEXT, max_tokens=100_000)
     choice = answer["choices"][0]
-    assert choice["prompt_token_ids"] == ids, "the ids of the training, with no token before or after"
+    assert choice["prompt_token_ids"] == ids, "the same ids as in training, without additional tokens"
     assert choice["token_ids"] == expected.tokens
     assert answer["usage"]["completion_tokens"] == NEW_TOKENS and isinstance(choice["text"], str)
     assert f"max_model_len={LENGTH}" in refused["error"]["message"]

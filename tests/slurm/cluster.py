@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on this host: its own daemons, ports and folder, gone when the tests are."""
+"""A real SLURM cluster of two nodes on this host, with its own daemons, ports and folder, for the tests."""
 
 import os
 import secrets
@@ -63,27 +63,27 @@ PartitionName=high Nodes=node[1-2] PriorityTier=10 PreemptMode=OFF
 
 
 def missing() -> str:
-    """Why there can be no such cluster here; "" if there can."""
+    """Why such a cluster cannot be started here, or ""."""
     if os.geteuid() != 0:
-        return "a SLURM of one's own needs root"
+        return "starting a SLURM cluster needs root"
     absent = [name for name in _DAEMONS if _program(name) is None]
-    return f"SLURM is not installed ({', '.join(absent)} missing); make slurm-env" if absent else ""
+    return f"SLURM is not installed ({', '.join(absent)} missing); run make slurm-env" if absent else ""
 
 
 class Cluster:
-    """Started by ``start``, ended by ``stop``, together with every job's processes.
+    """A cluster. ``stop`` ends its daemons and every job's processes.
 
     Args:
         kill_wait: seconds between a job's SIGTERM and its SIGKILL.
     """
 
     def __init__(self, kill_wait: int = 30):
-        # Not under pytest's folder: the path of a socket has 107 characters at most.
+        # Not in pytest's folder, because the path of a socket is limited to 107 characters.
         self.base = Path(tempfile.mkdtemp(prefix="mesh-slurm-"))
         self.environment = {**os.environ, "SLURM_CONF": str(self.base / "etc/slurm.conf")}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._write_files(kill_wait)
-        # Ends everything even where the tests are killed: it sees the end of this process by its pipe.
+        # Ends everything even if the tests are killed: its pipe closes with this process.
         self._reaper = subprocess.Popen(
             [sys.executable, __file__, str(self.base)], stdin=subprocess.PIPE, start_new_session=True
         )
@@ -100,7 +100,7 @@ class Cluster:
         gpus = f"NodeName=node[1-2] Name=gpu File={self.base}/dev/nvidia[0-7]"
         (self.base / "etc/gres.conf").write_text(f"AutoDetect=off\n{gpus}\n")
         ports = dict(zip(("controller", *NODES), _free_ports(3), strict=True))
-        # Jobs take their ports from their numbers, and there may be another cluster on this host.
+        # Ports of jobs depend on their numbers, and another cluster may run on this host.
         first_job = secrets.randbelow(100000) + 1
         text = _SLURM_CONF.format(base=self.base, kill_wait=kill_wait, first_job=first_job, **ports)
         (self.base / "etc/slurm.conf").write_text(text)
@@ -119,7 +119,7 @@ class Cluster:
         )
         wait_until(lambda: (run / "munge.socket").exists(), 10, "munged")
         self._start("slurmctld", "-D", "-c")
-        wait_until(lambda: "UP" in self.call("scontrol", "ping"), 30, "slurmctld")  # nodes call once a while
+        wait_until(lambda: "UP" in self.call("scontrol", "ping"), 30, "slurmctld")  # nodes retry rarely
         for node in NODES:
             self.start_node(node)
         self.wait_for_nodes()
@@ -129,7 +129,7 @@ class Cluster:
         self._start("slurmd", "-D", "-N", node, name=node)
 
     def kill_node(self, node: str) -> None:
-        """SIGKILL the daemon of a node; what it has started lives on."""
+        """SIGKILL the daemon of a node; the processes that it started survive."""
         daemon = self._daemons.pop(node)
         daemon.kill()
         daemon.wait(10)
@@ -140,12 +140,12 @@ class Cluster:
         wait_until(idle, 30, f"idle nodes; see {self.base}/log")
 
     def call(self, *command: str) -> str:
-        """The output of a SLURM command ("" where it fails: the controller may be starting)."""
+        """The output of a SLURM command, or "" if it fails, since the controller may be starting."""
         ended = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
         return ended.stdout if ended.returncode == 0 else ""
 
     def job(self, job: int | str) -> dict[str, str]:
-        """The fields of a job, as ``scontrol show job`` names them."""
+        """The fields of a job, named as in ``scontrol show job``."""
         words = self.call("scontrol", "-o", "show", "job", str(job)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -161,7 +161,7 @@ class Cluster:
         self.wait_for_nodes()
 
     def stop(self) -> None:
-        """End the daemons and all that they have started, and remove the folder."""
+        """End the daemons and all processes that they have started, and remove the folder."""
         assert self._reaper.stdin is not None
         self._reaper.stdin.close()
         self._reaper.wait(30)
@@ -183,7 +183,7 @@ class Cluster:
 
 
 def wait_until(true: Callable[[], object], seconds: float, what: str) -> None:
-    """Poll until ``true()`` (TimeoutError, naming ``what``, after ``seconds``)."""
+    """Poll until ``true()``; after ``seconds`` raise a TimeoutError that names ``what``."""
     end = time.monotonic() + seconds
     while not true():
         if time.monotonic() > end:
@@ -196,7 +196,7 @@ def _program(name: str) -> str | None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Below those that the system gives to outgoing connections, which might take one in the meantime."""
+    """Free ports below the range of outgoing connections, which might otherwise take one in the meantime."""
     free: list[int] = []
     while len(free) < count:
         port = secrets.randbelow(10000) + 10000
@@ -207,16 +207,16 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _kill_all(base: Path, sparing: tuple[str, ...] = ()) -> None:
-    """SIGKILL every process of the cluster in ``base``: they all have its SLURM_CONF."""
+    """SIGKILL every process of the cluster in ``base``, recognized by SLURM_CONF in its environment."""
     conf = str(base / "etc/slurm.conf")
-    for _ in range(3):  # one may start another in the meantime
+    for _ in range(3):  # a process may start another one in the meantime
         for process in psutil.process_iter(["name"]):
             try:
                 ours = process.environ().get("SLURM_CONF") == conf
                 if ours and process.pid != os.getpid() and process.info["name"] not in sparing:
                     process.send_signal(signal.SIGKILL)
             except psutil.Error:
-                continue  # it has ended, or is not ours to look at
+                continue  # it has ended, or may not be inspected
         time.sleep(0.1)
 
 

@@ -1,4 +1,4 @@
-"""One cluster for all of these tests, and a run that nothing disturbs."""
+"""One cluster and one undisturbed run for all of these tests."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from tests.slurm.runs import Job, submit, write_settings
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes, idle."""
+    """A cluster of two idle nodes."""
     reason = missing()
     if reason:
         pytest.skip(reason)
@@ -26,13 +26,13 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Configuration file of a tiny model."""
+    """The configuration file of a tiny model."""
     return write_settings(tmp_path_factory.mktemp("settings"))
 
 
 @pytest.fixture(scope="session")
 def undisturbed(cluster: Cluster, settings: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A run that goes through at one stroke."""
+    """A run that trains to the end without interruption."""
     job = submit(cluster, settings, tmp_path_factory.mktemp("undisturbed") / "run")
     assert job.wait_for_end() == "COMPLETED", job.log
     assert job.fields["Restarts"] == "0" and job.status() == "done"
@@ -41,7 +41,7 @@ def undisturbed(cluster: Cluster, settings: Path, tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def start(cluster: Cluster, settings: Path, tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """Submits a run like ``runs.submit``; at the end of the test nothing of it is left."""
+    """Submits a run like ``runs.submit``. At the end of the test all jobs are killed."""
     numbers = itertools.count()
     yield lambda *flags, **options: submit(
         cluster, settings, tmp_path / f"run{next(numbers)}", *flags, **options

@@ -1,4 +1,4 @@
-"""Tiny two-rank pretraining jobs on the cluster, submitted as a user submits them."""
+"""Tiny two-rank pretraining jobs on the cluster, submitted like a user's."""
 
 import json
 import subprocess
@@ -60,24 +60,24 @@ class Job:
 
     @property
     def fields(self) -> dict[str, str]:
-        """What SLURM says of it."""
+        """The fields of the job, from SLURM."""
         return self.cluster.job(self.number)
 
     @property
     def log(self) -> str:
-        """What batch script and ranks have printed, in all starts."""
+        """The output of batch script and ranks in all starts."""
         path = self.run / f"slurm/{self.number}.log"
         return path.read_text() if path.exists() else ""
 
     def losses(self) -> list[tuple[int, float]]:
-        """Step and loss in the order in which they were logged; repeated steps are there again."""
+        """Steps and losses in the order in which they were logged, repeated steps included."""
         path = self.run / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         records = [json.loads(line) for line in lines if line.endswith("}")]
         return [(each["step"], each["loss"]) for each in records if each["kind"] == "train"]
 
     def status(self) -> str:
-        """The word in run_status.txt."""
+        """The content of run_status.txt."""
         path = self.run / "run_status.txt"
         return path.read_text().strip() if path.exists() else ""
 
@@ -86,7 +86,7 @@ class Job:
         self._wait(lambda: self.losses() and self.losses()[-1][0] >= step, 600, f"step {step}")
 
     def wait_for_end(self) -> str:
-        """Wait until SLURM is through with the job; its state."""
+        """Wait until the job has ended for good, and return its state."""
         self._wait(lambda: self.fields.get("JobState") in OVER, 600, "the end of the job")
         return self.fields["JobState"]
 
@@ -95,7 +95,7 @@ class Job:
         self._wait(lambda: self.fields.get("Restarts") == str(count), 600, "a restart")
 
     def ranks(self) -> list[psutil.Process]:
-        """The training processes that are there now, by rank."""
+        """The training processes that exist now, by rank."""
         found = {}
         for process in psutil.process_iter():
             try:
@@ -108,7 +108,7 @@ class Job:
         return [found[rank] for rank in sorted(found)]
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Model and optimizer in the last checkpoint (some of the generators have no seed)."""
+        """Model and optimizer in the last checkpoint (not random states: some generators have no seed)."""
         found = tensors(self.run / f"iter_{STEPS:07d}")
         return {name: tensor for name, tensor in found.items() if not name.startswith("rng")}
 
@@ -120,7 +120,7 @@ class Job:
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """What torch itself reads from a checkpoint."""
+    """The tensors of a checkpoint, read by torch itself."""
     reader = FileSystemReader(checkpoint)
     found = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -132,7 +132,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def write_settings(directory: Path) -> Path:
-    """A configuration file, with a corpus of skewed random ids."""
+    """Write a corpus of skewed random ids and a configuration file for it."""
     random = np.random.default_rng(0)
     documents = [random.zipf(1.3, size=40) % 128 for _ in range(400)]
     with IndexedWriter(str(directory / "text"), np.uint16) as writer:
@@ -144,7 +144,7 @@ def write_settings(directory: Path) -> Path:
 
 
 def tool(cluster: Cluster, *arguments: object, code: int = 0) -> str:
-    """What tools/submit_slurm.py prints; it ends with exit status ``code``."""
+    """Run tools/submit_slurm.py, check its exit status and return its output."""
     command = [sys.executable, str(ROOT / "tools/submit_slurm.py"), *map(str, arguments)]
     ended = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=600)
     assert ended.returncode == code, ended.stderr
@@ -154,7 +154,7 @@ def tool(cluster: Cluster, *arguments: object, code: int = 0) -> str:
 def submit(
     cluster: Cluster, settings: Path, run: Path, *flags: object, site: str = "", nodes: int = 2
 ) -> Job:
-    """Submit a run of two ranks; ``site`` is added to the site file."""
+    """Submit a run of two ranks; ``site`` is appended to the site file."""
     path = run.parent / f"{run.name}-site.sh"
     path.write_text(SITE + site)
     text = tool(cluster, "--site", path, "--nodes", nodes, "--config", settings, "--save", run, *flags)

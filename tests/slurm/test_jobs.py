@@ -1,7 +1,7 @@
-"""Pretraining jobs on a real SLURM, and all that can happen to them.
+"""Pretraining jobs on a real SLURM, and everything that can happen to them.
 
-A run resumes by itself where it should and only there, and ends with the losses and weights of the run that
-nothing disturbed, bit for bit. One test always runs; MESH_TEST_SLURM=1 runs all (``make test-slurm``).
+A run must resume when it should and only then, and end with the losses and weights of the undisturbed run,
+bit for bit. One test always runs; MESH_TEST_SLURM=1 runs all (``make test-slurm``).
 """
 
 import os
@@ -23,7 +23,7 @@ every_event = pytest.mark.skipif(
 
 
 def assert_same(job: Job, undisturbed: Job, repeated: int | None = 0) -> None:
-    """Trained to the end with the same numbers; ``repeated`` steps were done twice (None: some number)."""
+    """The run is done, with the same losses and weights; ``repeated`` steps ran twice (None: any number)."""
     assert job.status() == "done", job.log
     losses = job.losses()
     assert sorted(set(losses)) == undisturbed.losses()  # a repeated step had the same loss
@@ -36,14 +36,14 @@ def assert_same(job: Job, undisturbed: Job, repeated: int | None = 0) -> None:
 
 
 def stays(job: Job, state: str, seconds: float = 12) -> bool:
-    """The job is in this state and comes back neither at once nor after the credentials' time."""
+    """Whether the job stays in this state and is not restarted, even after its credentials have expired."""
     time.sleep(seconds)
     return job.fields["JobState"] == state and job.fields["Restarts"] == "0"
 
 
 @contextmanager
 def standing_still(ranks: list[psutil.Process]) -> Iterator[None]:
-    """Stopped again whenever SLURM wakes them."""
+    """Keep ranks stopped, even if SLURM wakes them."""
     over = threading.Event()
 
     def hold() -> None:
@@ -62,14 +62,14 @@ def standing_still(ranks: list[psutil.Process]) -> Iterator[None]:
 
 
 def make_way(job: Job) -> None:
-    """Submit a job that needs all nodes, in the partition that comes first."""
+    """Submit a job that needs all nodes, in the partition with the higher priority."""
     job.cluster.call(
         "sbatch", "-p", "high", "-N", "2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"
     )
 
 
 def test_early_warning(start, undisturbed) -> None:
-    """SLURM's signal to the batch script: saved, requeued by itself, and no step is done twice."""
+    """SLURM signals the batch script: the run saves, the job requeues itself, and no step runs twice."""
     job = start()
     job.wait_for_step(25)
     job.cluster.call("scancel", "--batch", "--signal=USR1", str(job.number))
@@ -80,7 +80,7 @@ def test_early_warning(start, undisturbed) -> None:
 
 @every_event
 def test_scancel(start, undisturbed, cluster) -> None:
-    """Saved, and gone for good until somebody asks."""
+    """The run saves, and resumes only when the user requeues it."""
     job = start()
     job.wait_for_step(25)
     cluster.call("scancel", str(job.number))
@@ -99,7 +99,7 @@ def test_scancel(start, undisturbed, cluster) -> None:
 
 @every_event
 def test_time_limit_with_early_warning(start, undisturbed) -> None:
-    """The real signal, 70 s before the limit; the ranks stand still until then."""
+    """The real signal, 70 s before the limit; the ranks are stopped until then."""
     job = start("--time", "2")
     job.wait_for_step(10)
     for rank in job.ranks():
@@ -114,7 +114,7 @@ def test_time_limit_with_early_warning(start, undisturbed) -> None:
 
 @every_event
 def test_time_limit_without_warning(start, undisturbed) -> None:
-    """Where only the SIGTERM at the time limit comes (SIGURG does nothing)."""
+    """Only the SIGTERM at the time limit comes, since SIGURG does nothing."""
     job = start("--time", "2", site="SBATCH_OPTIONS+=(--signal=B:URG@1)\n")
     job.wait_for_step(10)
     ranks = job.ranks()
@@ -129,7 +129,7 @@ def test_time_limit_without_warning(start, undisturbed) -> None:
 
 @every_event
 def test_time_limit_and_ranks_that_do_not_end(start, undisturbed) -> None:
-    """The save hangs, and SLURM kills all: the run resumes from the checkpoint before."""
+    """The save hangs and SLURM kills everything: the run resumes from the previous checkpoint."""
     job = start("--time", "2", site="SBATCH_OPTIONS+=(--signal=B:URG@1)\n")
     job.wait_for_step(25)
     ranks = job.ranks()
@@ -153,7 +153,7 @@ def test_preemption(start, undisturbed, partition) -> None:
 
 @every_event
 def test_preemption_during_every_start_is_no_failure(start) -> None:
-    """SLURM, case 7: without a step in between."""
+    """Without a step in between."""
     job = start("--train-iters", 5, "--lr-decay-iters", 5, site="SBATCH_OPTIONS=(--partition=nograce)\n")
     for count in (1, 2):
         wait_until(lambda n=count: job.log.count("start on node") == n, 120, "a start")
@@ -189,7 +189,7 @@ def test_requeue_by_the_tool_saves_first(start, undisturbed, cluster) -> None:
 
 @every_event
 def test_a_lost_node_writes_no_more(start, undisturbed, cluster) -> None:
-    """Its slurmd is gone and its ranks live: when the job starts on the other node, they end at once."""
+    """Its slurmd is dead but its ranks survive: they end at once when the job starts on the other node."""
     steps = 4000  # more than the old ranks can do before SLURM notices
     job = start("--gpus-per-node", 2, "--train-iters", steps, "--lr-decay-iters", STEPS, nodes=1)
     job.wait_for_step(25)
@@ -238,7 +238,7 @@ def test_a_run_that_fails_again_and_again_ends(start) -> None:
 
 
 @every_event
-def test_bad_settings_are_not_tried_again(start) -> None:
+def test_bad_settings_are_not_retried(start) -> None:
     job = start("--data-path", "no_such_text")
     assert job.wait_for_end() == "FAILED"
     assert job.fields["ExitCode"] == "2:0" and stays(job, "FAILED")
@@ -256,12 +256,12 @@ def test_a_stop_file_ends_the_run(start) -> None:
 
 @every_event
 def test_a_chain(start, undisturbed, cluster) -> None:
-    """The second job resumes where the first was stopped, and the third has nothing to do."""
+    """The second job resumes where the first was stopped, and the third finds nothing to do."""
     job = start("--chain", 3)
     job.wait_for_step(25)
     cluster.call("scancel", "--batch", "--signal=USR1", str(job.number))
     last = Job(cluster, job.run, job.number + 2)
     assert last.wait_for_end() == "COMPLETED"
     assert [cluster.job(job.number + n)["Restarts"] for n in range(3)] == ["0", "0", "0"]
-    assert "was trained to the end before" in last.log
+    assert "already trained to the end" in last.log
     assert_same(last, undisturbed)

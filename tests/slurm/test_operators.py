@@ -1,4 +1,4 @@
-"""What operators do on a real SLURM: sweeps, changes, odd paths, odd sites, submission inside a job."""
+"""What operators do on a real SLURM: sweeps, changes, unusual paths and sites, submission inside a job."""
 
 import json
 import shlex
@@ -20,7 +20,7 @@ def element(cluster: Cluster, run: Path) -> Job:
 
 @every_event
 def test_a_sweep_is_an_array_of_runs(cluster, settings, tmp_path) -> None:
-    """The last element is told to stop, and its sibling does not notice (SLURM, case 1)."""
+    """Stopping the last element does not affect the other one."""
     site = tmp_path / "site.sh"
     site.write_text(SITE.replace("GPUS_PER_NODE=1", "GPUS_PER_NODE=2"))
     top = tmp_path / "sweep"
@@ -51,7 +51,7 @@ def test_a_sweep_s_element_is_cancelled_alone(cluster, settings, tmp_path) -> No
     runs = [top / f"seed={seed}_lr={lr}" for seed in (1, 2) for lr in (0.1, 0.2)]
     assert "cancelled job" in tool(cluster, "--cancel", runs[1])
     jobs = [element(cluster, run) for run in runs]
-    others = [job for job in jobs if job.run != runs[1]]  # SLURM forgets a cancelled element at once
+    others = [job for job in jobs if job.run != runs[1]]  # SLURM forgets cancelled elements at once
     assert [job.wait_for_end() for job in others] == ["COMPLETED"] * 3
     assert "state       not started\n" in tool(cluster, "--status", runs[1])
     text = tool(cluster, "--requeue", runs[1])
@@ -62,7 +62,7 @@ def test_a_sweep_s_element_is_cancelled_alone(cluster, settings, tmp_path) -> No
 
 @every_event
 def test_other_nodes(start, undisturbed, cluster) -> None:
-    """Stopped on one node, changed, and trained to the end on two, bit for bit (SLURM, cases 8 and 12)."""
+    """A run is stopped on one node, changed, and trained to the end on two, with the same numbers."""
     job = start("--gpus-per-node", 2, nodes=1)
     answer = cluster.call("sbatch", "--parsable", f"--dependency=afterok:{job.number}", "--wrap", "true")
     dependant = int(answer)
@@ -76,7 +76,7 @@ def test_other_nodes(start, undisturbed, cluster) -> None:
     assert job.wait_for_end() == "FAILED" and job.fields["ExitCode"] == "75:0"
     assert "stopped on request" in job.log.splitlines()[-1]
     text = tool(cluster, "--status", job.run)
-    assert "state       stopped\n" in text and "FAILED: ended before the run did" in text
+    assert "state       stopped\n" in text and "FAILED: ended before the end of the run" in text
     wait_until(lambda: cluster.job(dependant)["Reason"] == "DependencyNeverSatisfied", 60, "a refusal")
     text = tool(cluster, "--change", job.run, "--nodes", 2, "--gpus-per-node", 1)
     assert "nodes: 1 -> 2" in text and "gpus-per-node: 2 -> 1" in text
@@ -88,7 +88,7 @@ def test_other_nodes(start, undisturbed, cluster) -> None:
 
 @every_event
 def test_changes_of_a_waiting_job(start, cluster) -> None:
-    """Other settings leave it in the queue, other nodes put another job there (SLURM, case 12)."""
+    """With other settings it stays in the queue; with other nodes another job replaces it."""
     job = start(site="SBATCH_OPTIONS+=(--begin=now+1hour)\n")
     text = tool(cluster, "--change", job.run, "--lr", 0.5)
     assert "lr: 0.01 -> 0.5" in text and "keeps its place" in text
@@ -104,7 +104,7 @@ def test_changes_of_a_waiting_job(start, cluster) -> None:
 
 @every_event
 def test_odd_paths_and_options(cluster, settings, tmp_path) -> None:
-    """Blanks, quotes, letters of other languages and % in RUN, and an option of two words (cases 14, 15)."""
+    """Spaces, quotes, non-ASCII letters and % in RUN, and an option of two words."""
     run = tmp_path / "my own/größe 50%j's"
     run.parent.mkdir()
     site = tmp_path / "the site.sh"
@@ -122,7 +122,7 @@ def test_odd_paths_and_options(cluster, settings, tmp_path) -> None:
 
 @every_event
 def test_a_site_that_exports_nothing(start) -> None:
-    """--export=NONE leaves the tasks without PATH and all else (SLURM, case 5)."""
+    """--export=NONE leaves the tasks without PATH and other variables."""
     job = start(*SHORT, site="SBATCH_OPTIONS+=(--export=NONE)\n")
     assert job.wait_for_end() == "COMPLETED", job.log
     assert job.status() == "done" and job.fields["Restarts"] == "0"
@@ -133,7 +133,7 @@ INSIDE = ["salloc", "-n2", "--mem-per-cpu=10", "srun", "-n1", "--cpu-bind=cores"
 
 @every_event
 def test_submission_from_inside_an_allocation(cluster, settings, tmp_path) -> None:
-    """By the tool and by hand; the outer job's variables do not reach ours (SLURM, cases 4 and 10)."""
+    """With the tool and by hand: variables of the outer job do not reach the new one."""
     site = tmp_path / "site.sh"
     site.write_text(SITE)
     run = tmp_path / "run"
@@ -146,7 +146,7 @@ def test_submission_from_inside_an_allocation(cluster, settings, tmp_path) -> No
     script.write_text(
         f"#!/usr/bin/env bash\n#SBATCH {options} --output={tmp_path}/by_hand.log\n"
         f"RUN={tmp_path}/by_hand CODE={ROOT} SITE={site} SETTINGS=(--config {settings} {flags})\n"
-        f". {ROOT}/examples/slurm/job.sh\n"
+        f". {ROOT}/megatron_mesh/slurm/job.sh\n"
     )
     _inside(cluster, INSIDE, ["sbatch", script])
     number = _newest(cluster)
@@ -163,7 +163,7 @@ def test_submission_from_inside_an_allocation(cluster, settings, tmp_path) -> No
 
 @every_event
 def test_an_outer_job_s_variables_do_not_reach_a_job_by_hand(cluster, tmp_path) -> None:
-    """sbatch under plain salloc, and in the script of an array's element: neither sets marks of srun."""
+    """sbatch inside salloc and inside an array element, where no variable of srun gives that away."""
     inner = tmp_path / "inner.sbatch"
     (tmp_path / "site.sh").write_text(
         'ENVIRONMENT=venv PYTHON=true\nprepare() { env >"$RUN/environment"; }\n'
@@ -171,7 +171,7 @@ def test_an_outer_job_s_variables_do_not_reach_a_job_by_hand(cluster, tmp_path) 
     inner.write_text(
         f"#!/usr/bin/env bash\n#SBATCH --ntasks=2 --open-mode=append --output={tmp_path}/%j.log\n"
         f"RUN={tmp_path}/$SLURM_JOB_ID CODE={ROOT} SITE={tmp_path}/site.sh SETTINGS=()\n"
-        f". {ROOT}/examples/slurm/job.sh\n"
+        f". {ROOT}/megatron_mesh/slurm/job.sh\n"
     )
     _inside(cluster, ["salloc", "-n4", "-m", "cyclic"], ["sbatch", inner])
     numbers = [_newest(cluster)]
@@ -204,7 +204,7 @@ def _inside(cluster: Cluster, outer: list[str], command: list) -> None:
 
 @every_event
 def test_status_without_a_controller(undisturbed, tmp_path, monkeypatch) -> None:
-    """The files' answer, and one line about SLURM (SLURM, case 10)."""
+    """The state comes from the files, and one line says that SLURM does not answer."""
     conf = Path(undisturbed.cluster.environment["SLURM_CONF"])
     lines = conf.read_text().splitlines()
     away = tmp_path / "slurm.conf"
@@ -213,4 +213,4 @@ def test_status_without_a_controller(undisturbed, tmp_path, monkeypatch) -> None
     text = tool(undisturbed.cluster, "--status", undisturbed.run)
     assert "state       done\n" in text and f"{STEPS} of {STEPS}, loss" in text
     (line,) = [line for line in text.splitlines() if line.startswith("slurm")]
-    assert "this is what the files say" in line
+    assert "only the run's files were read" in line

@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests/te_stand_in:. python tests/te_stand_in/measure.py [two]
 
-In a process of its own, since Megatron-core asks for Transformer Engine once, when it is imported. Here that
-is before ``megatron_mesh``, which would refuse any where there is no GPU.
+This needs a separate process, because Megatron-core looks for Transformer Engine once, when it is imported,
+and because ``compat.install``, which would hide it on a machine without a GPU, must not be called.
 """
 
 import json
@@ -21,8 +21,8 @@ from megatron_mesh.checkpoint.content import Content
 from megatron_mesh.checkpoint.index import Index
 from megatron_mesh.checkpoint.load import load_tensors
 from megatron_mesh.checkpoint.offline import open_index, write
-from megatron_mesh.checkpoint.save import description
-from megatron_mesh.model import te_layers
+from megatron_mesh.checkpoint.save import describe_state
+from megatron_mesh.model import layers_te
 from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.parallel.ring import ring_chunks
 from megatron_mesh.runtime.distributed import model_parallel_groups
@@ -42,14 +42,14 @@ from tests.te_gradients import (
     worst,
 )
 
-# The stand-in's blocks are whole tensors, so that the numbers are those of tensorwise; but nothing is kept.
+# The stand-in's blocks are whole tensors, so the numbers equal those of tensorwise, but no cast is cached.
 ALWAYS_CAST = {**EVERYWHERE, "fp8_recipe": "blockwise"}
 CONTEXT = ({"global_batch_size": 8}, {"context_parallel_size": 2})
-"""Two replicas, to which ``batches`` gives the same, and one model on two ranks."""
+"""Two replicas with the same batches, and one model on two ranks."""
 
 
 def ring() -> dict[str, Any]:
-    """Fused against unfused on this rank of a pipeline of two, and the casts of each weight in a step."""
+    """Compare fused with unfused gradients on one of two pipeline ranks, and count each weight's casts."""
     place = {"world_size": 2, "pipeline_model_parallel_size": 2, "global_batch_size": 8}
     unfused = phases(configure("2+2R2+2", **place, **ALWAYS_CAST), short=True)
     config = configure("2+2R2+2", gradient_accumulation_fusion=True, **place, **EVERYWHERE)
@@ -66,10 +66,10 @@ def ring() -> dict[str, Any]:
 
 
 def context() -> dict[str, Any]:
-    """Losses and gradients of two ranks that share sequences, and of two that have the same ones each."""
-    te_layers.TEDotProductAttention.cp_stream = "none: a stream is a GPU's"
+    """Compare two ranks that share each sequence with two that process the same sequences."""
+    layers_te.TEDotProductAttention.cp_stream = "none: a stream is a GPU's"
     asked = [configure(world_size=2, bf16=True, **settings) for settings in CONTEXT]
-    # In float32, which the real kernels have not, so that the sums can be compared closely.
+    # In float32, which the real kernels don't support, so that the sums can be compared closely.
     each, shared = (replace(config, training=replace(config.training, bf16=False)) for config in asked)
     found = []
     for config in (each, shared):
@@ -85,7 +85,7 @@ def context() -> dict[str, Any]:
 
 
 def casts() -> dict[str, Any]:
-    """Casts of each weight in a step, by settings and part of the model."""
+    """Count the casts of each weight in a step, by settings and part of the model."""
     found: dict[str, Any] = {}
     for label, settings in {
         "core": {},
@@ -113,7 +113,7 @@ def casts() -> dict[str, Any]:
 
 
 def contexts() -> dict[str, list[bool]]:
-    """Whether FP8 was on when the recurrence ran, the core and the coda."""
+    """Whether FP8 was enabled while the recurrence, the core, the coda and the last norm ran."""
     config = configure(**FP8)
     stage = build_stage(config)
     block = stage.modules[0].decoder
@@ -133,7 +133,7 @@ def contexts() -> dict[str, list[bool]]:
 
 
 def marks() -> list[list[str]]:
-    """Parts of the model that each chunk of a ring marks in the first micro-batch of a step."""
+    """The parts of the model that each chunk of a ring marks in a step's first micro-batch."""
     model = build_stage(configure("1+1R3+1", fp8_scope="all", **FP8)).modules[0]
     found = []
     for chunk in ring_chunks(model):
@@ -147,7 +147,7 @@ def marks() -> list[list[str]]:
 
 
 def marked() -> dict[str, dict[str, Any]]:
-    """By implementation and name, the side along which a weight is split over tensor-parallel ranks."""
+    """The dimension along which tensor-parallel ranks shard each weight, by implementation and name."""
     return {
         name: {
             n: getattr(p, "partition_dim", None) if getattr(p, "tensor_model_parallel", False) else None
@@ -158,7 +158,7 @@ def marked() -> dict[str, dict[str, Any]]:
 
 
 def history() -> list[dict[str, Any]]:
-    """Delayed scaling: what each scale covers after a micro-batch, and the largest inputs of the passes."""
+    """Delayed scaling: the value each scale covers after a micro-batch, and each pass's largest input."""
     config = configure("1+4R2+1", global_batch_size=2, fp8_recipe="delayed", fp8_amax_history_len=1, **FP8)
     stage = build_stage(config)
     found: list[dict[str, Any]] = []
@@ -179,12 +179,12 @@ def history() -> list[dict[str, Any]]:
 def saved(stage: Stage, directory: Path) -> Index:
     """A checkpoint of a stage without an optimizer."""
     path = directory / "saved"
-    write(path, Content(stage, None).to_write(), "", description({}))
+    write(path, Content(stage, None).to_write(), "", describe_state({}))
     return open_index(path)
 
 
 def checkpoints() -> dict[str, Any]:
-    """Losses of a local model, and of each implementation's from the other's checkpoint."""
+    """Losses of a model of each implementation, and of the other implementation from its checkpoint."""
     found: dict[str, Any] = {}
     stages = {
         name: build_stage(configure(transformer_impl=name, seed=seed))
@@ -204,7 +204,7 @@ def checkpoints() -> dict[str, Any]:
 
 
 def delayed() -> dict[str, Any]:
-    """Delayed scaling: gradients after a resume against a run without one, with and without its state."""
+    """Delayed scaling: compare gradients after a resume, with and without its state, with a run in one go."""
     config = configure("1+1R2+1", fp8_recipe="delayed", fp8_amax_history_len=3, **FP8)
     stage = build_stage(config)
     for step in (1, 2):
@@ -231,7 +231,7 @@ def delayed() -> dict[str, Any]:
 
 
 def attention() -> dict[str, Any]:
-    """With torch's attention in Transformer Engine's layers: which classes attend, and the loss."""
+    """Classes of the attention in Transformer Engine's layers, and the loss, with its own and torch's."""
     found: dict[str, Any] = {}
     for name in ("auto", "local"):
         config = configure(transformer_impl="transformer_engine", attention_backend=name)
@@ -244,7 +244,7 @@ def attention() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print one JSON object: what each of the functions above found, alone or as one of two ranks."""
+    """Print the results of the functions above as one JSON object, alone or as one of two ranks."""
     if sys.argv[1:]:
         with one_process(configure(world_size=2, pipeline_model_parallel_size=2)):
             json.dump({function.__name__: function() for function in (ring, context)}, sys.stdout)

@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 
 from megatron_mesh.arguments import parse_args
-from megatron_mesh.config.checks import resolve
-from megatron_mesh.config.dump import dump_config
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
-from megatron_mesh.config.settings import SETTINGS, flag, flatten
+from megatron_mesh.config.settings import SETTINGS, dump_config, flag, flatten
 from megatron_mesh.errors import UserError
 from megatron_mesh.recurrence import SCHEMES
 
@@ -67,7 +66,7 @@ def test_layers_from_two_sources(tmp_path: Path, text: str, flags: str, expected
 
 
 @pytest.mark.parametrize("where", ["file", "flags"])
-def test_both_ways_to_name_the_layers_in_one_source(tmp_path: Path, where: str) -> None:
+def test_two_ways_to_give_the_layers_in_one_source(tmp_path: Path, where: str) -> None:
     line = (
         ["--config", _file(tmp_path, "{layers: 1+2R2+1, num_loops: 3}")]
         if where == "file"
@@ -77,21 +76,21 @@ def test_both_ways_to_name_the_layers_in_one_source(tmp_path: Path, where: str) 
         resolve(parse_args(line).config)
 
 
-def test_another_way_to_give_the_length(tmp_path: Path) -> None:
+def test_flags_replace_alternatives_in_the_file(tmp_path: Path) -> None:
     path = _file(tmp_path, "train_iters: 100\nlr_warmup_fraction: 0.5")
     config = parse_args(["--config", path, "--train-samples", "8", "--lr-warmup-samples", "2"]).config
     assert (config.training.train_iters, config.training.train_samples) == (None, 8)
     assert (config.optimizer.lr_warmup_fraction, config.optimizer.lr_warmup_samples) == (None, 2)
 
 
-def test_the_command_line_names_another_tokenizer(tmp_path: Path) -> None:
+def test_another_tokenizer_on_the_command_line(tmp_path: Path) -> None:
     path = _file(tmp_path, "tokenizer_type: HuggingFaceTokenizer\nlr: 1e-2")
     data = parse_args(["--config", path, "--tokenizer-model", "b.model"]).config.data
     assert (data.tokenizer_type, data.tokenizer_model) == (None, "b.model")
     assert parse_args(["--config", path]).config.data.tokenizer_type == "HuggingFaceTokenizer"
 
 
-def test_a_home_that_the_shell_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_that_the_shell_did_not_expand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert parse_args(["--save=~/x", "--data-path", "~/a"]).config.checkpoint.save == "/home/me/x"
 

@@ -133,11 +133,12 @@ def test_errors(
         raise error
 
     monkeypatch.setattr(sys, "argv", ["tool"])
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as end:
         command.run(main, if_interrupted="Stopped.")
     assert end.value.code == status
     assert capsys.readouterr().err == printed
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_one_rank_of_many_prints_errors(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
@@ -179,7 +180,11 @@ def interruptible(tmp_path: Path) -> Iterator[Path]:
 def test_an_interrupt_ends_it_quietly(interruptible: Path, kind: signal.Signals) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, interruptible], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        [sys.executable, interruptible],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in background jobs
     )
     assert process.stdout and process.stderr and process.stdout.readline() == b"ready\n"
     time.sleep(0.1)

@@ -95,5 +95,6 @@ def test_submits(run: Run, tmp_path: Path) -> None:
     text = (ROOT / "examples/slurm/site.sh").read_text(encoding="utf-8")
     (tmp_path / "site.sh").write_text(re.sub(r"(?m)^PYTHON=\S+", f"PYTHON={sys.executable}", text))
     settings = [*MODEL, "--global-batch-size", "16", "--data-path", "/data/text", "--save", tmp_path / "run"]
+    settings += ["--train-iters", 10, "--lr-warmup-iters", 1]
     script = run("submit", "--site", "site.sh", *settings, "--save-interval", 5, "--dry-run")
     assert "#SBATCH --nodes=1\n" in script

@@ -4,5 +4,8 @@ Each is run as a module from the root of a clone, for example ``python -m tools.
 reading at ``steps.py``. The wheel doesn't contain them.
 """
 
-# The benchmarks import Megatron-core at the top, so what it needs beforehand happens here.
-import megatron_mesh  # noqa: F401
+from megatron_mesh import compat
+
+# The benchmarks import Megatron-core at the top, so this comes before them.
+compat.check_versions()
+compat.install()

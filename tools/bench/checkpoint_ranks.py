@@ -18,19 +18,20 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.launcher import LaunchConfig, elastic_launch
 
+from megatron_mesh.checkpoint.content import TrainState
 from megatron_mesh.checkpoint.load import Search, load_checkpoint
 from megatron_mesh.checkpoint.save import Saved, Saver
 from megatron_mesh.checkpoint.shares import MOMENTS, allocate, only_member
-from megatron_mesh.checkpoint.state import TrainState
 from megatron_mesh.checkpoint.writer import file_of
-from megatron_mesh.config.checks import resolve
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import with_values
+from megatron_mesh.metrics.console import show_messages
 from megatron_mesh.parallel import Stage, build_stage
 from megatron_mesh.planner.text import size
 from megatron_mesh.runtime import device
-from megatron_mesh.runtime.console import show_messages
 from megatron_mesh.runtime.distributed import is_rank_zero, model_parallel_groups
+from megatron_mesh.runtime.run_files import CHECKPOINTS
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule
 from tools.bench.counting import Counts, counted
 
@@ -119,7 +120,7 @@ def measure_rank(config: Config, directory: Path, rounds: int) -> list[Operation
 def _save_and_load(config: Config, directory: Path, rounds: int) -> list[Operation]:
     """Measure on the rank layout of ``config``. One checkpoint is left, for the other layout."""
     run, found, copies = build_untrained(config), [], directory / "copy"
-    kept = run.save(directory)[1].path
+    checkpoint = run.save(directory)[1].path
 
     def save(kind: str) -> Path:
         counts, saved = run.save(directory, background=kind == BACKGROUND)
@@ -127,7 +128,7 @@ def _save_and_load(config: Config, directory: Path, rounds: int) -> list[Operati
         return saved.path
 
     def copy() -> Path:
-        found.append(_copy(kept, copies))
+        found.append(_copy(checkpoint, copies))
         return copies
 
     writes: list[Callable[[], Path]] = [partial(save, SAVE), partial(save, BACKGROUND), copy]
@@ -136,7 +137,7 @@ def _save_and_load(config: Config, directory: Path, rounds: int) -> list[Operati
         for write in rotated(writes, number):
             _remove(write())
         print_progress(f"round {number + 1} of {rounds}: loading")
-        found.append(_figures(LOAD, run.load(kept), kept))
+        found.append(_figures(LOAD, run.load(checkpoint), checkpoint))
     return found
 
 
@@ -150,7 +151,7 @@ def _remove(path: Path) -> None:
 
 def _load(config: Config, directory: Path, rounds: int) -> list[Operation]:
     """Load the one checkpoint in ``directory``."""
-    run, (checkpoint,) = build_untrained(config), list(directory.glob("iter_*"))
+    run, (checkpoint,) = build_untrained(config), list(directory.glob(CHECKPOINTS))
     found = []
     for number in range(1, rounds + 1):
         print_progress(f"another rank layout, round {number} of {rounds}: loading")
@@ -259,7 +260,7 @@ def on_ranks(ranks: int, work: Callable[..., T], *args: object) -> list[T]:
 
 
 def _work(work: Callable[..., T], *args: object) -> T:
-    show_messages(speaks=False)
+    show_messages(False)
     device.prepare()
     dist.init_process_group(device.backend())
     try:

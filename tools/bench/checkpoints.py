@@ -2,14 +2,14 @@
 
 In one process:
 
-    python -m tools.bench.checkpoints --config examples/configs/pythia-160m-mesh.yaml --seq-length 128 \\
+    python -m tools.bench.checkpoints --config examples/configs/pythia-160m.yaml --seq-length 128 \\
         --global-batch-size 8 --micro-batch-size 1 --directory runs/bench
 
 With --ranks N the benchmark starts N processes on this machine. It prints seconds, bytes and memory of each
 rank for saving, saving in the background, copying, loading on the same rank layout, and loading with tensor
 parallelism (or without, if the settings have it).
 
-    python -m tools.bench.checkpoints --ranks 4 --config examples/configs/pythia-160m-mesh.yaml \\
+    python -m tools.bench.checkpoints --ranks 4 --config examples/configs/pythia-160m.yaml \\
         --seq-length 128 --global-batch-size 8 --micro-batch-size 1 --use-distributed-optimizer \\
         --directory runs/bench
 
@@ -27,16 +27,15 @@ from statistics import median
 from megatron_mesh import command
 from megatron_mesh.arguments import parse_args
 from megatron_mesh.checkpoint import integrity
+from megatron_mesh.checkpoint.content import TrainState
 from megatron_mesh.checkpoint.load import Search, load_checkpoint
 from megatron_mesh.checkpoint.save import Saved, Saver
-from megatron_mesh.checkpoint.state import TrainState
-from megatron_mesh.config.checks import resolve
-from megatron_mesh.config.ranges import at_least
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
+from megatron_mesh.config.settings import at_least
 from megatron_mesh.errors import UserError
 from megatron_mesh.parallel import Stage, build_stage
-from megatron_mesh.planner.dry_run import with_vocabulary
-from megatron_mesh.planner.text import table
+from megatron_mesh.planner.text import format_table, with_vocabulary
 from megatron_mesh.runtime.distributed import process_groups
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule
 from megatron_mesh.train.step import train_step
@@ -80,7 +79,7 @@ def main(options: Options, settings: list[str]) -> None:
     else:
         check_kernel()
         by_rank = on_ranks(options.ranks, measure_rank, config, options.directory, options.rounds)
-        print(table(summary_rows(by_rank)))
+        print(format_table(summary_rows(by_rank)))
         print(f"\n{_NOTES}")
 
 
@@ -124,7 +123,7 @@ def measure_checkpoints(config: Config, directory: Path, rounds: int) -> Checkpo
 
     def copy() -> None:
         step()  # as before a save: after a step, the system may be slower to provide memory for files
-        times["copy"].append(_seconds(lambda: _copy(kept, directory / "copy")))
+        times["copy"].append(_seconds(lambda: _copy(checkpoint, directory / "copy")))
         shutil.rmtree(directory / "copy")
 
     def save_and_remove(background: bool) -> None:
@@ -135,15 +134,15 @@ def measure_checkpoints(config: Config, directory: Path, rounds: int) -> Checkpo
         shutil.rmtree(saved.path)
 
     step()
-    kept = save(background=False).path
+    checkpoint = save(background=False).path
     writes: list[Callable[[], None]] = [partial(save_and_remove, False), partial(save_and_remove, True), copy]
     for number in range(rounds):
         times["step"].append(_seconds(step))
         for write in rotated(writes, number):
             write()
-        times["load"].append(_seconds(lambda: _load(config, kept, stage, optimizer, state)))
-    size = sum(file.stat().st_size for file in kept.iterdir())
-    shutil.rmtree(kept)
+        times["load"].append(_seconds(lambda: _load(config, checkpoint, stage, optimizer, state)))
+    size = sum(file.stat().st_size for file in checkpoint.iterdir())
+    shutil.rmtree(checkpoint)
     middle = {name: median(values) for name, values in times.items()}
     return CheckpointTimes(
         size / 1e9,

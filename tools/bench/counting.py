@@ -15,10 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
 from megatron_mesh.checkpoint import load
+from megatron_mesh.compat.torch_internals import TorchDispatchMode, argument_names, tree_leaves
 from megatron_mesh.errors import UserError
 from tools.bench.measure import now
 
@@ -102,7 +100,7 @@ class _Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            given: Mapping[str, Any] = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
+            given: Mapping[str, Any] = dict(zip(argument_names(func), args, strict=False))
             for name, value in given.items():
                 size = sum(t.nbytes for t in tree_leaves(value) if hasattr(t, "nbytes"))
                 if name.startswith("output"):

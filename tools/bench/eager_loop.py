@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_mesh.config.derived import layout, padded_vocab_size
+from megatron_mesh.config.layout import layout, padded_vocab_size
 from megatron_mesh.config.schema import ModelConfig
 from tools.bench.settings import EagerAttention
 

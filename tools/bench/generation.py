@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
 from megatron_mesh import command
-from megatron_mesh.config.layers import LayerLayout, parse_layers
-from megatron_mesh.config.ranges import at_least
+from megatron_mesh.config.layout import LayerLayout, parse_layers
+from megatron_mesh.config.settings import at_least
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.configuration_mesh import MeshConfig
-from megatron_mesh.hf.modeling_mesh import MeshForCausalLM
+from megatron_mesh.hf.modeling.configuration_mesh import MeshConfig
+from megatron_mesh.hf.modeling.modeling_mesh import MeshForCausalLM
 from megatron_mesh.recurrence import SCHEMES
 from megatron_mesh.runtime import device
 from tools.bench.measure import now

@@ -21,7 +21,7 @@ from rich.progress import track
 from torch import Tensor
 
 from megatron_mesh import command, kernels
-from megatron_mesh.config.ranges import at_least
+from megatron_mesh.config.settings import at_least
 from megatron_mesh.errors import UserError
 from megatron_mesh.recurrence import mixing
 from megatron_mesh.recurrence.memory import Mix

@@ -20,7 +20,7 @@ from torch.profiler import profile
 
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data import Batch
-from megatron_mesh.runtime import device, ranges
+from megatron_mesh.runtime import device, profiling
 
 
 class Variant(ABC):
@@ -56,7 +56,7 @@ def now() -> float:
 
 
 class Stopwatch:
-    """Times the named ranges of a step (``runtime/ranges.py``) without waiting for the device in between.
+    """Times the named ranges of a step (``runtime/phases.py``) without waiting for the device in between.
 
     Args:
         names: the ranges to time; all others are ignored.
@@ -180,7 +180,7 @@ def timed_step(variant: Variant, batches: Sequence[Batch], times: Times) -> None
     """Take one step and append its times to ``times``, without waiting for the device within the step."""
     watch = Stopwatch("clear", "forward-backward", "communication", "agreement", "update")
     device.synchronize()
-    with ranges.watched_by(watch.watch):
+    with profiling.watched_by(watch.watch):
         variant.step(batches)
     seconds = watch.seconds()
     times.forward_backward.append(seconds["forward-backward"] - seconds["communication"])
@@ -233,7 +233,7 @@ def write_traces(variants: Sequence[Variant], batches: Sequence[Batch], director
     directory.mkdir(parents=True, exist_ok=True)
     written = []
     for variant in variants:
-        with profile() as profiler, ranges.marking():
+        with profile() as profiler, profiling.marking():
             variant.step(batches)
         path = directory / f"{variant.name}.json"
         profiler.export_chrome_trace(str(path))

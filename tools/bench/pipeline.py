@@ -1,6 +1,6 @@
 """Measure how long the ranks of a real pipeline wait, and compare it with what the planner predicts.
 
-    torchrun --nproc-per-node 2 -m tools.bench.pipeline --config examples/configs/pythia-160m-mesh.yaml \\
+    torchrun --nproc-per-node 2 -m tools.bench.pipeline --config examples/configs/pythia-160m.yaml \\
         --pipeline-model-parallel-size 2 --seq-length 128 --micro-batch-size 1 --global-batch-size 8
 
 All settings of pretrain_mesh.py are accepted; the data are random. The bubble is the share of the ranks' time
@@ -21,17 +21,16 @@ from megatron.core.pipeline_parallel import schedules
 
 from megatron_mesh import command
 from megatron_mesh.arguments import parse_args
-from megatron_mesh.checkpoint.state import TrainState
-from megatron_mesh.config.checks import resolve
-from megatron_mesh.config.ranges import at_least
+from megatron_mesh.checkpoint.content import TrainState
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
+from megatron_mesh.config.settings import at_least
 from megatron_mesh.errors import UserError
 from megatron_mesh.parallel import build_stage
 from megatron_mesh.planner.costs import Cost
-from megatron_mesh.planner.dry_run import with_vocabulary
-from megatron_mesh.planner.order import Step, schedule_order
-from megatron_mesh.planner.report import make_plan
-from megatron_mesh.planner.simulate import Span, Timeline, simulate
+from megatron_mesh.planner.plan import make_plan
+from megatron_mesh.planner.schedule import Span, Step, Timeline, schedule_order, simulate
+from megatron_mesh.planner.text import with_vocabulary
 from megatron_mesh.runtime import device
 from megatron_mesh.runtime.distributed import process_groups
 from megatron_mesh.runtime.environment import rank_from_environment, world_size_from_environment

@@ -28,7 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 from megatron_mesh import command
-from megatron_mesh.config.ranges import at_least
+from megatron_mesh.config.settings import at_least
 from megatron_mesh.data import build_tokenizer
 from megatron_mesh.data.corpus import expand_inputs, parse_chunk, read_chunks
 from megatron_mesh.data.preprocess import CHUNK_BYTES, PreprocessSettings, preprocess

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 import megatron_mesh
-from megatron_mesh.config.layers import parse_layers
+from megatron_mesh.config.layout import parse_layers
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import device
 from tools.bench.measure import SavedTensors, Times

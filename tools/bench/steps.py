@@ -19,15 +19,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from megatron_mesh import command
-from megatron_mesh.config.ranges import at_least
 from megatron_mesh.config.schema import Config
+from megatron_mesh.config.settings import at_least
 from megatron_mesh.config.sizes import flops_per_token
 from megatron_mesh.errors import UserError
-from megatron_mesh.model.implementation import choose, describe
-from megatron_mesh.runtime import device, ranges, strict_json
+from megatron_mesh.model.implementation import choose, describe_implementation
+from megatron_mesh.runtime import device, profiling, strict_json
 from megatron_mesh.runtime.distributed import process_groups
 from megatron_mesh.runtime.environment import world_size_from_environment
-from megatron_mesh.runtime.memory import explained
+from megatron_mesh.runtime.failures import explain_out_of_memory
 from tools.bench.measure import MemoryMeter, Times, measure_steps, saved_for_backward, write_traces
 from tools.bench.report import StepReport, VariantResult, check_output_file, report_as_json
 from tools.bench.settings import StepSettings, complete, kind_of
@@ -72,8 +72,8 @@ def compare_steps(settings: StepSettings) -> StepReport:
     (chosen,) = {choose(config.precision, config.parallel) for config in configs.values()}
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    with process_groups(next(iter(configs.values()))), explained(lambda: _remedies(settings)):
-        return StepReport(settings, _measured(settings, configs), skipped, describe(chosen))
+    with process_groups(next(iter(configs.values()))), explain_out_of_memory(lambda: _remedies(settings)):
+        return StepReport(settings, _measured(settings, configs), skipped, describe_implementation(chosen))
 
 
 def _measured(settings: StepSettings, configs: dict[str, Config]) -> dict[str, VariantResult]:
@@ -87,7 +87,7 @@ def _measured(settings: StepSettings, configs: dict[str, Config]) -> dict[str, V
             countable = kind_of(name).has_countable_states
             saved[name] = saved_for_backward(variant, batches[0]) if countable else None
         variants.append(variant)
-    marking = ranges.marking() if settings.nvtx else nullcontext()
+    marking = profiling.marking() if settings.nvtx else nullcontext()
     with marking, _progress(len(variants) * (settings.warmup + settings.steps)) as on_step:
         times = measure_steps(
             variants,

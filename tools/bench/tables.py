@@ -1,46 +1,23 @@
 """Lay a step report out as tables, for a terminal and as Markdown."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
+from megatron_mesh.metrics.tables import TextTable
 from megatron_mesh.runtime import device
 from tools.bench.report import COMPARED, PARTS, Spread, StepReport, VariantResult, ratios, targets
 from tools.bench.settings import COMPILED, EAGER, FP8, StepSettings, kind_of
 
 
-@dataclass(frozen=True)
-class Sheet:
-    """A titled table of strings."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
 def as_tables(report: StepReport) -> Group:
     """Render the report for a terminal."""
-    tables = []
-    for sheet in _sheets(report):
-        table = Table(*sheet.header, title=sheet.title, box=SIMPLE_HEAD)
-        for row in sheet.rows:
-            table.add_row(*map(Text, row))
-        tables.append(table)
-    return Group(*tables, _describe(report.settings))
+    return Group(*(table.rich() for table in _tables(report)), _describe(report.settings))
 
 
 def as_markdown(report: StepReport) -> str:
     """Render the report as Markdown."""
-    blocks = [_describe(report.settings)]
-    for sheet in _sheets(report):
-        lines = (sheet.header, ["---"] * len(sheet.header), *sheet.rows)
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        blocks.append(f"**{sheet.title}**\n\n{table}")
-    return "\n\n".join(blocks) + "\n"
+    return "\n".join([_describe(report.settings), "", *(table.markdown() for table in _tables(report))])
 
 
 def _describe(settings: StepSettings) -> str:
@@ -60,10 +37,10 @@ def _describe(settings: StepSettings) -> str:
     )
 
 
-def _sheets(report: StepReport) -> Iterator[Sheet]:
+def _tables(report: StepReport) -> Iterator[TextTable]:
     results = report.results
     yield _rates(report)
-    yield Sheet(
+    yield TextTable(
         "seconds per step: median (quartiles)",
         ["variant", *(part.replace("_", "-") for part in PARTS)],
         [
@@ -72,7 +49,7 @@ def _sheets(report: StepReport) -> Iterator[Sheet]:
         ],
     )
     shown = {pair: parts for pair, parts in ratios(results).items() if _is_shown(pair, results)}
-    yield Sheet(
+    yield TextTable(
         "ratios of times of the same round: median (quartiles)",
         ["ratio", *(part.replace("_", "-") for part in COMPARED)],
         [[pair, *(str(parts[part]) for part in COMPARED)] for pair, parts in shown.items()],
@@ -80,7 +57,7 @@ def _sheets(report: StepReport) -> Iterator[Sheet]:
     yield _saved(results)
     yield _targets(report)
     if report.skipped:
-        yield Sheet("skipped", ["variant", "reason"], [[*row] for row in report.skipped.items()])
+        yield TextTable("skipped", ["variant", "reason"], [[*row] for row in report.skipped.items()])
 
 
 def _is_shown(pair: str, results: Mapping[str, VariantResult]) -> bool:
@@ -90,7 +67,7 @@ def _is_shown(pair: str, results: Mapping[str, VariantResult]) -> bool:
     return below in (next(iter(results)), "base") or above in suffixed
 
 
-def _rates(report: StepReport) -> Sheet:
+def _rates(report: StepReport) -> TextTable:
     rows = []
     for name, result in report.results.items():
         rates = result.rates(report.settings.tokens_per_step)
@@ -106,20 +83,20 @@ def _rates(report: StepReport) -> Sheet:
             ]
         )
     header = ["variant", "parameters", "tokens/s", "model TFLOP/s", "of peak", "peak GiB"]
-    return Sheet("speed and memory", header, rows)
+    return TextTable("speed and memory", header, rows)
 
 
-def _saved(results: Mapping[str, VariantResult]) -> Sheet:
+def _saved(results: Mapping[str, VariantResult]) -> TextTable:
     rows = [
         [name, str(saved.states), *(f"{n / 2**20:.3f}" for n in (saved.state_bytes, saved.total_bytes))]
         for name, result in results.items()
         if (saved := result.saved)
     ]
     header = ["variant", "states [S, B, H]", "MiB of states", "MiB in all"]
-    return Sheet("saved for backward by one micro-batch, without parameters", header, rows)
+    return TextTable("saved for backward by one micro-batch, without parameters", header, rows)
 
 
-def _targets(report: StepReport) -> Sheet:
+def _targets(report: StepReport) -> TextTable:
     rows = [
         [
             target.what,
@@ -129,4 +106,4 @@ def _targets(report: StepReport) -> Sheet:
         ]
         for target in targets(report)
     ]
-    return Sheet("targets for one H200 in bf16", ["figure", "target", "here", "verdict"], rows)
+    return TextTable("targets for one H200 in bf16", ["figure", "target", "here", "verdict"], rows)

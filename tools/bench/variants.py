@@ -12,19 +12,18 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from megatron_mesh.checkpoint.state import TrainState
-from megatron_mesh.config.checks import resolve
-from megatron_mesh.config.derived import padded_vocab_size
+from megatron_mesh.checkpoint.content import TrainState
+from megatron_mesh.config.layout import padded_vocab_size
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.data import Batch
 from megatron_mesh.model import build_model, transformer_config
-from megatron_mesh.model.implementation import choose
-from megatron_mesh.model.init import init_weights
+from megatron_mesh.model.build import init_weights
+from megatron_mesh.model.implementation import choose, why_no_transformer_engine
 from megatron_mesh.model.layer_spec import final_norm, layer_spec
 from megatron_mesh.parallel import plain_stage
-from megatron_mesh.runtime import device, ranges
-from megatron_mesh.runtime.transformer_engine import why_no_transformer_engine
+from megatron_mesh.runtime import device, profiling
 from megatron_mesh.train.optimizer import build_optimizer, build_schedule
 from megatron_mesh.train.step import train_step
 from tools.bench.eager_loop import EagerLoop
@@ -114,12 +113,12 @@ class EagerVariant(Variant):
             return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
     def step(self, batches: Sequence[Batch]) -> None:
-        with ranges.named("clear"):
+        with profiling.named("clear"):
             self.optimizer.zero_grad()
-        with ranges.named("forward-backward"):
+        with profiling.named("forward-backward"):
             for batch in batches:
                 (self.losses(batch) / len(batches)).backward()
-        with ranges.named("update"):
+        with profiling.named("update"):
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad)
             self.optimizer.step()
 

@@ -14,13 +14,13 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_mesh.command import call
-from megatron_mesh.config.derived import layout, padded_vocab_size
+from megatron_mesh.config.layout import layout, padded_vocab_size
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.config.sizes import non_embedding_parameters
 from megatron_mesh.errors import UserError
 from megatron_mesh.model import build_model, implementation
-from megatron_mesh.planner.report import make_plan
-from megatron_mesh.runtime import ranges
+from megatron_mesh.planner.plan import make_plan
+from megatron_mesh.runtime import profiling
 from tests.helpers import one_process
 from tests.parallel.watch import IN_HOST_MEMORY, Watch
 from tools.bench import measure as clock
@@ -141,15 +141,15 @@ def test_parts_of_a_step_and_turns(monkeypatch: pytest.MonkeyPatch) -> None:
             self.name = name
 
         def step(self, batches: list) -> None:
-            with ranges.named("clear"):
+            with profiling.named("clear"):
                 advance(1)
-            with ranges.named("forward-backward"):
+            with profiling.named("forward-backward"):
                 advance(3)
-                with ranges.named("communication"):
+                with profiling.named("communication"):
                     advance(2)
-            with ranges.named("agreement"), ranges.named("ignored"):
+            with profiling.named("agreement"), profiling.named("ignored"):
                 advance(1)
-            with ranges.named("update"):
+            with profiling.named("update"):
                 advance(3)
 
     def advance(seconds: float) -> None:

@@ -5,7 +5,7 @@ import torch
 from transformers import GPTNeoXForCausalLM
 
 from megatron_mesh.command import call
-from megatron_mesh.config.layers import parse_layers
+from megatron_mesh.config.layout import parse_layers
 from megatron_mesh.errors import UserError
 from tools.bench.generation import STOCK, ModelShape, build_models, main, measure_generation
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mesh.runtime import ranges
+from megatron_mesh.runtime import profiling
 from tests.helpers import one_process
 from tools.bench.measure import write_traces
 from tools.bench.settings import StepSettings
@@ -45,11 +45,11 @@ def test_passes_and_cycles_are_named_in_the_trace(tmp_path: Path) -> None:
 
 def test_ranges_are_marked_only_on_request() -> None:
     def names() -> set[str]:
-        with torch.profiler.profile() as profiler, ranges.named("here"):
+        with torch.profiler.profile() as profiler, profiling.named("here"):
             torch.ones(2).sum()
         return {event.key for event in profiler.key_averages()}
 
     assert "here" not in names()
-    with ranges.marking():
+    with profiling.marking():
         assert "here" in names()
     assert "here" not in names()

@@ -1,4 +1,4 @@
-"""Writes checkpoints of format 2, as Megatron-core writes them: what runs before format 3 have left."""
+"""Writes checkpoints of format 2, as earlier versions did through Megatron-core."""
 
 import json
 from pathlib import Path
@@ -8,17 +8,17 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 
-from megatron_mesh.checkpoint.directory import step_directory
 from megatron_mesh.checkpoint.integrity import digest, files, sha256
-from megatron_mesh.checkpoint.save import Saver, description
+from megatron_mesh.checkpoint.save import Saver, describe_state
 from megatron_mesh.checkpoint.shares import only_member
-from megatron_mesh.config.dump import dump_config
-from megatron_mesh.runtime.random import pack_generators
+from megatron_mesh.config.settings import dump_config
+from megatron_mesh.runtime.device import pack_generators
+from megatron_mesh.runtime.run_files import checkpoint_path
 
 
 def save(saver: Saver, stage: Any, optimizer: Any, state: Any) -> None:
-    """In place of ``Saver.save``; of one process."""
-    directory = step_directory(saver.directory, state.step)
+    """Replaces ``Saver.save`` in a run of one process."""
+    directory = checkpoint_path(saver.directory, state.step)
     directory.mkdir(parents=True)
     weights = {
         chunk: {name: value for name, value in part.items() if not isinstance(value, ShardedObject)}
@@ -32,13 +32,13 @@ def save(saver: Saver, stage: Any, optimizer: Any, state: Any) -> None:
     }
     dist_checkpointing.save(content, str(directory))
     (directory / "config.yaml").write_text(dump_config(saver.config))
-    described = {**description(state.state_dict()), "format_version": 2}
+    described = {**describe_state(state.state_dict()), "format_version": 2}
     (directory / "state.json").write_text(json.dumps(described))
     write_checksums(directory)
 
 
 def write_checksums(directory: Path) -> None:
-    """One checksum for each file."""
+    """Write one checksum per file."""
     listed = {path.name: digest(path) for path in files(directory)}
     own = sha256(json.dumps(listed, sort_keys=True).encode())
     text = json.dumps({"algorithm": "sha256", "files": listed, "sha256_of_files": own})

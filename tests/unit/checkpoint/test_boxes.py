@@ -1,4 +1,4 @@
-"""Runs of elements as boxes, and boxes read back from others that overlap them."""
+"""Spans of elements become boxes, and boxes are read from stored boxes that overlap with them."""
 
 import itertools
 import math
@@ -8,25 +8,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mesh.checkpoint.boxes import MAX_ELEMENTS, Box, boxes_of_run, cut
-from megatron_mesh.checkpoint.index import index_of
-from megatron_mesh.checkpoint.reader import Damaged, fill, read_whole
+from megatron_mesh.checkpoint.index import MAX_ELEMENTS, Box, cut, index_of, split_span
+from megatron_mesh.checkpoint.reader import Damaged, fill, read_tensor
 from megatron_mesh.checkpoint.writer import write_file
 
 SHAPES = st.lists(st.integers(1, 6), max_size=4).map(tuple)
 
 
 def runs(count: int, draw: st.DrawFn) -> list[tuple[int, int]]:
-    """Cut ``count`` elements into runs."""
+    """Cut ``count`` elements into spans."""
     edges = sorted({0, count, *draw(st.lists(st.integers(0, count), max_size=4))})
     return list(itertools.pairwise(edges))
 
 
 def boxes(whole: torch.Tensor, cuts: list[tuple[int, int]], limit: int) -> list[Box]:
-    """The boxes of runs, which hold the elements of ``whole``."""
+    """Return the boxes of spans of the tensor ``whole``."""
     found = []
     for start, end in cuts:
-        for offset, sizes in boxes_of_run(tuple(whole.shape), start, end, limit):
+        for offset, sizes in split_span(tuple(whole.shape), start, end, limit):
             part = whole
             for dimension, (first, length) in enumerate(zip(offset, sizes, strict=True)):
                 part = part.narrow(dimension, first, length)
@@ -35,7 +34,7 @@ def boxes(whole: torch.Tensor, cuts: list[tuple[int, int]], limit: int) -> list[
 
 
 @given(SHAPES, st.integers(1, 50), st.data())
-def test_boxes_hold_the_run_in_its_order(shape, limit, data):
+def test_boxes_hold_the_span_in_order(shape, limit, data):
     whole = torch.arange(math.prod(shape)).view(shape)
     start, end = sorted(data.draw(st.tuples(*[st.integers(0, whole.numel())] * 2)))
     found = boxes(whole, [(start, end)], limit)
@@ -44,18 +43,18 @@ def test_boxes_hold_the_run_in_its_order(shape, limit, data):
 
 
 def test_boxes_are_few():
-    """Of a matrix: a part of a row, whole rows, a part of a row; and no more than their size asks for."""
-    assert list(boxes_of_run((10, 100), 250, 730)) == [
+    """A span of a matrix is a part of a row, complete rows, and a part of a row, apart from size limits."""
+    assert list(split_span((10, 100), 250, 730)) == [
         ((2, 50), (1, 50)),
         ((3, 0), (4, 100)),
         ((7, 0), (1, 30)),
     ]
     rows = MAX_ELEMENTS // 4096
-    assert len(list(boxes_of_run((4 * rows, 4096), 0, 4 * rows * 4096))) == 4
+    assert len(list(split_span((4 * rows, 4096), 0, 4 * rows * 4096))) == 4
 
 
 @given(SHAPES, st.integers(1, 50), st.integers(1, 50), st.data())
-def test_what_one_layout_writes_another_reads(tmp_path_factory, shape, limit, other_limit, data):
+def test_any_layout_reads_what_another_wrote(tmp_path_factory, shape, limit, other_limit, data):
     whole = torch.rand(shape)
     directory = tmp_path_factory.mktemp("boxes")
     written = write_file(directory / "__0_0.distcp", boxes(whole, runs(whole.numel(), data.draw), limit))
@@ -64,7 +63,7 @@ def test_what_one_layout_writes_another_reads(tmp_path_factory, shape, limit, ot
     wanted = boxes(target, runs(whole.numel(), data.draw), other_limit)
     assert fill(index, wanted) == sum(w.piece.length for w in written)
     assert torch.equal(target, whole)
-    assert torch.equal(read_whole(index, "x"), whole)
+    assert torch.equal(read_tensor(index, "x"), whole)
 
 
 def test_only_what_overlaps_is_read(tmp_path):
@@ -78,7 +77,7 @@ def test_only_what_overlaps_is_read(tmp_path):
 
 
 def test_padding_that_differs(tmp_path):
-    """A vocabulary that is padded otherwise: what is not there is zero, what is too much is left."""
+    """If a vocabulary is padded differently, missing rows are zero and extra rows are ignored."""
     whole = torch.rand(6, 4)
     index = index_of(tmp_path, write_file(tmp_path / "__0_0.distcp", cut("x", (6, 4), whole)))
     for rows in (5, 6, 9):
@@ -86,13 +85,13 @@ def test_padding_that_differs(tmp_path):
         fill(index, [Box("x", (rows, 4), (0, 0), target, padded=True)])
         both = min(rows, 6)
         assert torch.equal(target[:both], whole[:both]) and not target[both:].any()
-    with pytest.raises(Damaged, match=r"x is \[6, 4\] there and \[9, 4\] here"):
+    with pytest.raises(Damaged, match=r"x has shape \[6, 4\] in the checkpoint and \[9, 4\]"):
         fill(index, [Box("x", (9, 4), (0, 0), target)])
 
 
-def test_what_is_missing_is_damage(tmp_path):
+def test_missing_parts_are_damage(tmp_path):
     whole = torch.rand(8, 4)
     written = write_file(tmp_path / "__0_0.distcp", boxes(whole, [(0, 32)], 8))
     index = index_of(tmp_path, written[:-1])
     with pytest.raises(Damaged, match="parts of x are missing"):
-        read_whole(index, "x")
+        read_tensor(index, "x")

@@ -1,4 +1,4 @@
-"""Whatever happens to a file of a checkpoint is noticed, named, and survived."""
+"""Any damage to a file of a checkpoint is detected and reported, and the run falls back to an earlier one."""
 
 import errno
 import hashlib
@@ -11,7 +11,7 @@ import pytest
 
 from megatron_mesh.checkpoint import integrity
 from megatron_mesh.checkpoint.index import read_index
-from megatron_mesh.checkpoint.integrity import damage
+from megatron_mesh.checkpoint.integrity import find_damage
 from megatron_mesh.errors import UserError
 from tests.commands import tool
 from tests.unit.train.conftest import run
@@ -20,7 +20,7 @@ main = tool("checkpoint")
 
 
 def flip(path: Path) -> None:
-    """Change one bit in the middle."""
+    """Flip one bit in the middle of the file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -34,24 +34,24 @@ HARM = {"flipped": flip, "truncated": truncate, "deleted": Path.unlink}
 FILES = [".metadata", "__0_0.distcp", "config.yaml", "state.json"]
 
 
-def test_a_checkpoint_has_these_files_and_is_whole(checkpoints):
+def test_an_intact_checkpoint_has_these_files(checkpoints):
     newest = checkpoints / "iter_0000006"
     assert sorted(path.name for path in newest.iterdir()) == sorted([*FILES, "checksums.json"])
-    assert damage(newest) == []
+    assert find_damage(newest) == []
 
 
 @pytest.mark.parametrize("harm", HARM)
 @pytest.mark.parametrize("name", FILES)
-def test_damage_is_named(checkpoints, name, harm):
+def test_damage_is_reported(checkpoints, name, harm):
     newest = checkpoints / "iter_0000006"
     HARM[harm](newest / name)
-    (found,) = damage(newest)
+    (found,) = find_damage(newest)
     assert name in found
 
 
 @pytest.mark.parametrize("harm", HARM)
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "checksums.json"])
-def test_the_one_before_is_used(tiny, straight, checkpoints, name, harm, caplog):
+def test_the_previous_checkpoint_is_used(tiny, straight, checkpoints, name, harm, caplog):
     HARM[harm](checkpoints / "iter_0000006" / name)
     outcome = run(tiny(load=str(checkpoints)))
     assert outcome.values("loss") == straight.values("loss")[4:]
@@ -61,13 +61,13 @@ def test_the_one_before_is_used(tiny, straight, checkpoints, name, harm, caplog)
 FOREIGN = [".nfs000000000004a2b100000001", ".DS_Store", "README.md", "__7_0.distcp"]
 
 
-def test_files_that_are_no_part_of_it_are_ignored(tiny, straight, checkpoints, capsys):
+def test_foreign_files_are_ignored(tiny, straight, checkpoints, capsys):
     for name in FOREIGN:
         (checkpoints / name).write_bytes(b"foreign")
         (checkpoints / "iter_0000004" / name).write_bytes(b"foreign")
     (checkpoints / "iter_0000009").write_bytes(b"a file of that name")
     shutil.rmtree(checkpoints / "iter_0000006")
-    assert damage(checkpoints / "iter_0000004") == []
+    assert find_damage(checkpoints / "iter_0000004") == []
     assert main(["verify", str(checkpoints)]) == 0 and main(["list", str(checkpoints)]) == 0
     assert run(tiny(load=str(checkpoints))).values("loss") == straight.values("loss")[4:]
 
@@ -86,7 +86,7 @@ def test_a_file_that_cannot_be_read_is_damage_too(tiny, checkpoints, monkeypatch
 
 
 def test_every_piece_is_read_once_and_no_other_checkpoint(tiny, checkpoints, monkeypatch):
-    """Reading is checking: nothing is read for its checksum alone."""
+    """Tensors are verified while they are loaded, so nothing is read twice."""
     read: dict[str, list[tuple[int, int]]] = {}
     original = os.pread
 
@@ -103,15 +103,15 @@ def test_every_piece_is_read_once_and_no_other_checkpoint(tiny, checkpoints, mon
     assert sorted(read[path]) == pieces
 
 
-def test_a_piece_comes_in_parts_where_the_system_reads_less_at_once(tiny, straight, checkpoints, monkeypatch):
-    """As above 2 GiB."""
+def test_a_piece_is_read_in_parts(tiny, straight, checkpoints, monkeypatch):
+    """The system reads at most 2 GiB at once."""
     original = os.pread
     monkeypatch.setattr(os, "pread", lambda handle, length, start: original(handle, min(length, 999), start))
     path = checkpoints / "iter_0000004"
     assert run(tiny(load=str(path))).values("loss") == straight.values("loss")[4:]
 
 
-def test_checking_a_file_keeps_a_block_of_it(checkpoints, monkeypatch):
+def test_verifying_a_file_reads_it_in_blocks(checkpoints, monkeypatch):
     monkeypatch.setattr(integrity, "_BLOCK", 999)
     newest, sizes = checkpoints / "iter_0000006", []
     original = hashlib.sha256
@@ -130,11 +130,11 @@ def test_checking_a_file_keeps_a_block_of_it(checkpoints, monkeypatch):
     with monkeypatch.context() as patch:
         digests = integrity.read_checksums(newest)
         patch.setattr(hashlib, "sha256", Watched)
-        assert integrity.differences(newest, digests, read=True) == []
+        assert integrity.find_differences(newest, digests, read=True) == []
     assert max(sizes) == 999 and sum(sizes) == sum(length for d in digests.values() for length, _ in d)
 
 
-def test_checksums_are_made_while_writing(tiny, tmp_path, monkeypatch):
+def test_checksums_are_computed_while_writing(tiny, tmp_path, monkeypatch):
     opened = []
     original = Path.open
 
@@ -149,8 +149,8 @@ def test_checksums_are_made_while_writing(tiny, tmp_path, monkeypatch):
     assert len(opened) == 2 * (len(FILES) + 1) and not [name for name, mode in opened if "r" in mode]
 
 
-def test_nothing_whole_is_an_error_that_says_so(tiny, checkpoints):
+def test_no_intact_checkpoint_is_an_error(tiny, checkpoints):
     for path in checkpoints.glob("iter_*"):
         flip(path / "state.json")
-    with pytest.raises(UserError, match=r"iter_0000006 is damaged \(state.json .*no earlier one is whole"):
+    with pytest.raises(UserError, match=r"iter_0000006 is damaged \(state.json .*no earlier one is intact"):
         run(tiny(load=str(checkpoints)))

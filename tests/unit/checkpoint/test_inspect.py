@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mesh.checkpoint import offline
-from megatron_mesh.checkpoint.integrity import damage
+from megatron_mesh.checkpoint.integrity import find_damage
 from megatron_mesh.errors import UserError
 from tests.commands import tool
 from tests.unit.train.conftest import run
@@ -23,7 +23,7 @@ def test_list_and_show(checkpoints, capsys):
     assert '"step": 4' in text and "layers: 1+1R2+1" in text and "weights" in text
 
 
-def test_a_list_goes_on_past_what_is_damaged(checkpoints, capsys):
+def test_list_continues_after_a_damaged_checkpoint(checkpoints, capsys):
     (checkpoints / "iter_0000004" / "state.json").unlink()
     assert main(["list", str(checkpoints)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -31,8 +31,8 @@ def test_a_list_goes_on_past_what_is_damaged(checkpoints, capsys):
     assert "not a complete checkpoint" in lines[2]
 
 
-def test_a_rewrite_leaves_nothing_half_done(checkpoints, tmp_path, monkeypatch):
-    """On a full disk; and what a killed one left is not in the way."""
+def test_reshard_is_atomic(checkpoints, tmp_path, monkeypatch):
+    """A full disk leaves nothing behind, and the remains of a killed rewrite don't block the next one."""
     target, left = tmp_path / "new", tmp_path / "new.partial"
     left.mkdir()
     (left / "half").touch()
@@ -44,7 +44,7 @@ def test_a_rewrite_leaves_nothing_half_done(checkpoints, tmp_path, monkeypatch):
     assert not target.exists() and not left.exists()
     left.mkdir()
     (left / "half").touch()
-    assert main(command) == 0 and damage(target) == []
+    assert main(command) == 0 and find_damage(target) == []
 
 
 def full_disk(path, boxes):
@@ -54,7 +54,7 @@ def full_disk(path, boxes):
 def test_verify(checkpoints, capsys):
     newest = checkpoints / "iter_0000006"
     assert main(["verify", str(newest)]) == 0
-    assert "is whole: 4 files" in capsys.readouterr().out
+    assert "is intact: 4 files" in capsys.readouterr().out
     (newest / "state.json").write_bytes(b"x")
     (newest / "__0_0.distcp").unlink()
     assert main(["verify", str(newest)]) == 1
@@ -62,9 +62,9 @@ def test_verify(checkpoints, capsys):
     assert "state.json has 1 bytes" in out and "__0_0.distcp is missing" in out and out.count("damaged") == 2
 
 
-def test_a_run_stands_for_its_newest(checkpoints, tmp_path, capsys):
+def test_a_run_directory_means_its_newest_checkpoint(checkpoints, tmp_path, capsys):
     assert main(["verify", str(checkpoints)]) == 0
-    assert f"{checkpoints / 'iter_0000006'} is whole" in capsys.readouterr().out
+    assert f"{checkpoints / 'iter_0000006'} is intact" in capsys.readouterr().out
     main(["show", str(checkpoints)])
     assert '"step": 6' in capsys.readouterr().out
     for command in ("verify", "show"):
@@ -72,14 +72,14 @@ def test_a_run_stands_for_its_newest(checkpoints, tmp_path, capsys):
             main([command, str(tmp_path)])
 
 
-def test_a_rewritten_checkpoint_goes_on_bitwise(tiny, checkpoints, tmp_path):
+def test_a_resharded_checkpoint_resumes_bitwise(tiny, checkpoints, tmp_path):
     expected = run(tiny(load=str(checkpoints / "iter_0000004"))).values("loss")
     assert main(["reshard", str(checkpoints / "iter_0000004"), "--save", str(tmp_path / "new")]) == 0
-    assert damage(tmp_path / "new") == []
+    assert find_damage(tmp_path / "new") == []
     assert run(tiny(load=str(tmp_path / "new"))).values("loss") == expected
 
 
-def test_weights_alone(tiny, checkpoints, tmp_path):
+def test_weights_only(tiny, checkpoints, tmp_path):
     target = tmp_path / "weights"
     main(["reshard", str(checkpoints / "iter_0000006"), "--save", str(target), "--weights-only"])
     expected = run(tiny(load=str(checkpoints), finetune=True, train_iters=2)).values("loss")
@@ -99,15 +99,15 @@ def test_bad_input(checkpoints, tmp_path):
         main(["show", str(tmp_path)])
 
 
-def test_a_list_of_one(checkpoints, capsys):
-    """A checkpoint's own directory, as the other commands take it."""
+def test_list_takes_a_single_checkpoint(checkpoints, capsys):
+    """``list`` takes the directory of a single checkpoint, too."""
     main(["list", str(checkpoints / "iter_0000004")])
     (line,) = capsys.readouterr().out.splitlines()[1:]
     assert line.split()[0] == "4" and line.endswith("iter_0000004")
 
 
-def test_what_may_not_be_read_is_not_damaged(tiny, checkpoints, monkeypatch):
-    """No earlier checkpoint takes its place. (The tests run as root, who may read everything.)"""
+def test_a_permission_error_is_not_damage(tiny, checkpoints, monkeypatch):
+    """There is no fallback to an earlier checkpoint. (Simulated, because root may read everything.)"""
     read_text = Path.read_text
 
     def refused(path: Path, *args, **kwargs) -> str:
@@ -116,7 +116,7 @@ def test_what_may_not_be_read_is_not_damaged(tiny, checkpoints, monkeypatch):
         return read_text(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "read_text", refused)
-    with pytest.raises(UserError, match=r"iter_0000006/.*json may not be read .*give yourself access"):
+    with pytest.raises(UserError, match=r"iter_0000006/.*json cannot be read .*give yourself permission"):
         run(tiny(load=str(checkpoints), train_iters=7, lr_decay_iters=6))
     for command in ("show", "verify", "list"):
         with pytest.raises(UserError, match="json cannot be read: Permission denied"):

@@ -1,11 +1,11 @@
-"""Checkpoints of format 2 still load, and one command makes new ones of them."""
+"""Checkpoints of format 2 still load, and one command converts them to the new format."""
 
 from pathlib import Path
 
 import pytest
 
 from megatron_mesh.checkpoint import save as save_module
-from megatron_mesh.checkpoint.integrity import damage
+from megatron_mesh.checkpoint.integrity import find_damage
 from megatron_mesh.errors import UserError
 from tests.commands import tool
 from tests.unit.checkpoint import old_format
@@ -17,7 +17,7 @@ main = tool("checkpoint")
 
 @pytest.fixture
 def old(tiny, tmp_path, monkeypatch):
-    """A run's losses, and the directory with its checkpoints of steps 3 and 6 in the old format."""
+    """The losses of a run, and its directory with old-format checkpoints of steps 3 and 6."""
 
     def make(**settings) -> tuple[list[float], Path]:
         with monkeypatch.context() as patch:
@@ -31,11 +31,11 @@ def old(tiny, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("adam", ["torch's", "fused"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_it_goes_on_bitwise(tiny, old, tmp_path, monkeypatch, bf16, adam):
+def test_it_resumes_bitwise(tiny, old, tmp_path, monkeypatch, bf16, adam):
     if adam == "fused":
         fused_adam.install(monkeypatch)
     losses, directory = old(bf16=bf16)
-    assert damage(directory / "iter_0000003") == []
+    assert find_damage(directory / "iter_0000003") == []
     resumed = run(tiny(load=str(directory / "iter_0000003"), bf16=bf16))
     assert resumed.values("loss") == losses[3:]
     assert main(["reshard", str(directory / "iter_0000003"), "--save", str(tmp_path / "new")]) == 0

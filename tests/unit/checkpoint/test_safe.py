@@ -1,4 +1,4 @@
-"""Nothing in a checkpoint can run code, wherever it is planted; even with checksums that are right."""
+"""Code planted anywhere in a checkpoint does not run, even if the checksums are right."""
 
 import io
 import os
@@ -42,7 +42,7 @@ def plant_in_metadata(newest: Path, bomb: Bomb) -> None:
 
 
 def plant_in_tensors(newest: Path, bomb: Bomb) -> None:
-    """In the place of every tensor."""
+    """Replace every tensor with the bomb."""
     buffer = io.BytesIO()
     torch.save(bomb, buffer)
     (newest / "__0_0.distcp").write_bytes(buffer.getvalue())
@@ -53,7 +53,7 @@ def plant_in_tensors(newest: Path, bomb: Bomb) -> None:
 
 
 def plant_an_object(newest: Path, bomb: Bomb) -> None:
-    """A Megatron ShardedObject, stored as bytes, in place of a tensor of the same name."""
+    """Replace a tensor by a Megatron ShardedObject of the same name, stored as bytes."""
     plant_in_tensors(newest, bomb)
     metadata = read_metadata(newest)
     for key in list(metadata.state_dict_metadata):
@@ -68,9 +68,9 @@ def plant_in_yaml(newest: Path, bomb: Bomb) -> None:
 
 
 REFUSALS = {
-    plant_in_metadata: "names posix.mkdir, which no checkpoint needs",
+    plant_in_metadata: "refers to posix.mkdir, which no checkpoint needs",
     plant_in_tensors: "__0_0.distcp cannot be trusted: it holds more than tensors",
-    plant_an_object: "it is no list of tensors",
+    plant_an_object: "it is not a list of tensors",
     plant_in_yaml: "could not determine a constructor",
 }
 
@@ -92,7 +92,7 @@ def test_a_planted_pickle_does_not_run(tiny, checkpoints, plant, tmp_path, monke
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("planted", ["a class", "an array"])
 def test_plain_values_of_the_old_format(tiny, tmp_path, monkeypatch, planted):
-    """Megatron-core has torch allow NumPy's arrays, whose pickles may hold addresses."""
+    """Megatron-core makes torch allow NumPy arrays, whose pickles may hold memory addresses. We don't."""
     mark = tmp_path / "it-ran"
     with monkeypatch.context() as patch:
         patch.setattr(save_module.Saver, "save", old_format.save)
@@ -121,7 +121,7 @@ STOCK_READERS = {
 @pytest.mark.parametrize("plant", STOCK_READERS)
 @pytest.mark.filterwarnings("ignore:Environment variable")
 def test_a_stock_reader_would_run_it(checkpoints, plant, tmp_path, monkeypatch):
-    """The test above tests something."""
+    """The planted code would run in a reader that is not safe, so the test above can fail."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     newest = checkpoints / "iter_0000006"
     mark = tmp_path / "it-ran"
@@ -135,12 +135,12 @@ def test_a_path_outside_is_refused(checkpoints):
     metadata = read_metadata(newest)
     next(iter(metadata.storage_data.values())).relative_path = "../iter_0000004/__0_0.distcp"
     (newest / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(UserError, match="names a file elsewhere"):
+    with pytest.raises(UserError, match="refers to a file outside the checkpoint"):
         read_index(newest)
 
 
 def test_only_tensors_are_stored(checkpoints):
-    """No object of Megatron's; every pickle in the file is torch's of one tensor."""
+    """There are no Megatron objects: every pickle in the file is torch's pickle of one tensor."""
     newest = checkpoints / "iter_0000006"
     metadata = read_metadata(newest)
     kinds = {type(entry).__name__ for entry in metadata.state_dict_metadata.values()}

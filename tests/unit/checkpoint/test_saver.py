@@ -1,4 +1,4 @@
-"""Saving in the background, on a full disk, with few checkpoints kept; and stopping on request."""
+"""Saving in the background, on a full disk and with old checkpoints deleted; stopping on request."""
 
 import errno
 import multiprocessing
@@ -19,12 +19,11 @@ import torch
 import pretrain_mesh
 from megatron_mesh.checkpoint import save as save_module
 from megatron_mesh.checkpoint import writer
-from megatron_mesh.checkpoint.boxes import Box
-from megatron_mesh.checkpoint.directory import outdated, publish, saved_steps, unfinished
-from megatron_mesh.checkpoint.index import index_of
-from megatron_mesh.checkpoint.integrity import damage
-from megatron_mesh.checkpoint.reader import read_whole
-from megatron_mesh.config.dump import dump_config
+from megatron_mesh.checkpoint.directory import publish, retire_old, retire_unfinished, saved_steps
+from megatron_mesh.checkpoint.index import Box, index_of
+from megatron_mesh.checkpoint.integrity import find_damage
+from megatron_mesh.checkpoint.reader import read_tensor
+from megatron_mesh.config.settings import dump_config
 from megatron_mesh.runtime import exits, stopping
 from megatron_mesh.train import step as step_module
 from tests.parallel.saves import FAULTS
@@ -35,12 +34,12 @@ def steps(directory: Path) -> list[int]:
     return list(saved_steps(directory))
 
 
-def test_background_saves_are_the_foreground_ones(tiny, straight, tmp_path):
-    """The state is that of the step, whatever training does while it is written."""
+def test_background_saves_equal_foreground_saves(tiny, straight, tmp_path):
+    """A background save stores the state of its step, whatever training does in the meantime."""
     run(tiny(save=str(tmp_path), save_interval=1, async_save=True))
     assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
     for step in (1, 3, 5):
-        assert damage(tmp_path / f"iter_{step:07d}") == []
+        assert find_damage(tmp_path / f"iter_{step:07d}") == []
         outcome = run(tiny(load=str(tmp_path / f"iter_{step:07d}")))
         assert outcome.values("loss") == straight.values("loss")[step:]
         assert outcome.values("lr") == straight.values("lr")[step:]
@@ -56,15 +55,15 @@ def test_saves_are_logged_with_their_time(tiny, tmp_path, background):
         assert Path(record.values["path"]).name == f"iter_{record.step:07d}"
 
 
-def test_a_slow_save_is_warned_of(tiny, tmp_path, caplog):
+def test_a_slow_save_gives_a_warning(tiny, tmp_path, caplog):
     run(tiny(save=str(tmp_path), exit_grace_seconds=1e-6))
-    assert "--exit-grace-seconds leaves" in caplog.text
+    assert "longer than --exit-grace-seconds" in caplog.text
 
 
-def test_copies_leave_memory_as_they_are_written(monkeypatch, tmp_path):
+def test_copies_are_freed_as_they_are_written(monkeypatch, tmp_path):
     alive, copied = [], []
     boxes = [Box("x", (8,), (2 * i,), torch.full((2,), float(i))) for i in range(4)]
-    original = writer._alone
+    original = writer._with_own_storage
 
     def watched(data):
         alive.append(sum(copy() is not None for copy in copied))
@@ -75,7 +74,7 @@ def test_copies_leave_memory_as_they_are_written(monkeypatch, tmp_path):
         copied.append(weakref.ref(copy))
         return copy
 
-    monkeypatch.setattr(writer, "_alone", watched)
+    monkeypatch.setattr(writer, "_with_own_storage", watched)
     monkeypatch.setattr(writer.device, "copy_to_host", copy_to_host)
     future = writer.BackgroundWriter().start(tmp_path / "file", boxes)
     for box in boxes:
@@ -83,10 +82,10 @@ def test_copies_leave_memory_as_they_are_written(monkeypatch, tmp_path):
     written = future.result()
     assert alive == [4, 3, 2, 1]
     index = index_of(tmp_path, written)
-    assert read_whole(index, "x").tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert read_tensor(index, "x").tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-def test_an_error_of_the_disk_is_not_torchs(tmp_path):
+def test_a_disk_error_is_raised_as_oserror(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
@@ -99,17 +98,17 @@ def test_an_error_of_the_disk_is_not_torchs(tmp_path):
 PLACES = ["write_file", "write_small_files", "make_empty", "Content"]
 
 
-# Every fault in every place; each of them in the foreground and in the background.
+# Every fault in every place, in the foreground and in the background.
 FAILURES = [
     (place, fault, (i + j) % 2 == 1) for i, place in enumerate(PLACES) for j, fault in enumerate(FAULTS)
 ]
 
 
 @pytest.mark.parametrize(("place", "fault", "background"), FAILURES)
-def test_whatever_fails_costs_one_checkpoint(
+def test_a_failed_save_costs_one_checkpoint(
     tiny, straight, tmp_path, monkeypatch, caplog, place, fault, background
 ):
-    """The save of step 4 fails; training goes on, the one of step 2 stays, that of step 6 is tried."""
+    """The save of step 4 fails. Training continues, the checkpoint of step 2 stays, and step 6 is saved."""
     count = 0
     module = writer if background and place == "write_file" else save_module
     original = getattr(module, place)
@@ -127,13 +126,13 @@ def test_whatever_fails_costs_one_checkpoint(
     assert outcome.ending == exits.DONE
     assert steps(tmp_path) == [2, 6]
     cause = str(FAULTS[fault]()).split("] ")[-1]
-    assert f"{cause} (rank 0 on {socket.gethostname()}); earlier ones are kept" in caplog.text
+    assert f"{cause} (rank 0 on {socket.gethostname()}); later saves try again" in caplog.text
     assert not list(tmp_path.glob("*.partial"))
-    # Bugs keep their traceback.
+    # Unexpected errors are logged with a traceback.
     assert ("Traceback" in caplog.text) == (not isinstance(FAULTS[fault](), OSError))
 
 
-def test_a_run_whose_last_save_failed_says_so(tiny, tmp_path, monkeypatch):
+def test_a_failed_last_save_has_its_exit_status(tiny, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -141,12 +140,12 @@ def test_a_run_whose_last_save_failed_says_so(tiny, tmp_path, monkeypatch):
     assert run(tiny(save=str(tmp_path))).ending == exits.NOT_SAVED
 
 
-def test_few_are_kept(tiny, tmp_path):
+def test_old_checkpoints_are_deleted(tiny, tmp_path):
     run(tiny(save=str(tmp_path), save_interval=1, keep_last=2, keep_every=3))
     assert steps(tmp_path) == [3, 5, 6]
 
 
-def test_deletion_and_publication_leave_no_half_checkpoint(tmp_path):
+def test_deletion_and_publication_are_atomic(tmp_path):
     for step in (1, 2, 3):
         (tmp_path / f"iter_{step:07d}").mkdir()
     partial = tmp_path / "iter_0000003.partial"
@@ -154,29 +153,29 @@ def test_deletion_and_publication_leave_no_half_checkpoint(tmp_path):
     (partial / "new").touch()
     publish(partial, tmp_path / "iter_0000003", 3)
     assert (tmp_path / "iter_0000003" / "new").exists()
-    assert list(outdated(tmp_path, 3, 2, None)) == [tmp_path / "iter_0000001.deleting"]
+    assert list(retire_old(tmp_path, 3, 2, None)) == [tmp_path / "iter_0000001.deleting"]
     assert steps(tmp_path) == [2, 3]
     for suffix in ("partial", "replaced", "deleting"):
         (tmp_path / f"iter_0000009.{suffix}").mkdir()
-    leaving = unfinished(tmp_path)
+    leaving = retire_unfinished(tmp_path)
     assert len(leaving) == 5 and all(path.suffix == ".deleting" and path.is_dir() for path in leaving)
     names = sorted(path.name for path in tmp_path.iterdir() if path not in leaving)
     assert names == ["iter_0000002", "iter_0000003", "latest_checkpointed_iteration.txt"]
 
 
-def test_what_is_damaged_does_not_count_as_kept(tiny, tmp_path):
-    """A run that falls back to an earlier checkpoint must not delete its own in favour of the damaged one."""
+def test_damaged_checkpoints_do_not_displace_good_ones(tiny, tmp_path):
+    """A run that resumed before damaged checkpoints must not delete good ones in favour of them."""
     settings = {"save": str(tmp_path), "load": str(tmp_path), "keep_last": 1}
     run(tiny(**settings, save_interval=2, keep_every=2))
     for step in (4, 6):
         (tmp_path / f"iter_{step:07d}" / "state.json").unlink()
     stopped = run(tiny(**settings, exit_interval=3))
     assert stopped.ending == exits.STOPPED and steps(tmp_path) == [3, 4, 6]
-    assert damage(tmp_path / "iter_0000003") == []
+    assert find_damage(tmp_path / "iter_0000003") == []
 
 
-def test_old_and_unfinished_checkpoints_are_deleted_while_training_goes_on(tiny, tmp_path, monkeypatch):
-    """By a thread of their own, for which the interpreter waits at its end."""
+def test_old_and_unfinished_checkpoints_are_deleted_in_the_background(tiny, tmp_path, monkeypatch):
+    """A background thread deletes them, and the interpreter waits for it before it exits."""
     threads = []
     original = save_module.shutil.rmtree
 
@@ -197,7 +196,7 @@ def test_old_and_unfinished_checkpoints_are_deleted_while_training_goes_on(tiny,
     assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000006"]
 
 
-def test_what_cannot_be_deleted_is_named(tmp_path, monkeypatch, caplog):
+def test_a_failed_deletion_is_logged(tmp_path, monkeypatch, caplog):
     def busy(path, **more):
         raise OSError(errno.EBUSY, "Device or resource busy")
 
@@ -213,7 +212,7 @@ def test_a_kill_between_two_renames_loses_no_checkpoint(tiny, straight, checkpoi
     (checkpoints / "iter_0000004.partial").mkdir()
     settings = {"load": str(checkpoints), "save": str(checkpoints)}
     assert run(tiny(**settings)).values("loss") == straight.values("loss")[4:]
-    assert damage(newest) == [] and not (checkpoints / "iter_0000004.replaced").exists()
+    assert find_damage(newest) == [] and not (checkpoints / "iter_0000004.replaced").exists()
 
 
 def test_a_checkpoint_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
@@ -238,7 +237,7 @@ def test_old_checkpoints_that_stay_do_not_fail_a_save(tiny, tmp_path, monkeypatc
     def busy(*arguments):
         raise OSError(errno.EBUSY, "Device or resource busy")
 
-    monkeypatch.setattr(save_module.names, "outdated", busy)
+    monkeypatch.setattr(save_module.names, "retire_old", busy)
     assert run(tiny(save=str(tmp_path), save_interval=3, keep_last=1)).ending == exits.DONE
     assert steps(tmp_path) == [3, 6] and "cannot be deleted" in caplog.text
 
@@ -253,11 +252,11 @@ def test_a_tracker_that_cannot_be_written_costs_no_checkpoint(tiny, tmp_path, mo
     monkeypatch.setattr(os, "replace", full)
     assert run(tiny(save=str(tmp_path), save_interval=3)).ending == exits.DONE
     assert steps(tmp_path) == [3, 6]
-    assert "latest_checkpointed_iteration.txt cannot name step 6: " in caplog.text
+    assert "latest_checkpointed_iteration.txt was not updated to step 6: " in caplog.text
 
 
 def test_contents_reach_the_disk_before_names(tmp_path, monkeypatch):
-    """After a power failure a name may stand for nothing but what was synchronized before it was given."""
+    """After a power failure, a name must refer only to contents that were synchronized before."""
     events = []
     sync, rename = os.fsync, os.rename
 
@@ -287,7 +286,7 @@ def test_contents_reach_the_disk_before_names(tmp_path, monkeypatch):
 
 
 def test_intervals_and_stop_file(tiny, straight, tmp_path):
-    """Each start does some steps and stops; together they are the run that was never stopped."""
+    """Each start takes some steps and stops. Together they equal the run that never stopped."""
     settings = {"save": str(tmp_path), "load": str(tmp_path)}
     first = run(tiny(**settings, exit_interval=2))
     assert first.ending == exits.STOPPED and steps(tmp_path) == [2]
@@ -299,7 +298,7 @@ def test_intervals_and_stop_file(tiny, straight, tmp_path):
     assert found == straight.values("loss")
 
 
-def test_whoever_must_stop_saves_before_it_evaluates(tiny, tmp_path):
+def test_a_stop_request_saves_before_evaluating(tiny, tmp_path):
     (tmp_path / "stop").touch()
     outcome = run(tiny(save=str(tmp_path), eval_interval=1))
     assert outcome.ending == exits.STOPPED and steps(tmp_path) == [1]
@@ -308,9 +307,9 @@ def test_whoever_must_stop_saves_before_it_evaluates(tiny, tmp_path):
     assert outcome.ending == exits.STOPPED and len(outcome.values("loss", "valid")) == 1
 
 
-def test_a_run_that_is_over_is_done_even_if_it_is_told_to_stop(tiny, tmp_path):
+def test_a_complete_run_is_done_despite_a_stop_request(tiny, tmp_path):
     assert run(tiny(save=str(tmp_path), exit_interval=6)).ending == exits.DONE
-    # With a test still to do it is not over.
+    # With an evaluation on the test data left to do, the run is not done.
     settings = {"save": str(tmp_path / "other"), "load": str(tmp_path / "other"), "eval_interval": 6}
     assert run(tiny(**settings, exit_interval=6)).ending == exits.STOPPED
     outcome = run(tiny(**settings, exit_interval=6))
@@ -318,7 +317,7 @@ def test_a_run_that_is_over_is_done_even_if_it_is_told_to_stop(tiny, tmp_path):
 
 
 def start(arguments: list[str], requests: list[str], stop_file: Path, environment: dict[str, str]) -> None:
-    """The entry point, in a process of its own, to which ``requests`` come in the middle of step 3."""
+    """Start the program in this process, and send it ``requests`` to stop in the middle of step 3."""
     original = step_module.run_batch
     count = 0
 
@@ -343,9 +342,9 @@ def start(arguments: list[str], requests: list[str], stop_file: Path, environmen
 
 @pytest.fixture(scope="module")
 def processes() -> multiprocessing.context.ForkServerContext:
-    """Starts processes quickly: they are forks of one that has imported everything, and done nothing else."""
+    """Starts processes quickly, as forks of one that has only imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["tests.preload", __name__])
     return context
 
 

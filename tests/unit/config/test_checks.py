@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mesh.config.checks import resolve
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.settings import flatten, with_values
 from megatron_mesh.errors import UserError
@@ -59,7 +59,8 @@ def test_given_values_are_kept() -> None:
     [
         ("mesh", "4+8R3+4", "4+8R3+4", 6),
         ("base", "4+8R3+4", "4+8R3+4", None),
-        ("vanilla", "4+8R2+4", "4+8+8+4", None),
+        ("vanilla", "4+8R2+4", "24", None),
+        ("vanilla", "4+8+8+4", "4+8+8+4", None),
         ("vanilla", "24", "24", None),
         ("vanilla+mesh", "4+8R2+4", "4+8+8+4", 5),
         ("vanilla+mesh", "4+8+8+4", "4+8+8+4", 5),
@@ -70,7 +71,16 @@ def test_layers_and_slots(recurrence: str, given_layers: str, layers: str, slots
     assert (config["layers"], config["mesh_slots"]) == (layers, slots)
 
 
-@pytest.mark.parametrize(("recurrence", "layers"), [("mesh", "1+2R3+4"), ("vanilla", "1+2+2+2+4")])
+def test_the_log_says_that_a_plain_model_replaces_the_loop(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="megatron_mesh"):
+        once = resolve(with_values(Config(), {**GOOD, "recurrence": "vanilla"}))
+        resolve(once)
+    assert [record.getMessage() for record in caplog.records] == [
+        "--recurrence vanilla: a plain model of 24 layers, the unrolled depth of 4+8R2+4"
+    ]
+
+
+@pytest.mark.parametrize(("recurrence", "layers"), [("mesh", "1+2R3+4"), ("vanilla", "11")])
 def test_four_parts_become_one_string(recurrence: str, layers: str) -> None:
     parts = {"prelude_layers": 1, "core_layers": 2, "num_loops": 3, "coda_layers": 4}
     config = resolved(recurrence=recurrence, layers=None, **parts)
@@ -97,7 +107,7 @@ def test_no_validation_batches_turn_validation_off() -> None:
     assert resolved(eval_iters=0)["eval_interval"] == 0
 
 
-def test_the_input_is_left_alone() -> None:
+def test_resolve_does_not_change_its_input() -> None:
     config = with_values(Config(), GOOD)
     before = flatten(config)
     resolve(config)
@@ -108,7 +118,7 @@ RAMP = {"train_iters": None, "train_samples": 1000, "global_batch_size": 16}
 
 ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"num_attention_heads": 10}, ["--hidden-size 768", "heads 10", "8 or 12"]),
-    ({"num_attention_heads": 1000}, ["--num-attention-heads 1000", "divides it: 768"]),
+    ({"num_attention_heads": 1000}, ["--num-attention-heads 1000", "use 768 heads"]),
     ({"hidden_size": 0}, ["--hidden-size 0", "at least 1"]),
     ({"num_attention_heads": -1}, ["--num-attention-heads -1", "at least 1"]),
     ({"seq_length": 0}, ["--seq-length 0", "at least 1"]),
@@ -116,11 +126,11 @@ ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"norm_epsilon": 0.0}, ["--norm-epsilon 0.0", "above 0"]),
     ({"init_method_std": math.nan}, ["--init-method-std nan", "at least 0"]),
     ({"rotary_percent": 0.0}, ["--rotary-percent 0.0", "above 0 and at most 1"]),
-    ({"rotary_percent": 0.05}, ["64 dimensions are 3", "turns 4"]),
-    ({"num_attention_heads": 768}, ["1 dimensions are 0", "lower --num-attention-heads"]),
+    ({"rotary_percent": 0.05}, ["rotates 3 of a head's 64", "rotates 4"]),
+    ({"num_attention_heads": 768}, ["rotates 0 of a head's 1", "lower --num-attention-heads"]),
     ({"recurrence": "mehs"}, ["mehs does not exist", "did you mean mesh?", "vanilla, base"]),
     ({"recurrence": "anchor*"}, ["did you mean anchor-emb?"]),
-    ({"recurrence": "xyz"}, ["xyz does not exist", "The schemes are: vanilla"]),
+    ({"recurrence": "xyz"}, ["xyz does not exist; the schemes are: vanilla"]),
     ({"layers": "4+8R0+4"}, ["runs 0 times", "--num-loops"]),
     ({"layers": "rubbish"}, ["'rubbish' is not a layer layout"]),
     ({"layers": None}, ["the layers are missing", "--layers"]),
@@ -130,15 +140,15 @@ ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"layers": "24"}, ["--layers 24 is a plain depth", "--recurrence vanilla"]),
     ({"layers": "24", "recurrence": "vanilla+mesh"}, ["plain depth", "4+8+8+4"]),
     ({"mesh_slots": 0}, ["--mesh-slots 0", "at least 1"]),
-    ({"recurrence": "base", "mesh_slots": 5}, ["--mesh-slots belongs to MeSH", "--recurrence base"]),
-    ({"recurrence": "base", "mesh_memory": "slots"}, ["--mesh-memory belongs to MeSH"]),
+    ({"recurrence": "base", "mesh_slots": 5}, ["--mesh-slots is a setting of MeSH", "--recurrence base"]),
+    ({"recurrence": "base", "mesh_memory": "slots"}, ["--mesh-memory is a setting of MeSH"]),
     ({"recurrence": "vanilla", "mesh_transition_query": "embedding"}, ["--mesh-transition-query"]),
-    ({"recurrence": "vanilla", "router_init_std": 0.1}, ["--router-init-std belongs to MeSH"]),
-    ({"recurrence": "static", "router_bias_init": 1.5}, ["--router-bias-init belongs to MeSH"]),
-    ({"vocab_size": None}, ["vocabulary is not known", "--tokenizer-model"]),
+    ({"recurrence": "vanilla", "router_init_std": 0.1}, ["--router-init-std is a setting of MeSH"]),
+    ({"recurrence": "static", "router_bias_init": 1.5}, ["--router-bias-init is a setting of MeSH"]),
+    ({"vocab_size": None}, ["vocabulary size is not known", "--tokenizer-model"]),
     ({"micro_batch_size": 0}, ["--micro-batch-size 0", "at least 1"]),
     ({"global_batch_size": 10}, ["--global-batch-size 10", "= 4", "8 or 12"]),
-    ({"global_batch_size": 3}, ["--global-batch-size 3", "nearest that is: 4"]),
+    ({"global_batch_size": 3}, ["--global-batch-size 3", "use 4, the nearest"]),
     ({"seed": -1}, ["--seed -1", "at least 0"]),
     ({"seed": 2**32}, ["--seed 4294967296", "below 2^32"]),
     ({"train_iters": None}, ["--train-iters or --train-samples"]),
@@ -175,21 +185,21 @@ ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"data_path": ["a"], "valid_data_path": ["b"]}, ["--data-path", "--valid-data-path are both given"]),
     ({"test_data_path": ["b"]}, ["--test-data-path is given without --train-data-path"]),
     ({"data_path": []}, ["--data-path is empty"]),
-    ({"eod_mask_loss": True}, ["--eod-mask-loss needs a tokenizer"]),
+    ({"eod_mask_loss": True}, ["--eod-mask-loss needs the tokenizer"]),
     ({"eod_mask_loss_of": "eod"}, ["--eod-mask-loss-of eod is given without --eod-mask-loss"]),
     ({"num_workers": -1}, ["--num-workers -1", "at least 0"]),
     ({"train_iters": None, "train_samples": 3}, ["--train-samples 3", "one global batch of 4"]),
     ({"train_samples": 30}, ["--train-iters and --train-samples", "keep one"]),
-    ({"rampup_batch_size": [4, 4, 100]}, ["--rampup-batch-size 4 4 100", "give --train-samples"]),
+    ({"rampup_batch_size": [4, 4, 100]}, ["--rampup-batch-size 4 4 100", "needs --train-samples"]),
     (RAMP | {"rampup_batch_size": [4, 100]}, ["--rampup-batch-size 4 100", "START INCREMENT SAMPLES"]),
     (RAMP | {"rampup_batch_size": [4, 5, 100]}, ["4 5 100", "16 - 4 = 12 is not a positive multiple of 5"]),
     (RAMP | {"rampup_batch_size": [16, 4, 100]}, ["16 - 16 = 0 is not a positive multiple"]),
     (
         RAMP | {"rampup_batch_size": [2, 2, 100]},
-        ["a batch of --rampup-batch-size, 2", "the nearest that is: 4"],
+        ["--rampup-batch-size has a batch of 2", "use 4, the nearest"],
     ),
-    (RAMP | {"lr_decay_iters": 5}, ["--lr-decay-iters counts steps", "give --lr-decay-samples"]),
-    ({"lr_warmup_samples": 5}, ["--lr-warmup-samples counts samples", "give --lr-warmup-iters"]),
+    (RAMP | {"lr_decay_iters": 5}, ["--lr-decay-iters counts steps", "use --lr-decay-samples"]),
+    ({"lr_warmup_samples": 5}, ["--lr-warmup-samples counts samples", "use --lr-warmup-iters"]),
     ({"save_interval": 0, "save": "d"}, ["--save-interval 0", "at least 1"]),
     ({"finetune": True}, ["--finetune", "--load"]),
     ({"log_interval": 0}, ["--log-interval 0", "at least 1"]),
@@ -226,7 +236,7 @@ def test_tensor_parallelism_divides_the_model(size: int, changes: dict[str, Any]
 
 @st.composite
 def configs(draw: st.DrawFn) -> dict[str, Any]:
-    """Settings that fit each other with much left to be filled in."""
+    """Draw settings that fit each other and leave many others to ``resolve``."""
     scheme = draw(st.sampled_from(list(SCHEMES)))
     layers = ["4+8R2+4", "1+2R3+0"] if SCHEMES[scheme].shared_core else ["4+8R2+4", "1+2+2+2+0"]
     memory = {"mesh_slots": st.none() | st.integers(1, 7), "router_init_std": st.none() | st.floats(0, 1)}

@@ -1,8 +1,7 @@
 import pytest
 
-from megatron_mesh.config.check_model import resolve_model
-from megatron_mesh.config.derived import layout, padded_vocab_size
-from megatron_mesh.config.layers import LayerLayout
+from megatron_mesh.config.layout import LayerLayout, layout, padded_vocab_size
+from megatron_mesh.config.resolve.model import resolve_model
 from megatron_mesh.config.schema import ModelConfig
 from megatron_mesh.config.sizes import non_embedding_parameters
 from megatron_mesh.errors import UserError
@@ -15,7 +14,7 @@ def _model(recurrence: str, layers: str, **settings: int) -> ModelConfig:
 @pytest.mark.parametrize(
     ("recurrence", "layers", "parameters"),
     [
-        ("vanilla", "24", 1_208_602_624),  # these three: the paper's 1.4B models
+        ("vanilla", "4+8R2+4", 1_208_602_624),  # these three: the paper's 1.4B models
         ("base", "4+8R2+4", 805_736_448),
         ("mesh", "4+8R2+4", 805_797_918),
         ("vanilla+mesh", "4+8+8+4", 1_208_602_624 + 61_470),
@@ -52,4 +51,5 @@ def test_padding_needs_a_vocabulary() -> None:
 
 
 def test_layout_of_a_resolved_model() -> None:
-    assert layout(_model("vanilla", "4+8R2+4")) == LayerLayout(4, 8, 2, 4, shared=False)
+    assert layout(_model("vanilla+mesh", "4+8R2+4")) == LayerLayout(4, 8, 2, 4, shared=False)
+    assert layout(_model("vanilla", "4+8R2+4")) == LayerLayout(0, 24, 1, 0, shared=False)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mesh.config.layers import LayerLayout, parse_layers
+from megatron_mesh.config.layout import LayerLayout, parse_layers
 from megatron_mesh.errors import UserError
 
 
@@ -28,7 +28,7 @@ _positive = st.integers(1, 9)
 
 
 @given(st.builds(LayerLayout, _count, _positive, _positive, _count, st.booleans()))
-def test_what_is_written_is_read_back(layout: LayerLayout) -> None:
+def test_parsing_inverts_str(layout: LayerLayout) -> None:
     assert parse_layers(str(layout)) == layout
 
 
@@ -38,13 +38,19 @@ def test_distinct_keeps_the_depth() -> None:
     assert distinct.depth == distinct.unique_layers == 24
 
 
+def test_unrolled_is_the_plain_model_of_the_same_depth() -> None:
+    unrolled = parse_layers("4+8R2+4").unrolled()
+    assert unrolled.plain
+    assert str(unrolled) == "24"
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
         ("4+8R0+4", "at least 1"),
         ("4+0R2+4", "--core-layers must be at least 1"),
         ("0", "--core-layers must be at least 1"),
-        ("4+8", "two parts"),
+        ("4+8", "two numbers"),
         ("4+8+7+4", "cores of different sizes [8, 7]"),
         ("4x8", "is not a layer layout"),
         ("", "is not a layer layout"),

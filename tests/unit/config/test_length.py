@@ -1,4 +1,4 @@
-"""Lengths and batch sizes of runs, against Megatron's own calculator and against counting step by step."""
+"""Lengths and batch sizes of runs, compared with Megatron's calculator and with counting step by step."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 
-from megatron_mesh.config.length import batch_size_at, batch_sizes, last_sample, last_step
+from megatron_mesh.config.layout import batch_size_at, batch_sizes, last_sample, last_step
 from megatron_mesh.config.schema import TrainingConfig
 
 
@@ -34,7 +34,7 @@ def test_batch_sizes_are_megatrons(training: TrainingConfig, consumed: int) -> N
 
 @given(ramps())
 def test_the_last_step_is_where_counting_ends(training: TrainingConfig) -> None:
-    """From every position on the way as from the start."""
+    """From every position in the run, and from its start."""
     assert training.train_samples is not None
     positions = [(0, 0)]
     while True:
@@ -47,7 +47,7 @@ def test_the_last_step_is_where_counting_ends(training: TrainingConfig) -> None:
 
 
 def test_samples_count_whatever_the_batch_size() -> None:
-    """Case: 400 samples, 200 of them in batches of 4, the rest in batches of 8 or 2."""
+    """400 samples: 200 of them in batches of 4, the rest in batches of 8 or 2."""
 
     def training(**changes: Any) -> TrainingConfig:
         return TrainingConfig(train_samples=400, **changes)
@@ -55,7 +55,7 @@ def test_samples_count_whatever_the_batch_size() -> None:
     assert last_step(training(global_batch_size=4)) == 100
     assert last_step(training(global_batch_size=8), 50, 200) == 75
     assert last_step(training(global_batch_size=2), 50, 200) == 150
-    assert last_step(training(global_batch_size=3), 50, 200) == 116  # an incomplete batch is left out
+    assert last_step(training(global_batch_size=3), 50, 200) == 116  # an incomplete batch is dropped
     assert last_step(training(global_batch_size=8), 110, 440) == 110
     assert last_sample(training(global_batch_size=8), 110, 440) == 440
 

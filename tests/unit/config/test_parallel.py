@@ -1,4 +1,4 @@
-"""Layouts of ranks: what is refused and what is named instead; who owns which layers."""
+"""Rank layouts: which are refused and with which advice, and the placement of layers."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mesh.config.derived import layout
+from megatron_mesh.config.layout import layout
 from megatron_mesh.config.placement import Part, microbatch_group_size, placement, virtual_stages
 from megatron_mesh.config.schema import ParallelConfig
 from megatron_mesh.errors import UserError
@@ -20,7 +20,7 @@ def config(world_size: int, **changes: Any):
 
 REFUSED: list[tuple[int, dict[str, Any], list[str]]] = [
     (6, {"pipeline_model_parallel_size": 4}, ["= 4 does not divide", "processes, 6", "4 or 8"]),
-    (3, {"pipeline_model_parallel_size": 4}, ["start 4 (torchrun"]),
+    (3, {"pipeline_model_parallel_size": 4}, ["start 4 processes (torchrun"]),
     (
         2,
         {"context_parallel_size": 2, "transformer_impl": "local"},
@@ -28,11 +28,11 @@ REFUSED: list[tuple[int, dict[str, Any], list[str]]] = [
     ),
     (3, {"context_parallel_size": 2}, ["--context-parallel-size 2 = 2 does not divide", "2 or 4"]),
     (2, {"context_parallel_size": 2}, ["--context-parallel-size 2 needs --bf16"]),
-    (2, {"context_parallel_size": 2, "seq_length": 18, "bf16": True}, ["into 4 pieces", "16 and 20"]),
+    (2, {"context_parallel_size": 2, "seq_length": 18, "bf16": True}, ["into 4 pieces", "16 or 20"]),
     (
         4,
         {"context_parallel_size": 2, "tensor_model_parallel_size": 2, "seq_length": 20, "bf16": True},
-        ["into 8 pieces", "16 and 24"],
+        ["into 8 pieces", "16 or 24"],
     ),
     (2, {"overlap_param_gather": True}, ["needs --use-distributed-optimizer"]),
     (
@@ -42,18 +42,22 @@ REFUSED: list[tuple[int, dict[str, Any], list[str]]] = [
     ),
     (2, {"ddp_bucket_size": 1000}, ["--ddp-bucket-size needs --overlap-grad-reduce"]),
     (4, {"tensor_model_parallel_size": 4, "seq_length": 18}, ["--seq-length", "18", "size 3"]),
-    (4, {"pipeline_model_parallel_size": 4, "global_batch_size": 3}, ["3 micro-batches", "4 or more"]),
+    (
+        4,
+        {"pipeline_model_parallel_size": 4, "global_batch_size": 3},
+        ["at least 4 micro-batches", "only 3", "4 or more"],
+    ),
     (
         4,
         {"pipeline_model_parallel_size": 4, "microbatch_group_size_per_virtual_stage": 3},
-        ["from 4 to 32", "fits: 4"],
+        ["from 4 to 32", "use 4, the nearest"],
     ),
     (
         4,
         {"pipeline_model_parallel_size": 4, "microbatch_group_size_per_virtual_stage": 15},
-        ["must not be smaller than 4", "fits: 14"],
+        ["must not be smaller than 4", "use 14, the nearest"],
     ),
-    (4, {"pipeline_model_parallel_size": 4, "layers": "1+1R2+1"}, ["pipeline rank 1 would hold no layer"]),
+    (4, {"pipeline_model_parallel_size": 4, "layers": "1+1R2+1"}, ["pipeline rank 1 would have no layers"]),
     (1, {"watchdog_timeout_minutes": 40.0}, ["must be below --distributed-timeout-minutes 30"]),
     (1, {"microbatch_group_size_per_virtual_stage": 2}, ["--pipeline-model-parallel-size above 1"]),
     (1, {"pipeline_model_parallel_layout": "4/8/4"}, ["--pipeline-model-parallel-size above 1"]),
@@ -65,12 +69,12 @@ REFUSED: list[tuple[int, dict[str, Any], list[str]]] = [
     (
         2,
         {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "2,2/4,4"},
-        ["not prelude/core/coda", "2,2/4,4/3,1"],
+        ["write prelude/core/coda", "2,2/4,4/3,1"],
     ),
     (
         2,
         {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "2,2/4,3/2,2"},
-        ["the core has the parts (4, 3)", "an even one is 2,2/4,4/2,2"],
+        ["gives the core the parts (4, 3)", "an even layout is 2,2/4,4/2,2"],
     ),
     (
         4,
@@ -105,7 +109,7 @@ REFUSED: list[tuple[int, dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("world_size", "changes", "named"), REFUSED, ids=lambda value: str(value)[:70])
-def test_refused_with_what_would_work(world_size: int, changes: dict[str, Any], named: list[str]) -> None:
+def test_errors_name_what_works(world_size: int, changes: dict[str, Any], named: list[str]) -> None:
     with pytest.raises(UserError) as error:
         config(world_size, **changes)
     for part in named:
@@ -123,7 +127,7 @@ def test_recommended_numbers_work() -> None:
     layers=st.tuples(st.integers(0, 9), st.integers(1, 12), st.integers(0, 9)),
     weighed=st.booleans(),
 )
-def test_every_layer_has_one_home(ranks: int, layers: tuple[int, int, int], weighed: bool) -> None:
+def test_every_layer_is_on_one_rank(ranks: int, layers: tuple[int, int, int], weighed: bool) -> None:
     prelude, core, coda = layers
     model = tiny_config("mesh", f"{prelude}+{core}R2+{coda}").model
     parallel = ParallelConfig(
@@ -145,11 +149,11 @@ def test_every_layer_has_one_home(ranks: int, layers: tuple[int, int, int], weig
         assert min(held) > 0 or sum(held) < ranks
 
 
-def test_what_does_not_divide_keeps_away_from_embedding_and_loss() -> None:
+def test_surplus_layers_are_far_from_embedding_and_loss() -> None:
     model = tiny_config("mesh", "5+11R2+5").model
     even = placement(model, ParallelConfig(pipeline_model_parallel_size=4))
     assert str(even) == "1,1,1,2/2,3,3,3/2,1,1,1"
-    # Here the output projection has the FLOPs of more than one of the tiny layers.
+    # The output projection has the FLOPs of more than one of these tiny layers.
     weighed = ParallelConfig(pipeline_model_parallel_size=4, account_for_loss_in_pipeline_split=True)
     assert placement(model, weighed).coda[-1] < even.coda[-1] + 1 and sum(placement(model, weighed).coda) == 5
     wide = tiny_config("mesh", "5+11R2+5", vocab_size=50304).model
@@ -157,7 +161,7 @@ def test_what_does_not_divide_keeps_away_from_embedding_and_loss() -> None:
 
 
 @pytest.mark.parametrize("ranks", range(1, 9))
-def test_the_group_size_that_is_chosen_is_one_that_megatron_takes(ranks: int) -> None:
+def test_megatron_accepts_the_default_group_size(ranks: int) -> None:
     parallel = ParallelConfig(pipeline_model_parallel_size=ranks)
     for micro_batches in range(ranks, 40):
         group = microbatch_group_size(parallel, micro_batches)

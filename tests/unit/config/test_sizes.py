@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from megatron_mesh.config import sizes
-from megatron_mesh.config.derived import layout
+from megatron_mesh.config.layout import layout
 from megatron_mesh.recurrence import SCHEMES
 from tests.helpers import tiny_config
 

@@ -2,9 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mesh.config.settings import REFUSED, SETTINGS
-from megatron_mesh.config.sources import PATHS, merge, read_yaml
-from megatron_mesh.config.yaml_file import load_yaml
+from megatron_mesh.config.settings import PATHS, REFUSED, SETTINGS, load_yaml, merge, read_yaml
 from megatron_mesh.errors import UserError
 
 
@@ -132,7 +130,7 @@ def test_a_plain_depth_has_no_part_to_change() -> None:
         merge({"layers": "24"}, {"num_loops": 3})
 
 
-def test_a_key_given_twice_names_both_lines(tmp_path: Path) -> None:
+def test_a_duplicate_key_is_reported_with_both_lines(tmp_path: Path) -> None:
     message = _message(tmp_path, "lr: 1e-3\nhidden_size: 64\n\nlr: 1e-2\n")
     assert "lr is given twice, in lines 1 and 4; keep one" in message
 
@@ -145,7 +143,7 @@ def test_merge_keys_and_odd_keys(tmp_path: Path) -> None:
     assert "is not a YAML file of settings" in _message(tmp_path, "save: {{ dir }}")
 
 
-def test_paths_are_read_as_a_shell_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_expand_as_in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("SCRATCH", "/scratch")
     text = "save: ~/x=y\nload: $SCRATCH/y\ndata_path: [0.5, '${SCRATCH}/a', 0.5, ~/b]\noutput_dir: a$$b\n"
@@ -161,13 +159,13 @@ def test_paths_are_read_as_a_shell_reads_them(tmp_path: Path, monkeypatch: pytes
     assert "write $$" in _message(tmp_path, "save: a$/x")
 
 
-def test_every_setting_that_names_a_place_is_a_path() -> None:
+def test_every_setting_with_a_file_or_directory_is_a_path() -> None:
     endings = ("_path", "_dir", "tokenizer_model")
     assert {name for name in SETTINGS if name.endswith(endings) or name in ("save", "load")} == PATHS
 
 
-def test_the_kind_of_a_tokenizer_goes_with_its_file() -> None:
-    """A preset's kind doesn't describe the file that the command line names."""
+def test_another_tokenizer_model_drops_the_tokenizer_type() -> None:
+    """The type in a preset doesn't describe the tokenizer on the command line."""
     preset = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "a.json"}
     assert merge(preset, {"tokenizer_model": "b.model"}) == {"tokenizer_model": "b.model"}
     both = {"tokenizer_model": "b.model", "tokenizer_type": "SentencePieceTokenizer"}

@@ -1,4 +1,4 @@
-"""Small tokenizers and data sets, made anew for the tests."""
+"""Small tokenizers and data sets for the tests."""
 
 import runpy
 import sys
@@ -60,7 +60,7 @@ def sp_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def make_data(tmp_path: Path) -> Callable[..., str]:
     """Writes documents of numbers; ``make_data(name, documents, length, first)`` returns the prefix.
 
-    All numbers of a data set differ, so a token tells its place.
+    All numbers in a data set differ, so each token identifies its position.
     """
 
     def make(name: str, documents: int = 40, length: int = 50, first: int = 1) -> str:
@@ -76,7 +76,7 @@ def make_data(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def run_tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs tools/NAME.py with a command line, in this process; returns its exit code."""
+    """Runs tools/NAME.py with a command line in this process, and returns its exit code."""
     tools = Path(__file__).resolve().parents[3] / "tools"
 
     def run(name: str, *arguments: str) -> int:

@@ -23,7 +23,7 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> str:
 
 
 class NumberTokenizer:
-    """What GPTDataset needs of a tokenizer, for data that are numbers."""
+    """The parts of a tokenizer that GPTDataset needs, for data that are numbers."""
 
     vocab_size, eod, pad = 60_000, 0, -1
     unique_identifiers = {"class": "NumberTokenizer"}  # noqa: RUF012

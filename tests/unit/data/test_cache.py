@@ -1,4 +1,4 @@
-"""The index cache: what is in it, damage, and several processes that build it at once."""
+"""The index cache: contents, damage, and several processes that build it at once."""
 
 import multiprocessing
 import os
@@ -22,7 +22,7 @@ KEY_TEXT = "an entry of numbers"
 
 
 def numbers() -> cache.Arrays:
-    """Arrays larger than the two ends that are checked, and a small one."""
+    """Return an array larger than the two ends that are verified, and a small one."""
     return {"long": np.arange(100_000), "pairs": np.arange(6, dtype=np.int32).reshape(3, 2)}
 
 
@@ -86,7 +86,7 @@ def damage_truncated(entry: Path) -> None:
 
 
 def damage_tail_is_zero(entry: Path) -> None:
-    """As after a copy that was cut off, into a file of the full size."""
+    """Damage a file like an interrupted copy into a preallocated file."""
     os.truncate(entry / "long.npy", 400_000)
     os.truncate(entry / "long.npy", 100_000 * 8 + 128)
 
@@ -108,9 +108,9 @@ def damage_manifest(entry: Path) -> None:
 
 
 def damage_foreign(entry: Path) -> None:
-    """An entry of something else under this name."""
+    """Put another entry in this one's place."""
     other = cache.Key(entry.parent, "numbers", "something else")
-    cache.build(other, numbers)
+    cache.build_entry(other, numbers)
     shutil.rmtree(entry)
     other.path.rename(entry)
 
@@ -127,29 +127,29 @@ def damage_no_directory(entry: Path) -> None:
 
 @pytest.mark.parametrize("damage", [f for name, f in globals().items() if name.startswith("damage_")])
 def test_a_damaged_or_foreign_entry_is_rebuilt(tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    cache.build(key(tmp_path), numbers)
+    cache.build_entry(key(tmp_path), numbers)
     assert cache.load(key(tmp_path)) is not None
     damage(key(tmp_path).path)
     assert cache.load(key(tmp_path)) is None
-    cache.build(key(tmp_path), numbers)
+    cache.build_entry(key(tmp_path), numbers)
     loaded = cache.load(key(tmp_path))
     assert loaded is not None and only_the_entry(tmp_path)
     assert all(np.array_equal(loaded[name], array) for name, array in numbers().items())
 
 
-def test_a_whole_entry_is_not_built_again(tmp_path: Path) -> None:
-    cache.build(key(tmp_path), numbers)
-    cache.build(key(tmp_path), lambda: pytest.fail("it is there"))
+def test_an_intact_entry_is_not_rebuilt(tmp_path: Path) -> None:
+    cache.build_entry(key(tmp_path), numbers)
+    cache.build_entry(key(tmp_path), lambda: pytest.fail("it is there"))
 
 
 def _build_slowly(directory: Path, barrier, results) -> None:
-    """Ready at the same time as the others, whatever the scheduler does."""
+    """Build at the same time as the other processes, whatever the scheduler does."""
 
     def make() -> cache.Arrays:
         barrier.wait(60)
         return numbers()
 
-    cache.build(key(directory), make)
+    cache.build_entry(key(directory), make)
     loaded = cache.load(key(directory))
     results.put(loaded is not None and np.array_equal(loaded["long"], numbers()["long"]))
 
@@ -157,7 +157,7 @@ def _build_slowly(directory: Path, barrier, results) -> None:
 @pytest.mark.parametrize("damaged", [False, True])
 def test_four_jobs_at_once_all_succeed(tmp_path: Path, damaged: bool) -> None:
     if damaged:
-        cache.build(key(tmp_path), numbers)
+        cache.build_entry(key(tmp_path), numbers)
         damage_truncated(key(tmp_path).path)
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(4), context.SimpleQueue()
@@ -180,7 +180,7 @@ def _die_while_building(directory: Path) -> None:
         time.sleep(60)
 
     np.save = save_then_die
-    cache.build(key(directory), numbers)
+    cache.build_entry(key(directory), numbers)
 
 
 def test_a_killed_builder_leaves_no_entry(tmp_path: Path) -> None:
@@ -190,17 +190,17 @@ def test_a_killed_builder_leaves_no_entry(tmp_path: Path) -> None:
     assert job.exitcode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left != key(tmp_path).path and cache.load(key(tmp_path)) is None
-    cache.build(key(tmp_path), numbers)
+    cache.build_entry(key(tmp_path), numbers)
     assert left.exists()  # its builder might be alive, on another host
     two_days_ago = time.time() - 2 * 86_400
     os.utime(left, (two_days_ago, two_days_ago))
     shutil.rmtree(key(tmp_path).path)
-    cache.build(key(tmp_path), numbers)
+    cache.build_entry(key(tmp_path), numbers)
     assert only_the_entry(tmp_path)
 
 
 def test_reordered_documents_are_noticed(tmp_path: Path) -> None:
-    """Even the last two of 400,000: the first mebibyte of the index and all sizes stay the same."""
+    """Even the last two of 400,000, where the first mebibyte of the index and all sizes are unchanged."""
     lengths = np.ones(400_000, np.int32)
     lengths[-2:] = 2, 3
     tokens = np.arange(lengths.sum()) % 60_000
@@ -216,7 +216,7 @@ def test_reordered_documents_are_noticed(tmp_path: Path) -> None:
 
 
 def test_reordered_documents_of_one_length_are_noticed(make_data) -> None:
-    """Where the file is small enough to be read whole."""
+    """If the file is small enough to be hashed entirely."""
     prefix = make_data("a")
     before = inspect_prefix(prefix).fingerprint
     tokens = np.fromfile(f"{prefix}.bin", np.uint16).reshape(40, 50)
@@ -226,7 +226,7 @@ def test_reordered_documents_of_one_length_are_noticed(make_data) -> None:
 
 
 def _anonymous_bytes() -> int:
-    """Memory of this process that is not a file's."""
+    """Return the memory of this process that is not mapped from a file."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
 
@@ -238,8 +238,8 @@ def _memory_of_a_blend(words: list[str], samples: int, results) -> None:
     results.put((_anonymous_bytes() - before, prefixes.count(words[1]) / len(prefixes)))
 
 
-def test_a_blend_takes_no_memory_of_its_own(make_data) -> None:
-    """Two million samples are 20 MB, which the processes of a node share."""
+def test_a_blend_is_memory_mapped(make_data) -> None:
+    """The index of two million samples takes 20 MB, which the processes of a node share."""
     samples = 2_000_000
     words = ["0.7", make_data("a"), "0.3", make_data("b", first=5000)]
     build(*words, train=samples)

@@ -1,7 +1,4 @@
-"""Raw text: endings, compression, truncated files, JSON that isn't JSON Lines, long lines.
-
-Numbers of cases are those of the list of everyday faults.
-"""
+"""Raw text: suffixes, compression, truncated files, JSON that isn't JSON Lines, long lines."""
 
 import gzip
 import json
@@ -34,20 +31,20 @@ def plain(tmp_path: Path) -> bytes:
 
 
 def zstd_frame(window_log: int, content: bytes) -> bytes:
-    """A frame of one block, whose header asks for a window of 2**window_log bytes."""
+    """Return a frame with one block, whose header requests a window of 2**window_log bytes."""
     block = (1 | len(content) << 3).to_bytes(3, "little")
     return b"\x28\xb5\x2f\xfd\x00" + bytes([window_log - 10 << 3]) + block + content
 
 
 @pytest.mark.parametrize("window_log", [27, 28, 31])
 def test_zstd_windows(tmp_path: Path, plain: bytes, window_log: int) -> None:
-    """Case 13: what zstd --long=28 and --long=31 write is read."""
+    """Files written with zstd --long=28 and --long=31 can be read."""
     (tmp_path / "c.jsonl.zst").write_bytes(zstd_frame(window_log, plain))
     assert texts(tmp_path / "c.jsonl.zst") == TEXTS
 
 
-def test_a_zstd_window_that_nobody_reads(tmp_path: Path, plain: bytes) -> None:
-    """Case 13: where a window cannot be read, the window is what the error names."""
+def test_a_zstd_window_that_is_too_large(tmp_path: Path, plain: bytes) -> None:
+    """If a window is too large, the error says so."""
     (tmp_path / "c.jsonl.zst").write_bytes(zstd_frame(32, plain))
     with pytest.raises(UserError, match=r"c\.jsonl\.zst needs a window above 2 GiB"):
         texts(tmp_path / "c.jsonl.zst")
@@ -55,7 +52,7 @@ def test_a_zstd_window_that_nobody_reads(tmp_path: Path, plain: bytes) -> None:
 
 @pytest.mark.skipif(shutil.which("zstd") is None, reason="the zstd program is not installed")
 def test_the_zstd_programs_long_windows(tmp_path: Path, plain: bytes) -> None:
-    """Case 13, with the program itself."""
+    """The same with files written by the zstd program."""
     for option in ("--long=28", "--long=31"):
         compressed = subprocess.run(
             ["zstd", "-1", option, "-c"], input=plain, capture_output=True, check=True
@@ -71,7 +68,7 @@ COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compre
 def test_several_members_are_read_and_no_truncation_is_silent(
     tmp_path: Path, plain: bytes, ending: str
 ) -> None:
-    """Siblings of case 13: concatenated files, and a download that was cut off, in either member."""
+    """Concatenated files are read, and a download cut off in either member is an error."""
     compress, path = COMPRESS[ending], tmp_path / f"c.jsonl{ending}"
     members = compress(plain[:700]) + compress(b"") + compress(plain[700:])
     path.write_bytes(members)
@@ -84,11 +81,11 @@ def test_several_members_are_read_and_no_truncation_is_silent(
 
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_a_damaged_second_member_is_not_taken_for_the_end(tmp_path: Path, plain: bytes, ending: str) -> None:
-    """Sibling of case 13: what follows the first member is read, or an error."""
+    """Data after the first member are read, or are an error."""
     first, second = (COMPRESS[ending](part) for part in (plain[:700], plain[700:]))
     path = tmp_path / f"c.jsonl{ending}"
     path.write_bytes(first + b"damage" + second[6:])
-    with pytest.raises(UserError, match=rf"Cannot read .*c\.jsonl\{ending}"):
+    with pytest.raises(UserError, match=rf"c\.jsonl\{ending} cannot be read"):
         texts(path)
 
 
@@ -102,23 +99,23 @@ def test_damaged_and_misnamed_compression(tmp_path: Path, plain: bytes) -> None:
     for ending, compress in COMPRESS.items():
         path = tmp_path / f"c.jsonl{ending}"
         path.write_bytes(plain)
-        with pytest.raises(UserError, match="Cannot read"):
+        with pytest.raises(UserError, match="cannot be read"):
             texts(path)
         data = bytearray(compress(plain))
         data[len(data) // 2] ^= 0xFF
         path.write_bytes(data)
-        with pytest.raises(UserError, match=r"Cannot read|truncated|broken JSON|utf-8"):
+        with pytest.raises(UserError, match=r"cannot be read|truncated|broken JSON|utf-8"):
             texts(path)
 
 
 @pytest.mark.parametrize("name", ["C.JSONL", "c.Json.GZ", "c.NDJSON.Xz", "c.v2.jsonl.ZST"])
-def test_capitals_in_endings(tmp_path: Path, plain: bytes, name: str) -> None:
+def test_upper_case_suffixes(tmp_path: Path, plain: bytes, name: str) -> None:
     compress = COMPRESS.get(Path(name).suffix.lower(), bytes)
     (tmp_path / name).write_bytes(compress(plain))
     assert texts(tmp_path / name) == TEXTS
 
 
-def test_capitals_in_the_ending_of_a_text(tmp_path: Path) -> None:
+def test_upper_case_suffix_of_a_text_file(tmp_path: Path) -> None:
     (tmp_path / "A.TXT").write_text("one\ntwo\n")
     assert texts(tmp_path / "A.TXT") == ["one\ntwo\n"]
 
@@ -138,7 +135,7 @@ WHOLE = {
 @pytest.mark.parametrize("case", WHOLE)
 @pytest.mark.parametrize("skip_broken", [False, True])
 def test_a_json_document_is_recognised(tmp_path: Path, case: str, skip_broken: bool) -> None:
-    """Case 22. Skipping line by line would lose the whole file, so --skip-broken makes no difference."""
+    """Skipping it line by line would lose the entire file, so --skip-broken makes no difference."""
     text, kind, program = WHOLE[case]
     path = tmp_path / "c d.json"
     path.write_text(text)
@@ -154,18 +151,18 @@ def test_a_json_document_is_recognised(tmp_path: Path, case: str, skip_broken: b
 @pytest.mark.parametrize("name", ["c.json", "c.json.gz"])
 @pytest.mark.parametrize("case", ["pretty objects", "pretty array"])
 def test_the_remedy_converts_the_document(tmp_path: Path, name: str, case: str) -> None:
-    """Case 22: the command of the message, run as it stands."""
+    """The command in the message works as it is printed."""
     data = WHOLE[case][0].encode()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     with pytest.raises(UserError) as caught:
         texts(tmp_path / name)
-    command = str(caught.value).split("To convert it: ")[1]
+    command = str(caught.value).split("convert it with: ")[1]
     subprocess.run(command, shell=True, cwd=tmp_path, check=True)
     assert texts(tmp_path / "c.lines.jsonl") == ["one", "two"]
 
 
-def test_one_broken_line_is_no_document(tmp_path: Path) -> None:
-    """A bad first line of JSON Lines, or a bad later one, gets no advice on conversion."""
+def test_one_broken_line_is_not_a_json_document(tmp_path: Path) -> None:
+    """A bad line of JSON Lines, whether the first or a later one, gets no advice on conversion."""
     for line in ('{"text": "cut o', '["text"]', "nonsense", '{"text": 1}'):
         for lines in ([line, '{"text": "b"}'], ['{"text": "b"}', line]):
             (tmp_path / "c.jsonl").write_text("\n".join(lines))
@@ -175,7 +172,7 @@ def test_one_broken_line_is_no_document(tmp_path: Path) -> None:
 
 
 def test_skipping_a_broken_first_document(tmp_path: Path) -> None:
-    """It spans two lines, and the rest of the file is JSON Lines."""
+    """The document spans two lines; the rest of the file is JSON Lines."""
     (tmp_path / "c.jsonl").write_text('{\n"text": "a"}\n' + '{"text": "b"}\n' * 5)
     with pytest.raises(UserError, match="JSON objects over several lines"):
         texts(tmp_path / "c.jsonl")
@@ -184,9 +181,9 @@ def test_skipping_a_broken_first_document(tmp_path: Path) -> None:
     assert parsed.texts == [["b"] * 5] and len(parsed.broken) == 2
 
 
-def test_the_keys_of_an_object_without_text_are_named(tmp_path: Path) -> None:
+def test_a_missing_key_lists_the_keys_there_are(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text('{"content": "a", "id": 1}\n')
-    with pytest.raises(UserError, match=r"no text under the key 'text'.*the keys here: 'content', 'id'"):
+    with pytest.raises(UserError, match=r"no text under the key 'text'.*its keys are: 'content', 'id'"):
         texts(tmp_path / "c.jsonl")
 
 
@@ -205,7 +202,7 @@ class CountedBytes(bytes):
 
 
 def test_a_long_line_is_read_in_linear_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line of 2,000 blocks: appending each to what came before would copy a thousand times as much."""
+    """Appending each of the line's 2,000 blocks to the previous ones would copy a thousand times as much."""
     path = Path(write_jsonl(tmp_path / "c.jsonl", ["before", "x" * 100_000, "after"]))
     whole = corpus.open_file
 

@@ -1,4 +1,4 @@
-"""Data sets: what sample j is, blends, splits, the index cache, errors."""
+"""Data sets: the order of samples, blends, splits, the index cache, errors."""
 
 import multiprocessing
 import os
@@ -13,9 +13,9 @@ import torch
 
 from megatron_mesh.config.schema import DataConfig
 from megatron_mesh.data import build_datasets, build_tokenizer
-from megatron_mesh.data.blend import parse_blend, parse_sets, parse_split
 from megatron_mesh.data.datasets import Datasets
 from megatron_mesh.data.indexed import IndexedWriter
+from megatron_mesh.data.sources import parse_blend, parse_sets, parse_split
 from megatron_mesh.data.stream import SampleStream, epoch_order
 from megatron_mesh.errors import UserError
 from tests.unit.data.corpora import NumberTokenizer
@@ -49,7 +49,7 @@ def test_a_sample_is_consecutive_text(make_data) -> None:
     assert set(sample) == {"tokens", "labels", "position_ids", "loss_mask"}
 
 
-def test_a_longer_run_begins_with_the_shorter(make_data) -> None:
+def test_a_longer_run_begins_like_a_shorter_one(make_data) -> None:
     a, b = make_data("a"), make_data("b", documents=25, first=5000)
     for words in ([a], ["0.7", a, "0.3", b]):
         assert first_tokens(build(*words, train=700).train)[:90] == first_tokens(
@@ -87,7 +87,7 @@ def test_blend_keeps_its_proportions_everywhere(make_data) -> None:
 
 
 def test_reading_order_and_repetition_change_nothing(make_data) -> None:
-    """Megatron caches the loss mask of the first sample and changes it in place."""
+    """Megatron caches the loss mask of the first sample and modifies it in place."""
     one, other = (build(make_data("a"), eod_mask_loss=False).train for _ in range(2))
     backward = [other[i] for i in reversed(range(50))][::-1]
     for i in range(50):
@@ -105,7 +105,7 @@ EOD_MASKS: dict[str, tuple[dict[str, Any], list[float]]] = {
 
 @pytest.mark.parametrize("case", EOD_MASKS)
 def test_which_predictions_an_end_of_document_leaves_out(tmp_path: Path, case: str) -> None:
-    """Case 18. The data are 5 6 7 0, 5 6 7 0 ...; the token 0 ends a document."""
+    """The data are 5 6 7 0, 5 6 7 0 ...; token 0 ends a document."""
     with IndexedWriter(str(tmp_path / "eod"), np.uint16) as writer:
         writer.add(np.tile([5, 6, 7, 0], 50), np.full(50, 4))
         writer.commit()
@@ -163,7 +163,7 @@ def test_names_of_validation_sets() -> None:
     for words in (["p"], ["data/lang=en/text"], ["0.3", "lang=en/text", "0.7", "q"]):
         assert parse_sets(words, "--valid-data-path") == {"": words}
     cases = [
-        (["a=p", "a=q"], "--valid-data-path gives the name a twice"),
+        (["a=p", "a=q"], "--valid-data-path has two sets named a"),
         (["a=p", "q"], "--valid-data-path mixes NAME=PREFIX"),
         (["0.3", "a=p", "b=q"], "--valid-data-path mixes NAME=PREFIX"),
         (["loss=p"], "cannot be named loss"),
@@ -205,7 +205,7 @@ def test_cache_is_used_and_follows_the_content(make_data, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["document_index", "sample_index", "shuffle_index", "manifest"])
 def test_a_truncated_index_file_is_rebuilt(make_data, tmp_path: Path, name: str) -> None:
-    """Case 10: each file of the index in turn is cut to a half, as by a kill in the first build."""
+    """Each file of the index in turn is cut in half, as if the first build had been killed."""
     prefix, cache = make_data("a"), tmp_path / "cache"
     before = first_tokens(build(prefix, data_cache_path=str(cache)).train)
     (path,) = cache.glob(f"*/{name}.*")
@@ -215,8 +215,8 @@ def test_a_truncated_index_file_is_rebuilt(make_data, tmp_path: Path, name: str)
     assert path.read_bytes() == whole
 
 
-def test_a_corpus_remade_in_another_order_gets_its_own_index(tmp_path: Path) -> None:
-    """Case 11: the first documents, the number of documents and all sizes stay as they were."""
+def test_a_reordered_corpus_gets_a_new_index(tmp_path: Path) -> None:
+    """Even if the first documents, the number of documents and all sizes stay the same."""
     random = np.random.default_rng(0)
     documents = [np.full(length, i + 1) for i, length in enumerate(random.integers(1, 60, 3000))]
 
@@ -242,7 +242,7 @@ def _run_when_all_are_ready(run_tool, command: list[str], barrier) -> None:
 
 
 def test_four_builds_of_one_index_at_once(make_data, tmp_path: Path, run_tool) -> None:
-    """Case 12: all succeed, and what they leave equals what one alone leaves, to the byte."""
+    """All succeed, and together they leave the same files, byte for byte, as a single build."""
     make_data("a", documents=400, length=90)
     blend = [
         "--data-path",
@@ -288,7 +288,7 @@ def test_prebuilt_cache(make_data, tmp_path: Path, hf_model: str, run_tool, caps
     build_datasets(config, tokenizer, seq_length=16, seed=1, train_samples=300, eval_samples=9)
     assert set(cache.iterdir()) == files  # a run finds what the tool built
     assert run_tool("build_data_index", *command, "--seq-length", "9999") == 2
-    assert capsys.readouterr().err.startswith("error: The train part")
+    assert capsys.readouterr().err.startswith("error: the train part")
 
 
 def test_unwritable_cache(make_data, tmp_path: Path) -> None:
@@ -301,15 +301,15 @@ def test_unwritable_cache(make_data, tmp_path: Path) -> None:
 def test_bad_input(make_data) -> None:
     a, b = make_data("a"), make_data("b")
     cases: list[tuple[list[str], dict[str, Any], str]] = [
-        ([], {}, "No training data"),
+        ([], {}, "no training data"),
         ([a + "x"], {}, "does not exist"),
         ([a], {"length": 2000}, "train part .* 2,000 tokens in 40 of 40 documents"),
         ([a], {"split": "99,1,0"}, "valid part .* 0 tokens"),
-        ([a], {"split": "0,1,0"}, "No training data"),
+        ([a], {"split": "0,1,0"}, "no training data"),
         ([a], {"train_data_path": [b]}, "--data-path and --train-data-path"),
-        ([a, b], {}, "not a number above 0"),
-        (["0.5", a, b], {}, "do not pair up"),
-        (["0.5", a, "-1", b], {}, "not a number above 0"),
+        ([a, b], {}, "is not a positive number"),
+        (["0.5", a, b], {}, "not pairs of WEIGHT PREFIX"),
+        (["0.5", a, "-1", b], {}, "is not a positive number"),
         ([a], {"split": "9x,1"}, "--split '9x,1'"),
         ([a], {"split": "0,0,0"}, "not all zero"),
     ]

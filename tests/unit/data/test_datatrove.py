@@ -1,4 +1,4 @@
-"""The datatrove pipeline gives what tools/preprocess_data.py gives; the SLURM form submits its two jobs."""
+"""The datatrove pipeline writes the same files as tools/preprocess_data.py, and submits two SLURM jobs."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_same_files_as_on_one_machine(tmp_path: Path, run_tool, model: str, requ
 
 
 def test_slurm_jobs(tmp_path: Path, run_tool, hf_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an sbatch that only takes notes."""
+    """Uses an sbatch that only records its calls."""
     bin_ = tmp_path / "bin"
     bin_.mkdir()
     sbatch = bin_ / "sbatch"

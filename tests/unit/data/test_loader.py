@@ -49,7 +49,7 @@ def global_batches(
     return list(torch.cat(per_rank, dim=1))
 
 
-def test_a_global_batch_depends_on_its_number_alone(stream: SampleStream) -> None:
+def test_a_global_batch_depends_only_on_its_number(stream: SampleStream) -> None:
     expected = [
         torch.stack([stream[i]["tokens"] for i in range(n * GLOBAL, (n + 1) * GLOBAL)])
         for n in range(200 // GLOBAL)
@@ -61,7 +61,7 @@ def test_a_global_batch_depends_on_its_number_alone(stream: SampleStream) -> Non
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_goes_on_where_it_was(stream: SampleStream, workers: int) -> None:
+def test_a_resumed_run_continues_at_its_position(stream: SampleStream, workers: int) -> None:
     whole = global_batches(stream, micro=2, ranks=2, workers=0)
     rest = global_batches(stream, micro=2, ranks=1, workers=workers, consumed=7 * GLOBAL)
     assert all(torch.equal(a, b) for a, b in zip(rest, whole[7:], strict=True))
@@ -84,7 +84,7 @@ def test_shapes_and_an_incomplete_last_batch(stream: SampleStream) -> None:
     assert batches[0].loss_mask.shape == (2, 16) and batches[0].loss_mask.dtype == torch.float32
 
 
-def test_a_loader_leaves_the_random_state_alone(stream: SampleStream) -> None:
+def test_a_loader_does_not_change_the_random_state(stream: SampleStream) -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -107,7 +107,7 @@ def test_a_batch_that_does_not_divide(stream: SampleStream, micro: int, size: in
 
 
 class Failing(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Fails at sample 3."""
+    """A data set that fails at sample 3."""
 
     def __len__(self) -> int:
         return 8

@@ -1,4 +1,4 @@
-"""Texts longer than a window: the ids of the whole text, from windows, whatever the text looks like."""
+"""Texts longer than a window get the ids of the entire text, whatever the text looks like."""
 
 import json
 import random
@@ -12,8 +12,7 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from megatron_mesh.data import build_tokenizer
 from megatron_mesh.data import preprocess as module
-from megatron_mesh.data.encode import Encoder, GigatokenEncoder, Located, choose_encoder
-from megatron_mesh.data.long_texts import encode_texts
+from megatron_mesh.data.encode import Encoder, GigatokenEncoder, Located, choose_encoder, encode_texts
 from megatron_mesh.data.preprocess import PreprocessSettings, preprocess
 from megatron_mesh.data.tokenizer import HuggingFaceTokenizer
 from tests.unit.data.corpora import sentences, write_jsonl
@@ -22,7 +21,7 @@ WINDOW = 1024
 
 
 def shapes(length: int) -> dict[str, str]:
-    """Texts of about ``length`` characters, those among them that have no place to cut."""
+    """Return texts of about ``length`` characters, including some without a place to cut."""
     pick = random.Random(3).choices
     return {
         "prose": " ".join(sentences(length // 100))[:length],
@@ -42,7 +41,7 @@ def shapes(length: int) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def digits_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """As in Llama 3: NFC, and runs of digits divided in threes from their start."""
+    """A tokenizer like Llama 3's: NFC, and numbers split in threes from their start."""
     backend = Backend(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -56,7 +55,7 @@ def digits_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def unsplit_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """As in Llama 2: no pretokenizer, so that a document is one word."""
+    """A tokenizer like Llama 2's: no pretokenizer, so a document is one word."""
     backend = Backend(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence(
         [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
@@ -87,11 +86,13 @@ def _trained(backend: Backend, directory: Path, special: list[str] | None = None
 
 @pytest.mark.parametrize("model", ["hf_model", "sp_model", "digits_model", "unsplit_model"])
 @pytest.mark.parametrize("fast", [True, False], ids=["fastest", "reference"])
-def test_windows_give_the_ids_of_the_whole(model: str, fast: bool, request: pytest.FixtureRequest) -> None:
+def test_windows_give_the_ids_of_the_entire_text(
+    model: str, fast: bool, request: pytest.FixtureRequest
+) -> None:
     tokenizer = build_tokenizer(None, request.getfixturevalue(model))
     encoder = choose_encoder(tokenizer, [], fast=fast)[0]
     for name in shapes(1000):
-        # Where numbers are divided in threes, only a long stretch of them shows whether two windows agree.
+        # If numbers are split in threes, only a long number shows whether two windows agree.
         window = 8 * WINDOW if (model, name) == ("digits_model", "digits") else WINDOW
         text = shapes(4 * window)[name]
         texts = ["before", text, text[:50], text[: 3 * window]]
@@ -103,7 +104,7 @@ def test_windows_give_the_ids_of_the_whole(model: str, fast: bool, request: pyte
 
 
 class Counted:
-    """An encoder that notes the size of every text it gets."""
+    """An encoder that records the size of every text."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder, self.sizes = encoder, list[int]()
@@ -129,7 +130,7 @@ class Counted:
 def test_work_grows_with_the_text_and_no_call_is_large(
     model: str, fast: bool, shape: str, request: pytest.FixtureRequest
 ) -> None:
-    """One endless word, or one endless line: four times the text is four times the work."""
+    """For one endless word or line, four times the text takes four times the work."""
     tokenizer = build_tokenizer(None, request.getfixturevalue(model))
     work = []
     for size in (20_000, 40_000, 80_000):
@@ -143,11 +144,11 @@ def test_work_grows_with_the_text_and_no_call_is_large(
 def test_a_text_that_must_be_cut_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_tool, capsys
 ):
-    """An unknown word is one token however long it is, so no window can tell the ids of the whole."""
+    """An unknown word is one token however long it is, so windows cannot agree on the ids."""
     backend = Backend(models.WordLevel({"[UNK]": 0, "<|endoftext|>": 1, "a": 2}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.save(str(tmp_path / "tokenizer.json"))
-    monkeypatch.setattr("megatron_mesh.data.long_texts.encode_texts.__defaults__", (WINDOW,))
+    monkeypatch.setattr("megatron_mesh.data.encode.encode_texts.__defaults__", (WINDOW,))
     path = write_jsonl(tmp_path / "c.jsonl", ["a a", "a " * 2000, "x" * 3000, "a"])
     command = ["--input", path, "--output-prefix", str(tmp_path / "out"), "--workers", "1"]
     assert run_tool("preprocess_data", *command, "--tokenizer-model", str(tmp_path / "tokenizer.json")) == 0
@@ -158,9 +159,9 @@ def test_a_text_that_must_be_cut_is_counted(
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_corpus_with_long_lines(hf_model: str, tmp_path: Path, workers: int, monkeypatch) -> None:
-    """Through the whole of preprocessing, with chunks and windows that are small."""
+    """Runs all of preprocessing with small chunks and windows."""
     monkeypatch.setattr(module, "CHUNK_BYTES", 4096)
-    monkeypatch.setattr("megatron_mesh.data.long_texts.encode_texts.__defaults__", (WINDOW,))
+    monkeypatch.setattr("megatron_mesh.data.encode.encode_texts.__defaults__", (WINDOW,))
     tokenizer = build_tokenizer(None, hf_model)
     texts = [*sentences(20), *shapes(20_000).values(), *sentences(20)]
     settings = PreprocessSettings(

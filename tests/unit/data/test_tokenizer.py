@@ -55,7 +55,7 @@ def test_end_of_document(hf_model: str, sp_model: str, tmp_path: Path) -> None:
     assert build_tokenizer(None, str(tmp_path)).eod == Backend.from_file(hf_model).token_to_id("<|padding|>")
 
 
-def test_identity_is_the_content_not_the_place(hf_model: str, tmp_path: Path) -> None:
+def test_identity_is_content_not_path(hf_model: str, tmp_path: Path) -> None:
     shutil.copy(hf_model, tmp_path / "other.json")
     here, there = build_tokenizer(None, hf_model), build_tokenizer(None, str(tmp_path / "other.json"))
     assert here.unique_identifiers == there.unique_identifiers
@@ -77,7 +77,7 @@ def test_bad_input(hf_model: str, sp_model: str, tmp_path: Path) -> None:
     backend.save(str(tmp_path / "no_eod.json"))
     cases = [
         (None, None, "--tokenizer-model"),
-        ("GPT2Tokenizer", hf_model, "not known"),
+        ("GPT2Tokenizer", hf_model, "is unknown; choose from"),
         (None, str(tmp_path / "absent.json"), "does not exist"),
         (None, str(tmp_path / "bad.json"), "not a readable tokenizer.json"),
         (None, str(tmp_path / "bad.model"), "not a readable SentencePiece"),

@@ -1,4 +1,4 @@
-"""A model and data small enough to evaluate in a second."""
+"""A model and data that take a second to evaluate."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.unit.evaluation.samples import choices, sentence, write_jsonl
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stock GPT-NeoX with random weights and a byte-level tokenizer, as ``save_pretrained`` writes them."""
+    """A stock GPT-NeoX with random weights and a byte-level tokenizer, saved with ``save_pretrained``."""
     pytest.importorskip("transformers")
     from tokenizers import ByteLevelBPETokenizer
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
@@ -41,7 +41,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def local_data(tmp_path: Path) -> Path:
-    """Task files as a user has them: PIQA with a training split, ARC easy and LAMBADA with none."""
+    """Task files such as a user writes: PIQA with a training split, ARC easy and LAMBADA without one."""
     directory = tmp_path / "data"
     (directory / "tasks").mkdir(parents=True)
     questions = [{"query": sentence(i, 6), "choices": choices(i), "gold": i % 4} for i in range(24)]

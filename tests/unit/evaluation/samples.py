@@ -1,4 +1,4 @@
-"""Texts of different lengths, in characters and in bytes, and files of them."""
+"""Sample texts whose lengths in characters and in bytes differ, and files with them."""
 
 import gzip
 import json
@@ -21,5 +21,5 @@ def write_jsonl(path: Path, documents: list[dict[str, Any]]) -> None:
 
 
 def choices(seed: int) -> list[str]:
-    """Four texts; some have twice as many bytes as characters."""
+    """Return four texts, some of which have twice as many bytes as characters."""
     return [sentence(10 * seed + i, 2) + "ß" * (10 * ((seed + i) % 2)) for i in range(4)]

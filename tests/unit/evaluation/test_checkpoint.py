@@ -1,4 +1,4 @@
-"""A training checkpoint, straight and by way of its export."""
+"""A training checkpoint and its export give the same results."""
 
 import json
 import os
@@ -13,10 +13,10 @@ import datasets
 from transformers import dynamic_module_utils
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.evaluation import model
-from megatron_mesh.evaluation.model import _OUR_MODEL_TYPE
+from megatron_mesh.evaluation import model_source
+from megatron_mesh.evaluation.model_source import _OUR_MODEL_TYPE
 from megatron_mesh.evaluation.results import Results, open_results
-from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.convert.export import export_checkpoint
 from tests.commands import tool
 from tests.exports import saved_with_logits
 
@@ -30,7 +30,7 @@ def read(directory: Path) -> Results:
 def test_checkpoint_and_export_measure_the_same(
     model_dir: Path, local_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The code that the export brings is not run: the package's own serves."""
+    """The code in the export is not run. The package's own code runs instead."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -47,14 +47,14 @@ def test_checkpoint_and_export_measure_the_same(
     again = ["--load", str(checkpoint.parent), "--output-dir", str(tmp_path / "a"), *rest]
     moved = shutil.copy(model_dir / "tokenizer.json", tmp_path / "moved.json")
     with monkeypatch.context() as patch:
-        patch.setattr(model, "opened", None)  # all is there: the model is not opened
+        patch.setattr(model_source, "opened", None)  # all results exist, so the model is not loaded
         main([*again, "--tokenizer-model", str(moved)])
     named = tmp_path / "tokenizer.json"
     named.write_text(named.read_text() + " ")
-    with pytest.raises(UserError, match=r"results of another run \(model: "):
+    with pytest.raises(UserError, match=r"results of a different run \(model: "):
         main(again)
     named.unlink()
-    with pytest.raises(UserError, match=r"tokenizer is missing .* --tokenizer-model"):
+    with pytest.raises(UserError, match=r"cannot load the run's tokenizer .* --tokenizer-model"):
         main(again)
 
     exported = tmp_path / "exported"

@@ -1,4 +1,4 @@
-"""Numbers are lm-eval's own, and the byte-normalised ones what its samples say."""
+"""Metrics equal those of lm-eval, and acc_bytes equals what follows from lm-eval's samples."""
 
 import logging
 import shutil
@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_mesh.errors import UserError
 from megatron_mesh.evaluation import harness
 from megatron_mesh.evaluation.results import Results
-from megatron_mesh.evaluation.run import Settings, evaluate
-from megatron_mesh.evaluation.tasks import AVERAGED, TASKS, choose
+from megatron_mesh.evaluation.run import Settings, run_evaluation
+from megatron_mesh.evaluation.tasks import AVERAGED, TASKS, choose_tasks
 from tests.unit.evaluation.samples import choices, sentence, write_jsonl
 
 
@@ -34,7 +34,7 @@ def cached_data_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def by_hand(model_dir: Path, local_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """lm-eval on the task files as they are, where their relative paths hold."""
+    """Run lm-eval directly on the task files, in a directory where their relative paths are valid."""
     there = tmp_path / "hand"
     there.mkdir()
     (there / "elsewhere").symlink_to(local_data)
@@ -60,7 +60,7 @@ def by_hand(model_dir: Path, local_data: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def measured(model_dir: Path, local_data: Path, output: Path, **settings: Any) -> Results:
-    return evaluate(
+    return run_evaluation(
         Settings(
             output_dir=output,
             model=model_dir,
@@ -74,7 +74,7 @@ def measured(model_dir: Path, local_data: Path, output: Path, **settings: Any) -
 
 
 def right(samples: list[dict[str, Any]], lengths: Any) -> float:
-    """Share of samples whose best choice is the right one, log-likelihoods divided by ``lengths``."""
+    """Return the accuracy if log-likelihoods are divided by ``lengths`` of the choices."""
     hits = []
     for sample in samples:
         scores = [response[0] for response in sample["filtered_resps"]]
@@ -116,15 +116,15 @@ def test_the_numbers_are_lm_evals(by_hand: Any, model_dir: Path, local_data: Pat
         assert metrics["acc_norm"] == pytest.approx(right(samples, len))
         assert metrics["acc_bytes"] == pytest.approx(by_bytes[label])
     norms = {label: results.finished[label].metrics["acc_norm"] for label in by_bytes}
-    assert norms != by_bytes, "the data should tell characters from bytes"
+    assert norms != by_bytes, "the data must distinguish characters from bytes"
 
 
-def test_what_local_data_lack_is_said(model_dir: Path, local_data: Path, tmp_path: Path) -> None:
+def test_missing_local_data_are_reported(model_dir: Path, local_data: Path, tmp_path: Path) -> None:
     results = measured(
         model_dir,
         local_data,
         tmp_path / "out",
-        tasks=choose(["lambada_openai", "sciq", "wikitext"]),
+        tasks=choose_tasks(["lambada_openai", "sciq", "wikitext"]),
         limit=2,
     )
     assert set(results.finished) == {"lambada_openai, 0-shot"}
@@ -136,7 +136,7 @@ def test_what_local_data_lack_is_said(model_dir: Path, local_data: Path, tmp_pat
 
 
 def official_row(dataset: str, i: int) -> dict[str, Any]:
-    """A row with the columns of a data set of the hub."""
+    """Return a row with the columns of a dataset on the hub."""
     text, options = sentence(i, 8), choices(i)
     return {
         "baber/piqa": {"goal": text, "sol1": options[0], "sol2": options[1], "label": i % 2},
@@ -160,21 +160,21 @@ def official_row(dataset: str, i: int) -> dict[str, Any]:
     }[dataset]  # fmt: skip
 
 
-def test_answers_longer_than_the_model_takes(model_dir: Path, local_data: Path, tmp_path: Path) -> None:
-    """That task is left out and said, the others go on; more tokens can be allowed."""
+def test_answers_longer_than_the_model_accepts(model_dir: Path, local_data: Path, tmp_path: Path) -> None:
+    """Such a task is skipped and reported, and the others still run. A larger max_length allows it."""
     long = [{"goal": "a", "sol1": sentence(0, 60), "sol2": "the", "label": 0}]
     write_jsonl(local_data / "piqa.jsonl.gz", long)
-    asked: dict[str, Any] = {"tasks": choose(["piqa", "lambada_openai"]), "num_fewshot": (0,)}
+    asked: dict[str, Any] = {"tasks": choose_tasks(["piqa", "lambada_openai"]), "num_fewshot": (0,)}
     results = measured(model_dir, local_data, tmp_path / "out", **asked)
     assert results.finished.keys() == {"lambada_openai, 0-shot"}
     assert [(s.name, s.shots) for s in results.skipped] == [("piqa", 0)]
-    assert "tokens, the model takes 48; --max-length allows more" in results.skipped[0].reason
+    assert "tokens, but the model accepts 48; increase --max-length" in results.skipped[0].reason
     longer = measured(model_dir, local_data, tmp_path / "longer", max_length=200, **asked)
     assert longer.finished["piqa, 0-shot"].documents == 1 and longer.skipped == []
 
 
 def test_tasks_of_the_hub(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm-eval's own task files, on made-up rows of their data sets: each gives the paper's measure."""
+    """lm-eval's own task files, on made-up rows of their datasets, report the paper's metric."""
 
     def load_dataset(path: str, **kwargs: Any) -> datasets.DatasetDict:
         rows = datasets.Dataset.from_list([official_row(path, i) for i in range(6)])
@@ -182,7 +182,7 @@ def test_tasks_of_the_hub(model_dir: Path, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     settings = Settings(tmp_path, model=model_dir, num_fewshot=(0, 2), device="cpu", limit=2)
-    results = evaluate(settings)
+    results = run_evaluation(settings)
     assert results.finished.keys() == {
         *(f"{name}, {shots}-shot" for name in AVERAGED for shots in (0, 2)), "wikitext, 0-shot"
     }  # fmt: skip
@@ -195,7 +195,7 @@ def test_tasks_of_the_hub(model_dir: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_lm_eval_knows_every_task() -> None:
-    """And reports no measure that asking for acc_bytes would drop."""
+    """And our metric list, which replaces lm-eval's, drops none of its metrics."""
     manager = harness._manager()
     for task in TASKS.values():
         assert task.name in manager.all_tasks
@@ -210,13 +210,15 @@ def test_hub_out_of_reach(model_dir: Path, tmp_path: Path, monkeypatch: pytest.M
         raise ConnectionError(f"Couldn't reach {path!r} on the Hub\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    settings = Settings(tmp_path, model=model_dir, tasks=choose(["sciq"]), device="cpu")
-    with pytest.raises(UserError, match=r"sciq cannot be had .*Couldn't reach 'allenai/sciq'.*--local-data"):
-        evaluate(settings)
+    settings = Settings(tmp_path, model=model_dir, tasks=choose_tasks(["sciq"]), device="cpu")
+    with pytest.raises(
+        UserError, match=r"cannot load the data of sciq .*Couldn't reach 'allenai/sciq'.*--local-data"
+    ):
+        run_evaluation(settings)
 
 
-def test_packed_text_is_what_a_plain_loop_gives(model_dir: Path, tmp_path: Path) -> None:
-    """Also compressed, over several windows and a batch that is not full."""
+def test_packed_text_matches_a_plain_loop(model_dir: Path, tmp_path: Path) -> None:
+    """For a compressed file, several windows, and an incomplete last batch."""
     documents = [sentence(i, 7 + 11 * i) for i in range(5)]
     file = tmp_path / "valid.jsonl.gz"
     write_jsonl(file, [{"body": text} for text in [*documents, ""]])
@@ -230,7 +232,7 @@ def test_packed_text_is_what_a_plain_loop_gives(model_dir: Path, tmp_path: Path)
         device="cpu",
         dtype="float32",
     )
-    result = evaluate(settings).finished["text valid.jsonl.gz"]
+    result = run_evaluation(settings).finished["text valid.jsonl.gz"]
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).double()
@@ -260,12 +262,12 @@ def test_text_that_cannot_be_measured(model_dir: Path, tmp_path: Path) -> None:
     file = tmp_path / "valid.jsonl"
     settings = Settings(tmp_path / "out", model=model_dir, tasks=[], text=(str(file),), device="cpu")
     for content, message in (
-        ('{"text": ""}', r"valid\.jsonl: no document with text"),
+        ('{"text": ""}', r"valid\.jsonl: all documents are empty"),
         ('{"text": "a"}\n{"txt": "a"}', r"valid\.jsonl, line 2: no text under the key 'text'"),
     ):
         file.write_text(content)
         with pytest.raises(UserError, match=message):
-            evaluate(settings)
+            run_evaluation(settings)
 
 
 def test_tokenizer_of_another_model(model_dir: Path, tmp_path: Path) -> None:
@@ -274,11 +276,11 @@ def test_tokenizer_of_another_model(model_dir: Path, tmp_path: Path) -> None:
     tokenizer.add_tokens([f"new{i}" for i in range(50)])
     tokenizer.save_pretrained(other)
     settings = Settings(tmp_path / "out", model=other, tasks=[], text=(__file__,), device="cpu")
-    with pytest.raises(UserError, match=r"\.py: the name does not tell the format"):
-        evaluate(settings)
+    with pytest.raises(UserError, match=r"\.py: unknown suffix"):
+        run_evaluation(settings)
     text = shutil.copy(__file__, tmp_path / "text.txt")
-    with pytest.raises(UserError, match=r"has 354 entries, the model's vocabulary only 352"):
-        evaluate(replace(settings, text=(str(text),)))
+    with pytest.raises(UserError, match=r"has 354 entries, but the model's vocabulary only 352"):
+        run_evaluation(replace(settings, text=(str(text),)))
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,10 +292,10 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None if name == "vllm" else name)
     harness.check_installed()
-    with pytest.raises(UserError, match="--engine vllm: vLLM is not installed here"):
+    with pytest.raises(UserError, match="--engine vllm: vLLM is not installed; install it"):
         harness.check_installed("vllm")
 
 
-def test_lm_evals_warnings_are_left_out() -> None:
-    harness.quiet()
+def test_lm_evals_warnings_are_silenced() -> None:
+    harness.silence_warnings()
     assert logging.getLogger("lm_eval").getEffectiveLevel() == logging.ERROR

@@ -1,4 +1,4 @@
-"""Text becomes the ids of the training, whichever way lm-eval and the perplexity take."""
+"""Text gets the same ids as in training, for lm-eval's tasks and for the perplexity of texts."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra: eval)")
 
 from megatron_mesh.data.tokenizer import build_tokenizer
-from megatron_mesh.evaluation.model import checkpoint_source, huggingface_source, opened
-from megatron_mesh.evaluation.text import _pack
-from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.evaluation.model_source import checkpoint_source, huggingface_source, opened
+from megatron_mesh.evaluation.perplexity import _pack
+from megatron_mesh.hf.convert.export import export_checkpoint
 from tests.exports import saved_with_logits
 from tests.unit.hf.tokenizers_of_tests import SENTENCEPIECE, byte_level, sentencepiece_model
 
@@ -28,7 +28,7 @@ TEXTS = [
 @pytest.mark.parametrize("scheme", ["base", "vanilla"])
 @pytest.mark.parametrize("kind", ["bpe-prefix", "unigram-symbols", "json"])
 def test_ids(tmp_path: Path, kind: str, scheme: str) -> None:
-    """No code of an export runs, not even that of its tokenizer."""
+    """No code in an export runs, not even that of its tokenizer."""
     if kind == "json":
         path = byte_level(tmp_path / "tokenizer.json", "<s> $A <|endoftext|>", ("<s>",))
     else:

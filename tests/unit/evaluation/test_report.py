@@ -1,4 +1,4 @@
-"""Averages, tables and the published numbers."""
+"""Averages, tables, and published results."""
 
 import json
 from dataclasses import replace
@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mesh.evaluation.published import paper, pythia
-from megatron_mesh.evaluation.report import beside_paper, beside_pythia, own_sheets, write_markdown
+from megatron_mesh.evaluation.report import (
+    paper,
+    paper_table,
+    pythia,
+    pythia_table,
+    result_tables,
+    write_markdown,
+)
 from megatron_mesh.evaluation.results import Result, Results, Skipped
-from megatron_mesh.evaluation.tables import Sheet
 from megatron_mesh.evaluation.tasks import AVERAGED, TASKS
+from megatron_mesh.metrics.tables import TextTable
 
 
 def of(name: str, shots: int | None, **metrics: float) -> Result:
@@ -19,7 +25,7 @@ def of(name: str, shots: int | None, **metrics: float) -> Result:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Results:
-    """Nine tasks at 0 shots, their paper's measure 0.1, 0.2, ... 0.9; two of them at 5; perplexities."""
+    """Nine 0-shot tasks with the paper's metric at 0.1, 0.2, ... 0.9, two 5-shot tasks, and perplexities."""
     run = {
         "path": "here",
         "model": "f" * 64,
@@ -40,42 +46,42 @@ def results(tmp_path: Path) -> Results:
     return found
 
 
-def test_averages_are_of_the_papers_measure(results: Results) -> None:
+def test_averages_use_the_papers_metric(results: Results) -> None:
     averages = results.averages()
     assert averages[0].value == pytest.approx(0.5) and averages[0].missing == []
     assert averages[5].value == pytest.approx(0.25)
     assert averages[5].missing == [name for name in AVERAGED if name not in ("piqa", "winogrande")]
 
 
-def test_a_part_is_never_called_the_average(results: Results) -> None:
-    sheets = {sheet.title: sheet for sheet in own_sheets(results)}
-    zero, five = sheets["Averages of the paper's measure"].rows
+def test_a_partial_mean_is_never_called_the_average(results: Results) -> None:
+    tables = {table.title: table for table in result_tables(results)}
+    zero, five = tables["Averages of the paper's metric"].rows
     assert list(zero) == ["0", "average of the 9", "50.00"]
-    assert five[1].startswith("mean of 2 of 9, without hellaswag, arc_easy")
-    row = beside_paper(results).rows[0]
+    assert five[1].startswith("mean of 2 of the 9, without hellaswag, arc_easy")
+    row = paper_table(results).rows[0]
     assert list(row) == ["this model", "11.25", "30.50", "12.50", "12.50", "50.00", ""]
 
 
 def test_all_three_accuracies_are_named(results: Results) -> None:
-    sheet = own_sheets(results)[0]
-    assert list(sheet.header[3:6]) == ["acc", "acc_norm", "acc_bytes"]
-    assert list(sheet.rows[0]) == ["PIQA", "0", "100", "99.00", "98.00", "10.00*", "1.00"]
-    winogrande = next(row for row in sheet.rows if row[0] == "WinoGrande")
+    table = result_tables(results)[0]
+    assert list(table.header[3:6]) == ["acc", "acc_norm", "acc_bytes"]
+    assert list(table.rows[0]) == ["PIQA", "0", "100", "99.00", "98.00", "10.00*", "1.00"]
+    winogrande = next(row for row in table.rows if row[0] == "WinoGrande")
     assert list(winogrande[3:]) == ["80.00*", "98.00", "", ""]
-    assert len(sheet.notes) == 1
+    assert len(table.notes) == 1
     results.add(replace(of("piqa", 0, acc_bytes=0.1), data="0" * 64))
-    assert own_sheets(results)[0].notes[1].endswith("official ones: PIQA.")
+    assert result_tables(results)[0].notes[1].endswith("official data: PIQA.")
 
 
 def test_what_was_not_run_is_grouped(results: Results) -> None:
     results.skipped = [Skipped("sciq", 5, "x"), Skipped("piqa", 5, "x"), Skipped("sciq", 0, "x")]
-    assert own_sheets(results)[-1].rows == [["5", "sciq, piqa", "x"], ["0", "sciq", "x"]]
+    assert result_tables(results)[-1].rows == [["5", "sciq, piqa", "x"], ["0", "sciq", "x"]]
 
 
-def test_beside_pythia(results: Results) -> None:
-    sheet = beside_pythia(results, 5)
-    columns = dict(zip(sheet.header, zip(*sheet.rows, strict=True), strict=True))
-    assert columns["model"][:2] == ("this model", "pythia-70m") and len(sheet.rows) == 8
+def test_pythia_table(results: Results) -> None:
+    table = pythia_table(results, 5)
+    columns = dict(zip(table.header, zip(*table.rows, strict=True), strict=True))
+    assert columns["model"][:2] == ("this model", "pythia-70m") and len(table.rows) == 8
     assert columns["PIQA acc_norm"][:2] == ("50.00", "56.91")
     assert columns["SciQ acc"][:2] == ("", "57.70")
 
@@ -101,7 +107,7 @@ def test_the_files(results: Results) -> None:
 
 
 def test_published_numbers_are_complete(shared_dir: Path) -> None:
-    """Against the files that they were copied from."""
+    """They equal those in the files from which they were copied."""
     table = (shared_dir / "design/paper.md").read_text()
     _, rows = paper()
     for row in rows:
@@ -120,5 +126,5 @@ def test_published_numbers_are_complete(shared_dir: Path) -> None:
 
 
 def test_markdown_is_a_table() -> None:
-    lines = Sheet("T", ["a", "b"], [["x", "1"]], notes=["n"]).markdown().splitlines()
+    lines = TextTable("T", ["a", "b"], [["x", "1"]], notes=["n"]).markdown().splitlines()
     assert lines == ["## T", "", "| a | b |", "| --- | ---: |", "| x | 1 |", "", "n  "]

@@ -1,4 +1,4 @@
-"""Exports of models of every kind, made once."""
+"""A fixture that exports models of any kind, each kind once in a test session."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.convert.export import export_checkpoint
 from tests.exports import saved_with_logits
 
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path, torch.Tensor]]:
-    """``exported(**model)``: a checkpoint, its export, and Megatron's logits without padded ids."""
+    """``exported(**model)`` returns a checkpoint, its export, and Megatron's logits without padded ids."""
     known: dict[str, tuple[Path, Path, torch.Tensor]] = {}
 
     def get(**model: Any) -> tuple[Path, Path, torch.Tensor]:

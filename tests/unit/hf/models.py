@@ -1,4 +1,4 @@
-"""Tiny models with nothing at zero, and the stock GPT-NeoX that computes the same as a looped model."""
+"""Tiny random models, and the stock GPT-NeoX that computes the same as a given looped model."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
-from megatron_mesh.hf.configuration_mesh import MeshConfig
-from megatron_mesh.hf.modeling_mesh import MeshForCausalLM
+from megatron_mesh.hf.modeling.configuration_mesh import MeshConfig
+from megatron_mesh.hf.modeling.modeling_mesh import MeshForCausalLM
 
 ROUTED = ["mesh", "vanilla+mesh", "dynamic", "static"]
-"""The schemes with parameters of their own."""
+"""The schemes that have parameters."""
 SCHEMES = [*ROUTED, "base"]
 END, PADDING = 2, 3
 IDS = torch.randint(4, 96, (2, 8), generator=torch.Generator().manual_seed(1))
@@ -18,7 +18,7 @@ IDS = torch.randint(4, 96, (2, 8), generator=torch.Generator().manual_seed(1))
 
 
 def mesh_config(scheme: str = "mesh", **changes: Any) -> MeshConfig:
-    """1 + 2 x 2 + 1 layers, hidden size 32, vocabulary 96."""
+    """Return a configuration with the layers 1+2R2+1, hidden size 32, and a vocabulary of 96."""
     settings = {
         "recurrence": scheme,
         "prelude_layers": 1,
@@ -34,17 +34,17 @@ def mesh_config(scheme: str = "mesh", **changes: Any) -> MeshConfig:
 
 
 def looped(scheme: str = "mesh", kind: type[PreTrainedModel] = MeshForCausalLM, **changes: Any) -> Any:
-    """A random model of a scheme, in evaluation mode."""
+    """Return a random model of a scheme, in evaluation mode."""
     return randomised(kind(mesh_config(scheme, **changes))).eval()
 
 
 def stock(kind: type[PreTrainedModel] = GPTNeoXForCausalLM, layers: int = 6, **changes: Any) -> Any:
-    """A random GPT-NeoX of the same size, in evaluation mode."""
+    """Return a random GPT-NeoX of the same size, in evaluation mode."""
     return randomised(kind(GPTNeoXConfig(**{**_sizes(), "num_hidden_layers": layers, **changes}))).eval()
 
 
 def unrolled_twin(model: Any, kind: type[PreTrainedModel] = GPTNeoXForCausalLM) -> Any:
-    """The stock GPT-NeoX that has each layer which a token passes in a model of the base recursion."""
+    """Return the stock GPT-NeoX that a model with the base recursion becomes when its loop is unrolled."""
     assert model.config.recurrence == "base"
     body = model.base_model
     twin = stock(kind, layers=len(body.unrolled), num_labels=model.config.num_labels)
@@ -60,18 +60,18 @@ def unrolled_twin(model: Any, kind: type[PreTrainedModel] = GPTNeoXForCausalLM) 
 
 
 def randomised(model: nn.Module) -> Any:
-    """Every parameter drawn anew, so that no router or scale is what a fresh model has."""
+    """Randomize every parameter, so that routers and scales differ from their initial values."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            spread = 0.5 if "attention" in name else 0.2  # tokens depend on the past
+            spread = 0.5 if "attention" in name else 0.2  # makes tokens depend on earlier ones
             parameter.copy_(1 + 0.1 * noise if "norm.weight" in name else spread * noise)
     return model
 
 
 def greedy(model: Any, ids: Tensor = IDS, **options: Any) -> Tensor:
-    """Greedy tokens [B, S + 12], or what ``options`` of ``generate`` make of it."""
+    """Generate greedily and return tokens [B, S + 12]; ``options`` override the arguments of ``generate``."""
     how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, **options}
     return model.generate(ids, **how)
 

@@ -1,4 +1,4 @@
-"""Stock GPT-NeoX models in, and recursive models from them."""
+"""Conversion of stock GPT-NeoX models to checkpoints, and to recursive models."""
 
 import json
 import subprocess
@@ -13,12 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from megatron_mesh.checkpoint import offline
-from megatron_mesh.checkpoint.offline import whole_checkpoint
-from megatron_mesh.config.layers import parse_layers
+from megatron_mesh.checkpoint.offline import open_checkpoint
+from megatron_mesh.config.layout import parse_layers
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.bring_in import Recursive, bring_in
-from megatron_mesh.hf.export import export_checkpoint
-from megatron_mesh.hf.recursive import core_sources
+from megatron_mesh.hf.convert.export import export_checkpoint
+from megatron_mesh.hf.convert.import_model import ToRecursive, core_sources, import_model
 from tests.commands import tool
 from tests.exports import TOKENS
 from tests.helpers import relative_error
@@ -28,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def stock(directory: Path, **settings) -> GPTNeoXForCausalLM:
-    """A random stock model, no parameter at zero or one, saved as its authors would."""
+    """Save and return a stock model with random parameters, none of which is zero or one."""
     values = {
         "vocab_size": 128,
         "hidden_size": 32,
@@ -61,7 +60,7 @@ def test_stock_models_come_back_bitwise(tmp_path, layers, heads) -> None:
     model = stock(
         tmp_path / "stock", num_hidden_layers=layers, num_attention_heads=heads, hidden_size=8 * heads
     )
-    settings = bring_in(tmp_path / "stock", tmp_path / "megatron")
+    settings = import_model(tmp_path / "stock", tmp_path / "megatron")
     assert (settings.recurrence, settings.layers, settings.scale_embeddings) == (
         "vanilla",
         str(layers),
@@ -84,7 +83,7 @@ def test_stock_models_come_back_bitwise(tmp_path, layers, heads) -> None:
 )
 def test_variants_come_back(tmp_path, settings) -> None:
     model = stock(tmp_path / "stock", **settings)
-    found = bring_in(tmp_path / "stock", tmp_path / "megatron")
+    found = import_model(tmp_path / "stock", tmp_path / "megatron")
     assert found.untie_embeddings_and_output_weights != settings.get("tie_word_embeddings", False)
     export_checkpoint(tmp_path / "megatron", tmp_path / "back")
     back = GPTNeoXForCausalLM.from_pretrained(tmp_path / "back").eval()
@@ -100,7 +99,7 @@ def test_torch_files_are_read_without_running_them(tmp_path) -> None:
     torch.save(
         {**weights, "gpt_neox.layers.0.attention.bias": torch.ones(1)}, tmp_path / "stock/pytorch_model.bin"
     )
-    bring_in(tmp_path / "stock", tmp_path / "megatron")
+    import_model(tmp_path / "stock", tmp_path / "megatron")
     export_checkpoint(tmp_path / "megatron", tmp_path / "back")
     assert same(model, GPTNeoXForCausalLM.from_pretrained(tmp_path / "back"))
 
@@ -116,7 +115,7 @@ class Hostile:
 
 
 def test_weights_that_cannot_be_read(tmp_path) -> None:
-    """Each says what to do; a hostile file is neither run nor is the user told to run it."""
+    """Each error says what to do. A hostile file is not run, and the user isn't advised to run it."""
     directory, ran = tmp_path / "stock", tmp_path / "ran"
     stock(directory)
     weights = load_file(directory / "model.safetensors")
@@ -124,25 +123,27 @@ def test_weights_that_cannot_be_read(tmp_path) -> None:
 
     def refused(message: str) -> str:
         with pytest.raises(UserError, match=message) as caught:
-            bring_in(directory, tmp_path / "out")
+            import_model(directory, tmp_path / "out")
         assert not (tmp_path / "out").exists()
         return str(caught.value)
 
     pickled = directory / "pytorch_model.bin"
     torch.save({**weights, "x": Hostile(ran)}, pickled)
-    assert "weights_only" not in refused("holds more than tensors, .*get the model as safetensors")
+    assert "weights_only" not in refused(
+        "contains objects other than tensors, .*get the model as safetensors"
+    )
     assert not ran.exists()
     torch.save(weights, pickled, _use_new_zipfile_serialization=False)
-    refused("cannot be read .*get the model as safetensors")
+    refused("cannot read .*get the model as safetensors")
     torch.save(list(weights.values()), pickled)
-    refused("no tensors by name")
+    refused("isn't a dictionary of tensors")
     index = directory / "model.safetensors.index.json"
     for content in ("{", "[]", "{}", '{"weight_map": 3}'):
         index.write_text(content)
-        refused(r"index\.json cannot be read .*download the model again")
+        refused(r"cannot read .*index\.json .*download the model again")
     save_file({"x": torch.ones(1)}, directory / "a.safetensors")
     index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "a.safetensors")}))
-    refused(r"a\.safetensors cannot be read .*; download it again")
+    refused(r"cannot read .*a\.safetensors .*; download it again")
 
 
 def test_megatron_computes_the_same(tmp_path) -> None:
@@ -152,8 +153,8 @@ def test_megatron_computes_the_same(tmp_path) -> None:
     from tests.helpers import one_process
 
     model = stock(tmp_path / "stock", num_hidden_layers=3)
-    bring_in(tmp_path / "stock", tmp_path / "megatron")
-    config = whole_checkpoint(tmp_path / "megatron").config
+    import_model(tmp_path / "stock", tmp_path / "megatron")
+    config = open_checkpoint(tmp_path / "megatron").config
     names = ("recurrence", "layers", "hidden_size", "num_attention_heads", "scale_embeddings", "vocab_size")
     ours = export_config(tmp_path, **{name: getattr(config.model, name) for name in names})
     with one_process(ours), torch.no_grad():
@@ -178,7 +179,7 @@ def test_a_recursive_model_from_a_plain_one(tmp_path, choice, expected) -> None:
     """1+3R3+2 from 12 layers: every tensor is the mean of the right ones."""
     assert core_sources(parse_layers("1+3R3+2"), choice) == expected
     model = stock(tmp_path / "stock", num_hidden_layers=12)
-    settings = bring_in(tmp_path / "stock", tmp_path / "megatron", Recursive("1+3R3+2", core=choice))
+    settings = import_model(tmp_path / "stock", tmp_path / "megatron", ToRecursive("1+3R3+2", core=choice))
     assert (settings.recurrence, settings.layers, settings.mesh_slots) == ("mesh", "1+3R3+2", 6)
     export_checkpoint(tmp_path / "megatron", tmp_path / "recursive")
     plain, recursive = model.state_dict(), load_file(tmp_path / "recursive/model.safetensors")
@@ -198,14 +199,14 @@ def test_a_recursive_model_from_a_plain_one(tmp_path, choice, expected) -> None:
 
 
 def test_after_an_interruption(tmp_path, monkeypatch) -> None:
-    """Nothing is left under the name, and the same call does it."""
+    """No incomplete checkpoint remains, and the same call succeeds."""
     model = stock(tmp_path / "stock")
     with monkeypatch.context() as patch:
         patch.setattr(offline, "write_small_files", lambda *arguments: raise_interrupt())
         with pytest.raises(KeyboardInterrupt):
-            bring_in(tmp_path / "stock", tmp_path / "megatron")
+            import_model(tmp_path / "stock", tmp_path / "megatron")
     assert not (tmp_path / "megatron").exists()
-    bring_in(tmp_path / "stock", tmp_path / "megatron")
+    import_model(tmp_path / "stock", tmp_path / "megatron")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron", "stock"]
     export_checkpoint(tmp_path / "megatron", tmp_path / "back")
     assert same(model, GPTNeoXForCausalLM.from_pretrained(tmp_path / "back"))
@@ -217,7 +218,7 @@ def raise_interrupt() -> None:
 
 def test_a_loop_of_one_is_the_plain_model(tmp_path) -> None:
     model = stock(tmp_path / "stock")
-    bring_in(tmp_path / "stock", tmp_path / "megatron", Recursive("1+2R1+1", recurrence="base"))
+    import_model(tmp_path / "stock", tmp_path / "megatron", ToRecursive("1+2R1+1", recurrence="base"))
     export_checkpoint(tmp_path / "megatron", tmp_path / "recursive")
     with torch.no_grad():
         ours, theirs = load(tmp_path / "recursive")(TOKENS).logits, model(TOKENS).logits
@@ -230,45 +231,45 @@ def test_mistakes(tmp_path) -> None:
     good = json.loads(path.read_text())
 
     def refused(
-        message: str, directory: Path = tmp_path / "stock", recursive: Recursive | None = None
+        message: str, directory: Path = tmp_path / "stock", recursive: ToRecursive | None = None
     ) -> None:
         with pytest.raises(UserError, match=message):
-            bring_in(directory, tmp_path / "out", recursive)
+            import_model(directory, tmp_path / "out", recursive)
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
-    refused("config.json cannot be read", tmp_path)
-    refused("has no loop; write", recursive=Recursive("1+1+1+1"))
-    refused("is 6 layers deep, the model 4", recursive=Recursive("1+2R2+1"))
+    refused(r"cannot read .*config\.json", tmp_path)
+    refused("has no loop; write", recursive=ToRecursive("1+1+1+1"))
+    refused("is 6 layers deep, but the model has 4 layers", recursive=ToRecursive("1+2R2+1"))
     for scheme in ("vanilla", "vanilla+mesh"):
-        refused("no core that runs again; choose e.g. mesh", recursive=Recursive("1+1R2+1", scheme))
-    refused("--recurrence mosh does not exist", recursive=Recursive("1+1R2+1", "mosh"))
+        refused("doesn't share its core; choose another, e.g. mesh", recursive=ToRecursive("1+1R2+1", scheme))
+    refused("--recurrence mosh does not exist", recursive=ToRecursive("1+1R2+1", "mosh"))
     path.write_text("[]")
     refused("is not a JSON object")
     path.write_text(json.dumps({name: value for name, value in good.items() if name != "vocab_size"}))
-    refused("vocab_size missing; download or export the model again")
+    refused("missing fields: vocab_size; download or export the model again")
     for change, message in {
-        ("model_type", "llama"): 'is a "llama" model',
+        ("model_type", "llama"): 'model_type is "llama"',
         ("use_parallel_residual", False): "use_parallel_residual is false",
         ("hidden_act", "gelu_new"): 'hidden_act is "gelu_new"',
         ("num_hidden_layers", 5): "lacks the tensor gpt_neox.layers.4",
-        ("intermediate_size", 64): r"is \[128, 32\], and by config.json should be \[64, 32\]",
+        ("intermediate_size", 64): r"has the shape \[128, 32\], but config\.json calls for \[64, 32\]",
     }.items():
         path.write_text(json.dumps({**good, change[0]: change[1]}))
         refused(message)
     path.write_text(json.dumps(good))
     weights = tmp_path / "stock/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused("cannot be read")
+    refused("cannot read")
     weights.unlink()
-    refused("holds no weights")
+    refused("contains no weights")
     save_file({"x": torch.ones(1)}, weights)
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="exists already"):
-        bring_in(tmp_path / "stock", tmp_path / "out")
+    with pytest.raises(UserError, match="already exists"):
+        import_model(tmp_path / "stock", tmp_path / "out")
 
 
-def test_a_run_goes_on_from_it(tmp_path, capsys) -> None:
-    """The tool, then a training by the command that it names."""
+def test_a_run_starts_from_it(tmp_path, capsys) -> None:
+    """Run the tool, and then the training command that it prints."""
     stock(tmp_path / "stock")
     call = ["--load", str(tmp_path / "stock"), "--save", str(tmp_path / "megatron")]
     convert = tool("convert_from_hf")
@@ -300,7 +301,7 @@ def write_ids(prefix: Path) -> None:
 
 
 def test_cores_of_the_papers_splits() -> None:
-    """Every layer comes from the loops, and none from prelude or coda."""
+    """Every core layer comes from one of the loops, none from prelude or coda."""
     for layers in ("2+4R2+2", "4+8R2+4", "3+6R3+3", "3+5R2+3", "5+11R2+5"):
         target = parse_layers(layers)
         for choice in ("average", "first", "stepwise"):

@@ -1,4 +1,4 @@
-"""Forward and generate in every way that transformers offers, compared with the way that needs no cache.
+"""Forward and generate with every kind of cache in transformers give the same output as without a cache.
 
 CI runs this file with several versions of transformers.
 """
@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
-from megatron_mesh.hf.layers_mesh import CACHE_NAME
+from megatron_mesh.hf.modeling.layers_mesh import CACHE_NAME
 from tests.helpers import relative_error
 from tests.unit.hf.models import END, IDS, PADDING, SCHEMES, greedy, looped, stock, unrolled_twin
 
@@ -19,7 +19,7 @@ KINDS = [*SCHEMES, "stock"]
 
 @pytest.fixture(params=KINDS)
 def model(request):
-    """A model of each scheme, and a stock GPT-NeoX, which shows what transformers itself can do."""
+    """A model of each scheme, and a stock GPT-NeoX, which shows that transformers supports the test."""
     return stock() if request.param == "stock" else looped(request.param)
 
 
@@ -47,7 +47,7 @@ def test_caches_and_beams(model) -> None:
     ids, mask = padded()
     uncached = greedy(model, ids, attention_mask=mask, use_cache=False)
     assert len(set(uncached[:, 8:].flatten().tolist())) > 4, (
-        "the model repeats itself, so that this shows nothing"
+        "the model repeats itself, which makes this test meaningless"
     )
     for options in ({}, {"cache_implementation": "static"}):
         assert torch.equal(greedy(model, ids, attention_mask=mask, **options), uncached), options
@@ -59,7 +59,7 @@ def test_caches_and_beams(model) -> None:
 
 
 def test_assisted_decoding(model) -> None:
-    """A draft of the model's own, of another model's, and out of the prompt."""
+    """With drafts from the model itself, from another model, and from the prompt."""
     ids = torch.cat([IDS[1:], IDS[1:]], dim=1)
     alone = greedy(model, ids, use_cache=False)
     other = stock(layers=1)
@@ -73,7 +73,7 @@ def test_assisted_decoding(model) -> None:
 @pytest.mark.parametrize("chunk", [1, 3, 7])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_prefill_in_chunks(scheme, chunk, name) -> None:
-    """By either name of the cache, and whether the caller made it or the model."""
+    """With either name of the cache, created by the caller or by the model."""
     model = looped(scheme)
     ids, mask = padded()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -118,11 +118,11 @@ def test_positions_follow_the_cache(model, kind) -> None:
 
 @pytest.mark.parametrize("name", ["past_key_value", "layer_past", "past", "kv", "state_of_transformers_7"])
 def test_a_cache_by_another_name_is_refused(name) -> None:
-    """Swallowing it would decode each token without those before it."""
+    """If it were ignored, each token would be decoded without the tokens before it."""
     model = looped()
-    with pytest.raises(TypeError, match=f"doesn't know the cache {name!r}"):
+    with pytest.raises(TypeError, match=f"doesn't know a cache named {name!r}"):
         model(IDS, **{name: DynamicCache(config=model.config)})
-    with pytest.raises(TypeError, match=f"doesn't know the cache {name!r}"):
+    with pytest.raises(TypeError, match=f"doesn't know a cache named {name!r}"):
         model.model(IDS, **{name: DynamicCache(config=model.config)})
 
 
@@ -131,21 +131,21 @@ def test_caches_that_contradict_each_other() -> None:
     one, other = DynamicCache(config=model.config), DynamicCache(config=model.config)
     model(IDS, cache=one, past_key_values=one)
     assert one.get_seq_length() == 8
-    with pytest.raises(ValueError, match="two names of one argument"):
+    with pytest.raises(ValueError, match="two names of the same argument"):
         model(IDS, cache=one, past_key_values=other)
 
 
 @pytest.mark.parametrize(("scheme", "loops"), [*((scheme, 2) for scheme in SCHEMES), ("base", 3)])
 def test_continuous_batching(scheme, loops, monkeypatch) -> None:
-    """Prompts of different lengths share steps, one in two chunks, and get the tokens that they get alone."""
+    """Prompts that share decoding steps, one of them in two chunks, get the same tokens as alone."""
     model = looped(scheme)
     model.set_num_loops(loops)
-    sizes = {"num_blocks": 16, "max_batch_tokens": 12}  # of the memory by default
+    sizes = {"num_blocks": 16, "max_batch_tokens": 12}  # the default is a share of the memory
     how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": END, "pad_token_id": PADDING}
     options = {}
     if transformers.__version__.startswith("4."):
         how |= sizes
-        memory = (torch.device("cpu"), 2**30, 0, 0)  # it asks an accelerator alone, to check the sizes
+        memory = (torch.device("cpu"), 2**30, 0, 0)  # transformers 4 can only ask an accelerator
         module = "transformers.generation.continuous_batching.cache"
         monkeypatch.setattr(f"{module}.get_device_and_memory_breakdown", lambda: memory)
     else:

@@ -1,4 +1,4 @@
-"""torch's ways of making a program of a model: compile, export, trace, and function transforms."""
+"""torch.compile, export, trace and function transforms work on our models as on a stock GPT-NeoX."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from tests.unit.hf.models import IDS, SCHEMES, greedy, looped, stock
 
 KINDS = [*SCHEMES, "stock"]
 SMALL = {"prelude_layers": 0, "core_layers": 1, "coda_layers": 0}
-"""Few layers, since each takes seconds to compile: a core alone."""
+"""Only a core of one layer, since each layer takes seconds to compile."""
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def build(kind: str) -> Any:
     ],
 )
 def test_one_graph(scheme, loops, prelude) -> None:
-    """Whatever the number of loops, without and with gradients, which are those of eager mode."""
+    """For any number of loops, the model is one graph with the logits and gradients of eager mode."""
     model = looped(scheme, num_loops=loops, **SMALL | {"prelude_layers": prelude})
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -53,7 +53,7 @@ def test_one_graph(scheme, loops, prelude) -> None:
 
 
 def test_inductor() -> None:
-    """The default backend, once."""
+    """One case with the default backend."""
     model = build("mesh")
     gradients = _gradients(model, torch.compile(model, fullgraph=True))
     for name, expected in _gradients(model, model).items():
@@ -67,7 +67,7 @@ def _gradients(model: Any, function: Any) -> dict[str, Tensor]:
 
 
 def test_recompiles_as_often_as_a_stock_model() -> None:
-    """For other batches and lengths."""
+    """For new batch sizes and lengths."""
     counts = []
     for kind in ("mesh", "stock"):
         model = build(kind)
@@ -83,7 +83,7 @@ def test_recompiles_as_often_as_a_stock_model() -> None:
 
 
 def test_another_number_of_loops_recompiles() -> None:
-    """Once for each, and is right."""
+    """Once for each number, with correct logits."""
     model = build("base")
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -97,7 +97,7 @@ def test_another_number_of_loops_recompiles() -> None:
 
 @pytest.mark.parametrize("kind", ["mesh", "stock"])
 def test_generate_compiles_its_step(kind) -> None:
-    """A static cache, with which transformers compiles the decoding step on a GPU."""
+    """With a static cache, for which transformers compiles the decoding step on a GPU."""
     model = build(kind)
     expected = greedy(model)
     model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
@@ -106,7 +106,7 @@ def test_generate_compiles_its_step(kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_export(kind) -> None:
-    """Strict, with any length."""
+    """Strict export with a dynamic length."""
     model = build(kind)
     lengths = {"input_ids": {1: torch.export.Dim("length", min=2, max=64)}, "use_cache": None}
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_export(kind) -> None:
 
 
 class Logits(nn.Module):
-    """A trace returns tensors, no ``ModelOutput``."""
+    """Returns only the logits, since a trace cannot return a ``ModelOutput``."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -132,9 +132,9 @@ class Logits(nn.Module):
 @pytest.mark.versions
 @pytest.mark.parametrize("kind", KINDS)
 def test_trace(kind, tmp_path) -> None:
-    """Without ``no_grad`` too, saved to a file and loaded again."""
+    """With gradients enabled, and after saving and loading."""
     if transformers.__version__.startswith("4."):
-        pytest.skip("torch.jit.trace fails in the mask of transformers 4, for a stock model as well")
+        pytest.skip("torch.jit.trace fails in the mask of transformers 4, even for a stock model")
     model = build(kind)
     torch.jit.trace(Logits(model), IDS).save(str(tmp_path / "model.pt"))
     for ids in (IDS, IDS.flip(0, 1)):
@@ -143,7 +143,7 @@ def test_trace(kind, tmp_path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_per_sample(kind) -> None:
-    """``vmap`` of ``grad`` gives what a loop over the samples gives."""
+    """``vmap`` of ``grad`` gives the same gradients as a loop over the samples."""
     model = build(kind)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
 

@@ -1,4 +1,4 @@
-"""Models whose configuration changes, fresh models, and what a forward pass records."""
+"""Models whose configuration changes, fresh models, and recorded hidden states and attentions."""
 
 from typing import Any
 
@@ -20,13 +20,13 @@ LAYERS = {"vanilla+mesh": "1+2+2+1"}
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("change", ["num_loops", "num_hidden_layers", "core_layers"])
 def test_a_config_that_changes_under_a_model(scheme, change) -> None:
-    """Is refused, with and without a cache, until it is as before."""
+    """Forward and generate fail, with and without a cache, until the config is restored."""
     model = looped(scheme)
     before = getattr(model.config, change), model.config.num_hidden_layers
     for value in (1, 3, 7):
         setattr(model.config, change, value)
         for options in ({"use_cache": False}, {"use_cache": True}):
-            with pytest.raises(ValueError, match=r"config was changed .* call model.set_num_loops"):
+            with pytest.raises(ValueError, match=r"config was changed .* call model\.set_num_loops"):
                 model(IDS, **options)
         with pytest.raises(ValueError, match="config was changed"):
             greedy(model)
@@ -37,9 +37,9 @@ def test_a_config_that_changes_under_a_model(scheme, change) -> None:
 
 @pytest.mark.parametrize("scheme", ADDITIVE)
 def test_other_numbers_of_loops(tmp_path, scheme) -> None:
-    """As a model that is built with so many: caches, recorded states, and saving."""
+    """Like a model that is built with that number: caches, recorded states, and saving."""
     model = looped(scheme)
-    model(IDS, output_hidden_states=True)  # transformers 5 hooks into the modules that are there now
+    model(IDS, output_hidden_states=True)  # makes transformers 5 hook into the present modules
     for loops in (3, 1):
         model.set_num_loops(loops)
         other = looped(scheme, num_loops=loops)
@@ -67,7 +67,7 @@ def test_hidden_states_and_attentions_of_a_stock_model() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_hidden_states_are_what_hooks_see(scheme) -> None:
-    """At the places that the model card names."""
+    """For hooks on the modules that the model card names."""
     model = looped(scheme, attn_implementation="eager")
     entered: dict[int, Tensor] = {}
     left: dict[int, Tensor] = {}
@@ -97,13 +97,13 @@ def test_hidden_states_are_what_hooks_see(scheme) -> None:
         assert torch.equal(out.attentions[place], weights[place])
         assert relative_error(weights[place].sum(-1), torch.ones(2, 2, 8)) < 1e-5
     if scheme in ("mesh", "vanilla+mesh", "static"):
-        assert not torch.allclose(states[3], entered[3])  # the recurrence mixes what passes hand on
-    assert torch.equal(states[2], entered[2])  # and nothing within a pass
+        assert not torch.allclose(states[3], entered[3])  # the recurrence mixes states between passes
+    assert torch.equal(states[2], entered[2])  # but not within a pass
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_routers_of_fresh_models(exported, tmp_path, scheme) -> None:
-    """As the trainer draws them, whether all is new or only the routers are missing from the weights."""
+    """They are initialized as in pretraining, in a new model and if only the routers weren't loaded."""
     directory = exported(recurrence=scheme, layers=LAYERS.get(scheme, "1+2R2+1"), hidden_size=128)[1]
     config = AutoConfig.from_pretrained(directory, trust_remote_code=True, initializer_range=0.05)
     fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
@@ -134,7 +134,7 @@ def test_a_router_that_is_missing_leaves_the_others(exported, tmp_path) -> None:
 
 
 def _check_routers(recurrence: Any, scheme: str, config: Any) -> None:
-    """Against the trainer's own scheme: equal if nothing is drawn, else equal in distribution."""
+    """Compare with the trainer's scheme: constants must be equal, random values equally distributed."""
     expected = build_scheme(
         scheme, config.hidden_size, config.num_loops, RecurrenceOptions(router_init_std=0.05)
     )

@@ -1,4 +1,4 @@
-"""What an export holds, its errors, and that nothing half-written is left under a name that loads."""
+"""Contents and errors of exports. An interrupted export never looks like a complete one."""
 
 import json
 import shutil
@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf import export as export_module
-from megatron_mesh.hf.export import export_checkpoint
-from megatron_mesh.hf.names import entries
-from megatron_mesh.hf.ship import sources
-from megatron_mesh.hf.versions import TESTED
+from megatron_mesh.hf.convert import export as export_module
+from megatron_mesh.hf.convert.export import export_checkpoint
+from megatron_mesh.hf.convert.ship import sources
+from megatron_mesh.hf.convert.tensors import entries
+from megatron_mesh.hf.modeling.versions import TESTED
 from tests.exports import TOKENS, export_config, renew_checksums, saved_with_logits
 from tests.unit.hf.test_open_model import TOKENIZER
 
@@ -53,7 +53,7 @@ def ends(body: str, head: str) -> set[str]:
 
 
 def test_names_are_a_contract(exported) -> None:
-    """Published exports load only as long as these stay."""
+    """Published exports can only be loaded if these names never change."""
     routers = {
         f"model.recurrence.{kind}.{cycle}.{part}"
         for kind in ("write", "read")
@@ -90,11 +90,12 @@ def test_files(exported) -> None:
         "model.safetensors",
         "training_only/vocabulary_padding.safetensors",
     }
-    assert len({path.stat().st_mode for path in files.values()}) == 1, "as readable as each other"
+    assert len({path.stat().st_mode for path in files.values()}) == 1, "all files have the same permissions"
     recurrence = ROOT / "megatron_mesh/recurrence/mesh.py"
     assert (directory / "mesh.py").read_text().endswith(recurrence.read_text())  # the source itself
     card = (directory / "README.md").read_text()
     assert "| core, loop 2 | 3 to 4 |\n| coda | 5 |" in card and "model.unrolled.<i>" in card
+    assert "\n| | |\n|---|---|\n| non-embedding parameters | " in card and "\n\n## Use\n\n" in card
     assert "mesh 1+2R2+1" in card and "| training loss, nats per token | 4.5000 |" in card
     assert "| validation loss, nats per token | not measured |" in card and "hidden_size: 32" in card
     assert f"Tested with transformers {', '.join(TESTED)}." in card
@@ -110,7 +111,7 @@ def test_files(exported) -> None:
 
 
 def with_tokenizer(checkpoint: Path, directory: Path, tokenizer: Path) -> Path:
-    """A copy of a checkpoint whose training names a tokenizer."""
+    """Copy a checkpoint and add a tokenizer to its settings."""
     copy = shutil.copytree(checkpoint, directory / checkpoint.name)
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace("tokenizer_model: null", f"tokenizer_model: {tokenizer}"))
@@ -129,7 +130,7 @@ def test_a_fast_tokenizer(exported, tmp_path) -> None:
     assert tokenizer.padding_side == "left" and tokenizer.model_max_length == 16
     assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == 0
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"the tokenizer is missing .* --tokenizer-model"):
+    with pytest.raises(UserError, match=r"cannot load the run's tokenizer .* --tokenizer-model"):
         export_checkpoint(checkpoint, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -137,7 +138,7 @@ def test_a_fast_tokenizer(exported, tmp_path) -> None:
 @pytest.mark.versions
 @pytest.mark.parametrize("scheme", ["mesh", "vanilla"])
 def test_the_cards_example_runs(exported, tmp_path, monkeypatch, capsys, scheme) -> None:
-    """As it stands, and without a question whether the code may run."""
+    """Unchanged, and without asking interactively whether to trust the code."""
     (tmp_path / "tokenizer.json").write_text(TOKENIZER)
     source = exported(recurrence=scheme, layers={"vanilla": "4"}.get(scheme, "1+2R2+1"))[0]
     checkpoint = with_tokenizer(source, tmp_path, tmp_path / "tokenizer.json")
@@ -179,13 +180,13 @@ def test_a_sentencepiece_tokenizer(exported, tmp_path, options) -> None:
     assert tokenizer.eos_token_id == original.eos_id()
 
 
-def test_what_is_there_is_kept(exported, tmp_path) -> None:
+def test_existing_files_are_not_overwritten(exported, tmp_path) -> None:
     checkpoint, _, _ = exported()
     target = tmp_path / "model"
     target.mkdir()
-    export_checkpoint(checkpoint, target)  # an empty directory is nobody's
+    export_checkpoint(checkpoint, target)  # an empty directory may be used
     (target / "mine.txt").write_text("precious")
-    with pytest.raises(UserError, match=r"exists already; .* --force"):
+    with pytest.raises(UserError, match=r"already exists; .* --force"):
         export_checkpoint(checkpoint, target)
     assert (target / "mine.txt").read_text() == "precious"
     export_checkpoint(checkpoint, target, force=True, dtype=torch.bfloat16)
@@ -199,13 +200,13 @@ def test_force_spares_the_checkpoint(exported, tmp_path) -> None:
     checkpoint = shutil.copytree(exported()[0], run / "iter_0000003")
     before = sorted(checkpoint.iterdir())
     for target in (checkpoint, run, tmp_path):
-        with pytest.raises(UserError, match=r"holds the checkpoint itself .*choose another"):
+        with pytest.raises(UserError, match=r"contains the checkpoint that is converted, .*choose another"):
             export_checkpoint(run, target, force=True)
     assert sorted(checkpoint.iterdir()) == before and [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_link_stays_one(exported, tmp_path) -> None:
-    """A directory on another disk is replaced there."""
+def test_a_symbolic_link_is_preserved(exported, tmp_path) -> None:
+    """The directory that it points to is replaced, which may be on another disk."""
     (tmp_path / "disk/model").mkdir(parents=True)
     (tmp_path / "disk/model/old.txt").touch()
     (tmp_path / "model").symlink_to(tmp_path / "disk/model")
@@ -215,11 +216,11 @@ def test_a_link_stays_one(exported, tmp_path) -> None:
     assert sorted(p.name for p in tmp_path.rglob("*model*") if p.is_dir()) == ["model", "model"]
 
 
-def test_targets_that_cannot_be(exported, tmp_path) -> None:
+def test_invalid_targets(exported, tmp_path) -> None:
     (tmp_path / "file").write_text("precious")
     with pytest.raises(UserError, match="file is a file; choose another --save"):
         export_checkpoint(exported()[0], tmp_path / "file", force=True)
-    with pytest.raises(UserError, match=r"cannot be written .*choose another --save"):
+    with pytest.raises(UserError, match=r"cannot write to --save .*choose another"):
         export_checkpoint(exported()[0], tmp_path / "file/model")
     assert (tmp_path / "file").read_text() == "precious"
 
@@ -237,7 +238,7 @@ def test_an_interrupted_conversion_leaves_no_model(exported, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         export_checkpoint(checkpoint, tmp_path / "model", shard_bytes=20_000)
     assert [path.name for path in tmp_path.iterdir()] == ["model.partial"]
-    assert not (tmp_path / "model.partial/config.json").exists()  # so that nothing loads it
+    assert not (tmp_path / "model.partial/config.json").exists()  # so that it cannot be loaded
     monkeypatch.undo()
     export_checkpoint(checkpoint, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -251,7 +252,7 @@ def test_mistakes(exported, tmp_path) -> None:
             export_checkpoint(path, tmp_path / "out")
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
-    refused(tmp_path / "nowhere", "is no directory")
+    refused(tmp_path / "nowhere", "is not a directory")
     refused(tmp_path, "not a complete checkpoint")
     partial = shutil.copytree(checkpoint, tmp_path / "iter_0000003.partial")
     (partial / "state.json").unlink()
@@ -274,7 +275,7 @@ def test_the_tool(exported, tmp_path) -> None:
     one, other = (load_file(path / "model.safetensors") for path in (directory, tmp_path / "model"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     refused = call("--load", checkpoint, "--save", tmp_path / "model")
-    last = refused.stderr.splitlines()[-1]  # a torch for CUDA says first that it finds no GPU
+    last = refused.stderr.splitlines()[-1]  # torch built for CUDA may first warn about a missing GPU
     assert refused.returncode == 2 and last.startswith("error: ") and "--force" in last
 
 
@@ -284,7 +285,7 @@ def test_peak_memory_is_a_shard(tmp_path) -> None:
     code = f"""
 import resource, torch
 from pathlib import Path
-from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.convert.export import export_checkpoint
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 export_checkpoint(Path({str(checkpoint)!r}), Path({str(tmp_path / "hf")!r}), shard_bytes=8 * 2**20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -298,7 +299,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.parametrize("scheme", ["static", "dynamic"])
 def test_coefficients_stay_in_float32(exported, scheme: str) -> None:
-    """In a bfloat16 export, and in the model that transformers makes of it."""
+    """In a bfloat16 export, and in the model that transformers loads from it."""
     directory = exported(recurrence=scheme, layers="1+2R2+1", bf16=True)[1]
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.bfloat16)
     dtypes = {("recurrence" in name, parameter.dtype) for name, parameter in model.named_parameters()}

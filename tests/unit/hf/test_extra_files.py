@@ -1,4 +1,4 @@
-"""The embedding that an export keeps for the way back lies where no engine looks for weights."""
+"""The unscaled embedding of an export is stored where no engine looks for weights."""
 
 import shutil
 from collections.abc import Callable
@@ -9,21 +9,21 @@ import pytest
 import torch
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf import folding
-from megatron_mesh.hf.bring_in import bring_in
+from megatron_mesh.hf.convert import tensors
+from megatron_mesh.hf.convert.import_model import import_model
 from tests.unit.hf.test_logits import load, weights_of
 
 
 def test_its_place(exported: Callable[..., Any], tmp_path: Path) -> None:
-    """Engines load every .safetensors file beside config.json, so the model's own must be all of those."""
+    """Engines load every .safetensors file next to config.json, so only the model's weights may be there."""
     checkpoint, directory, _ = exported(recurrence="vanilla", layers="3")
-    assert (directory / folding.FILE).is_file()
+    assert (directory / tensors.EMBEDDING_FILE).is_file()
     assert [path.name for path in directory.glob("*.safetensors")] == ["model.safetensors"]
-    load(directory)  # which finds nothing missing and nothing unexpected
+    load(directory)  # fails if a tensor is missing or unexpected
     old = shutil.copytree(directory, tmp_path / "old")
-    (old / folding.FILE).rename(old / "embedding_before_scaling.safetensors")  # as earlier exports have it
+    (old / tensors.EMBEDDING_FILE).rename(old / "embedding_before_scaling.safetensors")  # as in early exports
     for place in (directory, old):
-        settings = bring_in(place, tmp_path / f"back-{place.name}")
+        settings = import_model(place, tmp_path / f"back-{place.name}")
         assert settings.scale_embeddings
         before, after = weights_of(checkpoint), weights_of(tmp_path / f"back-{place.name}")
         rows = settings.vocab_size
@@ -34,7 +34,7 @@ def test_its_place(exported: Callable[..., Any], tmp_path: Path) -> None:
 def test_a_damaged_one(exported: Callable[..., Any], tmp_path: Path) -> None:
     _, directory, _ = exported(recurrence="vanilla", layers="3")
     copy = shutil.copytree(directory, tmp_path / "copy")
-    path = copy / folding.FILE
+    path = copy / tensors.EMBEDDING_FILE
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(UserError, match=r"embedding_before_scaling\.safetensors cannot be read"):
-        bring_in(copy, tmp_path / "out")
+    with pytest.raises(UserError, match=r"cannot read .*embedding_before_scaling\.safetensors"):
+        import_model(copy, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Fine-tuning as people do it: adapters of PEFT, TRL's SFTTrainer, and models whose weights became int8."""
+"""Fine-tuning with PEFT's adapters and TRL's SFTTrainer, and quantization to int8."""
 
 import warnings
 from pathlib import Path
@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from megatron_mesh.hf.bring_in import bring_in
-from megatron_mesh.hf.export import export_checkpoint
-from megatron_mesh.hf.modeling_mesh import MeshForCausalLM
+from megatron_mesh.hf.convert.export import export_checkpoint
+from megatron_mesh.hf.convert.import_model import import_model
+from megatron_mesh.hf.modeling.modeling_mesh import MeshForCausalLM
 from tests.exports import TOKENS
 from tests.helpers import relative_error
 from tests.unit.hf.models import IDS, ROUTED, SCHEMES, looped, mesh_config, unrolled_twin
@@ -27,7 +27,7 @@ def with_adapters(model: Any, targets: str) -> Any:
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that an adapter of a tied embedding would not be merged
+        warnings.simplefilter("ignore")  # PEFT warns that adapters of tied embeddings cannot be merged
         return peft.get_peft_model(model, config)
 
 
@@ -38,7 +38,7 @@ def with_adapters(model: Any, targets: str) -> Any:
 )
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_adapters(exported, tmp_path, scheme, targets) -> None:
-    """New ones change nothing, trained ones do, and are kept alone, merged, and in a checkpoint of ours."""
+    """New adapters change nothing. Trained ones survive saving, merging, and conversion to a checkpoint."""
     directory = exported(recurrence=scheme, layers=LAYERS.get(scheme, "1+2R2+1"))[1]
     model = load(directory)
     routers = [
@@ -60,14 +60,14 @@ def test_adapters(exported, tmp_path, scheme, targets) -> None:
         merged = adapted.merge_and_unload()
         assert relative_error(merged(TOKENS).logits, after) < 1e-4
         merged.save_pretrained(tmp_path / "merged")
-        bring_in(tmp_path / "merged", tmp_path / "back")
+        import_model(tmp_path / "merged", tmp_path / "back")
         export_checkpoint(tmp_path / "back", tmp_path / "again")
         for path in ("merged", "again"):
             assert torch.equal(load(tmp_path / path)(TOKENS).logits, merged(TOKENS).logits)
 
 
 def _train(model: Any) -> dict[str, torch.Tensor]:
-    """Five steps, after which the loss is lower and each trained parameter another."""
+    """Train for five steps. The loss must fall and every trained parameter must change."""
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     losses = []
@@ -84,7 +84,7 @@ def _train(model: Any) -> dict[str, torch.Tensor]:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0 to w89 with ids from 4."""
+    """Return a tokenizer for the words w0 to w89, whose ids start at 4."""
     tokenizers = pytest.importorskip("tokenizers")
     words = {
         name: place for place, name in enumerate(["u", "x", "END", "PAD"] + [f"w{n}" for n in range(90)])
@@ -95,7 +95,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def sft(model: Any, directory: Path, **settings: Any) -> list[float]:
-    """The losses of five steps of TRL's trainer."""
+    """Return the losses of five steps with TRL's trainer."""
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     generator = torch.Generator().manual_seed(3)
@@ -124,7 +124,7 @@ def sft(model: Any, directory: Path, **settings: Any) -> list[float]:
 @pytest.mark.versions
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_trainer_of_trl(tmp_path, scheme) -> None:
-    """It trains every parameter; recomputing activations doesn't change what it does."""
+    """It trains every parameter, with the same result if activations are recomputed."""
     model, recomputed = looped(scheme), looped(scheme)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     losses = sft(model, tmp_path)
@@ -146,7 +146,7 @@ def test_trl_trains_a_single_loop_as_a_stock_model(tmp_path) -> None:
 
 @pytest.mark.versions
 def test_label_smoothing_as_for_a_stock_model(tmp_path) -> None:
-    """transformers' trainer shifts the labels only for the models that it knows."""
+    """The trainer of transformers shifts labels only for models in its table."""
     pytest.importorskip("accelerate")
     how = TrainingArguments(str(tmp_path), label_smoothing_factor=0.2, use_cpu=True, report_to=[])
     model = looped("base")
@@ -158,7 +158,7 @@ def test_label_smoothing_as_for_a_stock_model(tmp_path) -> None:
 
 
 def like_a_new_model(scheme: str) -> Any:
-    """Weights of usual size, which rounding to eight bits changes little; routers that route."""
+    """Return a model with weights of usual size, which suit quantization, and with active routers."""
     torch.manual_seed(0)
     model = MeshForCausalLM(mesh_config(scheme, initializer_range=0.02)).eval()
     for parameter in model.model.recurrence.parameters():
@@ -168,7 +168,7 @@ def like_a_new_model(scheme: str) -> Any:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_dynamic_int8_quantization(scheme) -> None:
-    """torch's: every linear map, routers included, becomes another module; coefficients stay in float32."""
+    """torch quantizes every linear layer, including routers. Coefficients stay in float32."""
     model = like_a_new_model(scheme)
     quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     assert not [name for name, module in quantized.named_modules() if type(module) is nn.Linear]

@@ -1,4 +1,4 @@
-"""Exports in use: caches, batches, attention kernels, training, other numbers of loops."""
+"""Exports in use: caches, batches, attention kernels, training, and changed numbers of loops."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def test_cached_and_uncached_tokens_are_equal(directory) -> None:
 
 
 def test_logits_with_a_cache(directory) -> None:
-    """One token after the other, each (iteration, layer) with an entry of its own."""
+    """One token at a time. The cache has a separate entry for each layer in each loop."""
     model = load(directory)
     with torch.no_grad():
         whole = model(TOKENS).logits
@@ -62,7 +62,7 @@ def test_logits_with_a_cache(directory) -> None:
 
 
 def test_left_padding(directory) -> None:
-    """A short prompt in a batch of longer ones goes on as it does alone."""
+    """A short prompt in a batch of longer ones gets the same continuation as alone."""
     model = load(directory)
     short = TOKENS[:1, :5]
     padded = torch.cat([torch.zeros(1, 11, dtype=torch.long), short], dim=1)
@@ -88,7 +88,7 @@ def test_attention_kernels(directory) -> None:
 
 
 def test_training_with_gradient_checkpointing(directory) -> None:
-    """The loss falls, and recomputed gradients are the others."""
+    """The loss falls, and gradients with recomputation equal those without."""
     gradients, losses = [], []
     for checkpointing in (False, True):
         model = load(directory).train()
@@ -123,7 +123,9 @@ def test_more_loops_where_the_scheme_allows_it(exported, scheme) -> None:
 @pytest.mark.parametrize("scheme", ["mesh", "dynamic", "static", "vanilla+mesh"])
 def test_other_loops_are_refused(exported, scheme) -> None:
     directory = exported(recurrence=scheme, layers=LAYERS.get(scheme, "1+2R2+1"))[1]
-    with pytest.raises(ValueError, match=r"was trained with 2, and .* has parameters of its own"):
+    with pytest.raises(
+        ValueError, match=r"separate parameters per loop, and the model was trained with 2 loops"
+    ):
         load(directory, num_loops=3)
     with pytest.raises(ValueError, match="num_loops=1 is not possible"):
         load(directory).set_num_loops(1)
@@ -131,8 +133,8 @@ def test_other_loops_are_refused(exported, scheme) -> None:
         load(directory).set_num_loops(0)
 
 
-def test_what_a_user_saves_again_loads_again(directory, tmp_path) -> None:
-    """``save_pretrained`` after a change, without the code lying elsewhere."""
+def test_save_pretrained_writes_a_complete_model(directory, tmp_path) -> None:
+    """A changed and saved model loads with the code in its new directory."""
     model = load(directory)
     with torch.no_grad():
         model.get_input_embeddings().weight[3] = 0.5
@@ -170,7 +172,7 @@ print(float(model(torch.arange(8)[None]).logits.double().sum()))
 
 
 def test_random_initialisation(exported) -> None:
-    """``from_config``: weights as the configuration says, with a scheme that starts as it should."""
+    """``from_config`` initializes the scheme's parameters as in pretraining."""
     directory = exported(recurrence="dynamic", layers="1+2R2+1")[1]
     config = json.loads((directory / "config.json").read_text())
     model = AutoModelForCausalLM.from_config(load(directory).config, trust_remote_code=True)

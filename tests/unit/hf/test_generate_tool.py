@@ -1,4 +1,4 @@
-"""tools/generate.py: what it prints, from a directory and from a checkpoint, and its errors."""
+"""tools/generate.py: its output for a directory and for a checkpoint, and its errors."""
 
 import io
 import shutil
@@ -10,8 +10,8 @@ import torch
 
 from megatron_mesh.data.tokenizer import build_tokenizer
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.export import export_checkpoint
-from megatron_mesh.hf.open_model import open_model
+from megatron_mesh.hf.convert.export import export_checkpoint
+from megatron_mesh.hf.convert.open_model import open_model
 from tests.commands import tool
 from tests.exports import saved_with_logits
 from tests.unit.hf.test_open_model import TOKENIZER
@@ -25,9 +25,9 @@ GREEDY = ["--temperature", "0", "--max-new-tokens", "9"]
 
 @pytest.fixture(scope="module")
 def looped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A checkpoint with a SentencePiece tokenizer, which writes spaces before words; and its export."""
+    """A checkpoint with a SentencePiece tokenizer, whose pieces start with spaces, and its export."""
     directory = tmp_path_factory.mktemp("looped")
-    lines = (ROOT / "megatron_mesh/hf/modeling_mesh.py").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "megatron_mesh/hf/modeling/modeling_mesh.py").read_text(encoding="utf-8").splitlines()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(directory / "spm"), vocab_size=400,
         model_type="bpe", normalization_rule_name="identity", minloglevel=2,
@@ -45,8 +45,8 @@ def written(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     return capsys.readouterr().out
 
 
-def test_the_text_is_the_models(looped, capsys) -> None:
-    """Also the space before the first new word."""
+def test_prints_the_models_text(looped, capsys) -> None:
+    """Including the space before the first new word."""
     model, tokenizer = open_model(looped[1], dtype=torch.float32)
     for prompt in ("the value", "def forward(self"):
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -56,7 +56,7 @@ def test_the_text_is_the_models(looped, capsys) -> None:
 
 
 def test_a_new_word_keeps_its_space(looped, capsys, monkeypatch) -> None:
-    from megatron_mesh.hf.modeling_mesh import MeshForCausalLM
+    from megatron_mesh.hf.modeling.modeling_mesh import MeshForCausalLM
 
     _, tokenizer = open_model(looped[1])
     new = tokenizer(" return", return_tensors="pt")["input_ids"]
@@ -71,7 +71,7 @@ def test_a_new_word_keeps_its_space(looped, capsys, monkeypatch) -> None:
 
 
 def test_ways_in(looped, capsys, tmp_path, monkeypatch) -> None:
-    """Directory or checkpoint; command line, file or dialogue."""
+    """A directory or a checkpoint, with prompts on the command line, in a file, or in a dialogue."""
     checkpoint, directory = looped
     text = written(capsys, "--model", directory, "--prompt", "def", "--prompt", "class")
     assert text == written(capsys, "--load", checkpoint.parent, "--prompt", "def", "--prompt", "class")
@@ -84,7 +84,7 @@ def test_ways_in(looped, capsys, tmp_path, monkeypatch) -> None:
 
 
 def test_lines_of_a_prompt_file(tmp_path) -> None:
-    """Line feeds alone end a prompt, with a carriage return before them or not."""
+    """Only line feeds end a prompt. A carriage return before them is dropped."""
     from tools.generate import Options, _given
 
     path = tmp_path / "prompts.txt"
@@ -106,7 +106,7 @@ def test_lines_of_a_prompt_file(tmp_path) -> None:
 
 
 def test_a_checkpoint_and_its_export_get_the_ids_of_the_training(looped, monkeypatch) -> None:
-    from megatron_mesh.hf.modeling_mesh import MeshForCausalLM
+    from megatron_mesh.hf.modeling.modeling_mesh import MeshForCausalLM
 
     checkpoint, directory = looped
     trained = build_tokenizer(None, str(checkpoint.parents[1] / "spm.model"))
@@ -142,11 +142,11 @@ def test_mistakes(looped, exported, tmp_path) -> None:
 
     (tmp_path / "empty.txt").touch()
     refused("either --model", "--model", directory, "--load", checkpoint)
-    refused("has no config.json; give a directory that", "--model", checkpoint)
-    refused("is no directory; give a run's --save", "--load", tmp_path / "nowhere")
+    refused(r"has no config\.json; give a directory written by", "--model", checkpoint)
+    refused("is not a directory; give a run's --save", "--load", tmp_path / "nowhere")
     refused("--num-beams 0 must be at least 1", "--model", directory, "--num-beams", 0)
     refused(
-        "cannot be opened: FlashAttention2",
+        "cannot open the model .*: FlashAttention2",
         "--model",
         directory,
         "--attn-implementation",
@@ -158,7 +158,13 @@ def test_mistakes(looped, exported, tmp_path) -> None:
     plain = shutil.copytree(exported(recurrence="vanilla", layers="4")[1], tmp_path / "plain")
     refused(r"has no tokenizer\.json", "--model", plain)
     shutil.copy(directory / "tokenizer.json", plain)
-    refused("is a plain gpt_neox: it has no --num-loops", "--model", plain, "--num-loops", 2)
-    (plain / "tokenizer.json").write_text(TOKENIZER)  # names no end-of-text token
+    refused(
+        "--num-loops is for recursive models, .* a plain gpt_neox; leave it out",
+        "--model",
+        plain,
+        "--num-loops",
+        2,
+    )
+    (plain / "tokenizer.json").write_text(TOKENIZER)  # has no end-of-text token
     with pytest.raises(UserError, match="the prompt is empty"):
         main(["--model", str(plain), "--prompt", ""])

@@ -1,4 +1,4 @@
-"""Heads for classification and question answering, beside those of a stock GPT-NeoX with the same weights."""
+"""Heads for classification and question answering match those of a stock GPT-NeoX with the same weights."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import (
     GPTNeoXForTokenClassification,
 )
 
-from megatron_mesh.hf.modeling_mesh import (
+from megatron_mesh.hf.modeling.modeling_mesh import (
     MeshForQuestionAnswering,
     MeshForSequenceClassification,
     MeshForTokenClassification,
@@ -42,7 +42,7 @@ CASES: dict[str, tuple[tuple[Any, Any], int, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("case", CASES)
-def test_as_the_stock_head(case, padding) -> None:
+def test_equals_the_stock_head(case, padding) -> None:
     """Logits, loss and gradients."""
     (ours, theirs), labels, targets = CASES[case]
     model = looped("base", ours, num_labels=labels)
@@ -79,7 +79,7 @@ def test_as_the_stock_head(case, padding) -> None:
 )
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_heads_of_an_export(exported, tmp_path, scheme, auto, head) -> None:
-    """Only the head is new, and the whole loads again once it is saved."""
+    """Only the head is initialized, and the model loads completely after saving."""
     directory = exported(recurrence=scheme, layers=LAYERS.get(scheme, "1+2R2+1"))[1]
     options = {"trust_remote_code": True, "output_loading_info": True}
     model, info = auto.from_pretrained(directory, **options, pad_token_id=0)

@@ -1,4 +1,4 @@
-"""Exports compute what Megatron computes, for every scheme; and come back bit for bit."""
+"""Exports of every scheme have the logits of the Megatron model, and convert back bit for bit."""
 
 import shutil
 from pathlib import Path
@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
 from megatron_mesh.checkpoint.content import NOT_WEIGHTS
 from megatron_mesh.checkpoint.offline import open_index
-from megatron_mesh.checkpoint.reader import read_whole
-from megatron_mesh.hf import folding
-from megatron_mesh.hf.bring_in import bring_in
-from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.checkpoint.reader import read_tensor
+from megatron_mesh.hf.convert import tensors
+from megatron_mesh.hf.convert.export import export_checkpoint
+from megatron_mesh.hf.convert.import_model import import_model
 from megatron_mesh.recurrence import SCHEMES
 from tests.exports import TOKENS
 from tests.helpers import relative_error
@@ -52,21 +52,21 @@ def load(directory: Path, **options):
 
 
 def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the model, whole."""
+    """Return every tensor of the checkpoint's model, without sharding."""
     index = open_index(checkpoint)
-    return {key: read_whole(index, key) for key in index.entries if not key.startswith(NOT_WEIGHTS)}
+    return {key: read_tensor(index, key) for key in index.entries if not key.startswith(NOT_WEIGHTS)}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['recurrence']}-{c['layers']}-{len(c)}")
-def test_logits_and_way_back(exported, tmp_path, case) -> None:
+def test_logits_and_conversion_back(exported, tmp_path, case) -> None:
     checkpoint, directory, logits = exported(**case)
     with torch.no_grad():
         ours = load(directory, dtype=torch.float32)(TOKENS).logits
     assert ours.shape == logits.shape == (3, 16, 97)
     assert relative_error(ours, logits) < 1e-5
     if case["recurrence"] == "vanilla":
-        return  # its embedding comes back with its scale; test_plain_models
-    bring_in(directory, tmp_path / "back")
+        return  # its export has a folded embedding scale; see test_plain_models
+    import_model(directory, tmp_path / "back")
     before, after = weights_of(checkpoint), weights_of(tmp_path / "back")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -75,7 +75,7 @@ def test_logits_and_way_back(exported, tmp_path, case) -> None:
 def test_bfloat16_comes_back_bitwise(exported, tmp_path) -> None:
     checkpoint, directory, _ = exported(bf16=True)
     assert load(directory, dtype="auto").dtype == torch.bfloat16
-    bring_in(directory, tmp_path / "back")
+    import_model(directory, tmp_path / "back")
     before, after = weights_of(checkpoint), weights_of(tmp_path / "back")
     assert all(before[key].dtype == torch.bfloat16 and torch.equal(before[key], after[key]) for key in before)
 
@@ -83,14 +83,14 @@ def test_bfloat16_comes_back_bitwise(exported, tmp_path) -> None:
 @pytest.mark.parametrize("untied", [True, False])
 @pytest.mark.parametrize("hidden_size", [32, 64])
 def test_plain_models(exported, tmp_path, hidden_size, untied) -> None:
-    """Stock GPT-NeoX without code of ours, the embedding's scale in its weights; all comes back bitwise."""
+    """A plain model becomes a stock GPT-NeoX without code, and converts back bit for bit."""
     case = {"recurrence": "vanilla", "layers": "3", "hidden_size": hidden_size}
     case["untie_embeddings_and_output_weights"] = untied
     checkpoint, directory, _ = exported(**case)
     assert not list(directory.glob("*.py"))
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert type(model) is GPTNeoXForCausalLM
-    settings = bring_in(directory, tmp_path / "back")
+    settings = import_model(directory, tmp_path / "back")
     before, after = weights_of(checkpoint), weights_of(tmp_path / "back")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -101,8 +101,8 @@ def test_plain_models(exported, tmp_path, hidden_size, untied) -> None:
 
 
 @pytest.mark.parametrize("hidden_size", [32, 64])
-def test_a_plain_model_that_was_trained_on(exported, tmp_path, hidden_size) -> None:
-    """Its embedding is another then: what was kept of the first must not come back."""
+def test_a_plain_model_trained_after_its_export(exported, tmp_path, hidden_size) -> None:
+    """Its embedding has changed, so the stored unscaled embedding must not be restored."""
     _, directory, _ = exported(recurrence="vanilla", layers="3", hidden_size=hidden_size)
     changed = tmp_path / "changed"
     shutil.copytree(directory, changed)
@@ -110,8 +110,8 @@ def test_a_plain_model_that_was_trained_on(exported, tmp_path, hidden_size) -> N
     with torch.no_grad():
         model.gpt_neox.embed_in.weight[7] = torch.linspace(0.1, 0.9, hidden_size)
     model.save_pretrained(changed)
-    assert (changed / folding.FILE).exists() == (hidden_size == 32)
-    bring_in(changed, tmp_path / "back")
+    assert (changed / tensors.EMBEDDING_FILE).exists() == (hidden_size == 32)
+    import_model(changed, tmp_path / "back")
     export_checkpoint(tmp_path / "back", tmp_path / "again")
     again = GPTNeoXForCausalLM.from_pretrained(tmp_path / "again")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
@@ -124,6 +124,6 @@ def test_shards(exported, tmp_path) -> None:
     assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 3
     one, many = load(directory).state_dict(), load(tmp_path / "sharded").state_dict()
     assert all(torch.equal(one[name], many[name]) for name in one)
-    bring_in(tmp_path / "sharded", tmp_path / "back")
+    import_model(tmp_path / "sharded", tmp_path / "back")
     before, after = weights_of(checkpoint), weights_of(tmp_path / "back")
     assert all(torch.equal(before[key], after[key]) for key in before)

@@ -1,4 +1,4 @@
-"""Our tools take our own code, and whatever the directory says is not run."""
+"""Our tools use the package's own code and never run code in a directory."""
 
 import json
 import os
@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.bring_in import bring_in
-from megatron_mesh.hf.modeling_mesh import MeshForCausalLM
-from megatron_mesh.hf.open_model import open_model
+from megatron_mesh.hf.convert.import_model import import_model
+from megatron_mesh.hf.convert.open_model import open_model
+from megatron_mesh.hf.modeling.modeling_mesh import MeshForCausalLM
 from tests.exports import TOKENS
 from tests.helpers import relative_error
 
@@ -43,7 +43,7 @@ def test_code_of_others_is_not_run(exported, tmp_path) -> None:
     (copy / "tokenizer.json").write_text(TOKENIZER)
     for path in copy.glob("*.py"):
         path.write_text("raise RuntimeError('run')")
-    with pytest.raises(UserError, match="cannot be opened"):
+    with pytest.raises(UserError, match="cannot open the model"):
         open_model(copy)
 
 
@@ -61,15 +61,13 @@ def test_a_damaged_tokenizer(exported, tmp_path, files) -> None:
     copy = shutil.copytree(exported()[1], tmp_path / "model")
     for name, text in files.items():
         (copy / name).write_text(text or TOKENIZER)
-    with pytest.raises(
-        UserError, match=r"the tokenizer in .* cannot be opened \(.+\); convert again"
-    ) as told:
+    with pytest.raises(UserError, match=r"cannot open the tokenizer in .* \(.+\); convert again") as caught:
         open_model(copy)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_opened_model_is_saved_with_its_code(exported, tmp_path) -> None:
-    """It loads in a process that doesn't know this package, with equal logits, and comes back to us."""
+    """It loads with equal logits in a process without this package, and converts back to a checkpoint."""
     _, directory, logits = exported(recurrence="mesh", layers="1+2R2+1")
     copy = shutil.copytree(directory, tmp_path / "model")
     (copy / "tokenizer.json").write_text(TOKENIZER)
@@ -88,7 +86,7 @@ def test_an_opened_model_is_saved_with_its_code(exported, tmp_path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1e-5
-    assert bring_in(tmp_path / "saved", tmp_path / "megatron").recurrence == "mesh"
+    assert import_model(tmp_path / "saved", tmp_path / "megatron").recurrence == "mesh"
 
 
 ROOT = Path(__file__).resolve().parents[3]

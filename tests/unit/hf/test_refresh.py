@@ -1,4 +1,4 @@
-"""``--refresh-code``: old code becomes new, everything else stays, and nobody's work is lost."""
+"""``--refresh-code`` updates old code, changes nothing else, and loses nobody's edits."""
 
 import difflib
 import json
@@ -12,10 +12,10 @@ import torch
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf import refresh
-from megatron_mesh.hf.refresh import refresh_code
-from megatron_mesh.hf.ship import AUTO_MAP, sources, tokenizer_source
-from megatron_mesh.hf.versions import TESTED
+from megatron_mesh.hf.convert import refresh
+from megatron_mesh.hf.convert.refresh import refresh_code
+from megatron_mesh.hf.convert.ship import AUTO_MAP, sources, tokenizer_source
+from megatron_mesh.hf.modeling.versions import TESTED
 from tests.commands import tool
 from tests.exports import TOKENS
 
@@ -38,7 +38,7 @@ def fresh(exported) -> Path:
 
 @pytest.fixture
 def early(fresh: Path, tmp_path: Path) -> Path:
-    """The same export with early code: no checksums, a file less, a file more, nothing of tested versions."""
+    """The same export with early code: no checksums, one file fewer, one more, no list of versions."""
     directory = shutil.copytree(fresh, tmp_path / "early")
     for name, text in sources().items():
         (directory / name).write_text(f"{EARLY}# an earlier line\n{without_header(text)}")
@@ -72,13 +72,13 @@ def test_code_is_replaced_and_nothing_else(early: Path, fresh: Path) -> None:
     assert config.pop("auto_map") == {**AUTO_MAP, "AutoTokenizer": ["mine.Tokenizer", None]}
     assert config == {name: value for name, value in json.loads(old).items() if name != "auto_map"}
     removed = [x for x in difflib.ndiff(old.splitlines(), new.splitlines()) if x.startswith("- ")]
-    assert len(removed) <= 2, removed  # no other line is written anew
+    assert len(removed) <= 2, removed  # no other line changes
     assert refresh_code(early) == []
 
 
 @pytest.mark.parametrize("scheme", ["mesh", "vanilla"])
 def test_the_tokenizers_code_too(exported, tmp_path: Path, scheme: str) -> None:
-    """An export of a plain model has no code but that of its tokenizer, if it has any."""
+    """An export of a plain model has no code except perhaps that of its tokenizer."""
     fresh = exported(recurrence=scheme, layers="4" if scheme == "vanilla" else "1+2R2+1")[1]
     directory = shutil.copytree(fresh, tmp_path / "export")
     ((name, text),) = tokenizer_source().items()
@@ -103,7 +103,7 @@ def test_a_refreshed_model_computes_the_same(early: Path, fresh: Path) -> None:
     assert torch.equal(*logits)
 
 
-def test_code_with_a_checksum_is_not_kept(fresh: Path, tmp_path: Path, monkeypatch) -> None:
+def test_code_with_a_checksum_needs_no_backup(fresh: Path, tmp_path: Path, monkeypatch) -> None:
     directory = shutil.copytree(fresh, tmp_path / "model")
     newer = {**sources(), "mesh.py": sources()["mixing.py"]}
     monkeypatch.setattr(refresh.ship, "sources", lambda: newer)
@@ -138,18 +138,18 @@ def config_with(**entries: object) -> Callable[[Path], None]:
     [
         (config_with(auto_map="modeling_mesh.MeshModel"), "auto_map is not a JSON object"),
         (edited, r"mesh\.py was edited after the export .* move it elsewhere"),
-        (not_ours, r"mesh\.py lacks the first line of exported code .* move it elsewhere"),
-        (newer, r"mesh\.py is from megatron_mesh 99\.0\.0 and this is .*; upgrade megatron_mesh"),
-        (config_with(model_type="llama"), r"config\.json is of a llama model; give an export"),
-        (config_with(recurrence="spiral"), r"knows no recurrence 'spiral'"),
-        (lambda path: (path / "config.json").write_text("{"), r"config\.json cannot be read"),
-        (lambda path: (path / "config.json").write_text("[]"), r"config\.json is of a None model"),
-        (lambda path: (path / "config.json").unlink(), r"config\.json cannot be read"),
+        (not_ours, r"mesh\.py would be overwritten, but lacks the first line .* move it elsewhere"),
+        (newer, r"mesh\.py is from megatron_mesh 99\.0\.0, which is newer than .*; upgrade megatron_mesh"),
+        (config_with(model_type="llama"), r"config\.json describes a llama model; give a directory written"),
+        (config_with(recurrence="spiral"), r"doesn't know the recurrence 'spiral'"),
+        (lambda path: (path / "config.json").write_text("{"), r"cannot read .*config\.json"),
+        (lambda path: (path / "config.json").write_text("[]"), r"config\.json describes a None model"),
+        (lambda path: (path / "config.json").unlink(), r"cannot read .*config\.json"),
     ],
 )
 def test_refused(fresh: Path, tmp_path: Path, spoil, message: str) -> None:
     directory = shutil.copytree(fresh, tmp_path / "model")
-    (directory / "schemes.py").write_text(EARLY)  # there would be something to refresh
+    (directory / "schemes.py").write_text(EARLY)  # so that there is something to refresh
     spoil(directory)
     before = contents(directory)
     with pytest.raises(UserError, match=message):
@@ -157,11 +157,11 @@ def test_refused(fresh: Path, tmp_path: Path, spoil, message: str) -> None:
     assert contents(directory) == before
 
 
-def test_a_place_that_is_taken(early: Path) -> None:
+def test_a_backup_overwrites_nothing(early: Path) -> None:
     (early / "replaced_code").mkdir()
     (early / "replaced_code/mesh.py").write_text("precious")
     before = contents(early)
-    with pytest.raises(UserError, match=r"replaced_code/mesh\.py is there already; move"):
+    with pytest.raises(UserError, match=r"replaced_code/mesh\.py already exists with other content; move"):
         refresh_code(early)
     assert contents(early) == before
 
@@ -173,7 +173,7 @@ def test_a_plain_model_has_no_code(exported) -> None:
 
 
 def test_an_interruption(early: Path, tmp_path: Path, monkeypatch) -> None:
-    """Wherever it ends, refreshing again completes it."""
+    """Refreshing again completes it, wherever it was interrupted."""
     whole = shutil.copytree(early, tmp_path / "whole")
     steps = len(refresh_code(whole)) - 1  # all but the removed file are put in place by os.replace
     real = os.replace
@@ -203,7 +203,7 @@ def test_a_directory_that_cannot_be_written(early: Path, monkeypatch) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "write_text", denied)
-    with pytest.raises(UserError, match=r"early cannot be written .*Permission denied"):
+    with pytest.raises(UserError, match=r"cannot write to .*early .*Permission denied"):
         refresh_code(early)
     assert contents(early) == before
 

@@ -1,4 +1,4 @@
-"""A version of transformers that does not fit is named, with the remedy, by our tools and by exports."""
+"""Our tools and our exports report an unsupported version of transformers, and what to do."""
 
 import importlib.metadata
 import shutil
@@ -28,7 +28,7 @@ def old_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", TOOLS)
 def test_tools(old_transformers: None, name: str) -> None:
     main = tool(name)
-    with pytest.raises(UserError, match=r"4\.49\.0 is too old, 4\.57 or newer is needed: pip install"):
+    with pytest.raises(UserError, match=r"4\.49\.0 is too old; 4\.57 or newer is needed: pip install"):
         main(TOOLS[name])
 
 
@@ -43,7 +43,7 @@ def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_code_of_an_export(exported, old_transformers: None, tmp_path: Path) -> None:
-    """transformers imports its configuration first."""
+    """The check is in its configuration file, which transformers imports first."""
     directory = shutil.copytree(exported()[1], tmp_path / "for-old-transformers")
     with pytest.raises(
         ImportError, match=r"found transformers==4\.49\.0\.\s.*pip install 'transformers>=4\.57'"

@@ -1,4 +1,4 @@
-"""Models whose vocabulary was resized in transformers come in, split over ranks, and go out again."""
+"""Models whose vocabulary was resized in transformers convert to checkpoints, run in parallel, and back."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +9,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import GPTNeoXForCausalLM
 
-from megatron_mesh.checkpoint.offline import whole_checkpoint
-from megatron_mesh.config.check_parallel import check_tensor_parallel
-from megatron_mesh.config.derived import padded_vocab_size
+from megatron_mesh.checkpoint.offline import open_checkpoint
+from megatron_mesh.config.layout import padded_vocab_size
+from megatron_mesh.config.resolve.parallel import check_tensor_parallel
 from megatron_mesh.config.schema import ParallelConfig
-from megatron_mesh.hf.bring_in import bring_in
-from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.convert.export import export_checkpoint
+from megatron_mesh.hf.convert.import_model import import_model
 from megatron_mesh.parallel import build_stage
 from tests.exports import export_config, load_weights
 from tests.helpers import one_process, relative_error
@@ -36,10 +36,10 @@ def test_a_plain_model(tmp_path: Path, sizes: dict[str, int], tied: bool) -> Non
     model.resize_token_embeddings(**sizes)
     model.save_pretrained(tmp_path / "resized")
     rows = model.config.vocab_size
-    settings = bring_in(tmp_path / "resized", tmp_path / "megatron")
+    settings = import_model(tmp_path / "resized", tmp_path / "megatron")
     assert (settings.vocab_size, settings.make_vocab_size_divisible_by) == (rows, 128)
     for ranks in (2, 4, 8):
-        heads = {"num_attention_heads": 8, "ffn_hidden_size": 128}  # not what this is about
+        heads = {"num_attention_heads": 8, "ffn_hidden_size": 128}  # valid for all these ranks
         check_tensor_parallel(ParallelConfig(tensor_model_parallel_size=ranks), replaced(settings, heads))
     found = weights_of(tmp_path / "megatron")
     expected = {"embedding.word_embeddings.weight": model.gpt_neox.embed_in.weight}
@@ -56,22 +56,22 @@ def test_a_plain_model(tmp_path: Path, sizes: dict[str, int], tied: bool) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_half_precision_import_starts_a_run(tmp_path: Path, dtype: torch.dtype) -> None:
-    """In float32 it has the source's loss."""
+    """In float32, the run has the loss of the source."""
     model = stock(tmp_path / "stock", num_hidden_layers=2).to(dtype)
     model.save_pretrained(tmp_path / "stock")
-    bring_in(tmp_path / "stock", tmp_path / "megatron")
+    import_model(tmp_path / "stock", tmp_path / "megatron")
     assert relative_error(loss_of_run(tmp_path), loss_of(model.float())) < 1e-5
 
 
 @pytest.mark.parametrize("recurrence", ["mesh", "vanilla"])
 @pytest.mark.parametrize("rows", [120, 90])
 def test_an_export(exported: Callable[..., Any], tmp_path: Path, recurrence: str, rows: int) -> None:
-    """Even where the new size lies within the padding of the training: its rows mean something now."""
+    """Even if the new size is within the padded size of the training, all its rows are preserved."""
     _, directory, _ = exported(recurrence=recurrence, layers="1+1R2+1" if recurrence == "mesh" else "3")
     model = load(directory, dtype=torch.float32)
     model.resize_token_embeddings(rows)
     model.save_pretrained(tmp_path / "resized")
-    settings = bring_in(tmp_path / "resized", tmp_path / "megatron")
+    settings = import_model(tmp_path / "resized", tmp_path / "megatron")
     assert settings.vocab_size == rows
     found = weights_of(tmp_path / "megatron")["output_layer.weight"]
     assert torch.equal(found[:rows], model.get_output_embeddings().weight)
@@ -83,14 +83,14 @@ def replaced(settings: Any, changes: dict[str, Any]) -> Any:
 
 @torch.no_grad()
 def loss_of(model: torch.nn.Module) -> torch.Tensor:
-    """Losses [B, S - 1] of the source, by transformers."""
+    """Return the source's losses [B, S - 1], computed by transformers."""
     logits = model.eval()(TOKENS).logits
     return cross_entropy(logits[:, :-1].transpose(1, 2), TOKENS[:, 1:], reduction="none")
 
 
 def loss_of_run(tmp_path: Path) -> torch.Tensor:
-    """The same of a run that starts from the import."""
-    model = whole_checkpoint(tmp_path / "megatron").config.model
+    """Return the same losses, computed by a run that starts from the imported model."""
+    model = open_checkpoint(tmp_path / "megatron").config.model
     config = export_config(tmp_path / "run", **vars(model))
     with one_process(config):
         stage = build_stage(config)

@@ -1,4 +1,4 @@
-"""Training, export, tools/generate.py and its decoding: the same ids for any text."""
+"""Training, exports and tools/generate.py give the same ids for any text."""
 
 import itertools
 import json
@@ -18,10 +18,9 @@ from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 from megatron_mesh.data.encode import texts_with
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf import tokenizer as tokenizer_module
-from megatron_mesh.hf.padding import NEW_TOKEN, padding_of
-from megatron_mesh.hf.spm import to_fast_tokenizer
-from megatron_mesh.hf.tokenizer import read_tokenizer
+from megatron_mesh.hf.convert import export_tokenizer as tokenizer_module
+from megatron_mesh.hf.convert.export_tokenizer import NEW_TOKEN, padding_of, read_tokenizer
+from megatron_mesh.hf.convert.spm import to_fast_tokenizer
 from tests.unit.hf.tokenizers_of_tests import SENTENCEPIECE, Pair, byte_level, export_tokenizer, models_in
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -66,7 +65,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
 
 @pytest.fixture(scope="module")
 def prompt_ids() -> Callable[[Pair, str], list[int]]:
-    """What ``tools/generate.py`` gives the model for a prompt."""
+    """Return the ids that ``tools/generate.py`` passes to the model for a prompt."""
     continued = runpy.run_path(str(ROOT / "tools/generate.py"))["_continued"]
     arguments = Namespace(temperature=0, num_beams=1, max_new_tokens=1)
 
@@ -99,7 +98,7 @@ def test_any_text(pairs, kind, text) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_awkward_texts(pairs, prompt_ids, tmp_path, kind) -> None:
-    """In every way, also after ``save_pretrained``; a prompt too, where no text begins a document."""
+    """Also after ``save_pretrained``, and as prompts, where an empty text becomes an end-of-text token."""
     pair = pairs[kind]
     pair.exported.save_pretrained(tmp_path)
     fast = not (pair.directory / "tokenization_mesh.py").exists()
@@ -119,7 +118,7 @@ def test_decoding_skips_special_tokens(pairs, kind) -> None:
     end, pad = pair.trained.eod, pair.exported.pad_token_id
     ids = pair.trained.tokenize("def f(a): return b")
     text = pair.exported.decode(ids)
-    if kind != "json-words":  # which does not keep its text
+    if kind != "json-words":  # decoding doesn't preserve its text
         assert text == pair.trained.detokenize(ids) == "def f(a): return b"
     assert pair.exported.decode([pad, pad, *ids, end], skip_special_tokens=True) == text
     whole = pair.exported.decode([*ids, end, *ids])
@@ -160,7 +159,7 @@ def test_a_tokenizer_without_added_tokens(tmp_path) -> None:
 
 
 def test_random_merges(tmp_path) -> None:
-    """Models with pieces that overlap in every way, on all texts of ten characters."""
+    """Models with overlapping pieces, on all texts of up to ten characters."""
     draw = random.Random(0)
     texts = ["".join(text) for n in range(11) for text in itertools.product("ab", repeat=n)]
     for _ in range(60):
@@ -191,11 +190,11 @@ def _model(path: Path, pieces: list[str]) -> Path:
 
 
 def test_what_transformers_cannot_reproduce_is_refused(tmp_path, monkeypatch) -> None:
-    """A converter that errs; ids with a gap, into which transformers would put the padding token."""
+    """A faulty conversion, and ids with a gap, in which transformers would put the padding token."""
     model = byte_level(tmp_path / "json.json", "<|endoftext|> $A")
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer_module, "_without_template", lambda processor: processor)
-        with pytest.raises(UserError, match=r"json cannot be exported: .* other ids .* --tokenizer-model"):
+        with pytest.raises(UserError, match=r"cannot export .*json: .* different ids .* --tokenizer-model"):
             export_tokenizer(model, tmp_path / "template")
     content = json.loads(model.read_text(encoding="utf-8"))
     vocabulary = content["model"]["vocab"]

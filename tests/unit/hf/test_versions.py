@@ -1,4 +1,4 @@
-"""The one list of tested versions: setup.py allows these, CI runs these, exports warn about others."""
+"""The list of tested transformers versions: setup.py allows them, CI runs them, exports warn about others."""
 
 import logging
 import re
@@ -14,7 +14,7 @@ import setuptools
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from megatron_mesh.hf.versions import TESTED, minor, warn_if_untested
+from megatron_mesh.hf.modeling.versions import TESTED, minor, warn_if_untested
 
 ROOT = Path(__file__).resolve().parents[3]
 ENGINES = "5.19.0"  # SGLang pins it, vLLM allows it
@@ -58,7 +58,7 @@ def test_the_main_environment_has_the_newest() -> None:
 
 
 def test_ci_runs_oldest_engines_and_newest() -> None:
-    """The newest is in the main environment; only fine-tuning needs packages that are not there."""
+    """The main environment has the newest version, but not the packages for fine-tuning."""
     script = (ROOT / ".ci/run").read_text()
     loop = re.search(r"for version in (.+); do\n\s+make test-hf ", script)
     assert loop and loop[1].split() == [TESTED[0], ENGINES] and ENGINES in TESTED
@@ -67,14 +67,14 @@ def test_ci_runs_oldest_engines_and_newest() -> None:
 
 @pytest.fixture
 def warnings() -> Iterator[list[str]]:
-    """Texts that transformers logs for our models."""
+    """The messages that transformers logs for our models."""
     texts: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("transformers.megatron_mesh")
     logger.addHandler(handler)
     level = logger.level
-    logger.setLevel(logging.WARNING)  # whatever verbosity other tests have left to transformers
+    logger.setLevel(logging.WARNING)  # other tests may have changed transformers' verbosity
     yield texts
     logger.setLevel(level)
     logger.removeHandler(handler)
@@ -103,7 +103,7 @@ def test_an_older_patch_release(warnings: list[str]) -> None:
 
 @pytest.mark.versions
 def test_exports_warn_once_per_process(exported, tmp_path: Path) -> None:
-    """transformers imports the code of each directory anew."""
+    """Although transformers imports the code of each directory separately."""
     for name in ("first", "second", "third"):
         shutil.copytree(exported()[1], tmp_path / name)
     code = """

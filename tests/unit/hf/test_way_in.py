@@ -1,6 +1,6 @@
-"""Whatever config.json says, a model comes in and goes out with equal logits, or is refused in words.
+"""With any config.json, a model either survives a conversion and back with equal logits, or is rejected.
 
-The reference is transformers itself, which opens the same directory.
+The logits of the same directory in transformers are the reference.
 """
 
 import json
@@ -16,8 +16,8 @@ import transformers
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.hf.bring_in import bring_in
-from megatron_mesh.hf.export import export_checkpoint
+from megatron_mesh.hf.convert.export import export_checkpoint
+from megatron_mesh.hf.convert.import_model import import_model
 
 HIDDEN, HEADS, VOCABULARY = 64, 4, 128
 TOKENS = torch.randint(0, 97, (2, 24), generator=torch.Generator().manual_seed(2))
@@ -33,7 +33,7 @@ ROPE: list[Any] = [
     {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
 ]  # fmt: skip
 SIZES = [0, -1, 1, 2, 3, "2", 2.0, True, None, [2], 10**12, 10**400]
-# Values of each field that may or may not be taken.
+# Valid and invalid values of each field.
 FIELDS: dict[str, list[Any]] = {
     "vocab_size": [*SIZES, VOCABULARY + 1, float(VOCABULARY), str(VOCABULARY)],
     "hidden_size": [*SIZES, 48, 63],
@@ -89,7 +89,7 @@ LOOP_FIELDS: dict[str, list[Any]] = {
 
 
 def random_fields(draw: random.Random) -> dict[str, Any]:
-    """Fields of a valid GPT-NeoX."""
+    """Return the config fields of a valid GPT-NeoX."""
     base = draw.choice([100, 10000, 10000.0, 123456])
     share = draw.choice([0.25, 0.26, 0.5, 1.0])
     # transformers 4 doesn't read the new spelling.
@@ -116,7 +116,7 @@ def random_fields(draw: random.Random) -> dict[str, Any]:
 
 
 def write_model(directory: Path, fields: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
-    """A model without parameters at zero or one, and a config.json of just these fields."""
+    """Write a model that has no parameters at zero or one, and a config.json of exactly these fields."""
     torch.manual_seed(0)
     model = GPTNeoXForCausalLM(GPTNeoXConfig(**json.loads(json.dumps(fields))))
     with torch.no_grad():
@@ -127,27 +127,27 @@ def write_model(directory: Path, fields: dict[str, Any], dtype: torch.dtype = to
 
 
 def logits_of(directory: Path) -> torch.Tensor:
-    """Logits of the ids that every model here knows; their number is the smallest vocabulary."""
+    """Return logits in transformers, for ids below the smallest vocabulary size here."""
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32)
     with torch.no_grad():
         return model.eval()(TOKENS).logits
 
 
-def in_and_out(directory: Path, scratch: Path) -> str:
-    """Check the property for a directory; returns what became of it."""
+def convert_and_back(directory: Path, scratch: Path) -> str:
+    """Convert a directory to a checkpoint and back, and return the outcome."""
     try:
-        bring_in(directory, scratch / "megatron")
+        import_model(directory, scratch / "megatron")
     except UserError as error:
         assert not list(scratch.glob("megatron*"))
         assert "\n" not in str(error)
-        return f"refused: {error}"
+        return f"rejected: {error}"
     export_checkpoint(scratch / "megatron", scratch / "back")
     try:
         before = logits_of(directory)
     except Exception:  # whatever transformers raises for a model that it cannot open
-        return "taken, and transformers cannot open it"
+        return "converted, but transformers cannot open it"
     assert torch.equal(logits_of(scratch / "back"), before)
-    return "taken"
+    return "converted"
 
 
 def test_valid_models_come_back(tmp_path: Path) -> None:
@@ -157,14 +157,14 @@ def test_valid_models_come_back(tmp_path: Path) -> None:
         dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16])
         fields = random_fields(draw)
         write_model(scratch / "source", fields, dtype)
-        assert in_and_out(scratch / "source", scratch) == "taken", fields
+        assert convert_and_back(scratch / "source", scratch) == "converted", fields
 
 
 def check_changed(source: Path, tmp_path: Path, changes: dict[str, list[Any]], cases: int) -> None:
     draw = random.Random(1)
     good = json.loads((source / "config.json").read_text())
     every = [(name, value) for name, values in changes.items() for value in values]
-    seen = dict.fromkeys(("refused", "taken"), 0)
+    seen = dict.fromkeys(("rejected", "converted"), 0)
     for index, (name, value) in enumerate(draw.sample(every, cases)):
         scratch = tmp_path / str(index)
         shutil.copytree(source, scratch / "source")
@@ -173,10 +173,10 @@ def check_changed(source: Path, tmp_path: Path, changes: dict[str, list[Any]], c
             other, another = draw.choice(every)
             config[other] = another
         (scratch / "source/config.json").write_text(json.dumps(config))
-        result = in_and_out(scratch / "source", scratch).partition(":")[0]
+        result = convert_and_back(scratch / "source", scratch).partition(":")[0]
         seen[result] = seen.get(result, 0) + 1
         shutil.rmtree(scratch)
-    assert seen["refused"] > cases / 4 and seen["taken"] > cases / 10, seen
+    assert seen["rejected"] > cases / 4 and seen["converted"] > cases / 10, seen
 
 
 @pytest.mark.parametrize("tied", [False, True])

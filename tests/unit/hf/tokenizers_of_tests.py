@@ -1,4 +1,4 @@
-"""Tokenizers of every kind, as a training has them and as an export has them."""
+"""Tokenizers of every kind, as used in training and as exported."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,16 +11,15 @@ from transformers import AutoTokenizer, GPTNeoXConfig
 
 from megatron_mesh.data.tokenizer import Tokenizer as Trained
 from megatron_mesh.data.tokenizer import build_tokenizer
-from megatron_mesh.hf.padding import padding_of
-from megatron_mesh.hf.ship import tokenizer_source
-from megatron_mesh.hf.tokenizer import write_tokenizer
+from megatron_mesh.hf.convert.export_tokenizer import padding_of, write_tokenizer
+from megatron_mesh.hf.convert.ship import tokenizer_source
 
 ROOT = Path(__file__).resolve().parents[3]
 SYMBOLS = {"user_defined_symbols": ["<sep>", "\n", "  x"], "control_symbols": ["<cls>", "<mask>"]}
 IDENTITY = {"normalization_rule_name": "identity"}
 PLAIN = {**IDENTITY, "add_dummy_prefix": False, "remove_extra_whitespaces": False}
 
-# name: options of the trainer; whether transformers' own class can have the same ids
+# name: (options of the trainer, whether a stock class of transformers can give the same ids)
 SENTENCEPIECE: dict[str, tuple[dict[str, Any], bool]] = {
     "bpe-plain": ({"model_type": "bpe", "byte_fallback": True, **PLAIN}, True),
     "bpe-newline": (
@@ -42,7 +41,7 @@ SENTENCEPIECE: dict[str, tuple[dict[str, Any], bool]] = {
 
 @dataclass(frozen=True)
 class Pair:
-    """A tokenizer of a training, and the one that transformers loads from its export."""
+    """A tokenizer for training, and the one that transformers loads from its export."""
 
     trained: Trained
     exported: Any
@@ -62,7 +61,7 @@ def sentencepiece_model(path: Path, **options: Any) -> Path:
 
 
 def byte_level(path: Path, template: str = "$A", special: tuple[str, ...] = (), size: int = 400) -> Path:
-    """A byte-level BPE whose post-processor adds what ``template`` says."""
+    """Write a byte-level BPE whose post-processor applies ``template``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -82,8 +81,8 @@ def byte_level(path: Path, template: str = "$A", special: tuple[str, ...] = (), 
     return path
 
 
-def end_is_no_added_token(path: Path) -> Path:
-    """The end-of-text token is in the vocabulary only, so the text ``<|endoftext|>`` is words."""
+def without_added_end_token(path: Path) -> Path:
+    """Write a tokenizer whose end-of-text token isn't an added token, so ``<|endoftext|>`` is split."""
     words = ["<|endoftext|>", "?", "a", "b", "<", "|", ">", "endoftext", "<|", "|>"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -93,17 +92,17 @@ def end_is_no_added_token(path: Path) -> Path:
 
 
 def models_in(directory: Path) -> Iterator[tuple[str, Path]]:
-    """Names and paths of all kinds."""
+    """Write tokenizers of all kinds and yield their names and paths."""
     for name, (options, _) in SENTENCEPIECE.items():
         yield name, sentencepiece_model(directory / name, **options)
     yield "json", byte_level(directory / "json.json")
     yield "json-start", byte_level(directory / "start.json", "<s> $A", ("<s>",))
     yield "json-end", byte_level(directory / "end.json", "$A <|endoftext|>", ("<|padding|>",))
-    yield "json-words", end_is_no_added_token(directory / "words.json")
+    yield "json-words", without_added_end_token(directory / "words.json")
 
 
 def export_tokenizer(model: Path, directory: Path) -> Pair:
-    """The tokenizer's part of an export, beside the config.json of a plain model."""
+    """Export only a tokenizer, next to the config.json of a plain model."""
     trained = build_tokenizer(None, str(model))
     directory.mkdir()
     needs_code = write_tokenizer(trained, directory, 64, padding_of(trained))

@@ -1,4 +1,4 @@
-"""Two processes with gloo, for what people do with several devices."""
+"""Runs jobs on two processes with gloo."""
 
 import multiprocessing
 import os
@@ -20,12 +20,12 @@ Job = Callable[[int, dict[str, Path]], Any]
 
 
 def on_two_ranks(job: Job, directories: dict[str, Path], scratch: Path) -> list[Any]:
-    """What ``job(rank, directories)`` returns on each of two ranks."""
+    """Run ``job(rank, directories)`` on two ranks and return both results."""
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_rank, args=(job, rank, directories, scratch)) for rank in range(2)]
     with pytest.MonkeyPatch.context() as patch:
         for rank, process in enumerate(processes):
-            patch.setenv("HF_MODULES_CACHE", str(scratch / f"code-{rank}"))  # both copy the models' code
+            patch.setenv("HF_MODULES_CACHE", str(scratch / f"code-{rank}"))  # both write there
             process.start()
     for process in processes:
         process.join(timeout=300)
@@ -38,7 +38,7 @@ def on_two_ranks(job: Job, directories: dict[str, Path], scratch: Path) -> list[
 
 def _rank(job: Job, rank: int, directories: dict[str, Path], scratch: Path) -> None:
     torch.set_num_threads(1)
-    # The parent's copies of models' code came along with its path.
+    # sys.path is inherited and includes the parent's copies of models' code.
     sys.path[:] = [path for path in sys.path if not (Path(path) / "transformers_modules").is_dir()]
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     try:
@@ -52,13 +52,13 @@ def _rank(job: Job, rank: int, directories: dict[str, Path], scratch: Path) -> N
 
 
 def tensor_parallel(rank: int, directories: dict[str, Path]) -> dict[str, Any]:
-    """For each export: numbers of this rank in each parameter, logits, and greedy tokens."""
+    """Return, for each export, the size of this rank's shard of each parameter, logits, and greedy tokens."""
     results = {}
     for name, directory in directories.items():
         model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, tp_plan="auto").eval()
         with torch.no_grad():
             logits = model(IDS, use_cache=False).logits
-        sizes = {  # transformers 4 calls some biases _bias
+        sizes = {  # transformers 4 renames some biases to _bias
             key.replace("._bias", ".bias"): _local(parameter).numel()
             for key, parameter in model.named_parameters()
         }
@@ -67,7 +67,7 @@ def tensor_parallel(rank: int, directories: dict[str, Path]) -> dict[str, Any]:
 
 
 def checkpointed_ddp(rank: int, directories: dict[str, Path]) -> dict[str, Any]:
-    """For each scheme and way of recomputing: the gradients that both ranks together give."""
+    """Return, for each scheme and kind of gradient checkpointing, the gradients averaged over both ranks."""
     ways: dict[str, Any] = {
         "kept": None,
         "default": {},

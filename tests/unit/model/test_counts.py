@@ -8,22 +8,28 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mesh.arguments import parse_args
-from megatron_mesh.config.checks import resolve
-from megatron_mesh.config.derived import layout
+from megatron_mesh.config.layout import layout
+from megatron_mesh.config.presets import PAPER_SCHEMES
+from megatron_mesh.config.resolve import resolve
+from megatron_mesh.config.schema import Config
 from megatron_mesh.config.sizes import forward_flops_per_token, non_embedding_parameters
 from megatron_mesh.model import build_model, build_on_meta
-from megatron_mesh.model.naming import count_parameters
-from megatron_mesh.planner.dry_run import dry_run_text
-from megatron_mesh.planner.report import make_plan
+from megatron_mesh.model.build import count_parameters
+from megatron_mesh.planner.plan import make_plan
+from megatron_mesh.planner.text import dry_run_text
 from megatron_mesh.recurrence import SCHEMES
 from tests.helpers import tiny_config
 
 PRESETS = sorted((Path(__file__).parents[3] / "examples" / "configs").glob("pythia-*.yaml"))
 
 
-def counted(name: str) -> dict[str, int]:
-    preset = next(p for p in PRESETS if p.stem == name)
-    return count_parameters(build_on_meta(resolve(parse_args(["--config", str(preset)]).config)))
+def preset(path: Path, scheme: str) -> Config:
+    return resolve(parse_args(["--config", str(path), "--recurrence", scheme]).config)
+
+
+def counted(name: str, scheme: str) -> dict[str, int]:
+    path = next(p for p in PRESETS if p.stem == name)
+    return count_parameters(build_on_meta(preset(path, scheme)))
 
 
 def without_embeddings(counts: dict[str, int]) -> int:
@@ -31,17 +37,18 @@ def without_embeddings(counts: dict[str, int]) -> int:
 
 
 def test_the_papers_counts_to_the_unit() -> None:
-    assert without_embeddings(counted("pythia-1.4b-vanilla")) == 1_208_602_624
-    assert without_embeddings(counted("pythia-1.4b-base")) == 805_736_448
-    mesh = counted("pythia-1.4b-mesh")
+    assert without_embeddings(counted("pythia-1.4b", "vanilla")) == 1_208_602_624
+    assert without_embeddings(counted("pythia-1.4b", "base")) == 805_736_448
+    mesh = counted("pythia-1.4b", "mesh")
     assert without_embeddings(mesh) == 805_797_918
     assert mesh["recurrence"] == 61_470
     assert mesh["embedding"] == mesh["output projection"] == 50_304 * 2048
 
 
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
-def test_every_preset_matches_the_formula(preset: Path) -> None:
-    config = resolve(parse_args(["--config", str(preset)]).config)
+@pytest.mark.parametrize("scheme", PAPER_SCHEMES)
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_every_preset_matches_the_formula(path: Path, scheme: str) -> None:
+    config = preset(path, scheme)
     model = build_on_meta(config)
     assert all(parameter.is_meta for parameter in model.parameters())
     counts = count_parameters(model)
@@ -119,9 +126,9 @@ def test_activation_estimate(scheme: str, modules: list[str] | None, bf16: bool)
 
 
 def test_plan_of_a_preset() -> None:
-    preset = next(p for p in PRESETS if p.stem == "pythia-1.4b-mesh")
+    path = next(p for p in PRESETS if p.stem == "pythia-1.4b")
     config = resolve(
-        parse_args(["--config", str(preset), "--tensor-model-parallel-size", "2"]).config, world_size=8
+        parse_args(["--config", str(path), "--tensor-model-parallel-size", "2"]).config, world_size=8
     )
     plan = dry_run_text(config, world_size=8)
     for part in (

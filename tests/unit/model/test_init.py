@@ -3,7 +3,7 @@
 import torch
 
 from megatron_mesh.model import build_model
-from megatron_mesh.model.init import init_weights
+from megatron_mesh.model.build import init_weights
 from tests.helpers import tiny_config
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_mesh.config.derived import layout
+from megatron_mesh.config.layout import layout
 from megatron_mesh.model import build_model
 from megatron_mesh.recurrence import SCHEMES
 from tests.helpers import randomise, relative_error, tiny_config

@@ -10,16 +10,14 @@ import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.fusions import fused_layer_norm
 
-from megatron_mesh.config.checks import resolve
 from megatron_mesh.config.placement import placement
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.config.schema import ParallelConfig, PrecisionConfig
 from megatron_mesh.errors import UserError
 from megatron_mesh.model import build_model, build_on_meta, implementation, layers
-from megatron_mesh.model.attention import attention_backend
-from megatron_mesh.model.config import transformer_config
-from megatron_mesh.model.implementation import TRANSFORMER_ENGINE, choose, has_fused_norms
+from megatron_mesh.model.implementation import TRANSFORMER_ENGINE, attention_backend, choose, has_fused_norms
 from megatron_mesh.model.layers import ApexLayerNorm, LayerNorm
-from megatron_mesh.model.precision import section_config
+from megatron_mesh.model.transformer_config import section_config, transformer_config
 from tests.helpers import tiny_config
 
 FP8: dict[str, Any] = {"fp8_format": "hybrid", "bf16": True}
@@ -44,19 +42,19 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({**FP8, "num_layers_at_end_in_bf16": 2}, ["needs --first-last-layers-bf16"]),
     ({**FP8, "fp8_amax_history_len": 4}, ["needs --fp8-recipe delayed"]),
     ({**DELAYED, "fp8_amax_history_len": 0}, ["--fp8-amax-history-len"]),
-    ({**FP8, "first_last_layers_bf16": True}, ["needs --fp8-scope all"]),
+    ({**FP8, "first_last_layers_bf16": True}, ["use --fp8-scope all"]),
     ({**ENDS, "num_layers_at_start_in_bf16": 2}, ["--num-layers-at-start-in-bf16 2", "1 layers", "prelude"]),
     ({**ENDS, "num_layers_at_end_in_bf16": 2}, ["--num-layers-at-end-in-bf16 2", "coda"]),
     ({**ENDS, "fp8_recipe": "delayed"}, ["--fp8-recipe delayed", "use --fp8-recipe tensorwise"]),
     ({**DELAYED, "fp8_amax_compute_algo": "most_recent"}, ["use max"]),
-    ({**DELAYED, "recompute_granularity": "full"}, ["cannot recompute", "core_attn alone"]),
+    ({**DELAYED, "recompute_granularity": "full"}, ["cannot recompute", "only core_attn"]),
     (
         {**DELAYED, "recompute_granularity": "selective", "recompute_modules": ["mlp"]},
-        ["cannot recompute", "core_attn alone"],
+        ["cannot recompute", "only core_attn"],
     ),
-    ({**FP8, "hidden_size": 40}, ["--hidden-size is 40", "multiple of 16", "32 and 48"]),
-    ({**FP8, "ffn_hidden_size": 72}, ["--ffn-hidden-size is 72", "64 and 80"]),
-    ({**FP8, "seq_length": 12}, ["--micro-batch-size x --seq-length is 24", "16 and 32"]),
+    ({**FP8, "hidden_size": 40}, ["--hidden-size is 40", "multiple of 16", "32 or 48"]),
+    ({**FP8, "ffn_hidden_size": 72}, ["--ffn-hidden-size is 72", "64 or 80"]),
+    ({**FP8, "seq_length": 12}, ["--micro-batch-size x --seq-length is 24", "16 or 32"]),
     (
         {**FP8, "tensor_model_parallel_size": 4, "world_size": 4},
         ["--hidden-size / --tensor-model-parallel-size 4 is 8"],
@@ -71,7 +69,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (
         {**BLOCKS, "hidden_size": 128},
-        ["--seq-length / --tensor-model-parallel-size 2 is 16", "multiple of 128", "nearest are 128"],
+        ["--seq-length / --tensor-model-parallel-size 2 is 16", "multiple of 128", "e.g. 128"],
     ),
     (
         {**ENDS, **GATHER, "pipeline_model_parallel_size": 2, "layers": "2+2R2+2", "world_size": 2},
@@ -286,9 +284,9 @@ def test_fused_gradients_of_local_layers_beside_transformer_engine(monkeypatch: 
 @pytest.mark.parametrize(
     "capability, cuda, recipe, words",
     [
-        ((8, 0), "12.8", "tensorwise", "sm_80 has none"),
-        ((8, 9), "12.9", "blockwise", "scales of blocks, which begins with sm_90"),
-        ((9, 0), "12.8", "blockwise", "CUDA 12.8, .* begins with 12.9"),
+        ((8, 0), "12.8", "tensorwise", "sm_80. has no FP8"),
+        ((8, 9), "12.9", "blockwise", "no blockwise FP8; it needs sm_90"),
+        ((9, 0), "12.8", "blockwise", "CUDA 12.8, .* needs 12.9"),
         ((9, 0), "12.8", "delayed", None),
         ((9, 0), "12.10", "blockwise", None),
     ],

@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_mesh.planner.order import Step
+from megatron_mesh.planner.schedule import Step
 
 SHAPE = (2, 1, 4)  # [S, B, H]
 GROUPS = ("tp", "cp", "embd", "pos_embd", "pp", "dp_cp")

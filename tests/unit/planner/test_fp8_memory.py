@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_mesh.model import build_on_meta
-from megatron_mesh.planner.report import make_plan
+from megatron_mesh.planner.plan import make_plan
 from tests.helpers import tiny_config
 
 SIZES = {"hidden_size": 64, "bf16": True, "seq_length": 32}

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from megatron_mesh.planner.order import Step, rank_order
-from megatron_mesh.planner.report import make_plan
+from megatron_mesh.planner.plan import make_plan
+from megatron_mesh.planner.schedule import Step, rank_order
 from tests.helpers import tiny_config
 from tests.unit.planner.recorded import recorded
 

@@ -6,7 +6,7 @@ import torch
 from megatron_mesh.config.placement import placement
 from megatron_mesh.model.build import build_on_meta
 from megatron_mesh.planner.costs import rank_parameters
-from megatron_mesh.planner.report import make_plan
+from megatron_mesh.planner.plan import make_plan
 from megatron_mesh.recurrence import SCHEMES
 from tests.helpers import tiny_config
 
@@ -41,6 +41,9 @@ def test_every_rank_of_a_ring(scheme: str, untied: bool, layout: str | None, tp:
     for rank in range(3):
         # The first rank counts as the first virtual stage, the others as the last.
         model = build_on_meta(
-            config, pp_rank=rank, part=parts.part(rank), vp_stage=0 if rank == 0 else stages.passes - 1
+            config,
+            pp_rank=rank,
+            part=parts.part(rank),
+            vp_stage=0 if rank == 0 else stages.chunks_per_rank - 1,
         )
         assert rank_parameters(config, stages, rank) == counted(model), rank

@@ -11,9 +11,9 @@ from megatron_mesh.config.schema import Config
 from megatron_mesh.model import MeshGPTModel, build_model
 from megatron_mesh.parallel import build_stage
 from megatron_mesh.parallel.ring import carry
-from megatron_mesh.planner.memory import InFlight, activation_bytes, in_flight
-from megatron_mesh.planner.order import Step
-from megatron_mesh.planner.report import make_plan
+from megatron_mesh.planner.plan import make_plan
+from megatron_mesh.planner.rank_memory import InFlight, activation_bytes, in_flight
+from megatron_mesh.planner.schedule import Step
 from megatron_mesh.planner.stages import Chunk, Pipeline
 from megatron_mesh.recurrence import LoopState
 from megatron_mesh.train.optimizer import build_optimizer
@@ -107,7 +107,7 @@ def test_in_flight_follows_the_order() -> None:
     order = [Step(*s) for s in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 1, 0), (1, 0, 0), (0, 1, 1), (1, 1, 1))]
     stages = Pipeline((chunks, chunks), (5, 5), 2, 2)
     a, b = (activation_bytes(config, chunk, pipelined=True) for chunk in chunks)
-    assert in_flight(config, stages, 0, order) == InFlight(2 * a + b, micro_batches=2, passes=3)
+    assert in_flight(config, stages, 0, order) == InFlight(2 * a + b, micro_batches=2, chunks=3)
 
 
 def test_full_recomputation_adds_a_layer_at_a_time() -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_mesh.planner.report import make_plan
-from megatron_mesh.planner.saving import BUFFER, Disk, Saving, save_seconds
+from megatron_mesh.planner.plan import make_plan
+from megatron_mesh.planner.rank_memory import BUFFER, Disk, Saving, save_seconds
 from megatron_mesh.planner.text import saving_rows
 from tests.helpers import tiny_config
 

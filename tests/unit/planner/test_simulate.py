@@ -6,12 +6,11 @@ import pytest
 
 from megatron_mesh.config.schema import Config
 from megatron_mesh.config.sizes import flops_per_token
-from megatron_mesh.planner.balance import balanced_placement
 from megatron_mesh.planner.costs import Cost, chunk_costs
-from megatron_mesh.planner.order import schedule_order
-from megatron_mesh.planner.report import make_plan
-from megatron_mesh.planner.simulate import Timeline, simulate
+from megatron_mesh.planner.plan import make_plan
+from megatron_mesh.planner.schedule import Timeline, schedule_order, simulate
 from megatron_mesh.planner.stages import Chunk, Pipeline
+from megatron_mesh.planner.suggest import balanced_placement
 from tests.helpers import tiny_config
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_mesh.config.sizes import flops_per_token
-from megatron_mesh.planner.report import make_plan
-from megatron_mesh.planner.speed import Hardware, chunk_seconds, data_parallel_time, pipeline_time
+from megatron_mesh.planner.plan import make_plan
+from megatron_mesh.planner.schedule import Hardware, chunk_seconds, data_parallel_time, pipeline_time
 from tests.helpers import tiny_config
 
 

@@ -9,7 +9,7 @@ from megatron_mesh.errors import UserError
 from tests.commands import tool
 
 ROOT = Path(__file__).resolve().parents[3]
-CONFIG = ["--config", str(ROOT / "examples" / "configs" / "pythia-6.9b-5+11R2+5-mesh.yaml")]
+CONFIG = ["--config", str(ROOT / "examples" / "configs" / "pythia-6.9b-5+11R2+5.yaml")]
 RING = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeline-model-parallel-size", "4"]
 SHARDED = "--use-distributed-optimizer"
 

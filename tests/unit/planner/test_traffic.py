@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data import Batch
 from megatron_mesh.parallel import build_stage
-from megatron_mesh.planner.report import make_plan
+from megatron_mesh.planner.plan import make_plan
 from megatron_mesh.runtime import device
 from megatron_mesh.train.step import run_batch
 from tests.helpers import tiny_config

@@ -1,4 +1,4 @@
-"""Figures from a run's metrics.jsonl: what is drawn is what was logged."""
+"""The figures show what metrics.jsonl contains."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.probe.figures import draw_run, loss_figure, read_metrics, router_figure
+from megatron_mesh.metrics.figures import draw_run, loss_figure, read_metrics, router_figure
 
 ROOT = Path(__file__).resolve().parents[3]
 WRITE = [[0.1, 0.2, 0.7], [0.6, 0.3, 0.1]]

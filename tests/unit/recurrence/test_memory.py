@@ -1,4 +1,4 @@
-"""The two computations of the memory against each other and against a loop written out by hand."""
+"""The two computations of the memory, compared with each other, and their weighted sum."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def double_mesh(loops: int, slots: int, memory: str, query: str = "prelude-outpu
 
 
 def run(scheme: torch.nn.Module, loops: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The loop around an arbitrary 'core', and the gradients of everything."""
+    """Run the loop around an arbitrary core; return the output and all gradients."""
     generator = torch.Generator().manual_seed(7)
     h_emb = torch.randn(S, B, H, generator=generator, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(H, H, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -41,7 +41,7 @@ def test_factored_equals_slots(loops: int, slots: int, query: str) -> None:
 
 
 def test_read_sees_the_write_of_its_own_cycle() -> None:
-    """Routers that put everything in slot 1 and read slot 1 hand the output straight through."""
+    """Routers that write and read only slot 1 return the output itself."""
     scheme = double_mesh(2, 5, "factored")
     for router in [*scheme.write, *scheme.read]:
         torch.nn.init.zeros_(router.weight)

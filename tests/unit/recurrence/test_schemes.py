@@ -1,4 +1,4 @@
-"""Every scheme against its formula in the paper, and the registry's promises."""
+"""Every scheme compared with its formula in the paper, and with the attributes that it declares."""
 
 import ast
 from pathlib import Path
@@ -61,12 +61,35 @@ def test_number_of_parameters(name: str, loops: int, slots: int) -> None:
     assert counted == SCHEMES[name].num_parameters(H, loops, slots)
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+def test_attributes_match_the_parameters(name: str) -> None:
+    scheme = SCHEMES[name]
+    one, two = (scheme.num_parameters(H, loops, 5) for loops in (1, 2))
+    assert scheme.per_loop_parameters == (one != two)
+    assert scheme.shards_states == (one > 0 or scheme.saved_states(1) > 0)
+    assert scheme.loops_can_vary() == (name in ADDED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attributes_match_what_a_forward_does(name: str) -> None:
+    scheme = build_scheme(name, H, 3, RecurrenceOptions(slots=6)).double()
+    scheme.init_parameters(lambda _, weight, std: torch.nn.init.normal_(weight))
+    seen: list[int] = []
+    scheme.observer = lambda cycle, write, read: seen.append(cycle)
+    state = LoopState()
+    for index, x in enumerate(outputs(5)):
+        new = scheme.enter(index, x, state) is not x
+        assert new == scheme.makes_new_state(index) == (scheme.enter_flops(index, H, 6) > 0)
+    assert ("h_emb" in state.kept) == scheme.keeps_embedding
+    assert seen == ([0, 1, 2, 3] if scheme.uses_memory else [])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_later_passes_read_only_what_was_shared(name: str) -> None:
-    """What one pass computes reaches a later pass through ``share`` alone.
+    """Later passes get results of earlier passes only through ``share``.
 
-    A pipeline runs each pass as a graph of its own, so a tensor that slipped by would lose its
-    gradient. Here ``share`` cuts the graph, and each pass must then depend on its own input only.
+    A pipeline runs each pass in a separate graph, so any other tensor would lose its gradient. Here ``share``
+    cuts the graph, so each pass must depend only on its input.
     """
     scheme = build_scheme(name, H, 3, RecurrenceOptions(slots=6)).double()
     scheme.init_parameters(lambda _, weight, std: torch.nn.init.normal_(weight))
@@ -75,7 +98,7 @@ def test_later_passes_read_only_what_was_shared(name: str) -> None:
     entered = [scheme.enter(i, x, state) for i, x in enumerate(inputs)]
     for index, h in enumerate(entered):
         needed = torch.autograd.grad(h.sum(), inputs, retain_graph=True, allow_unused=True)
-        # A received output is a leaf of the pipeline's, so a later pass may read it directly.
+        # In a pipeline, a received output is a leaf, so later passes may read it directly.
         received = {i for i, x in enumerate(inputs) if any(x is kept for kept in state.outputs)}
         assert {i for i, g in enumerate(needed) if g is not None} <= {index} | received
 

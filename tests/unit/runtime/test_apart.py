@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from megatron_mesh.data.cache import run_in_fork
 from megatron_mesh.errors import UserError
-from megatron_mesh.runtime.apart import run_apart
 
 
 def test_an_error_arrives_with_its_traceback() -> None:
@@ -16,21 +16,21 @@ def test_an_error_arrives_with_its_traceback() -> None:
         raise UserError("no such file")
 
     with pytest.raises(UserError) as failure:
-        run_apart(fail)
+        run_in_fork(fail)
     assert str(failure.value) == "no such file" and "in fail" in failure.value.__notes__[0]
 
 
 def test_a_helper_that_is_killed_is_an_error() -> None:
     """As by the kernel when memory is used up."""
-    with pytest.raises(RuntimeError, match=r"ended early .SIGKILL.; see whether"):
-        run_apart(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RuntimeError, match=r"ended early .SIGKILL.; check whether"):
+        run_in_fork(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def test_the_helper_ends_with_its_parent() -> None:
     """Otherwise the sockets of a killed rank would stay open, and the others would not notice its death."""
     reading, writing = os.pipe()
     context = multiprocessing.get_context("fork")
-    parent = context.Process(target=run_apart, args=(lambda: (os.write(writing, b"x"), time.sleep(600)),))
+    parent = context.Process(target=run_in_fork, args=(lambda: (os.write(writing, b"x"), time.sleep(600)),))
     parent.start()
     os.close(writing)
     assert os.read(reading, 1) == b"x"

@@ -1,4 +1,4 @@
-"""The seams through which Megatron-core runs on a CPU."""
+"""The patches by which Megatron-core runs on a CPU."""
 
 import importlib
 import os
@@ -22,12 +22,12 @@ def resolve(name: str):
     raise AssertionError(name)
 
 
-@pytest.mark.parametrize("name", device.SEAMS)
+@pytest.mark.parametrize("name", device.CPU_PATCHES)
 def test_every_patched_name_exists(name: str) -> None:
     assert callable(resolve(name))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the seams are for machines without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the patches are for machines without a GPU")
 def test_names_mean_the_cpu() -> None:
     device.prepare()
     assert torch.zeros(2, device="cuda").device.type == "cpu"
@@ -49,7 +49,7 @@ def test_device_contexts_still_work() -> None:
         assert torch.tensor([1.0]).device.type == "meta"
 
 
-def test_prepare_twice_patches_once() -> None:
+def test_a_second_prepare_patches_nothing() -> None:
     device.prepare()
     before = torch.zeros
     device.prepare()

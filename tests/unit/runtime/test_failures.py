@@ -9,9 +9,9 @@ import pytest
 import torch.distributed as dist
 
 from megatron_mesh.errors import UserError
-from megatron_mesh.runtime import entry, exits, meeting
-from megatron_mesh.runtime.entry import failures_from, failures_told
-from megatron_mesh.runtime.environment import check_place
+from megatron_mesh.runtime import entry, exits, rendezvous
+from megatron_mesh.runtime.entry import failures_from, report_errors
+from megatron_mesh.runtime.environment import check_rank
 from megatron_mesh.runtime.failures import FAILED, RUNNING, Failures, resumes
 
 RANKS = 16
@@ -28,7 +28,7 @@ def test_each_of_many_causes_at_once_is_noted(tmp_path: Path, running: bool) -> 
         failures = Failures(store, str(tmp_path))
         failures.running = running
         here.wait()
-        failures.tell(f"rank {number}", f"cause {number}", FAILED)
+        failures.report(f"rank {number}", f"cause {number}", FAILED)
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(RANKS)]
     for thread in threads:
@@ -41,7 +41,7 @@ def test_each_of_many_causes_at_once_is_noted(tmp_path: Path, running: bool) -> 
 
 
 def note(save: Path, word: str, text: str, *, load: str = "", alone: bool = False) -> str:
-    """A start fails before it has said ``running``; returns the status file after it."""
+    """Fail a start before it has written ``running``; return the status file afterwards."""
     command = ["--save", str(save), *(["--load", load] if load else [])]
     failures_from(command, None if alone else dist.HashStore()).note(word, text)
     path = save / "run_status.txt"
@@ -87,7 +87,7 @@ def test_what_resumes(tmp_path: Path) -> None:
     assert not resumes(str(tmp_path), None, False) and not resumes(None, None, False)
 
 
-def test_the_command_line_or_its_yaml_file_tells_the_directory(tmp_path: Path) -> None:
+def test_the_directory_comes_from_the_command_line_or_its_yaml_file(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(f"save: {tmp_path}\nload: {tmp_path}\nfinetune: true\n")
     (tmp_path / "iter_0000010").mkdir()
@@ -98,23 +98,23 @@ def test_the_command_line_or_its_yaml_file_tells_the_directory(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("local_rank", ["0", "3"])
-def test_a_rank_whose_others_do_not_come_says_why(monkeypatch, capfd, local_rank: str) -> None:
-    """Case 17 of everyday faults: the first rank of a host says so while it still looks for the others."""
+def test_a_rank_reports_its_error_when_the_others_do_not_arrive(monkeypatch, capfd, local_rank: str) -> None:
+    """The first rank of a host reports the error while it still looks for the others."""
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": local_rank}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(entry, "SECONDS_ALONE", 0.0)
-    said = threading.Event()
-    tell = Failures.tell
-    monkeypatch.setattr(Failures, "tell", lambda *args: (tell(*args), said.set()))
+    reported = threading.Event()
+    report = Failures.report
+    monkeypatch.setattr(Failures, "report", lambda *args: (report(*args), reported.set()))
 
     def look(*_: int) -> None:
-        """For the others, as long as this rank has said nothing."""
-        said.wait(60 if local_rank == "0" else 0.5)
+        """Wait for the others, until this rank has reported."""
+        reported.wait(60 if local_rank == "0" else 0.5)
 
-    monkeypatch.setattr(meeting, "meet_to_fail", look)
+    monkeypatch.setattr(rendezvous, "meet_to_fail", look)
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(SystemExit) as end, failures_told([]):
+        with pytest.raises(SystemExit) as end, report_errors([]):
             raise UserError("no data")
     finally:
         signal.signal(signal.SIGTERM, handler)
@@ -139,8 +139,8 @@ def test_ranks_that_cannot_be(monkeypatch, capsys, variables: dict[str, str], me
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as ended, failures_told([]):
-        check_place()
+    with pytest.raises(SystemExit) as ended, report_errors([]):
+        check_rank()
     assert ended.value.code == exits.BAD_INPUT
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mesh.runtime.files import replace_text
+from megatron_mesh.runtime.run_files import replace_text
 
 
 def test_a_file_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch) -> None:

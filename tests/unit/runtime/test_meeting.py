@@ -10,7 +10,7 @@ import pytest
 
 from megatron_mesh.runtime import exits
 from megatron_mesh.runtime.distributed import shared_store
-from megatron_mesh.runtime.meeting import Meeting
+from megatron_mesh.runtime.rendezvous import Meeting
 from tests.helpers import tiny_config
 
 RANKS, ABSENT = 24, {5, 17}
@@ -68,8 +68,8 @@ def test_one_rank_says_who_is_absent(rendezvous, capfd) -> None:
     errors = [line for line in capfd.readouterr().err.splitlines() if "rror" in line]
     host = socket.gethostname()
     assert len(errors) == 1 and errors[0].startswith("error: rank ")
-    assert f"of {RANKS} on host {host}: 2 of {RANKS} ranks did not come within 2 s (--dist" in errors[0]
-    assert ": 5, 17; see whether they were started" in errors[0]
+    assert f"of {RANKS} on host {host}: 2 of {RANKS} ranks did not arrive within 2 s (--dist" in errors[0]
+    assert ": 5, 17; check that they were started" in errors[0]
 
 
 def test_all_ranks_come(rendezvous, capfd) -> None:

@@ -20,8 +20,9 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import owner_file, ownership
 from megatron_mesh.runtime.entry import failures_from
 from megatron_mesh.runtime.failures import FAILED
-from megatron_mesh.runtime.owner_file import OWNER_FILE, Owner, held_by_another, read_owner
+from megatron_mesh.runtime.owner_file import Owner, held_by_another, read_owner
 from megatron_mesh.runtime.ownership import Ownership
+from megatron_mesh.runtime.run_files import OWNER_FILE
 from megatron_mesh.train import pretrain
 from megatron_mesh.train.output import check_writable
 from tests.helpers import tiny_config
@@ -75,7 +76,7 @@ def test_a_second_start_is_refused_and_touches_nothing(owner, tmp_path: Path, ca
         config = tiny_config(save=str(tmp_path), load=load)
         with pytest.raises(UserError) as refusal:
             pretrain(config)
-    said = f"belongs to process {owner.pid} on host {who['host']}, since {who['since']}; wait for its end"
+    said = f"is in use by process {owner.pid} on host {who['host']}, since {who['since']}; wait until it ends"
     assert said in str(refusal.value)
     # Nor do errors that are found before the directory is looked at.
     failures_from(["--save", str(tmp_path), "--load", str(tmp_path)]).note(FAILED, "no data")
@@ -98,7 +99,7 @@ def test_a_killed_owner_costs_no_time(owner, tmp_path: Path, caplog) -> None:
 
 
 def test_a_living_owner_on_another_machine_is_seen_by_its_counter(owner, elsewhere, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"belongs to process {owner.pid} on host"):
+    with pytest.raises(UserError, match=f"is in use by process {owner.pid} on host"):
         Ownership(tmp_path).claim()
 
 
@@ -160,7 +161,7 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch) -> None:
     mine.claim()
     mine._beat(7)
     assert (tmp_path / OWNER_FILE).read_text().endswith("000000000007\n")
-    with pytest.raises(UserError, match=f"belongs to process {os.getpid()}"):
+    with pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
         other.claim()
     mine.release()
     assert list(tmp_path.iterdir()) == []
@@ -200,7 +201,7 @@ def test_a_batch_script_gives_the_token_and_takes_it_back(tmp_path: Path, monkey
 
 def test_a_refused_start_leaves_no_directory(tmp_path: Path) -> None:
     config = tiny_config(save=str(tmp_path / "new/run"), load=str(tmp_path / "absent"))
-    with pytest.raises(UserError, match="no checkpoint there"):
+    with pytest.raises(UserError, match="absent does not exist"):
         pretrain(config)
     assert list(tmp_path.iterdir()) == []
 
@@ -227,7 +228,7 @@ def test_the_counter_rises_while_an_index_is_built(tmp_path: Path, monkeypatch) 
     key = cache.Key(tmp_path / "cache", "test", "what it depends on")
     mine.keep(lambda other: os._exit(7))
     looking.start()
-    cache.build(key, hold_the_lock)
+    cache.build_entry(key, hold_the_lock)
     looking.join()
     mine.release()
     assert cache.load(key)["seen"] == [1]
@@ -248,7 +249,7 @@ def test_a_file_that_somebody_removed_is_put_back(tmp_path: Path, monkeypatch) -
             assert owner == who
             seen.add(counter)
         time.sleep(0.05)
-    with pytest.raises(UserError, match=f"belongs to process {os.getpid()}"):
+    with pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
         Ownership(tmp_path).claim()
     mine.release()
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 PROGRAM = """
 import sys
-from megatron_mesh.runtime.pipes import closed_pipe_is_no_error
+from megatron_mesh.runtime.entry import closed_pipe_is_no_error
 with closed_pipe_is_no_error():
     sys.stdin.read()  # until the reader is gone
     {body}

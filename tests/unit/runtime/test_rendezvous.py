@@ -16,11 +16,17 @@ import pytest
 import torch.distributed as dist
 
 from megatron_mesh.errors import RanksLost, UserError
-from megatron_mesh.runtime import exits, meeting, rendezvous
+from megatron_mesh.runtime import exits, rendezvous
 from megatron_mesh.runtime.distributed import shared_store
 from megatron_mesh.runtime.failures import Failures
-from megatron_mesh.runtime.meeting import Meeting
-from megatron_mesh.runtime.rendezvous import PortTaken, Rendezvous, Signpost, find_rendezvous, open_store
+from megatron_mesh.runtime.rendezvous import (
+    Meeting,
+    PortTaken,
+    Rendezvous,
+    Signpost,
+    find_rendezvous,
+    open_store,
+)
 from tests.helpers import tiny_config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -105,11 +111,11 @@ def test_a_given_port_that_is_taken_is_one_clear_error(stranger, ports) -> None:
 
 
 def test_ranks_hear_that_the_given_port_is_taken(stranger, ports, monkeypatch, capfd) -> None:
-    """Rank 0 tells the cause at a spare port, and the other rank ends with the same status, in silence."""
+    """Rank 0 gives the cause at a spare port, and the other rank ends silently with the same status."""
     monkeypatch.setattr(rendezvous, "FOREIGN_SECONDS", 60)
     monkeypatch.setattr(Meeting, "held", False)
     place = Rendezvous("localhost", ports[:1], True, ports[1:], "mine")
-    monkeypatch.setattr(meeting, "find_rendezvous", lambda: place)
+    monkeypatch.setattr(rendezvous, "find_rendezvous", lambda: place)
     ends: dict[int, object] = {}
 
     def other() -> None:
@@ -122,7 +128,7 @@ def test_ranks_hear_that_the_given_port_is_taken(stranger, ports, monkeypatch, c
     thread.start()
     with pytest.raises(UserError, match="cannot listen"):
         Meeting(0, 2, LONG)
-    meeting_of_zero = meeting.meet_to_fail(0, 2)
+    meeting_of_zero = rendezvous.meet_to_fail(0, 2)
     ends[0] = meeting_of_zero.fail(Failures(meeting_of_zero.store), "rank 0", "port taken", "failed", 2, "")
     thread.join()
     assert ends == {0: 2, 1: 2} and capfd.readouterr().err == "error: rank 0: port taken\n"
@@ -167,7 +173,7 @@ def test_no_rank_zero(ports) -> None:
 
 
 def test_a_rank_that_is_there_twice_is_refused(ports, monkeypatch) -> None:
-    """Two jobs that were started by hand with the same MASTER_PORT cannot be told apart otherwise."""
+    """Two jobs started by hand with the same MASTER_PORT cannot be distinguished otherwise."""
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(ports[0]))
     first = Meeting(0, 2, LONG)
@@ -184,7 +190,7 @@ def test_a_rank_that_is_there_twice_is_refused(ports, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("stranger", ["talks"], indirect=True)
-def test_a_taken_port_is_told_by_two_ranks(stranger, ports, monkeypatch, capfd) -> None:
+def test_two_ranks_report_a_taken_port(stranger, ports, monkeypatch, capfd) -> None:
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(ports[0]))
     for rank in (0, 1):
@@ -229,8 +235,9 @@ def test_without_an_address_the_remedy_is_named(monkeypatch) -> None:
 
 def test_there_is_one_formula() -> None:
     """The batch script computes no port of its own."""
-    scripts = [path for path in (ROOT / "examples/slurm").rglob("*") if path.suffix in (".sh", ".sbatch")]
-    assert scripts
+    folders = (ROOT / "megatron_mesh/slurm", ROOT / "examples/slurm")
+    scripts = [path for folder in folders for path in folder.glob("*") if path.suffix in (".sh", ".sbatch")]
+    assert len(scripts) >= 6
     for path in scripts:
         lines = path.read_text().splitlines()
         named = [line for line in lines if "MASTER_PORT" in line and not line.startswith(("unset ", "#"))]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import megatron_mesh
-from megatron_mesh.probe.figures import loss_figure
+from megatron_mesh.metrics.console import Record
+from megatron_mesh.metrics.figures import loss_figure
+from megatron_mesh.metrics.log import JsonLines
 from megatron_mesh.runtime import strict_json
-from megatron_mesh.runtime.logging import JsonLines
-from megatron_mesh.runtime.records import Record
 
 ROOT = Path(megatron_mesh.__file__).parents[1]
 

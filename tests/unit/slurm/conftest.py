@@ -1,4 +1,4 @@
-"""Scripts that play SLURM's commands."""
+"""Fake SLURM commands, as scripts that come first in PATH."""
 
 import os
 import sys
@@ -9,7 +9,8 @@ import pytest
 from tests.unit.slurm.job_script import job as job  # a fixture
 
 ROOT = Path(__file__).resolve().parents[3]
-# JOB is what SLURM knows of all jobs, JOB_41 of that one: state|reason|nodes|time|limit|restarts|wait status.
+# JOB is squeue's answer for every job, JOB_41 for that one: state|reason|nodes|time|limit|restarts|wait
+# status.
 SLURM = {
     "sbatch": """\
 echo "$@" >>"$LAB/sbatch"
@@ -40,7 +41,7 @@ FAILED = "FAILED|NonZeroExitCode|n1|01:00|02:00|0|256"
 
 @pytest.fixture
 def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Commands that answer as SLURM's do and note what they are asked; a site file."""
+    """A directory with fake SLURM commands, which log their arguments there, and a site file."""
     (tmp_path / "bin").mkdir()
     for name, text in SLURM.items():
         path = tmp_path / "bin" / name

@@ -1,4 +1,4 @@
-"""Runs examples/slurm/job.sh with commands of our own in place of SLURM's."""
+"""Runs job.sh with fake SLURM commands."""
 
 import os
 import subprocess
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[3] / "examples/slurm"
+SCRIPTS = Path(__file__).resolve().parents[3] / "megatron_mesh/slurm"
 
-# JOB is the job's end as "scontrol show job" has it; "scontrol requeue" ends the batch script as SLURM does.
-# SLURM's controller knows the job's number, element and restarts from the fixture, not from its environment.
+# JOB is the answer of "scontrol show job" at the end of the job. "scontrol requeue" ends the batch script as
+# SLURM does. The fake controller gets the job's number, element and restarts from the fixture, not from the
+# job's environment.
 COMMANDS = {
     "scontrol": """\
 [ ! -e "$LAB/away" ] || { rm "$LAB/away"; exit 1; }
@@ -45,9 +46,9 @@ RUNNING = "JobState=RUNNING Reason=None PreemptTime=None"
 
 @pytest.fixture
 def job(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs job.sh once. ``trainer``: what the ranks do, in bash, with $RUN; the rest are variables.
+    """Runs job.sh once. ``trainer`` is bash code in place of the ranks; ``variables`` go to the environment.
 
-    What the controller says follows SLURM's variables, unless ``RESTARTS`` and ``ELEMENT`` say otherwise.
+    The controller's answers follow SLURM's variables, unless ``RESTARTS`` and ``ELEMENT`` are given.
     """
     (tmp_path / "bin").mkdir()
     for name, text in COMMANDS.items():
@@ -58,7 +59,7 @@ def job(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     script = tmp_path / "job.sbatch"
     script.write_text(
         f"RUN={tmp_path}/run; CODE={tmp_path}/code; SITE={tmp_path}/site.sh; SETTINGS=(--config c.yaml)\n"
-        f". {EXAMPLES}/job.sh\n"
+        f". {SCRIPTS}/job.sh\n"
     )
 
     def start(trainer: str, state: str = RUNNING, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -90,7 +91,7 @@ def job(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 def ending(status: str, code: int, saved: int | None = None) -> str:
-    """A trainer that leaves this status and exit code, and perhaps a checkpoint."""
+    """A trainer that leaves this run status, exit code and, with ``saved``, checkpoint."""
     checkpoint = "" if saved is None else f"mkdir -p $RUN/iter_{saved:07d}\n"
     return f"{checkpoint}echo {status} >$RUN/run_status.txt\nexit {code}"
 

@@ -1,11 +1,11 @@
-"""tools/submit_slurm.py --change: other nodes or settings for a submitted run (SLURM, case 12)."""
+"""tools/submit_slurm.py --change: other nodes or settings for a submitted run."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 
-from megatron_mesh.config.sources import read_yaml
+from megatron_mesh.config.settings import read_yaml
 from megatron_mesh.errors import UserError
 from tests.unit.slurm.conftest import FAILED, PENDING, RUNNING, SUSPENDED
 from tests.unit.slurm.tool import main, submit
@@ -24,10 +24,10 @@ def files(run: Path) -> dict[str, str]:
 
 
 def test_other_nodes_of_a_run_that_is_over(lab, run, capsys, monkeypatch) -> None:
-    """The earlier files stay; the new job starts only when the new ones are there."""
+    """The earlier files are saved, and the new job is held until the new files are in place."""
     monkeypatch.setenv("JOB", FAILED)
     before = files(run)
-    monkeypatch.chdir(lab)  # the job's directory stays the one it had
+    monkeypatch.chdir(lab)  # the job keeps its working directory
     main(["--change", str(run), "--nodes", "2", "--time", "12:00:00"])
     said = capsys.readouterr().out
     assert "nodes: 1 -> 2\n" in said and "time: 24:00:00 -> 12:00:00\n" in said and said.count("->") == 2
@@ -43,7 +43,7 @@ def test_other_nodes_of_a_run_that_is_over(lab, run, capsys, monkeypatch) -> Non
 
 
 def test_settings_of_a_waiting_job(lab, run, capsys, monkeypatch) -> None:
-    """It reads them when it starts, so it keeps its place; it cannot start in between."""
+    """The job reads them when it starts, so it keeps its place in the queue; it is held while they change."""
     monkeypatch.setenv("JOB", PENDING)
     main(["--change", str(run), "--lr", "0.5"])
     said = capsys.readouterr().out
@@ -56,7 +56,7 @@ def test_settings_of_a_waiting_job(lab, run, capsys, monkeypatch) -> None:
 
 
 def test_other_nodes_of_waiting_jobs(lab, capsys, monkeypatch) -> None:
-    """A chain is withdrawn when the new one is in the queue, and has as many jobs."""
+    """A chain is cancelled once a new one of the same length is in the queue."""
     submit(lab, "--chain", "3")
     monkeypatch.setenv("JOB", PENDING)
     main(["--change", str(lab / "run"), "--nodes", "2"])
@@ -79,13 +79,17 @@ def test_another_site_file(lab, run, capsys, monkeypatch) -> None:
 @pytest.mark.parametrize(
     "job,flags,message",
     [
-        (RUNNING, ["--nodes", "2"], "job 41 of .* is RUNNING; touch .*/stop ends it after a save"),
+        (
+            RUNNING,
+            ["--nodes", "2"],
+            "job 41 of .* is RUNNING; stop it first: touch .*/stop saves and ends it",
+        ),
         (SUSPENDED, ["--nodes", "2"], "is suspended"),
         ("", [], "nothing changes"),
         ("", ["--nodes", "1"], "nothing changes"),
         ("", ["--nodes", "3"], "global"),
-        ("", ["--time", "1"], "used up by the early warning"),
-        ("", ["--gpu-memory-gib", "0.0001", "--lr", "1"], "GiB of 0.0001"),
+        ("", ["--time", "1"], "is too short: the early warning"),
+        ("", ["--gpu-memory-gib", "0.0001", "--lr", "1"], "GiB, more than --gpu-memory-gib 0.0001"),
         ("", ["--save", "/elsewhere"], "would be another run"),
         ("", ["--config", "other.yaml"], "leave out --config"),
         ("", ["--sweep", "seed=1,2"], "--sweep is for a new run"),
@@ -113,7 +117,7 @@ def test_a_change_that_sbatch_refuses_leaves_the_waiting_job(lab, run, monkeypat
 
 
 @pytest.mark.parametrize("flags,undone", [(["--lr", "1"], "release 41"), (["--nodes", "2"], "")])
-def test_a_change_without_room_leaves_jobs_as_they_were(lab, run, monkeypatch, flags, undone) -> None:
+def test_a_change_on_a_full_disk_leaves_jobs_as_they_were(lab, run, monkeypatch, flags, undone) -> None:
     copy = shutil.copy
 
     def full(source: Path, target: Path) -> Path:
@@ -130,17 +134,17 @@ def test_a_change_without_room_leaves_jobs_as_they_were(lab, run, monkeypatch, f
     if undone:
         assert (lab / "scontrol").read_text().splitlines()[-1] == undone and not (lab / "scancel").exists()
     else:
-        assert (lab / "scancel").read_text() == "42\n"  # not the one that waits
+        assert (lab / "scancel").read_text() == "42\n"  # not the waiting job
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device", "jobs.txt")])
 def test_a_change_that_is_interrupted_is_undone(lab, run, monkeypatch, error) -> None:
-    """Ctrl-C, or no room, when the new job is in the queue and the files are in place."""
+    """Ctrl-C, or a full disk, after the new job is in the queue and the files are in place."""
 
     def interrupted(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("megatron_mesh.slurm.change.note_jobs", interrupted)
+    monkeypatch.setattr("megatron_mesh.slurm.actions.record_jobs", interrupted)
     monkeypatch.setenv("JOB", PENDING)
     before = files(run)
     with pytest.raises((KeyboardInterrupt, UserError)):

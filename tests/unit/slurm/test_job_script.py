@@ -1,4 +1,4 @@
-"""What job.sh does after each ending of a run, with commands of our own in place of SLURM's."""
+"""What job.sh does after each way in which a run can end, with fake SLURM commands."""
 
 import pytest
 
@@ -19,7 +19,7 @@ UNFINISHED = 75
         (ending("running", 1), f"{CANCELLED} Restarts=1", 1, False, "step 0: preempted or requeued"),
         (ending("running", 1), HELD, 1, False, "ended by SLURM at step 0: requeued and held"),
         (ending("running", 9), "JobState=OUT_OF_MEMORY Reason=None", 9, False, "0: out of memory"),
-        (ending("running", 1), "", 1, False, "the controller does not say why"),
+        (ending("running", 1), "", 1, False, "controller gives no reason"),
         (ending("stopped", 42, 20), RUNNING, UNFINISHED, False, "stopped on request at step 20"),
         (ending("running", 137, 20), RUNNING, 1, True, "failed with exit status 137; requeued"),
         (ending("running", 137, 20), CANCELLED, 137, False, "ended by SLURM"),
@@ -29,7 +29,7 @@ UNFINISHED = 75
     ],
 )
 def test_endings(job, tmp_path, trainer, state, code, requeued, said) -> None:
-    """The exit status of a run that stopped early is no success to jobs that wait for it (SLURM, case 8)."""
+    """A run that stopped early has an exit status other than 0, so that dependent jobs don't start."""
     ended = job(trainer, state)
     assert said in ended.stdout
     assert ended.returncode == code
@@ -37,7 +37,6 @@ def test_endings(job, tmp_path, trainer, state, code, requeued, said) -> None:
 
 
 def test_a_lost_node_is_named(job) -> None:
-    """SLURM, case 17."""
     ended = job(ending("running", 1, 20), f"{CANCELLED} Restarts=1", DOWN="node2")
     assert "ended by SLURM at step 20: node node2 is down" in ended.stdout
 
@@ -49,7 +48,7 @@ def test_the_log_says_why_a_run_failed(job) -> None:
 
 
 def test_the_early_warning_stops_the_run_and_requeues(job, tmp_path) -> None:
-    """The stop file comes again when a run that is just starting removes an old one."""
+    """The stop file is written again if a starting run removes it."""
     trainer = """\
 kill -USR1 $PPID
 until [ -e $RUN/stop ]; do /bin/sleep 0.05; done
@@ -66,24 +65,24 @@ exit 42"""
 def test_it_stops_when_a_restart_brings_no_new_step(job, tmp_path) -> None:
     crash = "echo running >$RUN/run_status.txt; exit 1"
     assert "requeued, to resume from step 0" in job(crash).stdout
-    # Before the restart's first save: it brought nothing.
+    # The restart fails before its first save.
     ended = job(crash, SLURM_RESTART_COUNT="1")
     assert ended.returncode == 1 and "the restart brought no new step" in ended.stdout
     assert not (tmp_path / "requeued").exists()
-    # SLURM itself might start it again.
+    # SLURM itself restarts the job.
     ended = job(ending("done", 0), SLURM_RESTART_COUNT="2")
-    assert ended.returncode == 1 and "given up: the run failed at step 0" in ended.stdout
+    assert ended.returncode == 1 and "given up after repeated failures at step 0" in ended.stdout
 
 
-def test_ranks_that_end_without_a_word_are_no_success(job) -> None:
-    """Exit status 0 without "done" in run_status.txt."""
+def test_exit_status_0_without_done_is_a_failure(job) -> None:
+    """If run_status.txt doesn't say "done", the run is not complete."""
     assert "failed with exit status 0; requeued" in job("exit 0").stdout
     ended = job("exit 0", SLURM_RESTART_COUNT="1")
-    assert ended.returncode == 1 and "this was the last one" in ended.stdout
+    assert ended.returncode == 1 and "given up, because" in ended.stdout
 
 
 def test_only_failures_of_its_own_count(job, tmp_path) -> None:
-    """A queue that preempts during every start, and nodes that fail (SLURM, case 7)."""
+    """Preemptions and lost nodes do not, however many there are."""
     died = "echo running >$RUN/run_status.txt; exit 143"
     for restart, state in enumerate([PREEMPTED, CANCELLED, TIME_IS_UP] * 2):
         assert job(died, state, SLURM_RESTART_COUNT=str(restart)).returncode in (1, 143)
@@ -94,7 +93,7 @@ def test_only_failures_of_its_own_count(job, tmp_path) -> None:
     with (tmp_path / "run/slurm/starts.txt").open("a") as file:
         file.write("by-hand -\n")  # --requeue
     assert "requeued" in job(died, SLURM_RESTART_COUNT="9").stdout
-    assert "the last one" in job(died, SLURM_RESTART_COUNT="10").stdout
+    assert "given up, because" in job(died, SLURM_RESTART_COUNT="10").stdout
 
 
 def test_new_steps_are_worth_another_start(job) -> None:
@@ -113,7 +112,7 @@ def test_a_later_start_resumes(job, tmp_path) -> None:
     assert (tmp_path / "srun").read_text().split()[-3:] == ["--load", str(tmp_path / "run"), "--no-finetune"]
 
 
-def test_a_controller_that_is_away_for_a_moment_ends_no_run(job, tmp_path) -> None:
+def test_a_controller_that_fails_for_a_moment_does_not_end_the_run(job, tmp_path) -> None:
     ended = job(f"touch {tmp_path}/away\n{ending('running', 137, 20)}")
     assert "failed with exit status 137; requeued" in ended.stdout and (tmp_path / "requeued").exists()
 
@@ -138,7 +137,7 @@ def test_a_chain_resumes_in_its_next_job(job, tmp_path) -> None:
     job(ending("done", 0), SLURM_JOB_ID="8")
     (tmp_path / "srun").unlink()
     ended = job(ending("done", 0), SLURM_JOB_ID="9")
-    assert ended.returncode == 0 and "was trained to the end before" in ended.stdout
+    assert ended.returncode == 0 and "already trained to the end" in ended.stdout
     assert not (tmp_path / "srun").exists() and not (tmp_path / "run/run_owner.txt").exists()
     assert " done " in (tmp_path / "run/slurm/starts.txt").read_text().splitlines()[-1]
 
@@ -153,8 +152,8 @@ def test_a_chain_resumes_in_its_next_job(job, tmp_path) -> None:
         (ending("failed", 5, 20), RUNNING, 5, "failed"),
     ],
 )
-def test_the_sites_hook_hears_of_each_end(job, tmp_path, trainer, state, code, event) -> None:
-    """With state, step and RUN, and what else stands in the site file; --status reads the same word."""
+def test_the_site_s_hook_is_called_at_each_end(job, tmp_path, trainer, state, code, event) -> None:
+    """It gets event, step and RUN, and sees the site file's variables. --status reads the same event."""
     assert job(trainer, state, HOOK=HOOK + "}").returncode == code
     assert (tmp_path / "hook").read_text().split() == [event, "20", str(tmp_path / "run"), "python"]
     token, step, noted, *_ = (tmp_path / "run/slurm/starts.txt").read_text().splitlines()[-1].split()
@@ -170,15 +169,14 @@ def test_a_hook_that_fails_or_hangs_changes_nothing(job, tmp_path, fault, said) 
     assert ended.returncode == 0
 
 
-def test_a_stop_before_the_start_does_not_speak_of_saving(job, tmp_path) -> None:
-    """SLURM, case 18."""
+def test_a_stop_before_the_start_does_not_announce_a_save(job, tmp_path) -> None:
     ended = job(ending("done", 0), HOOK="prepare() { kill -USR1 $$; }")
     assert "asked to stop before the start; there is nothing to save" in ended.stdout
     assert "stopped before the start; requeued" in ended.stdout and not (tmp_path / "srun").exists()
 
 
 def test_a_job_submitted_again_by_hand_counts_failures_anew(job, tmp_path) -> None:
-    """Settings refused twice, then mended: a new job starts, and a chain's next job does not."""
+    """Settings are refused twice, then corrected: a new job starts, but a chain's next job doesn't."""
     for number in ("7", "8"):
         assert job("exit 2", SLURM_JOB_ID=number, REQUEUE="no").returncode == 2
     ended = job(ending("done", 0), SLURM_JOB_ID="9", REQUEUE="no")
@@ -187,7 +185,7 @@ def test_a_job_submitted_again_by_hand_counts_failures_anew(job, tmp_path) -> No
     assert ended.returncode == 0 and "trained to the end" in ended.stdout
 
 
-def test_a_wrong_environment_is_a_noted_failure(job, tmp_path) -> None:
+def test_a_wrong_environment_is_recorded_as_a_failure(job, tmp_path) -> None:
     ended = job(ending("done", 0), KIND="conda", HOOK=HOOK + "}")
     assert ended.returncode == 2 and "must be venv, pyxis or apptainer" in ended.stdout
     assert (tmp_path / "hook").read_text().split()[0] == "failed"

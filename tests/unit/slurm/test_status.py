@@ -1,4 +1,4 @@
-"""tools/submit_slurm.py --status, --requeue, --cancel and --follow; scripts play SLURM's commands."""
+"""tools/submit_slurm.py --status, --requeue, --cancel and --follow, with fake SLURM commands."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def run(lab: Path, capsys: pytest.CaptureFixture) -> Path:
 
 @pytest.fixture
 def status(run: Path, capsys: pytest.CaptureFixture):
-    """What --status says: the rows by their names, or with --json the object."""
+    """Asks --status: returns the rows by name or, with --json, the object."""
 
     def ask(*flags: str) -> dict:
         main(["--status", str(run), *flags])
@@ -46,7 +46,7 @@ def steps(*numbers: int) -> list[dict]:
 def test_a_running_job(run, status, monkeypatch) -> None:
     lines = [json.dumps(line) for line in steps(*range(1, 8))]
     lines.insert(5, json.dumps({"kind": "save", "step": 5, "seconds": 70.0}))
-    lines[3:3] = ['{"kind": "train", "st']  # where the run was killed
+    lines[3:3] = ['{"kind": "train", "st']  # truncated when the run was killed
     (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "tra')
     (run / "run_status.txt").write_text("running\n")
     (run / "iter_0000005").mkdir()
@@ -56,7 +56,7 @@ def test_a_running_job(run, status, monkeypatch) -> None:
     assert rows["state"] == "running" and rows["step"].startswith("7 of 10, loss 1.0000, at ")
     assert rows["checkpoint"] == "step 5" and rows["at risk"].startswith("2 steps")
     assert rows["job 41"] == "RUNNING, on n[1-2], 01:00 of 02:00, restarted 3 times"
-    assert rows["last save"] == "70.0 s: more than the site file's SAVE_SECONDS=60, raise it"
+    assert rows["last save"] == "70.0 s: longer than the site file's SAVE_SECONDS=60; raise it"
     found = status("--json")
     assert (found["step"], found["steps_at_risk"], found["last_save_seconds"]) == (7, 2, 70.0)
     assert found["jobs"][0] | {"job": "41", "restarts": 3} == found["jobs"][0]
@@ -78,7 +78,7 @@ def test_a_running_job(run, status, monkeypatch) -> None:
     ],
 )
 def test_the_state_is_that_of_run_and_job(run, status, monkeypatch, word, event, job, state) -> None:
-    """A job that failed, or that SLURM has forgotten, does not run (SLURM, case 10)."""
+    """A job that failed, or that SLURM no longer knows, is not running."""
     if word:
         (run / "run_status.txt").write_text(f"{word}\n")
     if event:
@@ -92,8 +92,8 @@ def test_the_state_is_that_of_run_and_job(run, status, monkeypatch, word, event,
         assert status()["last event"] == "in words (job 41, 2026-01-01T00:00:00+00:00)"
 
 
-def test_without_a_controller_the_files_speak(run, status, monkeypatch) -> None:
-    """SLURM, case 10: asked once, for seconds."""
+def test_without_a_controller_only_the_files_are_shown(run, status, monkeypatch) -> None:
+    """SLURM is asked once."""
     monkeypatch.setenv("SILENT", "yes")
     (run / "run_status.txt").write_text("running\n")
     log_steps(run, *steps(1, 2, 3))
@@ -101,7 +101,7 @@ def test_without_a_controller_the_files_speak(run, status, monkeypatch) -> None:
     assert (
         rows["state"] == "running" and rows["step"].startswith("3 of 10") and rows["at risk"].startswith("3 ")
     )
-    assert rows["slurm"].endswith("Unable to contact slurm controller; this is what the files say")
+    assert rows["slurm"].endswith("Unable to contact slurm controller; only the run's files were read")
     assert (run.parent / "squeue").read_text() == "x\n"
     assert "Unable to contact" in status("--json")["slurm"]
 
@@ -112,8 +112,7 @@ def test_a_controller_that_hangs_is_not_waited_for(run, status, monkeypatch) -> 
     assert "squeue did not answer within 0.2 s" in status()["slurm"]
 
 
-def test_failing_saves_and_what_is_at_risk(run, status) -> None:
-    """SLURM, case 10."""
+def test_failed_saves_and_steps_at_risk(run, status) -> None:
     failed = [{"kind": "save_failed", "step": n, "reason": "No space left on device"} for n in (5, 10, 15)]
     saved = {"kind": "save", "step": 8, "seconds": 2.0}
     log_steps(run, failed[0], saved, *steps(9, 10), failed[1], *steps(15), failed[2], *steps(17))
@@ -127,7 +126,7 @@ def test_failing_saves_and_what_is_at_risk(run, status) -> None:
 
 
 def test_the_last_save_stays_after_a_mebibyte_of_steps(run, status) -> None:
-    """SLURM, case 10; a record across the border of two blocks counts, too."""
+    """Even if the record crosses the border of two blocks."""
     record = json.dumps(steps(20)[0] | {"text": "x" * 997}) + "\n"
     saved = '{"kind": "save", "step": 10, "seconds": 2.0}\n'
     (run / "metrics.jsonl").write_text(saved + record * 3000)
@@ -146,7 +145,7 @@ def test_a_loss_that_is_not_finite(run, status) -> None:
 
 
 def test_a_run_submitted_by_hand(lab, capsys, monkeypatch) -> None:
-    """Known by its script's starts and the trainer's own files (SLURM, case 10)."""
+    """Its state comes from starts.txt and the trainer's files."""
     run = lab / "by_hand"
     (run / "slurm").mkdir(parents=True)
     (run / "slurm/starts.txt").write_text("7_2.0 0 start 2026-01-01T00:00:00 on n1 from step 0\n")
@@ -161,7 +160,7 @@ def test_a_run_submitted_by_hand(lab, capsys, monkeypatch) -> None:
     assert (lab / "scancel").read_text() == "--batch --signal=USR1 7_2\n"
     monkeypatch.setenv("JOB_7_2", FAILED)
     with pytest.raises(
-        UserError, match=r"submit its script again with sbatch; its failures so far no longer"
+        UserError, match=r"submit its script again with sbatch \(its earlier failures no longer"
     ):
         main(["--requeue", str(run)])
     assert (run / "slurm/starts.txt").read_text().endswith("from step 0\nby-hand -\n")
@@ -179,22 +178,22 @@ def test_several_runs_are_a_table(lab, capsys, monkeypatch) -> None:
     assert head == ["run", "state", "step", "of", "loss", "checkpoint", "at risk", "jobs"]
     assert rows[0] == [str(lab / "a"), "waiting", "-", "10", "-", "-", "0", "41 PENDING"]
     assert rows[1] == [str(lab / "b"), "running", "6", "10", "2.0000", "-", "6", "42 RUNNING"]
-    assert (lab / "squeue").read_text() == "x\n"  # one question for all
+    assert (lab / "squeue").read_text() == "x\n"  # one call for all runs
     main(["--status", str(lab / "a"), str(lab / "b"), "--json"])
     assert [each["state"] for each in json.loads(capsys.readouterr().out)] == ["waiting", "running"]
 
 
-def test_status_says_why_a_run_failed(run, status, monkeypatch) -> None:
+def test_status_shows_why_a_run_failed(run, status, monkeypatch) -> None:
     (run / "run_status.txt").write_text("failed\nrank 3 of 8 on host n2: no such file\n")
     monkeypatch.setenv("JOB", FAILED)
     assert (status()["state"], status()["cause"]) == ("failed", "rank 3 of 8 on host n2: no such file")
 
 
 def test_the_exit_status_of_a_stopped_run_is_that_of_the_job_script(run, status, monkeypatch) -> None:
-    script = (ROOT / "examples/slurm/job.sh").read_text()
+    script = (ROOT / "megatron_mesh/slurm/job.sh").read_text()
     assert f"readonly UNFINISHED={UNFINISHED}\n" in script
     monkeypatch.setenv("JOB", FAILED.replace("256", str(UNFINISHED << 8)))
-    assert status()["job 41"] == "FAILED: ended before the run did (exit status 75)"
+    assert status()["job 41"] == "FAILED: ended before the end of the run (exit status 75)"
 
 
 def test_requeue_saves_waits_or_submits(lab, run, capsys, monkeypatch) -> None:
@@ -204,7 +203,7 @@ def test_requeue_saves_waits_or_submits(lab, run, capsys, monkeypatch) -> None:
     assert "job 41 will save and requeue itself; see --status" in capsys.readouterr().out
     monkeypatch.setenv("JOB", PENDING)
     main(["--requeue", str(run)])
-    assert "in the queue already (PENDING, Priority)" in capsys.readouterr().out
+    assert "is already in the queue (PENDING, Priority)" in capsys.readouterr().out
     for state in (FAILED, ""):
         monkeypatch.setenv("JOB", state)
         main(["--requeue", str(run)])
@@ -214,7 +213,7 @@ def test_requeue_saves_waits_or_submits(lab, run, capsys, monkeypatch) -> None:
         main(["--requeue", str(run)])
 
 
-def test_requeue_of_a_chain_says_what_resumes(lab, capsys, monkeypatch) -> None:
+def test_requeue_of_a_chain_prints_what_resumes(lab, capsys, monkeypatch) -> None:
     submit(lab, "--chain", "2")
     monkeypatch.setenv("JOB_41", RUNNING)
     monkeypatch.setenv("JOB_42", PENDING)
@@ -223,11 +222,11 @@ def test_requeue_of_a_chain_says_what_resumes(lab, capsys, monkeypatch) -> None:
     monkeypatch.setenv("JOB_41", FAILED)
     monkeypatch.setenv("JOB_42", RUNNING)
     main(["--requeue", str(lab / "run")])
-    assert "job 42 will save; it is the last of its chain, so ask again" in capsys.readouterr().out
+    assert "job 42 will save; it is the last of its chain, so run --requeue again" in capsys.readouterr().out
 
 
-def test_a_state_that_is_not_known_is_not_over(run, status, capsys, monkeypatch) -> None:
-    """A new SLURM's state, or a flag such as SIGNALING: the run is not submitted a second time."""
+def test_an_unknown_state_counts_as_running_or_waiting(run, status, capsys, monkeypatch) -> None:
+    """With an unknown state, such as SIGNALING, the run is not submitted a second time."""
     monkeypatch.setenv("JOB", RUNNING.replace("RUNNING", "SIGNALING"))
     assert status()["state"] == "running"
     main(["--requeue", str(run)])
@@ -238,7 +237,7 @@ def test_a_state_that_is_not_known_is_not_over(run, status, capsys, monkeypatch)
 
 
 def test_options_in_the_environment_do_not_hide_a_job(lab, run, status, monkeypatch) -> None:
-    """SQUEUE_PARTITION=high made squeue print nothing for a running job."""
+    """SQUEUE_PARTITION=high would make squeue print nothing for a running job."""
     (lab / "bin/squeue").write_text(
         '#!/bin/sh\ncat\n[ -n "$SQUEUE_PARTITION$SCANCEL_BATCH$SINFO_ALL$SCONTROL_ALL" ] || '
         f"echo '41|{RUNNING}|41|'\n"
@@ -248,7 +247,7 @@ def test_options_in_the_environment_do_not_hide_a_job(lab, run, status, monkeypa
     assert status()["state"] == "running"
 
 
-def test_a_line_that_was_cut_off_is_no_event(run, status) -> None:
+def test_a_truncated_line_is_not_an_event(run, status) -> None:
     (run / "slurm/starts.txt").write_text(
         "41.0 10 start 2026-01-01T00:00:00 on n1\n41.0 1041.1 0 start 2026-01-01T00:00:00 on n1\n"
     )
@@ -256,14 +255,17 @@ def test_a_line_that_was_cut_off_is_no_event(run, status) -> None:
 
 
 def test_a_relative_output_directory_is_the_job_s(lab, capsys, monkeypatch) -> None:
-    """--status finds the metrics from any directory; the time has its zone."""
+    """--status finds the metrics from any directory, and the time has a time zone."""
     monkeypatch.chdir(lab)
     submit(lab, "--output-dir", "logs")
     (lab / "logs").mkdir()
     log_steps(lab / "logs", *steps(3))
     monkeypatch.chdir("/")
     capsys.readouterr()
-    for text in (f"output_dir: {lab}/logs\n", "output_dir: logs\n"):  # the second is an earlier version's
+    for text in (
+        f"output_dir: {lab}/logs\n",
+        "output_dir: logs\n",
+    ):  # an earlier version wrote the second form
         config = lab / "run/slurm/config.yaml"
         config.write_text(re.sub(r"output_dir: .*\n", text, config.read_text()))
         main(["--status", str(lab / "run"), "--json"])
@@ -278,7 +280,6 @@ def test_chain_goes_with_submissions(run, command) -> None:
 
 
 def test_a_suspended_job_is_called_suspended(run, monkeypatch) -> None:
-    """SLURM, case 11."""
     monkeypatch.setenv("JOB", SUSPENDED)
     with pytest.raises(UserError, match=r"job 41 is suspended .*scontrol resume 41"):
         main(["--requeue", str(run)])
@@ -286,25 +287,25 @@ def test_a_suspended_job_is_called_suspended(run, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("state", ["CONFIGURING", "COMPLETING"])
-def test_a_job_that_cannot_listen_is_not_said_to_save(lab, run, monkeypatch, state) -> None:
+def test_a_job_that_cannot_react_is_not_signalled(lab, run, monkeypatch, state) -> None:
     monkeypatch.setenv("JOB", RUNNING.replace("RUNNING", state))
-    with pytest.raises(UserError, match=f"job 41 is {state}.* again in a moment"):
+    with pytest.raises(UserError, match=f"job 41 is {state}.*try again in a moment"):
         main(["--requeue", str(run)])
     assert not (lab / "scancel").exists()
 
 
-def test_requeue_without_room_submits_nothing(run, monkeypatch) -> None:
+def test_requeue_on_a_full_disk_submits_nothing(run, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "jobs.txt")
 
-    monkeypatch.setattr("megatron_mesh.slurm.actions.note_jobs", full)
+    monkeypatch.setattr("megatron_mesh.slurm.actions.record_jobs", full)
     with pytest.raises(UserError, match="No space left on device"):
         main(["--requeue", str(run)])
     assert (run.parent / "scancel").read_text() == "42\n"
 
 
 def test_cancel_by_directory(lab, capsys, monkeypatch) -> None:
-    """A chain's last job first, so that none starts; those that are over are left alone."""
+    """The last job of a chain first, so that none starts. Jobs that are over stay untouched."""
     submit(lab, "--chain", "3")
     monkeypatch.setenv("JOB", PENDING)
     monkeypatch.setenv("JOB_41", RUNNING)
@@ -337,7 +338,7 @@ def test_follow_prints_until_the_job_is_over(run, capsys, monkeypatch) -> None:
 
 
 def test_follow_long_lines_and_the_last_one(run, monkeypatch) -> None:
-    """A progress bar without newlines, and what a killed job has printed last."""
+    """A progress bar without newlines, and the last incomplete line of a killed job."""
     monkeypatch.setattr("megatron_mesh.slurm.follow._ASK_SECONDS", 0.0)
     monkeypatch.setenv("JOB", RUNNING)
     log = run / "slurm/41.log"
@@ -357,7 +358,7 @@ def test_follow_long_lines_and_the_last_one(run, monkeypatch) -> None:
 
 
 def test_follow_a_job_submitted_by_hand(lab, capsys, monkeypatch) -> None:
-    """SLURM says where it prints."""
+    """SLURM knows the path of its log."""
     run = lab / "by_hand"
     (run / "slurm").mkdir(parents=True)
     (run / "slurm/starts.txt").write_text("7.0 0 start 2026-01-01T00:00:00 on n1 from step 0\n")
@@ -369,7 +370,7 @@ def test_follow_a_job_submitted_by_hand(lab, capsys, monkeypatch) -> None:
     assert capsys.readouterr().out == "all\n"
 
 
-def test_follow_without_a_controller_ends_with_the_jobs_last_word(run, capsys, monkeypatch) -> None:
+def test_follow_without_a_controller_ends_with_the_jobs_last_event(run, capsys, monkeypatch) -> None:
     monkeypatch.setattr("megatron_mesh.slurm.follow._ASK_SECONDS", 0.0)
     monkeypatch.setenv("SILENT", "yes")
     (run / "slurm/41.log").write_text("all\n")

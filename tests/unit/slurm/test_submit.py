@@ -1,5 +1,6 @@
-"""tools/submit_slurm.py: what it writes, submits and refuses; scripts play SLURM's commands."""
+"""tools/submit_slurm.py: what it writes, submits and refuses, with fake SLURM commands."""
 
+import ast
 import os
 import re
 import shutil
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+import megatron_mesh
 from megatron_mesh.arguments import parse_args
-from megatron_mesh.config.checks import resolve
+from megatron_mesh.config.resolve import resolve
 from megatron_mesh.errors import UserError
 from megatron_mesh.slurm import submission
-from megatron_mesh.slurm.script import option_of
+from megatron_mesh.slurm.script import sbatch_option
 from megatron_mesh.slurm.site import read_site, seconds_of
 from tests.unit.slurm.conftest import ROOT
 from tests.unit.slurm.tool import DATA, MODEL, SAVING, main, submit
@@ -31,7 +33,7 @@ def test_what_is_submitted_starts_from_the_snapshot(lab, capsys) -> None:
     assert subprocess.run(["bash", "-n", str(files / "job.sbatch")]).returncode == 0
     config = resolve(parse_args(["--config", str(files / "config.yaml")]).config, world_size=16)
     assert config.checkpoint.save == str(lab / "run") and config.training.global_batch_size == 16
-    # The program there finds the package there.
+    # The copied program imports the copied package.
     command = [sys.executable, "-v", str(files / "code/pretrain_mesh.py"), "--hiden-size"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert f"{files}/code/megatron_mesh/arguments.py" in ended.stderr
@@ -55,7 +57,7 @@ def test_a_chain_waits_job_for_job(lab, capsys) -> None:
     assert "REQUEUE=no" in (lab / "run/slurm/job.sbatch").read_text()
 
 
-def test_a_refused_submission_can_be_tried_again(lab, monkeypatch) -> None:
+def test_a_refused_submission_can_be_repeated(lab, monkeypatch) -> None:
     monkeypatch.setenv("REFUSE", "error: invalid partition specified: gpu")
     with pytest.raises(UserError, match="invalid partition"):
         submit(lab)
@@ -65,9 +67,9 @@ def test_a_refused_submission_can_be_tried_again(lab, monkeypatch) -> None:
         submit(lab)
 
 
-def test_a_save_longer_than_slurm_waits_is_told(lab, capsys) -> None:
+def test_a_save_longer_than_kill_wait_is_reported(lab, capsys) -> None:
     submit(lab)
-    assert "a save takes up to 60 s, and SLURM leaves 30 s (KillWait)" in capsys.readouterr().err
+    assert "a save takes up to 60 s, but SLURM kills a job 30 s after" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def test_a_save_longer_than_slurm_waits_is_told(lab, capsys) -> None:
     ],
 )
 def test_what_fails_leaves_nothing_behind(lab, monkeypatch, fault, message) -> None:
-    """Refused, a full disk, no permission: one line, and no directory that was not there (SLURM, case 16)."""
+    """Refusal, full disk, no permission: the error is one line, and no new directory remains."""
     run = lab / "new/deep/run"
     if fault.startswith("REFUSE"):
         monkeypatch.setenv(*fault.split("=", 1))
@@ -88,7 +90,7 @@ def test_what_fails_leaves_nothing_behind(lab, monkeypatch, fault, message) -> N
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device", "somewhere")
 
-        monkeypatch.setattr(submission, "note_jobs", full)
+        monkeypatch.setattr(submission, "record_jobs", full)
     else:
 
         def denied(path: Path, *_: object, **__: object) -> None:
@@ -99,17 +101,17 @@ def test_what_fails_leaves_nothing_behind(lab, monkeypatch, fault, message) -> N
         submit(lab, "--save", str(run))
     assert "\n" not in str(caught.value)
     assert not (lab / "new").exists()
-    if fault == "FULL":  # the job was submitted already
+    if fault == "FULL":  # the job was already submitted
         assert (lab / "scancel").read_text() == "41\n"
 
 
 def test_an_interrupted_submission_leaves_no_job(lab, monkeypatch) -> None:
-    """Ctrl-C between sbatch and the note of its job."""
+    """Ctrl-C after sbatch, before the job is recorded."""
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(submission, "note_jobs", interrupted)
+    monkeypatch.setattr(submission, "record_jobs", interrupted)
     with pytest.raises(KeyboardInterrupt):
         submit(lab, "--chain", "2")
     assert (lab / "scancel").read_text() == "42\n41\n" and not (lab / "run").exists()
@@ -124,7 +126,7 @@ def test_the_partition_is_read_as_sbatch_reads_it(lab, options) -> None:
     assert read_site(lab / "site.sh").partition == "big"
 
 
-def test_a_directory_that_was_there_stays(lab, monkeypatch) -> None:
+def test_an_existing_directory_stays(lab, monkeypatch) -> None:
     (lab / "run").mkdir()
     (lab / "run/notes").touch()
     monkeypatch.setenv("REFUSE", "error: no")
@@ -134,7 +136,7 @@ def test_a_directory_that_was_there_stays(lab, monkeypatch) -> None:
 
 
 def test_a_full_disk_is_one_line(lab) -> None:
-    """On a file system of 64 KiB, without a stand-in (SLURM, case 16)."""
+    """On a real file system of 64 KiB."""
     place = lab / "small"
     place.mkdir()
     mounted = subprocess.run(
@@ -150,19 +152,19 @@ def test_a_full_disk_is_one_line(lab) -> None:
         subprocess.run(["umount", str(place)], check=True)
 
 
-def test_the_job_s_environment_is_its_own(lab, capsys, monkeypatch) -> None:
-    """Submitted inside another job, by somebody with options in the environment (SLURM, case 4)."""
+def test_variables_of_the_submitting_shell_do_not_reach_sbatch(lab, capsys, monkeypatch) -> None:
+    """The user submits inside another job and has sbatch options in the environment."""
     for name in ("SLURM_CPU_BIND", "SLURM_MEM_PER_CPU", "SLURM_STEP_ID", "SRUN_DEBUG"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("SBATCH_TIMELIMIT", "5")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
     submit(lab)
     assert (lab / "sbatch-environment").read_text() == "SLURM_CONF=/etc/slurm.conf\n"
-    assert "SBATCH_TIMELIMIT=5 is not used; the site file's SBATCH_OPTIONS" in capsys.readouterr().err
+    assert "SBATCH_TIMELIMIT=5 is ignored; set sbatch options in the site file" in capsys.readouterr().err
 
 
 def test_options_and_paths_are_quoted(lab) -> None:
-    """SLURM, cases 14 and 15; tests/slurm has the same with the real sbatch."""
+    """tests/slurm does the same with the real sbatch."""
     with (lab / "site.sh").open("a") as file:
         file.write('SBATCH_OPTIONS+=(--comment="two words" --constraint="a|b" --exclusive)\n')
     run = lab / "my own/größe 50%j's"
@@ -171,7 +173,7 @@ def test_options_and_paths_are_quoted(lab) -> None:
     script = path.read_text()
     assert "#SBATCH --comment='two words'\n" in script and "#SBATCH --constraint='a|b'\n" in script
     assert "#SBATCH --exclusive\n" in script
-    assert option_of(script, "output") == f"{run}/slurm/%j.log".replace("50%", "50%%")
+    assert sbatch_option(script, "output") == f"{run}/slurm/%j.log".replace("50%", "50%%")
     (run / "slurm/job.sh").write_text('printf "%s\\n" "$RUN" "$CODE" "$SITE" "$LOAD" "${SETTINGS[@]}"\n')
     said = subprocess.run(["bash", str(path)], capture_output=True, text=True, check=True).stdout
     files = run / "slurm"
@@ -182,12 +184,12 @@ def test_options_and_paths_are_quoted(lab) -> None:
 def test_a_container_needs_a_path_that_it_can_mount(lab) -> None:
     with (lab / "site.sh").open("a") as file:
         file.write("ENVIRONMENT=pyxis CONTAINER=image\n")
-    with pytest.raises(UserError, match="cannot mount a path with a colon or a comma"):
+    with pytest.raises(UserError, match="cannot mount a path with a colon or comma"):
         submit(lab, "--save", str(lab / "a,b"))
 
 
 def test_the_code_is_that_of_the_clone_whose_tool_was_started(lab) -> None:
-    """Another clone comes first in the environment (SLURM, case 3)."""
+    """Even if another clone comes first in PYTHONPATH."""
     clone = lab / "clone"
     for name in ("tools/submit_slurm.py", "megatron_mesh"):
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +200,9 @@ def test_the_code_is_that_of_the_clone_whose_tool_was_started(lab) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", line]
     assert subprocess.check_output(command, env=environment, text=True, timeout=120).strip() == str(clone)
-    with pytest.raises(UserError, match=f"{clone} was started, but python found the package in {ROOT}"):
+    with pytest.raises(
+        UserError, match=f"the tool is in {clone}, but Python imported the package from {ROOT}"
+    ):
         submission.check_clone(clone)
 
 
@@ -208,9 +212,9 @@ def test_the_code_is_that_of_the_clone_whose_tool_was_started(lab) -> None:
         (["--nodes", "0"], "--nodes 0 must be above 0"),
         (["--chain", "0"], "--chain 0 must be above 0"),
         (["--tensor-model-parallel-size", "3"], "3"),
-        (["--gpu-memory-gib", "0.0001"], "GiB of 0.0001"),
-        (["--time", "2"], "used up by the early warning"),
-        (["--time", "soon"], "is not a time that sbatch takes"),
+        (["--gpu-memory-gib", "0.0001"], "GiB, more than --gpu-memory-gib 0.0001"),
+        (["--time", "2"], "is too short: the early warning"),
+        (["--time", "soon"], "is not in a form that sbatch accepts"),
         (["--site", "no_such_file"], "no_such_file is not a file"),
         (["--save", "a\\dir"], "has a backslash"),
         (["--json"], "--json goes with --status"),
@@ -250,11 +254,14 @@ def test_a_run_needs_its_directory_and_checkpoints(lab) -> None:
         ("ENVIRONMENT=conda", "one of venv, pyxis, apptainer"),
         ("ENVIRONMENT=pyxis", "CONTAINER is not set"),
         ("SAVE_SECONDS=a", "SAVE_SECONDS=a must be a whole number"),
-        ("SAVE_SECONDS=40000", "SAVE_SECONDS=40000 is too long: .* at most 65535 s, so give at most 32737"),
+        (
+            "SAVE_SECONDS=40000",
+            "SAVE_SECONDS=40000 is too large, .* at most 65535 s; set it to at most 32737",
+        ),
         ("GPUS_PER_NODE=", "GPUS_PER_NODE is not set"),
         ("PYTHON=/no/python", "cannot be run"),
-        ("if", "bash cannot read it"),
-        ("exec sleep 60", "did not finish within 0.5 s; put slow commands into prepare"),
+        ("if", "bash fails to read it"),
+        ("exec sleep 60", "did not finish within 0.5 s; move slow commands into prepare"),
     ],
 )
 def test_a_wrong_site_file(lab, change, message, monkeypatch) -> None:
@@ -274,7 +281,7 @@ def test_errors_are_one_line(lab) -> None:
 
 @pytest.mark.parametrize("name,nodes", [("one_node", 1), ("many_nodes", 4)])
 def test_the_examples_are_what_the_tool_writes(lab, capsys, name, nodes) -> None:
-    """The same options, and settings that it takes."""
+    """They have the same sbatch options, and settings that the tool accepts."""
     text = (ROOT / f"examples/slurm/{name}.sbatch").read_text()
     settings = (
         text.split("SETTINGS=(")[1].split("\n)")[0].replace('"', "").replace("$CODE", str(ROOT)).split()
@@ -297,3 +304,41 @@ def test_the_examples_are_what_the_tool_writes(lab, capsys, name, nodes) -> None
 )
 def test_times_are_read_as_slurm_reads_them(text, seconds) -> None:
     assert seconds_of(text) == seconds
+
+
+def test_an_installed_package_submits_its_own_code(lab) -> None:
+    """Outside any clone, with the tool inside the package as in a wheel."""
+    site = lab / "site-packages"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "megatron_mesh", site / "megatron_mesh", ignore=ignored)
+    shutil.copy(ROOT / "pretrain_mesh.py", site)
+    (site / "megatron_mesh/tools").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "tools/submit_slurm.py", site / "megatron_mesh/tools")
+    command = [sys.executable, "-m", "megatron_mesh.tools.submit_slurm", "--site", str(lab / "site.sh")]
+    command += ["--save", str(lab / "run"), *MODEL, *DATA, *SAVING]
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=lab, timeout=120)
+    assert ended.stdout.startswith("submitted job 41"), ended.stderr
+    files = lab / "run/slurm"
+    assert (files / "version.txt").read_text() == f"{megatron_mesh.__version__}\n"
+    for name in (
+        "job.sh",
+        "task.sh",
+        "environment.sh",
+        "code/pretrain_mesh.py",
+        "code/megatron_mesh/py.typed",
+    ):
+        assert (files / name).is_file(), name
+
+
+def test_a_wheel_contains_every_file_of_the_package() -> None:
+    """setup.py's package_data lists all files that are not Python."""
+    calls = [
+        node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call)
+    ]
+    (data,) = [word.value for call in calls for word in call.keywords if word.arg == "package_data"]
+    package_data = ast.literal_eval(data)
+    for path in (ROOT / "megatron_mesh").rglob("*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            package = ".".join(path.parent.relative_to(ROOT).parts)
+            assert any(path.match(pattern) for pattern in package_data.get(package, [])), path

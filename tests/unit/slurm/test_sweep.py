@@ -1,17 +1,17 @@
-"""tools/submit_slurm.py --sweep; scripts play SLURM's commands."""
+"""tools/submit_slurm.py --sweep, with fake SLURM commands."""
 
 import subprocess
 
 import pytest
 
-from megatron_mesh.config.sources import read_yaml
+from megatron_mesh.config.settings import read_yaml
 from megatron_mesh.errors import UserError
 from tests.unit.slurm.conftest import FAILED, PENDING, RUNNING, SUSPENDED
 from tests.unit.slurm.tool import main, submit
 
 
 def test_one_array_with_a_run_for_each_combination(lab, capsys, monkeypatch) -> None:
-    """Each element is a run like any other; the code is there once."""
+    """Each element is a run like any other, and all share one copy of the code."""
     flags = ["--sweep", "seed=1,2", "--sweep", "untie-embeddings-and-output-weights=true,false"]
     submit(lab, *flags, "--at-once", "3")
     top = lab / "run"
@@ -26,7 +26,7 @@ def test_one_array_with_a_run_for_each_combination(lab, capsys, monkeypatch) -> 
         assert (run / "slurm/jobs.txt").read_text() == f"41_{index}\n"
         settings = read_yaml(run / "slurm/config.yaml")
         assert (settings["seed"], settings[name], settings["save"]) == (seed, untied, str(run))
-        # What the element's job does, with a stand-in for job.sh.
+        # Run the element's script, with a fake job.sh.
         (run / "slurm/job.sh").write_text('echo "$RUN $CODE"\n')
         command = ["env", f"SLURM_ARRAY_TASK_ID={index}", "bash", str(top / "slurm/array.sbatch")]
         assert subprocess.check_output(command, text=True) == f"{run} {top}/slurm/code\n"
@@ -41,7 +41,7 @@ def test_one_array_with_a_run_for_each_combination(lab, capsys, monkeypatch) -> 
             main([command, str(top)])
     main(["--cancel", str(top / f"seed=2_{name}=true")])
     assert (lab / "scancel").read_text() == "41_2\n"
-    main(["--change", str(run), "--nodes", "2"])  # a job of its own from now on
+    main(["--change", str(run), "--nodes", "2"])  # leaves the array and becomes a separate job
     script = (run / "slurm/job.sbatch").read_text()
     assert f"CODE={top}/slurm/code\n" in script and "#SBATCH --nodes=2\n" in script
     assert (run / "slurm/jobs.txt").read_text() == "41_3\n42\n"
@@ -52,7 +52,7 @@ def test_one_array_with_a_run_for_each_combination(lab, capsys, monkeypatch) -> 
     "command,acted", [("--requeue", "--batch --signal=USR1 41_3\n"), ("--cancel", "41_3\n")]
 )
 def test_a_sweep_s_runs_are_acted_on_one_by_one(lab, capsys, monkeypatch, command, acted) -> None:
-    """One is done, one is suspended or cannot be cancelled, one is over: the last one still hears of it."""
+    """One run is done, one fails, one is over: the last one is still acted on."""
     submit(lab, "--sweep", "seed=1,2,3,4")
     (lab / "run/seed=1/run_status.txt").write_text("done\n")
     for index, state in enumerate([FAILED, SUSPENDED, FAILED, RUNNING]):
@@ -70,7 +70,7 @@ def test_a_sweep_s_runs_are_acted_on_one_by_one(lab, capsys, monkeypatch, comman
     if command == "--requeue":
         assert "seed=1 is trained to the end" in said.out and "submitted job 42" in said.out
         monkeypatch.setenv("JOB_41_1", RUNNING)
-        main([command, str(lab / "run")])  # a run that is done is no error
+        main([command, str(lab / "run")])  # a finished run is not an error
 
 
 def test_runs_do_not_share_what_they_write(lab) -> None:
@@ -101,16 +101,16 @@ def test_a_dry_run_shows_the_array(lab, capsys) -> None:
 @pytest.mark.parametrize(
     "flags,message",
     [
-        (["seed"], "is not a setting with values"),
-        (["seed=1,,2"], "is not a setting with values"),
-        (["seed=1,1"], "cannot name a directory"),
-        (["data_path=/a,/b"], "cannot name a directory"),
+        (["seed"], "is not NAME=VALUE"),
+        (["seed=1,,2"], "is not NAME=VALUE"),
+        (["seed=1,1"], "cannot name a run's directory"),
+        (["data_path=/a,/b"], "cannot name a run's directory"),
         (["sede=1"], "did you mean --seed"),
         (["save=a,b"], "its own directory under --save"),
         (["bf16=yes"], "write true or false"),
         (["seed=1,2", "--sweep", "seed=3"], "is given twice"),
         (["global_batch_size=16,17"], "global_batch_size=17: "),
-        (["seed=1,2", "--gpu-memory-gib", "0.0001"], "GiB of 0.0001"),
+        (["seed=1,2", "--gpu-memory-gib", "0.0001"], "GiB, more than --gpu-memory-gib 0.0001"),
     ],
 )
 def test_a_wrong_sweep_writes_nothing(lab, flags, message) -> None:

@@ -1,4 +1,4 @@
-"""tools/submit_slurm.py, with a tiny model."""
+"""Calls tools/submit_slurm.py with a tiny model."""
 
 import json
 from pathlib import Path

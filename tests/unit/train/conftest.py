@@ -1,4 +1,4 @@
-"""A small corpus, and runs of the whole loop inside this process."""
+"""A small corpus, and runs of the complete training loop in this process."""
 
 import time
 from collections.abc import Callable
@@ -13,18 +13,18 @@ import torch
 from megatron_mesh.checkpoint.load import Search
 from megatron_mesh.config.schema import Config
 from megatron_mesh.data.indexed import IndexedWriter
+from megatron_mesh.metrics.console import Record, Sink
+from megatron_mesh.metrics.log import Log
+from megatron_mesh.runtime.device import pack_generators
 from megatron_mesh.runtime.distributed import process_groups
-from megatron_mesh.runtime.logging import Log
-from megatron_mesh.runtime.random import pack_generators
-from megatron_mesh.runtime.records import Record, Sink
 from megatron_mesh.runtime.stopping import StopRequests
-from megatron_mesh.train.loop import build, train
+from megatron_mesh.train.loop import build_run, train
 from tests.helpers import tiny_config
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Prefix of 300 documents of skewed random ids below 128."""
+    """The prefix of 300 documents of skewed random ids below 128."""
     prefix = str(tmp_path_factory.mktemp("corpus") / "text")
     random = np.random.default_rng(0)
     documents = [random.zipf(1.3, size=random.integers(20, 60)) % 128 for _ in range(300)]
@@ -36,7 +36,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def tiny(corpus: str) -> Callable[..., Config]:
-    """Settings of a run of 6 steps on ``corpus``; any of them can be given by name."""
+    """Returns the settings of a run of 6 steps on ``corpus``. Any setting can be changed by name."""
     torch.set_num_threads(1)
 
     def make(recurrence: str = "mesh", layers: str = "1+1R2+1", **settings: Any) -> Config:
@@ -59,7 +59,7 @@ def tiny(corpus: str) -> Callable[..., Config]:
 
 @dataclass
 class Outcome(Sink):
-    """What a run logged, and what it ended with."""
+    """The records of a run and its final state."""
 
     records: list[Record] = field(default_factory=list)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -73,15 +73,15 @@ class Outcome(Sink):
         self.records.append(record)
 
     def values(self, name: str, kind: str = "train") -> list[Any]:
-        """One logged value over the steps."""
+        """Return one logged value for each step."""
         return [record.values[name] for record in self.records if record.kind == kind]
 
 
 def run(config: Config) -> Outcome:
-    """Train as ``config`` says, without output directory."""
+    """Train with ``config``, without an output directory."""
     outcome = Outcome()
     with process_groups(config) as health:
-        parts = build(config, Search(config.checkpoint))
+        parts = build_run(config, Search(config.checkpoint))
         stop = StopRequests(config.checkpoint, time.monotonic())
         outcome.ending = train(parts, Log([outcome]), health, stop)
         inner = parts.optimizer.optimizer
@@ -100,5 +100,5 @@ def run(config: Config) -> Outcome:
 
 
 def tree(directory: Path) -> dict[str, bytes]:
-    """Every file below ``directory`` with its content."""
+    """Return every file below ``directory`` with its contents."""
     return {str(path): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}

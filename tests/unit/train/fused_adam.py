@@ -1,4 +1,4 @@
-"""A stand-in for the FusedAdam of Transformer Engine and apex: it counts with its groups."""
+"""A stand-in for Transformer Engine's and apex's FusedAdam, which counts updates per parameter group."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW whose step is a whole number in each group (``transformer_engine/pytorch/optimizers`` 2.11)."""
+    """AdamW with an integer step in each group (``transformer_engine/pytorch/optimizers`` 2.11)."""
 
     def __init__(
         self, params: Any, lr: float, betas: Any, eps: float, weight_decay: float, adam_w_mode: bool
@@ -20,14 +20,14 @@ class FusedAdam(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Knows no state but the moments, as Transformer Engine's."""
+        """Load only the moments, like Transformer Engine's."""
         for state in state_dict["state"].values():
             assert set(state) == set(MOMENTS), state.keys()
         super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """One update."""
+        """Do one update."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             assert type(group["step"]) is int  # what the kernel takes
@@ -50,7 +50,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
-    """Have Megatron-core find it, as if Transformer Engine were there."""
+    """Make Megatron-core use it, as if Transformer Engine were installed."""
     for module in (megatron_optimizer, distrib_optimizer):
         patch.setattr(module, "Adam", FusedAdam)
     patch.setattr(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False)

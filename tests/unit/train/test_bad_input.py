@@ -1,4 +1,4 @@
-"""What a run refuses, each time before anything is written."""
+"""Bad input is refused before anything is written."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from tests.unit.train.conftest import run, tree
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A directory with a checkpoint of step 1 of 6."""
+    """Returns a directory with a checkpoint of step 1 of 6."""
     made = []
 
     def get(tiny):
@@ -29,7 +29,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch):
-    """Run ``pretrain``, and see that it raises, and leaves every file below ``watched`` as it was."""
+    """Runs ``pretrain``, and checks that it raises and leaves every file below ``watched`` unchanged."""
     monkeypatch.chdir(tmp_path)
 
     def check(config, message, watched=tmp_path):
@@ -43,8 +43,8 @@ def refused(tmp_path, monkeypatch):
 
 
 def test_no_checkpoint_to_load(tiny, refused, tmp_path):
-    refused(tiny(load=str(tmp_path / "absent")), "absent: no checkpoint there.*check the directory")
-    refused(tiny(load=str(tmp_path / "a"), save=str(tmp_path / "a"), finetune=True), "no checkpoint there")
+    refused(tiny(load=str(tmp_path / "absent")), "absent does not exist; give the directory")
+    refused(tiny(load=str(tmp_path / "a"), save=str(tmp_path / "a"), finetune=True), "holds no checkpoint")
 
 
 def test_save_holds_checkpoints_of_another_run(tiny, saved, refused, tmp_path):
@@ -81,11 +81,11 @@ def test_directories_that_cannot_be_written(tiny, refused, tmp_path):
 def test_checkpoint_of_another_model(tiny, saved, refused, settings, difference):
     directory = saved(tiny)
     remedy = re.escape(f"--config {directory}/iter_0000001/config.yaml")
-    refused(tiny(load=str(directory), **settings), f"another model: .*{difference}.*{remedy}")
+    refused(tiny(load=str(directory), **settings), f"a different model: .*{difference}.*{remedy}")
 
 
 def test_checkpoint_of_another_precision(tiny, saved, refused):
-    message = "precision: --bf16 was False in the checkpoint and is True now; add --no-load-optim"
+    message = "precision: --bf16 was False in the checkpoint and is True now; .* --no-load-optim"
     refused(tiny(load=str(saved(tiny)), bf16=True), message)
 
 
@@ -108,7 +108,7 @@ def test_checkpoint_of_another_format(tiny, saved, refused, tmp_path):
     content = json.loads(state.read_text())
     state.write_text(json.dumps({**content, "format_version": 99}))
     renew_checksums(copy)
-    refused(tiny(load=str(copy.parent)), "checkpoint format 99, .* reads 2 and 3; use the version")
+    refused(tiny(load=str(copy.parent)), "checkpoint format 99, .* reads only formats 2 and 3; use the")
 
 
 def test_missing_data_and_tokenizer(tiny, refused, tmp_path):

@@ -1,4 +1,4 @@
-"""Saving and resuming: a resumed run cannot be told from one that never stopped."""
+"""Saving and resuming: a resumed run equals one that never stopped, bit for bit."""
 
 import json
 import random
@@ -13,14 +13,14 @@ from megatron_mesh.checkpoint.save import Saver
 from megatron_mesh.config.settings import with_values
 from megatron_mesh.recurrence.schemes import Mixed
 from megatron_mesh.runtime.distributed import process_groups
-from megatron_mesh.train.loop import build
+from megatron_mesh.train.loop import build_run
 from tests.unit.train import fused_adam
 from tests.unit.train.conftest import run
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Directories with checkpoints of steps 3 and 6, one for each kind of run, made when first asked for."""
+    """Returns a directory with checkpoints of steps 3 and 6 for a kind of run; made once per kind."""
     made = {}
 
     def get(tiny, bf16: bool = False, **settings):
@@ -45,7 +45,7 @@ def assert_equal_tensors(a, b):
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_an_adam_that_counts_with_its_groups(tiny, tmp_path, monkeypatch, bf16, distributed, loads):
-    """Transformer Engine's and apex's, from a checkpoint of their own and from one of torch's AdamW."""
+    """Like Transformer Engine's and apex's; resumes from its own checkpoint and from one of torch's AdamW."""
     settings = {"bf16": bf16, "use_distributed_optimizer": distributed}
     if loads == "the same":
         fused_adam.install(monkeypatch)
@@ -73,7 +73,7 @@ KINDS = {
         "overlap_grad_reduce": True,
         "overlap_param_gather": True,
     },
-    "several epochs": {"split": "4,48,48"},  # some 30 samples, of which a step takes 8
+    "several epochs": {"split": "4,48,48"},  # about 30 samples, 8 per step
 }
 
 
@@ -100,7 +100,7 @@ def test_resuming_is_bitwise(tiny, saved, kind):
 
 
 def test_coefficients_that_were_saved_in_bfloat16(tiny, tmp_path, monkeypatch):
-    """Before they stayed in float32: a resume takes their main parameters, not the rounded weights."""
+    """Older versions stored them in bfloat16. A resume loads main parameters, not the rounded weights."""
     settings = {"recurrence": "static", "bf16": True, "save": str(tmp_path), "lr": 1e-3}
     with monkeypatch.context() as earlier:
         earlier.setattr(Mixed, "full_precision", False)
@@ -109,7 +109,7 @@ def test_coefficients_that_were_saved_in_bfloat16(tiny, tmp_path, monkeypatch):
     (name,) = (name for name in before.weights if ".recurrence." in name)
     with process_groups(config := tiny(**settings, load=str(tmp_path))):
         (coefficients,) = (
-            build(config, Search(config.checkpoint)).stage.modules[0].decoder.recurrence.parameters()
+            build_run(config, Search(config.checkpoint)).stage.modules[0].decoder.recurrence.parameters()
         )
         assert coefficients.dtype == torch.float32
         assert torch.equal(coefficients.bfloat16(), before.weights[name])
@@ -132,8 +132,8 @@ def test_what_is_on_disk(tiny, saved):
     assert read_checkpoint(newest).config.model == config.model
 
 
-def test_an_interrupted_save_is_not_seen(tiny, saved, tmp_path):
-    """What a killed run leaves is neither loaded nor in the way of the next one."""
+def test_an_interrupted_save_is_ignored(tiny, saved, tmp_path):
+    """The remains of a killed run are not loaded and don't block the next save."""
     config = tiny(save=str(tmp_path), load=str(tmp_path), save_interval=3, train_iters=3, lr_decay_iters=6)
     left = tmp_path / "iter_0000003.partial"
     left.mkdir()
@@ -145,7 +145,7 @@ def test_an_interrupted_save_is_not_seen(tiny, saved, tmp_path):
     assert outcome.values("loss") == saved(tiny)[1].values("loss")[3:]
 
 
-def test_finetune_takes_the_weights_alone(tiny, saved):
+def test_finetune_loads_only_the_weights(tiny, saved):
     directory, straight = saved(tiny)
     fresh = run(tiny())
     outcome = run(tiny(load=str(directory), finetune=True, lr=1e-3, seed=7))
@@ -156,7 +156,7 @@ def test_finetune_takes_the_weights_alone(tiny, saved):
 
 
 def test_without_the_optimizer(tiny, saved):
-    """As Megatron-LM: step and data go on; optimizer and schedule start anew."""
+    """As in Megatron-LM: step and data position are restored; optimizer and schedule restart."""
     directory, straight = saved(tiny)
     outcome = run(tiny(load=str(directory / "iter_0000003"), load_optim=False))
     assert [r.step for r in outcome.records] == [4, 5, 6]
@@ -186,7 +186,7 @@ def test_overriding_the_schedule(tiny, saved):
     assert max(group["weight_decay"] for group in outcome.groups) == 0.2
 
 
-def test_data_go_on_where_they_were_with_another_batch_size(tiny, saved):
+def test_data_continue_with_another_batch_size(tiny, saved):
     directory, _ = saved(tiny)
     load = str(directory / "iter_0000003")
     outcome = run(tiny(load=load, global_batch_size=4, lr_decay_iters=6, train_iters=8))
@@ -198,13 +198,13 @@ def draws() -> list[float]:
 
 
 def test_generators_of_all_kinds(tiny, saved, tmp_path):
-    """The run saves after draws that a new run does not make."""
+    """The run saves after drawing numbers that a new run would not draw."""
     config = tiny(save=str(tmp_path / "run"), train_iters=1, lr_decay_iters=6)
     with process_groups(config):
         random.seed(5)
         np.random.seed(5)
         torch.rand(11)
-        parts = build(config)
+        parts = build_run(config)
         Saver(config).save(parts.stage, parts.optimizer, parts.state)
         expected = draws()
     for load_rng in (True, False):
@@ -213,5 +213,5 @@ def test_generators_of_all_kinds(tiny, saved, tmp_path):
         with process_groups(config):
             random.seed(6)
             np.random.seed(6)
-            build(resumed, Search(resumed.checkpoint))
+            build_run(resumed, Search(resumed.checkpoint))
             assert (draws() == expected) == load_rng

@@ -1,4 +1,4 @@
-"""What is said of a run's data: at the start, and of the samples of a step that was skipped."""
+"""The log describes a run's data at the start, and the samples of a skipped step."""
 
 import logging
 
@@ -7,15 +7,15 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_mesh.data.indexed import IndexedWriter
-from megatron_mesh.train.data_report import describe, sources_in_words
-from megatron_mesh.train.loop import build, pretrain
+from megatron_mesh.train.data import describe_data, describe_sources
+from megatron_mesh.train.loop import build_run, pretrain
 from tests.helpers import one_process
 from tests.unit.train.test_outputs import read
 
 
 @pytest.fixture
 def blend(corpus, tmp_path):
-    """A small source beside the corpus, in a blend of one to three."""
+    """A small source and the corpus, blended one to three."""
     with IndexedWriter(str(tmp_path / "small"), np.uint16) as writer:
         writer.add(np.arange(1700) % 128, np.full(17, 100))
         writer.commit()
@@ -23,7 +23,7 @@ def blend(corpus, tmp_path):
 
 
 def test_the_sources_of_each_stream_at_the_start(tiny, blend, caplog, tmp_path):
-    """Shares, tokens and epochs of a blend, in training and validation, each a block of lines."""
+    """The log has shares, tokens and epochs of a blend, for training and for validation."""
     caplog.set_level(logging.INFO, "megatron_mesh")
     settings = {"data_path": blend, "split": "50,50,0", "eval_interval": 2, "eval_iters": 1}
     pretrain(tiny(**settings, train_iters=2, output_dir=str(tmp_path / "out")))
@@ -37,22 +37,22 @@ def test_the_sources_of_each_stream_at_the_start(tiny, blend, caplog, tmp_path):
 
 
 def test_the_sources_of_a_resumed_run_and_of_some_samples(tiny, blend):
-    """The small source is read through after 49 x 4 samples, then a second time."""
+    """The small source ends after 49 x 4 samples and is then read a second time."""
     config = tiny(data_path=blend, split="50,50,0", train_iters=40)
     with one_process(config):
-        stream = build(config).data.train
-    train, small, _ = describe("train", stream, 16, consumed_samples=32)
-    assert train == "train data: 320 samples of 16 tokens, 5,120 tokens, from sample 32 on"
-    assert small == f"  25.00% from {blend[1]}: 784 tokens, 1.63 epochs (0.163 of them done)"
-    assert sorted(sources_in_words(stream, range(8)).split(", ")) == [
+        stream = build_run(config).data.train
+    train, small, _ = describe_data("train", stream, 16, consumed_samples=32)
+    assert train == "train data: 320 samples of 16 tokens, 5,120 tokens, starting at sample 32"
+    assert small == f"  25.00% from {blend[1]}: 784 tokens, 1.63 epochs (0.163 done)"
+    assert sorted(describe_sources(stream, range(8)).split(", ")) == [
         f"2 of {blend[1]} (epoch 1)",
         f"6 of {blend[3]} (epoch 1)",
     ]
-    assert f"2 of {blend[1]} (epoch 2)" in sources_in_words(stream, range(240, 248))
+    assert f"2 of {blend[1]} (epoch 2)" in describe_sources(stream, range(240, 248))
 
 
 def test_each_validation_set_has_its_loss(tiny, corpus, blend, tmp_path, capsys):
-    """The validation loss is the mean of the sets' losses, in every record of the run."""
+    """The validation loss is the mean of the sets' losses wherever the run reports it."""
     settings = {"data_path": None, "train_data_path": [corpus], "eval_interval": 3, "eval_iters": 2}
     alone = {}
     for name, prefix in (("same", corpus), ("small", blend[1])):

@@ -1,4 +1,4 @@
-"""Disks that are full, and paths that are not what they should be: one line each, and no step is lost."""
+"""Full disks and wrong paths give a one-line error, and no step is lost."""
 
 import errno
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mesh.checkpoint import save as save_module
-from megatron_mesh.checkpoint.inspect import table, verify
+from megatron_mesh.checkpoint.inspect import checkpoint_table, verify
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime import exits
 from megatron_mesh.train import pretrain
@@ -16,7 +16,7 @@ from tests.unit.train.test_outputs import read
 def test_failed_saves_are_recorded_with_the_steps_at_risk(
     tiny, tmp_path, monkeypatch, caplog, capsys
 ) -> None:
-    """For whoever looks at the run (``submit_slurm.py --status``), and in the log."""
+    """They are in metrics.jsonl (for ``submit_slurm.py --status``) and in the log."""
     write = save_module.write_small_files
 
     def full(directory: Path, *args) -> None:
@@ -33,13 +33,15 @@ def test_failed_saves_are_recorded_with_the_steps_at_risk(
         ("save_failed", 6, 4),
     ]
     assert records[1]["reason"].startswith("No space left on device (rank 0 on ")
-    assert "the last is of step 2), and later saves try again; steps at risk until then: 4" in caplog.text
+    assert (
+        "later saves try again; last complete checkpoint: step 2; steps at risk until then: 4" in caplog.text
+    )
     assert "save_failed" not in capsys.readouterr().out  # the line above is enough
 
 
 @pytest.mark.parametrize("blocked", ["out", "out/metrics.jsonl", "out/config.yaml.partial"])
 def test_output_that_cannot_be_written_is_one_line(tiny, tmp_path, blocked: str) -> None:
-    """Something else is where the directory or one of its files should be: not even root can write there."""
+    """The directory or one of its files exists with another type, so not even root can write it."""
     path = tmp_path / blocked
     if blocked == "out":
         path.touch()
@@ -53,7 +55,7 @@ def test_output_that_cannot_be_written_is_one_line(tiny, tmp_path, blocked: str)
 
 
 def test_steps_at_risk_count_from_the_checkpoint_that_was_loaded(tiny, tmp_path, monkeypatch) -> None:
-    """Which may be in another directory."""
+    """It may be in another directory."""
     pretrain(tiny(save=str(tmp_path / "first"), exit_interval=3))
 
     def full(directory: Path, *args) -> None:
@@ -66,23 +68,23 @@ def test_steps_at_risk_count_from_the_checkpoint_that_was_loaded(tiny, tmp_path,
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-def test_the_list_says_of_which_step_a_loss_is(tiny, tmp_path, async_save: bool) -> None:
-    """Not every step is logged; the validation loss is added to a checkpoint that is complete without it."""
+def test_list_shows_the_step_of_a_loss(tiny, tmp_path, async_save: bool) -> None:
+    """Not every step is logged, and a validation loss is added after its checkpoint is complete."""
     steps = {"save_interval": 2, "log_interval": 4, "eval_interval": 3}
     pretrain(tiny(save=str(tmp_path), async_save=async_save, **steps))
     logged = {
         (r["kind"], r["step"]): f"{r['loss']:.4f}" for r in read(tmp_path / "metrics.jsonl") if "loss" in r
     }
-    second, fourth, sixth = table(tmp_path).splitlines()[1:]
+    second, fourth, sixth = checkpoint_table(tmp_path).splitlines()[1:]
     assert f"{logged['train', 1]} (step 1)" in second and "valid" not in second
     assert f"{logged['train', 4]}  " in fourth and f"{logged['valid', 3]} (step 3)" in fourth
     assert f"{logged['train', 6]}  " in sixth and f"{logged['valid', 6]}  " in sixth
     assert verify(tmp_path) == 0
     (tmp_path / "iter_0000006/validation.json").write_text("cut o")
-    assert f"{logged['valid', 3]} (step 3)" in table(tmp_path).splitlines()[-1]
+    assert f"{logged['valid', 3]} (step 3)" in checkpoint_table(tmp_path).splitlines()[-1]
 
 
-def test_load_says_what_it_was_given(tiny, tmp_path) -> None:
+def test_load_describes_a_wrong_path(tiny, tmp_path) -> None:
     (tmp_path / "config.yaml").touch()
     model = tmp_path / "model"
     model.mkdir()
@@ -91,21 +93,21 @@ def test_load_says_what_it_was_given(tiny, tmp_path) -> None:
     (tmp_path / "theirs/iter_0000010/mp_rank_00").mkdir(parents=True)
     cases = {
         tmp_path / "config.yaml": "is a file; give the directory of a run",
-        model: f"is a Hugging Face model; tools/convert_from_hf.py --load {model} --save NEW",
-        tmp_path / "theirs": "holds a checkpoint of Megatron-LM",
-        tmp_path / "absent": r"no checkpoint there \(no such directory\)",
+        model: f"is a Hugging Face model; .* tools/convert_from_hf.py --load {model} --save NEW",
+        tmp_path / "theirs": "holds a checkpoint in Megatron-LM's own format",
+        tmp_path / "absent": r"does not exist; give the directory of a run",
     }
     for path, words in cases.items():
         with pytest.raises(UserError, match=words):
             pretrain(tiny(load=str(path)))
 
 
-def test_a_run_says_once_where_it_resumes(tiny, tmp_path, caplog) -> None:
-    """Case 13 on SLURM: the step that was loaded, from another run's directory."""
+def test_a_run_logs_once_where_it_resumes(tiny, tmp_path, caplog) -> None:
+    """The log names the step and the checkpoint, here from another run's directory."""
     caplog.set_level("INFO", logger="megatron_mesh")
     pretrain(tiny(save=str(tmp_path / "a"), train_iters=4, lr_decay_iters=6))
     pretrain(tiny(save=str(tmp_path / "b"), load=str(tmp_path / "a"), train_iters=6, lr_decay_iters=6))
     said = [message for message in caplog.messages if message.startswith("resumed")]
     assert said == [f"resumed at step 4 from {tmp_path}/a/iter_0000004"]
     pretrain(tiny(save=str(tmp_path / "c"), load=str(tmp_path / "a"), finetune=True, train_iters=1))
-    assert f"starts from the weights of {tmp_path}/a/iter_0000004" in caplog.messages
+    assert f"started a new run from the weights of {tmp_path}/a/iter_0000004" in caplog.messages

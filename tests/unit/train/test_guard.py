@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_mesh.checkpoint import writer
+from megatron_mesh.metrics.console import numbers
 from megatron_mesh.runtime import exits
-from megatron_mesh.runtime.console import numbers
 from megatron_mesh.train import step
 from tests.unit.train.conftest import run
 
@@ -35,7 +35,7 @@ def poisoned(monkeypatch):
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_a_bad_step_leaves_no_trace_in_the_weights(tiny, poisoned, bf16):
+def test_a_bad_step_does_not_change_the_weights(tiny, poisoned, bf16):
     settings = {"bf16": bf16, "lr": 1e-2, "lr_decay_style": "constant", "lr_warmup_fraction": None}
     two = run(tiny(train_iters=2, **settings))
     poisoned({3})
@@ -58,12 +58,12 @@ def test_an_infinite_loss_is_skipped_too(tiny, poisoned):
     assert all(torch.isfinite(weight).all() for weight in outcome.weights.values())
 
 
-def test_a_good_step_starts_the_count_again(tiny, poisoned):
+def test_a_good_step_resets_the_count(tiny, poisoned):
     poisoned({2, 3, 5, 6})
     assert run(tiny(train_iters=8, max_skipped_steps=3)).ending == exits.DONE
 
 
-def test_a_checkpoint_on_its_way_is_the_last_good_one(tiny, poisoned, tmp_path, monkeypatch, caplog):
+def test_a_pending_checkpoint_is_the_last_good_one(tiny, poisoned, tmp_path, monkeypatch, caplog):
     original = writer.write_file
 
     def slow(*arguments):

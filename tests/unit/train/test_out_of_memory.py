@@ -1,4 +1,4 @@
-"""Full memory ends a run with one message that says what helps."""
+"""Running out of memory ends a run with one message that lists remedies."""
 
 import re
 import runpy
@@ -11,9 +11,8 @@ import torch
 
 from megatron_mesh.errors import OutOfMemory
 from megatron_mesh.runtime import exits, health
-from megatron_mesh.runtime.failures import Failures
-from megatron_mesh.runtime.health import Health, failures_reported
-from megatron_mesh.runtime.memory import explained, remedies
+from megatron_mesh.runtime.failures import Failures, explain_out_of_memory, remedies
+from megatron_mesh.runtime.health import Health, report_failure
 from megatron_mesh.train import pretrain, step
 from tests.helpers import tiny_config
 
@@ -27,16 +26,14 @@ def full(*arguments: object, **keywords: object) -> None:
 
 def test_a_training_run(tiny, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(step, "run_batch", full)
-    with pytest.raises(
-        OutOfMemory, match=f"out of memory: {SAID}\nwhat helps: --micro-batch-size 1"
-    ) as error:
+    with pytest.raises(OutOfMemory, match=f"out of memory: {SAID}\ntry: --micro-batch-size 1") as error:
         pretrain(tiny(output_dir=str(tmp_path / "run")))
     assert "more of it" not in str(error.value)
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
 
 
 @pytest.mark.parametrize("script", ["pretrain_mesh.py", "tools/bench/steps.py"])
-def test_the_command_ends_with_the_message_alone(script, tmp_path, monkeypatch, capsys, corpus) -> None:
+def test_the_command_prints_only_the_message(script, tmp_path, monkeypatch, capsys, corpus) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(step, "run_batch", full)
     sizes = "--layers 1+1R2+1 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --vocab-size 128"
@@ -49,25 +46,25 @@ def test_the_command_ends_with_the_message_alone(script, tmp_path, monkeypatch, 
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert ending.value.code == exits.CRASHED
     said = capsys.readouterr().err
-    assert f"error: out of memory: {SAID}\nwhat helps: " in said and "--recompute-granularity full" in said
+    assert f"error: out of memory: {SAID}\ntry: " in said and "--recompute-granularity full" in said
     assert "--tensor-model-parallel-size" in said and "Traceback" not in said
 
 
-def test_the_cpu_says_it_in_other_words_and_other_errors_pass() -> None:
-    with pytest.raises(OutOfMemory, match="what helps: less"), explained(lambda: ["less"]):
+def test_cpu_errors_are_recognized_and_others_pass() -> None:
+    with pytest.raises(OutOfMemory, match="what helps: less"), explain_out_of_memory(lambda: ["less"]):
         torch.empty(2**60, dtype=torch.uint8)
     for words in (
         "CUDA error: out of memory\nmore",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`",
     ):
-        with pytest.raises(OutOfMemory, match="what helps: less"), explained(lambda: ["less"]):
+        with pytest.raises(OutOfMemory, match="try: less"), explain_out_of_memory(lambda: ["less"]):
             raise RuntimeError(words)
-    with pytest.raises(RuntimeError, match="shape") as error, explained(lambda: ["less"]):
+    with pytest.raises(RuntimeError, match="shape") as error, explain_out_of_memory(lambda: ["less"]):
         torch.ones(2) @ torch.ones(3, 3)
     assert not isinstance(error.value, OutOfMemory)
 
 
-def test_remedies_are_those_that_are_left() -> None:
+def test_remedies_in_use_are_left_out() -> None:
     def flags(**settings: object) -> set[str]:
         return set(re.findall(r"--[a-z][a-z0-9-]+(?: \d+)?", " ".join(remedies(tiny_config(**settings)))))
 
@@ -82,8 +79,8 @@ def test_remedies_are_those_that_are_left() -> None:
     }
 
 
-def test_one_of_many_ranks_says_it(monkeypatch, capsys) -> None:
-    """The ranks of a job end by ``os._exit``; here that is an exception."""
+def test_only_one_rank_reports(monkeypatch, capsys) -> None:
+    """The ranks of a job end with ``os._exit``, which is replaced by an exception here."""
 
     class Ended(BaseException):
         pass
@@ -97,7 +94,7 @@ def test_one_of_many_ranks_says_it(monkeypatch, capsys) -> None:
     for rank in (3, 5):
         with (
             pytest.raises(Ended, match=str(exits.CRASHED)),
-            failures_reported(Health(rank, 8, Failures(store))),
+            report_failure(Health(rank, 8, Failures(store))),
         ):
             raise OutOfMemory("out of memory: what helps: less")
     said = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a run leaves behind: configuration, metrics.jsonl, TensorBoard events, console lines."""
+"""The output of a run: configuration, metrics.jsonl, TensorBoard events, console lines."""
 
 import io
 import json
@@ -14,20 +14,18 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_mesh.checkpoint.state import TrainState
+from megatron_mesh.checkpoint.content import TrainState
 from megatron_mesh.config.schema import Config
-from megatron_mesh.config.settings import with_values
+from megatron_mesh.config.settings import read_yaml, with_values
 from megatron_mesh.config.sizes import flops_per_token
-from megatron_mesh.config.sources import read_yaml
+from megatron_mesh.metrics.console import Bar, Lines, Record
+from megatron_mesh.metrics.log import JsonLines, Log
+from megatron_mesh.metrics.meters import RouterMeter
 from megatron_mesh.runtime import exits
-from megatron_mesh.runtime.console import Bar, Lines
-from megatron_mesh.runtime.logging import JsonLines, Log
-from megatron_mesh.runtime.records import Record
 from megatron_mesh.runtime.stopping import write_status
 from megatron_mesh.train import pretrain
 from megatron_mesh.train.data import open_batches
-from megatron_mesh.train.loop import build
-from megatron_mesh.train.metrics import RouterMeter
+from megatron_mesh.train.loop import build_run
 from megatron_mesh.train.output import open_outputs
 from megatron_mesh.train.step import run_batch
 from tests.helpers import one_process, randomise
@@ -77,8 +75,8 @@ def test_metrics_and_tensorboard(tiny, tmp_path, capsys):
     assert str(tmp_path / "out" / "metrics.jsonl") in out
 
 
-def test_a_full_disk_costs_numbers_and_not_the_run(tmp_path, caplog):
-    """/dev/full takes nothing, as a full disk."""
+def test_a_full_disk_does_not_end_the_run(tmp_path, caplog):
+    """/dev/full behaves like a full disk."""
     taken = Lines(9, io.StringIO())
     with Log([JsonLines(Path("/dev/full")), taken]) as log:
         log.record("valid", 3, loss=1.0, perplexity=2.7)
@@ -89,10 +87,10 @@ def test_a_full_disk_costs_numbers_and_not_the_run(tmp_path, caplog):
 
 
 def test_router_metrics(tiny):
-    """Against the softmax of what the routers' linear maps gave, over all micro-batches."""
+    """They equal the softmax of the routers' outputs over all micro-batches."""
     config = tiny()
     with one_process(config):
-        parts = build(config)
+        parts = build_run(config)
         model = parts.stage.modules[0]
         randomise(model)
         scheme, seen = model.decoder.recurrence, {}
@@ -140,7 +138,7 @@ def test_default_output_directory(tiny, tmp_path, monkeypatch):
 
 
 def test_earlier_files_are_kept(tiny, tmp_path):
-    """A second run into the same directory; the same configuration is not kept twice."""
+    """A second run in the same directory renames them; an equal configuration is not stored twice."""
     first = tiny(train_iters=1, lr_warmup_fraction=None, output_dir=str(tmp_path))
     second = with_values(first, {"seed": 99})
     pretrain(first)
@@ -197,7 +195,7 @@ def test_live_bar():
 
 
 class Wandb(ModuleType):
-    """Stands in for the package: notes the calls, and raises where it is told to."""
+    """Stands in for the package: records calls, and raises errors at chosen calls."""
 
     class CommError(Exception):
         pass
@@ -235,7 +233,7 @@ def wandb(monkeypatch) -> Wandb:
 
 
 def test_weights_and_biases(tiny, tmp_path, wandb):
-    """A run is made with the settings, gets the flat values of each step, and is ended."""
+    """A tracker run is started with the settings, gets the flat values of each step, and is finished."""
     config = tiny(wandb_project="p", train_iters=1, lr_warmup_fraction=None, output_dir=str(tmp_path))
     pretrain(config)
     name, settings = wandb.calls[0]
@@ -256,7 +254,7 @@ def test_weights_and_biases(tiny, tmp_path, wandb):
 
 
 def test_a_resumed_run_stays_the_same_run_of_the_tracker(tiny, tmp_path, wandb, monkeypatch):
-    """Case 5 of everyday faults: one id over all restarts; a new run has a new one; the user's counts."""
+    """Restarts use the same id, and a new run gets a new one. WANDB_RUN_ID overrides both."""
     settings = {"wandb_project": "p", "lr_decay_iters": 6, "output_dir": str(tmp_path / "out")}
     for steps in (2, 3, 4):
         pretrain(tiny(save=str(tmp_path / "a"), load=str(tmp_path / "a"), train_iters=steps, **settings))
@@ -268,7 +266,7 @@ def test_a_resumed_run_stays_the_same_run_of_the_tracker(tiny, tmp_path, wandb, 
 
 
 def test_a_restart_before_the_first_checkpoint_is_the_same_run(tiny, tmp_path, wandb):
-    """It adds to the metrics and keeps the tracker's id, unless the output is another run's."""
+    """It appends to the metrics and reuses the tracker's id, unless the output is another run's."""
     interrupted = {"train_iters": 6, "output_dir": str(tmp_path / "out"), "wandb_project": "p"}
     run = tiny(save=str(tmp_path / "a"), load=str(tmp_path / "a"), **interrupted)
     for _ in range(2):
@@ -290,12 +288,12 @@ def test_a_tracker_that_calls_exit_cannot_end_a_run(tiny, tmp_path, wandb, caplo
     assert caplog.text.count("WeightsAndBiases: numbers were not logged: SystemExit: no answer") == 1
     wandb.fails_at = {"init"}
     assert pretrain(tiny(wandb_project="p", output_dir=str(tmp_path))) == exits.DONE
-    assert "Weights & Biases cannot be started: SystemExit: no account" in caplog.text
+    assert "cannot start Weights & Biases: SystemExit: no account" in caplog.text
 
 
 @pytest.mark.parametrize("fails_at", ["init", 3, "finish", "log"])
 def test_a_tracker_cannot_end_a_run(tiny, tmp_path, wandb, fails_at, caplog):
-    """Case 6 of everyday faults: init, one step, the end, or each step; one line, the run is unharmed."""
+    """Whether it fails at init, at one step, at the end or at each step: one line, and the run continues."""
     wandb.fails_at = {fails_at}
     config = tiny(wandb_project="p", output_dir=str(tmp_path / "out"), save=str(tmp_path / "save"))
     assert pretrain(config) == exits.DONE
@@ -323,4 +321,4 @@ def test_tensorboard_cannot_end_a_run(tiny, tmp_path, monkeypatch, caplog):
     assert caplog.text.count("TensorBoard: numbers were not logged: TypeError: MessageToJson()") == 1
     monkeypatch.setattr(tensorboard, "SummaryWriter", broken)
     assert pretrain(tiny(output_dir=str(tmp_path), tensorboard_dir=str(tmp_path / "events"))) == exits.DONE
-    assert "TensorBoard cannot be started: TypeError: MessageToJson()" in caplog.text
+    assert "cannot start TensorBoard: TypeError: MessageToJson()" in caplog.text

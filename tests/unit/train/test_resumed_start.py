@@ -1,26 +1,26 @@
-"""A resumed run computes no initial weights, which the checkpoint would replace."""
+"""A resumed run computes no initial weights, since the checkpoint would replace them."""
 
 import pytest
 import torch
 
 from megatron_mesh.checkpoint.load import Search
-from megatron_mesh.model import init
+from megatron_mesh.model import build
 from megatron_mesh.parallel import build_stage
+from megatron_mesh.runtime.device import pack_generators
 from megatron_mesh.runtime.distributed import process_groups
-from megatron_mesh.runtime.random import pack_generators
-from megatron_mesh.train.loop import build
+from megatron_mesh.train.loop import build_run
 from tests.unit.train.conftest import run
 
 
 @pytest.fixture
 def nothing_is_drawn(monkeypatch):
-    """Fail where an initial weight is drawn, ours or one of torch's modules."""
+    """Fails if an initial weight is drawn, by us or by one of torch's modules."""
 
     def drawn(*args, **kwargs):
         pytest.fail("an initial weight is drawn")
 
     def start() -> None:
-        monkeypatch.setattr(init, "drawn", drawn)
+        monkeypatch.setattr(build, "drawn", drawn)
         monkeypatch.setattr(torch.Tensor, "normal_", drawn)
         monkeypatch.setattr(torch.Tensor, "uniform_", drawn)
 
@@ -34,7 +34,7 @@ def test_a_resumed_run_draws_nothing(tiny, tmp_path, nothing_is_drawn, recurrenc
     config = tiny(recurrence, layers, load=str(tmp_path), save=str(tmp_path))
     with process_groups(config):
         nothing_is_drawn()
-        parts = build(config, Search(config.checkpoint))
+        parts = build_run(config, Search(config.checkpoint))
         found = dict(parts.stage.modules[0].named_parameters())
         assert found.keys() == saved.weights.keys()
         for name, weight in saved.weights.items():
@@ -43,8 +43,8 @@ def test_a_resumed_run_draws_nothing(tiny, tmp_path, nothing_is_drawn, recurrenc
 
 
 @pytest.mark.parametrize("initial_weights", [True, False])
-def test_building_leaves_the_generators_alone(tiny, initial_weights) -> None:
-    """Fresh or resumed, on whatever layout, a run has the generators that its seed gives."""
+def test_building_does_not_change_the_generators(tiny, initial_weights) -> None:
+    """New or resumed, on any layout, a run has the random number generators that its seed gives."""
     config = tiny()
     with process_groups(config):
         before = pack_generators()

@@ -1,4 +1,4 @@
-"""Resuming with something changed: in force, named or refused, and never in silence."""
+"""Resuming with changed settings: each change is applied, logged or refused, but never silent."""
 
 import logging
 import shutil
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mesh.checkpoint.compatible import changes, check_same_run
+from megatron_mesh.checkpoint.compatible import check_same_run, describe_changes
 from megatron_mesh.checkpoint.directory import read_checkpoint
-from megatron_mesh.config.length import batch_size_at, last_step
+from megatron_mesh.config.layout import batch_size_at, last_step
 from megatron_mesh.config.resuming import RESUMING, Kind
 from megatron_mesh.config.settings import flag, flatten, with_values
 from megatron_mesh.data.indexed import IndexedWriter
@@ -48,7 +48,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [line.removeprefix("resuming: ") for line in lines if line.startswith("resuming: ")]
 
 
-def test_nothing_is_said_where_nothing_differs(tiny, three_steps, caplog) -> None:
+def test_nothing_is_logged_if_nothing_changed(tiny, three_steps, caplog) -> None:
     run(tiny(load=three_steps(tiny), num_workers=1, log_interval=2, micro_batch_size=4, exit_interval=4))
     assert said(caplog) == []
 
@@ -85,14 +85,14 @@ def test_nothing_is_said_where_nothing_differs(tiny, three_steps, caplog) -> Non
             {"router_init_std": 0.1},
             "--router-init-std was 0.02 in the checkpoint and is 0.1 now: the weights come from the",
         ),
-        ({"load_rng": False}, "--no-load-rng: the random number generators start from --seed"),
+        ({"load_rng": False}, "--no-load-rng: the random number generators restart from --seed"),
         (
             {"load_optim": False, "adam_beta2": 0.99},
-            "--no-load-optim: Adam's moments start at zero, and the learning-rate schedule",
+            "--no-load-optim: at step 3 of the run, Adam's moments restart at zero and the",
         ),
     ],
 )
-def test_what_differs_is_named_with_its_meaning(tiny, three_steps, caplog, changes, words) -> None:
+def test_changes_are_logged_with_their_meaning(tiny, three_steps, caplog, changes, words) -> None:
     run(tiny(load=three_steps(tiny), exit_interval=4, **changes))
     (line,) = said(caplog)
     assert line.startswith(words)
@@ -100,21 +100,21 @@ def test_what_differs_is_named_with_its_meaning(tiny, three_steps, caplog, chang
         assert line.endswith("; training resumes at sample 24 of the new order")
 
 
-def test_new_betas_are_in_force(tiny, three_steps) -> None:
-    """They are what config.yaml records."""
+def test_new_betas_are_used(tiny, three_steps) -> None:
+    """config.yaml records them, so they must be what the optimizer uses."""
     outcome = run(tiny(load=three_steps(tiny), adam_beta1=0.8, adam_beta2=0.99, adam_eps=1e-6))
     assert {(tuple(group["betas"]), group["eps"]) for group in outcome.groups} == {((0.8, 0.99), 1e-6)}
 
 
-def test_another_schedule_with_override_is_named(tiny, three_steps, caplog) -> None:
+def test_an_overridden_schedule_is_logged(tiny, three_steps, caplog) -> None:
     run(tiny(load=three_steps(tiny), lr=5e-3, override_opt_param_scheduler=True, exit_interval=4))
     (line,) = said(caplog)
     assert line.startswith(
-        "--lr was 0.01 in the checkpoint and is 0.005 now: from this step on the new schedule"
+        "--lr was 0.01 in the checkpoint and is 0.005 now: the new schedule applies from this step on"
     )
 
 
-def test_data_that_changed_under_their_name(tiny, three_steps, corpus, tmp_path, caplog) -> None:
+def test_data_changed_at_the_same_path(tiny, three_steps, corpus, tmp_path, caplog) -> None:
     prefix = corpus_at(tmp_path / "text", seed=0)
     config = tiny(save=str(tmp_path / "run"), data_path=[prefix], exit_interval=3)
     run(config)
@@ -138,7 +138,7 @@ def test_data_that_moved_are_the_same(tiny, three_steps, corpus, tmp_path, caplo
     assert line == f"{moves}: the samples and their order are the same"
 
 
-def test_a_blend_where_the_data_were_one(tiny, three_steps, corpus, tmp_path, caplog) -> None:
+def test_a_blend_instead_of_one_prefix(tiny, three_steps, corpus, tmp_path, caplog) -> None:
     blend = ["0.5", corpus, "0.5", corpus_at(tmp_path / "other", seed=2)]
     run(tiny(load=three_steps(tiny), data_path=blend, exit_interval=4))
     (line,) = said(caplog)
@@ -152,13 +152,13 @@ SAMPLES = {"train_iters": None, "train_samples": 100, "lr_warmup_samples": 20, *
 
 
 def rates(consumed: list[int]) -> list[float]:
-    """Of the steps that begin after these samples; warm-up over 20, linear decay to 0 at 100."""
+    """Rates of the steps that begin after these samples: warm-up over 20, linear decay to 0 at 100."""
     return [0.01 * (n / 20 if n <= 20 else 1 - (n - 20) / 80) for n in consumed]
 
 
 @pytest.mark.parametrize("batch", [8, 4, 2])
 def test_samples_count_when_the_batch_size_changes(tiny, tmp_path, caplog, batch) -> None:
-    """Stopped after 40 of 100 samples in batches of 4: done at 100, schedule included."""
+    """A run of 100 samples that stopped after 40 in batches of 4 ends at 100, and so does its schedule."""
     first = run(tiny(**SAMPLES, global_batch_size=4, save=str(tmp_path), exit_interval=10))
     assert first.values("lr") == pytest.approx(rates(list(range(0, 40, 4))))
     rest = run(tiny(**SAMPLES, global_batch_size=batch, load=str(tmp_path)))
@@ -170,7 +170,7 @@ def test_samples_count_when_the_batch_size_changes(tiny, tmp_path, caplog, batch
 
 
 def test_from_steps_to_samples(tiny, tmp_path) -> None:
-    """A checkpoint of a run that counted steps of 4 samples, whose schedule is the same in samples."""
+    """The checkpoint counted steps of 4 samples. The schedule is the same in samples."""
     steps = {"train_iters": 25, "lr_decay_iters": 25, "lr_warmup_iters": 5, **SCHEDULE}
     run(tiny(**steps, global_batch_size=4, save=str(tmp_path), exit_interval=10))
     rest = run(tiny(**SAMPLES, global_batch_size=20, load=str(tmp_path)))
@@ -182,7 +182,7 @@ def test_from_steps_to_samples(tiny, tmp_path) -> None:
 
 
 def test_a_ramp_up_that_was_interrupted(tiny, tmp_path) -> None:
-    """The batch sizes of Megatron-LM's formula, the samples in order, and a resume bit for bit."""
+    """Batch sizes follow Megatron-LM's formula, samples come in order, and a resume is equal bit for bit."""
     settings = {**SAMPLES, "global_batch_size": 8, "rampup_batch_size": [2, 2, 36], "micro_batch_size": 2}
     straight = run(tiny(**settings, save=str(tmp_path), save_interval=9))
     consumed = [0]
@@ -200,16 +200,16 @@ def test_a_ramp_up_that_was_interrupted(tiny, tmp_path) -> None:
 
 
 def test_saving_settings_without_save(tiny, caplog) -> None:
-    """One file serves runs that save and runs that don't."""
+    """They are only a warning, since runs with and without --save may share a file."""
     caplog.set_level(logging.WARNING)
     from megatron_mesh.train.output import warn_if_nothing_is_saved
 
     warn_if_nothing_is_saved(tiny(save_interval=3, keep_last=2))
-    assert "nothing is saved: --save-interval, --keep-last without --save" in caplog.text
+    assert "no checkpoint will be saved: --save-interval, --keep-last without --save" in caplog.text
 
 
-def test_validation_data_that_differ_are_named(tiny, tmp_path, corpus, caplog) -> None:
-    """By their content: a moved file is the same, one made anew is not."""
+def test_changed_validation_data_are_logged(tiny, tmp_path, corpus, caplog) -> None:
+    """They are compared by content: a moved file is the same, a rewritten one is not."""
     other = corpus_at(tmp_path / "other", seed=3)
     data = {"data_path": None, "train_data_path": [corpus], "eval_interval": 2, "eval_iters": 1}
     run(tiny(**data, valid_data_path=[other], save=str(tmp_path / "run"), exit_interval=3))
@@ -223,34 +223,34 @@ def test_validation_data_that_differ_are_named(tiny, tmp_path, corpus, caplog) -
     corpus_at(tmp_path / "other", seed=4)
     run(tiny(**again, valid_data_path=[other], require_same_data=True))
     (line,) = said(caplog)
-    assert line.startswith("the data of validation or test have changed: their losses are not comparable")
+    assert line.startswith("the validation or test data have changed: their losses are not comparable")
 
 
-def test_a_tokenizer_that_differs_is_refused_where_that_is_asked_for(tiny, three_steps, tmp_path) -> None:
+def test_require_same_data_refuses_another_tokenizer(tiny, three_steps, tmp_path) -> None:
     checkpoint = read_checkpoint(Path(three_steps(tiny)))
     saved = {**checkpoint.train_state["fingerprints"], "tokenizer": "a"}
     state = {**checkpoint.train_state, "fingerprints": saved}
     checkpoint = replace(checkpoint, train_state=state)
     moved = tiny(tokenizer_model="elsewhere.json", require_same_data=True)
-    assert changes(checkpoint, moved, saved) == []
+    assert describe_changes(checkpoint, moved, saved) == []
     with pytest.raises(UserError, match="the tokenizer has changed since the checkpoint"):
-        changes(checkpoint, tiny(require_same_data=True), {**saved, "tokenizer": "b"})
+        describe_changes(checkpoint, tiny(require_same_data=True), {**saved, "tokenizer": "b"})
 
 
-def test_a_checkpoint_that_does_not_name_its_data(tiny, three_steps) -> None:
-    """An earlier version's."""
+def test_a_checkpoint_without_data_fingerprints(tiny, three_steps) -> None:
+    """Earlier versions did not record it."""
     checkpoint = read_checkpoint(Path(three_steps(tiny)))
     now = checkpoint.train_state["fingerprints"]
     state = {name: value for name, value in checkpoint.train_state.items() if name != "fingerprints"}
     earlier = replace(checkpoint, train_state=state)
-    (line,) = changes(earlier, tiny(), now)
-    assert "doesn't say which data it was trained on" in line
+    (line,) = describe_changes(earlier, tiny(), now)
+    assert "didn't record its training data" in line
     with pytest.raises(UserError, match="leave out --require-same-data"):
-        changes(earlier, tiny(require_same_data=True), now)
+        describe_changes(earlier, tiny(require_same_data=True), now)
 
 
-def test_earlier_versions_made_steps_of_samples(tiny, tmp_path) -> None:
-    """Rounded down: 100 samples in batches of 8 were 12 steps, with a tenth of them, 1, for the warm-up."""
+def test_earlier_versions_converted_samples_to_steps(tiny, tmp_path) -> None:
+    """They rounded down: 100 samples in batches of 8 were 12 steps, a tenth of which, 1, was warm-up."""
     steps = {"train_iters": 12, "lr_decay_iters": 12, "lr_warmup_iters": 1, **SCHEDULE}
     run(tiny(**steps, save=str(tmp_path), exit_interval=3))
     samples = {"train_iters": None, "train_samples": 100, "lr_warmup_samples": 10, **SCHEDULE}
@@ -267,7 +267,7 @@ CHANGES: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", [name for name, rule in RESUMING.items() if rule.kind is not Kind.FREE])
 def test_each_kind_has_its_effect(tiny, three_steps, name) -> None:
-    """Whatever the value: settings that fit each other are not asked for here."""
+    """The values need not fit each other here."""
     checkpoint = read_checkpoint(Path(three_steps(tiny)))
     before = flatten(checkpoint.config)[name]
     value = CHANGES.get(
@@ -286,11 +286,13 @@ def test_each_kind_has_its_effect(tiny, three_steps, name) -> None:
             check_same_run(checkpoint, config)
         return
     check_same_run(checkpoint, config)
-    if kind is Kind.NAMED:
-        assert any(line.startswith(f"{flag(name)} was") for line in changes(checkpoint, config, ours))
+    if kind is Kind.REPORTED:
+        assert any(
+            line.startswith(f"{flag(name)} was") for line in describe_changes(checkpoint, config, ours)
+        )
         return
     stream = {Kind.ORDER: "train", Kind.TOKENIZER: "tokenizer", Kind.VALIDATION: "valid"}[kind]
     state = {**checkpoint.train_state, "fingerprints": {**ours, "valid": "a", "tokenizer": "a"}}
     now = {**ours, "valid": "a", "tokenizer": "a", stream: "b"}
-    (line,) = changes(replace(checkpoint, train_state=state), config, now)
+    (line,) = describe_changes(replace(checkpoint, train_state=state), config, now)
     assert line.startswith(f"{flag(name)} was")

@@ -14,7 +14,7 @@ LR, MIN_LR, WARMUP, DECAY, LAST = 1e-2, 1e-3, 4, 20, 24
 
 
 def expected(style: str, n: int, wsd: int, wsd_style: str) -> float:
-    """Learning rate of the step after ``n`` done ones."""
+    """Return the learning rate of step ``n + 1``."""
     if n <= WARMUP:
         return LR * n / WARMUP
     x = min(1.0, (n - WARMUP) / (DECAY - WARMUP))
@@ -94,8 +94,8 @@ def test_the_optimizer_itself_decays_weights(tiny):
         torch.testing.assert_close(weight, before * (1 - 0.1 * 0.3))
 
 
-def test_warns_of_steps_after_the_decay(tiny, caplog):
-    """A resolved config.yaml fixes the decay, so a longer run from it would go on at 0."""
+def test_warning_about_steps_after_the_decay(tiny, caplog):
+    """A resolved config.yaml fixes the decay, so a longer run with it would continue at a rate of 0."""
     longer = {"train_iters": 700, "lr_decay_iters": 600}
     warn_if_lr_reaches_zero_early(tiny(**longer))
     assert "the learning rate is 0 after step 600" in caplog.text

@@ -1,4 +1,4 @@
-"""The loss of a batch and its gradients against plain torch; accumulation; validation."""
+"""Loss and gradients of a batch compared with plain torch; accumulation; validation."""
 
 import pytest
 import torch
@@ -9,14 +9,14 @@ from megatron_mesh.errors import UserError
 from megatron_mesh.model import build_model
 from megatron_mesh.parallel import plain_stage
 from megatron_mesh.train.data import open_batches
-from megatron_mesh.train.loop import build
+from megatron_mesh.train.loop import build_run
 from megatron_mesh.train.step import evaluate, run_batch
 from tests.helpers import loss_per_token, one_process, randomise, relative_error
 from tests.unit.train.conftest import run
 
 
 def random_batch(sequences: int, seed: int) -> Batch:
-    """Ids below 128; a share of the places is masked, a different one for each seed."""
+    """Return ids below 128. A share of the positions is masked, which differs between seeds."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 128, (sequences, 17), generator=generator)
     mask = (torch.rand(sequences, 16, generator=generator) < 0.2 + 0.2 * seed).float()
@@ -24,7 +24,7 @@ def random_batch(sequences: int, seed: int) -> Batch:
 
 
 def direct_loss(model: torch.nn.Module, batches: list[Batch]) -> torch.Tensor:
-    """Masked mean of the cross entropy over all batches together, from the logits."""
+    """Return the masked mean of the cross entropy over all batches together, from the logits."""
     losses, masks = [], []
     for batch in batches:
         logits = model(batch.tokens, batch.position_ids, None)
@@ -34,7 +34,7 @@ def direct_loss(model: torch.nn.Module, batches: list[Batch]) -> torch.Tensor:
 
 
 def test_loss_and_gradients_per_token(tiny):
-    """The micro-batches count different numbers of tokens: the mean of their means would be wrong."""
+    """Micro-batches have different numbers of unmasked tokens, so the mean of their means would be wrong."""
     config = tiny()
     batches = [random_batch(2, seed) for seed in range(4)]
     with one_process(config):
@@ -61,7 +61,7 @@ def test_accumulation_does_not_change_training(tiny, recurrence):
 
 
 def test_clipping_limits_the_step_and_not_the_report(tiny):
-    """One step of AdamW does not see the scale of its gradients, its second moment does."""
+    """One step of AdamW doesn't depend on the scale of its gradients, but its second moment does."""
     free, clipped = (run(tiny(clip_grad=clip, train_iters=1, lr_warmup_fraction=None)) for clip in (0.0, 0.1))
     norm = free.values("grad_norm")[0]
     assert clipped.values("grad_norm")[0] == norm > 0.1
@@ -72,7 +72,7 @@ def test_clipping_limits_the_step_and_not_the_report(tiny):
 def test_evaluation_is_the_mean_over_the_fixed_samples(tiny):
     config = tiny(eval_interval=1, eval_iters=2)
     with one_process(config) as health:
-        parts = build(config)
+        parts = build_run(config)
         model = parts.stage.modules[0]
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         loss = evaluate(parts.stage, config, parts.data.validation, health).losses[""]
@@ -106,5 +106,5 @@ def test_bfloat16_follows_float32(tiny):
 
 
 def test_ids_beyond_the_vocabulary(tiny):
-    with pytest.raises(UserError, match=r"the data hold token \d+, .* 50 entries.*--tokenizer-model"):
+    with pytest.raises(UserError, match=r"the data contain token \d+, .* 50 entries.*--tokenizer-model"):
         run(tiny(vocab_size=50, make_vocab_size_divisible_by=64))

@@ -1,4 +1,4 @@
-"""Requests to stop: in an evaluation, which may outlast a job's time, and where nothing can be saved."""
+"""Requests to stop during an evaluation, which may outlast a job's time, and in a run without --save."""
 
 import os
 import signal
@@ -30,10 +30,10 @@ def signal_in_evaluation(monkeypatch):
 
 
 @pytest.mark.parametrize("save_interval", [None, 4])
-def test_a_stop_in_an_evaluation_saves_what_was_trained(
+def test_a_stop_during_an_evaluation_saves_a_checkpoint(
     tiny, tmp_path, signal_in_evaluation, save_interval, monkeypatch
 ) -> None:
-    """Case 2 on SLURM: saved once, whether it was due or not; the evaluation's number is lost, no more."""
+    """It saves once, whether a save was due or not, and loses only the result of the evaluation."""
     straight = run(tiny(eval_interval=2, eval_iters=3))
     settings = {"eval_interval": 2, "eval_iters": 3, "save": str(tmp_path), "load": str(tmp_path)}
     signal_in_evaluation(2)
@@ -48,7 +48,7 @@ def test_a_stop_in_an_evaluation_saves_what_was_trained(
 
 
 def test_the_save_comes_before_the_evaluation(tiny, tmp_path) -> None:
-    """Case 2 on SLURM: a job that is killed in the evaluation has its checkpoint."""
+    """So a job that is killed during the evaluation has its checkpoint."""
     pretrain(tiny(eval_interval=3, save_interval=3, save=str(tmp_path)))
     kinds = [(r["kind"], r["step"]) for r in read(tmp_path / "metrics.jsonl") if r["kind"] != "train"]
     assert kinds[:2] == [("save", 3), ("valid", 3)] and kinds[2:4] == [("save", 6), ("valid", 6)]
@@ -76,7 +76,7 @@ def test_a_background_checkpoint_is_published_during_an_evaluation(tiny, tmp_pat
     assert kinds == [("save", 3), ("valid", 3), ("summary", 3)] and found == ["rename"]
 
 
-def test_a_stop_in_the_test_leaves_it_to_the_next_start(
+def test_a_stop_during_the_test_leaves_it_to_the_next_start(
     tiny, tmp_path, signal_in_evaluation, monkeypatch
 ) -> None:
     settings = {"eval_interval": 100, "eval_iters": 3, "save": str(tmp_path), "load": str(tmp_path)}
@@ -89,10 +89,10 @@ def test_a_stop_in_the_test_leaves_it_to_the_next_start(
     assert [r["step"] for r in records if r["kind"] == "save"] == [6]
 
 
-def test_a_stop_in_the_last_validation_leaves_it_to_the_next_start(
+def test_a_stop_during_the_last_validation_leaves_it_to_the_next_start(
     tiny, tmp_path, signal_in_evaluation, monkeypatch, capsys
 ) -> None:
-    """Status, log and summary agree that the run is not done, and the next start measures what is missing."""
+    """Status, log and summary agree that the run is not done; the next start does the missing evaluation."""
     settings = {"eval_interval": 3, "eval_iters": 3, "split": "80,20,0"}
     settings |= {"save": str(tmp_path), "load": str(tmp_path)}
     signal_in_evaluation(2)
@@ -106,12 +106,10 @@ def test_a_stop_in_the_last_validation_leaves_it_to_the_next_start(
     assert [r["step"] for r in records if r["kind"] == "save"] == [6]
 
 
-def test_a_stop_without_a_directory_says_that_nothing_was_saved(
-    tiny, tmp_path, signal_in_evaluation, caplog
-) -> None:
-    """Cases 19 of everyday faults and 18 on SLURM: a status of its own, and true words."""
+def test_a_stop_without_save_has_its_own_status(tiny, tmp_path, signal_in_evaluation, caplog) -> None:
+    """It has its own exit status, and the log says that nothing was saved."""
     caplog.set_level("INFO", logger="megatron_mesh")
     signal_in_evaluation(1)
     ending = pretrain(tiny(eval_interval=2, eval_iters=3, output_dir=str(tmp_path)))
     assert ending == exits.STOPPED_UNSAVED == 43
-    assert "stopped after step 2: SIGUSR1; nothing was saved, since there is no --save" in caplog.text
+    assert "stopped after step 2: SIGUSR1; no checkpoint was saved, because there is no --save" in caplog.text

@@ -1,4 +1,4 @@
-"""What a recipe says; the stand-in only tells scaling with a history from scaling without."""
+"""Recipes. The stand-in only distinguishes scaling with a history from scaling without."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -36,7 +36,7 @@ class Float8BlockScaling(Recipe):
 
 
 class DelayedScaling(Recipe):
-    """Scales from a history of largest values. Unknown settings are ignored: Megatron-core gives some."""
+    """Scales from a history of largest values. Ignores unknown settings; Megatron-core passes some."""
 
     def __init__(self, amax_history_len: int = 1024, amax_compute_algo: str = "max", **ignored: Any):
         self.amax_history_len = amax_history_len

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class _Gather(torch.autograd.Function):
-    """[S, ...] of every rank, one after the other; a rank's gradient is the sum of what all have for it."""
+    """Concatenate [S, ...] of all ranks; the backward sums all ranks' gradients for each rank's part."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -52,11 +52,11 @@ class DotProductAttention(torch.nn.Module):
 
     @property
     def rank(self) -> int:
-        """Among the ranks that share a sequence."""
+        """Index among the ranks that share a sequence."""
         return 0 if self.cp_group is None else self.cp_group.rank()
 
     def places(self, length: int) -> Tensor:
-        """[ranks, length]: which tokens of the sequence each rank has: piece r and piece r from the end."""
+        """[ranks, length]: the tokens that each rank holds: piece r and piece r from the end."""
         ranks = 1 if self.cp_group is None else self.cp_group.size()
         pieces = torch.arange(ranks * length).view(2 * ranks, -1)
         return torch.stack([torch.cat([pieces[r], pieces[-1 - r]]) for r in range(ranks)])

@@ -12,7 +12,7 @@ class CudaRNGStatesTracker:
 
 
 def activation_recompute_forward(**phases: bool) -> Any:
-    """Tells modules with a history the phase; the stand-in's do not ask."""
+    """Informs modules with a history about the phase; those of the stand-in ignore it."""
     return nullcontext()
 
 

@@ -24,7 +24,7 @@ class FP8GlobalStateManager:
 
 
 class History:
-    """Largest values of input and weight, of the last uses; the first row is of the current region.
+    """Largest values of input and weight in the latest uses. The first row belongs to the current region.
 
     Transformer Engine has a third column for outputs, and a history of gradients: here they stay zero.
     """
@@ -37,7 +37,7 @@ class History:
         FP8GlobalStateManager.histories.append(self)
 
     def tensors(self) -> dict[str, Tensor]:
-        """By the names of Transformer Engine's extra state."""
+        """The state, with the names of Transformer Engine's extra state."""
         return {
             "scale_fwd": self.scale,
             "amax_history_fwd": self.amax_history,
@@ -46,12 +46,12 @@ class History:
         }
 
     def record(self, which: int, value: Tensor) -> Tensor:
-        """Note the largest value and return the scale to use now."""
+        """Record the largest value and return the scale to use now."""
         self.amax_history[0, which] = torch.maximum(self.amax_history[0, which], value.abs().max().float())
         return self.scale[which]
 
     def update(self) -> None:
-        """The end of a region: new scales from the history, which moves on by one row."""
+        """End a region: compute new scales from the history, and shift it by one row."""
         last = self.recipe.amax_compute_algo == "most_recent"
         amax = self.amax_history[0] if last else self.amax_history.amax(0)
         self.scale = torch.where(amax > 0, FP8_MAX / amax, self.scale)
@@ -63,7 +63,7 @@ class History:
 
 @contextmanager
 def fp8_autocast(enabled: bool = True, fp8_recipe: Any = None, fp8_group: Any = None) -> Iterator[None]:
-    """At the end of the outermost region all histories are updated, of whatever modules."""
+    """Enable FP8 inside. The end of the outermost region updates the histories of all modules."""
     state = FP8GlobalStateManager
     before, state.recipe = state.recipe, fp8_recipe if enabled else None
     state.depth += 1

@@ -16,7 +16,7 @@ from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, History, to_fp
 
 
 class _Multiply(torch.autograd.Function):
-    """x @ cast.T, whose backward writes ``weight.main_grad`` where gradients are fused."""
+    """x @ cast.T. With fused gradients, its backward writes ``weight.main_grad``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, cast: Tensor, fuse: bool, first: bool | None) -> Tensor:
@@ -80,7 +80,7 @@ class Linear(torch.nn.Module):
         self.casts = 0
 
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Any:
-        """See the module; refuses what Transformer Engine refuses."""
+        """See the module. Rejects the same settings as Transformer Engine."""
         assert all(p.dtype == x.dtype for p in self.parameters()), "Data types for parameters must match"
         self.flags.append(is_first_microbatch)
         x, cast = self._cast(x, is_first_microbatch)
@@ -109,7 +109,7 @@ class Linear(torch.nn.Module):
         return x, cast
 
     def get_extra_state(self) -> Tensor:
-        """A pickle, as Transformer Engine's; empty where there was no FP8."""
+        """A pickle, as in Transformer Engine; empty without FP8."""
         if not self.casts and not self.fp8_checkpoint:
             return torch.empty(0, dtype=torch.uint8)
         state: dict[str, Any] = {"extra_fp8_variables": {"num_gemms": 1}}
@@ -118,7 +118,7 @@ class Linear(torch.nn.Module):
         return torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor | None) -> None:
-        """Needs what Transformer Engine needs: the recipe, the number of products, and all four tensors."""
+        """Requires the entries that Transformer Engine does: recipe, number of products, four tensors."""
         if state is None or state.numel() == 0:
             return
         values = pickle.loads(state.numpy().tobytes())

@@ -6,7 +6,7 @@ import torch
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """torch's, its parameters marked as Transformer Engine marks them."""
+    """torch's norm, with parameters marked as by Transformer Engine."""
 
     def __init__(
         self,
@@ -22,11 +22,11 @@ class LayerNorm(torch.nn.LayerNorm):
             parameter.sequence_parallel = sequence_parallel
 
     def get_extra_state(self) -> torch.Tensor:
-        """Empty, as of Transformer Engine's operations without FP8."""
+        """Empty, as for Transformer Engine's operations without FP8."""
         return torch.empty(0, dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor | None) -> None:
-        """Nothing to take."""
+        """There is no state to load."""
 
 
 class RMSNorm(LayerNorm):

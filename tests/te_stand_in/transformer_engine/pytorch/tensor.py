@@ -1,5 +1,5 @@
-"""Types by which Megatron-core knows FP8 parameters; the stand-in has none."""
+"""Types by which Megatron-core recognises FP8 parameters, of which the stand-in has none."""
 
 
 class QuantizedTensor:
-    """Never made."""
+    """Never instantiated."""

@@ -1,1 +1,0 @@
-"""Looking at runs: figures of what training reported."""
