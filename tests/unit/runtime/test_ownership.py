@@ -186,6 +186,15 @@ def test_the_file_of_another_winner_stays(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [OWNER_FILE]
 
 
+def test_releasing_leaves_the_file_of_another_owner(tmp_path: Path) -> None:
+    """A start that was taken for dead ends after another one has taken over."""
+    mine = Ownership(tmp_path)
+    mine.claim()
+    (tmp_path / OWNER_FILE).write_text("winner\n")
+    mine.release()
+    assert read_owner(tmp_path / OWNER_FILE).token == "winner"
+
+
 def test_a_batch_script_gives_the_token_and_takes_it_back(tmp_path: Path, monkeypatch) -> None:
     """SLURM's fence is the same file: its first line stays the token that task.sh looks for."""
     (tmp_path / OWNER_FILE).write_text("7.1\n")
