@@ -32,7 +32,11 @@ def shared_dir() -> Path:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For ``--dist loadgroup``: keep the unit tests of a file in one worker, and each other folder in one."""
+    """For ``--dist loadgroup``: keep the unit tests of a file in one worker, and each other folder in one.
+
+    Planted faults have groups of their own.
+    """
     for item in items:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        item.add_marker(pytest.mark.xdist_group(str(item.path) if folder == "unit" else folder))
+        if folder != "planted":
+            item.add_marker(pytest.mark.xdist_group(str(item.path) if folder == "unit" else folder))

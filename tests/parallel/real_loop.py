@@ -21,7 +21,9 @@ from megatron_mesh.checkpoint import writer
 from megatron_mesh.checkpoint.save import Saver
 from megatron_mesh.config.schema import Config
 from megatron_mesh.metrics.log import Log
+from megatron_mesh.metrics.meters import SpeedMeter
 from megatron_mesh.parallel import Stage
+from megatron_mesh.runtime import device
 from megatron_mesh.runtime.distributed import model_parallel_groups
 from megatron_mesh.runtime.health import Health
 from megatron_mesh.runtime.stopping import StopRequests
@@ -287,3 +289,14 @@ def agreement(case: dict[str, Any]) -> dict[str, Any]:
             "one": agree(optimizer, totals, Vote("the stop file" if last else "")).stop,
             "none": agree(optimizer, totals, Vote()),
         }
+
+
+def peak_memory() -> list[float]:
+    """Return the peak memory that the speed meter logs if each rank in turn is the fullest."""
+    config = tiny_config(world_size=dist.get_world_size(), **settings_of({}))
+    peaks = []
+    for fullest in range(dist.get_world_size()):
+        memory = 2000 if dist.get_rank() == fullest else 1000
+        with patch.object(device, "peak_memory_bytes", lambda memory=memory: memory):
+            peaks.append(SpeedMeter(config, 0, 0).read(1, 8)["peak_memory_bytes"])
+    return peaks

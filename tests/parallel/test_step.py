@@ -15,7 +15,14 @@ from megatron_mesh.data.indexed import IndexedWriter
 from megatron_mesh.runtime import exits
 from tests.parallel.layouts import LAYOUTS
 from tests.parallel.pool import free_port, pool
-from tests.parallel.real_loop import agreement, pretrained, stop_in_evaluation, watch_saves, watch_steps
+from tests.parallel.real_loop import (
+    agreement,
+    peak_memory,
+    pretrained,
+    stop_in_evaluation,
+    watch_saves,
+    watch_steps,
+)
 from tests.parallel.watch import IN_HOST_MEMORY
 
 OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -207,3 +214,7 @@ def test_all_ranks_agree_on_norm_loss_and_votes(layout: str, bf16: bool) -> None
         assert result["split"] == ("SIGINT", False)  # the more urgent reason wins; one rank is still writing
         assert result["one"] == "the stop file"
         assert (result["none"].stop, result["none"].all_written, result["none"].taken) == ("", True, True)
+
+
+def test_the_peak_memory_is_that_of_the_fullest_rank() -> None:
+    assert pool(2).run(peak_memory) == [[2000, 2000]] * 2

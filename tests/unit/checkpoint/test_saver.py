@@ -46,6 +46,14 @@ def test_background_saves_equal_foreground_saves(tiny, straight, tmp_path):
         assert outcome.values("lr") == straight.values("lr")[step:]
 
 
+def test_a_background_save_copies_before_it_returns():
+    """The test above may be lucky: a small file is written before training changes the weights."""
+    data = torch.zeros(4)
+    (copied,) = writer.host_copies([Box("x", (4,), (0,), data)])
+    data.fill_(1)
+    assert copied.data.tolist() == [0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_saves_are_logged_with_their_time(tiny, tmp_path, background):
     outcome = run(tiny(save=str(tmp_path), save_interval=3, async_save=background))

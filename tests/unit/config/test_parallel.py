@@ -59,6 +59,7 @@ REFUSED: list[tuple[int, dict[str, Any], list[str]]] = [
     ),
     (4, {"pipeline_model_parallel_size": 4, "layers": "1+1R2+1"}, ["pipeline rank 1 would have no layers"]),
     (1, {"watchdog_timeout_minutes": 40.0}, ["must be below --distributed-timeout-minutes 30"]),
+    (1, {"watchdog_timeout_minutes": 30.0}, ["must be below --distributed-timeout-minutes 30"]),
     (1, {"microbatch_group_size_per_virtual_stage": 2}, ["--pipeline-model-parallel-size above 1"]),
     (1, {"pipeline_model_parallel_layout": "4/8/4"}, ["--pipeline-model-parallel-size above 1"]),
     (

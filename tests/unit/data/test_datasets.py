@@ -70,6 +70,12 @@ def test_every_epoch_has_every_sample_in_its_own_order(make_data) -> None:
     assert len({tuple(epoch) for epoch in tokens}) == 4
 
 
+def test_the_seed_orders_every_epoch() -> None:
+    """The first epoch is in Megatron's order, which has a seed of its own."""
+    orders = {epoch_order(seed, epoch, 1000) for seed in range(10) for epoch in range(1, 10)}
+    assert len(orders) == 90
+
+
 @pytest.mark.parametrize("samples", [1, 2, 6, 97, 1000])
 def test_epoch_order_is_a_permutation(samples: int) -> None:
     for epoch in range(5):

@@ -49,6 +49,22 @@ def global_batches(
     return list(torch.cat(per_rank, dim=1))
 
 
+def test_a_batch_holds_the_fields_of_its_samples(stream: SampleStream) -> None:
+    loader = build_loader(
+        stream,
+        consumed_samples=0,
+        micro_batch_size=2,
+        global_batch_size=GLOBAL,
+        dp_rank=0,
+        dp_size=1,
+        num_workers=0,
+    )
+    batch = next(loader)
+    for name, field in vars(batch).items():
+        assert torch.equal(field, torch.stack([stream[0][name], stream[1][name]])), name
+    assert torch.equal(batch.labels[:, :-1], batch.tokens[:, 1:])
+
+
 def test_a_global_batch_depends_only_on_its_number(stream: SampleStream) -> None:
     expected = [
         torch.stack([stream[i]["tokens"] for i in range(n * GLOBAL, (n + 1) * GLOBAL)])

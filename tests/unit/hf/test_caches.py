@@ -102,6 +102,20 @@ def test_prefill_in_chunks(scheme, chunk, name) -> None:
             assert cache.get_seq_length() == 8 and len(cache.layers) == depth
 
 
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_positions_follow_the_cache(model, kind) -> None:
+    """Without position_ids, the next token's position is the number of tokens in the cache."""
+    sizes = {} if kind is DynamicCache else {"max_cache_len": 16}
+    cache = kind(config=model.config, **sizes)
+    with torch.no_grad():
+        whole = model(IDS, use_cache=False).logits
+        parts = [
+            model(IDS[:, start : start + 2], use_cache=True, past_key_values=cache).logits
+            for start in range(0, 8, 2)
+        ]
+    assert relative_error(torch.cat(parts, dim=1), whole) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["past_key_value", "layer_past", "past", "kv", "state_of_transformers_7"])
 def test_a_cache_by_another_name_is_refused(name) -> None:
     """If it were ignored, each token would be decoded without the tokens before it."""

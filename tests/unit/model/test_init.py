@@ -21,6 +21,13 @@ def test_every_parameter_is_set_from_the_seed_alone() -> None:
     assert not torch.equal(model.output_layer.weight, expected["output_layer.weight"])
 
 
+def test_no_two_parameters_have_the_same_values() -> None:
+    """Not even those of one shape, in a layer or in neighbouring layers."""
+    parameters = dict(build_model(tiny_config("mesh")).named_parameters())
+    drawn = {name: tuple(p.flatten()[:8].tolist()) for name, p in parameters.items() if p.std() > 0}
+    assert len(drawn) > 10 and len(set(drawn.values())) == len(drawn)
+
+
 def test_standard_deviations() -> None:
     config = tiny_config("mesh", "1+2R2+1", hidden_size=256, init_method_std=0.05, router_init_std=0.3)
     model = build_model(config)

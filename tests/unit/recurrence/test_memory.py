@@ -92,4 +92,5 @@ def test_observer_sees_every_cycle() -> None:
     for _, w, r in seen:
         assert w.shape == r.shape == (S, B, 6)
         assert not w.requires_grad
-        torch.testing.assert_close(w.sum(-1), torch.ones(S, B, dtype=torch.float64))
+        for weights in (w, r):
+            torch.testing.assert_close(weights.sum(-1), torch.ones(S, B, dtype=torch.float64))

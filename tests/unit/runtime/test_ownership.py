@@ -188,6 +188,15 @@ def test_the_file_of_a_faster_start_stays(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [OWNER_FILE]
 
 
+def test_releasing_leaves_the_file_of_another_owner(tmp_path: Path) -> None:
+    """A start that was taken for dead ends after another one has taken over."""
+    mine = Ownership(tmp_path)
+    mine.claim()
+    (tmp_path / OWNER_FILE).write_text("winner\n")
+    mine.release()
+    assert read_owner(tmp_path / OWNER_FILE).token == "winner"
+
+
 def test_a_batch_script_owns_the_file_before_and_after_the_run(tmp_path: Path, monkeypatch) -> None:
     """The first line stays the token, which task.sh reads."""
     (tmp_path / OWNER_FILE).write_text("7.1\n")

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
 from megatron_mesh.parallel import build_stage
@@ -78,6 +79,19 @@ def test_biases_and_norms_do_not_decay(tiny):
         for name, parameter in stage.modules[0].named_parameters():
             vector = name.endswith(".bias") or "layernorm" in name
             assert decay[id(parameter)] == (0.0 if vector else 0.3), name
+
+
+def test_the_optimizer_itself_decays_weights(tiny):
+    """The schedule sets the same decay anew in every step; without a schedule the optimizer's own counts."""
+    config = tiny(weight_decay=0.3, lr=0.1)
+    with one_process(config):
+        stage = build_stage(config)
+        optimizer = build_optimizer(config, stage)
+        weight = stage.modules[0].decoder.core.layers[0].mlp.linear_fc1.weight
+        before = weight.detach().clone()
+        stage.zero_grad_buffer()
+        optimizer.step()
+        torch.testing.assert_close(weight, before * (1 - 0.1 * 0.3))
 
 
 def test_warning_about_steps_after_the_decay(tiny, caplog):
