@@ -78,7 +78,7 @@ FAULTS = (
         "config/resuming.py",
         '"bf16": Rule(Kind.OPTIMIZER)',
         '"bf16": Rule(Kind.FREE)',
-        "tests/unit/train/test_checkpoint.py::test_precision_may_change_without_the_optimizer",
+        "tests/unit/train/test_resuming.py::test_incompatible_settings_are_refused",
     ),
     Fault(
         "activations-without-one-state",

@@ -257,6 +257,25 @@ def test_earlier_versions_converted_samples_to_steps(tiny, tmp_path) -> None:
     assert run(tiny(**samples, load=str(tmp_path))).values("consumed_samples")[-1] == 96
 
 
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({"hidden_size": 64}, "--load another checkpoint"),
+        ({"rotary_percent": 0.5}, "--load another checkpoint"),
+        ({"mesh_transition_query": "embedding"}, "--load another checkpoint"),
+        ({"bf16": True}, "--no-load-optim"),
+        ({"lr": 3e-3}, "--override-opt-param-scheduler"),
+        ({"weight_decay": 0.2}, "--override-opt-param-scheduler"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_incompatible_settings_are_refused(tiny, three_steps, change, remedy) -> None:
+    """Named here and not taken from the table of rules, which the test below follows."""
+    checkpoint = read_checkpoint(Path(three_steps(tiny)))
+    with pytest.raises(UserError, match=f"{flag(next(iter(change)))} was .*{remedy}"):
+        check_same_run(checkpoint, with_values(checkpoint.config, change))
+
+
 CHANGES: dict[str, Any] = {
     "layers": "1+1R3+1",
     "recurrence": "base",
