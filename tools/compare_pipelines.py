@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Compare the ring pipeline with running the whole loop on one stage, and with a copy of the core per loop.
+"""Compare the ring with running the whole loop on one stage, and with a copy of the core for each loop.
 
     python tools/compare_pipelines.py --config examples/configs/pythia-6.9b-5+11R2+5.yaml \\
         --tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 4 \\
