@@ -178,6 +178,13 @@ def interruptible(tmp_path: Path) -> Iterator[Path]:
     yield path
 
 
+def test_help_of_a_module_shows_how_to_run_it(interruptible: Path) -> None:
+    line = [sys.executable, "-m", interruptible.stem, "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, cwd=interruptible.parent, env=environment, capture_output=True, text=True)
+    assert "usage: python -m waiting [-h]" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_a_tool_quietly(interruptible: Path, kind: signal.Signals) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
