@@ -217,7 +217,7 @@ FAULTS = (
         "metrics/figures.py",
         'rows.setdefault(row["kind"], {})[row["step"]] = row',
         'rows.setdefault(row["kind"], {}).setdefault(row["step"], row)',
-        "tests/unit/probe/test_figures.py::test_a_repeated_step_counts_once_and_in_order",
+        "tests/unit/metrics/test_figures.py::test_a_repeated_step_counts_once_and_in_order",
     ),
     # checkpoint
     Fault(
