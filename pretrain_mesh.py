@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Pretrain a recursive transformer. ``--help`` lists the settings.
+"""Pretrain a recursive transformer.
+
+``--help`` lists the settings.
 
 python pretrain_mesh.py --config examples/configs/pythia-160m.yaml --data-path my_corpus_text_document
 torchrun --nproc-per-node 8 pretrain_mesh.py --config examples/configs/pythia-1b.yaml --data-path D

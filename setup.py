@@ -94,7 +94,7 @@ setup(
             "peft>=0.21",
             "datasets>=5.0",  # 5.2 doesn't work with transformers 4.57
         ],
-        # The versions that megatron-core 0.16.1 supports. With --no-build-isolation, pip compiles bindings
+        # The versions that megatron-core 0.16.1 supports. Install with --no-build-isolation to compile them
         # against the installed torch, which must have CUDA 13. NVIDIA's image has them (examples/docker).
         "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "wandb": ["wandb>=0.19"],

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""List, verify, describe and reshard checkpoints, in one process without a GPU.
+"""List, verify, describe and reshard checkpoints, in one process and without a GPU.
 
     python tools/checkpoint.py list runs/160m-mesh
     python tools/checkpoint.py verify runs/160m-mesh/iter_0010000

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Compare the ring pipeline with running the whole loop on one stage, and with a copy of the core per loop.
+"""Compare the ring with running the whole loop on one stage, and with a copy of the core for each loop.
 
     python tools/compare_pipelines.py --config examples/configs/pythia-6.9b-5+11R2+5.yaml \\
         --tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 4 \\
@@ -10,14 +10,13 @@ global batch for all three pipelines. Accepts all settings of pretrain_mesh.py.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_mesh import command
-from megatron_mesh.arguments import parse_args
-from megatron_mesh.config.layout import layout
-from megatron_mesh.config.resolve import resolve
-from megatron_mesh.config.schema import Config
 from megatron_mesh.errors import UserError
-from megatron_mesh.recurrence import SCHEMES
+
+if TYPE_CHECKING:
+    from megatron_mesh.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -30,16 +29,22 @@ class Options:
 
 def main(options: Options, settings: list[str]) -> None:
     """Print the table."""
+    from megatron_mesh.arguments import parse_args
+    from megatron_mesh.config.resolve import resolve
+
     config = parse_args(settings).config
     configs = [(gpus, _comparable(resolve(config, world_size=gpus))) for gpus in options.gpus]
-    # Megatron-core takes seconds to import, and --help and mistakes don't need it.
+    # Importing Megatron-core takes seconds, so mistakes in the settings are reported before it.
     from megatron_mesh.planner.compare import comparison_table
 
     print(comparison_table(configs))
 
 
-def _comparable(config: Config) -> Config:
+def _comparable(config: "Config") -> "Config":
     """Refuse a run that has no ring, or whose unrolled layers cannot be split evenly for the copies."""
+    from megatron_mesh.config.layout import layout
+    from megatron_mesh.recurrence import SCHEMES
+
     ranks, model = config.parallel.pipeline_model_parallel_size, config.model
     if ranks == 1 or not SCHEMES[model.recurrence].shared_core:
         raise UserError(

@@ -26,6 +26,7 @@ from typing import Literal
 
 from megatron_mesh import command
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.run_files import CONFIG_FILE
 
 
 @dataclass
@@ -71,7 +72,7 @@ def main(options: Options) -> None:
     recursive = ToRecursive(asked.to_recursive, **given) if asked.to_recursive else None
     model = import_model(options.load, options.save, recursive)
     print(f"wrote {options.save} ({model.recurrence} {model.layers}); start a run from it with")
-    print(f"  pretrain_mesh.py --config {options.save / 'config.yaml'} --load {options.save} --finetune ...")
+    print(f"  pretrain_mesh.py --config {options.save / CONFIG_FILE} --load {options.save} --finetune ...")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Convert a checkpoint to a directory that Hugging Face transformers loads, in one process without a GPU.
+"""Convert a checkpoint to a directory that Hugging Face transformers can load.
 
     python tools/convert_to_hf.py --load runs/160m-mesh --save my-model
 
-The checkpoint may come from any rank layout. A model of any size needs about 4 GiB of memory. The directory
-holds the weights (safetensors), the tokenizer, a model card and, for a looped model, the code:
+The checkpoint may come from any rank layout. One process converts it, without a GPU and with about 4 GiB of
+memory for a model of any size. The directory holds the weights (safetensors), the tokenizer, a model card
+and, for a looped model, its code:
 
     AutoModelForCausalLM.from_pretrained("my-model", trust_remote_code=True)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Kill and disturb a small pretraining run in every phase, again and again, and check that nothing is lost.
+"""Kill and disturb a small run in every phase, again and again, and check that nothing is lost.
 
     python tools/fault_test.py --output-dir runs/faults            # 100 kills, spread over phases and victims
     python tools/fault_test.py --output-dir runs/faults --aim "rename x rank 0" --aim "latest x all"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Plan a run from its settings alone, without GPU or data: memory, traffic, schedule, checkpoints.
+"""Plan a run from its settings alone: memory, traffic, schedule and checkpoints.
 
     python tools/inspect_config.py --config examples/configs/pythia-6.9b-5+11R2+5.yaml \\
         --nodes 4 --gpus-per-node 8 --tensor-model-parallel-size 2 --sequence-parallel \\
@@ -7,7 +7,7 @@
     python tools/inspect_config.py --config examples/configs/pythia-6.9b-5+11R2+5.yaml \\
         --nodes 4 --suggest
 
-Accepts all settings of pretrain_mesh.py besides the options below.
+This needs no GPU and no data. Accepts all settings of pretrain_mesh.py besides the options below.
 """
 
 from dataclasses import dataclass, fields

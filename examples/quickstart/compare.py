@@ -18,6 +18,7 @@ from steps import Step, from_here, run_all
 
 from megatron_mesh import command
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.run_files import CONFIG_FILE, checkpoint_path
 
 
 @dataclass
@@ -74,7 +75,7 @@ def _training(options: Options, scheme: str, seed: int) -> Step:
             "--save": directory,
             "--load": directory,
         },
-        output=directory / f"iter_{options.steps:07d}",
+        output=checkpoint_path(directory, options.steps),
     )
 
 
@@ -97,7 +98,7 @@ def _table(options: Options, losses: dict[tuple[str, int], float]) -> str:
     ]
     for scheme in options.schemes:
         found = [losses[scheme, seed] for seed in options.seeds]
-        written = options.output_dir / _name(scheme, options.seeds[0]) / "config.yaml"
+        written = options.output_dir / _name(scheme, options.seeds[0]) / CONFIG_FILE
         config = resolve(parse_args(["--config", str(written)]).config, world_size=1)
         numbers = "".join(f" {loss:.3f} |" for loss in found)
         lines.append(

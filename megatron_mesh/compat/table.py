@@ -163,21 +163,21 @@ TABLE = (
         MEGATRON,
         "GPTDataset._build_document_sample_shuffle_indices",
         "the index comes from our cache, which is written atomically and shared by all runs",
-        "tests/unit/data/test_cache.py::test_the_index_is_megatrons",
+        "tests/unit/data/test_cache.py::test_the_index_equals_megatrons",
     ),
     Dependence(
         "megatron_data.document_order",
         MEGATRON,
         "megatron.core.datasets.gpt_dataset._build_document_index",
         "see IndexedGPTDataset",
-        "tests/unit/data/test_cache.py::test_the_index_is_megatrons",
+        "tests/unit/data/test_cache.py::test_the_index_equals_megatrons",
     ),
     Dependence(
         "megatron_data.sample_order",
         MEGATRON,
         "megatron.core.datasets.gpt_dataset._build_shuffle_index",
         "see IndexedGPTDataset",
-        "tests/unit/data/test_cache.py::test_the_index_is_megatrons",
+        "tests/unit/data/test_cache.py::test_the_index_equals_megatrons",
     ),
     Dependence(
         "torch_internals.StorageInfo",
@@ -271,7 +271,7 @@ TABLE = (
         "transformers",
         "PreTrainedModel._tp_plan, _no_split_modules, _is_hf_initialized and the like",
         "a model describes itself to transformers by these; exports carry the file alone",
-        "tests/unit/hf/test_parallel_use.py::test_no_scheme_may_be_split",
+        "tests/unit/hf/test_parallel_use.py::test_every_scheme_is_kept_whole",
         versions=">=4.57.6,<5.25",
     ),
     Dependence(

@@ -17,7 +17,7 @@ from megatron_mesh.config.schema import DataConfig
 from megatron_mesh.data import cache
 from megatron_mesh.data.indexed import file_sizes
 from megatron_mesh.data.sources import Planner, Source, StreamPlan, parse_blend, parse_sets, parse_split
-from megatron_mesh.data.stream import Epoch, SampleStream, StreamPart
+from megatron_mesh.data.stream import Epoch, SampleStream, StreamSource
 from megatron_mesh.data.tokenizer import Tokenizer
 from megatron_mesh.errors import UserError
 from megatron_mesh.runtime.distributed import from_every_rank, from_rank_zero, on_every_rank, rank
@@ -144,7 +144,7 @@ class _Opener:
                 config,
                 leave_out_eod=self._leave_out_eod,
             )
-            parts.append(StreamPart(part.prefix, part.weight, epoch))
+            parts.append(StreamSource(part.prefix, part.weight, epoch))
         blend = None if plan.blend is None else cache.load(plan.blend)
         if plan.blend is not None and blend is None:
             return None

@@ -32,21 +32,21 @@ Share = tuple[float, float]
 """Start and end, as fractions of the documents."""
 
 
-class BlendPart(NamedTuple):
+class BlendEntry(NamedTuple):
     """One prefix of a blend and its weight; the weights of a blend sum to 1."""
 
     prefix: str
     weight: float
 
 
-def parse_blend(words: list[str], flag: str) -> list[BlendPart]:
+def parse_blend(words: list[str], flag: str) -> list[BlendEntry]:
     """Parse the words after ``flag``: ``PREFIX`` or ``WEIGHT PREFIX WEIGHT PREFIX ...``.
 
     Raises:
         UserError: weights and prefixes do not alternate, or a weight is not a positive number.
     """
     if len(words) == 1:
-        return [BlendPart(words[0], 1.0)]
+        return [BlendEntry(words[0], 1.0)]
     if not words or len(words) % 2:
         raise UserError(
             f"{flag} got {len(words)} words that are not pairs of WEIGHT PREFIX: {' '.join(words)}; give one "
@@ -54,7 +54,7 @@ def parse_blend(words: list[str], flag: str) -> list[BlendPart]:
         )
     weights = [_parse_weight(word, flag) for word in words[::2]]
     return [
-        BlendPart(prefix, weight / sum(weights)) for prefix, weight in zip(words[1::2], weights, strict=True)
+        BlendEntry(prefix, weight / sum(weights)) for prefix, weight in zip(words[1::2], weights, strict=True)
     ]
 
 
@@ -134,7 +134,7 @@ class Source(NamedTuple):
     required: bool
 
 
-class PartPlan(NamedTuple):
+class SourcePlan(NamedTuple):
     """One prefix of a stream, as rank 0 has inspected it."""
 
     prefix: str
@@ -147,7 +147,7 @@ class PartPlan(NamedTuple):
 class StreamPlan(NamedTuple):
     """The prefixes of a stream, and the cache key of their blend (None for a single prefix)."""
 
-    parts: list[PartPlan]
+    parts: list[SourcePlan]
     num_samples: int
     blend: cache.Key | None
 
@@ -203,7 +203,7 @@ class Planner:
                 weights, count = _weights(stream.parts), stream.num_samples
                 _build(stream.blend, partial(blend_index, weights, count))
 
-    def _part(self, prefix: str, weight: float, source: Source) -> PartPlan:
+    def _part(self, prefix: str, weight: float, source: Source) -> SourcePlan:
         facts = self._facts.get(prefix) or self._facts.setdefault(prefix, inspect_prefix(prefix, source.flag))
         first, last = (round(edge * facts.sequences) for edge in source.share)  # as Megatron's builder does
         documents = range(first, last)
@@ -211,9 +211,9 @@ class Planner:
         key = epoch_key(
             directory, Path(prefix).name, facts.fingerprint, documents, self._seq_length, self._seed
         )
-        return PartPlan(prefix, weight, facts, documents, key)
+        return SourcePlan(prefix, weight, facts, documents, key)
 
-    def _too_few(self, part: PartPlan, split: Split, tokens: int) -> str:
+    def _too_few(self, part: SourcePlan, split: Split, tokens: int) -> str:
         return (
             f"the {split.name} split of {part.prefix} has {tokens:,} tokens in {len(part.documents):,} of "
             f"{part.facts.sequences:,} documents, but one sequence needs {self._seq_length + 1:,} "
@@ -221,7 +221,7 @@ class Planner:
             "for no data)"
         )
 
-    def _build_epoch(self, part: PartPlan) -> None:
+    def _build_epoch(self, part: SourcePlan) -> None:
         facts = self._facts.get(part.prefix) or inspect_prefix(part.prefix)
         if facts != part.facts:
             raise UserError(
@@ -240,9 +240,9 @@ def _build(key: cache.Key, make: cache.Make) -> None:
         ) from error
 
 
-def _weights(parts: list[PartPlan]) -> list[float]:
+def _weights(parts: list[SourcePlan]) -> list[float]:
     return [part.weight for part in parts]
 
 
-def _tokens(part: PartPlan) -> int:
+def _tokens(part: SourcePlan) -> int:
     return tokens_in(IndexedDataset(part.prefix), part.documents) if len(part.documents) else 0

@@ -34,7 +34,7 @@ class Origin(NamedTuple):
     position: int
 
 
-class StreamPart(NamedTuple):
+class StreamSource(NamedTuple):
     """One data set of a blend: ``dataset`` is one epoch of it; all ``weight`` values sum to 1."""
 
     prefix: str
@@ -53,7 +53,7 @@ class SampleStream(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        parts: list[StreamPart],
+        parts: list[StreamSource],
         seed: int,
         num_samples: int,
         blend: Arrays | None = None,
@@ -79,7 +79,7 @@ class SampleStream(torch.utils.data.Dataset):
         part, epoch, position = self._locate(sample)
         return Origin(part.prefix, epoch, position)
 
-    def _locate(self, sample: int) -> tuple[StreamPart, int, int]:
+    def _locate(self, sample: int) -> tuple[StreamSource, int, int]:
         if not 0 <= sample < self.num_samples:
             raise IndexError(f"sample {sample} of {self.num_samples}")
         part = self.parts[0]

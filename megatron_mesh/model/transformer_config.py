@@ -91,8 +91,7 @@ def transformer_config(config: Config, implementation: Implementation = LOCAL) -
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=parallel.context_parallel_size,
-        # Megatron would check that the unrolled depth divides evenly, which a looped model needn't. So its
-        # values are set below.
+        # Set below for a looped model, because Megatron would check that its unrolled depth divides evenly.
         pipeline_model_parallel_size=1 if looped else parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=None if looped else virtual,
         # With two pipeline ranks, the next rank is also the previous one, and batching would swap the

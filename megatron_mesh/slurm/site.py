@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mesh.errors import UserError
+from megatron_mesh.runtime.run_files import SITE_FILE
 
-TEMPLATE = Path(__file__).with_name("site.sh")
+TEMPLATE = Path(__file__).with_name(SITE_FILE)
 """The site file to copy and fill in."""
 ENVIRONMENTS = ("venv", "pyxis", "apptainer")
 LONGEST_WARNING = 65535

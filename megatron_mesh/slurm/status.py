@@ -158,10 +158,7 @@ def _settings(run: Path) -> dict[str, Any]:
 
 
 def _working_directory(run: Path) -> Path:
-    """Return the jobs' working directory, to which relative paths in the settings refer.
-
-    If it is unknown, return this process's.
-    """
+    """Return the directory to which relative paths in the settings refer: the jobs', or "" if unknown."""
     script = slurm_directory(run) / BATCH_SCRIPT
     text = script.read_text(encoding="utf-8") if script.is_file() else ""
     return Path(sbatch_option(text, "chdir") or "")

@@ -48,7 +48,7 @@ def test_one_rank_fails(
     at_risk = "last complete checkpoint: step 1; steps at risk until then: 1"
     assert said == [f"saving step 2 to {tmp_path} failed: {told}; later saves try again; {at_risk}"]
     # Unexpected errors are logged with a traceback, on the rank that raised them.
-    tracebacks = [rank for rank, seen in enumerate(found) if any("part of" in m for m in seen["heard"])]
+    tracebacks = [rank for rank, seen in enumerate(found) if any("share of" in m for m in seen["heard"])]
     assert tracebacks == ([] if isinstance(error, OSError) else [victim])
     assert not list(tmp_path.glob("*.partial"))
 
