@@ -126,7 +126,7 @@ def test_an_import_that_fails_on_one_rank(good, tmp_path: Path) -> None:
 def test_a_flag_of_the_wrong_type_is_reported_once(tmp_path: Path) -> None:
     codes, errors = job(tmp_path, ["--hidden-size", "wide"], ["--hidden-size", "wide"])
     assert codes == [2, 2]
-    assert "".join(errors).count("invalid literal for int() with base 10: 'wide'") == 1
+    assert "".join(errors).count("--hidden-size wide is not a whole number") == 1
 
 
 def test_help_is_shown_once(tmp_path: Path) -> None:
