@@ -1,5 +1,5 @@
 """From a checkpoint to a Hugging Face directory and back, tensor by tensor.
 
 In and out: a checkpoint of ours, and a directory with config.json, safetensors and tokenizer. Start with
-``export.py`` and ``bring_in.py``; ``tensors.py`` is the contract between their names.
+``export.py`` and ``import_model.py``; ``tensors.py`` is the contract between their names.
 """

@@ -4,7 +4,6 @@ Only the functions import transformers. So ``check_transformers`` can report a m
 an import fails.
 """
 
-import importlib.metadata
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from packaging.version import Version
 from safetensors import SafetensorError
 
 from megatron_mesh.checkpoint.offline import open_checkpoint
+from megatron_mesh.compat.versions import version
 from megatron_mesh.errors import UserError
 from megatron_mesh.hf.modeling.versions import OLDEST
 
@@ -24,10 +24,9 @@ _REMEDY = "pip install 'megatron_mesh[hf]' (in a checkout: pip install -e '.[hf]
 
 def check_transformers() -> None:
     """Raise UserError if transformers is missing or too old."""
-    try:
-        found = importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"transformers is not installed: {_REMEDY}") from None
+    found = version("transformers")
+    if found is None:
+        raise UserError(f"transformers is not installed: {_REMEDY}")
     if Version(found).release < Version(OLDEST).release:
         raise UserError(f"transformers {found} is too old; {OLDEST} or newer is needed: {_REMEDY}")
 
